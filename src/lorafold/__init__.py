@@ -1,0 +1,1 @@
+"""lorafold: low-rank adapters of transformer models, trained, folded, composed and measured."""

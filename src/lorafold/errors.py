@@ -1,0 +1,9 @@
+"""What goes wrong because of what was asked or given: the command prints the message as it is and exits with 2."""
+
+
+class LorafoldError(Exception):
+    """A request that can't be carried out. The message names the place (file, row, field, site), what was found and what was expected."""
+
+
+class NotMergeable(LorafoldError):
+    """A change with no form in weight space, or a weight it can't be written into."""
