@@ -1,0 +1,34 @@
+"""How modules store their matrix: one explicit table from the class that defines a module's forward to its layer."""
+
+from torch import nn
+
+from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
+from lorafold.core.attach import Adapted
+from lorafold.core.layer import Base
+
+# Names, not classes: nothing is imported for a storage that a model does not use.
+LAYERS: dict[str, type[Base]] = {
+    "torch.nn.modules.linear.Linear": Linear,
+    "transformers.pytorch_utils.Conv1D": Conv1D,
+    "torch.nn.modules.sparse.Embedding": Embedding,
+}
+
+
+def layer_class(module: nn.Module) -> type[Base]:
+    """The layer that reads this module's storage; `Plain` for a module that is no known matrix."""
+    cls = module.base_class if isinstance(module, Adapted) else type(module)
+    definer = next(c for c in cls.__mro__ if "forward" in vars(c))
+    if issubclass(cls, nn.Embedding) and hasattr(module, "embed_scale"):
+        return Embedding
+    return LAYERS.get(f"{definer.__module__}.{definer.__qualname__}", Plain)
+
+
+def layer_of(module: nn.Module) -> Base:
+    return layer_class(module)(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return layer_class(module).linear
+
+
+__all__ = ["LAYERS", "is_linear", "layer_class", "layer_of"]

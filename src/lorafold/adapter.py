@@ -1,0 +1,198 @@
+"""Adapters on a model: what the user holds.
+
+    adapter = lf.attach(model, lf.LoRA(rank=16), targets="all-linear", name="sft")
+    adapter.save(path);  adapter = lf.load(model, path);  adapter.merge();  adapter.detach()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import is_linear, layer_class, layer_of
+from lorafold.bases.tied import sharers, untie
+from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
+from lorafold.core.combine import Stack
+from lorafold.core.delta import Delta
+from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches, match
+from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.io import peft
+from lorafold.methods.bitfit import BiasDelta
+from lorafold.methods.replace import ReplaceDelta, leaves
+
+Bias = Literal["none", "lora_only", "all"]
+
+
+class Adapter:
+    """One named adapter on one model. `deltas` maps module paths to what was laid there."""
+
+    def __init__(self, model: nn.Module, name: str, spec: Spec, matches: Matches, bias: Bias, modules_to_save: tuple[str, ...]) -> None:
+        self.model, self.name, self.spec, self.matches = model, name, spec, matches
+        self.bias, self.modules_to_save = bias, modules_to_save
+
+    @property
+    def sites(self) -> dict[str, Adapted]:
+        return {path: m for path, m in adapted_modules(self.model) if self.name in m.deltas}
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        return {path: m.deltas[self.name] for path, m in self.sites.items()}  # type: ignore[misc]
+
+    def parts(self) -> Iterator[tuple[str, Delta]]:
+        """(module path, delta) for every delta, combinators taken apart."""
+        return ((path, part) for path, delta in self.deltas.items() for part in delta.parts())
+
+    @property
+    def own_deltas(self) -> dict[str, Delta]:
+        """The deltas that the spec built, by module path: without trained biases and modules to save."""
+        return {path: next(iter(self.deltas[path].parts())) for path in self.matches.paths}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((f"{path}.{n}" if path else n, p) for path, d in self.deltas.items() for n, p in d.named_parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (p for _, p in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter under `<module path>.<name>`; what checkpoints hold."""
+        return {f"{path}.{k}" if path else k: v for path, d in self.deltas.items() for k, v in d.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`. LorafoldError lists missing and unknown keys; nothing is loaded then."""
+        own = self.state_dict()
+        if set(own) != set(state):
+            raise LorafoldError(f"adapter state: missing {sorted(set(own) - set(state))}, unknown {sorted(set(state) - set(own))}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def requires_grad_(self, trainable: bool = True) -> Adapter:
+        for p in self.parameters():
+            p.requires_grad_(trainable)
+        return self
+
+    def save(self, path: str | Path, *, overwrite: bool = False, card: str | None = None, record: dict[str, Any] | None = None) -> Path:
+        """Write the adapter in PEFT's format, the directory whole or not at all.
+
+        `card` is the text of its README.md and `record` what `lorafold.json` says beside the base's fingerprint.
+        Raises LorafoldError if `path` exists and overwrite is off.
+        """
+        return peft.write(path, self.model, self.spec, dict(self._parts_by_path()), self.bias, self.modules_to_save,
+                          overwrite=overwrite, card=card, record=record or {})  # fmt: skip
+
+    def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
+        return ((path, list(delta.parts())) for path, delta in self.deltas.items())
+
+    def merge(self, *, untie_weights: bool = False) -> None:
+        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it.
+
+        NotMergeable, before anything is changed, if a delta has no weight-space form, lies over another adapter's, or changes one
+        of two tied weights (`untie_weights=True` gives that module a weight of its own).
+        """
+        problems, folded = [], {}
+        for path, m in self.sites.items():
+            below = next(iter(m.deltas))
+            if below != self.name:
+                problems.append(f"{path}: adapter {below!r} lies beneath; merge that one first")
+                continue
+            if (tied := sharers(self.model, m)) and not untie_weights:
+                problems.append(f"{path}: its weight is tied to {', '.join(tied)}; untie_weights=True gives it its own")
+                continue
+            try:
+                w, b = layer_of(m).dense()
+                folded[path] = m.deltas[self.name].fold(w.detach().float(), None if b is None else b.detach().float())  # type: ignore[operator]
+            except NotMergeable as e:
+                problems.append(f"{path}: {e}")
+        if problems:
+            raise NotMergeable("; ".join(problems))
+        for path, (w, b) in folded.items():
+            module = self.model.get_submodule(path)
+            if sharers(self.model, module):
+                untie(self.model, module)
+            layer_of(module).write(w, b)
+        self.detach()
+
+    def detach(self) -> None:
+        """Take the adapter off; with the last one the model is what it was before the first."""
+        selection = selection_of(self.model)
+        for m in self.sites.values():
+            lift(m, self.name)
+        selection.names = tuple(n for n in selection.names if n != self.name)
+        if not any(adapted_modules(self.model)):
+            thaw(selection)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        own = {id(p) for _, m in adapted_modules(self.model) for p in m.deltas.parameters()}
+        base = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        lines = [f"{self.name}: {self.spec}"]
+        lines += [f"  {pattern}: {len(paths)} modules" for pattern, paths in self.matches.by_pattern.items()]
+        lines += [f"  bias: {self.bias}"] * (self.bias != "none")
+        lines += [f"  modules to save: {', '.join(self.modules_to_save)}"] * bool(self.modules_to_save)
+        return "\n".join([*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"])
+
+
+def attach(
+    model: nn.Module, spec: Spec, targets: str | Sequence[str] | None = None, name: str = "default",
+    *, bias: Bias = "none", modules_to_save: Sequence[str] = (),
+) -> Adapter:  # fmt: skip
+    """Lay an adapter over a model, freeze the base and make the adapter live, above those that are live already.
+
+    targets: "all-linear", "attention", "mlp", names or path ends, or one regex over whole paths (None: the method's own).
+    bias: also train the biases of the adapted modules ("lora_only") or of every module ("all").
+    modules_to_save: modules trained whole, such as a fresh head.
+    LorafoldError, with the model untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
+    """
+    selection = selection_of(model)
+    if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
+        raise LorafoldError(f"adapter name {name!r} is in use on this model, empty, or holds a dot; choose another")
+    matches = match(model, spec.targets if targets is None else targets, is_linear)
+    saved = match(model, modules_to_save, is_linear) if modules_to_save else Matches({})
+    laid: dict[str, list[Delta]] = {}
+    for path in matches.paths:
+        layer = layer_of(model.get_submodule(path))
+        try:
+            laid[path] = [spec.at(path).build(layer)]
+        except NotMergeable as e:
+            raise LorafoldError(f"{path}: {type(spec).__name__} can't be laid on it: {e}") from None
+    for path, module in biased(model, matches, bias):
+        laid.setdefault(path, []).append(BiasDelta(len(module.bias), module.bias.device))  # type: ignore[arg-type]
+    for path in (leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p)):
+        laid.setdefault(path, []).append(ReplaceDelta(model.get_submodule(path), path))
+    spec.join({path: laid[path][0] for path in matches.paths})
+    freeze(model, selection)
+    for path, deltas in laid.items():
+        module = model.get_submodule(path)
+        lay(module, layer_class(module), name, deltas[0] if len(deltas) == 1 else Stack(deltas), selection)
+    selection.names += (name,)
+    return Adapter(model, name, spec, matches, bias, tuple(modules_to_save))
+
+
+def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:
+    paths = {"none": (), "lora_only": matches.paths, "all": [path for path, _ in model.named_modules()]}[bias]
+    return ((p, m) for p in paths if isinstance((m := model.get_submodule(p))._parameters.get("bias"), nn.Parameter))
+
+
+def load(model: nn.Module, path: str | Path, name: str = "default", *, allow_other_base: bool = False, trainable: bool = False) -> Adapter:
+    """Lay a saved adapter over a model: strict, so that every key is used and every shape right, or nothing is changed.
+
+    LorafoldError lists all that is wrong: keys unknown or missing, shapes, values that are not finite, options not supported, a base
+    whose fingerprint differs (`allow_other_base=True` overrides that one).
+    """
+    stored = peft.read(path)
+    stored.check_base(model, allow_other_base)
+    adapter = attach(model, stored.spec, stored.targets, name, bias=stored.bias, modules_to_save=stored.modules_to_save)
+    try:
+        peft.fill(model, dict(adapter._parts_by_path()), stored)
+    except LorafoldError:
+        adapter.detach()
+        raise
+    return adapter.requires_grad_(trainable)
+
+
+__all__ = ["Adapter", "attach", "load", "only"]

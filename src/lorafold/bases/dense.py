@@ -1,0 +1,149 @@
+"""Modules whose matrix lies in a plain floating-point parameter.
+
+    Linear      weight (out, in)
+    Conv1D      weight (in, out): GPT-2's linear
+    Embedding   weight (in, out) with a vocabulary of `in` rows; its input is row numbers, its product a look-up
+    Plain       anything else: it can be run; weight and bias, if it has them, are elementwise
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafold.core.layer import Base, add
+from lorafold.errors import NotMergeable
+from lorafold.ops.dropout import dropout
+from lorafold.ops.lora import low_rank_linear
+
+
+def store(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Round `value` to the parameter's dtype and write it in place; a parameter that is missing is added."""
+    old = getattr(module, name, None)
+    if value is None or old is None:
+        if value is not None:
+            like = module.weight
+            setattr(module, name, nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad))  # type: ignore[arg-type, union-attr]
+        return
+    with torch.no_grad():
+        old.copy_(value)
+
+
+class Matrix(Base):
+    """Abstract: a matrix times activations."""
+
+    linear = True
+
+    @abstractmethod
+    def weight(self) -> Tensor:  # (out, in), a view
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, inn = self.weight().shape
+        return out, inn
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if onto is None:
+            return self.run(x)
+        w = self.weight()
+        rows = onto.expand(*x.shape[:-1], w.shape[0]).flatten(0, -2)
+        y = torch.addmm(rows.to(w.dtype), x.flatten(0, -2), w.t()).unflatten(0, x.shape[:-1])
+        return add(y, self.bias)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        return F.linear(x, m.to(x.dtype))
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p) if p else x
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight(), self.bias
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None) -> Tensor:
+        w = self.weight()
+        if torch.compiler.is_compiling() or w.requires_grad or onto is not None:
+            return super().low_rank(x, down, up, p, onto)
+        y = low_rank_linear(x.flatten(0, -2), w, down, up, p).unflatten(0, x.shape[:-1])
+        return add(y, self.bias)
+
+
+class Linear(Matrix):
+    def weight(self) -> Tensor:
+        return self.module.weight  # type: ignore[return-value]
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        store(self.module, "weight", w)
+        store(self.module, "bias", b)
+
+
+class Conv1D(Matrix):
+    def weight(self) -> Tensor:
+        return self.module.weight.t()  # type: ignore[operator, union-attr]
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        store(self.module, "weight", w.t())
+        store(self.module, "bias", b)
+
+
+class Embedding(Base):
+    def _scaled(self, y: Tensor) -> Tensor:
+        scale = getattr(self.module, "embed_scale", None)  # Gemma's and BART's embeddings scale what they look up
+        return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        vocabulary, dim = self.module.weight.shape  # type: ignore[misc, union-attr]
+        return dim, vocabulary  # type: ignore[return-value]
+
+    def __call__(self, ids: Tensor, onto: Tensor | None = None) -> Tensor:
+        y = self.run(ids)
+        return add(y, None if onto is None else onto).to(y.dtype)
+
+    def op(self, ids: Tensor, m: Tensor) -> Tensor:
+        return self._scaled(F.embedding(ids, m.t()))
+
+    def drop(self, ids: Tensor, p: float) -> Tensor:
+        return ids
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.module.weight.t(), None  # type: ignore[operator, union-attr]
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        if b is not None:
+            raise NotMergeable("an embedding can't hold a bias")
+        store(self.module, "weight", w.t())
+
+
+class Plain(Base):
+    @property
+    def shape(self) -> tuple[int, int]:
+        raise NotMergeable(f"{type(self.module).__name__} holds no matrix")
+
+    def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
+        y = self.run(*args, **kwargs)
+        return y if onto is None else (y + onto).to(y.dtype)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        raise NotMergeable(f"{type(self.module).__name__} holds no matrix")
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return dropout(x, p)[0] if p else x
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        weight = getattr(self.module, "weight", None)
+        if weight is None:
+            raise NotMergeable(f"{type(self.module).__name__} holds no weight")
+        return weight, getattr(self.module, "bias", None)
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        store(self.module, "weight", w)
+        store(self.module, "bias", b)

@@ -1,0 +1,130 @@
+"""What a delta sees: a layer that can be run on an input and, where it is linear, read as a matrix.
+
+    layer(x)            what lies beneath, with its own kernel                      (..., in) -> (..., out)
+    layer(x, onto=d)    the same, accumulated onto d before the one rounding; a bias is added after it
+    layer.op(x, m)      this layer's input times any m (k, in)                      -> (..., k)
+    layer.dense()       W (out, in), b (out,) | None
+
+A layer under a delta is a layer (`Over`) and a layer whose answer is known is a layer (`Given`), so stacks and combinators
+need no case of their own. How a module stores its matrix is the business of `Base`'s subclasses in `lorafold.bases`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lorafold.core.delta import Delta
+
+
+def add(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
+
+
+class Layer(ABC):
+    """Anything a delta can lie on. `shape` is (out, in); `NotMergeable` where there is no matrix."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any: ...
+
+    @abstractmethod
+    def op(self, x: Tensor, m: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def drop(self, x: Tensor, p: float) -> Tensor: ...
+
+    @abstractmethod
+    def dense(self) -> tuple[Tensor, Tensor | None]: ...
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module: ...
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None) -> Tensor:
+        """self(x) + up down drop(x), the small product first: down (r, in), up (out, r), p the dropout on the branch."""
+        u = self.op(self.drop(x, p), down)
+        return self(x, onto=add(F.linear(u, up.to(u.dtype)), onto))
+
+
+class Base(Layer):
+    """Abstract: the frozen module itself. One final subclass a storage, in `lorafold.bases`."""
+
+    linear = False  # a matrix applied to activations: what "all-linear" means
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, as if nothing lay over it."""
+        cls = type(self._module)
+        return getattr(cls, "base_class", cls).forward(self._module, *args, **kwargs)
+
+    @abstractmethod
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        """Store W (out, in) and b (out,) in the module, rounded once to its dtype. NotMergeable if the module can't hold them."""
+
+
+class Over(Layer):
+    """A layer with one delta laid over it."""
+
+    def __init__(self, delta: Delta, under: Layer) -> None:
+        self.delta, self.under = delta, under
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.delta(self.under, *args, **kwargs)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op(x, m)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return self.under.drop(x, p)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.delta.fold(*self.under.dense())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.under.shape
+
+    @property
+    def module(self) -> nn.Module:
+        return self.under.module
+
+
+class Given(Layer):
+    """A layer whose answer is already known, so that a combinator runs what lies beneath once."""
+
+    def __init__(self, under: Layer, y: Tensor) -> None:
+        self.under, self.y = under, y
+
+    def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return add(self.y, onto)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op(x, m)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return self.under.drop(x, p)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.under.dense()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.under.shape
+
+    @property
+    def module(self) -> nn.Module:
+        return self.under.module

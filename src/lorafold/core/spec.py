@@ -1,0 +1,46 @@
+"""A spec says what to lay down: a frozen dataclass with the method's hyper-parameters and `build(layer) -> Delta`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer
+
+
+class Spec(ABC):
+    """Abstract: one method with its hyper-parameters.
+
+    What a method needs beyond one layer goes through three hooks that attach and the loop call on any spec: `join`, `prepare` and
+    `after_step`; its `Delta`s may add a `penalty` to the loss. A spec is frozen, so what they keep lives in the deltas.
+
+    `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of its parameters, and that of
+    its up factors (None: the same).
+    """
+
+    targets: ClassVar[str] = "all-linear"
+    lr: ClassVar[float] = 2e-4
+    lr_b: ClassVar[float | None] = None
+
+    @abstractmethod
+    def build(self, layer: Layer) -> Delta: ...
+
+    def at(self, path: str) -> Self:
+        """The spec as it holds at one module path: per-pattern overrides applied."""
+        return self
+
+    def join(self, deltas: Mapping[str, Delta]) -> None:
+        """Called by `attach` once all of the adapter's deltas (by module path) are built: what one layer can't make alone."""
+        return None
+
+    def prepare(self, deltas: Mapping[str, Delta], losses: Callable[[int], Iterator[Tensor]]) -> None:
+        """Called once before the first step of a run. `losses(n)` yields n training losses, each a scalar to call backward() on."""
+        return None
+
+    def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
+        """Called after optimizer step `step` (from 1) of `total`, with the step's gradients still in place."""
+        return None

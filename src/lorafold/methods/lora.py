@@ -1,0 +1,87 @@
+"""LoRA: a low-rank change of a frozen matrix.
+
+    y = W x + s B A drop(x)         A (r, in) random, B (out, r) zero, s = alpha / r, or alpha / sqrt(r) (rsLoRA)
+
+Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv 2312.03732. The default choice: it
+merges to zero cost, and r (out + in) parameters a matrix. At step 0 the model is the base, and A's first gradient is exactly zero.
+The learning rate of B is the larger one (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.delta import LowRank
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.core.targets import pattern_matches
+from lorafold.errors import LorafoldError
+
+Init = Literal["kaiming", "gaussian"]
+
+
+class LoRADelta(LowRank):
+    """A (r, in), B (out, r), fp32; the scale s is applied to B in fp32 before anything is rounded."""
+
+    up_names = ("B",)
+
+    def __init__(self, out: int, inn: int, rank: int, scale: float, dropout: float, init: Init, device: torch.device) -> None:
+        super().__init__(dropout)
+        self.scale = scale
+        self.A = nn.Parameter(torch.empty(rank, inn, device=device, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(out, rank, device=device, dtype=torch.float32))
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        else:
+            nn.init.normal_(self.A, std=1 / rank)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scale * self.B, self.A
+
+
+@dataclass(frozen=True)
+class LoRA(Spec):
+    """rank r; alpha (None: 2 r); dropout on the branch; rslora: scale by sqrt(r); init of A: kaiming (uniform, as PEFT) or gaussian.
+
+    `rank_pattern` and `alpha_pattern` override both at the modules whose path ends in the key (a regex); the first that matches counts.
+    Raises LorafoldError for values out of range.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.05
+    rslora: bool = False
+    init: Init = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    lr_b: ClassVar[float] = 3e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha))
+        wrong = [f"rank {r!r} (a whole number from 1)" for r in (self.rank, *self.rank_pattern.values()) if not (isinstance(r, int) and r >= 1)]
+        if not 0 <= self.dropout < 1:
+            wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
+        if self.init not in ("kaiming", "gaussian"):
+            wrong.append(f"init {self.init!r} (kaiming or gaussian)")
+        if wrong:
+            raise LorafoldError(f"LoRA: {'; '.join(wrong)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
+
+    def at(self, path: str) -> Self:
+        rank = next((r for key, r in self.rank_pattern.items() if pattern_matches(key, path)), self.rank)
+        alpha = next((a for key, a in self.alpha_pattern.items() if pattern_matches(key, path)), self.alpha)
+        return replace(self, rank=rank, alpha=alpha)
+
+    def build(self, layer: Layer) -> LoRADelta:
+        out, inn = layer.shape
+        device = next(layer.module.parameters()).device
+        return LoRADelta(out, inn, self.rank, self.scale, self.dropout, self.init, device)

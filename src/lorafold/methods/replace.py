@@ -1,0 +1,46 @@
+"""Modules trained whole: a copy takes the module's place (PEFT's `modules_to_save`).
+
+    y = copy(x)                     the copy starts as the module; the module itself is never touched
+
+For a fresh head, or norms, beside a low-rank change elsewhere. As a delta it goes when the adapter goes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorafold.bases import layer_of
+from lorafold.core.attach import Adapted
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer
+from lorafold.errors import LorafoldError
+
+
+def leaves(module: nn.Module, path: str) -> list[str]:
+    """The paths at and under `path` of the modules that hold parameters themselves."""
+    return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
+
+
+class ReplaceDelta(Delta):
+    """fp32 copies of the module's parameters, computed in the module's own dtype."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__()
+        if isinstance(module, Adapted):
+            raise LorafoldError(f"{path} carries another adapter already; a module to save must be bare")
+        if others := [n for n in module._parameters if n not in ("weight", "bias")]:
+            raise LorafoldError(f"{path} can't be a module to save: it holds {', '.join(others)}; expected only weight and bias")
+        self.copy = copy.deepcopy(module)
+        self.dtype = next(module.parameters()).dtype
+        self.copy.float().requires_grad_(True)
+
+    def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
+        y = functional_call(self.copy, {n: p.to(self.dtype) for n, p in self.copy.named_parameters()}, args, kwargs)
+        return y if onto is None else y + onto
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return layer_of(self.copy).dense()

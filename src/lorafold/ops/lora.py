@@ -1,0 +1,53 @@
+"""A linear under a low-rank change with one rounding, forward and backward.
+
+    u  = (x * keep) A^T                     (T, r)
+    y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32 accumulator and rounds once
+    gx = addmm((g k B) A * keep, g, W)      the mirror image
+
+W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, keep (T, in) is 0 or 1 and k = 1 / (1 - p).
+Only x, u, the mask and the small factors are kept for the backward. The specification is `reference.low_rank_linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorafold.ops.dropout import keep_mask, keep_scale
+
+
+class _LowRankLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        keep = keep_mask(x, p) if p else None
+        scale = keep_scale(p) if p else 1.0
+        a, b = down.to(x.dtype), (up * scale).to(x.dtype)
+        u = (x if keep is None else x * keep) @ a.t()
+        ctx.save_for_backward(x, w, u, a, b, keep)
+        ctx.scale, ctx.dtype = scale, down.dtype
+        return (u @ b.t()).addmm_(x, w.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        x, w, u, a, b, keep = ctx.saved_tensors
+        need_x, _, need_down, need_up, _ = ctx.needs_input_grad
+        v = g @ b
+        gx = gdown = gup = None
+        if need_x:
+            gx = v @ a
+            gx = (gx if keep is None else gx.mul_(keep)).addmm_(g, w)
+        if need_down:
+            gdown = (v.t() @ (x if keep is None else x * keep)).to(ctx.dtype)
+        if need_up:
+            gup = (g.t() @ u).to(ctx.dtype).mul_(ctx.scale)
+        return gx, None, gdown, gup, None
+
+
+def low_rank_linear(x: Tensor, w: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+    """x (T, in), w (out, in) frozen, down (r, in), up (out, r), dropout p on the branch -> (T, out) in x's dtype."""
+    return _LowRankLinear.apply(x, w, down, up, p)
+

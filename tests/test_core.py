@@ -1,0 +1,158 @@
+"""The core without a transformer: attachment, selection, and what an attached model must go on being."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lorafold as lf
+from lorafold.core.attach import adapted_modules
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5, bias=False))
+
+
+def shake(adapter: lf.Adapter, seed: int = 1) -> lf.Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return adapter
+
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
+
+
+def test_the_module_stays_what_it_was() -> None:
+    model = net()
+    keys, text = set(model.state_dict()), type(model[0]).__name__
+    shake(lf.attach(model, lf.LoRA(rank=2)))
+    assert set(model.state_dict()) == keys
+    assert isinstance(model[0], nn.Linear)
+    assert type(model[0]).__name__ == text
+    assert not model[0].weight.requires_grad
+    result = model.load_state_dict(net().state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_twin_is_complete_and_independent(twin_of) -> None:
+    model = net()
+    shake(lf.attach(model, lf.LoRA(rank=2), name="a"))
+    shake(lf.attach(model, lf.LoRA(rank=3), name="b"), 2)
+    twin = twin_of(model.eval())
+    assert torch.equal(twin(X), model(X))
+    with lf.only(twin, "b"):
+        assert not torch.equal(twin(X), model(X))
+    assert torch.equal(twin(X), model(X))
+
+
+def test_torch_save_round_trip() -> None:
+    model = net().eval()
+    shake(lf.attach(model, lf.LoRA(rank=2)))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(X), model(X))
+
+
+def test_only_selects_and_the_bare_base_is_bit_for_bit() -> None:
+    model = net().eval()
+    bare = model(X)
+    shake(lf.attach(model, lf.LoRA(rank=2), name="a"))
+    a = model(X)
+    shake(lf.attach(model, lf.LoRA(rank=2), name="b"), 2)
+    both = model(X)
+    with lf.only(model):
+        assert torch.equal(model(X), bare)
+        with lf.only(model, "a"):
+            assert torch.equal(model(X), a)
+        assert torch.equal(model(X), bare)
+    assert torch.equal(model(X), both)
+    with pytest.raises(lf.LorafoldError, match="it carries: a, b"):
+        lf.only(model, "c")
+
+
+def test_a_second_adapter_leaves_the_first_trainable_and_detaching_all_thaws_the_base() -> None:
+    model = net()
+    a = lf.attach(model, lf.LoRA(rank=2), name="a")
+    b = lf.attach(model, lf.LoRA(rank=2), name="b")
+    assert all(p.requires_grad for p in a.parameters())
+    a.detach()
+    assert [name for _, m in adapted_modules(model) for name in m.deltas] == ["b", "b"]
+    b.detach()
+    assert type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
+    assert set(model[0].__dict__) == set(nn.Linear(2, 2).__dict__)
+
+
+def test_parts_adapted_on_their_own_come_under_one_selection() -> None:
+    inner = net()
+    outer = nn.Sequential(inner, nn.Linear(5, 3)).eval()
+    base = outer(X)
+    shake(lf.attach(inner, lf.LoRA(rank=2), name="a"))
+    shake(lf.attach(outer, lf.LoRA(rank=2), name="b"))
+    with lf.only(outer):
+        assert torch.equal(outer(X), base)
+    with lf.only(inner, "a"):
+        only_a = outer(X)
+    with lf.only(outer, "a"):
+        assert torch.equal(outer(X), only_a)
+
+
+def test_targets() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn_q": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})]), "head": nn.Linear(4, 9)})
+    assert lf.attach(model, lf.LoRA(), name="all").matches.paths == ("layers.0.attn_q", "layers.0.fc")
+    assert lf.attach(model, lf.LoRA(), "attention", "attn").matches.paths == ("layers.0.attn_q",)
+    assert lf.attach(model, lf.LoRA(), "mlp", "mlp").matches.paths == ("layers.0.fc",)
+    assert lf.attach(model, lf.LoRA(), ["fc", "head"], "names").matches.by_pattern == {"fc": ("layers.0.fc",), "head": ("head",)}
+    assert lf.attach(model, lf.LoRA(), r".*\.\d\.(fc|attn_q)", "regex").matches.paths == ("layers.0.attn_q", "layers.0.fc")
+    with pytest.raises(lf.LorafoldError, match=r"'fx' matches no module; near names: fc.*'haed' matches no module; near names: head"):
+        lf.attach(model, lf.LoRA(), ["fc", "fx", "haed"], "typo")
+    with pytest.raises(lf.LorafoldError, match="in use"):
+        lf.attach(model, lf.LoRA(), name="all")
+    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't be laid on it"):
+        lf.attach(model, lf.LoRA(), ["layers"], "list")
+    assert "typo" not in str([list(m.deltas) for _, m in adapted_modules(model)])
+
+
+def test_overrides_by_pattern_and_the_printed_counts() -> None:
+    model = net()
+    adapter = lf.attach(model, lf.LoRA(rank=4, alpha=8, rank_pattern={"2": 2}, alpha_pattern={"2": 6}), ["0", "2"])
+    assert [d.A.shape[0] for d in adapter.deltas.values()] == [4, 2]
+    assert [d.scale for d in adapter.deltas.values()] == [2.0, 3.0]
+    count = 4 * (6 + 8) + 2 * (8 + 5)
+    base = 6 * 8 + 8 + 8 * 5
+    assert f"{count} parameters, {count / base:.2%} of the model's {base}" in repr(adapter)
+    assert "  0: 1 modules\n  2: 1 modules\n" in repr(adapter)
+
+
+def test_tied_weights_are_never_folded_silently() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    before = model["embed"].weight.detach().clone()
+    adapter = shake(lf.attach(model, lf.LoRA(rank=2), ["embed"]))
+    y = model["embed"](torch.arange(9))
+    with pytest.raises(lf.NotMergeable, match=r"embed: its weight is tied to head"):
+        adapter.merge()
+    adapter.merge(untie_weights=True)
+    assert torch.allclose(model["embed"](torch.arange(9)), y, atol=1e-6)
+    assert torch.equal(model["head"].weight, before)
+
+
+def test_an_adapter_over_another_is_not_merged_first() -> None:
+    model = net().eval()
+    a, b = (shake(lf.attach(model, lf.LoRA(rank=2), name=n)) for n in "ab")
+    y = model(X)
+    with pytest.raises(lf.NotMergeable, match="adapter 'a' lies beneath"):
+        b.merge()
+    assert torch.equal(model(X), y)
+    a.merge()
+    b.merge()
+    assert torch.allclose(model(X), y, atol=1e-6)

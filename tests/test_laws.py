@@ -1,0 +1,140 @@
+"""The laws, for every method on every base: one table, so that a new method is one row.
+
+identity    a fresh delta changes nothing
+the law     folding then calling equals calling, or the method says NotMergeable
+gradients   every parameter of a moved delta receives one
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lorafold as lf
+from lorafold.bases import layer_of
+from lorafold.core.spec import Spec
+
+METHODS: dict[str, Spec] = {
+    "lora": lf.LoRA(rank=3, dropout=0.0),
+    "rslora": lf.LoRA(rank=3, dropout=0.0, rslora=True),
+    "lora-gaussian": lf.LoRA(rank=3, dropout=0.0, init="gaussian"),
+}
+
+BASES = {
+    "linear": (lambda: nn.Linear(16, 32), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "no-bias": (lambda: nn.Linear(16, 32, bias=False), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "conv1d": (lambda: Conv1D(32, 16), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "embedding": (lambda: nn.Embedding(16, 32), lambda g: torch.randint(0, 16, (3, 5), generator=g)),
+}
+
+# (method, base) for which the method is not defined; `attach` refuses them
+NOT_LAID: set[tuple[str, str]] = set()
+
+CASES = [pytest.param(m, b, id=f"{m}-{b}") for m in METHODS for b in BASES if (m, b) not in NOT_LAID]
+
+
+def adapted(method: str, base: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor, lf.Adapter]:
+    torch.manual_seed(0)
+    make, inputs = BASES[base]
+    root = nn.Sequential(make()).to(dtype)
+    x = inputs(torch.Generator().manual_seed(1))
+    x = x.to(dtype) if x.is_floating_point() else x
+    return root, x, lf.attach(root, METHODS[method], ["0"])
+
+
+def move(adapter: lf.Adapter, size: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_identity_at_start(method: str, base: str) -> None:
+    root, x, _ = adapted(method, base)
+    with lf.only(root):
+        bare = root(x)
+    assert torch.equal(root(x), bare)
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_folding_then_calling_equals_calling(method: str, base: str) -> None:
+    root, x, adapter = adapted(method, base)
+    with lf.only(root):
+        bare = root(x)
+    move(adapter)
+    y = root(x)
+    assert (y - bare).norm() > 1e-3 * bare.norm()
+    adapter.merge()
+    assert type(root[0]) is type(BASES[base][0]())
+    assert (root(x) - y).norm() <= 1e-6 * y.norm()
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_every_parameter_receives_a_gradient(method: str, base: str) -> None:
+    root, x, adapter = adapted(method, base)
+    move(adapter)
+    root(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_gradients_are_those_of_the_folded_weight(method: str, base: str) -> None:
+    """The fused path against autograd through fold: the same function in two ways."""
+    root, x, adapter = adapted(method, base, torch.float64)
+    adapter.deltas["0"].double()
+    move(adapter)
+    root(x).sin().sum().backward()
+    fused = [p.grad.clone() for p in adapter.parameters()]
+    for p in adapter.parameters():
+        p.grad = None
+    layer = layer_of(root[0])
+    w, b = adapter.deltas["0"].fold(*layer.dense())
+    y = layer.op(x, w)
+    (y if b is None else y + b).sin().sum().backward()
+    for ours, plain in zip(fused, (p.grad for p in adapter.parameters()), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_state_round_trip_and_deepcopy(method: str, base: str) -> None:
+    root, x, adapter = adapted(method, base)
+    move(adapter)
+    twin = copy.deepcopy(root)
+    other, _, fresh = adapted(method, base)
+    fresh.load_state_dict({k: v.clone() for k, v in adapter.state_dict().items()})
+    assert torch.equal(twin(x), root(x))
+    assert torch.equal(other(x), root(x))
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_compiles_in_one_graph(method: str, base: str) -> None:
+    torch._dynamo.reset()
+    root, x, adapter = adapted(method, base)
+    move(adapter)
+    compiled = torch.compile(root, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), root(x), rtol=1e-5, atol=1e-6)
+    with lf.only(root):
+        assert torch.allclose(compiled(x), root(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "base"), CASES)
+def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
+    """The change of the output along the exact change: an update far under half a unit of bf16 must not be lost in a matrix layer."""
+    if base == "embedding":
+        pytest.skip("an embedding's output has nothing beneath the rounding: rows are stored values")
+    torch.manual_seed(0)
+    root, x, adapter = adapted(method, base, torch.bfloat16)
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    move(adapter, 1e-2)
+    if not any((p.abs() < 0.5).all() for p in adapter.parameters()):
+        pytest.skip("no parameter of this method starts at zero")
+    exact = copy.deepcopy(root).double()
+    with torch.no_grad():
+        with lf.only(exact):
+            bare = exact(x.double())
+        change = exact(x.double()) - bare
+        realised = root(x).double() - bare
+    assert ((realised * change).sum() / change.square().sum()).item() == pytest.approx(1, abs=0.05)
