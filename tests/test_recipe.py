@@ -1,0 +1,138 @@
+"""The recipe: precedence, YAML and --set, and errors that name everything at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from lorafold.errors import LorafoldError
+from lorafold.train.recipe import Recipe, load_recipe
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refused(*args, **flags) -> str:
+    with pytest.raises(LorafoldError) as caught:
+        load_recipe(*args, **flags)
+    return str(caught.value)
+
+
+def test_file_then_set_then_flags_that_were_given(tmp_path):
+    path = written(tmp_path, "rank: 4\nlr: 1e-3\nbatch: 2\nseed: 7\n")
+    recipe = load_recipe(path, ["lr=3e-4", "batch=16"], batch=32, seed=None)
+    assert (recipe.rank, recipe.lr, recipe.batch, recipe.seed) == (4, 3e-4, 32, 7)
+    assert load_recipe() == Recipe()
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.e-4", "0.3e-3", "+3e-4", "0.0003", ".3e-3"])
+def test_numbers_as_people_write_them(text):
+    assert load_recipe(None, [f"lr={text}", f"options.x={text}"]) == Recipe(lr=3e-4, options={"x": 3e-4})
+
+
+def test_dotted_keys_reach_into_mappings_and_add_to_the_file(tmp_path):
+    path = written(tmp_path, "options: {init: kaiming}\nrank_pattern: {k_proj: 2}\n")
+    recipe = load_recipe(path, ["options.init=gaussian", "rank_pattern.layers.0.q_proj=8", "alpha_pattern.v_proj=1e1"])
+    assert recipe.options == {"init": "gaussian"}
+    assert recipe.rank_pattern == {"k_proj": 2, "layers.0.q_proj": 8}
+    assert recipe.alpha_pattern == {"v_proj": 10.0}
+
+
+def test_lists_are_yaml():
+    recipe = load_recipe(None, ["targets=[q_proj, v_proj]", "betas=[0.8, 0.95]", "trackers=[tensorboard]"])
+    assert recipe.targets == ("q_proj", "v_proj")
+    assert recipe.betas == (0.8, 0.95)
+    assert recipe.trackers == ("tensorboard",)
+    assert load_recipe(None, ["targets=all-linear"]).targets == "all-linear"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(rank=3, alpha=1 / 3, targets=("a", "b"), options={"init": "gaussian", "n": 1e-7}, rank_pattern={"x.y": 2}, lr=3e-4, steps=5),
+    ],
+)
+def test_yaml_round_trips(tmp_path, recipe):
+    assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_every_bad_field_at_once_with_its_source(tmp_path):
+    path = written(tmp_path, "rank: 0\nlrr: 1\nrank_pattern: {q_proj: x}\n")
+    message = refused(path, ["dropout=1.5", "packing=perhaps"], batch=-1)
+    assert "\n" not in message
+    for part in [
+        f"rank: found 0 (from {path}), expected greater than or equal to 1",
+        f"lrr (from {path}) is no field of a recipe: did you mean lr",
+        f"rank_pattern.q_proj: found 'x' (from {path})",
+        "dropout: found 1.5 (from --set), expected less than 1",
+        "packing: found 'perhaps' (from --set)",
+        "batch: found -1 (from --batch)",
+    ]:
+        assert part in message
+
+
+def test_choices_say_what_is_accepted():
+    assert "base: found 'nf4' (from --base), expected 'auto', 'bf16' or 'fp32'" in refused(base="nf4")
+    assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
+
+
+def test_unknown_without_a_near_name_lists_the_known():
+    assert "known are method, rank" in refused(None, ["zzzzzz=1"])
+
+
+def test_truth_is_no_number():
+    assert "rank: found True (from --set)" in refused(None, ["rank=true"])
+    assert load_recipe(None, ["packing=false"]).packing is False
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "0", "-1e-4"])
+def test_learning_rates_are_finite_and_positive(value):
+    assert "lr: found" in refused(None, [f"lr={value}"])
+
+
+def test_micro_batches_divide_the_batch():
+    assert "accumulate: found 3, expected a divisor of batch, which is 8" in refused(accumulate=3)
+    assert Recipe(batch=8, accumulate=4).accumulate == 4
+
+
+@pytest.mark.parametrize(
+    ("pair", "part"),
+    [("rank", "expected key=value"), ("=3", "expected key=value"), ("lr.x=1", "lr has nothing inside"), ("rank=[1", "not YAML")],
+)
+def test_bad_pairs(pair, part):
+    message = refused(None, [pair])
+    assert f"--set {pair}: " in message
+    assert part in message
+
+
+def test_bad_files(tmp_path):
+    assert "No such file" in refused(tmp_path / "none.yaml")
+    assert "found list" in refused(written(tmp_path, "- rank\n"))
+    assert "not YAML at line 3, column" in refused(written(tmp_path, "rank: 4\nlr: [1\nx: }\n"))
+    assert load_recipe(written(tmp_path, "# nothing yet\n")) == Recipe()
+
+
+def test_frozen_and_described():
+    with pytest.raises(ValidationError):
+        Recipe().rank = 3
+    assert all(field.description for field in Recipe.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "total", "interval"),
+    [(Recipe(), 100, 13, 2), (Recipe(epochs=0.01), 100, 1, 1), (Recipe(steps=40), 3, 40, 4), (Recipe(steps=40, save_every=7), 3, 40, 7)],
+)
+def test_length_of_a_run(recipe, rows, total, interval):
+    assert recipe.total_steps(rows) == total
+    assert recipe.checkpoint_interval(total) == interval
+
+
+def test_the_module_imports_no_torch():
+    code = "import sys, lorafold.train.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
