@@ -1,0 +1,251 @@
+"""Next-token loss at labelled positions only, summed, in chunks whose gradients are computed as they go.
+
+    loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled positions, f the model's head, y (n,)
+
+f is the model's own business: Gemma caps its logits, Cohere and Granite scale them, a head may be tied, biased, quantized or adapted. So
+the model runs as it is. What its decoder returns is caught on the way to the head, which sees a single row; then the model is its own head,
+with the decoder's work replaced by given hidden states, CHUNK rows at a time. Each chunk is differentiated on the spot, so logits never
+exist for more than CHUNK rows, and the backward is one multiplication. A frozen linear head that agrees with the model on that single row
+takes a shorter way without a graph. Use it wherever a causal language model is trained or its loss measured.
+
+1024 rows of SmolLM2-135M's head (V 49,152), bf16, 2 CPU cores: 0.42 s against 0.61 to 0.94 s for whole logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorafold.errors import LorafoldError
+
+CHUNK = 256
+NO_LOSS = -100  # torch's ignore_index
+
+
+def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The loss in nats summed over the labelled positions, and their number n. Differentiable once; n = 0 gives 0 with gradients of 0.
+
+    labels (B, T): the target of each position (already shifted), -100 for none. inputs: keyword arguments of the model, input_ids (B, T)
+    among them. model: anything shaped like a transformers causal language model. Where config.output_router_logits is set, the model's
+    load-balancing loss, times its coefficient and n, is part of the sum. LorafoldError where the model offers no decoder or no such loss.
+    To train under DDP or FSDP, wrap a module whose forward calls this function.
+    """
+    decoder = _decoder(model)
+    with _caught(decoder) as caught:
+        output = model(**inputs, use_cache=False)
+    labels = labels.to(caught[0].device)
+    labelled = labels != NO_LOSS
+    h, targets = caught[0][:, -labels.shape[1] :][labelled], labels[labelled]
+    linear = _linear_form(model, output.logits, caught[0].detach()[:1, -1:])
+    if linear is not None:
+        loss = _LinearHead.apply(h, targets, *linear)
+    else:
+        with _short_circuit(model, decoder) as head:
+            loss = _ModelHead.apply(h, targets, head, *_leaves(output.logits))
+    return loss + len(targets) * _router_loss(model, output), len(targets)
+
+
+def _decoder(model: Any) -> Any:
+    """The module between the token ids and the head."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        decoder, embedding = model.get_decoder(), model.get_input_embeddings()
+        if decoder is not model:
+            return decoder
+        for child in model.children():
+            if child is not head and any(m is embedding for m in child.modules()):
+                return child
+    raise LorafoldError(f"{type(model).__name__}: found no decoder with a head over it, expected a causal language model")
+
+
+@contextmanager
+def _caught(decoder: Any) -> Iterator[list[Tensor]]:
+    """A list that receives the decoder's hidden states (B, T, d), while the model goes on with the last row of them."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> Any:
+        caught.append(output.last_hidden_state)
+        output.last_hidden_state = output.last_hidden_state.detach()[:1, -1:]
+        return output
+
+    handle = decoder.register_forward_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+class _Given:
+    """A decoder's output that holds hidden states and answers None to everything else."""
+
+    def __init__(self, h: Tensor) -> None:
+        self.last_hidden_state = h
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _short_circuit(model: Any, decoder: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
+    given: list[Tensor] = []
+
+    def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _Given:
+        h = given.pop()
+        # a model that puts soft prompts before its input may cut as many rows from its output
+        prompts = 0 if inputs_embeds is None else inputs_embeds.shape[1] - len(h)
+        return _Given(F.pad(h, (0, 0, prompts, 0))[None])
+
+    def head(h: Tensor) -> Tensor:
+        given.append(h)
+        return model(inputs_embeds=h[None], use_cache=False).logits[0, -len(h) :]
+
+    replaced = decoder.__dict__.get("forward")  # accelerate's hooks live there
+    decoder.forward = forward
+    try:
+        yield head
+    finally:
+        del decoder.forward
+        if replaced is not None:
+            decoder.forward = replaced
+
+
+def _leaves(y: Tensor) -> list[Tensor]:
+    """The tensors behind y that collect gradients: whatever of the head is trained, wherever it is kept."""
+    found, seen, ahead = [], set(), [y.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        ahead.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _wide(h: Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32)
+
+
+def _scaled(kept: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """kept * g, multiplied in g's precision: in bf16 the step's 1 / n would be off by up to 0.4% for every gradient alike."""
+    return (kept.to(g.dtype) * g).to(dtype)
+
+
+class _ModelHead(Function):
+    """Any head f, with gradients for h (n, d) and for the leaves that f reads."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *leaves: Tensor) -> Tensor:
+        into_h = ctx.needs_input_grad[0]
+        total = h.new_zeros((), dtype=_wide(h))
+        grads = [torch.zeros_like(t, dtype=_wide(t)) for t in ((h, *leaves) if into_h else leaves)]
+        for at in range(0, len(h), CHUNK):
+            rows = slice(at, at + CHUNK)
+            with torch.set_grad_enabled(bool(grads)):
+                x = h[rows].detach().requires_grad_(into_h)
+                loss = F.cross_entropy(head(x).to(total.dtype), targets[rows], reduction="sum")
+            total += loss.detach()
+            if grads:
+                chunk = torch.autograd.grad(loss, (x, *leaves) if into_h else leaves, allow_unused=True)
+                for grad, g in zip([grads[0][rows], *grads[1:]] if into_h else grads, chunk, strict=True):
+                    if g is not None:
+                        grad += g
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [t.dtype for t in (h, *leaves)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        grads = list(ctx.saved_tensors)
+        gh = _scaled(grads.pop(0), g, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        return gh, None, None, *(_scaled(p, g, dtype) for p, dtype in zip(grads, ctx.dtypes[1:], strict=True))
+
+
+class _Linear(NamedTuple):
+    """f(h) = cap * tanh(scale * (W h + b) / cap), W (V, d) and b (V,) frozen."""
+
+    w: Tensor
+    b: Tensor | None
+    scale: float
+    cap: float | None
+
+    def logits(self, h: Tensor) -> Tensor:
+        z = F.linear(h, self.w, self.b)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
+
+
+def _linear_form(model: Any, logits: Tensor, h: Tensor) -> _Linear | None:
+    """The head in linear form if it is frozen and has one: if that form's logits for h (1, 1, d) are those that the model computed."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if logits.requires_grad or type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+        return None
+    if (layer.weight.dtype, layer.weight.device, layer.in_features) != (h.dtype, h.device, h.shape[-1]):
+        return None
+    scale = getattr(model, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+    linear = _Linear(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    with torch.no_grad():
+        expected, found = logits.to(_wide(h)), linear.logits(h).to(_wide(h))
+        close = expected.shape == found.shape and bool((found - expected).norm() <= 4 * torch.finfo(h.dtype).eps * expected.norm())
+    return linear if close else None
+
+
+class _LinearHead(Function):
+    """A frozen linear head, without an autograd graph: probabilities and their gradient share one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, targets: Tensor, w: Tensor, b: Tensor | None, scale: float, cap: float | None) -> Tensor:
+        linear = _Linear(w, b, scale, cap)
+        total = h.new_zeros((), dtype=_wide(h))
+        gh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(h), CHUNK):
+            y = targets[at : at + CHUNK, None]
+            z = linear.logits(h[at : at + CHUNK])
+            top, where = z.max(-1, keepdim=True)
+            p = torch.softmax(z, -1, dtype=total.dtype)
+            # log sum exp(z) = top - log p[top], without a second pass over z in fp32
+            total += (top.to(total.dtype) - p.gather(1, where).log() - z.gather(1, y).to(total.dtype)).sum()
+            if gh is None:
+                continue
+            p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+            if cap is not None:
+                p.mul_(1 - (z.to(p.dtype) / cap).square_())
+            if scale != 1.0:
+                p.mul_(scale)
+            gh[at : at + CHUNK] = z.copy_(p) @ w
+        ctx.save_for_backward(gh)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (gh,) = ctx.saved_tensors
+        return _scaled(gh, g, gh.dtype), None, None, None, None, None
+
+
+def _router_loss(model: Any, output: Any) -> Tensor | float:
+    """The load-balancing loss of a mixture of experts as the model itself would add it; 0 where it adds none."""
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    aux, coefficient = getattr(output, "aux_loss", None), getattr(config, "router_aux_loss_coef", None)
+    if aux is None or coefficient is None:
+        raise LorafoldError(
+            f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux}, router_aux_loss_coef {coefficient}; "
+            "expected both. Set output_router_logits to false to train without the router's loss"
+        )
+    return coefficient * aux

@@ -1,0 +1,289 @@
+"""Packed documents: the attention op against its specification, and whole models against each document alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.inkling import modeling_inkling
+
+from lorafold.ops import attention, reference
+from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.head import labelled_loss
+from lorafold.train.packing import NAME, attend, collate, isolates, packed
+
+VOCAB = 97
+COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (tf.LlamaConfig, GROUPED),
+    "qwen2": (tf.Qwen2Config, GROUPED),
+    "gemma2": (tf.Gemma2Config, GROUPED | {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "gemma3": (tf.Gemma3TextConfig, GROUPED | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB} | NO_DROPOUT),
+    "mistral": (tf.MistralConfig, GROUPED | {"sliding_window": 5}),
+    "qwen3-moe": (
+        tf.Qwen3MoeConfig,
+        GROUPED | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    ),
+}
+LENGTHS = [9, 14, 14, 5]
+
+
+@dataclass(frozen=True)
+class Row:
+    ids: list[int]
+    labels: list[int]
+
+
+def build(name: str, **changes: Any) -> tf.PreTrainedModel:
+    """A tiny model whose weights are large enough that attention matters: at transformers' 0.02 a leak would drown in rounding."""
+    kind, fields = CONFIGS[name]
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(kind(**fields | {"initializer_range": 0.2} | changes))
+    model.config.pad_token_id = 0
+    return model.train()
+
+
+def rows(lengths: list[int] = LENGTHS) -> list[Row]:
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(1, VOCAB, (n,), generator=draw).tolist() for n in lengths]
+    return [Row(i, [-100] * (len(i) // 3) + i[len(i) // 3 :]) for i in ids]
+
+
+def loss_and_gradients(model: tf.PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        inputs = dict(batch)
+        loss, _ = labelled_loss(model, inputs.pop("labels"), inputs)
+        loss.backward()
+        total = total + loss.detach()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: Tensor, expected: Tensor, scale: float | None = None) -> None:
+    """1e-5 of the norm: a few hundred fp32 units, what sums in another order cost in these depths."""
+    assert (found - expected).norm() <= 1e-5 * (expected.norm() if scale is None else scale)
+
+
+# --- the op ---------------------------------------------------------------------------------------------------------------------------
+
+
+def heads(tokens: int, widths: tuple[int, int], queries: int, keys: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    shapes = [(queries, widths[0]), (keys, widths[0]), (keys, widths[1])]
+    return [torch.randn(tokens, *s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_equals_its_specification_in_fp64(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TILE", 4)  # the documents below then take one, two and several tiles
+    lens = (5, 5, 1, 9)
+    qkv = heads(20, (3, 5), queries=4, keys=2)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return document_attention(q, k, v, Documents(lens, window), 0.5, softcap)
+
+    assert torch.autograd.gradcheck(ours, qkv)
+    expected = reference.document_attention(*qkv, lens, window, 0.5, softcap)
+    torch.testing.assert_close(ours(*qkv), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lens", "window", "softcap"),
+    [((214, 180, 118), None, None), ((128,) * 4, None, None), ((1024,), None, None), ((700,), 300, None), ((90, 400), None, 30.0)],
+)
+def test_attention_in_bf16_errs_no_more_than_its_specification(lens: tuple[int, ...], window: int | None, softcap: float | None) -> None:
+    qkv = heads(sum(lens), (32, 32), queries=6, keys=2)
+    g = torch.randn(sum(lens), 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64).bfloat16()
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().bfloat16().to(dtype).requires_grad_() for t in qkv]
+        out = function(*leaves)
+        return [t.double() for t in (out, *torch.autograd.grad(out, leaves, g.to(dtype)))]
+
+    def spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.document_attention(q, k, v, lens, window, 32**-0.5, softcap)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return document_attention(q, k, v, Documents(lens, window), 32**-0.5, softcap)
+
+    truth = run(spec, torch.float64)
+    for found, peer, true in zip(run(ours, torch.bfloat16), run(spec, torch.bfloat16), truth, strict=True):
+        assert (found - true).norm() <= 1.5 * (peer - true).norm()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_dense_mask_shows_the_documents(window: int | None) -> None:
+    seen = Documents((3, 5, 8), window).dense(2, torch.device("cpu"))
+    document = [[0] * 3 + [1] * 5, [2] * 8]
+    for b in range(2):
+        for i in range(8):
+            for j in range(8):
+                expected = document[b][i] == document[b][j] and j <= i and (window is None or i - j < window)
+                assert seen[b, 0, i, j].item() == expected
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_collate_shifts_inside_each_document() -> None:
+    examples = [Row([5, 6, 7], [-100, 6, 7]), Row([8, 9], [8, 9])]
+    batch = collate(examples, packed=True, pad_id=0)
+    assert {k: v.tolist() for k, v in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9]],
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "labels": [[6, 7, -100, 9, -100]],
+    }
+    batch = collate(examples, packed=False, pad_id=0)
+    assert {k: v.tolist() for k, v in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[6, 7, -100], [9, -100, -100]],
+    }
+
+
+# --- models ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> None:
+    model, examples = build(name), rows()
+    model.set_attn_implementation("eager")  # softcaps need it, and it is the longest way round
+    expected, gradients = loss_and_gradients(model, [collate([e], packed=False, pad_id=0) for e in examples])
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor([e.ids])).logits[0] for e in examples])
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    batch = collate(examples, packed=True, pad_id=0)
+    with packed(model) as apart:
+        assert apart
+        assert model.config._attn_implementation == NAME
+        assert model.training
+        found, packed_gradients = loss_and_gradients(model, [batch])
+        with torch.no_grad():
+            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0], alone)
+    assert model.config._attn_implementation == "eager"
+    assert_close(found, expected)
+    assert packed_gradients.keys() == gradients.keys()
+    whole = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
+    for parameter, gradient in gradients.items():
+        assert_close(packed_gradients[parameter], gradient, whole)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral"])
+def test_padding_and_rows_of_a_batch_take_the_same_values(name: str) -> None:
+    """Two rows of documents, and a padded batch, under the packed attention."""
+    model, examples = build(name).eval(), rows([8, 8, 11, 5])
+    alone = [model(input_ids=torch.tensor([e.ids])).logits[0] for e in examples]
+    ids = torch.tensor([examples[0].ids + examples[1].ids, examples[2].ids + examples[3].ids])
+    positions = torch.tensor([[*range(8), *range(8)], [*range(11), *range(5)]])
+    padded = collate(examples, packed=False, pad_id=0)
+    del padded["labels"]
+    with packed(model) as apart, torch.no_grad():
+        assert apart
+        two = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        right = model(**padded, use_cache=False).logits
+    assert_close(two.flatten(0, 1), torch.cat(alone))
+    for row, expected in zip(right, alone, strict=True):
+        assert_close(row[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen3-moe"])
+def test_generate_goes_on_working(name: str) -> None:
+    model = build(name).eval()
+    prompt = torch.tensor([rows([11])[0].ids, rows([11, 11])[1].ids])
+    mask = torch.ones_like(prompt)
+    mask[1, :4] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt, **settings)
+    with packed(model):
+        found = model.generate(prompt, **settings)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mask", ["documents", "boolean", "added"])
+@pytest.mark.parametrize("extra", ["sinks", "position_bias"])
+def test_sinks_and_biases_take_the_general_path(extra: str, mask: str) -> None:
+    """Against the eager attention of models that have them: GPT-OSS passes its sinks as s_aux, Inkling a position_bias."""
+    draw = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, h, 12, 8, generator=draw) for h in (4, 2, 2))
+    docs = Documents((5, 7, 12), window=4)
+    seen = docs.dense(2, torch.device("cpu"))
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    if extra == "sinks":
+        module.sinks = torch.randn(4, generator=draw)
+        given, peer, also = {"s_aux": module.sinks}, modeling_gpt_oss, {}
+    else:
+        given = also = {"position_bias": torch.randn(1, 4, 12, 12, generator=draw)}
+        peer = modeling_inkling
+    expected, _ = peer.eager_attention_forward(module, q, k, v, added, scaling=0.3, **also)
+    found, _ = attend(module, q, k, v, {"documents": docs, "boolean": seen, "added": added}[mask], scaling=0.3, **given)
+    assert_close(found, expected)
+
+
+def test_attention_dropout_takes_the_general_path() -> None:
+    model = build("gpt2", attn_pdrop=0.5)
+    batch = collate(rows(), packed=True, pad_id=0)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    with packed(model) as apart:
+        assert apart
+        first, second = model(**inputs).logits, model(**inputs).logits
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=VOCAB, init_std=0.2,
+                     word_embed_proj_dim=32, max_position_embeddings=64),
+        tf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+                        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+        tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=VOCAB, initializer_range=0.2),
+    ],
+    ids=["opt", "gpt-oss", "mamba"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config).train()
+    before = model.config._attn_implementation
+    with packed(model) as apart:
+        assert not apart
+        assert model.config._attn_implementation == before
+    examples = rows()
+    alone, _ = loss_and_gradients(model.eval(), [collate([e], packed=False, pad_id=0) for e in examples])
+    padded, _ = loss_and_gradients(model.eval(), [collate(examples, packed=False, pad_id=0)])
+    assert_close(padded, alone)
+
+
+def test_the_question_leaves_no_trace() -> None:
+    model = build("llama")
+    frozen = model.model.layers[0].eval()
+    state = torch.get_rng_state()
+    assert isolates(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not frozen.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_is_restored_after_an_error() -> None:
+    model = build("llama")
+    with pytest.raises(KeyboardInterrupt), packed(model):
+        raise KeyboardInterrupt
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_a_language_head_is_not_packed() -> None:
+    config = tf.LlamaConfig(**GROUPED, num_labels=3, pad_token_id=0)
+    assert not isolates(tf.LlamaForSequenceClassification(config))
