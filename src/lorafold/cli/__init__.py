@@ -1,0 +1,90 @@
+"""The `lorafold` command: a table of commands, each in its own module, imported when it is called.
+
+What the user can put right is one line on stderr and exit code 2; Ctrl-C is 130; anything else is a defect and shows its traceback.
+"""
+
+import importlib
+import importlib.metadata
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from lorafold.errors import LorafoldError
+
+COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
+    "quickstart": "The whole story on the embedded model: train, compare before and after, merge.",
+    "train": "Train one adapter on your data.",
+    "eval": "Loss, perplexity and exact match of a model or adapter, with confidence intervals.",
+    "generate": "One answer to one prompt.",
+    "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
+}
+
+
+
+
+class Commands(TyperGroup):
+    """Lists the table in --help, and imports a command's module only when that command is called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands.update({name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, _load(str(name)), rest
+
+
+def _load(name: str) -> Any:
+    module = importlib.import_module(f"lorafold.cli.{name}")
+    one = typer.Typer(add_completion=False, rich_markup_mode=None)
+    one.command(name, epilog=getattr(module, "EPILOG", None))(module.command)
+    return typer.main.get_command(one)
+
+
+app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Low-rank adapters of transformer models: train, measure, fold.
+
+    `lorafold COMMAND --help` tells more about a command.
+    """
+    if version:
+        typer.echo(f"lorafold {importlib.metadata.version('lorafold')}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+    else:
+        return
+    raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line and leave the process with its exit code."""
+    notices = logging.StreamHandler()
+    logging.getLogger("lorafold").addHandler(notices)
+    logging.getLogger("lorafold").setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except LorafoldError as error:
+        code = _fail(str(error))
+    except typer.TyperException as error:
+        code = _fail(f"{error.format_message().removesuffix('.')}; see {_help_of(error)}")
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    typer.echo("error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
+    return 2
+
+
+def _help_of(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)  # a usage error knows its command
+    return f"{context.command_path if context else 'lorafold'} --help"

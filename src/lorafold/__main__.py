@@ -1,0 +1,5 @@
+"""`python -m lorafold`: the command."""
+
+from lorafold.cli import main
+
+main()

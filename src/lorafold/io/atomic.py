@@ -1,0 +1,189 @@
+"""Directories that appear whole or not at all.
+
+    with atomic_directory("out", overwrite=False) as tmp:
+        save_file(tensors, tmp / "model.safetensors")
+
+What is written goes to a temporary sibling on the same file system. On success it gets a manifest (sha256 and size of every file),
+everything is flushed to the disk, and one rename puts it in place; on any failure it is removed. A killed process leaves its
+temporary sibling, which the next attempt at the same target removes. Use it for everything that lorafold writes for good.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors import SafetensorError
+
+from lorafold.errors import LorafoldError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory that becomes `path` when the block ends without an error.
+
+    `overwrite` replaces a directory that lorafold wrote before; the old one stays until the new one is complete.
+    Raises LorafoldError as `check_out` does, and where the files can't be written (a full disk, no permission).
+    """
+    check_out(path, overwrite)
+    target = Path(path).resolve()
+    with _writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tmp = _sibling(target, "partial")
+        tmp.mkdir()
+        try:
+            yield tmp
+            _seal(tmp)
+            _place(tmp, target, overwrite)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+
+
+def check_out(path: str | Path, overwrite: bool = False) -> None:
+    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it: call it before any work is done.
+
+    Removes what killed runs left beside it. A directory with files in it but without a manifest is not ours to delete, whatever
+    `overwrite` says.
+    """
+    target = Path(path)
+    with _writing(path):
+        _clear_leftovers(target.resolve())
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
+    if not target.is_dir():
+        raise LorafoldError(f"{path} is not a directory; remove it yourself")
+    if not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise LorafoldError(f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it yourself")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON. The file is replaced in one step. Raises LorafoldError where it can't be written."""
+    target = Path(path).resolve()
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with _writing(path):
+        tmp = _sibling(target, "partial")
+        try:
+            tmp.write_text(text, encoding="utf-8")
+            _sync(tmp)
+            tmp.replace(target)
+            _sync(target.parent)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
+def verify(path: str | Path) -> list[str]:
+    """What differs from the manifest, a line per file: missing, of another size, of other content. Files that were added don't count."""
+    root = Path(path)
+    try:
+        files = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST}: not readable as a manifest"]
+    problems = []
+    for name, (size, digest) in expected.items():
+        file = root / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
+        elif sha256(file) != digest:
+            problems.append(f"{name}: content differs from the manifest")
+    return problems
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of the file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """The file system's and safetensors' errors as one line."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise LorafoldError(f"{path} was not written: {error.strerror or error}{place}") from error
+    except SafetensorError as error:
+        raise LorafoldError(f"{path} was not written: {error}") from error
+
+
+def _seal(root: Path) -> None:
+    """Write the manifest and flush every file and directory under `root`."""
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    entries = {p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size} for p in files}
+    write_json(root / MANIFEST, {"files": entries})
+    for path in [*files, *(p for p in root.rglob("*") if p.is_dir()), root]:
+        _sync(path)
+
+
+def _place(tmp: Path, target: Path, overwrite: bool) -> None:
+    """Rename `tmp` to `target`. At every moment `target` is the old directory, absent, or the new one."""
+    check_out(target, overwrite)
+    if not target.exists():
+        tmp.rename(target)
+        _sync(target.parent)
+        return
+    old = _sibling(target, "old")
+    target.rename(old)
+    try:
+        tmp.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    """A hidden name beside `target` that tells whose it is."""
+    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what dead processes of this machine left beside `target`; the old directory of one killed between two renames returns."""
+    beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
+    for path in (p for p in beside if _is_leftover(p.name, target.name)):
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_leftover(name: str, target: str) -> bool:
+    prefix = f".{target}.{_host()}-"
+    if not name.startswith(prefix) or not name.endswith((".partial", ".old")):
+        return False
+    pid = name.removeprefix(prefix).partition("-")[0]
+    return pid.isdigit() and not psutil.pid_exists(int(pid))
+
+
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

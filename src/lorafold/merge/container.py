@@ -1,0 +1,107 @@
+"""Safetensors files, read and written a tensor at a time.
+
+    8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, end to end
+
+`safetensors.torch.save_file` wants every tensor of a file at once; a fold holds one. Tensors are read through safetensors and stay
+backed by the file: they take no memory of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorafold.errors import LorafoldError
+
+BLOCK = 1 << 23  # bytes copied at a time
+ALIGNMENT = 8  # of the first tensor, so that readers can map it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its name and dtype in the file's words, shape, and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """One file: its tensors by name in the order of their bytes, and the free text beside them."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_container(path: Path) -> Container:
+    """The header of a file. LorafoldError if it is no whole safetensors file."""
+    try:
+        with safe_open(path, framework="pt"):  # checks the header and the length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError) as e:
+        raise LorafoldError(f"{path} can't be read as safetensors: {e}") from None
+    metadata = header.pop("__metadata__", {})
+    entries = []
+    for name, described in header.items():
+        start, end = described["data_offsets"]
+        entries.append(Entry(name, described["dtype"], tuple(described["shape"]), path, 8 + length + start, end - start))
+    return Container({e.name: e for e in sorted(entries, key=lambda e: e.offset)}, metadata)
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors backed by the file. They must not be written to."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def write_container(
+    path: Path, layout: Sequence[tuple[str, Entry]], metadata: dict[str, str], changed: Callable[[str], Tensor | None],
+    written: Callable[[str, int], None],
+) -> None:  # fmt: skip
+    """Write a file of tensors that are each like an entry of another file: (name, entry).
+
+    `changed(name)` gives the new values, of the entry's dtype and shape, or None for the entry's own bytes; `written(name, size)` is
+    told of each tensor done.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, entry in layout:
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.size]}
+        at += entry.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in layout:
+            values = changed(name)
+            if values is None:
+                _copy_bytes(entry, out)
+            else:
+                out.write(values.contiguous().view(torch.uint8).numpy().data)
+            written(name, entry.size)
+
+
+def _copy_bytes(entry: Entry, out: BinaryIO) -> None:
+    left = entry.size
+    with entry.file.open("rb") as source:
+        source.seek(entry.offset)
+        while left:
+            block = source.read(min(left, BLOCK))
+            if not block:
+                raise LorafoldError(f"{entry.file} ends inside {entry.name}")
+            out.write(block)
+            left -= len(block)

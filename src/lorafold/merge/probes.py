@@ -1,0 +1,36 @@
+"""Short texts of many kinds on which a merged model is compared with the adapted one when the user gives none."""
+
+PROBES = (
+    "The harbour was quiet at dawn. Two boats lay on the mud, waiting for the tide, and a dog watched them from the wall as if it had "
+    "been told to count everything that moved before breakfast.",
+    "How do I get a coffee stain out of a linen shirt? I have vinegar, salt and baking soda in the house, and the shop is closed today.",
+    'def moving_average(values, width):\n    """Mean of each run of `width` neighbours."""\n    total = sum(values[:width])\n    result = [total / width]\n'
+    "    for i in range(width, len(values)):\n        total += values[i] - values[i - width]\n        result.append(total / width)\n    return result\n",
+    '{"order": 4711, "customer": {"name": "Ines Duarte", "city": "Porto"}, "items": [{"sku": "B-20", "count": 3, "price": 4.95}], "paid": true}',
+    "Shopping list:\n- six eggs\n- a bunch of parsley\n- 500 g flour\n- olive oil\n- two lemons\n- something sweet for the children\n",
+    "Water expands when it freezes, which is why ice floats and why a full bottle left in the freezer bursts. Most other liquids shrink.",
+    "Dear Mr Okafor,\n\nThank you for your letter of 3 March. We are sorry that the chair arrived damaged and will send a new one this week.\n\nKind regards,\nThe service team",
+    "Q: What is the difference between a lake and a pond?\nA: Mostly size and depth: in a pond, light usually reaches the bottom, so plants can grow all over it.",
+    "SELECT city, COUNT(*) AS visits, AVG(duration) AS mean_minutes\nFROM sessions\nWHERE started >= '2024-01-01'\nGROUP BY city\nHAVING COUNT(*) > 100\nORDER BY visits DESC;",
+    "If a train leaves at 9:40 and the journey takes two hours and thirty-five minutes, it arrives at 12:15. If it is ten minutes late, at 12:25.",
+    "The minister said on Tuesday that the bridge would reopen before the summer. Engineers had found cracks in two of its piers in January.",
+    "<html>\n  <body>\n    <h1>Opening hours</h1>\n    <p>Monday to Friday, 8 am to 6 pm</p>\n    <a href=\"/contact\">Write to us</a>\n  </body>\n</html>",
+    "Translate to French: 'Where is the nearest pharmacy?'\nOù est la pharmacie la plus proche ?\nTranslate to German: 'The bill, please.'\nDie Rechnung, bitte.",
+    "A good knife needs little: keep it dry, keep it sharp, and never put it in the dishwasher. Hone it often and grind it rarely.",
+    "import re\n\nPHONE = re.compile(r\"\\+?\\d[\\d ]{6,14}\\d\")\n\nfor line in open('contacts.txt'):\n    if match := PHONE.search(line):\n        print(match.group())\n",
+    "name,age,city\nAlma,34,Bergen\nKofi,27,Accra\nYuki,41,Sendai\nTom,19,Leeds\n",
+    "She put the letter back into its envelope. 'You knew,' she said. 'You have known since Easter, and you let me go on planning the garden.'",
+    "Step 1: Switch off the power at the fuse box.\nStep 2: Take off the cover of the old switch.\nStep 3: Note which wire goes where.\nStep 4: Fit the new one.",
+    "Photosynthesis turns carbon dioxide and water into sugar and oxygen; the energy comes from light. In the dark the same plant breathes as we do.",
+    "Let f(x) = x^2 - 4x + 3. Its zeros are x = 1 and x = 3, its minimum lies halfway between them, at x = 2, where f(2) = -1.",
+    "user: Can you recommend a book for a ten-year-old who likes dinosaurs?\nassistant: Gladly. Does she prefer stories, or facts with many pictures?\nuser: Facts!",
+    "The recipe serves four. Fry the onions gently for fifteen minutes, add the rice, stir until it is glassy, and pour in the wine.",
+    "$ git status\nOn branch main\nYour branch is up to date with 'origin/main'.\n\nChanges not staged for commit:\n  modified:   src/parser.c\n",
+    "Rain in the north, dry in the south with sunny spells by the afternoon; highs of 14 to 19 degrees, and a fresh wind from the west.",
+    "The contract may be ended by either side with three months' notice in writing. Sums already paid for the time after that are returned.",
+    "In 1869 Mendeleev ordered the known elements by weight and left gaps for those that he thought were missing. Three were found within twenty years.",
+    "fn main() {\n    let words = vec![\"stone\", \"paper\", \"scissors\"];\n    for (i, word) in words.iter().enumerate() {\n        println!(\"{}: {}\", i + 1, word);\n    }\n}\n",
+    "I slept badly, the bus was late, and the printer was out of paper; and yet, when I think of it now, it was one of the happier days of that year.",
+    "Pros: light, cheap, long battery life. Cons: dim screen, only one port, and the speakers sound like a tin can. Verdict: buy it for the train.",
+    "¿Qué hora es? Son las cinco y media. ¿A qué hora sale el último autobús para el centro? A las once menos cuarto, si no hay niebla.",
+)

@@ -1,0 +1,98 @@
+"""The whole story on the embedded model: a task it can't do, an adapter that learns it, a plain model that does it.
+
+    before -> train -> after -> merge           no network, no GPU; everything lands in one directory
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lorafold.adapter import load
+from lorafold.evaluate import Evaluation, evaluate
+from lorafold.io.atomic import check_out
+from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
+from lorafold.merge.fold import merge
+from lorafold.quickstart_task import rows
+from lorafold.train.recipe import Recipe
+from lorafold.train.run import Request, train
+
+MODEL = "smollm2"
+UNSEEN = 200
+RECIPE = Recipe(steps=80, batch=8, schedule="cosine", max_length=256)
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the quickstart found. Exact matches are shares of unseen examples; seconds are seconds, bytes are bytes."""
+
+    exact_match_before: float
+    exact_match_after: float
+    train_seconds: float
+    seconds: float
+    adapter: str
+    merged: str
+    adapter_bytes: int
+    model_bytes: int
+    kl: float
+
+
+def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: str | None = None) -> Story:
+    """Tell the story and leave `train.jsonl`, `test.jsonl`, `adapter/` and `merged/` in `out`.
+
+    Raises LorafoldError if `out` exists and overwrite is off.
+    """
+    start = time.perf_counter()
+    check_out(out, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    train_rows, test_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0), rows("test", UNSEEN, seed=0)
+    for name, data in (("train", train_rows), ("test", test_rows)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+
+    console.rule("1  before: the model as it is")
+    before = measure(test_rows, None, device, console)
+    console.rule("2  training: LoRA on every linear layer of the blocks")
+    request = Request(MODEL, out / "adapter", RECIPE, train_rows, str(out / "train.jsonl"), device=device, overwrite=overwrite)
+    trained = train(request, console)
+    console.rule("3  after: the same unseen examples")
+    after = measure(test_rows, out / "adapter", device, console)
+    side_by_side(before, after, console)
+    console.rule("4  merge: a plain model, no adapter left")
+    merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
+
+    adapter_bytes, model_bytes = (
+        sum(f.stat().st_size for f in (out / part).glob("*.safetensors")) for part in ("adapter", "merged")
+    )
+    console.print(f"adapter {adapter_bytes / 1e6:.1f} MB, model {model_bytes / 1e6:.1f} MB ({adapter_bytes / model_bytes:.1%})", highlight=False)
+    console.print(f"""Go on with
+  lorafold generate --model {out}/merged --prompt "book a table for two at Mario's on Sunday at 7pm"
+  lorafold eval --model {MODEL} --adapter {out}/adapter --data {out}/test.jsonl
+  lorafold train --model {MODEL} --data {out}/train.jsonl --out my-adapter --set rank=8
+  lorafold train --data your.jsonl --out yours --preview""", highlight=False, markup=False)  # fmt: skip
+    return Story(before.exact_match or 0.0, after.exact_match or 0.0, trained.seconds, time.perf_counter() - start,
+                 str(out / "adapter"), str(out / "merged"), adapter_bytes, model_bytes, merged.kl)  # fmt: skip
+
+
+def measure(test_rows: list[dict], adapter: Path | None, device: str | None, console: Console) -> Evaluation:
+    where = choose_device(device)
+    model, tokenizer = load_model(MODEL, choose_dtype("auto", where)[0], device=where), load_tokenizer(MODEL)
+    if adapter is not None:
+        load(model, adapter)
+    result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)
+    console.print(str(result), highlight=False)
+    return result
+
+
+def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
+    table = Table("asked", "before", "after", show_lines=True)
+    for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:
+        table.add_row(first.prompt, first.answer, second.answer)
+    console.print(table)
+
+
+__all__ = ["RECIPE", "Story", "quickstart"]

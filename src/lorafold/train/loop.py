@@ -1,0 +1,145 @@
+"""The training loop: one adapter, one objective, one plan of batches.
+
+It knows no method: what a method needs comes through `penalty` and `after_step` of its deltas. Step i's rows, learning rates and
+randomness follow from the recipe, i and the checkpoint, so a run that is killed and resumed gives the bytes of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lorafold.adapter import Adapter
+from lorafold.errors import LorafoldError
+from lorafold.train.checkpoint import Progress, RunDirectory
+from lorafold.train.data import Example, batches
+from lorafold.train.display import Display
+from lorafold.train.interrupt import Interrupted, StopRequest
+from lorafold.train.losses import Completions, labelled
+from lorafold.train.optim import optimizer_tensors, restore_optimizer, restore_rng, rng_state, set_learning_rates
+from lorafold.train.recipe import Recipe
+
+
+@dataclass
+class Job:
+    """Everything the loop turns over. `wrapped` is the objective as accelerate wraps it; `held_out` gives the held-out loss."""
+
+    adapter: Adapter
+    objective: Completions
+    wrapped: nn.Module
+    optimizer: AdamW
+    accelerator: Accelerator
+    examples: Sequence[Example]
+    held_out: Callable[[], float] | None
+    recipe: Recipe
+    run: RunDirectory
+    steps: int
+
+
+def resume(job: Job) -> Progress:
+    """Put adapter, optimizer and generators back to the last complete checkpoint, or start at 0 where there is none."""
+    checkpoints = job.run.checkpoints()
+    if not checkpoints:
+        return Progress()
+    progress, adapter, optimizer = job.run.load(checkpoints[max(checkpoints)])
+    job.adapter.load_state_dict(adapter)
+    restore_optimizer(job.optimizer, {k: v for k, v in optimizer.items() if not k.startswith("rng.")})
+    restore_rng(optimizer)
+    return progress
+
+
+def fit(job: Job, progress: Progress, display: Display) -> Progress:
+    """Train from `progress` to the last step.
+
+    Raises LorafoldError on a loss that is not finite or an adapter without gradient, Interrupted after SIGINT or SIGTERM.
+    """
+    plan = batches(len(job.examples), job.recipe.batch, job.steps, job.recipe.seed)
+    save_every = job.recipe.checkpoint_interval(job.steps)
+    with StopRequest() as stop:
+        while progress.step < job.steps:
+            start = time.perf_counter()
+            rows = [job.examples[i] for i in plan[progress.step]]
+            loss = train_step(job, rows, progress.step)
+            progress.step += 1
+            progress.losses.append(loss)
+            progress.tokens += sum(len(e.ids) for e in rows)
+            progress.seconds += time.perf_counter() - start
+            display.step(progress.step, loss, progress.tokens / progress.seconds)
+            job.accelerator.log({"loss": loss, "lr": job.optimizer.param_groups[0]["lr"]}, step=progress.step)
+            last = progress.step == job.steps
+            due = progress.step % save_every == 0 or last or stop.signal is not None
+            evaluate = progress.step % (job.recipe.eval_every or save_every) == 0 or last
+            if job.held_out is not None and evaluate:
+                progress.evals[progress.step] = job.held_out()
+                job.accelerator.log({"eval_loss": progress.evals[progress.step]}, step=progress.step)
+                display.note(f"step {progress.step}: held-out loss {progress.evals[progress.step]:.4f}")
+            if due:
+                save(job, progress)
+            if stop.signal is not None and not last:
+                where = job.run.checkpoints()[progress.step]
+                raise Interrupted(f"stopped after step {progress.step}; {where} is complete; the same command with --resume goes on from it",
+                                  128 + stop.signal)  # fmt: skip
+    return progress
+
+
+def train_step(job: Job, rows: Sequence[Example], step: int) -> float:
+    """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over their labelled tokens."""
+    accelerator, world = job.accelerator, job.accelerator.num_processes
+    own = rows[accelerator.process_index :: world]
+    size = math.ceil(len(own) / job.recipe.accumulate)
+    micro = [own[i : i + size] for i in range(0, len(own), size)]
+    total = max(1, sum(map(labelled, rows)))
+    set_learning_rates(job.optimizer, job.recipe, step, job.steps)
+    job.wrapped.train()
+    seen = torch.zeros((), device=accelerator.device)
+    for i, examples in enumerate(micro):
+        is_last = i == len(micro) - 1
+        with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
+            loss: Tensor = job.wrapped(**job.objective.collate(examples, accelerator.device))
+            seen += loss.detach()
+            loss = loss * (world / total)
+            if is_last:
+                loss = loss + penalty(job.adapter)
+            accelerator.backward(loss)
+    mean = accelerator.reduce(seen).item() / total
+    if not math.isfinite(mean):
+        good = job.run.checkpoints()
+        where = f"the last good checkpoint is {good[max(good)]}" if good else "no checkpoint was written yet"
+        raise LorafoldError(f"step {step + 1}: the loss is {mean}; {where}. Try a lower learning rate (lr, lr_b), clip or alpha")
+    if step == 0:
+        check_gradients(job.adapter)
+    if job.recipe.clip:
+        accelerator.clip_grad_norm_(job.adapter.parameters(), job.recipe.clip)
+    job.optimizer.step()
+    job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
+    job.optimizer.zero_grad()
+    return mean
+
+
+def penalty(adapter: Adapter) -> Tensor | float:
+    return sum((p for _, delta in adapter.parts() if (p := delta.penalty()) is not None), start=0.0)
+
+
+def check_gradients(adapter: Adapter) -> None:
+    """LorafoldError if nothing of the adapter received a gradient: a trap that otherwise looks like a run that does not learn."""
+    if any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
+        return
+    graph = any(p.grad is not None for p in adapter.parameters())
+    cause = ("every gradient is exactly zero: are the rows of the first step without labelled tokens, or the modules unused in the loss?"
+             if graph else "no adapted module lies on the way to the loss: check targets, and that the model's own code does not detach them")  # fmt: skip
+    raise LorafoldError(f"the adapter received no gradient in the first step; {cause} Adapted: {', '.join(list(adapter.sites)[:4])}, ...")
+
+
+def save(job: Job, progress: Progress) -> None:
+    if job.accelerator.is_main_process:
+        state = optimizer_tensors(job.optimizer) | rng_state()
+        job.run.save(progress, job.adapter.state_dict(), state, job.recipe.keep)
+    job.accelerator.wait_for_everyone()

@@ -1,0 +1,211 @@
+"""One training run from names to an adapter on disk: model, data, recipe in; a directory in PEFT's format out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from lorafold.adapter import Adapter, attach, load
+from lorafold.errors import LorafoldError
+from lorafold.evaluate import held_out_loss
+from lorafold.io.atomic import check_out
+from lorafold.io.card import training_card
+from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
+from lorafold.methods import make_spec
+from lorafold.train.allocator import keep_freed_blocks
+from lorafold.train.checkpoint import Progress, RunDirectory
+from lorafold.train.data import Encoded, encode, preview, split
+from lorafold.train.display import Display
+from lorafold.train.interrupt import Interrupted
+from lorafold.train.loop import Job, fit, resume
+from lorafold.train.losses import Completions
+from lorafold.train.optim import make_optimizer, param_groups
+from lorafold.train.packing import packed_attention
+from lorafold.train.recipe import Recipe
+from lorafold.train.render import ensure_chat_template
+from lorafold.train.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Fields that change what is watched or kept and not what is learned: a resumed run may differ in them.
+_FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train, on what, and where to put it. `out` must not exist unless overwrite or resume is on."""
+
+    model: str
+    out: Path
+    recipe: Recipe
+    rows: Sequence[Row]
+    source: str  # where the rows came from, for the record
+    eval_rows: Sequence[Row] | None = None
+    init_adapter: Path | None = None
+    device: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run. Losses are means over labelled tokens, `train_loss` over the last ten steps; bytes are bytes."""
+
+    train_loss: float
+    eval_loss: float | None
+    tokens_per_second: float
+    peak_bytes: int
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    adapter: str
+    losses: list[float]
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """sha256 over the rows as JSON: the same data gives the same digest whatever file format it came in."""
+    h = hashlib.sha256()
+    for row in rows:
+        h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return h.hexdigest()
+
+
+def method_options(recipe: Recipe) -> dict[str, Any]:
+    """The fields of the method's spec that the recipe sets; the others are the method's own."""
+    named = {k: getattr(recipe, k) for k in ("rank", "alpha", "dropout")}
+    patterns = {k: getattr(recipe, k) for k in ("rank_pattern", "alpha_pattern")}
+    return {k: v for k, v in named.items() if v is not None} | {k: v for k, v in patterns.items() if v} | recipe.options
+
+
+def tokenized(request: Request, console: Console) -> tuple[PreTrainedTokenizerBase, Encoded, Encoded | None]:
+    """The tokenizer, the training rows and the held-out rows, with what there is to say about them."""
+    tokenizer = load_tokenizer(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    if notice := ensure_chat_template(tokenizer):
+        console.print(notice, highlight=False)
+    rows, held_out = list(request.rows), request.eval_rows
+    if held_out is None and request.recipe.eval_fraction:
+        rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
+    train = encode(rows, tokenizer, request.recipe.max_length)
+    console.print(f"data: {train.report}", highlight=False)
+    if not held_out:
+        return tokenizer, train, None
+    evaluation = encode(held_out, tokenizer, request.recipe.max_length)
+    console.print(f"held out: {evaluation.report}", highlight=False)
+    return tokenizer, train, evaluation
+
+
+def show(request: Request, console: Console, rows: int = 3) -> None:
+    """Print the first rows as the model will see them, with the tokens that count in the loss marked."""
+    tokenizer, train, _ = tokenized(request, console)
+    for example in train.examples[:rows]:
+        console.rule()
+        console.print(preview(example, tokenizer))
+
+
+def train(request: Request, console: Console) -> Trained:
+    """Train one adapter and write it to `request.out`.
+
+    Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is written) after SIGINT or SIGTERM.
+    """
+    recipe = request.recipe
+    if not request.resume:
+        check_out(request.out, request.overwrite)
+    spec = make_spec(recipe.method, **method_options(recipe))
+    tokenizer, data, held_out = tokenized(request, console)
+    device = choose_device(request.device)
+    dtype, why = choose_dtype(recipe.base, device)
+    console.print(f"base: {why}", highlight=False)
+    if recipe.trackers:
+        RunDirectory(request.out).path.mkdir(exist_ok=True, parents=True)
+    accelerator = Accelerator(cpu=str(device) == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(RunDirectory(request.out).path))
+    if recipe.batch % accelerator.num_processes:
+        raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
+    keep_freed_blocks()
+    model = load_model(request.model, dtype, device=device, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    torch.manual_seed(recipe.seed)
+    adapter = (load(model, request.init_adapter, trainable=True) if request.init_adapter
+               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=recipe.modules_to_save))  # fmt: skip
+    console.print(repr(adapter), highlight=False, markup=False)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    with ExitStack() as stack:
+        packed = recipe.packing and stack.enter_context(packed_attention(model))
+        if recipe.packing and not packed:
+            console.print("packing: this model mixes documents that share a row, so rows are padded instead", highlight=False)
+        objective = Completions(model, packed, tokenizer.pad_token_id or 0)
+        job = prepare(request, adapter, objective, accelerator, data, held_out)
+        progress = begin(job, request, data, held_out, console)
+        with Display(console, job.steps, progress.step) as display:
+            try:
+                fit(job, progress, display)
+            finally:
+                accelerator.end_training()
+    return finish(request, job, progress, accelerator)
+
+
+def prepare(request: Request, adapter: Adapter, objective: Completions, accelerator: Accelerator, data: Encoded, held_out: Encoded | None) -> Job:
+    recipe = request.recipe
+    lr = recipe.lr or adapter.spec.lr
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or (recipe.lr if adapter.spec.lr_b is None else adapter.spec.lr_b) or lr)
+    wrapped, optimizer = accelerator.prepare(objective, make_optimizer(groups, recipe))
+    accelerator.init_trackers("lorafold", config={k: str(v) for k, v in recipe.model_dump().items()})
+    return Job(
+        adapter, objective, wrapped, optimizer, accelerator, data.examples,
+        None if held_out is None else lambda: held_out_loss(objective, held_out.examples),
+        recipe, RunDirectory(request.out), recipe.total_steps(len(data.examples)),
+    )  # fmt: skip
+
+
+def begin(job: Job, request: Request, data: Encoded, held_out: Encoded | None, console: Console) -> Progress:
+    """Start the run directory, or take up the run that lies in it."""
+    identity: dict[str, Any] = {k: v for k, v in job.recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME}
+    identity |= {"model": request.model, "data": digest(request.rows), "init_adapter": str(request.init_adapter or "")}
+    if not request.resume:
+        job.run.start(identity)
+        return Progress()
+    job.run.check(identity)
+    progress = resume(job)
+    console.print(f"resuming after step {progress.step} of {job.steps}", highlight=False)
+    return progress
+
+
+def finish(request: Request, job: Job, progress: Progress, accelerator: Accelerator) -> Trained:
+    """Write the adapter, and the best one beside it where that was an earlier step; then the checkpoints may go."""
+    tail = progress.losses[-10:]
+    result = Trained(
+        train_loss=sum(tail) / len(tail), eval_loss=progress.evals.get(progress.step),
+        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9), peak_bytes=peak_bytes(job.accelerator.device),
+        trainable_parameters=sum(p.numel() for p in job.adapter.parameters()), steps=progress.step, seconds=progress.seconds,
+        adapter=str(request.out), losses=progress.losses,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
+                  "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}}  # fmt: skip
+        card = training_card(request.model, record, result.__dict__)
+        job.adapter.save(request.out, overwrite=request.overwrite or request.resume, card=card, record=record)
+        job.run.remove()
+    return result
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory the process held: on the device where it is a GPU, resident on the host otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+__all__ = ["Interrupted", "Request", "Trained", "digest", "read_rows", "show", "tokenized", "train"]

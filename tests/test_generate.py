@@ -1,0 +1,146 @@
+"""Batched greedy answers equal one prompt at a time; streaming equals both; end tokens, order, modes and random state are kept."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lorafold.errors import LorafoldError
+from lorafold.generate import complete, stream
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+EOS = len(ALPHABET)
+PROMPTS = ["a", "some longer prompt than that", "b c", "xyz", "a longer prompt", "zz top", "q", "the end of it all, at last"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end token."""
+    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*ALPHABET, "<end>"])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+
+
+def tiny(kind: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    size = {"vocab_size": EOS + 1, "eos_token_id": EOS, "bos_token_id": EOS}
+    llama = size | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    made: dict[str, PreTrainedModel] = {
+        "llama": LlamaForCausalLM(LlamaConfig(**llama)),
+        "mistral": MistralForCausalLM(MistralConfig(**llama, sliding_window=8)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=2, n_head=2)),
+        "mamba": MambaForCausalLM(MambaConfig(**size, hidden_size=32, num_hidden_layers=2, state_size=4)),
+    }
+    for p in made[kind].parameters():  # sharp enough for answers that differ
+        p.data.normal_(std=0.3)
+    return made[kind].eval()
+
+
+def alone(model: PreTrainedModel, ids: list[int], n: int, stops: tuple[int, ...] = (EOS,)) -> list[int]:
+    """No batch, no padding, no cache: the likeliest token, again and again."""
+    answer: list[int] = []
+    while len(answer) < n:
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + answer]), use_cache=False).logits[0, -1].argmax())
+        if token in stops:
+            break
+        answer.append(token)
+    return answer
+
+
+def expected(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], n: int, stops: tuple[int, ...] = (EOS,)) -> list[str]:
+    return [tokenizer.decode(alone(model, tokenizer(prompt).input_ids, n, stops)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_batches_answer_as_each_prompt_alone(kind: str, batch_size: int | None, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(kind)
+    answers = complete(model, tokenizer, PROMPTS, 21, batch_size)
+    assert answers == expected(model, tokenizer, PROMPTS, 21)
+    assert len(set(answers)) > 1
+
+
+def test_recurrent_models_keep_their_state(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("mamba")
+    same_length = ["abcd", "efgh", "wxyz"]  # a recurrent model reads padding too
+    assert complete(model, tokenizer, same_length, 21) == expected(model, tokenizer, same_length, 21)
+
+
+def test_rows_that_end_leave_and_the_others_go_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    free = [alone(model, tokenizer(prompt).input_ids, 40) for prompt in PROMPTS]
+    stop = max(set(free[0]), key=lambda token: len({row.index(token) if token in row else -1 for row in free}))
+    lengths = [row.index(stop) if stop in row else 40 for row in free]
+    assert len(set(lengths)) > 2, "the prompts must end at different steps for this to test anything"
+    model.generation_config.eos_token_id = [stop, EOS]
+    assert complete(model, tokenizer, PROMPTS, 40) == expected(model, tokenizer, PROMPTS, 40, (stop, EOS))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_stream_is_the_greedy_answer_piece_by_piece(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(kind)
+    for prompt in PROMPTS[:3]:
+        pieces = list(stream(model, tokenizer, prompt, 16))
+        assert "".join(pieces) == expected(model, tokenizer, [prompt], 16)[0]
+        assert len(pieces) <= 16
+
+
+def test_stream_holds_back_incomplete_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    bytes_of = tokenizer("é").input_ids
+    with torch.no_grad():  # whatever is asked, the answer is é, é, ...
+        for layer in model.model.layers:
+            for p in layer.parameters():
+                p.zero_()
+        model.model.embed_tokens.weight.normal_(generator=torch.Generator().manual_seed(0))
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[bytes_of[1]] = model.model.embed_tokens.weight[bytes_of[0]]
+        model.lm_head.weight[bytes_of[0]] = model.model.embed_tokens.weight[bytes_of[1]]
+    assert list(stream(model, tokenizer, "é", 6)) == ["", "é", "", "é", "", "é"]
+
+
+def test_sampling_depends_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    before = torch.get_rng_state()
+    first = "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=1)) == first
+    assert "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=2)) != first
+
+
+def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama").train()
+    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=9.0)
+    habits = model.generation_config
+    assert complete(model, tokenizer, ["a"], 8) == expected(model.eval(), tokenizer, ["a"], 8)
+    complete(model.train(), tokenizer, ["a"], 8)
+    assert model.training
+    assert model.generation_config is habits
+
+
+def test_progress_counts_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[tuple[int, int]] = []
+    complete(tiny("llama"), tokenizer, PROMPTS, 2, batch_size=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 8), (6, 8), (8, 8)]
+
+
+def test_what_cannot_be_answered_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(LorafoldError, match="no tokens"):
+        complete(tiny("llama"), tokenizer, ["a", ""], 4)
+    with pytest.raises(LorafoldError, match="temperature"):
+        list(stream(tiny("llama"), tokenizer, "a", 4, temperature=-1.0))
+    assert complete(tiny("llama"), tokenizer, [], 4) == []

@@ -1,0 +1,98 @@
+"""The quickstart task: strict JSON, deterministic, varied, and a test split made of words that training never shows."""
+
+import json
+import re
+
+import pytest
+
+from lorafold.quickstart_task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
+
+COPIED = ("place", "task", "to", "text", "title", "artist", "item", "from", "city")
+GLUE = {"the", "a", "&", "i", "my", "in", "is", "will", "be", "have", "to", "kitchen", "cafe"} | {
+    "port",
+    "lake",
+    "fort",
+    "falls",
+    "springs",
+    "beach",
+}  # the fixed words of the patterns
+
+
+def request(row: Row) -> str:
+    return row["prompt"][1]["content"]
+
+
+def record(row: Row) -> dict[str, str | int]:
+    return json.loads(row["completion"][0]["content"])
+
+
+def copied(split: Split) -> list[str]:
+    return [str(value) for row in rows(split, 4000, 7) for key, value in record(row).items() if key in COPIED]
+
+
+def vocabulary(values: list[str]) -> set[str]:
+    return {word for value in values for word in re.findall(r"\w+", value.lower().replace("'s", ""))} - GLUE
+
+
+def test_rows_are_strict_json_with_fixed_key_order() -> None:
+    for row in rows("train", 400, 0):
+        system, user = row["prompt"]
+        assert (system["role"], system["content"], user["role"]) == ("system", SYSTEM, "user")
+        (answer,) = row["completion"]
+        found = json.loads(answer["content"])
+        assert list(found) == ["intent", *INTENTS[found["intent"]].slots]
+        assert answer["content"] == json.dumps(found, separators=(",", ":"))
+
+
+def test_copied_values_stand_in_the_request() -> None:
+    for row in rows("train", 400, 1):
+        for key, value in record(row).items():
+            if key in COPIED:
+                assert str(value) in request(row)
+        assert not re.search(r"[<>()|]", request(row))
+
+
+def test_same_arguments_same_rows_and_another_seed_others() -> None:
+    assert rows("train", 50, 3) == rows("train", 50, 3)
+    assert rows("train", 50, 3) != rows("train", 50, 4)
+
+
+def test_test_split_has_no_value_and_no_word_of_a_value_from_training() -> None:
+    train, test = copied("train"), copied("test")
+    assert not set(train) & set(test)
+    assert not vocabulary(train) & vocabulary(test)
+    assert len(vocabulary(test)) > 60
+
+
+def test_no_request_twice_and_thousands_of_them() -> None:
+    train, test = ([request(row) for row in rows(split, 5000, 0)] for split in ("train", "test"))
+    assert len({*train, *test}) == 10_000
+
+
+def test_intents_are_balanced() -> None:
+    names = [record(row)["intent"] for row in rows("test", 8 * 25, 0)]
+    assert {names.count(name) for name in INTENTS} == {25}
+
+
+@pytest.mark.parametrize("key", ["time", "day", "people"])
+def test_every_normalised_value_of_the_test_split_is_taught(key: str) -> None:
+    seen = {split: {record(row)[key] for row in rows(split, 3000, 0) if key in record(row)} for split in ("train", "test")}
+    assert seen["test"] <= seen["train"]
+
+
+def test_numbers_and_times_agree_with_what_was_said() -> None:
+    numbers = list(NUMBERS)
+    checked = 0
+    for row in rows("train", 2000, 5):
+        text, found = request(row).lower(), record(row)
+        if spoken := re.search(r"(\d+)(?::(\d+))?(am|pm)", text):
+            hour, minute, half = spoken.groups()
+            assert found["time"] == f"{int(hour) + 12 * (half == 'pm'):02}:{minute or '00'}"
+        elif spoken := re.search(r"(half past )?(\w+) in the (morning|evening)", text):
+            half, hour, period = spoken.groups()
+            assert found["time"] == f"{numbers.index(hour) + 1 + 12 * (period == 'evening'):02}:{'30' if half else '00'}"
+        else:
+            assert "time" not in found
+            continue
+        checked += 1
+    assert checked > 500
