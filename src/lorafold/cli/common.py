@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-ModelOption = Annotated[str, typer.Option(help="The base: smollm2 (embedded, 135M), a directory, a .gguf file, or a hub id as in owner/name.")]
+ModelOption = Annotated[str, typer.Option(help="The base: smollm2 (embedded), a directory, a .gguf file, or a hub id as in owner/name.")]
 AdapterOption = Annotated[
     list[Path] | None, typer.Option("--adapter", help="A saved adapter (PEFT's format); repeat the option to put several on the base.")
 ]
