@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.errors import LorafoldError
-from lorafold.merge.probes import PROBES
 from lorafold.train.data import encode, ensure_chat_template, read_rows
 
+PROBES = Path(__file__).with_name("probes.jsonl")  # prose, questions, code, tables, letters, a few languages
 PROBE_LENGTH = 512  # tokens of a probe text that are looked at
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
@@ -44,19 +44,15 @@ class Gap:
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase, probe: str | Path | None) -> list[tuple[int, ...]]:
     """Token ids of the probe texts: the built-in ones, or the rows of a data file in any shape that training takes."""
-    if probe is None:
-        rows = [{"text": text} for text in PROBES]
-    else:
-        rows = read_rows(str(probe))
-        ensure_chat_template(tokenizer)
-    return [example.ids for example in encode(rows, tokenizer, PROBE_LENGTH).examples]
+    ensure_chat_template(tokenizer)
+    return [example.ids for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples]
 
 
 def compare(
     adapted: Callable[[], PreTrainedModel], merged: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]], scratch: Path,
     progress: Progress | None = None,
 ) -> Gap:  # fmt: skip
-    """The gap between two models that are loaded in turn. `scratch` is a directory with room for 4 bytes a position and token of the vocabulary.
+    """The gap between two models that are loaded in turn. `scratch`, a directory, takes 4 bytes a position and vocabulary entry.
 
     LorafoldError if a model's logits are not finite.
     """

@@ -21,11 +21,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import MANIFEST
+from lorafold.io.loading import loading
 from lorafold.merge.container import Container, Entry, read_container, read_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Checkpoint:
 
     def other_files(self) -> list[Path]:
         """What is carried over as it is, relative to the directory: config, tokenizer, chat template ..., but no weights of any format."""
-        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
-        return [p for p in found if not p.name.endswith(WEIGHTS) and str(p) != MANIFEST and not any(part.startswith(".") for part in p.parts)]
+        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file() and not p.name.endswith(WEIGHTS))
+        return [p for p in found if str(p) != MANIFEST and not any(part.startswith(".") for part in p.parts)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 def skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Skeleton:
     """LorafoldError lists every weight that the files lack or hold in another shape."""
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    with loading(f"model {checkpoint.path}"):
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise LorafoldError(f"{checkpoint.path}: its weights are quantized ({method}); merge into the model that it was quantized from")
@@ -140,7 +142,7 @@ def _map_files(model: nn.Module, entries: dict[str, Entry], tied: dict[str, tupl
     for entry in entries.values():
         by_file[entry.file].append(entry.name)
     tensors = {name: t for file, names in by_file.items() for name, t in read_tensors(file, names).items()}
-    parameters = {name: nn.Parameter(tensors[entry.name], requires_grad=False) for name, entry in entries.items() if tensors[entry.name].is_floating_point()}
+    parameters = {name: nn.Parameter(tensors[entry.name], requires_grad=False) for name, entry in entries.items()}
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
         if source is not None:

@@ -1,60 +1,43 @@
-"""Fold adapters into a checkpoint: plan, then execute, shard by shard straight from the safetensors files.
+"""Fold adapters into a checkpoint, shard by shard straight from the safetensors files: the whole of `lorafold merge`.
 
     W' = round(fold_n(... fold_1(W)))       one tensor at a time; each method's own `fold`, so nothing here knows a method
 
-The plan finds everything that is wrong before a byte is written. What no adapter changes is copied byte for byte; names, dtypes and
-the division into files are kept. A weight that two modules share and one adapter changes is untied: each gets its own.
-Memory: the factors and about three times the largest changed tensor in fp32, whatever the size of the model.
+What no adapter changes is copied byte for byte; names, dtypes and the division into files are kept. A weight that two modules share
+and an adapter changes in one of them is untied: each gets its own. Memory: the factors and at most three times the largest
+changed tensor in fp32, whatever the size of the model. The certificate is a second stage, which loads one model at a time.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafold.adapter import load
 from lorafold.bases import layer_of
-from lorafold.core.attach import Adapted, adapted_modules
-from lorafold.core.delta import Delta
-from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.io.atomic import write_json
-from lorafold.merge.checkpoint import INDEX, Checkpoint, Skeleton, open_checkpoint, skeleton, untied_config
-from lorafold.merge.container import Entry, write_container
+from lorafold.core.attach import Adapted
+from lorafold.errors import LorafoldError
+from lorafold.io.atomic import atomic_directory, write_json
+from lorafold.io.models import choose_device, load_model, load_tokenizer, resolve_model
+from lorafold.merge.certificate import Gap, compare, probe_ids
+from lorafold.merge.checkpoint import INDEX
+from lorafold.merge.container import write_container
+from lorafold.merge.plan import Plan, deltas_of, plan
 from lorafold.merge.rounding import Rounding, Sums, generator_of, round_to
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be written. `changed` maps the name of a tensor to the module and the parameter it is; `added` are tensors that the
-    files lack, each beside the one that it was tied to."""
-
-    checkpoint: Checkpoint
-    model: nn.Module
-    adapters: tuple[str, ...]
-    changed: dict[str, tuple[str, str]]
-    added: dict[str, Entry]
-    config: dict[str, Any]
-
-    def layout(self, file: str) -> list[tuple[str, Entry]]:
-        entries = self.checkpoint.files[file].entries
-        return [*entries.items(), *((name, e) for name, e in self.added.items() if entries.get(e.name) is e)]
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
+CERTIFICATE = "merge.json"
+Progress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)
@@ -66,35 +49,78 @@ class Folded:
     untied: tuple[str, ...]
 
 
-def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool = False, trust_remote_code: bool = False) -> Plan:
-    """Lay the adapters, in order, over the model in `source` and see what they change. Nothing is computed or written.
+@dataclass(frozen=True)
+class Merged:
+    """A merged model: what `merge.json` says. `gap` is None without the certificate."""
 
-    LorafoldError lists everything that stands in the way of the merge.
+    gap: Gap | None
+    folded: Folded
+    rounding: Rounding
+    seed: int
+    model: str
+    adapters: tuple[str, ...]
+    out: str
+
+    @property
+    def kl(self) -> float | None:
+        return None if self.gap is None else self.gap.kl
+
+    def as_json(self) -> dict[str, Any]:
+        """update_survival and rounding_noise are shares of the update's norm; `rounded` counts the changed tensors."""
+        gap: dict[str, Any] = asdict(self.gap) if self.gap else dict.fromkeys(f.name for f in fields(Gap))
+        folded = {"update_survival": self.folded.sums.survival, "rounding_noise": self.folded.sums.noise}
+        done = {"rounded": self.folded.rounded, "untied": list(self.folded.untied)}
+        asked = {"rounding": self.rounding, "seed": self.seed, "model": self.model, "adapters": list(self.adapters), "out": self.out}
+        return {**gap, **folded, **done, **asked}
+
+    def summary(self) -> str:
+        """A few lines to read."""
+        words = {"exact": "kept as computed", "nearest": "rounded to nearest", "stochastic": f"rounded stochastically, seed {self.seed}"}
+        how = ", ".join(f"{count} tensors {words[word]}" for word, count in self.folded.rounded.items())
+        sums = self.folded.sums
+        lines = [f"merged: {self.out} ({how or 'nothing changed'})"]
+        lines.append(f"  {sums.survival:.2%} of the update survives; rounding added noise of {sums.noise:.2%} of its norm")
+        if self.folded.untied:
+            lines.append(f"  embedding and head share their weight no longer: {', '.join(self.folded.untied)} was added")
+        if self.gap:
+            lines.append(f"  against the adapted model, {self.gap.positions:,} positions in fp32: KL {self.gap.kl:.2e}, same token at "
+                         f"{self.gap.argmax_agreement:.2%}, logits at most {self.gap.max_logit_gap:.3g} apart")  # fmt: skip
+        return "\n".join(lines)
+
+
+def merge(
+    model: str, adapters: Sequence[str | Path], out: str | Path, *, rounding: Rounding = "auto", seed: int = 0, certificate: bool = True,
+    probe: str | Path | None = None, allow_other_base: bool = False, overwrite: bool = False, revision: str | None = None,
+    trust_remote_code: bool = False, device: str | None = None, console: Console | None = None,
+) -> Merged:  # fmt: skip
+    """Fold adapters, in the order given, into a model and write a plain Hugging Face directory, which appears whole or not at all.
+
+    `probe` is a data file whose rows the certificate is measured on (None: built-in texts); `device` computes the certificate.
+    Raises LorafoldError, with nothing left behind, listing what is wrong with the model, an adapter, the probe or `out`.
     """
-    checkpoint = open_checkpoint(source)
-    bones = skeleton(checkpoint, trust_remote_code)
-    names = tuple(f"merged{i}" for i in range(len(adapters)))
-    for name, path in zip(names, adapters, strict=True):
-        load(bones.model, path, name, allow_other_base=allow_other_base)
-    problems: dict[str, list[str]] = defaultdict(list)
-    changed: dict[str, tuple[str, str]] = {}
-    sources: dict[str, Entry] = {}
-    for path, module in adapted_modules(bones.model):
-        try:
-            for parameter in _changes(module, names):
-                name, entry = _place(bones, f"{path}.{parameter}")
-                changed[name], sources[name] = (path, parameter), entry
-        except NotMergeable as e:
-            problems[str(e)].append(path or "the model as a whole")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if any(f"{path}.{parameter}" in bones.tied for path, parameter in changed.values()):
-        try:
-            config = untied_config(config, bones, trust_remote_code)
-        except LorafoldError as e:
-            problems[str(e)].append("tied weights")
-    if problems:
-        raise NotMergeable("; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items()))
-    return Plan(checkpoint, bones.model, names, changed, _untied(bones, changed, sources), config)
+    if not adapters:
+        raise LorafoldError("nothing to merge: found no adapter, expected at least one")
+    where = choose_device(device)
+    with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
+        source = resolve_model(model, revision)
+        texts = probe_ids(load_tokenizer(source, trust_remote_code=trust_remote_code), probe) if certificate else []
+        planned = plan(source.path, adapters, allow_other_base=allow_other_base, trust_remote_code=trust_remote_code)
+        folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
+        del planned
+
+        def adapted() -> PreTrainedModel:
+            base = load_model(source, torch.float32, where, trust_remote_code=trust_remote_code)
+            for i, path in enumerate(adapters):
+                load(base, path, f"adapter{i}", allow_other_base=allow_other_base)
+            return base
+
+        def merged() -> PreTrainedModel:
+            return load_model(tmp, torch.float32, where, trust_remote_code=trust_remote_code)
+
+        gap = compare(adapted, merged, texts, tmp, bar("comparing")) if certificate else None
+        result = Merged(gap, folded, rounding, seed, source.name, tuple(map(str, adapters)), str(out))
+        write_json(tmp / CERTIFICATE, result.as_json())
+    return result
 
 
 def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0, progress: Progress | None = None) -> Folded:
@@ -144,9 +170,10 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
 def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> Tensor:
     """The module's weight or bias under the named adapters, in fp32 or wider, as the module stores it."""
     w, b = layer_of(module).dense()
-    for delta in _deltas(module, adapters):
+    for delta in deltas_of(module, adapters):
         w, b = delta.fold(w, b)
-    wide = {n: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in module._parameters.items() if p is not None}
+    own = {n: p for n, p in module._parameters.items() if p is not None}
+    wide = {n: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in own.items()}
     with _holding(module, wide):
         layer_of(module).write(w, b)
     return wide[parameter]
@@ -156,48 +183,6 @@ def need_space(directory: Path, size: int) -> None:
     """LorafoldError unless the disk that `directory` lies on has room for `size` bytes."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(f"the merged model takes {size / 1e9:.1f} GB, and {directory.parent} has {free / 1e9:.1f} GB left")
-
-
-def _deltas(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
-    return (module.deltas[name] for name in adapters if name in module.deltas)  # type: ignore[misc]
-
-
-def _changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
-    """The parameters that folding will change, found by folding shapes. NotMergeable as `fold`, or for a bias where none can be."""
-    before = [t if t is None else t.to("meta") for t in layer_of(module).dense()]
-    w, b = before
-    for delta in _deltas(module, adapters):
-        w, b = _on_meta(delta).fold(w, b)  # type: ignore[arg-type]
-    if before[1] is None and b is not None:
-        raise NotMergeable(f"the adapter adds a bias, and the plain model's {type(module).__name__} has none to hold it")
-    return [name for name, old, new in zip(("weight", "bias"), before, (w, b), strict=True) if new is not old]
-
-
-def _on_meta(delta: Delta) -> Delta:
-    """A copy of the delta without its values."""
-    tensors = [*delta.parameters(), *delta.buffers()]
-    return copy.deepcopy(delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors})
-
-
-def _place(bones: Skeleton, parameter: str) -> tuple[str, Entry]:
-    """The name under which a parameter is written, and the entry that holds its values: its own, or that of one it is tied to."""
-    names = (parameter, *bones.tied.get(parameter, ()))
-    if any(n in bones.converted for n in names):
-        raise NotMergeable("the files hold this weight in a form that transformers converts on loading, so it can't be written back")
-    entry = next(bones.entries[n] for n in names if n in bones.entries)
-    if entry.dtype not in FLOATS:
-        raise NotMergeable(f"its weight is stored as {entry.dtype}, expected one of {', '.join(FLOATS)}")
-    return (entry.name if parameter in bones.entries else parameter), entry
-
-
-def _untied(bones: Skeleton, changed: dict[str, tuple[str, str]], sources: dict[str, Entry]) -> dict[str, Entry]:
-    """The tensors to add, so that every module whose weight was shared with a changed one has its own."""
-    added = {}
-    for name, (path, parameter) in changed.items():
-        for n in (f"{path}.{parameter}", *bones.tied.get(f"{path}.{parameter}", ())):
-            if n not in bones.entries:
-                added[n] = sources[name]
-    return added
 
 
 @contextmanager
@@ -211,5 +196,15 @@ def _holding(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
         module._parameters.update(before)
 
 
-def _few(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+@contextmanager
+def _bars(console: Console | None) -> Iterator[Callable[[str], Progress]]:
+    """Makes progress bars, one a stage, on a terminal; without one, progress goes nowhere."""
+    from rich.progress import Progress as Bars
+
+    with Bars(console=console, disable=console is None or not console.is_terminal, transient=True) as bars:
+
+        def bar(stage: str) -> Progress:
+            task = bars.add_task(stage, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar

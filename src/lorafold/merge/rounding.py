@@ -50,11 +50,11 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The weight to store, what became of the update, and how it was rounded: nearest or stochastic."""
+    """The weight to store, what became of the update, and how it was rounded: nearest, stochastic, or exact where nothing was."""
 
     tensor: Tensor
     sums: Sums
-    how: Rounding
+    how: str
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -102,4 +102,4 @@ def _rounded(target: Tensor, original: Tensor, how: Rounding, generator: torch.G
             raise LorafoldError(f"folded values up to {t.abs().max().item():g} don't fit {str(dtype).removeprefix('torch.')}")
         change, update = wide - w, t - w
         sums += Sums(torch.sum(change * update).item(), torch.sum(update * update).item(), torch.sum((wide - t) ** 2).item())
-    return Rounded(out, sums, how if narrower else "nearest")
+    return Rounded(out, sums, how if narrower else "exact")

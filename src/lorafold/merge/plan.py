@@ -1,0 +1,125 @@
+"""What a merge will do, found out before a byte is written: which tensors change, where they lie, and all that stands in the way.
+
+The adapters are laid over the checkpoint's skeleton by the ordinary loader, and each site is folded once in shapes alone: so a method
+that has no weight-space form, a bias that the plain model can't hold, or a tied weight is seen here, with nothing known of methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorafold.adapter import load
+from lorafold.bases import layer_of
+from lorafold.core.attach import Adapted, adapted_modules
+from lorafold.core.delta import Delta
+from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.merge.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton, untied_config
+from lorafold.merge.container import Entry
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written. `changed` maps the name of a tensor to the module and the parameter it is; `added` are tensors that the
+    files lack, each beside the one that it was tied to."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    adapters: tuple[str, ...]
+    changed: dict[str, tuple[str, str]]
+    added: dict[str, Entry]
+    config: dict[str, Any]
+
+    def layout(self, file: str) -> list[tuple[str, Entry]]:
+        entries = self.checkpoint.files[file].entries
+        return [*entries.items(), *((name, e) for name, e in self.added.items() if entries.get(e.name) is e)]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
+
+
+def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool = False, trust_remote_code: bool = False) -> Plan:
+    """Lay the adapters, in order, over the model in `source` and see what they change. Nothing is computed or written.
+
+    LorafoldError lists everything that stands in the way of the merge.
+    """
+    checkpoint = open_checkpoint(source)
+    bones = skeleton(checkpoint, trust_remote_code)
+    names = tuple(f"merged{i}" for i in range(len(adapters)))
+    for name, path in zip(names, adapters, strict=True):
+        load(bones.model, path, name, allow_other_base=allow_other_base)
+    problems: dict[str, list[str]] = defaultdict(list)
+    changed: dict[str, tuple[str, str]] = {}
+    sources: dict[str, Entry] = {}
+    for path, module in adapted_modules(bones.model):
+        try:
+            for parameter in _changes(module, names):
+                name, entry = _place(bones, f"{path}.{parameter}")
+                changed[name], sources[name] = (path, parameter), entry
+        except NotMergeable as e:
+            problems[str(e)].append(path or "the model as a whole")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if any(f"{path}.{parameter}" in bones.tied for path, parameter in changed.values()):
+        try:
+            config = untied_config(config, bones, trust_remote_code)
+        except LorafoldError as e:
+            problems[str(e)].append("tied weights")
+    if problems:
+        raise NotMergeable("; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items()))
+    return Plan(checkpoint, bones.model, names, changed, _untied(bones, changed, sources), config)
+
+
+def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
+    return (module.deltas[name] for name in adapters if name in module.deltas)  # type: ignore[misc]
+
+
+def _changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
+    """The parameters that folding will change, found by folding shapes. NotMergeable as `fold`, or for a bias where none can be."""
+    before = [t if t is None else t.to("meta") for t in layer_of(module).dense()]
+    w, b = before
+    for delta in deltas_of(module, adapters):
+        w, b = _on_meta(delta).fold(w, b)  # type: ignore[arg-type]
+    if before[1] is None and b is not None:
+        raise NotMergeable(f"the adapter adds a bias, and the plain model's {type(module).__name__} has none to hold it")
+    return [name for name, old, new in zip(("weight", "bias"), before, (w, b), strict=True) if new is not old]
+
+
+def _on_meta(delta: Delta) -> Delta:
+    """A copy of the delta without its values."""
+    tensors = [*delta.parameters(), *delta.buffers()]
+    return copy.deepcopy(delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors})
+
+
+def _place(bones: Skeleton, parameter: str) -> tuple[str, Entry]:
+    """The name under which a parameter is written, and the entry that holds its values: its own, or that of one it is tied to."""
+    names = (parameter, *bones.tied.get(parameter, ()))
+    if any(n in bones.converted for n in names):
+        raise NotMergeable("the files hold this weight in a form that transformers converts on loading, so it can't be written back")
+    entry = next(bones.entries[n] for n in names if n in bones.entries)
+    if entry.dtype not in FLOATS:
+        raise NotMergeable(f"its weight is stored as {entry.dtype}, expected one of {', '.join(FLOATS)}")
+    return (entry.name if parameter in bones.entries else parameter), entry
+
+
+def _untied(bones: Skeleton, changed: dict[str, tuple[str, str]], sources: dict[str, Entry]) -> dict[str, Entry]:
+    """The tensors to add, so that every module whose weight was shared with a changed one has its own."""
+    added = {}
+    for name, (path, parameter) in changed.items():
+        for n in (f"{path}.{parameter}", *bones.tied.get(f"{path}.{parameter}", ())):
+            if n not in bones.entries:
+                added[n] = sources[name]
+    return added
+
+
+def _few(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
