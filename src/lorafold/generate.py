@@ -79,12 +79,15 @@ def stream(
             token_11 = logits_1V.argmax(-1, keepdim=True)
         answer.append(int(token_11))
         if answer[-1] in stops:
-            return
+            answer.pop()
+            break
         ids_1T = torch.cat([ids_1T, token_11], 1)
         text = _text(tokenizer, answer)
         piece = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
         shown += piece
         yield piece
+    if rest := _text(tokenizer, answer)[len(shown) :]:  # cut within a character
+        yield rest
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
