@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from transformers import masking_utils
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.inkling import modeling_inkling
 
 from lorafold.ops import attention, reference
 from lorafold.ops.attention import Documents, document_attention
 from lorafold.ops.head import labelled_loss
-from lorafold.train.packing import NAME, attend, collate, isolates, packed
+from lorafold.train.packing import NAME, attend, collate, document_mask, isolates, packed
 
 VOCAB = 97
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
@@ -264,6 +265,42 @@ def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedCo
     alone, _ = loss_and_gradients(model.eval(), [collate([e], packed=False, pad_id=0) for e in examples])
     padded, _ = loss_and_gradients(model.eval(), [collate(examples, packed=False, pad_id=0)])
     assert_close(padded, alone)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_faint_leak_in_bf16_is_detected(scale: float) -> None:
+    """One so faint that the rounding of bf16 could hide it from a comparison with the documents alone: one layer reads one row back."""
+    model = build("llama").bfloat16()
+    assert isolates(model)
+
+    def leak(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + scale * 0.2 * output.roll(12, 1)
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(leak)
+    assert not isolates(model)
+
+
+def test_a_position_counted_over_the_row_is_detected() -> None:
+    """Nothing is read from the neighbour here; a document would only be told that it begins where the neighbour ends."""
+    model = build("llama")
+
+    def count(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + 0.1 * torch.arange(output.shape[1])[:, None]
+
+    model.model.layers[0].mlp.down_proj.register_forward_hook(count)
+    assert not isolates(model)
+
+
+def test_masks_that_are_no_causal_documents_stay_masks() -> None:
+    def mask(function: Any) -> Any:
+        return document_mask(batch_size=1, q_length=6, kv_length=6, mask_function=function)
+
+    causal = masking_utils.causal_mask_function
+    assert mask(causal) == Documents((6,))
+    assert mask(masking_utils.and_masks(causal, lambda b, h, i, j: i // 2 == j // 2)) == Documents((2, 2, 2))
+    assert mask(masking_utils.bidirectional_mask_function).all()
+    two_ways = masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1, -1, -1]])))
+    assert mask(two_ways)[0, 0].sum() == 6 * 7 // 2 + 1
 
 
 def test_the_question_leaves_no_trace() -> None:

@@ -6,7 +6,8 @@ q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key h
 2023). Documents are worked off in tiles of at most TILE queries; nothing of size T x T exists, and the backward computes the probabilities
 again instead of keeping them. Use it where documents are packed without padding. The specification is `reference.document_attention`.
 
-At SmolLM2-135M's shape (9 heads over 3, D 64, T = 1024, bf16, CPU) it takes less than half the time of torch's flash kernel.
+At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and backward: five documents of 140 to 260 tokens in
+0.4 of the time of torch's causal kernel over the whole row, one document of 1024 in 0.9 of it.
 """
 
 from __future__ import annotations
