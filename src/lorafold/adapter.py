@@ -18,10 +18,12 @@ from lorafold.bases.tied import sharers, untie
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
+from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io import peft
+from lorafold.io.fingerprint import Values, values_of
 from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.replace import ReplaceDelta, leaves
 
@@ -123,13 +125,14 @@ class Adapter:
         for m in self.sites.values():
             lift(m, self.name)
         selection.names = tuple(n for n in selection.names if n != self.name)
-        if not any(adapted_modules(self.model)):
+        if any(adapted_modules(self.model)):
+            freeze(self.model, selection)
+        else:
             thaw(selection)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        own = {id(p) for _, m in adapted_modules(self.model) for p in m.deltas.parameters()}
-        base = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        base = sum({id(p): p.numel() for _, m in bare_modules(self.model) for p in m._parameters.values() if p is not None}.values())
         lines = [f"{self.name}: {self.spec}"]
         lines += [f"  {pattern}: {len(paths)} modules" for pattern, paths in self.matches.by_pattern.items()]
         lines += [f"  bias: {self.bias}"] * (self.bias != "none")
@@ -143,7 +146,7 @@ def attach(
 ) -> Adapter:  # fmt: skip
     """Lay an adapter over a model, freeze the base and make the adapter live, above those that are live already.
 
-    targets: "all-linear", "attention", "mlp", names or path ends, or one regex over whole paths (None: the method's own).
+    targets: a preset (`lorafold.core.presets`), names or path ends, or one regex over whole paths (None: the method's own).
     bias: also train the biases of the adapted modules ("lora_only") or of every module ("all").
     modules_to_save: modules trained whole, such as a fresh head.
     LorafoldError, with the model untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
@@ -165,10 +168,10 @@ def attach(
     for path in (leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p)):
         laid.setdefault(path, []).append(ReplaceDelta(model.get_submodule(path), path))
     spec.join({path: laid[path][0] for path in matches.paths})
-    freeze(model, selection)
     for path, deltas in laid.items():
         module = model.get_submodule(path)
         lay(module, layer_class(module), name, deltas[0] if len(deltas) == 1 else Stack(deltas), selection)
+    freeze(model, selection)
     selection.names += (name,)
     return Adapter(model, name, spec, matches, bias, tuple(modules_to_save))
 
@@ -178,17 +181,22 @@ def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str
     return ((p, m) for p in paths if isinstance((m := model.get_submodule(p))._parameters.get("bias"), nn.Parameter))
 
 
-def load(model: nn.Module, path: str | Path, name: str = "default", *, allow_other_base: bool = False, trainable: bool = False) -> Adapter:
+def load(
+    model: nn.Module, path: str | Path, name: str = "default",
+    *, allow_other_base: bool = False, trainable: bool = False, base: Values | None = None,
+) -> Adapter:  # fmt: skip
     """Lay a saved adapter over a model: strict, so that every key is used and every shape right, or nothing is changed.
 
+    `base` reads the base's parameters by name where the model is a skeleton on the meta device.
     LorafoldError lists all that is wrong: keys unknown or missing, shapes, values that are not finite, options not supported, a base
     whose fingerprint differs (`allow_other_base=True` overrides that one).
     """
     stored = peft.read(path)
-    stored.check_base(model, allow_other_base)
-    adapter = attach(model, stored.spec, stored.targets, name, bias=stored.bias, modules_to_save=stored.modules_to_save)
+    adapter = attach(
+        model, stored.spec, peft.peft_targets(stored, model), name, bias=stored.bias, modules_to_save=stored.modules_to_save
+    )  # fmt: skip
     try:
-        peft.fill(model, dict(adapter._parts_by_path()), stored)
+        peft.fill(model, dict(adapter._parts_by_path()), stored, base or values_of(model), allow_other_base)
     except LorafoldError:
         adapter.detach()
         raise

@@ -7,3 +7,11 @@ class LorafoldError(Exception):
 
 class NotMergeable(LorafoldError):
     """A change with no form in weight space, or a weight it can't be written into."""
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop, and has. `code` is the shell's exit code for the signal; the message says how to go on."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -17,7 +17,7 @@ from lorafold.adapter import load
 from lorafold.evaluate import Evaluation, evaluate
 from lorafold.io.atomic import check_out
 from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
-from lorafold.merge.fold import merge
+from lorafold.merge.run import merge
 from lorafold.quickstart_task import rows
 from lorafold.train.recipe import Recipe
 from lorafold.train.run import Request, train

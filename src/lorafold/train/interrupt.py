@@ -6,14 +6,6 @@ import signal
 from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):
-    """A run that was asked to stop, and has. `code` is the shell's exit code for the signal; the message says how to go on."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class StopRequest:
     """`with StopRequest() as stop: ... if stop.signal: ...`"""
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lorafold.adapter import Adapter
-from lorafold.errors import LorafoldError
+from lorafold.errors import Interrupted, LorafoldError
 from lorafold.train.checkpoint import Progress, RunDirectory
 from lorafold.train.data import Example, batches
 from lorafold.train.display import Display
-from lorafold.train.interrupt import Interrupted, StopRequest
+from lorafold.train.interrupt import StopRequest
 from lorafold.train.losses import Completions, labelled
 from lorafold.train.optim import optimizer_tensors, restore_optimizer, restore_rng, rng_state, set_learning_rates
 from lorafold.train.recipe import Recipe
@@ -85,8 +85,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 save(job, progress)
             if stop.signal is not None and not last:
                 where = job.run.checkpoints()[progress.step]
-                raise Interrupted(f"stopped after step {progress.step}; {where} is complete; the same command with --resume goes on from it",
-                                  128 + stop.signal)  # fmt: skip
+                message = f"stopped after step {progress.step}; {where} is complete; the same command with --resume goes on from it"
+                raise Interrupted(message, 128 + stop.signal)
     return progress
 
 
@@ -133,9 +133,10 @@ def check_gradients(adapter: Adapter) -> None:
     if any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
         return
     graph = any(p.grad is not None for p in adapter.parameters())
-    cause = ("every gradient is exactly zero: are the rows of the first step without labelled tokens, or the modules unused in the loss?"
-             if graph else "no adapted module lies on the way to the loss: check targets, and that the model's own code does not detach them")  # fmt: skip
-    raise LorafoldError(f"the adapter received no gradient in the first step; {cause} Adapted: {', '.join(list(adapter.sites)[:4])}, ...")
+    cause = "every one is exactly zero: the rows of the first step may hold no labelled token" if graph else (
+        "no adapted module lies on the way to the loss: check the targets, and that the model's own code does not detach them"
+    )  # fmt: skip
+    raise LorafoldError(f"the adapter received no gradient in the first step; {cause} (adapted: {', '.join(list(adapter.sites)[:4])}, ...)")
 
 
 def save(job: Job, progress: Progress) -> None:

@@ -27,14 +27,13 @@ from lorafold.train.allocator import keep_freed_blocks
 from lorafold.train.checkpoint import Progress, RunDirectory
 from lorafold.train.data import Encoded, encode, preview, split
 from lorafold.train.display import Display
-from lorafold.train.interrupt import Interrupted
 from lorafold.train.loop import Job, fit, resume
 from lorafold.train.losses import Completions
 from lorafold.train.optim import make_optimizer, param_groups
-from lorafold.train.packing import packed_attention
+from lorafold.train.packing import packed
 from lorafold.train.recipe import Recipe
 from lorafold.train.render import ensure_chat_template
-from lorafold.train.rows import Row, read_rows
+from lorafold.train.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,13 +128,12 @@ def train(request: Request, console: Console) -> Trained:
     device = choose_device(request.device)
     dtype, why = choose_dtype(recipe.base, device)
     console.print(f"base: {why}", highlight=False)
-    if recipe.trackers:
-        RunDirectory(request.out).path.mkdir(exist_ok=True, parents=True)
-    accelerator = Accelerator(cpu=str(device) == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(RunDirectory(request.out).path))
+    logs = str(RunDirectory(request.out).path)
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs)
     if recipe.batch % accelerator.num_processes:
         raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
     keep_freed_blocks()
-    model = load_model(request.model, dtype, device=device, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    model = load_model(request.model, dtype, device, request.revision, request.trust_remote_code)
     torch.manual_seed(recipe.seed)
     adapter = (load(model, request.init_adapter, trainable=True) if request.init_adapter
                else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=recipe.modules_to_save))  # fmt: skip
@@ -143,10 +141,10 @@ def train(request: Request, console: Console) -> Trained:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     with ExitStack() as stack:
-        packed = recipe.packing and stack.enter_context(packed_attention(model))
-        if recipe.packing and not packed:
+        apart = recipe.packing and stack.enter_context(packed(model))
+        if recipe.packing and not apart:
             console.print("packing: this model mixes documents that share a row, so rows are padded instead", highlight=False)
-        objective = Completions(model, packed, tokenizer.pad_token_id or 0)
+        objective = Completions(model, apart, tokenizer.pad_token_id or 0)
         job = prepare(request, adapter, objective, accelerator, data, held_out)
         progress = begin(job, request, data, held_out, console)
         with Display(console, job.steps, progress.step) as display:
@@ -157,7 +155,9 @@ def train(request: Request, console: Console) -> Trained:
     return finish(request, job, progress, accelerator)
 
 
-def prepare(request: Request, adapter: Adapter, objective: Completions, accelerator: Accelerator, data: Encoded, held_out: Encoded | None) -> Job:
+def prepare(
+    request: Request, adapter: Adapter, objective: Completions, accelerator: Accelerator, data: Encoded, held_out: Encoded | None
+) -> Job:  # fmt: skip
     recipe = request.recipe
     lr = recipe.lr or adapter.spec.lr
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or (recipe.lr if adapter.spec.lr_b is None else adapter.spec.lr_b) or lr)
@@ -206,6 +206,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-__all__ = ["Interrupted", "Request", "Trained", "digest", "read_rows", "show", "tokenized", "train"]
