@@ -158,7 +158,8 @@ def attach(
     saved = match(model, modules_to_save, is_linear) if modules_to_save else Matches({})
     laid: dict[str, list[Delta]] = {}
     for path in matches.paths:
-        layer = layer_of(model.get_submodule(path))
+        module = model.get_submodule(path)
+        layer = module.layer(*selection.names) if isinstance(module, Adapted) else layer_of(module)
         try:
             laid[path] = [spec.at(path).build(layer)]
         except NotMergeable as e:

@@ -1,17 +1,24 @@
-"""Combinators: deltas made of deltas. They never know which methods they combine.
+"""Combinators: deltas made of deltas. They never know which methods they combine, nor how the base stores its weight.
 
-    Stack(d1, d2)       d2 over d1 at one layer, under one name: W -> fold2(fold1(W))
+    Stack(d1, d2)           d2 over d1 at one layer, under one name: W -> fold2(fold1(W))
+    Mix(ds, gates)          y + sum_i g_i (d_i(x) - y), y what lies beneath: learned gates
+    Rows(ds, slots)         row b of a batch takes ds[slots[b] - 1], or nothing where its slot is 0; any methods
+    Bank(ds, slots)         the same for low-rank deltas, stacked and rank-padded: two batched products, whatever the assignment
+
+`Mix`, `Rows` and `Bank` lie on layers that take one tensor and give one. What lies beneath runs once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer, Over
+from lorafold.core.delta import Delta, LowRank, Opaque
+from lorafold.core.layer import Given, Layer, Over, add
 
 
 class Stack(Delta):
@@ -22,7 +29,7 @@ class Stack(Delta):
         self.deltas = nn.ModuleList(deltas)
 
     def parts(self) -> Iterable[Delta]:
-        return (part for delta in self.deltas for part in delta.parts())  # type: ignore[operator, union-attr]
+        return (part for delta in self.deltas for part in delta.parts())  # type: ignore[operator]
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         for delta in self.deltas:
@@ -33,3 +40,102 @@ class Stack(Delta):
         for delta in self.deltas:
             w, b = delta.fold(w, b)  # type: ignore[operator]
         return w, b
+
+
+class Slots:
+    """Which delta each row of the next batch takes, for a whole model: `slots.at` (batch,) of whole numbers, 0 for none, i for the i-th."""
+
+    def __init__(self, at: Tensor) -> None:
+        self.at = at
+
+
+def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
+    """The up factors of the deltas inside, under the names that they have in the combinator."""
+    inside = [(path, m) for path, m in combinator.named_modules() if path and isinstance(m, Delta)]
+    return tuple(f"{path}.{name}" for path, m in inside for name in type(m).up_names)
+
+
+def penalty_in(deltas: Iterable[Any]) -> Tensor | None:
+    terms = [term for delta in deltas for part in delta.parts() if (term := part.penalty()) is not None]
+    return sum(terms[1:], start=terms[0]) if terms else None
+
+
+class Mix(Delta):
+    """Deltas under gates (n,), fp32 and learned; a Parameter given as gates is taken as it is, so that layers can share it.
+
+    With gates g folding gives W + sum_i g_i (fold_i(W) - W). NotMergeable if one of the deltas is.
+    """
+
+    def __init__(self, deltas: Sequence[Delta], gates: Tensor) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleList(deltas)
+        self.gates = gates if isinstance(gates, nn.Parameter) else nn.Parameter(gates.float())
+        self.up_names = up_names_in(self)
+
+    def penalty(self) -> Tensor | None:
+        return penalty_in(self.deltas)
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        deltas = list(self.deltas)
+        if all(isinstance(d, LowRank) and not (d.training and d.dropout) for d in deltas):
+            # one low-rank change of all their ranks, which is summed before the rounding
+            ups, downs = zip(*(d.factors() for d in deltas), strict=True)  # type: ignore[operator]
+            up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], 1)
+            return layer.low_rank(x, torch.cat(downs, 0), up, 0.0, onto)
+        y = layer(x)
+        given = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)))
+        change = sum(gate * (delta(given, x) - given.y) for gate, delta in zip(self.gates, deltas, strict=True))
+        return add(given.y + change, onto).to(y.dtype)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        folded = [delta.fold(w, b) for delta in self.deltas]  # type: ignore[operator]
+        w_sum = w + sum(gate * (wi - w) for gate, (wi, _) in zip(self.gates, folded, strict=True))
+        changes = [gate * (bi if b is None else bi - b) for gate, (_, bi) in zip(self.gates, folded, strict=True) if bi is not None]
+        return w_sum, add(sum(changes[1:], start=changes[0]), b) if changes else b
+
+
+class Rows(Opaque):
+    """Each row of a batch under its own delta.
+
+    Eager, a delta computes its own rows only; compiled, all rows: one graph for any assignment.
+    """
+
+    def __init__(self, deltas: Sequence[Delta], slots: Slots) -> None:
+        super().__init__()
+        self.deltas, self.slots = nn.ModuleList(deltas), slots
+        self.up_names = up_names_in(self)
+
+    def penalty(self) -> Tensor | None:
+        return penalty_in(self.deltas)
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        y = out = layer(x)
+        for i, delta in enumerate(self.deltas, start=1):
+            taken = self.slots.at == i
+            if torch.compiler.is_compiling():
+                out = torch.where(taken.view(-1, *(1,) * (y.dim() - 1)), delta(Given(layer, y), x).to(y.dtype), out)
+            elif len(rows := taken.nonzero()[:, 0]):
+                out = out.index_copy(0, rows, delta(Given(layer, y[rows]), x[rows]).to(y.dtype))
+        return add(out, onto).to(y.dtype)
+
+
+class Bank(Opaque):
+    """Low-rank deltas as they are now, frozen: up (n + 1, out, r) and down (n + 1, r, in), r the largest rank, slot 0 all zeros.
+
+    Serves any mixture of rows at two batched products on top of the base; no dropout.
+    """
+
+    def __init__(self, deltas: Sequence[LowRank], slots: Slots) -> None:
+        super().__init__()
+        self.slots = slots
+        ups, downs = zip(*(delta.factors() for delta in deltas), strict=True)
+        rank = max(down.shape[0] for down in downs)
+        padded_up = [F.pad(up.detach(), (0, rank - up.shape[1])) for up in ups]
+        padded_down = [F.pad(down.detach(), (0, 0, 0, rank - down.shape[0])) for down in downs]
+        self.register_buffer("up", torch.stack([torch.zeros_like(padded_up[0]), *padded_up]))
+        self.register_buffer("down", torch.stack([torch.zeros_like(padded_down[0]), *padded_down]))
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        up, down = self.up[self.slots.at], self.down[self.slots.at]  # type: ignore[index]  # (batch, out, r), (batch, r, in)
+        u = torch.vmap(layer.op)(x, down)
+        return layer(x, onto=add(torch.vmap(F.linear)(u, up.to(u.dtype)), onto))

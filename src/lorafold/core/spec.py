@@ -19,12 +19,13 @@ class Spec(ABC):
     `after_step`; its `Delta`s may add a `penalty` to the loss. A spec is frozen, so what they keep lives in the deltas.
 
     `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of its parameters, and that of
-    its up factors (None: the same).
+    its up factors (None: the same). `trains_base`: it trains the base's own weights, which then must be in fp32.
     """
 
     targets: ClassVar[str] = "all-linear"
     lr: ClassVar[float] = 2e-4
     lr_b: ClassVar[float | None] = None
+    trains_base: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta: ...

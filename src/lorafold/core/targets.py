@@ -1,7 +1,6 @@
 """Which modules an adapter is laid on.
 
-    "all-linear"            every linear of the blocks (the repeated layers), so neither head nor embeddings
-    "attention", "mlp"      those inside attention, and the others
+    "all-linear"            a preset: a place found by the model's structure (`lorafold.core.presets` has them all)
     ["q_proj", "h.0.fc"]    modules of these names, or whose path ends in them
     "regex"                 modules whose whole path it matches
 
@@ -17,9 +16,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorafold.core.presets import PRESETS, bare_modules
 from lorafold.errors import LorafoldError
-
-PRESETS = ("all-linear", "attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,6 @@ class Matches:
         return tuple(path for paths in self.by_pattern.values() for path in paths)
 
 
-def block_linears(model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> list[str]:
-    """The linear modules inside the elements of a ModuleList; all of them where the model has no such list."""
-    lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    linears = [path for path, m in model.named_modules() if is_linear(m)]
-    return [p for p in linears if any(p.startswith(f"{prefix}.") for prefix in lists)] if lists else linears
-
-
 def pattern_matches(pattern: str, path: str) -> bool:
     """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: the path, or its end, matches as a regex."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
@@ -47,11 +38,11 @@ def pattern_matches(pattern: str, path: str) -> bool:
 
 def match(model: nn.Module, targets: str | Sequence[str], is_linear: Callable[[nn.Module], bool]) -> Matches:
     """Resolve targets to module paths. LorafoldError lists every pattern that matches nothing, with near names."""
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path, _ in bare_modules(model) if path]
     if isinstance(targets, str) and targets in PRESETS:
-        linears = block_linears(model, is_linear)
-        inside = {p for p in linears if re.search(r"attn|attention", p)}
-        found = {targets: {"all-linear": linears, "attention": inside, "mlp": [p for p in linears if p not in inside]}[targets]}
+        found = {targets: PRESETS[targets](model, is_linear)}
+        if not found[targets]:
+            raise LorafoldError(f"targets {targets!r}: {type(model).__name__} has no such place")
     elif isinstance(targets, str):
         try:
             found = {targets: [p for p in paths if re.fullmatch(targets, p)]}
@@ -70,6 +61,6 @@ def match(model: nn.Module, targets: str | Sequence[str], is_linear: Callable[[n
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> str:
-    names = sorted({path.rsplit(".", 1)[-1] for path, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)})
+    names = sorted({path.rsplit(".", 1)[-1] for path, m in bare_modules(model) if is_linear(m) or isinstance(m, nn.Embedding)})
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
     return f"target {pattern!r} matches no module; near names: {', '.join(near) or 'none'}"

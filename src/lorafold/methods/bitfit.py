@@ -1,20 +1,24 @@
-"""Trained biases: an offset added to a layer's output.
+"""BitFit: trained biases, as an offset added to a layer's output.
 
     y = layer(x) + c                c (out,), zero at start
 
-Zaken et al. 2021 (BitFit), arXiv 2106.10199. The offset is small where the bias may be large, so it is summed before the layer's
-rounding and the bias itself after it.
+Zaken et al. 2021, arXiv 2106.10199. The fewest parameters of all methods that fold; for small data. Every bias of the model is trained,
+those of norms too. A model whose blocks have none (Llama) gets them added on the blocks' linears; `merge` puts them into the modules in
+memory, but a plain model of such an architecture could not hold them on disk, so folding into files is refused. The offset is small
+where the bias may be large, so it is summed before the layer's rounding and the bias itself after it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
+from lorafold.core.spec import Spec
 
 
 class BiasDelta(Delta):
@@ -29,3 +33,16 @@ class BiasDelta(Delta):
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w, add(self.offset, b)
+
+
+@dataclass(frozen=True)
+class BitFit(Spec):
+    """No options. `targets` other than its own puts an offset on those modules, whether they have a bias or not."""
+
+    targets: ClassVar[str] = "biases"
+    lr: ClassVar[float] = 1e-3
+
+    def build(self, layer: Layer) -> BiasDelta:
+        module = layer.module
+        bias = module._parameters.get("bias")
+        return BiasDelta(layer.shape[0] if bias is None else len(bias), next(module.parameters()).device)

@@ -1,0 +1,99 @@
+"""Bottleneck adapters: a small network after the attention and after the MLP of every block.
+
+    y = sublayer(x) + U f(D sublayer(x) + d) + u        D (m, d), U (d, m) zero at start, f = GELU or ReLU
+
+Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1 (after both); Pfeiffer et al. 2021, arXiv 2005.00247 (after the MLP only: half the cost).
+The change passes through a nonlinearity, so it can't be folded and every token pays for it; use it as the yardstick it has been for
+LoRA, or where a frozen base must be shared by hooks alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafold.bases import is_linear, layer_of
+from lorafold.core.delta import Opaque
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+
+Activation = Literal["gelu", "relu"]
+
+
+class BottleneckDelta(Opaque):
+    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32; they run in the activations' dtype.
+
+    A sublayer that returns a tuple (attention and its weights) has its first element changed.
+    """
+
+    up_names = ("up",)
+
+    def __init__(self, dim: int, size: int, activation: Activation, device: torch.device) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down = nn.Parameter(torch.empty(size, dim, device=device, dtype=torch.float32))
+        self.down_bias = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
+        self.up = nn.Parameter(torch.zeros(dim, size, device=device, dtype=torch.float32))
+        self.up_bias = nn.Parameter(torch.zeros(dim, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        output = layer(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.adapt(output[0]), *output[1:])
+        return self.adapt(output)
+
+    def adapt(self, y: Tensor) -> Tensor:  # (..., d)
+        down, down_bias, up, up_bias = (p.to(y.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias))
+        h = F.linear(y, down, down_bias)
+        return y + F.linear(F.gelu(h) if self.activation == "gelu" else F.relu(h), up, up_bias)
+
+
+@dataclass(frozen=True)
+class Bottleneck(Spec):
+    """size m of the bottleneck; activation gelu or relu; after "both" sublayers of a block (Houlsby) or its "mlp" only (Pfeiffer).
+
+    Raises LorafoldError for values out of range.
+    """
+
+    size: int = 64
+    activation: Activation = "gelu"
+    after: Literal["both", "mlp"] = "both"
+
+    lr: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not (isinstance(self.size, int) and self.size >= 1):
+            wrong.append(f"size {self.size!r} (a whole number from 1)")
+        if self.activation not in ("gelu", "relu"):
+            wrong.append(f"activation {self.activation!r} (gelu or relu)")
+        if self.after not in ("both", "mlp"):
+            wrong.append(f"after {self.after!r} (both or mlp)")
+        if wrong:
+            raise LorafoldError(f"Bottleneck: {'; '.join(wrong)}")
+
+    @property
+    def targets(self) -> str:  # type: ignore[override]
+        return "sublayers" if self.after == "both" else "mlp-sublayers"
+
+    def build(self, layer: Layer) -> BottleneckDelta:
+        return BottleneckDelta(width(layer.module), self.size, self.activation, next(layer.module.parameters()).device)
+
+
+def width(module: nn.Module) -> int:
+    """d, the size of what a sublayer takes and gives: as its configuration says, or as its first linear takes.
+
+    Raises LorafoldError where there is neither.
+    """
+    for m in module.modules():
+        if hasattr(m, "config"):
+            return int(m.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        if is_linear(m):
+            return layer_of(m).shape[1]
+    raise LorafoldError(f"Bottleneck: {type(module).__name__} says nowhere how wide its output is")

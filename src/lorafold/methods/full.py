@@ -1,0 +1,66 @@
+"""Full fine-tuning: the weights themselves, trained in place.
+
+    y = layer(x)                    W itself is the parameter; there is no second copy and nothing to fold
+
+The yardstick of every other method, at 16 bytes a parameter in fp32 with AdamW. As an adapter it is the exception to two rules:
+`only(model)` is the model as trained so far, since the old weights are gone, and `detach` keeps what was learned. What it saves is a
+plain model (`write_model`). It needs a base in fp32: at its learning rate most updates are under half a unit of a bf16 weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+
+
+class FullDelta(Delta):
+    """Holds the very Parameters of one module, under their names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, p in module._parameters.items():
+            self.register_parameter(name, p)
+
+    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return layer(*args, **kwargs)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w, b
+
+
+@dataclass(frozen=True)
+class Full(Spec):
+    """No options. `targets` other than its own trains those modules only.
+
+    Raises LorafoldError for weights that hold no gradient: those of a quantized base.
+    """
+
+    targets: ClassVar[str] = "parameters"
+    lr: ClassVar[float] = 2e-5
+    trains_base: ClassVar[bool] = True
+
+    def build(self, layer: Layer) -> FullDelta:
+        module = layer.module
+        fixed = [name for name, p in module._parameters.items() if p is not None and not p.is_floating_point()]
+        if fixed or not any(p is not None for p in module._parameters.values()):
+            found = f"{', '.join(fixed)} as whole numbers" if fixed else "no parameters"
+            raise LorafoldError(f"Full trains floating-point weights in place; {type(module).__name__} holds {found}")
+        return FullDelta(module)
+
+    def join(self, deltas: Mapping[str, Delta]) -> None:
+        for delta in deltas.values():
+            delta.requires_grad_(True)  # an adapter beneath may have frozen them
+
+
+def write_model(model: Any, directory: Path) -> None:
+    """Write a transformers model as a plain one, with the weights as trained, into the directory. Other adapters on it are not written."""
+    model.save_pretrained(directory)

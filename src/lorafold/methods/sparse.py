@@ -1,0 +1,144 @@
+"""Sparse fine-tuning: k entries of the weights, chosen first and trained then.
+
+    W' = W + scatter(values, at)    at (k_i,) positions in row-major W (out, in), values (k_i,) zero at start; sum of k_i = density * |W|
+
+LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3): train all entries for a while, keep the k that moved most in the whole model, rewind.
+FISH mask (Sung et al. 2021, arXiv 2111.09839, eq. 6): the k with the largest mean squared gradient over n losses.
+Both choose in `prepare`, which holds one dense fp32 change and its gradient (LT-SFT: two moments more) for as long as it runs; after
+it, values, optimizer state and files are of size k. Before it, and without it, the entries are random ones. Use them where the changes
+of several tasks shall be added up: they rarely touch the same entry.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lorafold.core.delta import Delta, Dense
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+
+
+class SparseDelta(Dense):
+    """at (k,) int64, ascending, and values (k,) fp32. While a choice is being made `at` is None and values are all of W's."""
+
+    at: Tensor | None
+
+    def __init__(self, shape: tuple[int, int], at: Tensor) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("at", at)
+        self.values = nn.Parameter(torch.zeros(len(at), device=at.device, dtype=torch.float32))
+
+    def delta(self) -> Tensor:
+        if self.at is None:
+            return self.values.view(self.shape)
+        size = self.shape[0] * self.shape[1]
+        return self.values.new_zeros(size).index_put((self.at,), self.values).view(self.shape)
+
+    def select(self, at: Tensor | None) -> None:
+        """Take these entries (None: all of them), with values of zero. Optimizers made before know nothing of the new parameter."""
+        size = self.shape[0] * self.shape[1] if at is None else len(at)
+        self.at, self.values = at, nn.Parameter(self.values.new_zeros(size))
+
+
+@dataclass(frozen=True)
+class _Sparse(Spec):
+    """Abstract: how many entries, laid out at random until `prepare` chooses."""
+
+    density: float = 0.005
+
+    lr: ClassVar[float] = 2e-4
+
+    def __post_init__(self) -> None:
+        if wrong := self.wrong():
+            raise LorafoldError(f"{type(self).__name__}: {'; '.join(wrong)}")
+
+    def wrong(self) -> list[str]:
+        return [] if 0 < self.density <= 1 else [f"density {self.density!r} (above 0, at most 1)"]
+
+    def build(self, layer: Layer) -> SparseDelta:
+        out, inn = layer.shape
+        at = torch.randperm(out * inn)[: max(1, round(self.density * out * inn))].sort().values
+        return SparseDelta((out, inn), at.to(next(layer.module.parameters()).device))
+
+    def prepare(self, deltas: Mapping[str, Delta], losses: Callable[[int], Iterator[Tensor]]) -> None:
+        sparse = [d for d in deltas.values() if isinstance(d, SparseDelta)]
+        for delta in sparse:
+            delta.select(None)
+        scores = self.scores(sparse, losses)
+        for delta, at in zip(sparse, largest(scores, self.density), strict=True):
+            delta.select(at)
+
+    @abstractmethod
+    def scores(self, deltas: list[SparseDelta], losses: Callable[[int], Iterator[Tensor]]) -> list[Tensor]:
+        """How much each entry of each weight matters: (out * in,) for each delta, whose values are dense while this runs."""
+
+
+@dataclass(frozen=True)
+class LTSFT(_Sparse):
+    """density: the share of entries kept; dense_steps and dense_lr of the first phase, whose AdamW is its own.
+
+    Raises LorafoldError for values out of range.
+    """
+
+    dense_steps: int = 50
+    dense_lr: float = 5e-5
+
+    def wrong(self) -> list[str]:
+        wrong = super().wrong()
+        if not (isinstance(self.dense_steps, int) and self.dense_steps >= 1):
+            wrong.append(f"dense_steps {self.dense_steps!r} (a whole number from 1)")
+        if not self.dense_lr > 0:
+            wrong.append(f"dense_lr {self.dense_lr!r} (above 0)")
+        return wrong
+
+    def scores(self, deltas: list[SparseDelta], losses: Callable[[int], Iterator[Tensor]]) -> list[Tensor]:
+        values = [delta.values for delta in deltas]
+        optimizer = AdamW(values, lr=self.dense_lr, weight_decay=0.0)
+        for loss in losses(self.dense_steps):
+            loss.backward(inputs=values)  # and not into what else is trained
+            optimizer.step()
+            optimizer.zero_grad()
+        return [v.detach().abs() for v in values]
+
+
+@dataclass(frozen=True)
+class FishMask(_Sparse):
+    """density: the share of entries kept; samples: the number of losses whose squared gradients are summed.
+
+    Raises LorafoldError for values out of range.
+    """
+
+    samples: int = 128
+
+    def wrong(self) -> list[str]:
+        fine = isinstance(self.samples, int) and self.samples >= 1
+        return super().wrong() + ([] if fine else [f"samples {self.samples!r} (a whole number from 1)"])
+
+    def scores(self, deltas: list[SparseDelta], losses: Callable[[int], Iterator[Tensor]]) -> list[Tensor]:
+        values = [delta.values for delta in deltas]
+        fisher = [torch.zeros_like(v) for v in values]
+        for loss in losses(self.samples):
+            loss.backward(inputs=values)
+            for total, v in zip(fisher, values, strict=True):
+                if v.grad is not None:
+                    total.addcmul_(v.grad, v.grad)
+                    v.grad = None
+        return fisher
+
+
+def largest(scores: list[Tensor], density: float) -> list[Tensor]:
+    """The positions, ascending, of the density * sum(sizes) largest scores over all weights: to each weight its own, maybe none."""
+    sizes = [len(s) for s in scores]
+    keep = max(1, round(density * sum(sizes)))
+    at = torch.cat(scores).topk(keep, sorted=False).indices.sort().values
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [at[(at >= start) & (at < start + size)] - start for start, size in zip(starts, sizes, strict=True)]
