@@ -68,7 +68,7 @@ def main() -> None:
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
         code = _fail(str(error))
     except typer.TyperException as error:
