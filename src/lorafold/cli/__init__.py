@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import Interrupted, LorafoldError
 
 COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
     "quickstart": "The whole story on the embedded model: train, compare before and after, merge.",
@@ -21,8 +21,6 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "generate": "One answer to one prompt.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
 }
-
-
 
 
 class Commands(TyperGroup):
@@ -71,6 +69,9 @@ def main() -> None:
         code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
         code = _fail(str(error))
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        code = stop.code
     except typer.TyperException as error:
         code = _fail(f"{error.format_message().removesuffix('.')}; see {_help_of(error)}")
     except KeyboardInterrupt:

@@ -81,7 +81,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 progress.evals[progress.step] = job.held_out()
                 job.accelerator.log({"eval_loss": progress.evals[progress.step]}, step=progress.step)
                 display.note(f"step {progress.step}: held-out loss {progress.evals[progress.step]:.4f}")
-            if due:
+            if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
             if stop.signal is not None and not last:
                 where = job.run.checkpoints()[progress.step]

@@ -8,7 +8,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,7 @@ def train(request: Request, console: Console) -> Trained:
     recipe = request.recipe
     if not request.resume:
         check_out(request.out, request.overwrite)
+        check_out(best_path(request.out), request.overwrite)
     spec = make_spec(recipe.method, **method_options(recipe))
     tokenizer, data, held_out = tokenized(request, console)
     device = choose_device(request.device)
@@ -139,7 +140,7 @@ def train(request: Request, console: Console) -> Trained:
                else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=recipe.modules_to_save))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     with ExitStack() as stack:
         apart = recipe.packing and stack.enter_context(packed(model))
         if recipe.packing and not apart:
@@ -152,7 +153,7 @@ def train(request: Request, console: Console) -> Trained:
                 fit(job, progress, display)
             finally:
                 accelerator.end_training()
-    return finish(request, job, progress, accelerator)
+    return finish(request, job, progress)
 
 
 def prepare(
@@ -183,8 +184,8 @@ def begin(job: Job, request: Request, data: Encoded, held_out: Encoded | None, c
     return progress
 
 
-def finish(request: Request, job: Job, progress: Progress, accelerator: Accelerator) -> Trained:
-    """Write the adapter, and the best one beside it where that was an earlier step; then the checkpoints may go."""
+def finish(request: Request, job: Job, progress: Progress) -> Trained:
+    """Write the adapter, and the best one to `<out>.best` where that was an earlier step; then the checkpoints may go."""
     tail = progress.losses[-10:]
     result = Trained(
         train_loss=sum(tail) / len(tail), eval_loss=progress.evals.get(progress.step),
@@ -192,13 +193,23 @@ def finish(request: Request, job: Job, progress: Progress, accelerator: Accelera
         trainable_parameters=sum(p.numel() for p in job.adapter.parameters()), steps=progress.step, seconds=progress.seconds,
         adapter=str(request.out), losses=progress.losses,
     )  # fmt: skip
-    if accelerator.is_main_process:
-        record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
-                  "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}}  # fmt: skip
-        card = training_card(request.model, record, result.__dict__)
-        job.adapter.save(request.out, overwrite=request.overwrite or request.resume, card=card, record=record)
-        job.run.remove()
+    if not job.accelerator.is_main_process:
+        return result
+    record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
+              "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}}  # fmt: skip
+    card, replace = training_card(request.model, record, asdict(result)), request.overwrite or request.resume
+    job.adapter.save(request.out, overwrite=replace, card=card, record=record)
+    if progress.best not in (None, progress.step):
+        _, tensors, _ = job.run.load(job.run.checkpoints()[progress.best])
+        job.adapter.load_state_dict(tensors)
+        job.adapter.save(best_path(request.out), overwrite=replace, card=card, record=record | {"step": progress.best})
+    job.run.remove()
     return result
+
+
+def best_path(out: Path) -> Path:
+    """Where the adapter of the step with the lowest held-out loss goes, if that is not the last step."""
+    return out.with_name(out.name + ".best")
 
 
 def peak_bytes(device: torch.device) -> int:

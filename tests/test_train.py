@@ -1,0 +1,157 @@
+"""Training end to end on tiny models: every family by one command, exact resumption, clean interruption, and errors that say what is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import lorafold as lf
+from lorafold.errors import LorafoldError
+from lorafold.io.models import load_model
+from lorafold.train.recipe import Recipe
+from lorafold.train.run import Request, train
+
+ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
+
+
+def request(model: Path, out: Path, **fields) -> Request:
+    extra = {k: fields.pop(k) for k in ("resume", "overwrite", "eval_rows", "init_adapter") if k in fields}
+    recipe = Recipe(**{"steps": 6, "batch": 4, "base": "fp32"} | fields)
+    return Request(str(model), out, recipe, ROWS, "rows", device="cpu", **extra)
+
+
+def quiet() -> Console:
+    return Console(file=open(os.devnull, "w"))  # noqa: SIM115
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
+def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_path: Path) -> None:
+    result = train(request(tiny_model_dir(kind), tmp_path / "a", steps=12, lr=1e-2, lr_b=5e-2), quiet())
+    assert result.losses[-1] < result.losses[0] - 0.15  # a random frozen head starts at ln V = 5.7 and can leave it only slowly
+    assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["losses"] == result.losses
+    assert not (tmp_path / "a.run").exists()
+    model = load_model(tiny_model_dir(kind), torch.float32)
+    lf.load(model, tmp_path / "a")
+
+
+def test_padded_and_packed_and_accumulated_give_the_same_losses(tiny_model_dir, tmp_path: Path) -> None:
+    ways = {"packed": {}, "padded": {"packing": False}, "accumulated": {"accumulate": 4}, "checkpointed": {"gradient_checkpointing": True}}
+    losses = {
+        name: train(request(tiny_model_dir("llama"), tmp_path / name, dropout=0.0, **fields), quiet()).losses for name, fields in ways.items()
+    }
+    for name in ways:
+        assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
+
+
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(tiny_model_dir, tmp_path: Path) -> None:
+    straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", steps=20, save_every=5), quiet())
+    command = [sys.executable, "-c", KILLED, str(tiny_model_dir("llama")), str(tmp_path / "killed")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    resumed = train(request(tiny_model_dir("llama"), tmp_path / "killed", steps=20, save_every=5, resume=True), quiet())
+    assert resumed.losses == straight.losses
+    ours, theirs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "straight"))
+    assert ours == theirs
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_train import quiet, request
+from lorafold.train import loop
+step = loop.train_step
+def killing(job, rows, i):
+    if i == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(job, rows, i)
+loop.train_step = killing
+loop.fit.__globals__["train_step"] = killing
+from lorafold.train.run import train
+train(request(Path(sys.argv[1]), Path(sys.argv[2]), steps=20, save_every=5), quiet())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_asked_for_and_the_run_goes_on_later(number: int, tiny_model_dir, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    command = [sys.executable, "-m", "lorafold", "train", "--model", str(tiny_model_dir("llama")), "--data", str(data), "--out",
+               str(tmp_path / "a"), "--set", "steps=4000", "--set", "save_every=100000", "--base", "fp32", "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "a.run").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    step = int(re.search(r"stopped after step (\d+)", err).group(1))
+    assert (tmp_path / "a.run" / f"step-{step:06d}" / "state.json").is_file()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match=r"a.run: no run to resume there"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", resume=True), quiet())
+    with pytest.raises(LorafoldError, match="loss is nan"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, save_every=1), quiet())
+    with pytest.raises(LorafoldError, match=r"another recipe: lr: was 1e\+30, now 0.001; lr_b"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-3, resume=True), quiet())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match=r"the loss is nan; the last good checkpoint is .*a.run/step-0*1\b"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1), quiet())
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_adapter_without_gradient_is_an_error(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match=r"no gradient in the first step.*lm_head"):
+        # the embedding of a model whose loss comes through other weights only: alpha so small that every gradient underflows to zero
+        train(request(tiny_model_dir("llama"), tmp_path / "a", alpha=1e-300, targets=["lm_head"], clip=0.0), quiet())
+
+
+def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Path) -> None:
+    first = train(request(tiny_model_dir("llama"), tmp_path / "a", eval_rows=ROWS[:6], lr=1e-2, lr_b=5e-2, steps=10), quiet())
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert record["evals"]["10"] == first.eval_loss
+    second = train(request(tiny_model_dir("llama"), tmp_path / "b", init_adapter=tmp_path / "a", lr=1e-4), quiet())
+    assert second.losses[0] < first.losses[0]
+    worse = train(request(tiny_model_dir("llama"), tmp_path / "c", eval_rows=ROWS[:6], lr=1e-2, lr_b=3.0, steps=10, eval_every=1), quiet())
+    record = json.loads((tmp_path / "c" / "lorafold.json").read_text())
+    best = min(record["evals"], key=record["evals"].get)
+    assert int(best) < 10
+    model = load_model(tiny_model_dir("llama"), torch.float32)
+    lf.load(model, tmp_path / "c.best")
+    assert worse.eval_loss > record["evals"][best]
+
+
+def test_an_existing_out_is_refused_before_anything_is_done(tiny_model_dir, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "precious").write_text("x")
+    with pytest.raises(LorafoldError, match="exists; pass --overwrite"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a"), quiet())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_wrong_option_of_the_method(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="method lora has no option colour; it has: rank"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", options={"colour": 1}), quiet())
+    with pytest.raises(LorafoldError, match="unknown method 'lorra'"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", method="lorra"), quiet())
+    assert list(tmp_path.iterdir()) == []
