@@ -10,14 +10,34 @@ from lorafold.errors import LorafoldError, NotMergeable
 
 if TYPE_CHECKING:
     from lorafold.adapter import Adapter, attach, load, only
+    from lorafold.methods.adalora import AdaLoRA
+    from lorafold.methods.bitfit import BitFit
+    from lorafold.methods.bottleneck import Bottleneck
+    from lorafold.methods.dora import DoRA
+    from lorafold.methods.full import Full
+    from lorafold.methods.ia3 import IA3
+    from lorafold.methods.inits import OLoRA, PiSSA
+    from lorafold.methods.loha import LoHa
+    from lorafold.methods.lokr import LoKr
     from lorafold.methods.lora import LoRA
+    from lorafold.methods.prefix import Prefix
+    from lorafold.methods.probe import LinearProbe
+    from lorafold.methods.prompt import Prompt
+    from lorafold.methods.sparse import LTSFT, FishMask
+    from lorafold.methods.vera import VeRA
 
 _HOME = {
     "Adapter": "adapter", "attach": "adapter", "load": "adapter", "only": "adapter",
-    "LoRA": "methods.lora",
+    "AdaLoRA": "methods.adalora", "BitFit": "methods.bitfit", "Bottleneck": "methods.bottleneck", "DoRA": "methods.dora",
+    "FishMask": "methods.sparse", "Full": "methods.full", "IA3": "methods.ia3", "LTSFT": "methods.sparse",
+    "LinearProbe": "methods.probe", "LoHa": "methods.loha", "LoKr": "methods.lokr", "LoRA": "methods.lora",
+    "OLoRA": "methods.inits", "PiSSA": "methods.inits", "Prefix": "methods.prefix", "Prompt": "methods.prompt", "VeRA": "methods.vera",
 }  # fmt: skip
 
-__all__ = ["Adapter", "LoRA", "LorafoldError", "NotMergeable", "attach", "load", "only"]
+__all__ = [
+    "IA3", "LTSFT", "AdaLoRA", "Adapter", "BitFit", "Bottleneck", "DoRA", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr", "LoRA",
+    "LorafoldError", "NotMergeable", "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "attach", "load", "only",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -7,21 +7,58 @@ from typing import Any
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.adalora import AdaLoRA
+from lorafold.methods.bitfit import BitFit
+from lorafold.methods.bottleneck import Bottleneck
+from lorafold.methods.dora import DoRA
+from lorafold.methods.full import Full
+from lorafold.methods.ia3 import IA3
+from lorafold.methods.inits import OLoRA, PiSSA
+from lorafold.methods.loha import LoHa
+from lorafold.methods.lokr import LoKr
 from lorafold.methods.lora import LoRA
+from lorafold.methods.prefix import Prefix
+from lorafold.methods.probe import LinearProbe
+from lorafold.methods.prompt import Prompt
+from lorafold.methods.sparse import LTSFT, FishMask
+from lorafold.methods.vera import VeRA
 
 METHODS: dict[str, Callable[..., Spec]] = {
     "lora": LoRA,
     "rslora": partial(LoRA, rslora=True),
+    "pissa": PiSSA,
+    "olora": OLoRA,
+    "dora": DoRA,
+    "adalora": AdaLoRA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "ia3": IA3,
+    "bitfit": BitFit,
+    "full": Full,
+    "lt-sft": LTSFT,
+    "fish": FishMask,
+    "houlsby": Bottleneck,
+    "pfeiffer": partial(Bottleneck, after="mlp"),
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "linear-probe": LinearProbe,
 }
 
 
 def make_spec(method: str, **options: Any) -> Spec:
-    """The spec of a method by its word. LorafoldError for an unknown word, or fields that the method does not have."""
+    """The spec of a method by its word. LorafoldError for an unknown word, or fields that the method does not have.
+
+    A method that lies over another (`dora`) takes that one's word as `over` (lora), and its options with its own.
+    """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
     maker = METHODS[method]
     cls: Any = maker.func if isinstance(maker, partial) else maker
     known = [f.name for f in fields(cls)]
+    if "over" in known and not isinstance(options.get("over"), Spec):
+        own = {k: options.pop(k) for k in known if k in options}
+        options = {**own, "over": make_spec(own.get("over", "lora"), **options)}
     if unknown := [k for k in options if k not in known]:
         raise LorafoldError(f"method {method} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
     try:
@@ -30,4 +67,7 @@ def make_spec(method: str, **options: Any) -> Spec:
         raise LorafoldError(f"method {method}: {e}") from None
 
 
-__all__ = ["METHODS", "LoRA", "make_spec"]
+__all__ = [
+    "IA3", "LTSFT", "METHODS", "AdaLoRA", "BitFit", "Bottleneck", "DoRA", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr", "LoRA",
+    "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "make_spec",
+]  # fmt: skip

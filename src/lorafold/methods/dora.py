@@ -1,0 +1,127 @@
+"""DoRA: a trained magnitude for every output, over any additive change of the direction.
+
+    V = W + dW                      (out, in)
+    y = g (V x) + b                 g = m / |V|, m (out,) starting at |W|, |.| the norm of each row, taken as a constant
+
+Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). dW is any additive method: LoRA in the paper, LoHa, LoKr,
+PiSSA and VeRA as well. Use it where LoRA at a small rank falls short of full fine-tuning; it merges to zero cost, as LoRA does.
+
+The norms come from the factors, |w|^2 + 2 b.(A w) + b (A A^T) b with |w|^2 kept: one skinny GEMM a step, where building V takes r / T of
+the layer's own cost and memory for a matrix. The base runs once: y = g (z - b) + b from z = V x + b, dropout included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.combine import up_names_in
+from lorafold.core.delta import Additive, Delta
+from lorafold.core.layer import Base, Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.methods.lora import LoRA
+from lorafold.ops.scale import scale
+
+
+def squares(w: Tensor) -> Tensor:  # (out, in) -> (out,)
+    return torch.linalg.vector_norm(w, dim=1, dtype=torch.promote_types(w.dtype, torch.float32)).square()
+
+
+class Kept:
+    """A value and the tensors it was made from, made again once one of them was replaced, moved or written to."""
+
+    def __init__(self) -> None:
+        self.sources: tuple[Tensor, ...] = ()
+        self.state: list[Any] = []
+        self.value: Tensor | None = None
+
+    def get(self, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        state = [(s._version, s.device, s.dtype) for s in sources]
+        same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
+        if self.value is None or not same or state != self.state:
+            self.sources, self.state, self.value = tuple(sources), state, make()
+        return self.value
+
+    def drop(self) -> None:
+        self.sources, self.value = (), None
+
+
+class DoRADelta(Delta):
+    """magnitude m (out,), fp32, over `inner`, the change of the direction, which starts at zero."""
+
+    def __init__(self, inner: Additive, layer: Layer) -> None:
+        super().__init__()
+        self.inner = inner
+        self.up_names = up_names_in(self)
+        self.own, self.norms = Kept(), Kept()
+        self.magnitude = nn.Parameter(squares(layer.dense()[0].detach()).sqrt())
+
+    def penalty(self) -> Tensor | None:
+        return self.inner.penalty()
+
+    @torch.no_grad()
+    def row_norms(self, layer: Layer, w: Tensor) -> Tensor:  # (out,), fp32 or wider
+        """|V|. What is frozen, |w|^2, is kept while it is; the norms themselves outside training, where nothing changes between steps."""
+        if torch.compiler.is_compiling() or not isinstance(layer, Base):
+            return self.inner.row_squares(w, squares(w)).sqrt()
+        base = [p for p in layer.module._parameters.values() if p is not None]
+
+        def make() -> Tensor:
+            return self.inner.row_squares(w, self.own.get(base, lambda: squares(w))).sqrt()
+
+        if self.training:  # an optimizer may write to parameters in ways that leave no trace
+            self.norms.drop()
+            return make()
+        return self.norms.get([*base, *self.inner.parameters()], make)
+
+    def gain(self, norms: Tensor) -> Tensor:  # (out,)
+        return self.magnitude / torch.where(norms > 0, norms, 1)  # a row of zeros has no direction
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        w, b = layer.dense()
+        g = self.gain(self.row_norms(layer, w))
+        return scale(self.inner(layer, x), g, None if b is None else b * (1 - g), onto)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        v, b = self.inner.fold(w, b)
+        return self.gain(torch.linalg.vector_norm(v.detach(), dim=1))[:, None] * v, b
+
+
+@dataclass(frozen=True)
+class DoRA(Spec):
+    """over: the spec of the change that the magnitude lies over, any whose delta is additive (LoRA, LoHa, LoKr, PiSSA, VeRA ...).
+
+    By the method's word, options that are not `over` are those of what lies beneath: `make_spec("dora", rank=8)`,
+    `make_spec("dora", over="loha", rank=8)`. LorafoldError if `over` builds a delta that is not additive.
+    """
+
+    over: Spec = field(default_factory=LoRA)
+
+    lr_b: ClassVar[float] = 3e-3
+
+    def at(self, path: str) -> Self:
+        return replace(self, over=self.over.at(path))
+
+    def build(self, layer: Layer) -> DoRADelta:
+        inner = self.over.build(layer)
+        if not isinstance(inner, Additive):
+            raise LorafoldError(f"DoRA: over {type(self.over).__name__}; expected an additive method, such as LoRA or LoHa")
+        return DoRADelta(inner, layer)
+
+    def join(self, deltas: Mapping[str, Delta]) -> None:
+        self.over.join(inners(deltas))
+
+    def prepare(self, deltas: Mapping[str, Delta], losses: Callable[[int], Iterator[Tensor]]) -> None:
+        self.over.prepare(inners(deltas), losses)
+
+    def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
+        self.over.after_step(inners(deltas), step, total)
+
+
+def inners(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    return {path: delta.inner for path, delta in deltas.items()}  # type: ignore[misc]

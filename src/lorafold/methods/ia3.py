@@ -1,0 +1,74 @@
+"""IA3: three learned vectors a block, for keys, values and what enters the last MLP matrix.
+
+    keys, values    y = l * (W x + b)       l (out,) one at start
+    MLP, last       y = W (l * x) + b       l (in,) one at start
+
+Liu et al. 2022, arXiv 2205.05638, sec. 3.3. The smallest of the methods, for few examples; it merges to zero cost.
+
+Default places, by the names that transformers gives such matrices: in attention, a module named for keys, values or a fused
+projection that holds them (k_proj, value, qkv_proj, c_attn ...); elsewhere, the matrix back to the hidden size (down_proj, fc2, wo,
+mlp.c_proj ...). PEFT has a table by architecture; it trains queries in place of keys in some of them, the paper never does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.ops.scale import scale
+
+ATTENTION = "(?i:attn|attention)"
+KEYS_VALUES = r"(?:k|v|kv|qkv|Wqkv|key|value|query_key_value|kv_b|in)(?:_proj|_lin)?|c_attn"
+MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
+
+
+class IA3Delta(Delta):
+    """l (out,), or (in,) where the inputs are scaled, fp32."""
+
+    def __init__(self, size: int, of_input: bool, device: torch.device) -> None:
+        super().__init__()
+        self.of_input = of_input
+        self.l = nn.Parameter(torch.ones(size, device=device, dtype=torch.float32))
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        return layer(scale(x, self.l), onto=onto) if self.of_input else scale(layer(x), self.l, onto=onto)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.of_input:
+            return w * self.l, b
+        return self.l[:, None] * w, None if b is None else self.l * b
+
+
+@dataclass(frozen=True)
+class IA3(Spec):
+    """feedforward: modules whose inputs are scaled, by name or path end (None: those that lie outside attention).
+
+    LorafoldError for an embedding among them: its inputs are row numbers.
+    """
+
+    feedforward: Sequence[str] | None = None
+
+    targets: ClassVar[str] = rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
+    lr: ClassVar[float] = 3e-3
+
+    def at(self, path: str) -> Self:
+        if self.feedforward is None:
+            last = re.search(ATTENTION, path) is None
+        else:
+            last = any(path == name or path.endswith(f".{name}") for name in self.feedforward)
+        return replace(self, feedforward=(path,) if last else ())
+
+    def build(self, layer: Layer) -> IA3Delta:
+        out, inn = layer.shape
+        if self.feedforward and isinstance(layer.module, nn.Embedding):
+            raise LorafoldError("IA3: an embedding among the feedforward modules; its inputs are row numbers, which can't be scaled")
+        return IA3Delta(inn if self.feedforward else out, bool(self.feedforward), next(layer.module.parameters()).device)

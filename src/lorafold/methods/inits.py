@@ -1,0 +1,111 @@
+"""PiSSA and OLoRA: LoRA that starts from a part of W instead of from zero, as an offset that leaves W where it is.
+
+    y = W x + s (B A - B0 A0) drop(x)       A (r, in), B (out, r) trained; A0, B0 their values at start
+    s (B A - B0 A0) = [s (B - B0), s B0] [A; A - A0]        rank 2 r; both differences are taken in fp32
+
+PiSSA: Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4: W ~ U S V^T, s B0 A0 its r largest singular parts, U sqrt(S) and sqrt(S) V^T.
+OLoRA: Bueyuekakyuez 2024, arXiv 2406.01775: W = Q R, B0 the first r columns of Q, A0 the first r rows of R.
+Use them where LoRA's first steps are too slow. The papers train on the residual W - s B0 A0; as an offset the base is not touched, so
+it stays quantizable and shared, and at step 0 the model is the base, bit for bit, as the second form shows. Saved as LoRA of rank 2 r.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.delta import LowRank
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+
+
+class OffsetDelta(LowRank):
+    """A (r, in), B (out, r), fp32, and what they were at start as buffers A0, B0."""
+
+    up_names = ("B",)
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, b: Tensor, a: Tensor, scale: float, dropout: float) -> None:
+        super().__init__(dropout)
+        self.scale = scale
+        self.A, self.B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+        self.register_buffer("A0", a.clone())
+        self.register_buffer("B0", b.clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:  # up (out, 2 r), down (2 r, in)
+        return self.scale * torch.cat([self.B - self.B0, self.B0], 1), torch.cat([self.A, self.A - self.A0], 0)
+
+
+class FromWeight(Spec):
+    """Abstract: an init read off the layer's own matrix."""
+
+    rank: int
+    alpha: float | None
+    dropout: float
+
+    def __post_init__(self) -> None:
+        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (not (isinstance(self.rank, int) and self.rank >= 1))
+        if not 0 <= self.dropout < 1:
+            wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
+        if wrong:
+            raise LorafoldError(f"{type(self).__name__}: {'; '.join(wrong)}")
+        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank  # type: ignore[operator]
+
+    @abstractmethod
+    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:  # w (out, in) -> B0 (out, r), A0 (r, in)
+        ...
+
+    def build(self, layer: Layer) -> OffsetDelta:
+        if self.rank > min(layer.shape):
+            raise LorafoldError(f"{type(self).__name__}: rank {self.rank} of a matrix {layer.shape}; expected at most {min(layer.shape)}")
+        with torch.no_grad():
+            return OffsetDelta(*self.start(layer.dense()[0].float()), self.scale, self.dropout)
+
+
+@dataclass(frozen=True)
+class PiSSA(FromWeight):
+    """rank r; alpha (None: r); dropout on the branch; niter: subspace iterations of the randomized SVD (0: the whole SVD).
+
+    The paper takes 1 to 16 iterations. LorafoldError for values out of range.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    niter: int = 16
+
+    lr_b: ClassVar[float] = 2e-4
+
+    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        if self.niter and 2 * self.rank < min(w.shape):
+            u, s, v = torch.svd_lowrank(w, q=2 * self.rank, niter=self.niter)
+            vt = v.t()
+        else:
+            u, s, vt = torch.linalg.svd(w, full_matrices=False)
+        root = (s[: self.rank] / self.scale).sqrt()
+        return u[:, : self.rank] * root, root[:, None] * vt[: self.rank]
+
+
+@dataclass(frozen=True)
+class OLoRA(FromWeight):
+    """rank r; alpha (None: r); dropout on the branch. LorafoldError for values out of range."""
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    lr_b: ClassVar[float] = 2e-4
+
+    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = torch.linalg.qr(w)
+        return q[:, : self.rank], r[: self.rank]

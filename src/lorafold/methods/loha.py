@@ -1,0 +1,54 @@
+"""LoHa: the product, element by element, of two low-rank changes.
+
+    y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero at start
+
+Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv 2309.14859. Rank up to r^2 from twice the
+parameters of LoRA at rank r. dW has to be built at every step, so it costs more than LoRA; use it where the rank is what is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.delta import Dense
+from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.ops.hadamard import hadamard
+
+
+class LoHaDelta(Dense):
+    """w1_a, w2_a (out, r), w1_b, w2_b (r, in), fp32."""
+
+    def __init__(self, out: int, inn: int, rank: int, scale: float, device: torch.device) -> None:
+        super().__init__()
+        self.scale = scale
+        shapes = [(out, rank), (rank, inn)] * 2
+        self.w1_a, self.w1_b, self.w2_a, self.w2_b = (
+            nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32)) for shape in shapes
+        )
+        for p in (self.w1_a, self.w1_b, self.w2_a):
+            nn.init.kaiming_uniform_(p, a=5**0.5)
+
+    def delta(self) -> Tensor:
+        return hadamard(self.w1_a, self.w1_b, self.w2_a, self.w2_b, self.scale)
+
+
+@dataclass(frozen=True)
+class LoHa(Spec):
+    """rank r of each of the two changes; alpha (None: r), the scale is alpha / r. LorafoldError for a rank below 1."""
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.rank, int) and self.rank >= 1):
+            raise LorafoldError(f"LoHa: rank {self.rank!r} (a whole number from 1)")
+        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+
+    def build(self, layer: Layer) -> LoHaDelta:
+        out, inn = layer.shape
+        return LoHaDelta(out, inn, self.rank, self.alpha / self.rank, next(layer.module.parameters()).device)  # type: ignore[operator]

@@ -1,0 +1,35 @@
+"""The product, element by element, of two low-rank matrices, from its factors.
+
+    P = s (A1 B1) * (A2 B2)         A (out, r), B (r, in)
+
+Only the factors are kept for the backward: autograd would keep both products, (out, in) each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class _Hadamard(Function):
+    @staticmethod
+    def forward(ctx: Any, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(a1, b1, a2, b2)
+        ctx.s = s
+        return (a1 @ b1).mul_(a2 @ b2).mul_(s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        a1, b1, a2, b2 = ctx.saved_tensors
+        g1 = (a2 @ b2).mul_(g).mul_(ctx.s)
+        g2 = (a1 @ b1).mul_(g).mul_(ctx.s)
+        return g1 @ b1.t(), a1.t() @ g1, g2 @ b2.t(), a2.t() @ g2, None
+
+
+def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor:
+    """a1, a2 (out, r), b1, b2 (r, in), s a scale -> (out, in)."""
+    return _Hadamard.apply(a1, b1, a2, b2, s)

@@ -1,0 +1,61 @@
+"""A gain on every feature, summed with what comes on top in fp32 and rounded once.
+
+    z = g * y + c + onto            y, onto (..., k); g, c (k,) fp32
+
+In bf16 the sum is rounded with a dither (`core.rounding`), because y lies on the grid already: to the nearest, a gain under 1 + 2^-9
+would change nothing. Only y is kept for the backward. Used by the magnitudes of DoRA and the vectors of IA3.
+
+1024 x 1536 bf16, one CPU thread: forward 2.1 ms, of which 1.1 are the dither; `(y * g).bfloat16()` 4.5 ms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorafold.core.layer import add
+from lorafold.core.rounding import dithered, rounded
+
+ROWS = 64  # 64 rows of 1536 fp32 numbers and their bits stay in a core's cache
+
+
+def scaled(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
+    """g * y + c + onto in plain torch: what `scale` must equal."""
+    return rounded(add(add(g * y, c), onto), y.dtype)
+
+
+class _Scale(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, g)
+        ctx.onto = onto
+        ctx.c_dtype = None if c is None else c.dtype
+        rows = y.flatten(0, -2)
+        tops = None if onto is None else onto.expand_as(y).flatten(0, -2)
+        out = torch.empty_like(rows)
+        for i in range(0, len(rows), ROWS):
+            part = rows[i : i + ROWS].float().mul_(g)
+            part = part if c is None else part.add_(c)
+            out[i : i + ROWS] = dithered(part if tops is None else part.add_(tops[i : i + ROWS]))
+        return out.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        y, g = ctx.saved_tensors
+        need_y, need_g, need_c, need_onto = ctx.needs_input_grad
+        gy = torch.addcmul(z, z, (g - 1).to(z.dtype)) if need_y else None  # in fp32 inside; the small part is what is rounded
+        gg = (z * y).flatten(0, -2).sum(0, dtype=g.dtype) if need_g else None
+        gc = z.flatten(0, -2).sum(0, dtype=g.dtype).to(ctx.c_dtype) if need_c else None
+        return gy, gg, gc, z.sum_to_size(ctx.onto.shape).to(ctx.onto.dtype) if need_onto else None
+
+
+def scale(y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """y (..., k), g (k,), c (k,) | None, onto broadcasts to y -> g * y + c + onto in y's dtype."""
+    if y.dtype is not torch.bfloat16 or g.dtype is not torch.float32 or torch.compiler.is_compiling():
+        return scaled(y, g, c, onto)
+    return _Scale.apply(y, g, c, onto)

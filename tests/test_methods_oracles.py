@@ -1,0 +1,186 @@
+"""The same numbers as PEFT's and LyCORIS' own layers, once both hold the same tensors."""
+
+import logging
+import re
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lorafold as lf
+from lorafold.core.spec import Spec
+from lorafold.methods.adalora import ranks
+
+IDS = torch.arange(24).view(2, 12) % 32
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=32)
+    )
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=32, n_positions=32))
+
+
+MODELS = {"llama": llama, "gpt2": gpt2}
+TARGETS = {"llama": ["q_proj", "k_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+
+# what a tensor is called there, and here
+NAMES = {
+    r"lora_A\.default\.weight": "A", r"lora_B\.default\.weight": "B", r"lora_magnitude_vector\.default\.weight": "magnitude",
+    r"lora_A\.default": "Q", r"lora_B\.default": "P", r"lora_E\.default": "E",
+    r"vera_lambda_b\.default": "b", r"vera_lambda_d\.default": "d", r"(?:hada|lokr)_(w\w+)\.default": r"\1", r"ia3_l\.default": "l",
+}  # fmt: skip
+
+CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
+    "dora": (lf.DoRA(lf.LoRA(rank=4, alpha=6, dropout=0.1)), peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_dora=True)),
+    "adalora": (lf.AdaLoRA(rank=3, init_rank=4, alpha=6), peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10)),
+    "vera": (lf.VeRA(rank=8, projection_prng_key=7), peft.VeraConfig(r=8, projection_prng_key=7)),
+    "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
+    "lokr": (lf.LoKr(rank=2, alpha=3), peft.LoKrConfig(r=2, alpha=3)),
+    "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
+    "lokr-both": (
+        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8), peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
+    ),
+    "ia3": (lf.IA3(), peft.IA3Config()),
+}  # fmt: skip
+
+
+def places(method: str, family: str) -> dict[str, list[str]]:
+    if method != "ia3":
+        return {"target_modules": TARGETS[family]}
+    return {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]} if family == "llama" else {}
+
+
+def peft_model(method: str, family: str) -> peft.PeftModel:
+    config = type(CASES[method][1])(**{**CASES[method][1].to_dict(), **places(method, family)})
+    if family == "gpt2" and hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(MODELS[family](), config)
+
+
+def carry_over(theirs: nn.Module, adapter: lf.Adapter) -> None:
+    """Random numbers into PEFT's trainable tensors, and the same into ours."""
+    generator = torch.Generator().manual_seed(1)
+    own = dict(adapter.named_parameters())
+    seen = set()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if not p.requires_grad:
+                continue
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+            ours = name.removeprefix("base_model.model.")
+            for pattern, there in NAMES.items():
+                ours = re.sub(rf"{pattern}$", there, ours)
+            ours = re.sub(r"\.([AB])$", r".inner.\1", ours) if ours not in own else ours
+            own[ours].copy_(p.view(own[ours].shape))
+            seen.add(ours)
+    assert seen == set(own)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("method", CASES)
+def test_logits_equal_those_of_peft(method: str, family: str) -> None:
+    if family == "gpt2" and method.startswith(("loha", "lokr")):
+        pytest.skip("PEFT has no LoHa or LoKr for GPT-2's Conv1D")
+    theirs = peft_model(method, family).eval()
+    model = MODELS[family]().eval()
+    with torch.no_grad():
+        bare = model(IDS).logits
+        adapter = lf.attach(model, CASES[method][0], None if method == "ia3" else TARGETS[family])
+        carry_over(theirs, adapter)
+        expected, found = theirs(IDS).logits, model(IDS).logits
+    assert (found - bare).norm() > 1e-3 * expected.norm()
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_vera_projections_are_those_of_peft() -> None:
+    theirs = peft_model("vera", "llama").base_model
+    model = llama()
+    adapter = lf.attach(model, CASES["vera"][0], TARGETS["llama"])
+    for delta in adapter.deltas.values():
+        assert torch.equal(delta.projections.A, theirs.vera_A["default"])
+        assert torch.equal(delta.projections.B, theirs.vera_B["default"])
+
+
+def test_dora_gradients_are_those_of_peft() -> None:
+    theirs, model = peft_model("dora", "llama").eval(), llama().eval()
+    adapter = lf.attach(model, CASES["dora"][0], TARGETS["llama"])
+    carry_over(theirs, adapter)
+    for m in (theirs, model):
+        m(input_ids=IDS, labels=IDS).loss.backward()
+    own = dict(adapter.named_parameters())
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            ours = name.removeprefix("base_model.model.").replace("lora_magnitude_vector.default.weight", "magnitude")
+            ours = re.sub(r"lora_([AB])\.default\.weight", r"inner.\1", ours)
+            assert (own[ours].grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+def test_adalora_trains_and_prunes_as_peft_does() -> None:
+    """Steps with the same data and optimizer: the same triplets survive, with the same values."""
+    total, torch_lr = 12, 0.05
+    config = peft.AdaLoraConfig(
+        target_r=2, init_r=4, lora_alpha=6, tinit=2, tfinal=3, deltaT=2, total_step=total, target_modules=TARGETS["llama"]
+    )
+    logging.disable(logging.WARNING)
+    theirs = peft.get_peft_model(llama(), config)
+    logging.disable(logging.NOTSET)
+    model = llama()
+    spec = lf.AdaLoRA(rank=2, init_rank=4, alpha=6, tinit=2, tfinal=3, delta_t=2)
+    adapter = lf.attach(model, spec, TARGETS["llama"])
+    carry_over(theirs, adapter)
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=torch_lr) for m in (theirs, model)]
+    for step in range(1, total + 1):
+        ids = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(step))
+        theirs.base_model(input_ids=ids, labels=ids).loss.backward()  # the whole PeftModel leaves the penalty out
+        loss = model(input_ids=ids, labels=ids).loss + sum(delta.penalty() for delta in adapter.deltas.values())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        spec.after_step(adapter.own_deltas, step, total)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    kept = {path: delta.kept.tolist() for path, delta in adapter.deltas.items()}
+    assert kept == {f"model.{k.split('.lora_E')[0].removeprefix('model.')}": v for k, v in config.rank_pattern.items()}
+    assert sum(ranks(adapter.deltas).values()) == 2 * len(kept)
+    assert len(set(ranks(adapter.deltas).values())) > 1
+    with torch.no_grad():
+        expected, found = theirs(IDS).logits, model(IDS).logits
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr-both"])
+def test_matrices_equal_those_of_lycoris(kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lycoris.modules.loha import LohaModule
+        from lycoris.modules.lokr import LokrModule
+    torch.manual_seed(0)
+    root = nn.Sequential(nn.Linear(64, 128))
+    factor = {"lokr": 4, "lokr-both": 8}.get(kind)
+    spec, theirs = (
+        (lf.LoHa(rank=3, alpha=5), LohaModule("m", root[0], 1.0, lora_dim=3, alpha=5)) if kind == "loha" else
+        (lf.LoKr(rank=1, alpha=3, decompose_factor=factor, decompose_both=kind == "lokr-both"),
+         LokrModule("m", root[0], 1.0, lora_dim=1, alpha=3, factor=factor, decompose_both=kind == "lokr-both"))
+    )  # fmt: skip
+    delta = lf.attach(root, spec, ["0"]).deltas["0"]
+    own = dict(delta.named_parameters())
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.copy_(torch.randn_like(p))
+            own.pop(re.sub("^(hada|lokr)_", "", name)).copy_(p)
+        expected = theirs.get_weight(root[0].weight.shape)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        assert not own
+        assert (delta.delta() - expected).norm() <= 1e-5 * expected.norm()
