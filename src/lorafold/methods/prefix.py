@@ -31,8 +31,7 @@ class PrefixDelta(Sender):
         super().__init__(body, layers)
         self.shape = shape  # (Hk, D)
         size = 2 * len(layers) * shape[0] * shape[1]
-        self.prefix = nn.Parameter(torch.empty(tokens, size, device=next(body.parameters()).device, dtype=torch.float32))
-        nn.init.normal_(self.prefix, std=0.02)
+        self.prefix = nn.Parameter(torch.zeros(tokens, size, device=next(body.parameters()).device, dtype=torch.float32))
 
     def by_layer(self) -> Tensor:  # (L, 2, Hk, n, D), a view
         return self.prefix.view(len(self.prefix), len(self.layers), 2, *self.shape).permute(1, 2, 3, 0, 4)
@@ -87,6 +86,8 @@ class Prefix(Spec):
         if self.init == "activations":
             embedding = body.get_input_embeddings()  # type: ignore[operator]
             delta.begin_with(layer, torch.randint(embedding.num_embeddings, (self.tokens,)).to(delta.prefix.device))
+        else:
+            nn.init.normal_(delta.prefix, std=0.02)
         return delta
 
 

@@ -47,10 +47,13 @@ class Virtual:
 
 
 class _Prepended:
-    """An attention's cache, seen with the virtual tokens in front; `cache` None where there is none."""
+    """An attention's cache, seen with the virtual tokens in front; `cache` None where there is none.
 
-    def __init__(self, cache: Any, virtual: Virtual, before: list[tuple[Tensor, Tensor]]) -> None:
-        self._cache, self._virtual, self._before = cache, virtual, before
+    Without a mask attention is causal over its own `tokens`: columns that a cache of fixed size holds in reserve are left out then.
+    """
+
+    def __init__(self, cache: Any, virtual: Virtual, before: list[tuple[Tensor, Tensor]], tokens: int | None) -> None:
+        self._cache, self._virtual, self._before, self._tokens = cache, virtual, before, tokens
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._virtual.seen is not None:
@@ -59,7 +62,8 @@ class _Prepended:
             key, value = self._cache.update(key, value, layer_idx, *args, **kwargs)
         keys = [k.to(key.dtype).expand(len(key), -1, -1, -1) for k, _ in self._before]
         values = [v.to(value.dtype).expand(len(value), -1, -1, -1) for _, v in self._before]
-        return torch.cat([*keys, key], -2), torch.cat([*values, value], -2)
+        own = slice(self._tokens)
+        return torch.cat([*keys, key[..., own, :]], -2), torch.cat([*values, value[..., own, :]], -2)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -81,9 +85,11 @@ class Receiver(Opaque):
         if virtual is None:
             return layer(**kwargs)
         before = virtual.at(layer.module.layer_idx)  # type: ignore[arg-type]
-        kwargs[self.cache_name] = _Prepended(kwargs.get(self.cache_name), virtual, before)
+        x, mask = kwargs["hidden_states"], kwargs.get("attention_mask")
+        tokens = x.shape[1] if mask is None and x.shape[1] > 1 else None
+        kwargs[self.cache_name] = _Prepended(kwargs.get(self.cache_name), virtual, before, tokens)
         if n := sum(k.shape[-2] for k, _ in before):
-            kwargs["attention_mask"] = widened(kwargs.get("attention_mask"), n, kwargs["hidden_states"])
+            kwargs["attention_mask"] = widened(mask, n, x)
         return layer(**kwargs)
 
 

@@ -1,0 +1,285 @@
+"""Virtual tokens, of prompt and of prefix tuning: that they are in front of everything, everywhere, and nowhere else.
+
+PEFT is the oracle for logits (its `generate` ignores them under this transformers); a recomputation without a cache is that of `generate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+import lorafold as lf
+from lorafold.generate import complete
+from lorafold.ops.head import labelled_loss
+from lorafold.train.packing import collate, isolates, packed
+
+N = 5
+SPECS = [pytest.param(lf.Prompt(tokens=N), id="prompt"), pytest.param(lf.Prefix(tokens=N), id="prefix")]
+KINDS = ["llama", "gpt2", "qwen2", "gemma"]
+IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(4))
+EPS = {"rtol": 1e-4, "atol": 2e-5}  # fp32, two orders of summation
+
+
+def every(kinds: list[str] = KINDS) -> Any:
+    def both(test: Any) -> Any:
+        return pytest.mark.parametrize("spec", SPECS)(pytest.mark.parametrize("kind", kinds)(test))
+
+    return both
+
+
+def virtual(model: nn.Module, spec: Any, name: str = "default", seed: int = 0) -> lf.Adapter:
+    """An adapter strong enough to be seen: tiny random models hardly attend to anything."""
+    torch.manual_seed(seed)
+    adapter = lf.attach(model, spec, name=name)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.mul_(3).add_(torch.randn(p.shape))
+    return adapter
+
+
+def logits(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+def greedy(model: nn.Module, ids: Tensor, steps: int) -> Tensor:
+    """The definition: everything computed anew for each token."""
+    for _ in range(steps):
+        ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@every()
+def test_logits_are_those_of_peft(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    config = {lf.Prompt: peft.PromptTuningConfig, lf.Prefix: peft.PrefixTuningConfig}[type(spec)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.get_peft_model(copy.deepcopy(model), config(task_type="CAUSAL_LM", num_virtual_tokens=N)).eval()
+        adapter = virtual(model, spec)
+        (tensor,) = adapter.parameters()
+        assert other.prompt_encoder["default"].embedding.weight.shape == tensor.shape
+        other.prompt_encoder["default"].embedding.weight.data.copy_(tensor.data)
+        expected = logits(other, IDS, attention_mask=torch.ones_like(IDS))[:, -IDS.shape[1] :]
+    found = logits(model, IDS)
+    torch.testing.assert_close(found, expected, **EPS)
+    with lf.only(model):
+        assert (logits(model, IDS) - expected).norm() > 1e-2 * expected.norm()
+
+
+@every(["llama", "gpt2"])
+def test_padding_on_either_side_changes_nothing(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    virtual(model, spec)
+    alone = logits(model, IDS[:1, :6])
+    mask = torch.ones_like(IDS)
+    mask[0, 6:] = 0
+    torch.testing.assert_close(logits(model, IDS, attention_mask=mask)[:1, :6], alone, **EPS)
+    left = torch.cat([IDS[:, 6:], IDS[:, :6]], 1)
+    positions = (mask.flip(1).cumsum(1) - 1).clamp_min(0)
+    found = logits(model, left, attention_mask=mask.flip(1), position_ids=positions)[:1, 3:]
+    torch.testing.assert_close(found, alone, **EPS)
+
+
+@every()
+def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    virtual(model, spec)
+    expected = greedy(model, IDS, 8)
+    scores = logits(model, expected)[:, -9:-1]
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        found = model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True, **cache,
+        )  # fmt: skip
+        assert torch.equal(found.sequences, expected)
+        torch.testing.assert_close(torch.stack(found.logits, 1), scores, **EPS)
+    with lf.only(model):
+        assert (logits(model, expected)[:, -9:-1] - scores).norm() > 1e-2 * scores.norm()
+
+
+@every(["llama", "gpt2"])
+def test_a_left_padded_batch_generates_what_each_row_does_alone(spec: Any, kind: str, tiny_model, tiny_model_dir) -> None:
+    from lorafold.io.models import load_tokenizer
+
+    model, tokenizer = tiny_model(kind), load_tokenizer(str(tiny_model_dir(kind)))
+    virtual(model, spec)
+    prompts = ["Book a table", "Remind me to call the plumber tomorrow morning", "The quick brown fox"]
+    alone = [complete(model, tokenizer, [p], 20)[0] for p in prompts]  # more than one round: caches are handed on
+    assert complete(model, tokenizer, prompts, 20) == alone
+    ids = torch.tensor([tokenizer(prompts[0], add_special_tokens=False).input_ids])
+    assert tokenizer.decode(greedy(model, ids, 20)[0, ids.shape[1] :], skip_special_tokens=True).startswith(alone[0])
+
+
+@every(["llama"])
+def test_beams_reorder_the_cache_and_nothing_else(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    virtual(model, spec)
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(IDS)
+    cached, anew = (model.generate(IDS, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, anew)
+
+
+@every(["llama", "gemma"])
+def test_labels_and_the_loss_at_labelled_positions(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    adapter = virtual(model, spec)
+    found = model(input_ids=IDS, labels=IDS)
+    assert found.logits.shape[:2] == IDS.shape
+    plain = cross_entropy(found.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, plain, rtol=1e-5, atol=1e-6)
+    labels = torch.cat([IDS[:, 1:], torch.full((3, 1), -100)], 1)
+    total, n = labelled_loss(model, labels, {"input_ids": IDS})
+    torch.testing.assert_close(total / n, plain, rtol=1e-5, atol=1e-6)
+    (p,) = adapter.parameters()
+    (expected,), (gradient,) = torch.autograd.grad(plain, [p]), torch.autograd.grad(total / n, [p])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+@every(["llama", "gpt2", "qwen2"])
+def test_packed_documents_each_see_them(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    virtual(model, spec)
+    assert isolates(model)
+
+    class Document:
+        def __init__(self, ids: Tensor) -> None:
+            self.ids = self.labels = ids.tolist()
+
+    documents = [IDS[0, :4], IDS[1], IDS[2, :6]]
+    alone = torch.cat([logits(model, d[None])[0] for d in documents])
+    with packed(model) as apart:
+        assert apart
+        batch = collate([Document(d) for d in documents], packed=True, pad_id=0)
+        together = logits(model, batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
+        torch.testing.assert_close(together, alone, **EPS)
+        torch.testing.assert_close(logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]), **EPS)
+    torch.testing.assert_close(logits(model, IDS[:1, :4])[0], alone[:4], **EPS)
+
+
+@every(["llama", "gpt2", "gemma"])
+def test_eager_attention_computes_the_same(spec: Any, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    virtual(model, spec)
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    expected = logits(model, IDS, **inputs)[mask.bool()]
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(model, IDS, **inputs)[mask.bool()], expected, **EPS)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sliding_window_never_loses_them(spec: Any) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        sliding_window=6, max_position_embeddings=128, attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    virtual(model, spec)
+    expected = greedy(model, IDS, 6)
+    cached = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(cached, expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_under_gradient_checkpointing_two_batches_may_wait_for_their_backward(spec: Any, tiny_model) -> None:
+    model = tiny_model("llama").train()
+    adapter = virtual(model, spec)
+    (p,) = adapter.parameters()
+
+    def gradient() -> Tensor:
+        losses = [model(input_ids=ids, labels=ids).loss for ids in (IDS, IDS.flip(1))]
+        return torch.autograd.grad(sum(losses), [p])[0]
+
+    plain = gradient()
+    model.activation_checkpointing_enable()
+    torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(("below", "above"), [(a, b) for a in (lf.Prompt, lf.Prefix) for b in (lf.Prompt, lf.Prefix)])
+def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
+    model = tiny_model("llama")
+    a, b = virtual(model, below(tokens=2), "a"), virtual(model, above(tokens=3), "b", seed=1)
+    both = logits(model, IDS)
+    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, eos_token_id=None),
+                       greedy(model, IDS, 5))  # fmt: skip
+    with lf.only(model, "a"):
+        only_a = logits(model, IDS)
+    with lf.only(model, "b"):
+        only_b = logits(model, IDS)
+    for one in (only_a, only_b):
+        assert (both - one).norm() > 1e-3 * one.norm()
+    if below is above is lf.Prompt:
+        one = tiny_model("llama")
+        joint = lf.attach(one, lf.Prompt(tokens=5))
+        joint.deltas["model"].embeddings.data.copy_(torch.cat([next(a.parameters()), next(b.parameters())]))
+        torch.testing.assert_close(logits(one, IDS), both, **EPS)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("cls", "config"), [(LlamaForSequenceClassification, LlamaConfig), (GPT2ForSequenceClassification, GPT2Config)])
+def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260, "num_labels": 3}
+    extra = {"intermediate_size": 48} if config is LlamaConfig else {}
+    model = cls(config(**sizes, **extra, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
+    bare = logits(model, IDS)
+    adapter = virtual(model, spec)
+    assert not torch.allclose(logits(model, IDS), bare)
+    model(input_ids=IDS, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(lf.LorafoldError, match=r"lies on a decoder and its attentions .*not on Linear"):
+        lf.attach(model, spec, ["q_proj"])
+    with pytest.raises(lf.LorafoldError, match="has no such place"):
+        lf.attach(nn.Sequential(nn.Linear(3, 3)), spec)
+    adapter = lf.attach(model, spec)
+    with pytest.raises(lf.NotMergeable, match=r"PromptDelta|PrefixDelta|no weight"):
+        adapter.merge()
+    for receiver in [p for p in adapter.sites if p != "model"]:
+        adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(lf.adapter.layer_of(adapter.sites[receiver]))
+    with pytest.raises(lf.LorafoldError, match=r"in layers \[0, 1\]"):
+        logits(model, IDS)
+
+
+def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
+    model = tiny_model("qwen2")
+    torch.manual_seed(3)
+    delta = lf.attach(model, lf.Prefix(tokens=4)).deltas["model"]
+    torch.manual_seed(3)
+    ids = torch.randint(model.config.vocab_size, (4,))
+    with lf.only(model), torch.no_grad():
+        cache = model(ids[None], use_cache=True).cache
+    for layer, (keys, values) in delta.keys_and_values().items():
+        torch.testing.assert_close(keys, cache.layers[layer].keys)
+        torch.testing.assert_close(values, cache.layers[layer].values)
+    random = lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random")).deltas["transformer"].prefix
+    assert random.std().item() == pytest.approx(0.02, rel=0.2)  # 512 draws: standard error 3%
+
+
+@pytest.mark.parametrize("cls", [lf.Prompt, lf.Prefix])
+def test_options_out_of_range(cls: Any) -> None:
+    with pytest.raises(lf.LorafoldError, match=r"tokens 0 \(a whole number from 1\); init 'zero'"):
+        cls(tokens=0, init="zero")
