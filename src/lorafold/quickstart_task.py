@@ -7,14 +7,16 @@ Names, places, dishes and messages are copied as they stand; numbers, days and t
 half past seven in the evening -> 19:30). Keys come in a fixed order, without spaces. A small model scores 0% before training, so
 what it does afterwards it has learned from these rows alone.
 
-Every word list below is cut in two: every fifth word goes to the test split and the others to the train split. A test value is made
-of held-out words only, so none of its names, places, dishes or messages occurs in training, neither whole nor in parts.
+Every word list below is cut in two: about every fifth word goes to the test split, the others to the train split. A test value is
+made of held-out words only, so none of its names, places, dishes or messages occurs in training, neither whole nor in parts. The lists
+are long on purpose: a model that has seen few words learns the words, one that has seen many learns to copy.
 Pure Python, no network, the same rows for the same arguments.
 """
 
 import json
 import random
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -41,11 +43,12 @@ FIRST = _words("""
 """)
 NAME_START = _words("""
     Brams Vel Thorn Ald Mar Kess Stone Oak Wil Har Lind Gran Rav Tarn Bel Cald Dun Elm Fair Gold Hazel Iron Kings Lang Mill North Old
-    Pem Rose Salt Ten Ul Wake Yar Ash Black Clay Dray East Fern Glen Holm Ives Jar Kel Lor Mont Nor Os Pres Rad Sand
+    Pem Rose Salt Ten Ul Wake Yar Ash Black Clay Dray East Fern Glen Holm Ives Jar Kel Lor Mont Nor Os Pres Rad Sand Tor Bran Cor Dor
+    Fal Gar Hol Jor Kor Lam Mer Nel Pal Quin Rom Sel Tal Val Wes Zim Cam Den Ed
 """)
 NAME_END = _words("""
     ford berg wick ton dale stead haven bridge field quist mere gate well worth moor brook cliff ham man sen ova etti ski row land more
-    ley by son ard
+    ley by son
 """)
 ADJECTIVE = _words("""
     Copper Golden Hungry Quiet Crooked Laughing Velvet Wandering Rusty Silver Lucky Salty Gentle Midnight Painted Broken Hidden Jolly
@@ -62,19 +65,25 @@ NOUN = _words("""
 STYLE = _words("""
     spicy smoked grilled crispy creamy roasted pickled stuffed braised steamed fried baked glazed peppery toasted buttered chilled
     marinated crunchy sweet sour salted herbed charred cold hot tender juicy golden fresh mild rich light dark sticky seared wild plain
-    zesty double
+    zesty double tangy salty buttery nutty garlicky lemony vegan organic homemade classic rustic hearty chunky silky flaky fluffy thick
+    thin large half local frozen whole extra simple chopped sliced mashed grated whipped candied honeyed poached boiled minced shredded
+    blackened breaded curried cheesy
 """)
 MAIN = _words("""
     mushroom lentil chicken pumpkin salmon tofu spinach beef potato shrimp eggplant pork cauliflower duck chickpea tomato turkey bean
     lamb carrot zucchini cheese trout cabbage leek rice onion garlic corn egg apple lemon coconut peanut barley crab tuna bacon walnut
-    ginger
+    ginger quinoa lobster squid sausage ham pepper celery radish pear mango pineapple almond hazelnut avocado beetroot asparagus
+    artichoke pea couscous millet oyster mussel venison rabbit
 """)
 DISH = _words("""
     risotto curry soup salad pie burger dumplings stew lasagna noodles tacos wrap gratin skewers sandwich pasta bowl roll omelette toast
 """)
 CHORE = _words("""
     water fix clean return collect paint wash pack repair sell check feed move order print lock sort charge replace polish measure
-    unload label renew sharpen buy close deliver empty fold hang lift open mail rent scan store test wrap weigh
+    unload label renew sharpen buy close deliver empty fold hang lift open mail rent scan store test wrap weigh pick bring bake borrow
+    book boil brush cancel carry change choose compare connect copy count cover cut decorate donate download dry dust examine find
+    finish give grease heat hide inspect install iron knit lend list load mend mix mount name oil park photograph pin plug pour press
+    recycle remove reset rinse save scrub seal send serve set ship show shut sign sketch sweep switch tie trim update vacuum wax weed
 """)
 THING = _words("""
     plants bike parcel keys tickets boiler kitchen laptop curtains car suitcase lamp printer tent library books fence camera heater
@@ -85,15 +94,18 @@ STATE = _words("""
     ready late broken here gone clean expensive missing lovely open closed heavy fine wet sold stuck noisy empty warm safe tidy cheap
     loose perfect dirty cold dry full hidden locked new
 """)
-SIZE = _words("old new small big spare red blue green second shiny heavy long white black round")
+SIZE = _words("""
+    old new small big spare red blue green second shiny heavy long white black round tiny huge fancy broken wooden purple yellow orange
+    silver smart cheap square pretty dusty
+""")
 
 NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
 DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
 
 
 def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The words of a list that belong to a split: every fifth to test, the others to train."""
-    return tuple(word for i, word in enumerate(words) if (i % 5 == 4) == (split == "test"))
+    """The words of a list that belong to a split: about every fifth to test; a word of several lists is on the same side in all."""
+    return tuple(word for word in words if (zlib.crc32(word.lower().encode()) % 5 == 0) == (split == "test"))
 
 
 def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
