@@ -1,0 +1,94 @@
+"""Full fine-tuning: the weights themselves in place, once each, and a model that is whole again afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM
+
+import lorafold as lf
+from lorafold.methods.full import write_model
+
+IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_it_holds_the_models_own_parameters_each_once(kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    own = list(model.parameters())
+    adapter = lf.attach(model, lf.Full())
+    assert {id(p) for p in adapter.parameters()} == {id(p) for p in own}
+    assert len(list(adapter.parameters())) == len(own)
+    assert len(list(model.parameters())) == len(own)
+    assert all(p.requires_grad for p in own)
+    assert "100.00%" in repr(adapter)
+    twin = copy.deepcopy(model)
+    deltas = twin.get_submodule("model.norm" if kind != "gpt2" else "transformer.ln_f")
+    assert deltas.deltas["default"].weight is deltas.weight
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_it_trains_as_the_plain_model_does(kind: str, tiny_model) -> None:
+    model, plain = tiny_model(kind), tiny_model(kind)
+    adapter = lf.attach(model, lf.Full())
+    for one, parameters in ((model, adapter.parameters()), (plain, plain.parameters())):
+        optimizer = AdamW(parameters, lr=1e-3, weight_decay=0.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            one(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        found = model(IDS).logits
+    torch.testing.assert_close(found, plain(IDS).logits.detach(), rtol=1e-4, atol=1e-5)
+    adapter.detach()
+    assert not any(hasattr(m, "deltas") for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(IDS).logits, found)
+
+
+def test_what_it_saves_is_a_plain_model(tiny_model, tmp_path) -> None:
+    model = tiny_model("qwen2")
+    adapter = lf.attach(model, lf.Full())
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.mul_(1.5)
+        y = model(IDS).logits
+    write_model(model, tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(loaded).__name__ == "Qwen2ForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, y)
+
+
+def test_part_of_a_model_and_other_adapters_beside_it(tiny_model) -> None:
+    model = tiny_model("llama")
+    lora = lf.attach(model, lf.LoRA(rank=2), name="lora")
+    norms = lf.attach(model, lf.Full(), ["norm", "input_layernorm"], name="norms")
+    trained = {id(p) for a in (lora, norms) for p in a.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    norms.detach()
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lora.parameters()}
+    lora.detach()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_adapter_does_not_freeze_it(tiny_model) -> None:
+    model = tiny_model("llama")
+    full = lf.attach(model, lf.Full(), name="full")
+    lora = lf.attach(model, lf.LoRA(rank=2), name="lora")
+    assert all(p.requires_grad for p in (*full.parameters(), *lora.parameters()))
+    lora.detach()
+    full.detach()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_it_says_that_it_trains_the_base_and_refuses_what_has_no_weights(tiny_model) -> None:
+    assert lf.Full.trains_base
+    assert not lf.LoRA.trains_base
+    with pytest.raises(lf.LorafoldError, match="Full trains floating-point weights in place; LlamaMLP holds no parameters"):
+        lf.attach(tiny_model("llama"), lf.Full(), ["mlp"])

@@ -1,0 +1,58 @@
+"""The linear probe: a classifier's head and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
+
+import lorafold as lf
+
+IDS = torch.randint(3, 250, (6, 7), generator=torch.Generator().manual_seed(4))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def classifier(cls: type[PreTrainedModel]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260, "num_labels": 3}
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if cls is GPT2ForSequenceClassification:
+        return cls(GPT2Config(**sizes, **special)).eval()
+    return cls(LlamaConfig(**sizes, intermediate_size=48, **special)).eval()
+
+
+@pytest.mark.parametrize("cls", [LlamaForSequenceClassification, GPT2ForSequenceClassification])
+def test_it_trains_the_head_over_features_that_stay(cls: type[PreTrainedModel]) -> None:
+    model = classifier(cls)
+    with torch.no_grad():
+        bare = model(IDS).logits
+    adapter = lf.attach(model, lf.LinearProbe())
+    assert list(adapter.sites) == ["score"]
+    assert sum(p.numel() for p in adapter.parameters()) == 3 * 32
+    assert torch.equal(model(IDS).logits.detach(), bare)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=IDS, labels=LABELS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    features = {}
+    model.score.register_forward_hook(lambda m, args, y: features.update(h=args[0]))
+    with torch.no_grad():
+        y = model(input_ids=IDS).logits
+        head = adapter.deltas["score"].copy.weight
+        torch.testing.assert_close(y, features["h"][:, -1] @ head.T)
+        with lf.only(model):
+            assert torch.equal(model(IDS).logits, bare)
+        adapter.merge()
+        torch.testing.assert_close(model(IDS).logits, y)
+    assert cross_entropy(y, LABELS) < losses[0]
+
+
+def test_a_model_without_a_head_has_none_to_train() -> None:
+    with pytest.raises(lf.LorafoldError, match="'head': LlamaModel has no such place"):
+        lf.attach(classifier(LlamaForSequenceClassification).model, lf.LinearProbe())
