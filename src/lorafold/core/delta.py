@@ -97,3 +97,17 @@ class LowRank(Additive):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = self.factors()
         return layer.low_rank(x, down, up, self.dropout if self.training else 0.0, onto)
+
+
+def put(delta: Delta, name: str, value: Tensor) -> None:
+    """Give a delta's tensor, by its dotted name, other values: in place, or anew where the shape is another one."""
+    owner, _, leaf = name.rpartition(".")
+    module = delta.get_submodule(owner)
+    old = getattr(module, leaf)
+    if old is not None and old.shape == value.shape:
+        with torch.no_grad():
+            old.copy_(value)
+    elif leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = value.clone()

@@ -24,7 +24,7 @@ from lorafold.train.data import Example, batches
 from lorafold.train.display import Display
 from lorafold.train.interrupt import StopRequest
 from lorafold.train.losses import Completions, labelled
-from lorafold.train.optim import optimizer_tensors, restore_optimizer, restore_rng, rng_state, set_learning_rates
+from lorafold.train.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.train.recipe import Recipe
 
 
@@ -42,18 +42,6 @@ class Job:
     recipe: Recipe
     run: RunDirectory
     steps: int
-
-
-def resume(job: Job) -> Progress:
-    """Put adapter, optimizer and generators back to the last complete checkpoint, or start at 0 where there is none."""
-    checkpoints = job.run.checkpoints()
-    if not checkpoints:
-        return Progress()
-    progress, adapter, optimizer = job.run.load(checkpoints[max(checkpoints)])
-    job.adapter.load_state_dict(adapter)
-    restore_optimizer(job.optimizer, {k: v for k, v in optimizer.items() if not k.startswith("rng.")})
-    restore_rng(optimizer)
-    return progress
 
 
 def fit(job: Job, progress: Progress, display: Display) -> Progress:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import Tensor
 
 from lorafold.adapter import Adapter, attach, load
 from lorafold.errors import LorafoldError
@@ -25,11 +26,11 @@ from lorafold.io.models import choose_device, choose_dtype, load_model, load_tok
 from lorafold.methods import make_spec
 from lorafold.train.allocator import keep_freed_blocks
 from lorafold.train.checkpoint import Progress, RunDirectory
-from lorafold.train.data import Encoded, encode, preview, split
+from lorafold.train.data import Encoded, batches, encode, preview, split
 from lorafold.train.display import Display
-from lorafold.train.loop import Job, fit, resume
-from lorafold.train.losses import Completions
-from lorafold.train.optim import make_optimizer, param_groups
+from lorafold.train.loop import Job, fit
+from lorafold.train.losses import Completions, labelled
+from lorafold.train.optim import make_optimizer, param_groups, restore_optimizer, restore_rng
 from lorafold.train.packing import packed
 from lorafold.train.recipe import Recipe
 from lorafold.train.render import ensure_chat_template
@@ -127,7 +128,7 @@ def train(request: Request, console: Console) -> Trained:
     spec = make_spec(recipe.method, **method_options(recipe))
     tokenizer, data, held_out = tokenized(request, console)
     device = choose_device(request.device)
-    dtype, why = choose_dtype(recipe.base, device)
+    dtype, why = choose_dtype("fp32" if spec.trains_base and recipe.base == "auto" else recipe.base, device)
     console.print(f"base: {why}", highlight=False)
     logs = str(RunDirectory(request.out).path)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs)
@@ -146,8 +147,7 @@ def train(request: Request, console: Console) -> Trained:
         if recipe.packing and not apart:
             console.print("packing: this model mixes documents that share a row, so rows are padded instead", highlight=False)
         objective = Completions(model, apart, tokenizer.pad_token_id or 0)
-        job = prepare(request, adapter, objective, accelerator, data, held_out)
-        progress = begin(job, request, data, held_out, console)
+        job, progress = prepare(request, adapter, objective, accelerator, data, held_out, console)
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)
@@ -157,31 +157,46 @@ def train(request: Request, console: Console) -> Trained:
 
 
 def prepare(
-    request: Request, adapter: Adapter, objective: Completions, accelerator: Accelerator, data: Encoded, held_out: Encoded | None
-) -> Job:  # fmt: skip
-    recipe = request.recipe
+    request: Request, adapter: Adapter, objective: Completions, accelerator: Accelerator, data: Encoded, held_out: Encoded | None,
+    console: Console,
+) -> tuple[Job, Progress]:  # fmt: skip
+    """The job, and how far it is: a fresh run is prepared by its method, one that is resumed takes up the tensors it had."""
+    recipe, run = request.recipe, RunDirectory(request.out)
+    identity: dict[str, Any] = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME}
+    identity |= {"model": request.model, "data": digest(request.rows), "init_adapter": str(request.init_adapter or "")}
+    progress, state = Progress(), None
+    objective.model.to(accelerator.device)
+    if request.resume:
+        run.check(identity)
+        if checkpoints := run.checkpoints():
+            progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            adapter.load_state_dict(tensors)
+    else:
+        run.start(identity)
+        adapter.spec.prepare(adapter.own_deltas, lambda n: sample_losses(objective, data, recipe, n))
     lr = recipe.lr or adapter.spec.lr
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or (recipe.lr if adapter.spec.lr_b is None else adapter.spec.lr_b) or lr)
     wrapped, optimizer = accelerator.prepare(objective, make_optimizer(groups, recipe))
+    if state is not None:
+        restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
+        restore_rng(state)
     accelerator.init_trackers("lorafold", config={k: str(v) for k, v in recipe.model_dump().items()})
+    if request.resume:
+        console.print(f"resuming after step {progress.step} of {recipe.total_steps(len(data.examples))}", highlight=False)
     return Job(
         adapter, objective, wrapped, optimizer, accelerator, data.examples,
         None if held_out is None else lambda: held_out_loss(objective, held_out.examples),
-        recipe, RunDirectory(request.out), recipe.total_steps(len(data.examples)),
-    )  # fmt: skip
+        recipe, run, recipe.total_steps(len(data.examples)),
+    ), progress  # fmt: skip
 
 
-def begin(job: Job, request: Request, data: Encoded, held_out: Encoded | None, console: Console) -> Progress:
-    """Start the run directory, or take up the run that lies in it."""
-    identity: dict[str, Any] = {k: v for k, v in job.recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME}
-    identity |= {"model": request.model, "data": digest(request.rows), "init_adapter": str(request.init_adapter or "")}
-    if not request.resume:
-        job.run.start(identity)
-        return Progress()
-    job.run.check(identity)
-    progress = resume(job)
-    console.print(f"resuming after step {progress.step} of {job.steps}", highlight=False)
-    return progress
+def sample_losses(objective: Completions, data: Encoded, recipe: Recipe, n: int) -> Iterator[Tensor]:
+    """n mean losses of single batches, drawn as training draws them, with a seed of their own."""
+    objective.train()
+    device = next(objective.parameters()).device
+    for rows in batches(len(data.examples), recipe.batch, n, recipe.seed + 1):
+        chosen = [data.examples[i] for i in rows]
+        yield objective(**objective.collate(chosen, device)) / max(1, sum(map(labelled, chosen)))
 
 
 def finish(request: Request, job: Job, progress: Progress) -> Trained:
