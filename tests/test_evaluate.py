@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import lorafold as lf
 from lorafold.cli.eval import command as eval_command
 from lorafold.cli.generate import command as generate_command
 from lorafold.errors import LorafoldError
@@ -155,3 +156,31 @@ def test_generate_command(tiny_model_dir: Callable[[str], Path], capsys: pytest.
     out = json.loads(capsys.readouterr().out)
     assert out["text"] == said
     assert out["tokens_per_second"] > 0
+
+
+def test_adapters_stack_and_one_of_another_base_is_refused(
+    tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny_model("llama"), load_tokenizer(tiny_model_dir("llama"))
+    paths = [tmp_path / "first", tmp_path / "second"]
+    for seed, path in enumerate(paths):
+        adapter = lf.attach(model, lf.LoRA(rank=2), name=path.name)
+        draw = torch.Generator().manual_seed(seed)
+        for p in adapter.parameters():
+            p.data.normal_(generator=draw)
+        adapter.save(path)
+    with torch.no_grad():
+        expected = reference_loss(model, tokenizer, ROWS)  # both are live
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options: dict[str, Any] = {"data": str(data), "base": "fp32", "device": "cpu", "answers": False, "json": True}
+    eval_command(model=str(tiny_model_dir("llama")), adapter=paths, **options)
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected, rel=1e-5)
+
+    other = tiny_model("llama")
+    other.model.embed_tokens.weight.data.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(LorafoldError, match="base"):
+        eval_command(model=str(tmp_path / "other"), adapter=paths[:1], **options)
+    eval_command(model=str(tmp_path / "other"), adapter=paths[:1], allow_other_base=True, **options)
