@@ -36,7 +36,9 @@ for _ in range(6):
 print(f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
 model.eval()
-asked = tokenizer.apply_chat_template([{"role": "user", "content": FACTS[1][0]}], add_generation_prompt=True, return_dict=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
+asked = [{"role": "user", "content": FACTS[1][0]}]
+prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
 
 adapter.merge()  # the model is plain again, and knows it

@@ -107,7 +107,8 @@ def test_parts_adapted_on_their_own_come_under_one_selection() -> None:
 
 
 def test_targets() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn_q": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})]), "head": nn.Linear(4, 9)})
+    block = nn.ModuleDict({"attn_q": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 9)})
     assert lf.attach(model, lf.LoRA(), name="all").matches.paths == ("layers.0.attn_q", "layers.0.fc")
     assert lf.attach(model, lf.LoRA(), "attention", "attn").matches.paths == ("layers.0.attn_q",)
     assert lf.attach(model, lf.LoRA(), "mlp", "mlp").matches.paths == ("layers.0.fc",)

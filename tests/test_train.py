@@ -1,4 +1,4 @@
-"""Training end to end on tiny models: every family by one command, exact resumption, clean interruption, and errors that say what is wrong."""
+"""Training end to end on tiny models: every family, exact resumption, clean interruption, and errors that say what is wrong."""
 
 import json
 import re
@@ -48,9 +48,9 @@ def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_pat
 
 def test_padded_and_packed_and_accumulated_give_the_same_losses(tiny_model_dir, tmp_path: Path) -> None:
     ways = {"packed": {}, "padded": {"packing": False}, "accumulated": {"accumulate": 4}, "checkpointed": {"gradient_checkpointing": True}}
-    losses = {
-        name: train(request(tiny_model_dir("llama"), tmp_path / name, dropout=0.0, **fields), quiet()).losses for name, fields in ways.items()
-    }
+    losses = {}
+    for name, fields in ways.items():
+        losses[name] = train(request(tiny_model_dir("llama"), tmp_path / name, dropout=0.0, **fields), quiet()).losses
     for name in ways:
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 

@@ -39,7 +39,7 @@ class Story:
     merged: str
     adapter_bytes: int
     model_bytes: int
-    kl: float
+    kl: float | None
 
 
 def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: str | None = None) -> Story:
@@ -48,7 +48,8 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
     Raises LorafoldError if `out` exists and overwrite is off.
     """
     start = time.perf_counter()
-    check_out(out, overwrite)
+    for part in ("adapter", "merged"):
+        check_out(out / part, overwrite)
     out.mkdir(parents=True, exist_ok=True)
     train_rows, test_rows = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0), rows("test", UNSEEN, seed=0)
     for name, data in (("train", train_rows), ("test", test_rows)):
@@ -64,11 +65,11 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
     side_by_side(before, after, console)
     console.rule("4  merge: a plain model, no adapter left")
     merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
+    console.print(merged.summary(), highlight=False)
 
-    adapter_bytes, model_bytes = (
-        sum(f.stat().st_size for f in (out / part).glob("*.safetensors")) for part in ("adapter", "merged")
-    )
-    console.print(f"adapter {adapter_bytes / 1e6:.1f} MB, model {model_bytes / 1e6:.1f} MB ({adapter_bytes / model_bytes:.1%})", highlight=False)
+    adapter_bytes, model_bytes = (sum(f.stat().st_size for f in (out / p).glob("*.safetensors")) for p in ("adapter", "merged"))
+    sizes = f"adapter {adapter_bytes / 1e6:.1f} MB, model {model_bytes / 1e6:.1f} MB: {adapter_bytes / model_bytes:.1%}"
+    console.print(sizes, highlight=False)
     console.print(f"""Go on with
   lorafold generate --model {out}/merged --prompt "book a table for two at Mario's on Sunday at 7pm"
   lorafold eval --model {MODEL} --adapter {out}/adapter --data {out}/test.jsonl

@@ -27,7 +27,7 @@ def store(module: nn.Module, name: str, value: Tensor | None) -> None:
     if value is None or old is None:
         if value is not None:
             like = module.weight
-            setattr(module, name, nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad))  # type: ignore[arg-type, union-attr]
+            setattr(module, name, nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad))  # type: ignore[arg-type]
         return
     with torch.no_grad():
         old.copy_(value)
@@ -87,7 +87,7 @@ class Linear(Matrix):
 
 class Conv1D(Matrix):
     def weight(self) -> Tensor:
-        return self.module.weight.t()  # type: ignore[operator, union-attr]
+        return self.module.weight.t()  # type: ignore[operator]
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         store(self.module, "weight", w.t())
@@ -101,8 +101,8 @@ class Embedding(Base):
 
     @property
     def shape(self) -> tuple[int, int]:
-        vocabulary, dim = self.module.weight.shape  # type: ignore[misc, union-attr]
-        return dim, vocabulary  # type: ignore[return-value]
+        vocabulary, dim = self.module.weight.shape  # type: ignore[misc]
+        return dim, vocabulary
 
     def __call__(self, ids: Tensor, onto: Tensor | None = None) -> Tensor:
         y = self.run(ids)
@@ -115,7 +115,7 @@ class Embedding(Base):
         return ids
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.module.weight.t(), None  # type: ignore[operator, union-attr]
+        return self.module.weight.t(), None  # type: ignore[operator]
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         if b is not None:

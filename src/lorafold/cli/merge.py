@@ -52,7 +52,7 @@ def command(
     Works tensor by tensor, so that a model larger than the memory can be merged (with --no-certificate). OUT/merge.json holds the
     certificate: how far the merged model's answers lie from the adapted one's, and what the rounding did to the update.
     """
-    from lorafold.merge.fold import merge
+    from lorafold.merge.run import merge
 
     result = merge(
         model, adapter, out, rounding=rounding.value, seed=seed, certificate=certificate, probe=probe, allow_other_base=allow_other_base,

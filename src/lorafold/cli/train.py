@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    DeviceOption, JsonOption, ModelOption, OverwriteOption, RevisionOption, TrustRemoteCodeOption, emit, messages,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RevisionOption,
+    TrustRemoteCodeOption,
+    emit,
+    messages,
 )  # fmt: skip
 from lorafold.train.recipe import Recipe, load_recipe
 
@@ -16,7 +23,7 @@ EPILOG = f"Recipe fields, for --set and --config, with their defaults:\n\n{FIELD
 
 def command(
     data: Annotated[str, typer.Option(help="Examples: JSONL, Parquet or a hub dataset. Rows: messages, prompt + completion, or text.")],
-    out: Annotated[Path, typer.Option(help="Where the adapter goes: a directory in PEFT's format. Checkpoints lie in OUT.run until it is done.")],
+    out: Annotated[Path, typer.Option(help="Where the adapter goes, in PEFT's format. Checkpoints lie in OUT.run until it is done.")],
     model: ModelOption = "smollm2",
     eval_data: Annotated[str | None, typer.Option(help="Held-out examples; without them --set eval_fraction=0.1 splits some off.")] = None,
     method: Annotated[str | None, typer.Option(help="The adaptation method, by its word; lora unless the recipe says otherwise.")] = None,

@@ -30,7 +30,7 @@ class Deltas(nn.ModuleDict):
 
     _prefix = ""
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -74,7 +74,7 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
 
 
 def _rebuild(cls: type[nn.Module], layer_class: type[Base]) -> Adapted:
-    swapped = adapted_class(cls, layer_class)
+    swapped = adapted_class(cls, layer_class)  # type: ignore[arg-type]
     return swapped.__new__(swapped)
 
 
@@ -103,11 +103,12 @@ def selection_of(model: nn.Module) -> Selection:
 def lay(module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection) -> None:
     """Lay one delta over a module, above those it carries."""
     if not isinstance(module, Adapted):
-        module.__class__ = adapted_class(type(module), layer_class)
-        module.deltas = deltas = Deltas()  # type: ignore[assignment]
+        deltas = Deltas()
         deltas.register_load_state_dict_post_hook(deltas.forget_missing)
-        module.selection = selection  # type: ignore[assignment]
-    module.deltas[name] = delta.train(module.training)  # type: ignore[union-attr, operator, index]
+        module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
+        assert isinstance(module, Adapted)
+        module.deltas, module.selection = deltas, selection
+    module.deltas[name] = delta.train(module.training)
 
 
 def lift(module: Adapted, name: str) -> None:
@@ -115,7 +116,7 @@ def lift(module: Adapted, name: str) -> None:
     del module.deltas[name]
     if not len(module.deltas):
         del module.deltas, module.selection
-        module.__class__ = module.base_class
+        module.__class__ = module.base_class  # type: ignore[assignment]
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:

@@ -12,6 +12,7 @@ need no case of their own. How a module stores its matrix is the business of `Ba
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -28,8 +29,7 @@ def add(a: Tensor, b: Tensor | None) -> Tensor:
 class Layer(ABC):
     """Anything a delta can lie on. `shape` is (out, in); `NotMergeable` where there is no matrix."""
 
-    @abstractmethod
-    def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any: ...
+    __call__: Callable[..., Any]  # (x, onto=None) for a matrix, whatever it takes for anything else
 
     @abstractmethod
     def op(self, x: Tensor, m: Tensor) -> Tensor: ...

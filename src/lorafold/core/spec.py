@@ -20,12 +20,14 @@ class Spec(ABC):
 
     `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of its parameters, and that of
     its up factors (None: the same). `trains_base`: it trains the base's own weights, which then must be in fp32.
+    `modifies_architecture`: it adds modules to the forward path.
     """
 
     targets: ClassVar[str] = "all-linear"
     lr: ClassVar[float] = 2e-4
     lr_b: ClassVar[float | None] = None
     trains_base: ClassVar[bool] = False
+    modifies_architecture: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta: ...

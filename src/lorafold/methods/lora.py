@@ -64,7 +64,8 @@ class LoRA(Spec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha))
-        wrong = [f"rank {r!r} (a whole number from 1)" for r in (self.rank, *self.rank_pattern.values()) if not (isinstance(r, int) and r >= 1)]
+        ranks = (self.rank, *self.rank_pattern.values())
+        wrong = [f"rank {r!r} (a whole number from 1)" for r in ranks if not (isinstance(r, int) and r >= 1)]
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
         if self.init not in ("kaiming", "gaussian"):
