@@ -10,20 +10,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of
 from lorafold.bases.tied import sharers, untie
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
 from lorafold.core.combine import Stack
-from lorafold.core.delta import Delta
+from lorafold.core.delta import Delta, put
 from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io import peft
-from lorafold.io.fingerprint import Values, values_of
+from lorafold.io.weights import ModelWeights, Weights
 from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.replace import ReplaceDelta, leaves
 
@@ -65,13 +64,14 @@ class Adapter:
         return {f"{path}.{k}" if path else k: v for path, d in self.deltas.items() for k, v in d.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`. LorafoldError lists missing and unknown keys; nothing is loaded then."""
-        own = self.state_dict()
-        if set(own) != set(state):
-            raise LorafoldError(f"adapter state: missing {sorted(set(own) - set(state))}, unknown {sorted(set(state) - set(own))}")
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(state[key])
+        """The inverse of `state_dict`; tensors are taken as they are, so that one may have another size than the fresh one (a pruned
+        rank). LorafoldError lists missing and unknown keys; nothing is loaded then. Make optimizers after it, not before."""
+        own = set(self.state_dict())
+        if own != set(state):
+            raise LorafoldError(f"adapter state: missing {sorted(own - set(state))}, unknown {sorted(set(state) - own)}")
+        for path, delta in self.deltas.items():
+            for name, old in delta.state_dict(keep_vars=True).items():
+                put(delta, name, state[f"{path}.{name}" if path else name].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         for p in self.parameters():
@@ -84,7 +84,7 @@ class Adapter:
         `card` is the text of its README.md and `record` what `lorafold.json` says beside the base's fingerprint.
         Raises LorafoldError if `path` exists and overwrite is off.
         """
-        return peft.write(path, self.model, self.spec, dict(self._parts_by_path()), self.bias, self.modules_to_save,
+        return peft.write(path, self.model, self.spec, self.matches, dict(self._parts_by_path()), self.bias, self.modules_to_save,
                           overwrite=overwrite, card=card, record=record or {})  # fmt: skip
 
     def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
@@ -141,21 +141,25 @@ class Adapter:
 
 
 def attach(
-    model: nn.Module, spec: Spec, targets: str | Sequence[str] | None = None, name: str = "default",
-    *, bias: Bias = "none", modules_to_save: Sequence[str] = (),
+    model: nn.Module, spec: Spec, targets: str | Sequence[str] | Matches | None = None, name: str = "default",
+    *, bias: Bias = "none", modules_to_save: Sequence[str] | Matches = (),
 ) -> Adapter:  # fmt: skip
     """Lay an adapter over a model, freeze the base and make the adapter live, above those that are live already.
 
     targets: a preset (`lorafold.core.presets`), names or path ends, or one regex over whole paths (None: the method's own).
     bias: also train the biases of the adapted modules ("lora_only") or of every module ("all").
-    modules_to_save: modules trained whole, such as a fresh head.
+    modules_to_save: modules trained whole, such as a fresh head; these are no targets. Both may be matches that are found already.
     LorafoldError, with the model untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
     """
     selection = selection_of(model)
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
         raise LorafoldError(f"adapter name {name!r} is in use on this model, empty, or holds a dot; choose another")
-    matches = match(model, spec.targets if targets is None else targets, is_linear)
-    saved = match(model, modules_to_save, is_linear) if modules_to_save else Matches({})
+    saved = modules_to_save if isinstance(modules_to_save, Matches) else match(model, modules_to_save, is_linear)
+    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
+    found = targets if isinstance(targets, Matches) else match(model, spec.targets if targets is None else targets, is_linear)
+    matches = Matches({pattern: tuple(p for p in paths if p not in whole) for pattern, paths in found.by_pattern.items()})
+    if not matches.paths:
+        raise LorafoldError(f"modules_to_save takes every target: {', '.join(matches.by_pattern)}")
     laid: dict[str, list[Delta]] = {}
     for path in matches.paths:
         module = model.get_submodule(path)
@@ -165,16 +169,17 @@ def attach(
         except NotMergeable as e:
             raise LorafoldError(f"{path}: {type(spec).__name__} can't be laid on it: {e}") from None
     for path, module in biased(model, matches, bias):
-        laid.setdefault(path, []).append(BiasDelta(len(module.bias), module.bias.device))  # type: ignore[arg-type]
-    for path in (leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p)):
-        laid.setdefault(path, []).append(ReplaceDelta(model.get_submodule(path), path))
+        if path not in whole:
+            laid.setdefault(path, []).append(BiasDelta(len(module.bias), module.bias.device))  # type: ignore[arg-type]
+    for path in whole:
+        laid[path] = [ReplaceDelta(model.get_submodule(path), path)]
     spec.join({path: laid[path][0] for path in matches.paths})
     for path, deltas in laid.items():
         module = model.get_submodule(path)
         lay(module, layer_class(module), name, deltas[0] if len(deltas) == 1 else Stack(deltas), selection)
     freeze(model, selection)
     selection.names += (name,)
-    return Adapter(model, name, spec, matches, bias, tuple(modules_to_save))
+    return Adapter(model, name, spec, matches, bias, tuple(saved.by_pattern))
 
 
 def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:
@@ -184,20 +189,24 @@ def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str
 
 def load(
     model: nn.Module, path: str | Path, name: str = "default",
-    *, allow_other_base: bool = False, trainable: bool = False, base: Values | None = None,
+    *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Lay a saved adapter over a model: strict, so that every key is used and every shape right, or nothing is changed.
 
-    `base` reads the base's parameters by name where the model is a skeleton on the meta device.
+    `base` has the base's own weights where the model does not: it is quantized, or on the meta device.
     LorafoldError lists all that is wrong: keys unknown or missing, shapes, values that are not finite, options not supported, a base
     whose fingerprint differs (`allow_other_base=True` overrides that one).
     """
-    stored = peft.read(path)
-    adapter = attach(
-        model, stored.spec, peft.peft_targets(stored, model), name, bias=stored.bias, modules_to_save=stored.modules_to_save
-    )  # fmt: skip
+    stored, base = peft.read(path), base or ModelWeights(model)
+    problems = [] if allow_other_base else stored.base_problems(base)
     try:
-        peft.fill(model, dict(adapter._parts_by_path()), stored, base or values_of(model), allow_other_base)
+        adapter = attach(
+            model, stored.spec, stored.targets(model), name, bias=stored.bias, modules_to_save=stored.modules_to_save(model)
+        )  # fmt: skip
+    except LorafoldError as e:
+        raise LorafoldError(f"{path}: {'; '.join([*problems, str(e)])}") from None
+    try:
+        peft.fill(model, dict(adapter._parts_by_path()), adapter.matches.paths, stored, base, problems)
     except LorafoldError:
         adapter.detach()
         raise

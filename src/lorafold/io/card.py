@@ -1,51 +1,64 @@
-"""The README.md beside an adapter: a model card ready for the Hub."""
+"""The model card (README.md) beside an adapter: base, figures, recipe, data, and how to load it; ready for the Hub."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-def plain_card(base: str | None, what: str) -> str:
-    """A card that says what the adapter is and how it is loaded."""
-    front = yaml.safe_dump({"base_model": base, "library_name": "peft", "tags": ["lora", "lorafold"]}, sort_keys=False) if base else (
-        yaml.safe_dump({"library_name": "peft", "tags": ["lora", "lorafold"]}, sort_keys=False)
-    )  # fmt: skip
-    return f"""---
-{front}---
-
-# Adapter of {base or "a model"}
-
-{what}
+LOAD = """\
+## How to use it
 
 ```python
+from transformers import AutoModelForCausalLM
 import lorafold as lf
-adapter = lf.load(model, "path/of/this/directory")          # or peft.PeftModel.from_pretrained(model, ...)
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+adapter = lf.load(model, "path/to/this/directory")
+```
+
+or with PEFT:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/directory")
 ```
 """
 
 
 def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """The card of a trained adapter: base, data by its digest, figures and the whole recipe."""
-    data, recipe = record["data"], yaml.safe_dump(dict(record["recipe"]), sort_keys=False)
-    shown = {"training loss (last ten steps)": "train_loss", "held-out loss": "eval_loss", "steps": "steps",
-             "trainable parameters": "trainable_parameters", "tokens per second": "tokens_per_second", "peak bytes": "peak_bytes"}  # fmt: skip
-    rows = [f"| {name} | {value:,.4g} |" if isinstance(value := figures[key], float) else f"| {name} | {value:,} |"
-            for name, key in shown.items() if figures[key] is not None]  # fmt: skip
-    table = "\n".join(["| figure | value |", "|---|---|", *rows])
-    return f"""{plain_card(base, f"Trained with lorafold, method `{record['recipe']['method']}`.")}
-## Figures
+    """Markdown with YAML front matter. `base`: a hub id or a directory. Of `record`, the tables "recipe" and "data" are shown; of
+    `figures`, the numbers."""
+    on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    name = base if on_hub else Path(base).name or "the base model"
+    front: dict[str, Any] = {"base_model": base} if on_hub else {}
+    front |= {"library_name": "peft", "tags": ["lora", "lorafold", *[f"base_model:adapter:{base}"] * on_hub]}
+    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    data = {k: Path(v).name if k == "source" and Path(v).suffix else v for k, v in record.get("data", {}).items()}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
+        f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the base model, laid over it.\n",
+        _table("Figures", numbers),
+        _table("Recipe", record.get("recipe", {})),
+        _table("Data", data),
+        LOAD.format(base=name),
+    ]
+    return "\n".join(part for part in parts if part)
 
-{table}
 
-## Data
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    """A section of two columns, or nothing."""
+    lines = [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in rows.items() if value not in (None, "", [], {})]
+    return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n" if lines else ""
 
-{data["rows"]} rows of `{data["source"]}`, sha256 `{data["sha256"]}`
 
-## Recipe
-
-```yaml
-{recipe}```
-"""
+def _cell(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = f"{value:,.6g}" if number else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

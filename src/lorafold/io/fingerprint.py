@@ -1,66 +1,106 @@
-"""Which base an adapter was trained on: shapes and a few values of its weights, taken before any quantization.
+"""A model's fingerprint: shapes and a few sampled values of some of its weights, taken before any quantization.
 
-Up to 32 tensors and 16 values of each, at fixed places, rounded to bf16: the same base read in fp32 or bf16 gives the same
-fingerprint, and fp16 one within its rounding. It costs about a millisecond and reads no tensor whole.
+    {name: {"shape": [out, in], "dtype": "bfloat16", "values": "<16 fp32 numbers in hex>"}}        up to 32 tensors
+
+An adapter means nothing on another base than its own, and nothing in its shapes tells. The fingerprint does, whether the base is
+loaded in fp32, bf16 or fp16: two values agree if they are equal once both are rounded to the narrower of their dtypes.
+Taking it reads 512 numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from pydantic import BaseModel, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from lorafold.core.presets import bare_modules
+from lorafold.errors import LorafoldError
+from lorafold.io.weights import FileWeights, ModelWeights, Weights, model_files
+
+Fingerprint = dict[str, dict[str, Any]]
 
 TENSORS, VALUES = 32, 16
-Fingerprint = dict[str, dict[str, Any]]  # parameter name -> {"shape": [...], "values": [...]}
-Values = Callable[[str], Tensor]  # a base parameter's values, by its name
+STRIDE = 2_654_435_761  # a prime far from any row length, so that positions spread over rows and columns
 
 
-def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters by name, tied ones once, without those of the deltas laid over it."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for path, module in bare_modules(model):
-        for name, p in module._parameters.items():
-            if p is not None:
-                found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
-    return dict(sorted(found.values()))
+class Sample(BaseModel, extra="forbid"):
+    """What a file may hold for one tensor."""
+
+    shape: list[PositiveInt]
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+    values: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{8 * VALUES}}}$")]
 
 
-def values_of(model: nn.Module) -> Values:
-    """The values as the model itself holds them."""
-    return lambda name: model.get_parameter(name)
+def parse(value: Any) -> Fingerprint:
+    """A fingerprint from JSON. LorafoldError if it is none."""
+    try:
+        TypeAdapter(dict[str, Sample]).validate_python(value, strict=True)
+    except ValidationError as e:
+        place = ".".join(map(str, e.errors()[0]["loc"]))
+        raise LorafoldError(f"its fingerprint is not readable ({place}: {e.errors()[0]['msg'].lower()})") from None
+    fingerprint: Fingerprint = value
+    return fingerprint
 
 
-def sample(tensor: Tensor) -> list[float]:
-    """VALUES values at evenly spaced places of the flat tensor, rounded to bf16."""
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    at = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), dtype=torch.float64).long()
-    return flat[at.to(flat.device)].to(torch.bfloat16).float().tolist()
+def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
+    """Of the model's base weights, adapters left out. `without`: paths of modules that are not the base's own, such as a fresh head."""
+    return of(ModelWeights(model), without)
 
 
-def fingerprint(model: nn.Module, values: Values) -> Fingerprint:
-    """Of evenly spaced parameters of the model, with `values` to read them: shapes come from the model, which may be a skeleton."""
-    names = [n for n, p in parameter_names(model).items() if p.is_floating_point() and p.numel()]
-    chosen = [names[round(i * (len(names) - 1) / (TENSORS - 1))] for i in range(TENSORS)] if len(names) > TENSORS else names
-    shapes = parameter_names(model)
-    return {name: {"shape": list(shapes[name].shape), "values": sample(values(name))} for name in chosen}
+def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
+    """The same from the safetensors files of a model directory. LorafoldError where there are none, or one can't be read."""
+    return of(FileWeights(model_files(Path(directory))), without)
 
 
-def differences(expected: Fingerprint, model: nn.Module, values: Values) -> list[str]:
-    """What of a stored fingerprint the model does not show: one line a tensor."""
-    shapes = {n: list(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    problems = []
-    for name, stored in expected.items():
-        if name not in shapes:
-            problems.append(f"{name} is not there")
-        elif shapes[name] != stored["shape"]:
-            problems.append(f"{name} is {shapes[name]}, was {stored['shape']}")
-        else:
-            now, then = torch.tensor(sample(values(name))), torch.tensor(stored["values"])
-            unit = torch.finfo(torch.bfloat16).eps  # a value may have been rounded once more on the way, to fp16
-            if not ((now - then).abs() <= unit * then.abs() + 1e-7).all():
-                problems.append(f"{name} holds other values")
-    return problems
+def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
+    inside = tuple(f"{path}." for path in without)
+    names = [n for n in weights.names if weights.is_floating(n) and 0 not in weights.shape(n) and not n.startswith(inside)]
+    # matrices first: norms and biases may be all ones and zeros; then in an order that mixes kinds and depths
+    names.sort(key=lambda n: (len(weights.shape(n)) < 2, hashlib.sha256(n.encode()).digest()))
+    return {name: _sample(weights, name) for name in names[:TENSORS]}
+
+
+def differences(expected: Fingerprint, weights: Weights) -> list[str]:
+    """What says that these weights are another base: one line, or none. Tensors absent here (tied, or named otherwise) don't count,
+    unless all are."""
+    here = {name: found for name in expected if (found := weights.find(name)) is not None}
+    if expected and not here:
+        return [f"none of its {len(expected)} fingerprinted weights is here: {', '.join(list(expected)[:3])}, ..."]
+    wrong = [text for name, found in here.items() if (text := _difference(expected[name], weights, found))]
+    if not wrong:
+        return []
+    return [f"{len(wrong)} of {len(here)} fingerprinted weights differ: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two floating-point tensors of one shape hold the same numbers, as far as the narrower of their dtypes tells."""
+    narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
+    # bf16 and fp16 from one fp32 number: the fp16 one may lie past a bf16 tie (one unit), or among fp16's subnormals
+    rtol, atol = (2**-7, 2**-24) if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16} else (0.0, 0.0)
+    return torch.allclose(a.to(narrow).float(), b.to(a.device).to(narrow).float(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def _sample(weights: Weights, name: str) -> dict[str, Any]:
+    shape = weights.shape(name)
+    values = weights.at(name, _positions(shape))
+    return {"shape": list(shape), "dtype": str(values.dtype).removeprefix("torch."), "values": values.float().numpy().tobytes().hex()}
+
+
+def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
+    flat = [(k * STRIDE + 1) % math.prod(shape) for k in range(VALUES)]
+    return torch.tensor(np.array(np.unravel_index(flat, shape))).T.reshape(VALUES, len(shape))
+
+
+def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | None:
+    shape = list(weights.shape(name))
+    if shape != expected["shape"]:
+        return f"{name} (shape {shape}, expected {expected['shape']})"
+    values = weights.at(name, _positions(shape))
+    wanted = torch.frombuffer(bytearray.fromhex(expected["values"]), dtype=torch.float32).to(getattr(torch, expected["dtype"]))
+    return None if same(values, wanted) else f"{name} (other values)"

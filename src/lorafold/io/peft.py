@@ -1,210 +1,224 @@
-"""Adapter directories in PEFT's format: written whole, read strictly.
+"""Adapters as directories in PEFT's format, written and read.
 
-    adapter_config.json  adapter_model.safetensors  README.md       as PEFT writes and reads them
-    lorafold.json                                                   the base's fingerprint, the recipe and its figures
+    adapter_config.json            method, targets, bias, modules to save
+    adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module path>.lora_A.weight ...
+    lorafold.json                  the base's fingerprint, the version, and a record of how it was made
+    README.md                      the model card
 
-Reading finds everything that is wrong, with the config, the keys, the shapes, the values and the base, before anything is changed.
+What a method looks like in them is one row of `table.py`. Reading is strict: everything in a directory is used and understood, or
+all that is not is named and nothing is changed. PEFT's own directories are read alike (they have no fingerprint).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorafold.bases import is_linear, layer_class, layer_of
-from lorafold.bases.dense import Conv1D
+from lorafold.bases import layer_class
 from lorafold.core.delta import Delta
-from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
+from lorafold.io import fingerprint
 from lorafold.io.atomic import atomic_directory, write_json
-from lorafold.io.card import plain_card
-from lorafold.io.fingerprint import Fingerprint, Values, differences, fingerprint, values_of
-from lorafold.io.formats import Config, Entry, config_of, entries_of, spec_of, tensor_of
+from lorafold.io.card import training_card
+from lorafold.io.config import CONFIG, Bias, read_config, write_config
+from lorafold.io.fingerprint import Fingerprint
+from lorafold.io.format import ROOT, Entry, Site
+from lorafold.io.selection import Selection, describe
+from lorafold.io.table import entries_of
+from lorafold.io.weights import FileWeights, ModelWeights, Weights
+from lorafold.methods.replace import ReplaceDelta
 
-CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lorafold.json"
-PREFIX = "base_model.model."
-Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas laid there, the method's own first
+WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "lorafold.json", "README.md"
+
+T = TypeVar("T")
+Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas laid there
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of an adapter: where it lies in the model and in the file."""
+
+    site: Site
+    entry: Entry
+
+    @property
+    def own(self) -> Tensor:
+        path, _, name = self.entry.attribute.rpartition(".")
+        tensor: Tensor = getattr(self.site.delta.get_submodule(path), name)
+        return tensor
+
+    def encoded(self) -> Tensor:
+        return self.entry.to_file(self.own.detach(), self.site).float()
+
+    def assign(self, tensor: Tensor) -> None:
+        own = self.own
+        value = tensor.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
+        path, _, name = self.entry.attribute.rpartition(".")
+        module = self.site.delta.get_submodule(path)
+        setattr(module, name, nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value)
+
+
+def places(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> dict[str, Place]:
+    """Every tensor of the adapter by its key in the file. A tensor that deltas share has one key."""
+    return {entry.key(site): Place(site, entry) for site in sites(model, parts, targets, base) for entry in entries_of(site)}
+
+
+def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> list[Site]:
+    layers, aimed = {path: layer_class(model.get_submodule(path)) for path in parts}, set(targets)
+    return [Site(path, delta, layers[path], path in aimed, base) for path, deltas in parts.items() for delta in deltas]
+
+
+def write(
+    path: str | Path, model: nn.Module, spec: Spec, matches: Matches, parts: Parts, bias: Bias, modules_to_save: Sequence[str],
+    *, overwrite: bool, card: str | None, record: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """Write the directory, whole or not at all. `matches` and `modules_to_save` say what the user selected modules by.
+
+    LorafoldError if the path exists and overwrite is off, the format has no place for something, or a value is not finite.
+    """
+    targets, base = matches.paths, ModelWeights(model)
+    replaced = [p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)]
+    selection = describe(model, targets, tuple(matches.by_pattern), [p for p in replaced if p not in targets], modules_to_save)
+    config = write_config(model, spec, sites(model, parts, targets, base), selection, bias)
+    tensors = {key: place.encoded().contiguous().cpu() for key, place in places(model, parts, targets, base).items()}
+    if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
+        raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
+    about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of_model(model, replaced)}
+    own_card = training_card(config["base_model_name_or_path"] or "", {"recipe": {"method": type(spec).__name__, **vars(spec)}}, {})
+    with atomic_directory(path, overwrite) as directory:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        write_json(directory / CONFIG, config)
+        write_json(directory / RECORD, about)
+        (directory / CARD).write_text(card or own_card, encoding="utf-8")
+    return Path(path)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a directory holds: the spec and where it goes, its tensors by key, the fingerprint of its base if there is one."""
+    """An adapter directory, its config understood and its tensors not yet read."""
 
     path: Path
     spec: Spec
-    targets: str | list[str]
-    bias: Any
-    modules_to_save: tuple[str, ...]
-    tensors: dict[str, Tensor]
-    base: Fingerprint
+    bias: Bias
+    selection: Selection
+    weights: Weights
+    fingerprint: Fingerprint
 
+    def targets(self, model: nn.Module) -> Matches:
+        return self.selection.targets(model)
 
-def write(
-    path: str | Path, model: nn.Module, spec: Spec, parts: Parts, bias: str, modules_to_save: Sequence[str],
-    *, overwrite: bool, card: str | None, record: Mapping[str, Any],
-) -> Path:  # fmt: skip
-    """Write an adapter's directory whole or not at all, and return its path. LorafoldError as `atomic_directory`."""
-    tensors = {}
-    for key, delta, entry, module in keyed(model, parts):
-        value = tensor_of(delta, entry.name).detach().float().cpu()
-        value = value if entry.plus is None else value + (0 if (own := own_parameter(module, entry.plus)) is None else own.float().cpu())
-        tensors[key] = (value if entry.shape is None else value.view(entry.shape)).contiguous()
-    sites = [p for p, deltas in parts.items() if not is_extra(deltas[0])]
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    config = config_of(spec) | {
-        "base_model_name_or_path": base, "bias": bias, "modules_to_save": list(modules_to_save) or None, "inference_mode": True,
-        "task_type": task_of(model), "target_modules": target_names(model, sites),
-    }  # fmt: skip
-    if config["peft_type"] in ("LORA", "ADALORA", "VERA"):
-        config["fan_in_fan_out"] = any(layer_class(model.get_submodule(p)) is Conv1D for p in sites)
-    with atomic_directory(path, overwrite) as tmp:
-        save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
-        (tmp / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        version = importlib.metadata.version("lorafold")
-        write_json(tmp / RECORD, {"lorafold": version, "base": fingerprint(model, values_of(model)), **record})
-        (tmp / "README.md").write_text(card or plain_card(base, repr(spec)))
-    return Path(path)
+    def modules_to_save(self, model: nn.Module) -> Matches:
+        return self.selection.saved(model)
+
+    def base_problems(self, base: Weights) -> list[str]:
+        """What says that the adapter was trained on another base. An adapter without a fingerprint fits any."""
+        found = fingerprint.differences(self.fingerprint, base)
+        return [f"not the base it was trained on ({d}), which --allow-other-base (allow_other_base=True) overrides" for d in found]
 
 
 def read(path: str | Path) -> Stored:
-    """What lies in an adapter directory. LorafoldError for one that can't be read, or asks for what is not supported."""
-    path = Path(path)
-    if not path.is_dir():
-        raise LorafoldError(f"adapter {path}: no such directory")
-    if not (path / WEIGHTS).is_file():
-        pickled = " (adapter_model.bin is a pickle, which can run code; convert it to safetensors)" * (path / "adapter_model.bin").is_file()
-        raise LorafoldError(f"adapter {path}: no {WEIGHTS} in it{pickled}")
-    config: Config = _json(path / CONFIG)
-    try:
-        with safe_open(path / WEIGHTS, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise LorafoldError(f"adapter {path / WEIGHTS}: not a complete safetensors file: {e}") from None
-    try:
-        spec = spec_of(config)
-    except LorafoldError as e:
-        raise LorafoldError(f"adapter {path}: {e}") from None
-    base = _json(path / RECORD).get("base", {}) if (path / RECORD).is_file() else {}
-    targets = config.get("target_modules") or spec.targets
-    return Stored(path, spec, targets, config.get("bias") or "none", tuple(config.get("modules_to_save") or ()), tensors, base)
+    """Open an adapter directory. LorafoldError lists all that is missing, unreadable or not supported."""
+    directory = Path(path)
+    if not (directory / CONFIG).is_file():
+        inside = sorted(str(p.parent) for p in directory.glob(f"*/{CONFIG}"))
+        raise LorafoldError(f"{path}: no {CONFIG}, so this is no adapter" + f"; there is one in {', '.join(inside)}" * bool(inside))
+    problems: list[str] = []
+    config = _attempt(problems, lambda: read_config(_json(directory / CONFIG)))
+    weights = _attempt(problems, lambda: _open(directory))
+    base = _attempt(problems, lambda: _fingerprint(directory / RECORD))
+    if config is None or weights is None or base is None:
+        raise LorafoldError(f"{path}: {'; '.join(problems)}")
+    spec, selection, bias = config
+    return Stored(directory, spec, bias, selection, weights, base)
 
 
-def fill(model: nn.Module, parts: Parts, stored: Stored, values: Values, allow_other_base: bool) -> None:
-    """Put the stored tensors into freshly laid deltas; where their module is on the meta device they stay on the CPU.
+def fill(model: nn.Module, parts: Parts, targets: Sequence[str], stored: Stored, base: Weights, problems: Sequence[str] = ()) -> None:
+    """Give the laid deltas their values: fp32, on their module's device (the CPU for modules without data).
 
-    LorafoldError lists every key that is missing, unknown or misshapen, values that are not finite, and a base that differs
-    (unless allow_other_base); no tensor has been changed then.
+    LorafoldError lists `problems` and all keys that are unknown, missing, misshapen or not finite; nothing is changed then.
     """
-    problems = [] if allow_other_base else [f"another base: {p}" for p in differences(stored.base, model, values)]
-    problems = problems if len(problems) <= 4 else [*problems[:3], f"another base: and {len(problems) - 3} more tensors differ"]
-    if problems:
-        problems.append("allow_other_base (--allow-other-base) takes it all the same")
-    rest = dict(stored.tensors)
-    found: list[tuple[Delta, Entry, Tensor, Tensor | None]] = []
-    for key, delta, entry, module in keyed(model, parts):
-        own = tensor_of(delta, entry.name)
-        expected = tuple(own.shape) if entry.shape is None else entry.shape
-        if (tensor := rest.pop(key, None)) is None:
-            problems.append(f"missing {key} {list(expected)}")
-        elif tuple(tensor.shape) != expected:
-            problems.append(f"{key} is {list(tensor.shape)}, expected {list(expected)}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{key} holds values that are not finite")
-        else:
-            path = key.removeprefix(PREFIX).removesuffix(f".{entry.key}").removesuffix(".base_layer")
-            plus = None if entry.plus is None or own_parameter(module, entry.plus) is None else values(f"{path}.{entry.plus}")
-            found.append((delta, entry, tensor.view(own.shape), plus))
-    problems += [p for key, tensor in rest.items() if (p := stray(key, tensor, model, values)) is not None]
-    if problems:
-        shown = problems if len(problems) <= 12 else [*problems[:11], f"and {len(problems) - 11} more"]
-        raise LorafoldError(f"adapter {stored.path} does not fit this model: {'; '.join(shown)}")
-    for delta, entry, tensor, plus in found:
-        assign(delta, entry.name, tensor.float() if plus is None else tensor.float() - plus.float().cpu())
+    expected = places(model, parts, targets, base)
+    found = set(stored.weights.names)
+    loaded = {key: stored.weights.get(key) for key in sorted(found & expected.keys())}
+    wrong = list(problems)
+    wrong += [text for key in sorted(found - expected.keys()) if (text := _stray(key, stored.weights, base))]
+    wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
+    wrong += [text for key, tensor in loaded.items() if (text := _misfit(key, tensor, expected[key]))]
+    if wrong:
+        raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
+    for key, place in expected.items():
+        place.assign(place.entry.from_file(loaded[key], place.site))
 
 
-def keyed(model: nn.Module, parts: Parts) -> Iterator[tuple[str, Delta, Entry, nn.Module]]:
-    """(key in the file, delta, entry, module) of every tensor of an adapter; a shared tensor once."""
-    shared: set[str] = set()
-    for path, deltas in parts.items():
-        module = model.get_submodule(path)
-        wrapped = not is_extra(deltas[0])
-        for delta in deltas:
-            inside = "base_layer." if wrapped and is_extra(delta) else ""
-            for entry in entries_of(delta, layer_of(module)):
-                key = f"base_model.{entry.key}" if entry.shared else f"{PREFIX}{path}.{inside}{entry.key}"
-                if key not in shared:
-                    yield key, delta, entry, module
-                if entry.shared:
-                    shared.add(key)
+def _misfit(key: str, tensor: Tensor, place: Place) -> str | None:
+    wanted = tuple(place.encoded().shape)
+    if tuple(tensor.shape) != wanted:
+        return f"{key}: shape {list(tensor.shape)}, expected {list(wanted)}"
+    if not tensor.is_floating_point():
+        return f"{key}: {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
+    return _not_finite(key, tensor)
 
 
-def is_extra(delta: Delta) -> bool:
-    """A trained bias or a module to save: laid beside the method's own deltas, and named after the module's own parameters."""
-    return all(entry.key in ("weight", "bias") for entry in entries_of(delta, layer_of(nn.Identity())))
+def _not_finite(key: str, tensor: Tensor) -> str | None:
+    count = tensor.numel() - int(torch.isfinite(tensor).sum())
+    return f"{key}: {count} of {tensor.numel()} values are not finite" if count else None
 
 
-def own_parameter(module: nn.Module, name: str) -> Tensor | None:
-    return module._parameters.get(name)
+def _stray(key: str, stored: Weights, base: Weights) -> str | None:
+    """What is wrong with a key that no delta has: nothing if it is a copy of what is known, as PEFT keeps of some base weights."""
+    tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
+    if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
+        return None
+    own = base.find(key.replace(".base_layer.", ".").replace(".original_module.", ".").removeprefix(f"{ROOT}."))
+    if own is None or not tensor.is_floating_point():
+        return f"unknown key {key}"
+    if base.shape(own) != tuple(tensor.shape):
+        return f"{key}: a base weight of shape {list(tensor.shape)}, where this base has {list(base.shape(own))}"
+    return None if fingerprint.same(tensor, base.get(own)) else f"{key}: a base weight that differs from this base's"
 
 
-def assign(delta: Delta, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module, old = delta.get_submodule(owner), tensor_of(delta, name)
-    value = value.contiguous() if old.is_meta else value.to(old.device).contiguous()
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
-    else:
-        module._buffers[leaf] = value
-
-
-def stray(key: str, tensor: Tensor, model: nn.Module, values: Values) -> str | None:
-    """What is wrong with a key that no delta has: nothing if it is a copy of the base's own parameter, as PEFT keeps of embeddings."""
-    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
-    if own is None or tuple(own.shape) != tuple(tensor.shape):
-        return f"unknown {key} {list(tensor.shape)}"
-    unit = torch.finfo(torch.bfloat16).eps
-    same = torch.allclose(values(name).float().cpu(), tensor.float(), rtol=unit, atol=1e-7)
-    return None if same else f"{key} holds other values than the base: it was trained too, or belongs to another base"
-
-
-def target_names(model: nn.Module, sites: Sequence[str]) -> list[str]:
-    """The last parts of the paths where these select exactly the sites, by PEFT's rule; else the paths themselves."""
-    names = sorted({p.rsplit(".", 1)[-1] for p in sites})
-    hit = {p for p, _ in bare_modules(model) if p.rsplit(".", 1)[-1] in names}
-    return names if hit == set(sites) and "" not in sites else sorted(sites)
-
-
-def task_of(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    tasks = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-             "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForTokenClassification": "TOKEN_CLS"}  # fmt: skip
-    return next((task for end, task in tasks.items() if re.search(f"{end}$", name)), None)
-
-
-def peft_targets(stored: Stored, model: nn.Module) -> str | list[str]:
-    """The targets as PEFT means them: its "all-linear" takes every linear but the output layer."""
-    if stored.targets != "all-linear":
-        return stored.targets
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    return [p for p, m in bare_modules(model) if is_linear(m) and m is not head]
-
-
-def _json(path: Path) -> Any:
+def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LorafoldError(f"adapter {path.parent}: no {path.name} in it") from None
-    except (OSError, ValueError) as e:
-        raise LorafoldError(f"adapter {path}: can't be read as JSON: {e}") from None
+        return do()
+    except LorafoldError as e:
+        problems.append(str(e))
+        return None
+
+
+def _open(directory: Path) -> Weights:
+    if (directory / WEIGHTS).is_file():
+        return FileWeights([directory / WEIGHTS])
+    pickles = sorted(p.name for p in directory.glob("adapter_model.*"))
+    reason = f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors" if pickles else "it is missing"
+    raise LorafoldError(f"{WEIGHTS}: {reason}")
+
+
+def _fingerprint(path: Path) -> Fingerprint:
+    """Of the base that the adapter was made on; empty where nothing says (PEFT's own directories)."""
+    if not path.is_file():
+        return {}
+    record = _json(path)
+    try:
+        return fingerprint.parse(record.get("base", {}))
+    except LorafoldError as e:
+        raise LorafoldError(f"{path.name}: {e}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise LorafoldError(f"{path.name}: not readable as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise LorafoldError(f"{path.name}: found {type(value).__name__}, expected an object")
+    return value
