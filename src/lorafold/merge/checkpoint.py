@@ -22,10 +22,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import MANIFEST
 from lorafold.io.loading import loading
+from lorafold.io.weights import INDEX, model_files
 from lorafold.merge.container import Container, Entry, read_container, read_tensors
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
@@ -60,22 +59,16 @@ class Skeleton:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of all weight files. LorafoldError where there are none, or one of those that the index names is missing."""
-    if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    elif (path / SINGLE).is_file():
-        index, names = None, [SINGLE]
-    else:
-        found = ", ".join(sorted(p.name for p in path.iterdir() if p.name.endswith(WEIGHTS))) or "no weights"
-        raise LorafoldError(f"{path}: found {found}, expected {SINGLE} or {INDEX}; merging reads safetensors only")
-    if missing := [name for name in names if not (path / name).is_file()]:
+    files = model_files(path)
+    if missing := [file.name for file in files if not file.is_file()]:
         raise LorafoldError(f"{path}: {INDEX} names files that are not there: {', '.join(missing)}")
-    return Checkpoint(path, {name: read_container(path / name) for name in names}, index)
+    index = json.loads((path / INDEX).read_text(encoding="utf-8")) if (path / INDEX).is_file() else None
+    return Checkpoint(path, {file.name: read_container(file) for file in files}, index)
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
     """The architecture alone, on the meta device."""
-    with torch.device("meta"):
+    with loading("the model's architecture"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval().requires_grad_(False)
 
 

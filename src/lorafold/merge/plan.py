@@ -63,7 +63,7 @@ def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool
     sources: dict[str, Entry] = {}
     for path, module in adapted_modules(bones.model):
         try:
-            for parameter in _changes(module, names):
+            for parameter in changes(module, names):
                 name, entry = _place(bones, f"{path}.{parameter}")
                 changed[name], sources[name] = (path, parameter), entry
         except NotMergeable as e:
@@ -74,6 +74,8 @@ def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool
             config = untied_config(config, bones, trust_remote_code)
         except LorafoldError as e:
             problems[str(e)].append("tied weights")
+    if not changed and not problems:
+        problems["the adapters change no weight"].append(str(source))
     if problems:
         raise NotMergeable("; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items()))
     return Plan(checkpoint, bones.model, names, changed, _untied(bones, changed, sources), config)
@@ -83,9 +85,13 @@ def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
     return (module.deltas[name] for name in adapters if name in module.deltas)  # type: ignore[misc]
 
 
-def _changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
+def changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
     """The parameters that folding will change, found by folding shapes. NotMergeable as `fold`, or for a bias where none can be."""
-    before = [t if t is None else t.to("meta") for t in layer_of(module).dense()]
+    try:
+        before = [t if t is None else t.to("meta") for t in layer_of(module).dense()]
+    except NotMergeable as e:
+        kinds = ", ".join(sorted({type(part).__name__ for delta in deltas_of(module, adapters) for part in delta.parts()}))
+        raise NotMergeable(f"{kinds} has no form in weight space ({e})") from None
     w, b = before
     for delta in deltas_of(module, adapters):
         w, b = _on_meta(delta).fold(w, b)  # type: ignore[arg-type]

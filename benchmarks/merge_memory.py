@@ -1,0 +1,116 @@
+"""What a fold needs: peak anonymous memory over an interpreter with torch loaded, and seconds. One JSON object a line. Linux only.
+
+    python benchmarks/merge_memory.py [--gigabytes 2.2]
+
+The fold (certificate aside) of LoRA of rank 16 on every linear, head included, into a synthetic sharded Llama of random bf16
+weights and into smollm2, whose head is tied to its embedding. The bound is three times the largest tensor in fp32 plus 300 MB. Each
+runs in a process of its own, which reports what it has with torch loaded; the parent then samples RssAnon until it ends. Pages of
+mapped files, which the kernel takes back whenever it likes, don't count.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, LlamaConfig
+
+from lorafold.io.models import resolve_model
+from lorafold.merge.checkpoint import build, open_checkpoint
+
+SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
+CHILD = """
+import sys, torch
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+print(anonymous(), flush=True)
+sys.stdin.readline()
+from lorafold.merge.run import merge
+result = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], certificate=False)
+print(result.folded.sums.survival)
+"""
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def synthetic(path: Path, gigabytes: float) -> Path:
+    """A Llama of about that size, written a layer a shard."""
+    one = LlamaConfig(**SHAPE, num_hidden_layers=1)
+    shapes = {name: tuple(p.shape) for name, p in build(one, False).named_parameters()}
+    layer = sum(2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name)
+    rest = sum(2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name)
+    layers = max(1, round((gigabytes * 1e9 - rest) / layer))
+    LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(path)
+    groups = [{n: s for n, s in shapes.items() if ".layers." not in n}]
+    groups += [{n.replace(".layers.0.", f".layers.{i}."): s for n, s in shapes.items() if ".layers." in n} for i in range(layers)]
+    files = {}
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors"
+        save_file({n: (0.02 * torch.randn(s)).bfloat16() for n, s in group.items()}, path / file, metadata={"format": "pt"})
+        files.update(dict.fromkeys(group, file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return path
+
+
+def random_adapter(model: Path, path: Path, rank: int = 16) -> Path:
+    """A LoRA adapter in PEFT's format on every linear, the head included: the largest tensor is among those that change."""
+    path.mkdir()
+    tensors = {}
+    for name, p in build(AutoConfig.from_pretrained(model), False).named_parameters(remove_duplicate=False):
+        if (module := name.removesuffix(".weight")).endswith(LINEARS):
+            out, inn = p.shape
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, inn) / inn**0.5
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, rank) * 0.02
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEARS)}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def measure(label: str, model: Path, work: Path) -> None:
+    entries = open_checkpoint(model).entries.values()
+    largest = 4 * max(torch.Size(e.shape).numel() for e in entries)
+    adapter = random_adapter(model, work / f"{label}-adapter")
+    command = [sys.executable, "-c", CHILD, str(model), str(adapter), str(work / f"{label}-merged")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        start_bytes = int(child.stdout.readline())
+        child.stdin.write("\n")
+        child.stdin.flush()
+        start, peak = time.perf_counter(), start_bytes
+        status = Path(f"/proc/{child.pid}/status")
+        while child.poll() is None:
+            anonymous = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in anonymous)])
+            time.sleep(0.001)
+        seconds = time.perf_counter() - start
+        if child.returncode:
+            sys.exit(f"{label}: the fold failed")
+        survival = float(child.stdout.read())
+    bound = 3 * largest + 300 * 10**6
+    row = {
+        "model": label, "weight_bytes": sum(e.size for e in entries), "largest_tensor_fp32_bytes": largest,
+        "peak_anonymous_bytes": peak - start_bytes, "bound_bytes": bound, "within_bound": peak - start_bytes <= bound,
+        "seconds": round(seconds, 1), "update_survival": round(survival, 4),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights")
+    gigabytes = parser.parse_args().gigabytes
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        measure("smollm2", resolve_model("smollm2").path, work)
+        (work / "llama").mkdir()
+        measure("synthetic-llama", synthetic(work / "llama", gigabytes), work)
+
+
+if __name__ == "__main__":
+    main()
