@@ -25,6 +25,7 @@ class Delta(nn.Module, ABC):
     """Abstract: a trainable change of one layer. Parameters are fp32 and live on the layer's device."""
 
     up_names: tuple[str, ...] = ()  # parameters that take the up factor's learning rate (LoRA+)
+    run_names: tuple[str, ...] = ()  # tensors that checkpoints of a run hold and adapter files do not
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any: ...

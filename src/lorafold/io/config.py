@@ -60,19 +60,20 @@ TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def write_config(model: nn.Module, spec: Spec, sites: Sequence[Site], selection: Selection, bias: Bias) -> dict[str, Any]:
     """The config of an adapter on `model`, ready for JSON. LorafoldError for a method without a row in the table."""
-    method = next((m for m in METHODS if type(spec) is m.spec), None)
+    method = next((m for m in METHODS if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(f"{type(spec).__name__} has no place in PEFT's format")
     targets = selection.target_modules
     config = method.config(spec, sites) | {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "bias": bias,
         "inference_mode": True,
         "modules_to_save": list(selection.modules_to_save) or None,
         "revision": None,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": _task(model, selection),
     }
+    if method.biases or bias != BIAS.default:
+        config[BIAS.key] = bias
     return dict(sorted(config.items()))
 
 

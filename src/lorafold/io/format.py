@@ -114,7 +114,8 @@ def named(**templates: str) -> Entries:
 @dataclass(frozen=True)
 class Method:
     """One method's config. `marks` are the values that tell it from others of its `peft_type`; `irrelevant` are keys that do not
-    bear on what a saved adapter computes; `derived` gives further keys from the sites."""
+    bear on what a saved adapter computes; `derived` gives further keys from the sites. `outer`: a spec that lies `over` this one;
+    `biases`: PEFT's config has a word on biases."""
 
     spec: type[Spec]
     peft_type: str
@@ -122,9 +123,17 @@ class Method:
     marks: Mapping[str, Any] = field(default_factory=dict)
     irrelevant: frozenset[str] = frozenset()
     derived: Callable[[Sequence[Site]], Mapping[str, Any]] = lambda sites: {}
+    outer: type[Spec] | None = None
+    biases: bool = True
+
+    def holds(self, spec: Spec) -> bool:
+        return type(spec) is self.spec if self.outer is None else type(spec) is self.outer and type(self.inner(spec)) is self.spec
+
+    def inner(self, spec: Spec) -> Spec:
+        return spec if self.outer is None else spec.over  # type: ignore[attr-defined]
 
     def config(self, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
-        mapped = {f.key: f.to_file(getattr(spec, f.attribute)) for f in self.fields}
+        mapped = {f.key: f.to_file(getattr(self.inner(spec), f.attribute)) for f in self.fields}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
@@ -136,7 +145,8 @@ class Method:
             except LorafoldError as e:
                 problems.append(str(e))
         try:
-            return (None if problems else self.spec(**values)), problems
+            spec = None if problems else self.spec(**values)
+            return (spec if spec is None or self.outer is None else self.outer(spec)), problems  # type: ignore[call-arg]
         except LorafoldError as e:
             return None, [str(e)]
 

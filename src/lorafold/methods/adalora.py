@@ -27,23 +27,29 @@ from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
 
 PARTS = ("P", "E", "Q")
+AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
     """P (out, r), E (r,), Q (r, in), fp32; kept (r,), the triplets of the last allocation; the running averages of each part."""
 
     up_names = ("P",)
+    run_names = ("kept", *(f"{name}_{part}" for part in PARTS for name in AVERAGES))
     kept: Tensor
 
-    def __init__(self, out: int, inn: int, rank: int, scale: float, dropout: float, orth_reg: float, device: torch.device) -> None:
+    def __init__(
+        self, out: int, inn: int, rank: int, init_rank: int, alpha: float, dropout: float, orth_reg: float, device: torch.device
+    ) -> None:  # fmt: skip
         super().__init__(dropout)
+        self.init_rank = init_rank
+        scale = alpha / (init_rank + 1e-5)  # of the rank at start, whatever is left of it
         self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5  # two of the norms; `join` knows of how many
         self.P = nn.Parameter(torch.randn(out, rank, device=device, dtype=torch.float32) * 0.02)
         self.E = nn.Parameter(torch.zeros(rank, device=device, dtype=torch.float32))
         self.Q = nn.Parameter(torch.randn(rank, inn, device=device, dtype=torch.float32) * 0.02)
         self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=device))
         for part in PARTS:
-            for name in ("sensitivity", "uncertainty"):
+            for name in AVERAGES:
                 self.register_buffer(f"{name}_{part}", torch.zeros_like(getattr(self, part)).detach())
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -117,8 +123,8 @@ class AdaLoRA(Spec):
         out, inn = layer.shape
         first: int = self.init_rank  # type: ignore[assignment]
         rank = next(iter(self.rank_pattern.values()), first)
-        scale = self.alpha / (first + 1e-5)  # type: ignore[operator]  # of the rank at start, whatever is left of it
-        return AdaLoRADelta(out, inn, rank, scale, self.dropout, self.orth_reg, next(layer.module.parameters()).device)
+        device = next(layer.module.parameters()).device
+        return AdaLoRADelta(out, inn, rank, first, self.alpha, self.dropout, self.orth_reg, device)  # type: ignore[arg-type]
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         for delta in deltas.values():

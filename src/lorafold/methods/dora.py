@@ -58,6 +58,7 @@ class DoRADelta(Delta):
         super().__init__()
         self.inner = inner
         self.up_names = up_names_in(self)
+        self.run_names = tuple(f"inner.{name}" for name in inner.run_names)
         self.own, self.norms = Kept(), Kept()
         self.magnitude = nn.Parameter(squares(layer.dense()[0].detach()).sqrt())
 

@@ -50,12 +50,12 @@ class IA3Delta(Delta):
 
 @dataclass(frozen=True)
 class IA3(Spec):
-    """feedforward: modules whose inputs are scaled, by name or path end (None: those that lie outside attention).
+    """feedforward: modules whose inputs are scaled, by name or path end, or by a regex over whole paths (None: those outside attention).
 
     LorafoldError for an embedding among them: its inputs are row numbers.
     """
 
-    feedforward: Sequence[str] | None = None
+    feedforward: str | Sequence[str] | None = None
 
     targets: ClassVar[str] = rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
     lr: ClassVar[float] = 3e-3
@@ -63,6 +63,8 @@ class IA3(Spec):
     def at(self, path: str) -> Self:
         if self.feedforward is None:
             last = re.search(ATTENTION, path) is None
+        elif isinstance(self.feedforward, str):
+            last = re.fullmatch(self.feedforward, path) is not None
         else:
             last = any(path == name or path.endswith(f".{name}") for name in self.feedforward)
         return replace(self, feedforward=(path,) if last else ())

@@ -28,6 +28,7 @@ class OffsetDelta(LowRank):
     """A (r, in), B (out, r), fp32, and what they were at start as buffers A0, B0."""
 
     up_names = ("B",)
+    run_names = ("A0", "B0")
     A0: Tensor
     B0: Tensor
 

@@ -23,13 +23,17 @@ from lorafold.errors import LorafoldError
 
 
 class Projections(nn.Module):
-    """A (r, in), B (out, r), frozen, fp32. One module in all deltas of an adapter: shared through `.to`, deepcopy and pickle."""
+    """A (r, in), B (out, r), frozen, fp32. One module in all deltas of an adapter: shared through `.to`, deepcopy and pickle.
+
+    `saved`: adapter files hold them.
+    """
 
     A: Tensor
     B: Tensor
 
-    def __init__(self, out: int, inn: int, rank: int, key: int, device: torch.device) -> None:
+    def __init__(self, out: int, inn: int, rank: int, key: int, saved: bool, device: torch.device) -> None:
         super().__init__()
+        self.saved = saved
         generator = torch.Generator("cpu").manual_seed(key)
         for name, shape in {"A": (rank, inn), "B": (out, rank)}.items():
             bound = (6 / shape[1]) ** 0.5  # kaiming: gain sqrt(2), uniform sqrt(3), over the root of the fan-in
@@ -87,5 +91,5 @@ class VeRA(Spec):
         for delta in laid:
             device = torch.device("cpu") if delta.b.is_meta else delta.b.device  # made from a seed, they have no place to be filled from
             if device not in by_device:
-                by_device[device] = Projections(out, inn, self.rank, self.projection_prng_key, device)
+                by_device[device] = Projections(out, inn, self.rank, self.projection_prng_key, self.save_projection, device)
             delta.projections = by_device[device]
