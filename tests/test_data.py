@@ -112,7 +112,7 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
     assert message.startswith(f"{source}: row 3: not JSON: ")
     for part in [
         "row 4: found a list, expected an object",
-        "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion}, {text}",
+        "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion}, {text, label}, {text}",
         "row 6: field messages[0].content: found null, expected text",
         "row 6: field messages[1]: found 3, expected an object with role and content",
         "row 7: shape {prompt, completion}, but row 1 has {messages}",

@@ -4,8 +4,8 @@
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
 Tokens of a row hang together, so the row is the unit of the interval (a ratio estimate: Cochran, Sampling Techniques, 1977, ch. 6).
-Exact match is the share of greedy answers that equal the reference, less surrounding whitespace; its interval is Wilson's (1927),
-which holds at 0% and 100% too. `held_out_loss` is the figure alone, for use during training.
+Exact match is the share of greedy answers that equal the reference, less surrounding whitespace, and for a classifier its accuracy; its
+interval is Wilson's (1927), which holds at 0% and 100% too. `held_out_loss` is the figure alone, for use during training.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lorafold.errors import LorafoldError
 from lorafold.generate import complete
-from lorafold.train.data import Example, encode, prompts
-from lorafold.train.losses import Completions, labelled
-from lorafold.train.rows import Row, shape_of
+from lorafold.train.classify import encode_labelled
+from lorafold.train.data import encode, prompts
+from lorafold.train.losses import Classification, Completions, Loss
+from lorafold.train.rows import Row, is_labelled, shape_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +53,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per labelled token, exact match as a share of the n rows; None without references, and for the interval of one row."""
+    """Loss in nats per labelled token or classified text, exact match as a share of the n rows.
+
+    None without references, and for the interval of one row."""
 
     loss: float
     loss_interval: Interval | None
@@ -90,9 +95,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model, with whatever adapters are live, on rows of one shape; rows longer than max_length tokens are cut for the loss.
 
+    On rows of text and label the model is a sequence classifier whose config names the classes (`id2label`).
     Rows of plain text, and `generate=False`, have no exact match. Answers may be as long as the longest reference unless
     max_new_tokens says otherwise. Progress and what was cut go to the console. LorafoldError for bad rows and a loss that is not finite.
     """
+    if is_labelled(rows):
+        return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
         console.print(str(data.report), highlight=False)
@@ -110,14 +118,34 @@ def evaluate(
     )
 
 
-def held_out_loss(objective: Completions, examples: Sequence[Example]) -> float:
-    """Mean loss in nats per labelled token; the objective's model is left in the mode it was in. LorafoldError if it is not finite."""
-    groups: list[list[Example]] = [[]]
-    for example in sorted(examples, key=lambda e: len(e.ids)):  # of like length, so that little is padding
-        if groups[-1] and (len(groups[-1]) + 1) * len(example.ids) > TOKENS:
-            groups.append([])
-        groups[-1].append(example)
-    return _mean(_row_sums(objective, groups))
+def evaluate_classifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, *, console: Console | None = None
+) -> Evaluation:
+    """`evaluate` for rows of text and label. LorafoldError for a label that is none of the model's classes."""
+    names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
+    classes = [names[number] for number in sorted(names)]
+    data = encode_labelled(rows, tokenizer, max_length, classes)
+    if console and data.report.truncated:
+        console.print(str(data.report), highlight=False)
+    loss = Classification(model, model.config.get_text_config().pad_token_id)
+    by_row: dict[int, Tensor] = {}
+    with _bar(console, "rows") as step, _evaluating(loss) as device:
+        for group in _batches(data.examples):
+            arguments = loss.collate([data.examples[i] for i in group], device)
+            arguments.pop("labels")
+            by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
+            step(len(by_row), len(rows))
+    logits, targets = torch.stack([by_row[i] for i in range(len(rows))]), torch.tensor([e.label for e in data.examples])  # (n, C), (n,)
+    sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
+    chosen = [classes[i] for i in logits.argmax(1).tolist()]
+    answers = tuple(Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True))
+    hits = int((logits.argmax(1) == targets).sum())
+    return Evaluation(_mean(sums), loss_interval(sums), hits / len(rows), wilson(hits, len(rows)), len(rows), answers)
+
+
+def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
+    """Mean loss in nats; its model is left in the mode it was in. LorafoldError if it is not finite."""
+    return _mean(_row_sums(loss, [[examples[i] for i in group] for group in _batches(examples)]))
 
 
 def wilson(hits: int, n: int) -> Interval:
@@ -145,22 +173,37 @@ def _mean(sums: Sequence[tuple[float, int]]) -> float:
     return loss
 
 
-@torch.no_grad()
-def _row_sums(
-    objective: Completions, groups: Sequence[Sequence[Example]], step: Callable[[int, int], None] | None = None
-) -> list[tuple[float, int]]:
-    """(summed loss, labelled tokens) of each group."""
-    device, training = next(objective.parameters()).device, objective.training
-    objective.eval()
-    try:
-        sums = []
+def _batches(examples: Sequence[Any]) -> list[list[int]]:
+    """Places of the examples, those of like length together, so that little is padding."""
+    groups: list[list[int]] = [[]]
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(examples[i].ids) > TOKENS:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _row_sums(loss: Loss, groups: Sequence[Sequence[Any]], step: Callable[[int, int], None] | None = None) -> list[tuple[float, int]]:
+    """(summed loss, what counts in it) of each group."""
+    sums = []
+    with _evaluating(loss) as device:
         for done, group in enumerate(groups, 1):
-            sums.append((objective(**objective.collate(group, device)).item(), sum(map(labelled, group))))
+            sums.append((loss(**loss.collate(group, device)).item(), sum(map(loss.count, group))))
             if step:
                 step(done, len(groups))
-        return sums
+    return sums
+
+
+@contextmanager
+def _evaluating(loss: Loss) -> Iterator[torch.device]:
+    """The device of the loss's model, which is in evaluation mode and without gradients until the block ends."""
+    training = loss.training
+    loss.eval()
+    try:
+        with torch.no_grad():
+            yield next(loss.parameters()).device
     finally:
-        objective.train(training)
+        loss.train(training)
 
 
 def _answers(

@@ -16,7 +16,9 @@ ModelOption = Annotated[str, typer.Option(help="The base: smollm2 (embedded), a 
 AdapterOption = Annotated[
     list[Path] | None, typer.Option("--adapter", help="A saved adapter (PEFT's format); repeat the option to put several on the base.")
 ]
-DataOption = Annotated[str, typer.Option(help="Examples: JSONL, Parquet or a hub dataset. Rows: messages, prompt + completion, or text.")]
+DataOption = Annotated[
+    str, typer.Option(help="Examples: JSONL, Parquet or a hub dataset. Rows: messages, prompt + completion, text, or text + label.")
+]
 OutOption = Annotated[Path, typer.Option(help="Where the result goes: a new directory that appears only once it is complete.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there, once the new is complete.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; without it the fastest kind that is there.")]

@@ -36,12 +36,14 @@ def command(
     """Loss, perplexity and exact match on held-out examples, with 95% intervals.
 
     The loss counts completions only. Exact match is the share of greedy answers equal to the reference, surrounding whitespace aside;
-    rows of plain text have none.
+    rows of plain text have none. On rows of text and label the model is a classifier, and exact match is its accuracy.
     """
     from lorafold.evaluate import evaluate
-    from lorafold.train.rows import read_rows
+    from lorafold.train.rows import is_labelled, read_rows
 
     console, rows = messages(), read_rows(data)
-    adapted, tokenizer = load_adapted(model, adapter or (), base, device, revision, trust_remote_code, allow_other_base, console)
+    adapted, tokenizer = load_adapted(
+        model, adapter or (), base, device, revision, trust_remote_code, allow_other_base, console, classify=is_labelled(rows)
+    )  # fmt: skip
     result = evaluate(adapted, tokenizer, rows, max_length, generate=answers, max_new_tokens=max_new_tokens, console=console)
     emit(json, result.as_json(), str(result))

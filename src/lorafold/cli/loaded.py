@@ -24,20 +24,33 @@ def load_adapted(
     trust_remote_code: bool,
     allow_other_base: bool,
     console: "Console",
+    classify: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The base with the adapters stacked in the order given, and its tokenizer with a chat template. LorafoldError as the loaders do."""
+    """The base with the adapters stacked in the order given, and its tokenizer, ready to use.
+
+    `classify` asks for a sequence classifier instead of a language model. LorafoldError as the loaders do, and where the adapters
+    are for the other one.
+    """
     from lorafold.adapter import load
-    from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
-    from lorafold.train.render import ensure_chat_template
+    from lorafold.errors import LorafoldError
+    from lorafold.io.classifier import known_classes
+    from lorafold.io.models import choose_device, choose_dtype, load_tokenizer, resolve_model
+    from lorafold.train.objectives import Classify, Objective, Sft
 
     source = resolve_model(model, revision)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    if notice := ensure_chat_template(tokenizer):
+    classes = known_classes(source, adapters)
+    if (classes is not None) != classify:
+        found = f"a classifier of {', '.join(classes)}" if classes else "no classifier"
+        wanted = "a classifier" if classify else "a language model"
+        raise LorafoldError(f"{', '.join(map(str, adapters)) or model}: found {found}, expected {wanted} for this data or command")
+    objective: Objective = Sft() if classes is None else Classify(classes)
+    if notice := objective.set_up(tokenizer):
         console.print(notice, highlight=False, markup=False)
     where = choose_device(device)
     dtype, why = choose_dtype(base, where)
     console.print(f"{model} on {where}, {why}", highlight=False, markup=False)
-    loaded = load_model(source, dtype, where, trust_remote_code=trust_remote_code)
+    loaded = objective.load(source, tokenizer, dtype, where, 0, trust_remote_code)
     for number, path in enumerate(adapters, 1):
         load(loaded, path, name=f"adapter{number}", allow_other_base=allow_other_base)
     return loaded, tokenizer

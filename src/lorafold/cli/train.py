@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
+    DataOption,
     DeviceOption,
     JsonOption,
     ModelOption,
@@ -22,13 +23,13 @@ EPILOG = f"Recipe fields, for --set and --config, with their defaults:\n\n{FIELD
 
 
 def command(
-    data: Annotated[str, typer.Option(help="Examples: JSONL, Parquet or a hub dataset. Rows: messages, prompt + completion, or text.")],
+    data: DataOption,
     out: Annotated[Path, typer.Option(help="Where the adapter goes, in PEFT's format. Checkpoints lie in OUT.run until it is done.")],
     model: ModelOption = "smollm2",
     eval_data: Annotated[str | None, typer.Option(help="Held-out examples; without them --set eval_fraction=0.1 splits some off.")] = None,
     method: Annotated[str | None, typer.Option(help="The adaptation method, by its word; lora unless the recipe says otherwise.")] = None,
     base: Annotated[str | None, typer.Option(help="How the base's weights are held: auto, bf16 or fp32.")] = None,
-    objective: Annotated[str | None, typer.Option(help="What is minimized: sft (next token on completions).")] = None,
+    objective: Annotated[str | None, typer.Option(help="sft (next token of completions) or classify (the class of a text).")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; --set and flags go over it.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field, as in --set rank=8; repeat it for more.")] = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this saved adapter instead of a fresh one.")] = None,

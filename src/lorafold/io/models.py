@@ -6,6 +6,7 @@ Whatever the name, `resolve_model` answers with a directory in Hugging Face's fo
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,14 +70,25 @@ def load_model(
     with loading(f"model {source.name}"):
         from transformers import AutoModelForCausalLM
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
-        )
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise LorafoldError(f"model {source.name}: {len(missing)} weights are not in its files: {', '.join(missing[:8])}")
-        model.config._name_or_path = model.name_or_path = source.name  # what an adapter's config names as its base
-        return model.eval().to(device)
+        model, missing = read_weights(AutoModelForCausalLM, source, dtype, trust_remote_code)
+        check_complete(source, missing)
+        return model.to(device)
+
+
+def read_weights(auto: Any, source: ModelSource, dtype: "torch.dtype", trust_remote_code: bool, **config: Any) -> tuple[Any, list[str]]:
+    """The model that one of transformers' auto classes makes of the source, in evaluation mode on the CPU, and the names of its weights
+    that the files lack. `config` goes over the model's own."""
+    model, info = auto.from_pretrained(
+        source.path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **config
+    )
+    model.config._name_or_path = model.name_or_path = source.name  # what an adapter's config names as its base
+    return model.eval(), sorted(info["missing_keys"])
+
+
+def check_complete(source: ModelSource, missing: Sequence[str]) -> None:
+    """LorafoldError if weights are missing."""
+    if missing:
+        raise LorafoldError(f"model {source.name}: {len(missing)} weights are not in its files: {', '.join(missing[:8])}")
 
 
 def load_tokenizer(
@@ -131,8 +143,10 @@ def _native_bf16(device: "torch.device") -> tuple[bool, str]:
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; bf16 is native from 8.0"
     if device.type == "cpu":
-        found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if torch.cpu.get_capabilities().get(name)]
-        return bool(found), f"this CPU has {found[0]}" if found else "this CPU has no bf16 instructions"
+        # get_capabilities knows more, ARM too, but only from torch 2.13 on
+        supported = {"AMX": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
+        found = [name for name, there in supported.items() if there]
+        return bool(found), f"this CPU has {found[0]}" if found else "this CPU has neither AMX nor avx512_bf16"
     return False, f"bf16 is not native on every {device.type} device"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
 from lorafold.train.render import Rendered, ensure_chat_template, prompts, render_trained
-from lorafold.train.rows import LISTED, Row, check_rows, read_rows, shape_of
+from lorafold.train.rows import LISTED, Row, check_objective, check_rows, read_rows, shape_of
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -73,10 +73,12 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
     """
     if not tokenizer.is_fast:
         raise LorafoldError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
+    rows = check_rows(enumerate(rows, 1), "data")
+    check_objective(rows, "sft")
     examples: list[Example] = []
     bad: list[str] = []
     longest = truncated = left_out = 0
-    for number, row in enumerate(check_rows(enumerate(rows, 1), "data"), 1):
+    for number, row in enumerate(rows, 1):
         try:
             example, skipped = _encode_row(row, tokenizer)
         except LorafoldError as error:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,24 +21,24 @@ from torch.optim import AdamW
 from lorafold.adapter import Adapter
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.train.checkpoint import Progress, RunDirectory
-from lorafold.train.data import Example, batches
+from lorafold.train.data import batches
 from lorafold.train.display import Display
 from lorafold.train.interrupt import StopRequest
-from lorafold.train.losses import Completions, labelled
+from lorafold.train.losses import Loss
 from lorafold.train.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.train.recipe import Recipe
 
 
 @dataclass
 class Job:
-    """Everything the loop turns over. `wrapped` is the objective as accelerate wraps it; `held_out` gives the held-out loss."""
+    """Everything the loop turns over. `wrapped` is the loss as accelerate wraps it; `held_out` gives the held-out loss."""
 
     adapter: Adapter
-    objective: Completions
+    loss: Loss
     wrapped: nn.Module
     optimizer: AdamW
     accelerator: Accelerator
-    examples: Sequence[Example]
+    examples: Sequence[Any]  # what `loss` takes; each has `ids`
     held_out: Callable[[], float] | None
     recipe: Recipe
     run: RunDirectory
@@ -78,20 +79,20 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     return progress
 
 
-def train_step(job: Job, rows: Sequence[Example], step: int) -> float:
-    """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over their labelled tokens."""
+def train_step(job: Job, rows: Sequence[Any], step: int) -> float:
+    """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over what counts in them."""
     accelerator, world = job.accelerator, job.accelerator.num_processes
     own = rows[accelerator.process_index :: world]
     size = math.ceil(len(own) / job.recipe.accumulate)
     micro = [own[i : i + size] for i in range(0, len(own), size)]
-    total = max(1, sum(map(labelled, rows)))
+    total = max(1, sum(map(job.loss.count, rows)))
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
     job.wrapped.train()
     seen = torch.zeros((), device=accelerator.device)
     for i, examples in enumerate(micro):
         is_last = i == len(micro) - 1
         with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
-            loss: Tensor = job.wrapped(**job.objective.collate(examples, accelerator.device))
+            loss: Tensor = job.wrapped(**job.loss.collate(examples, accelerator.device))
             seen += loss.detach()
             loss = loss * (world / total)
             if is_last:

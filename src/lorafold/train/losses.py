@@ -1,29 +1,76 @@
-"""Objectives as modules over a model, so that what accelerate wraps is the whole step: inputs in, summed loss out."""
+"""Losses as modules over a model, so that what accelerate wraps is the whole step: inputs in, summed loss out."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.ops.head import labelled_loss
+from lorafold.train.classify import LabelledExample
 from lorafold.train.data import Example
 from lorafold.train.packing import collate
 
 
-class Completions(nn.Module):
-    """Next-token loss at labelled positions: the sum over them, so that micro-batches add up to the batch exactly."""
+class Loss(nn.Module, ABC):
+    """Abstract: a sum over what `count` counts, so that micro-batches add up to the batch exactly."""
+
+    @abstractmethod
+    def count(self, example: Any) -> int:
+        """By how much the example weighs in the mean."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """The arguments of `forward` for these examples."""
+
+    @abstractmethod
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor: ...
+
+
+class Completions(Loss):
+    """Next-token loss at labelled positions, in nats."""
 
     def __init__(self, model: nn.Module, packed: bool, pad_id: int) -> None:
         super().__init__()
         self.model, self.packed, self.pad_id = model, packed, pad_id
+
+    def count(self, example: Example) -> int:
+        return labelled(example)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         return {k: v.to(device) for k, v in collate(examples, self.packed, self.pad_id).items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
+
+
+class Classification(Loss):
+    """Cross entropy of the class, in nats, one a row. The model: anything that answers with `.logits` (B, classes)."""
+
+    def __init__(self, model: nn.Module, pad_id: int) -> None:
+        super().__init__()
+        self.model, self.pad_id = model, pad_id
+
+    def count(self, example: LabelledExample) -> int:
+        return 1
+
+    def collate(self, examples: Sequence[LabelledExample], device: torch.device) -> dict[str, Tensor]:
+        """input_ids, attention_mask (B, T), padded at the right, and labels (B,)."""
+        ids = [torch.tensor(e.ids, device=device) for e in examples]
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+        return {"input_ids": padded, "attention_mask": mask, "labels": torch.tensor([e.label for e in examples], device=device)}
+
+    def logits(self, **inputs: Tensor) -> Tensor:  # (B, classes), fp32
+        logits: Tensor = self.model(**inputs).logits
+        return logits.float()
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
 
 
 def labelled(example: Example) -> int:

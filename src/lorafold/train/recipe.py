@@ -41,7 +41,9 @@ class Recipe(BaseModel):
     bias: Literal["none", "lora_only", "all"] = Field("none", description="biases that are trained: none, those of adapted layers, all")
     modules_to_save: tuple[Name, ...] = Field((), description="modules that are trained whole and saved with the adapter")
 
-    objective: Literal["sft"] = Field("sft", description="what is minimized: sft = next token on completions")
+    objective: Literal["sft", "classify"] = Field(
+        "sft", description="what is minimized: sft = next token on completions; classify = class of a text, by a head over the body"
+    )
     base: Literal["auto", "bf16", "fp32"] = Field("auto", description="storage of the base weights (auto: bf16 where the hardware has it)")
 
     lr: Positive | None = Field(None, description="peak learning rate of down factors and all else (None: the method's own; LoRA 2e-4)")
@@ -58,7 +60,7 @@ class Recipe(BaseModel):
     batch: Count = Field(8, description="rows per optimizer step")
     accumulate: Count = Field(1, description="micro-batches per optimizer step; divides batch")
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens per row; longer rows are cut, and counted")
-    packing: bool = Field(True, description="lay rows end to end instead of padding them")
+    packing: bool = Field(True, description="lay rows end to end instead of padding them (sft)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
 
     eval_fraction: Decay = Field(0.0, description="share of the rows held out, by seed, when there is no evaluation data")

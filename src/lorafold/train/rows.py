@@ -4,6 +4,7 @@
 |---|---|
 | conversation | `{"messages": [{"role": ..., "content": ...}, ...]}` |
 | prompt and completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
+| labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
 Further keys are ignored. Whatever is wrong is told in one message with file, row (the line of a JSONL file, from 1), field,
@@ -12,7 +13,7 @@ found and expected. `SHAPES` is the one table: a new shape is a new entry.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """One form of a row: the keys that mark it, what is wrong with a row, and its messages (None: plain text)."""
+    """One form of a row: the keys that mark it, the objective that trains on it, what is wrong with a row, and its messages (None: it
+    has none)."""
 
     keys: tuple[str, ...]
+    objective: str
     problems: Callable[[Row], Iterator[str]]
-    conversation: Callable[[Row], Conversation] | None
+    conversation: Callable[[Row], Conversation] | None = None
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
@@ -86,6 +89,20 @@ def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[R
 def shape_of(row: Row) -> Shape | None:
     """The first shape whose keys the row has (a key that holds null counts as absent)."""
     return next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape.keys)), None)
+
+
+def is_labelled(rows: Sequence[Row]) -> bool:
+    """Are these texts with a label, for a classifier?"""
+    return (shape := shape_of(rows[0])) is not None and shape.objective == "classify"
+
+
+def check_objective(rows: Sequence[Row], objective: str) -> None:
+    """LorafoldError where rows of this shape are not what the objective trains on."""
+    shape = shape_of(rows[0])
+    if shape is None or shape.objective != objective:
+        takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
+        other = f", which are for --objective {shape.objective}" if shape else ""
+        raise LorafoldError(f"data: found rows of {shape}{other}; --objective {objective} takes rows of {takes}")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -178,6 +195,12 @@ def _pair(row: Row) -> Iterator[str]:
     yield from check("completion", completion)
 
 
+def _labelled(row: Row) -> Iterator[str]:
+    yield from _text("text", row["text"])
+    if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
+        yield f"field label: found {_kind(row['label'])}, expected text or a whole number"
+
+
 def _pair_conversation(row: Row) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
@@ -186,7 +209,8 @@ def _pair_conversation(row: Row) -> Conversation:
 
 
 SHAPES = (
-    Shape(("messages",), lambda row: _messages("messages", row["messages"]), lambda row: Conversation(row["messages"])),
-    Shape(("prompt", "completion"), _pair, _pair_conversation),
-    Shape(("text",), lambda row: _text("text", row["text"]), None),
+    Shape(("messages",), "sft", lambda row: _messages("messages", row["messages"]), lambda row: Conversation(row["messages"])),
+    Shape(("prompt", "completion"), "sft", _pair, _pair_conversation),
+    Shape(("text", "label"), "classify", _labelled),
+    Shape(("text",), "sft", lambda row: _text("text", row["text"])),
 )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,18 +22,17 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluate import held_out_loss
 from lorafold.io.atomic import check_out
 from lorafold.io.card import training_card
-from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
+from lorafold.io.models import ModelSource, choose_device, choose_dtype, load_tokenizer, resolve_model
 from lorafold.methods import make_spec
 from lorafold.train.allocator import keep_freed_blocks
 from lorafold.train.checkpoint import Progress, RunDirectory
-from lorafold.train.data import Encoded, batches, encode, preview, split
+from lorafold.train.data import batches, split
 from lorafold.train.display import Display
 from lorafold.train.loop import Job, fit
-from lorafold.train.losses import Completions, labelled
+from lorafold.train.losses import Loss
+from lorafold.train.objectives import OBJECTIVES, Data, Objective
 from lorafold.train.optim import make_optimizer, param_groups, restore_optimizer, restore_rng
-from lorafold.train.packing import packed
 from lorafold.train.recipe import Recipe
-from lorafold.train.render import ensure_chat_template
 from lorafold.train.rows import Row
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a run. Losses are means over labelled tokens, `train_loss` over the last ten steps; bytes are bytes."""
+    """What came of a run. Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes are bytes."""
 
     train_loss: float
     eval_loss: float | None
@@ -91,29 +90,39 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in named.items() if v is not None} | {k: v for k, v in patterns.items() if v} | recipe.options
 
 
-def tokenized(request: Request, console: Console) -> tuple[PreTrainedTokenizerBase, Encoded, Encoded | None]:
+def objective_of(request: Request) -> tuple[ModelSource, Objective]:
+    """Where the model lies, and the objective of the run on it."""
+    source = resolve_model(request.model, request.revision)
+    adapters = [request.init_adapter] if request.init_adapter else []
+    return source, OBJECTIVES[request.recipe.objective](request.rows, source, adapters)
+
+
+def tokenized(
+    request: Request, source: ModelSource, objective: Objective, console: Console
+) -> tuple[PreTrainedTokenizerBase, Data, Data | None]:
     """The tokenizer, the training rows and the held-out rows, with what there is to say about them."""
-    tokenizer = load_tokenizer(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
-    if notice := ensure_chat_template(tokenizer):
+    tokenizer = load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    if notice := objective.set_up(tokenizer):
         console.print(notice, highlight=False)
     rows, held_out = list(request.rows), request.eval_rows
     if held_out is None and request.recipe.eval_fraction:
         rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
-    train = encode(rows, tokenizer, request.recipe.max_length)
+    train = objective.encode(rows, tokenizer, request.recipe.max_length)
     console.print(f"data: {train.report}", highlight=False)
     if not held_out:
         return tokenizer, train, None
-    evaluation = encode(held_out, tokenizer, request.recipe.max_length)
+    evaluation = objective.encode(held_out, tokenizer, request.recipe.max_length)
     console.print(f"held out: {evaluation.report}", highlight=False)
     return tokenizer, train, evaluation
 
 
 def show(request: Request, console: Console, rows: int = 3) -> None:
     """Print the first rows as the model will see them, with the tokens that count in the loss marked."""
-    tokenizer, train, _ = tokenized(request, console)
+    source, objective = objective_of(request)
+    tokenizer, train, _ = tokenized(request, source, objective, console)
     for example in train.examples[:rows]:
         console.rule()
-        console.print(preview(example, tokenizer))
+        console.print(objective.preview(example, tokenizer))
 
 
 def train(request: Request, console: Console) -> Trained:
@@ -126,7 +135,8 @@ def train(request: Request, console: Console) -> Trained:
         check_out(request.out, request.overwrite)
         check_out(best_path(request.out), request.overwrite)
     spec = make_spec(recipe.method, **method_options(recipe))
-    tokenizer, data, held_out = tokenized(request, console)
+    source, objective = objective_of(request)
+    tokenizer, data, held_out = tokenized(request, source, objective, console)
     device = choose_device(request.device)
     dtype, why = choose_dtype("fp32" if spec.trains_base and recipe.base == "auto" else recipe.base, device)
     console.print(f"base: {why}", highlight=False)
@@ -135,37 +145,34 @@ def train(request: Request, console: Console) -> Trained:
     if recipe.batch % accelerator.num_processes:
         raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
     keep_freed_blocks()
-    model = load_model(request.model, dtype, device, request.revision, request.trust_remote_code)
+    model = objective.load(source, tokenizer, dtype, device, recipe.seed, request.trust_remote_code)
     torch.manual_seed(recipe.seed)
+    saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
     adapter = (load(model, request.init_adapter, trainable=True) if request.init_adapter
-               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=recipe.modules_to_save))  # fmt: skip
+               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable()
     with ExitStack() as stack:
-        apart = recipe.packing and stack.enter_context(packed(model))
-        if recipe.packing and not apart:
-            console.print("packing: this model mixes documents that share a row, so rows are padded instead", highlight=False)
-        objective = Completions(model, apart, tokenizer.pad_token_id or 0)
-        job, progress = prepare(request, adapter, objective, accelerator, data, held_out, console)
+        loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
+        job, progress = prepare(request, adapter, loss, accelerator, data, held_out, console)
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)
             finally:
                 accelerator.end_training()
-    return finish(request, job, progress)
+    return finish(request, job, progress, objective.record())
 
 
 def prepare(
-    request: Request, adapter: Adapter, objective: Completions, accelerator: Accelerator, data: Encoded, held_out: Encoded | None,
-    console: Console,
+    request: Request, adapter: Adapter, loss: Loss, accelerator: Accelerator, data: Data, held_out: Data | None, console: Console,
 ) -> tuple[Job, Progress]:  # fmt: skip
     """The job, and how far it is: a fresh run is prepared by its method, one that is resumed takes up the tensors it had."""
     recipe, run = request.recipe, RunDirectory(request.out)
     identity: dict[str, Any] = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME}
     identity |= {"model": request.model, "data": digest(request.rows), "init_adapter": str(request.init_adapter or "")}
     progress, state = Progress(), None
-    objective.model.to(accelerator.device)
+    loss.to(accelerator.device)
     if request.resume:
         run.check(identity)
         if checkpoints := run.checkpoints():
@@ -173,10 +180,10 @@ def prepare(
             adapter.load_state_dict(tensors)
     else:
         run.start(identity)
-        adapter.spec.prepare(adapter.own_deltas, lambda n: sample_losses(objective, data, recipe, n))
+        adapter.spec.prepare(adapter.own_deltas, lambda n: sample_losses(loss, data, recipe, n))
     lr = recipe.lr or adapter.spec.lr
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or (recipe.lr if adapter.spec.lr_b is None else adapter.spec.lr_b) or lr)
-    wrapped, optimizer = accelerator.prepare(objective, make_optimizer(groups, recipe))
+    wrapped, optimizer = accelerator.prepare(loss, make_optimizer(groups, recipe))
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
         restore_rng(state)
@@ -184,23 +191,23 @@ def prepare(
     if request.resume:
         console.print(f"resuming after step {progress.step} of {recipe.total_steps(len(data.examples))}", highlight=False)
     return Job(
-        adapter, objective, wrapped, optimizer, accelerator, data.examples,
-        None if held_out is None else lambda: held_out_loss(objective, held_out.examples),
+        adapter, loss, wrapped, optimizer, accelerator, data.examples,
+        None if held_out is None else lambda: held_out_loss(loss, held_out.examples),
         recipe, run, recipe.total_steps(len(data.examples)),
     ), progress  # fmt: skip
 
 
-def sample_losses(objective: Completions, data: Encoded, recipe: Recipe, n: int) -> Iterator[Tensor]:
+def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int) -> Iterator[Tensor]:
     """n mean losses of single batches, drawn as training draws them, with a seed of their own."""
-    objective.train()
-    device = next(objective.parameters()).device
+    loss.train()
+    device = next(loss.parameters()).device
     for rows in batches(len(data.examples), recipe.batch, n, recipe.seed + 1):
         chosen = [data.examples[i] for i in rows]
-        yield objective(**objective.collate(chosen, device)) / max(1, sum(map(labelled, chosen)))
+        yield loss(**loss.collate(chosen, device)) / max(1, sum(map(loss.count, chosen)))
 
 
-def finish(request: Request, job: Job, progress: Progress) -> Trained:
-    """Write the adapter, and the best one to `<out>.best` where that was an earlier step; then the checkpoints may go."""
+def finish(request: Request, job: Job, progress: Progress, about: Mapping[str, Any]) -> Trained:
+    """Write the adapter, with `about` in its record, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints."""
     tail = progress.losses[-10:]
     result = Trained(
         train_loss=sum(tail) / len(tail), eval_loss=progress.evals.get(progress.step),
@@ -211,7 +218,7 @@ def finish(request: Request, job: Job, progress: Progress) -> Trained:
     if not job.accelerator.is_main_process:
         return result
     record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
-              "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}}  # fmt: skip
+              "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}, **about}  # fmt: skip
     card, replace = training_card(request.model, record, asdict(result)), request.overwrite or request.resume
     job.adapter.save(request.out, overwrite=replace, card=card, record=record)
     if progress.best not in (None, progress.step):
