@@ -1,0 +1,52 @@
+"""VeRA's projections: one pair an adapter, whatever is done to the model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lorafold as lf
+
+
+def adapted() -> tuple[nn.Sequential, lf.Adapter]:
+    torch.manual_seed(0)
+    root = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16))
+    adapter = lf.attach(root, lf.VeRA(rank=8), ["0", "2"])
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return root, adapter
+
+
+def projections(root: nn.Sequential) -> set[int]:
+    return {id(root[i].deltas["default"].projections) for i in (0, 2)}
+
+
+CHANGES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "double": lambda m: copy.deepcopy(m).double()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_projections_stay_shared_and_are_no_parameters(change: str) -> None:
+    root, adapter = adapted()
+    twin = CHANGES[change](root)
+    x = torch.randn(3, 24)
+    assert len(projections(twin)) == 1
+    assert projections(twin) != projections(root)
+    assert torch.allclose(twin(x.to(next(twin.parameters()).dtype)).float(), root(x), atol=1e-6)
+    assert {n.rsplit(".", 1)[-1] for n, _ in adapter.named_parameters()} == {"d", "b"}
+    assert {k.rsplit(".", 1)[-1] for k in adapter.state_dict()} == {"d", "b"}
+    shared = root[0].deltas["default"].projections
+    assert (tuple(shared.A.shape), tuple(shared.B.shape)) == ((8, 32), (32, 8))
+
+
+def test_the_seed_makes_them() -> None:
+    root, _ = adapted()
+    other, _ = adapted()
+    a, b = (m[0].deltas["default"].projections for m in (root, other))
+    assert torch.equal(a.A, b.A)
+    assert torch.equal(a.B, b.B)
+    third = nn.Sequential(nn.Linear(32, 32))
+    lf.attach(third, lf.VeRA(rank=8, projection_prng_key=1), ["0"])
+    assert not torch.equal(third[0].deltas["default"].projections.A, a.A)
