@@ -92,3 +92,16 @@ def test_it_says_that_it_trains_the_base_and_refuses_what_has_no_weights(tiny_mo
     assert not lf.LoRA.trains_base
     with pytest.raises(lf.LorafoldError, match="Full trains floating-point weights in place; LlamaMLP holds no parameters"):
         lf.attach(tiny_model("llama"), lf.Full(), ["mlp"])
+
+
+def test_a_state_is_loaded_into_the_models_own_weights(tiny_model) -> None:
+    model, other = tiny_model("qwen2"), tiny_model("qwen2")
+    trained, fresh = lf.attach(model, lf.Full()), lf.attach(other, lf.Full())
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.mul_(1.5)
+    fresh.load_state_dict({k: v.clone() for k, v in trained.state_dict().items()})
+    assert {id(p) for p in fresh.parameters()} == {id(p) for p in other.parameters()}
+    fresh.detach()
+    with torch.no_grad():
+        assert torch.equal(other(IDS).logits, model(IDS).logits)

@@ -21,7 +21,7 @@ from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.io import peft
+from lorafold.io import peft, whole
 from lorafold.io.weights import ModelWeights, Weights
 from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.replace import ReplaceDelta, leaves
@@ -79,11 +79,13 @@ class Adapter:
         return self
 
     def save(self, path: str | Path, *, overwrite: bool = False, card: str | None = None, record: dict[str, Any] | None = None) -> Path:
-        """Write the adapter in PEFT's format, the directory whole or not at all.
+        """Write the adapter in PEFT's format, or a plain model if it trained the base's own weights; the directory whole or not at all.
 
         `card` is the text of its README.md and `record` what `lorafold.json` says beside the base's fingerprint.
         Raises LorafoldError if `path` exists and overwrite is off.
         """
+        if self.spec.trains_base:
+            return whole.write(path, self.model, self.spec, overwrite=overwrite, card=card, record=record or {})
         return peft.write(path, self.model, self.spec, self.matches, dict(self._parts_by_path()), self.bias, self.modules_to_save,
                           overwrite=overwrite, card=card, record=record or {})  # fmt: skip
 

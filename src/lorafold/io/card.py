@@ -1,4 +1,4 @@
-"""The model card (README.md) beside an adapter: base, figures, recipe, data, and how to load it; ready for the Hub."""
+"""The model card (README.md) beside an adapter or a model trained whole: base, figures, recipe, data, how to load it; ready for the Hub."""
 
 from __future__ import annotations
 
@@ -32,22 +32,37 @@ model = PeftModel.from_pretrained(model, "path/to/this/directory")
 """
 
 
-def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+LOAD_WHOLE = """\
+## How to use it
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+```
+"""
+
+
+def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, Any], whole: bool = False) -> str:
     """Markdown with YAML front matter. `base`: a hub id or a directory. Of `record`, the tables "recipe" and "data" are shown; of
-    `figures`, the numbers."""
+    `figures`, the numbers. `whole`: what lies there is a model with all of its weights, not an adapter."""
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
     front: dict[str, Any] = {"base_model": base} if on_hub else {}
-    front |= {"library_name": "peft", "tags": ["lora", "lorafold", *[f"base_model:adapter:{base}"] * on_hub]}
+    relation = "finetune" if whole else "adapter"
+    front |= {"library_name": "transformers" if whole else "peft", "tags": [*["lora"] * (not whole), "lorafold"]}
+    front["tags"] += [f"base_model:{relation}:{base}"] * on_hub
+    title = f"# {name}, fine-tuned\n\nTrained in place with lorafold: a plain Hugging Face model.\n" if whole else (
+        f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the base model, laid over it.\n")  # fmt: skip
     numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     data = {k: Path(v).name if k == "source" and Path(v).suffix else v for k, v in record.get("data", {}).items()}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
-        f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the base model, laid over it.\n",
+        title,
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
-        LOAD.format(base=name),
+        LOAD_WHOLE if whole else LOAD.format(base=name),
     ]
     return "\n".join(part for part in parts if part)
 

@@ -46,7 +46,6 @@ BIAS = Field("bias", "bias", Bias, "none")
 ABOUT = frozenset({
     "peft_type", "task_type", "inference_mode", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "runtime_config",
 })  # fmt: skip
-KNOWN = ABOUT | {f.key for f in (*SELECTION, BIAS)}
 
 # By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the modules to save.
 TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -63,15 +62,16 @@ def write_config(model: nn.Module, spec: Spec, sites: Sequence[Site], selection:
     method = next((m for m in METHODS if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(f"{type(spec).__name__} has no place in PEFT's format")
-    targets = selection.target_modules
     config = method.config(spec, sites) | {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "modules_to_save": list(selection.modules_to_save) or None,
         "revision": None,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": _task(model, selection),
     }
+    if method.preset is None:
+        targets = selection.target_modules
+        config["target_modules"] = targets if isinstance(targets, str) else list(targets)
     if method.biases or bias != BIAS.default:
         config[BIAS.key] = bias
     return dict(sorted(config.items()))
@@ -81,13 +81,15 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     """LorafoldError lists every field that has a wrong value or is not supported."""
     method = _method(config)
     spec, problems = method.read(config)
-    shared: dict[str, Any] = {}
-    for field in (*SELECTION, BIAS):
+    shared: dict[str, Any] = {} if method.preset is None else {"target_modules": (), "preset": method.preset}
+    fields = (*(f for f in SELECTION if method.preset is None or f.key == "modules_to_save"), BIAS)
+    for field in fields:
         try:
             shared[field.attribute] = field.read(config)
         except LorafoldError as e:
             problems.append(str(e))
-    unknown = {k: v for k, v in sorted(config.items()) if k not in KNOWN | method.known and not _neutral(k, v, method)}
+    known = ABOUT | {f.key for f in fields} | method.known
+    unknown = {k: v for k, v in sorted(config.items()) if k not in known and not _neutral(k, v, method)}
     problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
     if problems or spec is None:
         raise LorafoldError(f"{CONFIG}: {'; '.join(problems)}")

@@ -92,12 +92,14 @@ class Field:
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a delta (a dotted name) and its key, a template over the site's `at` and `under`. The functions change between the
-    delta's tensor and the file's."""
+    delta's tensor and the file's. Where the file and not the spec decides on its shape, `misfit` says what is wrong with a tensor of the
+    file, given all that it holds of the adapter."""
 
     attribute: str
     template: str
     to_file: Callable[[Tensor, Site], Tensor] = unchanged
     from_file: Callable[[Tensor, Site], Tensor] = unchanged
+    misfit: Callable[[Tensor, Site, Mapping[str, Tensor]], str | None] | None = None
 
     def key(self, site: Site) -> str:
         return self.template.format(at=site.at, under=site.under)
@@ -115,7 +117,7 @@ def named(**templates: str) -> Entries:
 class Method:
     """One method's config. `marks` are the values that tell it from others of its `peft_type`; `irrelevant` are keys that do not
     bear on what a saved adapter computes; `derived` gives further keys from the sites. `outer`: a spec that lies `over` this one;
-    `biases`: PEFT's config has a word on biases."""
+    `biases`: PEFT's config has a word on biases. `preset`: the method has this one place, so that its files name no target modules."""
 
     spec: type[Spec]
     peft_type: str
@@ -125,6 +127,7 @@ class Method:
     derived: Callable[[Sequence[Site]], Mapping[str, Any]] = lambda sites: {}
     outer: type[Spec] | None = None
     biases: bool = True
+    preset: str | None = None
 
     def holds(self, spec: Spec) -> bool:
         return type(spec) is self.spec if self.outer is None else type(spec) is self.outer and type(self.inner(spec)) is self.spec

@@ -58,7 +58,8 @@ class Place:
         return tensor
 
     def encoded(self) -> Tensor:
-        return self.entry.to_file(self.own.detach(), self.site).float()
+        tensor = self.entry.to_file(self.own.detach(), self.site)
+        return tensor.float() if tensor.is_floating_point() else tensor
 
     def assign(self, tensor: Tensor) -> None:
         own = self.own
@@ -88,7 +89,8 @@ def write(
     """
     targets, base = matches.paths, ModelWeights(model)
     replaced = [p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)]
-    selection = describe(model, targets, tuple(matches.by_pattern), [p for p in replaced if p not in targets], modules_to_save)
+    saved = [p for p in replaced if p not in targets]
+    selection = describe(model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save)
     config = write_config(model, spec, sites(model, parts, targets, base), selection, bias)
     tensors = {key: place.encoded().contiguous().cpu() for key, place in places(model, parts, targets, base).items()}
     if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
@@ -153,14 +155,17 @@ def fill(model: nn.Module, parts: Parts, targets: Sequence[str], stored: Stored,
     wrong = list(problems)
     wrong += [text for key in sorted(found - expected.keys()) if (text := _stray(key, stored.weights, base))]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
-    wrong += [text for key, tensor in loaded.items() if (text := _misfit(key, tensor, expected[key]))]
+    wrong += [text for key, tensor in loaded.items() if (text := _misfit(key, tensor, expected[key], loaded))]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, place in expected.items():
         place.assign(place.entry.from_file(loaded[key], place.site))
 
 
-def _misfit(key: str, tensor: Tensor, place: Place) -> str | None:
+def _misfit(key: str, tensor: Tensor, place: Place, file: Mapping[str, Tensor]) -> str | None:
+    if place.entry.misfit is not None:
+        wrong = place.entry.misfit(tensor, place.site, file)
+        return _not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
     wanted = tuple(place.encoded().shape)
     if tuple(tensor.shape) != wanted:
         return f"{key}: shape {list(tensor.shape)}, expected {list(wanted)}"

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafold.bases import is_linear
 from lorafold.core.presets import bare_modules
-from lorafold.core.targets import Matches
+from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 
 Patterns = str | tuple[str, ...]
@@ -31,9 +31,12 @@ class Selection:
     exclude_modules: Patterns = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    preset: str | None = None  # the method's own place, whatever the others say
 
     def targets(self, model: nn.Module) -> Matches:
         """By pattern; patterns that match nothing are left out. LorafoldError if all do."""
+        if self.preset is not None:
+            return match(model, self.preset, is_linear)
         modules = {p: m for p, m in bare_modules(model) if p and not self._excluded(p)}
         if self.target_modules == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]

@@ -3,7 +3,7 @@
     METHODS    spec class   <->  adapter_config.json
     TENSORS    delta class  <->  keys of adapter_model.safetensors
 
-The rows stand in `rows_lora.py` and `rows_others.py`; here they come together, with those that lie over others (DoRA) and beside them.
+The rows stand in `rows_*.py`; here they come together, with those that lie over others (DoRA) and beside them.
 Checked against PEFT 0.21.2, which is the oracle of the tests. A method that PEFT lacks has the same layout under a peft_type of our own.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
-from lorafold.io import rows_lora, rows_others
+from lorafold.io import rows_lora, rows_others, rows_own, rows_virtual
 from lorafold.io.format import Entries, Entry, Method, Site
 from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.dora import DoRA, DoRADelta
@@ -41,7 +41,9 @@ def dora_over(method: Method) -> Method:
     )  # fmt: skip
 
 
-METHODS: tuple[Method, ...] = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3))
+METHODS: tuple[Method, ...] = (
+    *PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3), *rows_virtual.METHODS, *rows_own.METHODS,
+)  # fmt: skip
 
 
 def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
@@ -68,6 +70,8 @@ def without_bias(bias: Tensor, site: Site) -> Tensor:
 TENSORS: dict[type[Delta], Entries] = {
     **rows_lora.TENSORS,
     **rows_others.TENSORS,
+    **rows_virtual.TENSORS,
+    **rows_own.TENSORS,
     DoRADelta: dora,
     BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],  # the file holds the bias itself
     ReplaceDelta: lambda delta, layer: [Entry(n, f"{{at}}.{n.removeprefix('copy.')}") for n, _ in delta.named_parameters()],

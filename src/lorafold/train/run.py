@@ -219,7 +219,8 @@ def finish(request: Request, job: Job, progress: Progress, about: Mapping[str, A
         return result
     record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
               "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}, **about}  # fmt: skip
-    card, replace = training_card(request.model, record, asdict(result)), request.overwrite or request.resume
+    card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
+    replace = request.overwrite or request.resume
     job.adapter.save(request.out, overwrite=replace, card=card, record=record)
     if progress.best not in (None, progress.step):
         _, tensors, _ = job.run.load(job.run.checkpoints()[progress.best])
