@@ -26,7 +26,7 @@ Message = dict[str, str]
 Row = dict[str, list[Message]]
 Slot = Callable[[random.Random, Split], tuple[str, str | int]]  # (as spoken, as recorded)
 
-SYSTEM = "Reply in JSON."
+SYSTEM = "JSON"
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -173,8 +173,8 @@ class Intent:
     sentences: tuple[str, ...] = ()  # complete as they are
 
 
-OPENINGS = "(|please |can you |could you |would you |hey, |I need you to |I want you to )"
-CLOSINGS = "(||.| please|, thanks|!)"
+OPENINGS = "(||please |can you |could you )"
+CLOSINGS = "(|||.| please)"
 INTENTS = {
     "book_table": Intent(
         {"people": number(2, 12), "place": PLACE, "day": day, "time": clock(*EVENING)},
