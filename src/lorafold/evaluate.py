@@ -121,13 +121,17 @@ def evaluate(
 def evaluate_classifier(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, *, console: Console | None = None
 ) -> Evaluation:
-    """`evaluate` for rows of text and label. LorafoldError for a label that is none of the model's classes."""
+    """`evaluate` for rows of text and label. LorafoldError for a label that is none of the model's classes, and a model whose
+    config names no padding token."""
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
     if console and data.report.truncated:
         console.print(str(data.report), highlight=False)
-    loss = Classification(model, model.config.get_text_config().pad_token_id)
+    pad_id = model.config.get_text_config().pad_token_id
+    if pad_id is None:
+        raise LorafoldError("the model's config: field pad_token_id: found null, expected the token that fills short texts up")
+    loss = Classification(model, pad_id)
     by_row: dict[int, Tensor] = {}
     with _bar(console, "rows") as step, _evaluating(loss) as device:
         for group in _batches(data.examples):

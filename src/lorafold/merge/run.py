@@ -16,6 +16,7 @@ import torch
 from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import atomic_directory, write_json
+from lorafold.io.classifier import known_classes
 from lorafold.io.models import choose_device, load_model, load_tokenizer, resolve_model
 from lorafold.merge.certificate import Gap, compare, probe_ids
 from lorafold.merge.fold import Folded, execute
@@ -83,6 +84,9 @@ def merge(
     where = choose_device(device)
     with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
         source = resolve_model(model, revision)
+        if classes := known_classes(source, adapters):
+            found = f"{', '.join(map(str, adapters))}: found a classifier of {', '.join(classes)}"
+            raise LorafoldError(f"{found}, expected a language model's adapter; in Python: adapter.merge(), model.save_pretrained(out)")
         texts = probe_ids(load_tokenizer(source, trust_remote_code=trust_remote_code), probe) if certificate else []
         planned = plan(source.path, adapters, allow_other_base=allow_other_base, trust_remote_code=trust_remote_code)
         folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
