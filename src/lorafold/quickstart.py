@@ -24,7 +24,7 @@ from lorafold.train.run import Request, train
 
 MODEL = "smollm2"
 UNSEEN = 200
-RECIPE = Recipe(steps=80, batch=8, schedule="cosine", max_length=256)
+RECIPE = Recipe(steps=80, batch=8, dropout=0.0, base="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
 
 def measure(test_rows: list[dict], adapter: Path | None, device: str | None, console: Console) -> Evaluation:
     where = choose_device(device)
-    model, tokenizer = load_model(MODEL, choose_dtype("auto", where)[0], device=where), load_tokenizer(MODEL)
+    model, tokenizer = load_model(MODEL, choose_dtype(RECIPE.base, where)[0], device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
     result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)
