@@ -66,6 +66,7 @@ class Bottleneck(Spec):
     after: Literal["both", "mlp"] = "both"
 
     lr: ClassVar[float] = 1e-3
+    modifies_architecture: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         wrong = []

@@ -1,0 +1,60 @@
+"""The table: every method and seed measured one after the other, each row kept as soon as it is done.
+
+An interrupted comparison goes on where it was: rows lie in `<out>/rows/`, named after method, seed and a digest of all that bears on
+them, and what is found there is not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, fields
+from multiprocessing import get_context
+from pathlib import Path
+
+from lorafold.compare.measure import Row, Task, measure
+from lorafold.errors import LorafoldError
+from lorafold.io.atomic import write_json
+from lorafold.methods import METHODS
+from lorafold.train.run import digest
+
+SFT = tuple(word for word in METHODS if word != "linear-probe")  # that one has labels to learn, not text
+
+
+def compare(task: Task, methods: Sequence[str], seeds: Sequence[int], out: Path, tell: Callable[[Row, int, int], None]) -> list[Row]:
+    """All rows, in order; `tell` hears of each with how many are done of how many. LorafoldError for an unknown method, at once."""
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
+    plan = [(method, seed) for method in methods for seed in seeds]
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for method, seed in plan:
+        file = out / "rows" / f"{method}-{seed}-{key(task)}.json"
+        row = read(file) or in_own_process(task, method, seed)
+        write_json(file, asdict(row))
+        rows.append(row)
+        tell(row, len(rows), len(plan))
+    write_json(out / "rows.json", {"rows": [asdict(row) for row in rows]})
+    return rows
+
+
+def in_own_process(task: Task, method: str, seed: int) -> Row:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, task, method, seed).result()
+
+
+def key(task: Task) -> str:
+    """What bears on every row, in twelve letters."""
+    recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
+    text = json.dumps([task.model, digest(task.rows), digest(task.held_out), recipe], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read(file: Path) -> Row | None:
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    interval = stored["exact_match_interval"]
+    return Row(**{f.name: stored[f.name] for f in fields(Row)} | {"exact_match_interval": interval and tuple(interval)})
