@@ -99,7 +99,7 @@ class AdaLoRA(Spec):
     orth_reg: float = 0.5
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
-    lr: ClassVar[float] = 2e-3
+    lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init_rank", (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank)

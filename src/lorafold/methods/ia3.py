@@ -58,7 +58,7 @@ class IA3(Spec):
     feedforward: str | Sequence[str] | None = None
 
     targets: ClassVar[str] = rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 1e-2
 
     def at(self, path: str) -> Self:
         if self.feedforward is None:

@@ -86,7 +86,7 @@ class PiSSA(FromWeight):
     dropout: float = 0.0
     niter: int = 16
 
-    lr_b: ClassVar[float] = 2e-4
+    lr: ClassVar[float] = 5e-4
 
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.niter and 2 * self.rank < min(w.shape):
@@ -106,7 +106,7 @@ class OLoRA(FromWeight):
     alpha: float | None = None
     dropout: float = 0.0
 
-    lr_b: ClassVar[float] = 2e-4
+    lr: ClassVar[float] = 5e-4
 
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
         q, r = torch.linalg.qr(w)

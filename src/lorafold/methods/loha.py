@@ -9,6 +9,7 @@ parameters of LoRA at rank r. dW has to be built at every step, so it costs more
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class LoHa(Spec):
 
     rank: int = 8
     alpha: float | None = None
+
+    lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
         if not (isinstance(self.rank, int) and self.rank >= 1):

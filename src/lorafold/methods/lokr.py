@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,8 @@ class LoKr(Spec):
     alpha: float | None = None
     decompose_factor: int = -1
     decompose_both: bool = False
+
+    lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
         wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (not (isinstance(self.rank, int) and self.rank >= 1))

@@ -71,7 +71,7 @@ class VeRA(Spec):
     projection_prng_key: int = 0
     save_projection: bool = True
 
-    lr: ClassVar[float] = 4e-3
+    lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
         wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (not (isinstance(self.rank, int) and self.rank >= 1))
