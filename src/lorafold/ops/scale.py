@@ -36,12 +36,12 @@ class _Scale(Function):
         ctx.c_dtype = None if c is None else c.dtype
         rows = y.flatten(0, -2)
         tops = None if onto is None else onto.expand_as(y).flatten(0, -2)
-        out = torch.empty_like(rows)
-        for i in range(0, len(rows), ROWS):
+        parts = []
+        for i in range(0, max(len(rows), 1), ROWS):
             part = rows[i : i + ROWS].float().mul_(g)
             part = part if c is None else part.add_(c)
-            out[i : i + ROWS] = dithered(part if tops is None else part.add_(tops[i : i + ROWS]))
-        return out.view(y.shape)
+            parts.append(dithered(part if tops is None else part.add_(tops[i : i + ROWS])))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
     @staticmethod
     @once_differentiable
