@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
-from lorafold.io.models import load_model
+from lorafold.io.models import load_model, load_tokenizer
 from lorafold.train.recipe import Recipe
 from lorafold.train.run import Request, train
 
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
 
 def test_an_adapter_without_gradient_is_an_error(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=r"no gradient in the first step.*lm_head"):
-        # the embedding of a model whose loss comes through other weights only: alpha so small that every gradient underflows to zero
+        # alpha so small that every gradient underflows to zero
         train(request(tiny_model_dir("llama"), tmp_path / "a", alpha=1e-300, targets=["lm_head"], clip=0.0), quiet())
 
 
@@ -154,3 +154,27 @@ def test_a_wrong_option_of_the_method(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match="unknown method 'lorra'"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", method="lorra"), quiet())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_run_is_not_thrown_away_unasked(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="loss is nan"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1), quiet())
+    with pytest.raises(LorafoldError, match=r"a.run holds a run that was stopped: --resume goes on from it"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a"), quiet())
+    train(request(tiny_model_dir("llama"), tmp_path / "a", overwrite=True), quiet())
+
+
+def test_what_the_initial_adapter_brings_cant_be_set_beside_it(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="rank, targets: these come with the adapter"):
+        train(request(tiny_model_dir("llama"), tmp_path / "b", init_adapter=tmp_path / "a", rank=2, targets="mlp"), quiet())
+
+
+def test_trackers_keep_their_logs(tiny_model_dir, tmp_path: Path) -> None:
+    train(request(tiny_model_dir("llama"), tmp_path / "a", trackers=("tensorboard",)), quiet())
+    assert list((tmp_path / "a.logs").rglob("events.out.tfevents.*"))
+
+
+def test_full_fine_tuning_leaves_a_model_with_its_tokenizer(tiny_model_dir, tmp_path: Path) -> None:
+    train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
+    assert load_tokenizer(tmp_path / "a").get_vocab() == load_tokenizer(tiny_model_dir("llama")).get_vocab()
+    load_model(tmp_path / "a", torch.float32)

@@ -78,14 +78,18 @@ class Adapter:
             p.requires_grad_(trainable)
         return self
 
-    def save(self, path: str | Path, *, overwrite: bool = False, card: str | None = None, record: dict[str, Any] | None = None) -> Path:
+    def save(
+        self, path: str | Path, *, overwrite: bool = False, card: str | None = None, record: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+    ) -> Path:  # fmt: skip
         """Write the adapter in PEFT's format, or a plain model if it trained the base's own weights; the directory whole or not at all.
 
-        `card` is the text of its README.md and `record` what `lorafold.json` says beside the base's fingerprint.
+        A plain model gets the `tokenizer` beside it. `card` is the text of its README.md, and `record` what `lorafold.json` says beside
+        the base's fingerprint.
         Raises LorafoldError if `path` exists and overwrite is off.
         """
         if self.spec.trains_base:
-            return whole.write(path, self.model, self.spec, overwrite=overwrite, card=card, record=record or {})
+            return whole.write(path, self.model, self.spec, tokenizer, overwrite=overwrite, card=card, record=record or {})
         return peft.write(path, self.model, self.spec, self.matches, dict(self._parts_by_path()), self.bias, self.modules_to_save,
                           overwrite=overwrite, card=card, record=record or {})  # fmt: skip
 
@@ -185,7 +189,7 @@ def attach(
 
 
 def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:
-    paths = {"none": (), "lora_only": matches.paths, "all": [path for path, _ in model.named_modules()]}[bias]
+    paths = {"none": (), "lora_only": matches.paths, "all": [path for path, _ in bare_modules(model)]}[bias]
     return ((p, m) for p in paths if isinstance((m := model.get_submodule(p))._parameters.get("bias"), nn.Parameter))
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafold.adapter import load
+from lorafold.errors import LorafoldError
 from lorafold.evaluate import Evaluation, evaluate
 from lorafold.io.atomic import check_out
 from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
@@ -48,6 +49,8 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
     Raises LorafoldError if `out` exists and overwrite is off.
     """
     start = time.perf_counter()
+    if out.exists() and not overwrite:
+        raise LorafoldError(f"{out} exists; pass --overwrite to replace what a quickstart wrote there")
     for part in ("adapter", "merged"):
         check_out(out / part, overwrite)
     out.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ class Matrix(Base):
         return F.linear(x, m.to(x.dtype))
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p) if p else x
+        return dropout(x, p)[0] if p else x
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.weight(), self.bias
@@ -106,7 +106,7 @@ class Embedding(Base):
 
     def __call__(self, ids: Tensor, onto: Tensor | None = None) -> Tensor:
         y = self.run(ids)
-        return add(y, None if onto is None else onto).to(y.dtype)
+        return add(y, onto).to(y.dtype)
 
     def op(self, ids: Tensor, m: Tensor) -> Tensor:
         return self._scaled(F.embedding(ids, m.t()))

@@ -76,7 +76,27 @@ class Base(Layer):
         """Store W (out, in) and b (out,) in the module, rounded once to its dtype. NotMergeable if the module can't hold them."""
 
 
-class Over(Layer):
+class Upon(Layer):
+    """Abstract: a layer upon another, whose input, shape and module it has."""
+
+    under: Layer
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op(x, m)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return self.under.drop(x, p)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.under.shape
+
+    @property
+    def module(self) -> nn.Module:
+        return self.under.module
+
+
+class Over(Upon):
     """A layer with one delta laid over it."""
 
     def __init__(self, delta: Delta, under: Layer) -> None:
@@ -85,25 +105,11 @@ class Over(Layer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.delta(self.under, *args, **kwargs)
 
-    def op(self, x: Tensor, m: Tensor) -> Tensor:
-        return self.under.op(x, m)
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return self.under.drop(x, p)
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.delta.fold(*self.under.dense())
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.under.shape
 
-    @property
-    def module(self) -> nn.Module:
-        return self.under.module
-
-
-class Given(Layer):
+class Given(Upon):
     """A layer whose answer is already known, so that a combinator runs what lies beneath once."""
 
     def __init__(self, under: Layer, y: Tensor) -> None:
@@ -112,19 +118,5 @@ class Given(Layer):
     def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Tensor:
         return add(self.y, onto)
 
-    def op(self, x: Tensor, m: Tensor) -> Tensor:
-        return self.under.op(x, m)
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return self.under.drop(x, p)
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.under.dense()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.under.shape
-
-    @property
-    def module(self) -> nn.Module:
-        return self.under.module

@@ -3,7 +3,7 @@
     config.json  model*.safetensors  ...     a plain Hugging Face model, with the weights as they are now
     lorafold.json  README.md                 the record of how it was made, and the model card
 
-The tokenizer is not the adapter's: whoever has one writes it there too.
+The tokenizer that belongs to the model is written with it where there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from lorafold.io.peft import CARD, RECORD
 from lorafold.methods.full import write_model
 
 
-def write(path: str | Path, model: nn.Module, spec: Spec, *, overwrite: bool, card: str | None, record: Mapping[str, Any]) -> Path:
+def write(
+    path: str | Path, model: nn.Module, spec: Spec, tokenizer: Any, *, overwrite: bool, card: str | None, record: Mapping[str, Any]
+) -> Path:
     """Write the directory, whole or not at all. LorafoldError if the path exists and overwrite is off, or it is no transformers model."""
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(f"{path} was not written: {type(model).__name__} is no transformers model, and {type(spec).__name__} saves one")
@@ -31,6 +33,8 @@ def write(path: str | Path, model: nn.Module, spec: Spec, *, overwrite: bool, ca
     own_card = training_card(base, {"recipe": {"method": type(spec).__name__, **vars(spec)}}, {}, whole=True)
     with atomic_directory(path, overwrite) as directory:
         write_model(model, directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
         write_json(directory / RECORD, {**record, "lorafold": version("lorafold")})
         (directory / CARD).write_text(card or own_card, encoding="utf-8")
     return Path(path)

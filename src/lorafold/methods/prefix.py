@@ -10,7 +10,7 @@ sec. 7.4 it begins with the activations of real tokens, not with noise. Use it t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.presets import causal_attentions
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.virtual import KeysAndValues, Receiver, Sender, is_attention
+from lorafold.methods.virtual import KeysAndValues, Receiver, Sender, check, is_attention
 
 Init = Literal["activations", "random"]
 
@@ -65,13 +65,7 @@ class Prefix(Spec):
     lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
-        wrong = []
-        if not (isinstance(self.tokens, int) and self.tokens >= 1):
-            wrong.append(f"tokens {self.tokens!r} (a whole number from 1)")
-        if self.init not in ("activations", "random"):
-            wrong.append(f"init {self.init!r} (activations or random)")
-        if wrong:
-            raise LorafoldError(f"Prefix: {'; '.join(wrong)}")
+        check("Prefix", self.tokens, self.init, get_args(Init))
 
     def build(self, layer: Layer) -> PrefixDelta | Receiver:
         if is_attention(layer.module):

@@ -11,7 +11,7 @@ and the base is large: the gap to full fine-tuning closes with size only (the pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.presets import causal_attentions
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.virtual import KeysAndValues, Receiver, Seen, Sender, is_attention
+from lorafold.methods.virtual import KeysAndValues, Receiver, Seen, Sender, check, is_attention
 
 Init = Literal["vocabulary", "random"]
 
@@ -67,13 +67,7 @@ class Prompt(Spec):
     lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
-        wrong = []
-        if not (isinstance(self.tokens, int) and self.tokens >= 1):
-            wrong.append(f"tokens {self.tokens!r} (a whole number from 1)")
-        if self.init not in ("vocabulary", "random"):
-            wrong.append(f"init {self.init!r} (vocabulary or random)")
-        if wrong:
-            raise LorafoldError(f"Prompt: {'; '.join(wrong)}")
+        check("Prompt", self.tokens, self.init, get_args(Init))
 
     def build(self, layer: Layer) -> PromptDelta | Receiver:
         if is_attention(layer.module):

@@ -34,6 +34,15 @@ _KEYWORD = "virtual_tokens"
 _CACHE_NAMES = ("cache", "layer_past")  # what attentions call their cache
 
 
+def check(method: str, tokens: int, init: str, inits: tuple[str, ...]) -> None:
+    """LorafoldError lists the options of a virtual-token method that are out of range."""
+    wrong = [] if isinstance(tokens, int) and tokens >= 1 else [f"tokens {tokens!r} (a whole number from 1)"]
+    if init not in inits:
+        wrong.append(f"init {init!r} ({' or '.join(inits)})")
+    if wrong:
+        raise LorafoldError(f"{method}: {'; '.join(wrong)}")
+
+
 class Virtual:
     """What a sender hands down: the virtual tokens of every sender so far, and where to note a layer's own keys and values, if anywhere."""
 

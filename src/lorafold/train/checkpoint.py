@@ -41,6 +41,11 @@ class RunDirectory:
     def __init__(self, out: Path) -> None:
         self.path = out.with_name(out.name + ".run")
 
+    def check_free(self, may_replace: bool) -> None:
+        """LorafoldError if checkpoints of a run that was stopped lie here, which a fresh start would remove."""
+        if self.checkpoints() and not may_replace:
+            raise LorafoldError(f"{self.path} holds a run that was stopped: --resume goes on from it, --overwrite starts afresh")
+
     def start(self, identity: dict) -> None:
         """Begin afresh: what an earlier run left is removed."""
         shutil.rmtree(self.path, ignore_errors=True)

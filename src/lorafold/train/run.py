@@ -38,6 +38,8 @@ from lorafold.train.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Fields that an adapter to start from brings along.
+_OF_THE_ADAPTER = {"method", "rank", "alpha", "dropout", "options", "targets", "rank_pattern", "alpha_pattern", "bias", "modules_to_save"}
 # Fields that change what is watched or kept and not what is learned: a resumed run may differ in them.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 
@@ -131,16 +133,18 @@ def train(request: Request, console: Console) -> Trained:
     Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is written) after SIGINT or SIGTERM.
     """
     recipe = request.recipe
-    if not request.resume:
-        check_out(request.out, request.overwrite)
-        check_out(best_path(request.out), request.overwrite)
+    for path in (request.out, best_path(request.out)):
+        check_out(path, request.overwrite or request.resume)
+    RunDirectory(request.out).check_free(request.overwrite or request.resume)
     spec = make_spec(recipe.method, **method_options(recipe))
+    if request.init_adapter and (fixed := sorted(_OF_THE_ADAPTER & recipe.model_fields_set)):
+        raise LorafoldError(f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't be set beside it")
     source, objective = objective_of(request)
     tokenizer, data, held_out = tokenized(request, source, objective, console)
     device = choose_device(request.device)
     dtype, why = choose_dtype("fp32" if spec.trains_base and recipe.base == "auto" else recipe.base, device)
     console.print(f"base: {why}", highlight=False)
-    logs = str(RunDirectory(request.out).path)
+    logs = str(request.out.with_name(request.out.name + ".logs"))  # trackers' own; they outlive the checkpoints
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs)
     if recipe.batch % accelerator.num_processes:
         raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
@@ -161,7 +165,7 @@ def train(request: Request, console: Console) -> Trained:
                 fit(job, progress, display)
             finally:
                 accelerator.end_training()
-    return finish(request, job, progress, objective.record())
+    return finish(request, job, progress, tokenizer, objective.record())
 
 
 def prepare(
@@ -182,7 +186,7 @@ def prepare(
         run.start(identity)
         adapter.spec.prepare(adapter.own_deltas, lambda n: sample_losses(loss, data, recipe, n))
     lr = recipe.lr or adapter.spec.lr
-    groups = param_groups(adapter.parts(), lr, recipe.lr_b or (recipe.lr if adapter.spec.lr_b is None else adapter.spec.lr_b) or lr)
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
     wrapped, optimizer = accelerator.prepare(loss, make_optimizer(groups, recipe))
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
@@ -206,7 +210,9 @@ def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int) -> Iterator[Te
         yield loss(**loss.collate(chosen, device)) / max(1, sum(map(loss.count, chosen)))
 
 
-def finish(request: Request, job: Job, progress: Progress, about: Mapping[str, Any]) -> Trained:
+def finish(
+    request: Request, job: Job, progress: Progress, tokenizer: PreTrainedTokenizerBase, about: Mapping[str, Any]
+) -> Trained:
     """Write the adapter, with `about` in its record, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints."""
     tail = progress.losses[-10:]
     result = Trained(
@@ -220,12 +226,16 @@ def finish(request: Request, job: Job, progress: Progress, about: Mapping[str, A
     record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
               "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}, **about}  # fmt: skip
     card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
-    replace = request.overwrite or request.resume
-    job.adapter.save(request.out, overwrite=replace, card=card, record=record)
+
+    def write(path: Path, record: dict[str, Any]) -> None:
+        replace = request.overwrite or request.resume
+        job.adapter.save(path, overwrite=replace, card=card, record=record, tokenizer=tokenizer)
+
+    write(request.out, record)
     if progress.best not in (None, progress.step):
         _, tensors, _ = job.run.load(job.run.checkpoints()[progress.best])
         job.adapter.load_state_dict(tensors)
-        job.adapter.save(best_path(request.out), overwrite=replace, card=card, record=record | {"step": progress.best})
+        write(best_path(request.out), record | {"step": progress.best})
     job.run.remove()
     return result
 
