@@ -51,7 +51,8 @@ class Adapter:
     @property
     def own_deltas(self) -> dict[str, Delta]:
         """The deltas that the spec built, by module path: without trained biases and modules to save."""
-        return {path: next(iter(self.deltas[path].parts())) for path in self.matches.paths}
+        deltas = self.deltas  # a walk over the model each time
+        return {path: next(iter(deltas[path].parts())) for path in self.matches.paths}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((f"{path}.{n}" if path else n, p) for path, d in self.deltas.items() for n, p in d.named_parameters())
