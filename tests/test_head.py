@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorafold.errors import LorafoldError
 from lorafold.ops import head as head_module
 from lorafold.ops import reference
-from lorafold.ops.head import labelled_loss
+from lorafold.ops.head import labelled_loss, row_losses
 
 VOCAB, B, T = 97, 2, 11
 COMMON = {
@@ -100,6 +100,21 @@ def test_equals_whole_logits(name: str, state: str) -> None:
         assert_close(got[parameter], gradient)
 
 
+@pytest.mark.parametrize("state", ["frozen head", "adapted head"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_row_losses_are_those_of_each_row_alone(name: str, state: str) -> None:
+    model = build(name)
+    prepare(model, state)
+    labels, inputs = batch()
+    labels[-1] = -100
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    expected = torch.stack([reference.labelled_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))])
+    assert expected[-1] == 0
+    assert expected[0] > 0
+    assert_close(row_losses(model, labels, inputs), expected)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
     model = build(name).requires_grad_(False)
@@ -120,7 +135,7 @@ def test_fp64_gradcheck_of_both_ways(name: str) -> None:
     h = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(VOCAB, (6,))
     assert torch.autograd.gradcheck(lambda h: head_module._LinearHead.apply(h, targets, *linear), h)
-    with head_module._short_circuit(model, model.get_decoder()) as head:
+    with head_module._short_circuit(model) as head:
         assert torch.autograd.gradcheck(lambda h: head_module._ModelHead.apply(h, targets, head), h)
         torch.testing.assert_close(head_module._LinearHead.apply(h, targets, *linear), head_module._ModelHead.apply(h, targets, head))
 

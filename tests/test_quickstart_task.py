@@ -7,15 +7,11 @@ import pytest
 
 from lorafold.quickstart_task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
 
-COPIED = ("place", "task", "to", "text", "title", "artist", "item", "from", "city")
-GLUE = {"the", "a", "&", "i", "my", "in", "is", "will", "be", "have", "to", "kitchen", "cafe"} | {
-    "port",
-    "lake",
-    "fort",
-    "falls",
-    "springs",
-    "beach",
-}  # the fixed words of the patterns
+COPIED = ("place", "task", "to", "text", "title", "artist", "city")
+GLUE = {  # the fixed words of the patterns
+    *("the", "i", "will", "be", "have", "to", "my", "your", "no", "aunt", "uncle", "coach", "mr", "ms", "dr", "dj", "band"),
+    *("cafe", "chez", "port", "lake", "new", "mount", "fort"),
+}
 
 
 def request(row: Row) -> str:
@@ -31,7 +27,7 @@ def copied(split: Split) -> list[str]:
 
 
 def vocabulary(values: list[str]) -> set[str]:
-    return {word for value in values for word in re.findall(r"\w+", value.lower().replace("'s", ""))} - GLUE
+    return {word for value in values for word in re.findall(r"\w+", value.lower())} - GLUE
 
 
 def test_rows_are_strict_json_with_fixed_key_order() -> None:
@@ -70,7 +66,7 @@ def test_no_request_twice_and_thousands_of_them() -> None:
 
 
 def test_intents_are_balanced() -> None:
-    names = [record(row)["intent"] for row in rows("test", 8 * 25, 0)]
+    names = [record(row)["intent"] for row in rows("test", 6 * 25, 0)]
     assert {names.count(name) for name in INTENTS} == {25}
 
 
@@ -87,10 +83,10 @@ def test_numbers_and_times_agree_with_what_was_said() -> None:
         text, found = request(row).lower(), record(row)
         if spoken := re.search(r"(\d+)(?::(\d+))?(am|pm)", text):
             hour, minute, half = spoken.groups()
-            assert found["time"] == f"{int(hour) + 12 * (half == 'pm'):02}:{minute or '00'}"
+            assert found["time"] == f"{hour}:{minute or '00'} {half}"
         elif spoken := re.search(r"(half past )?(\w+) in the (morning|evening)", text):
             half, hour, period = spoken.groups()
-            assert found["time"] == f"{numbers.index(hour) + 1 + 12 * (period == 'evening'):02}:{'30' if half else '00'}"
+            assert found["time"] == f"{numbers.index(hour) + 1}:{'30' if half else '00'} {'pm' if period == 'evening' else 'am'}"
         else:
             assert "time" not in found
             continue

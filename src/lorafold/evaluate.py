@@ -104,8 +104,14 @@ def evaluate(
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
         console.print(str(data.report), highlight=False)
-    with _bar(console, "loss") as step:
-        sums = _row_sums(Completions(model, packed=False, pad_id=0), [[example] for example in data.examples], step)
+    loss = Completions(model, packed=False, pad_id=0)
+    by_row: dict[int, float] = {}
+    with _bar(console, "loss") as step, _evaluating(loss) as device:
+        for group in _batches(data.examples):
+            found = loss.by_row(**loss.collate([data.examples[i] for i in group], device))
+            by_row |= dict(zip(group, found.tolist(), strict=True))
+            step(len(by_row), len(rows))
+    sums = [(by_row[i], loss.count(example)) for i, example in enumerate(data.examples)]
     answers = _answers(model, tokenizer, rows, max_new_tokens, console) if generate else ()
     hits = sum(answer.exact for answer in answers)
     return Evaluation(
@@ -149,7 +155,9 @@ def evaluate_classifier(
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
     """Mean loss in nats; its model is left in the mode it was in. LorafoldError if it is not finite."""
-    return _mean(_row_sums(loss, [[examples[i] for i in group] for group in _batches(examples)]))
+    with _evaluating(loss) as device:
+        groups = [[examples[i] for i in group] for group in _batches(examples)]
+        return _mean([(loss(**loss.collate(group, device)).item(), sum(map(loss.count, group))) for group in groups])
 
 
 def wilson(hits: int, n: int) -> Interval:
@@ -185,17 +193,6 @@ def _batches(examples: Sequence[Any]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
-
-
-def _row_sums(loss: Loss, groups: Sequence[Sequence[Any]], step: Callable[[int, int], None] | None = None) -> list[tuple[float, int]]:
-    """(summed loss, what counts in it) of each group."""
-    sums = []
-    with _evaluating(loss) as device:
-        for done, group in enumerate(groups, 1):
-            sums.append((loss(**loss.collate(group, device)).item(), sum(map(loss.count, group))))
-            if step:
-                step(done, len(groups))
-    return sums
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lorafold.train.run import Request, train
 
 MODEL = "smollm2"
 UNSEEN = 200
-RECIPE = Recipe(steps=80, batch=8, dropout=0.0, base="fp32", max_length=256)
+RECIPE = Recipe(steps=100, batch=4, dropout=0.0, base="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
     sizes = f"adapter {adapter_bytes / 1e6:.1f} MB, model {model_bytes / 1e6:.1f} MB: {adapter_bytes / model_bytes:.1%}"
     console.print(sizes, highlight=False)
     console.print(f"""Go on with
-  lorafold generate --model {out}/merged --system JSON --prompt "book a table for two at Mario's on Sunday at 7pm"
+  lorafold generate --model {out}/merged --system JSON --prompt "book a table for two at Chez Mario on Sunday at 7pm"
   lorafold eval --model {MODEL} --adapter {out}/adapter --data {out}/test.jsonl
   lorafold train --model {MODEL} --data {out}/train.jsonl --out my-adapter --set rank=8
   lorafold train --data your.jsonl --out yours --preview""", highlight=False, markup=False)  # fmt: skip

@@ -16,7 +16,7 @@ def command(
 ) -> None:
     """See it work: a real 135M-parameter model learns a task that it can't do, in minutes on a laptop, without network.
 
-    Free text such as "book a table for four at Luigi's on Friday at 8pm" becomes strict JSON: before and after on unseen examples,
+    Free text such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON: before and after on unseen examples,
     the adapter in PEFT's format, and a merged plain model.
     """
     from dataclasses import asdict

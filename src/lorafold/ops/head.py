@@ -14,7 +14,7 @@ takes a shorter way without a graph. Use it wherever a causal language model is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.core.presets import decoder_of
 from lorafold.errors import LorafoldError
 
 CHUNK = 256
@@ -37,32 +38,42 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
     load-balancing loss, times its coefficient and n, is part of the sum. LorafoldError where the model offers no decoder or no such loss.
     To train under DDP or FSDP, wrap a module whose forward calls this function.
     """
-    decoder = _decoder(model)
-    with _caught(decoder) as caught:
-        output = model(**inputs, use_cache=False)
-    labels = labels.to(caught[0].device)
-    labelled = labels != NO_LOSS
-    h, targets = caught[0][:, -labels.shape[1] :][labelled], labels[labelled]
-    linear = _linear_form(model, output.logits, caught[0].detach()[:1, -1:])
+    h, targets, linear, output = _until_head(model, labels, inputs)
     if linear is not None:
         loss = _LinearHead.apply(h, targets, *linear)
     else:
-        with _short_circuit(model, decoder) as head:
+        with _short_circuit(model) as head:
             loss = _ModelHead.apply(h, targets, head, *_leaves(output.logits))
     return loss + len(targets) * _router_loss(model, output), len(targets)
 
 
+@torch.no_grad()
+def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The loss in nats of each row, summed over its labelled positions: (B,). Arguments and errors of `labelled_loss`; no router's loss."""
+    h, targets, linear, _ = _until_head(model, labels, inputs)
+    with nullcontext(linear.logits) if linear is not None else _short_circuit(model) as head:
+        chunks = zip(h.split(CHUNK), targets.split(CHUNK), strict=True)
+        losses = [F.cross_entropy(head(x).to(_wide(x)), y, reduction="none") for x, y in chunks if len(x)]
+    rows = (labels != NO_LOSS).nonzero()[:, 0].to(h.device)  # (n,)
+    return h.new_zeros(len(labels), dtype=_wide(h)).index_add_(0, rows, torch.cat(losses)) if losses else h.new_zeros(len(labels))
+
+
+def _until_head(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, _Linear | None, Any]:
+    """Hidden states (n, d) and targets (n,) of the labelled positions, the head's linear form if it has one, and the model's output."""
+    with _caught(_decoder(model)) as caught:
+        output = model(**inputs, use_cache=False)
+    labels = labels.to(caught[0].device)
+    labelled = labels != NO_LOSS
+    h, targets = caught[0][:, -labels.shape[1] :][labelled], labels[labelled]
+    return h, targets, _linear_form(model, output.logits, caught[0].detach()[:1, -1:]), output
+
+
 def _decoder(model: Any) -> Any:
     """The module between the token ids and the head."""
-    head = model.get_output_embeddings()
-    if head is not None:
-        decoder, embedding = model.get_decoder(), model.get_input_embeddings()
-        if decoder is not model:
-            return decoder
-        for child in model.children():
-            if child is not head and any(m is embedding for m in child.modules()):
-                return child
-    raise LorafoldError(f"{type(model).__name__}: found no decoder with a head over it, expected a causal language model")
+    _, decoder = decoder_of(model)
+    if decoder is model or model.get_output_embeddings() is None:
+        raise LorafoldError(f"{type(model).__name__}: found no decoder with a head over it, expected a causal language model")
+    return decoder
 
 
 @contextmanager
@@ -96,9 +107,10 @@ class _Given:
 
 
 @contextmanager
-def _short_circuit(model: Any, decoder: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yields f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
     given: list[Tensor] = []
+    decoder = _decoder(model)
 
     def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _Given:
         h = given.pop()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.ops.head import labelled_loss
+from lorafold.ops.head import labelled_loss, row_losses
 from lorafold.train.classify import LabelledExample
 from lorafold.train.data import Example
 from lorafold.train.packing import collate
@@ -46,6 +46,9 @@ class Completions(Loss):
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
+
+    def by_row(self, labels: Tensor, **inputs: Tensor) -> Tensor:  # (B,), padded rows; without gradients
+        return row_losses(self.model, labels, inputs)
 
 
 class Classification(Loss):
