@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorafold.adapter import load
 from lorafold.errors import LorafoldError
@@ -93,7 +93,7 @@ def measure(test_rows: list[dict], adapter: Path | None, device: str | None, con
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
-    table = Table("asked", "before", "after", show_lines=True)
+    table = Table(*(Column(name, overflow="fold") for name in ("asked", "before", "after")), show_lines=True)
     for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:
         table.add_row(first.prompt, first.answer, second.answer)
     console.print(table)
