@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lorafold.compare.measure import Task
+from lorafold.compare.measure import Task, fitting
 from lorafold.compare.report import markdown, page
 from lorafold.compare.run import compare
 from lorafold.train.recipe import Recipe
@@ -11,8 +11,33 @@ from lorafold.train.recipe import Recipe
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 
 
+RECIPE = Recipe(steps=3, batch=4, base="fp32", max_length=64, dropout=0.0)  # dropout is no option of full
+
+
+def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
+    texts = [{"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"} for n in range(12)]
+    recipe = RECIPE.model_copy(update={"objective": "classify"})
+    task = Task(str(tiny_model_dir("llama")), texts, texts[:4], "texts", recipe, "cpu")
+    probe, lora = compare(task, ["linear-probe", "lora"], [0], tmp_path, lambda *_: None)
+    assert probe.trainable_parameters < lora.trainable_parameters
+    for row in (probe, lora):
+        assert row.mergeable
+        assert row.exact_match is not None
+        assert row.forgetting_kl is row.latency_attached is row.latency_merged is None
+        assert row.prefill_merged is not None
+    page([probe, lora], "Methods", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<svg") == 2
+
+
+def test_options_reach_the_methods_that_have_them() -> None:
+    recipe = Recipe(rank=4, dropout=0.1, rank_pattern={"q_proj": 8}, options={"init": "gaussian"}, steps=7)
+    assert fitting(recipe, "lora") == recipe
+    assert (fitting(recipe, "dora").rank, fitting(recipe, "dora").options) == (4, {"init": "gaussian"})
+    assert fitting(recipe, "bitfit") == Recipe(steps=7)
+
+
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path) -> None:
-    task = Task(str(tiny_model_dir("llama")), ROWS, ROWS[:4], "rows", Recipe(steps=3, batch=4, base="fp32", max_length=64), "cpu")
+    task = Task(str(tiny_model_dir("llama")), ROWS, ROWS[:4], "rows", RECIPE, "cpu")
     told: list[str] = []
     rows = compare(task, ["lora", "houlsby", "full"], [0], tmp_path, lambda row, done, total: told.append(f"{row.method} {done}/{total}"))
     assert told == ["lora 1/3", "houlsby 2/3", "full 3/3"]
@@ -38,6 +63,6 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path) -> Non
     assert markdown(rows).count("\n") == 5
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 4
     assert "Methods &lt;on&gt; rows" in text
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3

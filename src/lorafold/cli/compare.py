@@ -12,9 +12,9 @@ from lorafold.train.recipe import load_recipe
 def command(
     out: Annotated[Path, typer.Option(help="Where rows are kept as they finish; the same command goes on from them.")],
     model: ModelOption = "smollm2",
-    data: Annotated[str | None, typer.Option(help="Training examples; without it the quickstart's task.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training examples; without it the quickstart's task. Texts with labels go with --set objective=classify.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out examples; without it a tenth of the data.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated, as in lora,dora,bitfit; all that learn text by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated, as in lora,dora,bitfit; all that fit the objective by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each method.")] = 1,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML for all; without rates in it each method has its own.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field for all methods, as in --set steps=40.")] = None,
@@ -32,20 +32,21 @@ def command(
     from lorafold.compare.measure import Task
     from lorafold.compare.report import markdown, page, table
     from lorafold.compare.run import SFT, compare
+    from lorafold.methods import METHODS
     from lorafold.quickstart import RECIPE
     from lorafold.quickstart_task import rows as own
     from lorafold.train.data import split
     from lorafold.train.rows import read_rows
 
-    recipe = load_recipe(config, sets or ()) if data or config or sets else RECIPE
+    recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
     if data is None:
         rows, held_out, source = own("train", recipe.batch * (recipe.steps or 60), 0), own("test", 100, 0), "the quickstart's task"
     else:
         rows, held_out = (read_rows(data), read_rows(eval_data)) if eval_data else split(read_rows(data), 0.1, recipe.seed)
         source = data
     task, console = Task(model, rows, held_out, source, recipe, device), messages()
-    names = methods.split(",") if methods else SFT
-    found = compare(task, names, range(seeds), out, lambda row, done, total: console.print(
+    names = methods.split(",") if methods else METHODS if recipe.objective == "classify" else SFT
+    found = compare(task, list(names), range(seeds), out, lambda row, done, total: console.print(
         f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of training", highlight=False))  # fmt: skip
     (out / "table.md").write_text(markdown(found), encoding="utf-8")
     if html:

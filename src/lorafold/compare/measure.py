@@ -3,6 +3,7 @@
     quality      held-out loss and exact match
     forgetting   KL(base || tuned) and the change of loss on text outside the task, both in nats a token
     latency      seconds over the base's, prefill and decode at batch 1, base, attached and merged timed in turn; medians of ratios
+                 (a classifier has only a prefill, and no words to forget)
     mergeable    proved: folded in fp32, the model gives the attached one's logits
 """
 
@@ -14,25 +15,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.errors import NotMergeable
 from lorafold.evaluate import Interval, evaluate
-from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
+from lorafold.io.models import choose_device, choose_dtype, load_tokenizer, resolve_model
 from lorafold.merge.certificate import probe_ids
+from lorafold.methods import known_options
 from lorafold.train.recipe import Recipe
 from lorafold.train.rows import Row as DataRow
-from lorafold.train.run import Request, train
+from lorafold.train.run import Request, objective_of, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT, NEW, ROUNDS = 128, 16, 5  # tokens prefilled, tokens decoded, timings of each
+OF_METHODS = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")  # recipe fields that become a method's options
 EXACT = 1e-4  # of the logits' norm, in fp32: far above rounding over some dozen layers, far below what an adapter changes
 
 
@@ -51,9 +54,9 @@ class Row:
     loss: float
     exact_match: float | None
     exact_match_interval: Interval | None
-    forgetting_kl: float
-    forgetting_loss: float
-    latency_attached: float
+    forgetting_kl: float | None
+    forgetting_loss: float | None
+    latency_attached: float | None
     prefill_attached: float
     latency_merged: float | None
     prefill_merged: float | None
@@ -75,44 +78,65 @@ class Task:
 
 def measure(task: Task, method: str, seed: int) -> Row:
     """Train one method and measure it. LorafoldError as `train`."""
-    console = Console(quiet=True)
-    recipe = task.recipe.model_copy(update={"method": method, "seed": seed})
+    recipe = fitting(task.recipe, method).model_copy(update={"method": method, "seed": seed})
+    device = choose_device(task.device)
+    dtype = choose_dtype(recipe.base, device)[0]
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "adapter"
-        trained = train(Request(task.model, out, recipe, task.rows, task.source, device=task.device), console)
-        device = choose_device(task.device)
-        dtype = choose_dtype(recipe.base, device)[0]
-        base, tokenizer = load_model(task.model, dtype, device), load_tokenizer(task.model)
-        tuned, adapter = load_tuned(task.model, out, dtype, device)
-        found = evaluate(tuned, tokenizer, task.held_out, recipe.max_length)
-        kl, change = forgetting(base, tuned, probe_ids(tokenizer, None))
-        merged = merge_proved(task.model, out, dtype, device)
-        attached_ratio, merged_ratio = latencies(base, tuned, merged)
-        size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+        request = Request(task.model, Path(folder) / "adapter", recipe, task.rows, task.source, device=task.device)
+        trained = train(request, Console(quiet=True))
+        models = Models(request, device)
+        base = models.base(dtype)
+        tuned, adapter = models.tuned(dtype)
+        found = evaluate(tuned, models.tokenizer, task.held_out, recipe.max_length)
+        writes = base.get_output_embeddings() is not None
+        kl, change = forgetting(base, tuned, probe_ids(models.tokenizer, None)) if writes else (None, None)
+        merged = merge_proved(models, dtype)
+        attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if writes else 0)
+        size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
     count = sum(p.numel() for p in base.parameters())
     return Row(
         method=method, seed=seed, trainable_parameters=trained.trainable_parameters, trainable_share=trained.trainable_parameters / count,
         adapter_bytes=size, tokens_per_second=trained.tokens_per_second, peak_bytes=trained.peak_bytes, train_seconds=trained.seconds,
         loss=found.loss, exact_match=found.exact_match, exact_match_interval=found.exact_match_interval,
         forgetting_kl=kl, forgetting_loss=change,
-        latency_attached=attached_ratio[0], prefill_attached=attached_ratio[1],
-        latency_merged=merged_ratio and merged_ratio[0], prefill_merged=merged_ratio and merged_ratio[1],
+        latency_attached=attached_ratio.decode, prefill_attached=attached_ratio.prefill,
+        latency_merged=merged_ratio and merged_ratio.decode, prefill_merged=merged_ratio and merged_ratio.prefill,
         mergeable=merged is not None, modifies_architecture=adapter is not None and adapter.spec.modifies_architecture,
     )  # fmt: skip
 
 
-def load_tuned(model: str, out: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Adapter | None]:
-    """The model with its adapter, or the model that was trained whole and saved in its place."""
-    if not (out / "adapter_config.json").is_file():
-        return load_model(out, dtype, device), None
-    tuned = load_model(model, dtype, device)
-    return tuned, load(tuned, out)
+def fitting(recipe: Recipe, method: str) -> Recipe:
+    """The recipe without what the method has no such option for: a rank means nothing to a prompt."""
+    known = known_options(method)
+    blank = {name: Recipe.model_fields[name].default for name in OF_METHODS if name not in known}
+    return recipe.model_copy(update=blank | {"options": {k: v for k, v in recipe.options.items() if k in known}})
 
 
-def merge_proved(model: str, out: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | None:
+class Models:
+    """The models of one row, each loaded anew: the base, and what was trained on it."""
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        self.request, self.device = request, device
+        self.source, self.objective = objective_of(request)
+        self.tokenizer = load_tokenizer(self.source)
+        self.objective.set_up(self.tokenizer)
+
+    def base(self, dtype: torch.dtype) -> PreTrainedModel:
+        return self.objective.load(self.source, self.tokenizer, dtype, self.device, self.request.recipe.seed, False)
+
+    def tuned(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Adapter | None]:
+        """The base with its adapter, or the model that was trained whole and saved in its place."""
+        out = self.request.out
+        if not (out / "adapter_config.json").is_file():
+            return self.objective.load(resolve_model(str(out)), self.tokenizer, dtype, self.device, 0, False), None
+        tuned = self.base(dtype)
+        return tuned, load(tuned, out)
+
+
+def merge_proved(models: Models, dtype: torch.dtype) -> PreTrainedModel | None:
     """The merged model in `dtype`, or None: where folding is refused, or its logits in fp32 are not those of the attached model."""
-    tuned, adapter = load_tuned(model, out, torch.float32, device)
-    ids = torch.arange(100, 164, device=device)[None]
+    tuned, adapter = models.tuned(torch.float32)
+    ids = torch.arange(100, 164, device=models.device)[None]
     with torch.no_grad():
         before = tuned(ids).logits
         try:
@@ -139,39 +163,40 @@ def forgetting(base: nn.Module, tuned: nn.Module, texts: Sequence[Sequence[int]]
     return kl / tokens, change / tokens
 
 
-Ratio = tuple[float, float]  # decode, prefill
+class Latency(NamedTuple):
+    """Seconds, or times the base's."""
+
+    prefill: float
+    decode: float | None
 
 
-def latencies(base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None) -> tuple[Ratio, Ratio | None]:
+def latencies(
+    base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
+) -> tuple[Latency, Latency | None]:
     """Times over the base's of the attached and the merged model; all are timed in turn, so that noise falls on all alike."""
     models = [m for m in (base, tuned, merged) if m is not None]
-    times: list[list[Ratio]] = [[] for _ in models]
-    for i in range(ROUNDS + 1):
-        for model, seen in zip(models, times, strict=True):
-            if i:  # the first round warms up
-                seen.append(timed(model))
-            else:
-                timed(model)
-    ratios = [
-        (statistics.median(a[0] / b[0] for a, b in zip(seen, times[0], strict=True)),
-         statistics.median(a[1] / b[1] for a, b in zip(seen, times[0], strict=True)))
-        for seen in times
-    ]  # fmt: skip
-    return ratios[1], ratios[2] if merged is not None else None
+    for model in models:
+        timed(model, new)  # warms up
+    rounds = [[timed(model, new) for model in models] for _ in range(ROUNDS)]
+
+    def over_base(i: int) -> Latency:
+        prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
+        return Latency(prefill, statistics.median(times[i].decode / times[0].decode for times in rounds) if new else None)  # type: ignore[operator]
+
+    return over_base(1), over_base(2) if merged is not None else None
 
 
 @torch.no_grad()
-def timed(model: PreTrainedModel) -> Ratio:
-    """Seconds of NEW decoded tokens and of a prefill of PROMPT tokens, at batch 1."""
+def timed(model: PreTrainedModel, new: int) -> Latency:
+    """A prefill of PROMPT tokens and `new` decoded tokens, at batch 1; in seconds."""
     ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
-    cache, prefill = clock(lambda: model(ids, use_cache=True).past_key_values, model.device)
-    token: Tensor = ids[:, -1:]
+    output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
 
     def decode() -> None:
-        for _ in range(NEW):
-            model(token, past_key_values=cache, use_cache=True)
+        for _ in range(new):
+            model(ids[:, -1:], past_key_values=output.past_key_values, use_cache=True)
 
-    return clock(decode, model.device)[1], prefill
+    return Latency(prefill, clock(decode, model.device)[1] if new else None)
 
 
 def clock(do: Callable, device: torch.device) -> tuple:

@@ -17,8 +17,8 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def figure(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else f"{value:{form}}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -30,12 +30,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak GB": lambda r: f"{r.peak_bytes / 1e9:.2f}",
     "loss": lambda r: f"{r.loss:.4f}",
     "exact": lambda r: share(r.exact_match),
-    "forgetting KL": lambda r: f"{r.forgetting_kl:.4f}",
-    "outside loss": lambda r: f"{r.forgetting_loss:+.4f}",
-    "decode ×": lambda r: ratio(r.latency_attached),
-    "prefill ×": lambda r: ratio(r.prefill_attached),
-    "merged decode ×": lambda r: ratio(r.latency_merged),
-    "merged prefill ×": lambda r: ratio(r.prefill_merged),
+    "forgetting KL": lambda r: figure(r.forgetting_kl, ".4f"),
+    "outside loss": lambda r: figure(r.forgetting_loss, "+.4f"),
+    "decode ×": lambda r: figure(r.latency_attached),
+    "prefill ×": lambda r: figure(r.prefill_attached),
+    "merged decode ×": lambda r: figure(r.latency_merged),
+    "merged prefill ×": lambda r: figure(r.prefill_merged),
     "mergeable": lambda r: "yes" if r.mergeable else "no",
     "new modules": lambda r: "yes" if r.modifies_architecture else "no",
 }
@@ -54,19 +54,21 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def page(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Write the table and three plots as one HTML file."""
+    """Write the table and its plots as one HTML file."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(row))}</td>" for cell in COLUMNS.values()) + "</tr>" for row in rows)
-    exact = [1.0 if r.exact_match is None else r.exact_match for r in rows]
-    names = [r.method for r in rows]
-    parameters = [float(r.trainable_parameters) for r in rows]
-    forgotten = [max(r.forgetting_kl, 1e-6) for r in rows]
-    attached, merged = [r.latency_attached for r in rows], [r.latency_merged for r in rows]
-    plots = [
-        scatter("Quality against parameters", "trainable parameters", parameters, exact, names),
-        scatter("Learned against forgotten", "forgetting: KL to the base outside the task, nats a token", forgotten, exact, names),
-        bars("Decode latency over the base's", names, attached, merged),
-    ]
+    names, losses = [r.method for r in rows], [r.loss for r in rows]
+    plots = [scatter("Quality against parameters", "trainable parameters", [float(r.trainable_parameters) for r in rows], losses, names)]
+    forgotten = [max(r.forgetting_kl, 1e-6) for r in rows if r.forgetting_kl is not None]
+    if len(forgotten) == len(rows):
+        across = "forgotten: KL to the base on text outside the task, nats a token"
+        plots.append(scatter("Learned against forgotten", across, forgotten, losses, names))
+    for what, attached, merged in (
+        ("Decode", [r.latency_attached for r in rows], [r.latency_merged for r in rows]),
+        ("Prefill", [r.prefill_attached for r in rows], [r.prefill_merged for r in rows]),
+    ):
+        if any(attached):
+            plots.append(bars(f"{what} latency over the base's", names, attached, merged))
     path.write_text(f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title>
@@ -83,7 +85,7 @@ td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; b
 """, encoding="utf-8")  # fmt: skip
 
 
-def figure(draw: Callable, title: str) -> str:
+def drawing(draw: Callable, title: str) -> str:
     """An SVG drawn by `draw(axes)`, to stand in a page."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -94,27 +96,26 @@ def figure(draw: Callable, title: str) -> str:
     draw(axes)
     text = io.StringIO()
     FigureCanvasSVG(plot).print_svg(text)
-    _, tag, drawing = text.getvalue().partition("<svg")
-    return f"<figure>{tag}{drawing}</figure>"
+    _, tag, rest = text.getvalue().partition("<svg")
+    return f"<figure>{tag}{rest}</figure>"
 
 
-def scatter(title: str, across: str, x: Sequence[float], exact: Sequence[float], names: Sequence[str]) -> str:
+def scatter(title: str, across: str, x: Sequence[float], losses: Sequence[float], names: Sequence[str]) -> str:
     def draw(axes: Any) -> None:
-        axes.scatter(x, exact)
-        axes.set(xlabel=across, ylabel="exact match", xscale="log")
-        for name, at in zip(names, zip(x, exact, strict=True), strict=True):
+        axes.scatter(x, losses)
+        axes.set(xlabel=across, ylabel="held-out loss (lower is better)", xscale="log", yscale="log")
+        for name, at in zip(names, zip(x, losses, strict=True), strict=True):
             axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
 
-    return figure(draw, title)
+    return drawing(draw, title)
 
 
-def bars(title: str, names: Sequence[str], attached: Sequence[float], merged: Sequence[float | None]) -> str:
+def bars(title: str, names: Sequence[str], attached: Sequence[float | None], merged: Sequence[float | None]) -> str:
     def draw(axes: Any) -> None:
-        places = range(len(names))
-        axes.bar([p - 0.2 for p in places], attached, 0.4, label="attached")
-        axes.bar([p + 0.2 for p in places], [0 if m is None else m for m in merged], 0.4, label="merged")
+        for shift, label, values in ((-0.2, "attached", attached), (0.2, "merged", merged)):
+            axes.bar([i + shift for i in range(len(names))], [value or 0 for value in values], 0.4, label=label)
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(list(places), names, rotation=45, ha="right")
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.legend()
 
-    return figure(draw, title)
+    return drawing(draw, title)

@@ -17,16 +17,21 @@ from pathlib import Path
 from lorafold.compare.measure import Row, Task, measure
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import write_json
-from lorafold.methods import METHODS
+from lorafold.methods import METHODS, known_options
 from lorafold.train.run import digest
 
 SFT = tuple(word for word in METHODS if word != "linear-probe")  # that one has labels to learn, not text
 
 
 def compare(task: Task, methods: Sequence[str], seeds: Sequence[int], out: Path, tell: Callable[[Row, int, int], None]) -> list[Row]:
-    """All rows, in order; `tell` hears of each with how many are done of how many. LorafoldError for an unknown method, at once."""
+    """All rows, in order; `tell` hears of each with how many are done of how many.
+
+    LorafoldError, at once, for an unknown method and an option that no method has.
+    """
     if unknown := [m for m in methods if m not in METHODS]:
         raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
+    if strange := [o for o in task.recipe.options if not any(o in known_options(m) for m in methods)]:
+        raise LorafoldError(f"recipe: options {', '.join(strange)}: none of {', '.join(methods)} has such an option")
     plan = [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
     rows = []

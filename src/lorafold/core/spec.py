@@ -11,12 +11,14 @@ from torch import Tensor
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 
+Losses = Callable[..., Iterator[Tensor]]  # losses(n, rows=None): n training losses, each a mean over `rows` rows or else a batch
+
 
 class Spec(ABC):
     """Abstract: one method with its hyper-parameters.
 
-    What a method needs beyond one layer goes through three hooks that attach and the loop call on any spec: `join`, `prepare` and
-    `after_step`; its `Delta`s may add a `penalty` to the loss. A spec is frozen, so what they keep lives in the deltas.
+    What a method needs beyond one layer goes through the hooks that attach and a run call on any spec: `join`, `prepare`,
+    `after_step` and `report`; its `Delta`s may add a `penalty` to the loss. A spec is frozen, so what they keep lives in the deltas.
 
     `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of its parameters, and that of
     its up factors (None: the same). `trains_base`: it trains the base's own weights, which then must be in fp32.
@@ -40,10 +42,14 @@ class Spec(ABC):
         """Called by `attach` once all of the adapter's deltas (by module path) are built: what one layer can't make alone."""
         return None
 
-    def prepare(self, deltas: Mapping[str, Delta], losses: Callable[[int], Iterator[Tensor]]) -> None:
-        """Called once before the first step of a run. `losses(n)` yields n training losses, each a scalar to call backward() on."""
+    def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
+        """Called once before the first step of a run. What `losses` yields are scalars to call backward() on."""
         return None
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
         """Called after optimizer step `step` (from 1) of `total`, with the step's gradients still in place."""
         return None
+
+    def report(self, deltas: Mapping[str, Delta]) -> str:
+        """Called at the end of a run: what it decided about the deltas, to be printed; empty if there was nothing to decide."""
+        return ""

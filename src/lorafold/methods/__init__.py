@@ -46,6 +46,19 @@ METHODS: dict[str, Callable[..., Spec]] = {
 }
 
 
+def own_options(method: str) -> list[str]:
+    """The fields of a method's own spec."""
+    maker = METHODS[method]
+    cls: Any = maker.func if isinstance(maker, partial) else maker
+    return [f.name for f in fields(cls)]
+
+
+def known_options(method: str) -> list[str]:
+    """What `make_spec` takes for a method: its own fields, and those of lora where it lies over another."""
+    own = own_options(method)
+    return [*own, *own_options("lora")] if "over" in own else own
+
+
 def make_spec(method: str, **options: Any) -> Spec:
     """The spec of a method by its word. LorafoldError for an unknown word, or fields that the method does not have.
 
@@ -53,9 +66,7 @@ def make_spec(method: str, **options: Any) -> Spec:
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
-    maker = METHODS[method]
-    cls: Any = maker.func if isinstance(maker, partial) else maker
-    known = [f.name for f in fields(cls)]
+    maker, known = METHODS[method], own_options(method)
     if "over" in known and not isinstance(options.get("over"), Spec):
         own = {k: options.pop(k) for k in known if k in options}
         options = {**own, "over": make_spec(own.get("over", "lora"), **options)}
@@ -69,5 +80,5 @@ def make_spec(method: str, **options: Any) -> Spec:
 
 __all__ = [
     "IA3", "LTSFT", "METHODS", "AdaLoRA", "BitFit", "Bottleneck", "DoRA", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr", "LoRA",
-    "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "make_spec",
+    "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "known_options", "make_spec",
 ]  # fmt: skip

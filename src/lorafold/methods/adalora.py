@@ -13,6 +13,7 @@ The penalty is that of the authors' code: the mean of the norms, where the paper
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -156,6 +157,15 @@ class AdaLoRA(Spec):
         if due or step > last:
             for delta in laid:
                 delta.mask()
+
+    def report(self, deltas: Mapping[str, Delta]) -> str:
+        """The ranks that are left, one line for the matrices that differ in their numbers only, in the order of the layers."""
+        left = ranks(deltas)
+        lines: dict[str, list[str]] = {}
+        for path, rank in left.items():
+            lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(str(rank))
+        head = f"ranks left, {sum(left.values()) / len(left):.2f} on average:"
+        return "\n  ".join([head, *(f"{name}: {' '.join(found)}" for name, found in lines.items())])
 
 
 @torch.no_grad()

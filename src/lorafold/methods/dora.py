@@ -12,7 +12,7 @@ the layer's own cost and memory for a matrix. The base runs once: y = g (z - b) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafold.core.combine import up_names_in
 from lorafold.core.delta import Additive, Delta
 from lorafold.core.layer import Base, Layer
-from lorafold.core.spec import Spec
+from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 from lorafold.ops.scale import scale
@@ -117,11 +117,14 @@ class DoRA(Spec):
     def join(self, deltas: Mapping[str, Delta]) -> None:
         self.over.join(inners(deltas))
 
-    def prepare(self, deltas: Mapping[str, Delta], losses: Callable[[int], Iterator[Tensor]]) -> None:
+    def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
         self.over.prepare(inners(deltas), losses)
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
         self.over.after_step(inners(deltas), step, total)
+
+    def report(self, deltas: Mapping[str, Delta]) -> str:
+        return self.over.report(inners(deltas))
 
 
 def inners(deltas: Mapping[str, Delta]) -> dict[str, Delta]:

@@ -12,7 +12,7 @@ of several tasks shall be added up: they rarely touch the same entry.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from torch.optim import AdamW
 
 from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
-from lorafold.core.spec import Spec
+from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
 
 
@@ -69,7 +69,7 @@ class _Sparse(Spec):
         at = torch.randperm(out * inn)[: max(1, round(self.density * out * inn))].sort().values
         return SparseDelta((out, inn), at.to(next(layer.module.parameters()).device))
 
-    def prepare(self, deltas: Mapping[str, Delta], losses: Callable[[int], Iterator[Tensor]]) -> None:
+    def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
         sparse = [d for d in deltas.values() if isinstance(d, SparseDelta)]
         for delta in sparse:
             delta.select(None)
@@ -78,7 +78,7 @@ class _Sparse(Spec):
             delta.select(at)
 
     @abstractmethod
-    def scores(self, deltas: list[SparseDelta], losses: Callable[[int], Iterator[Tensor]]) -> list[Tensor]:
+    def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         """How much each entry of each weight matters: (out * in,) for each delta, whose values are dense while this runs."""
 
 
@@ -100,7 +100,7 @@ class LTSFT(_Sparse):
             wrong.append(f"dense_lr {self.dense_lr!r} (above 0)")
         return wrong
 
-    def scores(self, deltas: list[SparseDelta], losses: Callable[[int], Iterator[Tensor]]) -> list[Tensor]:
+    def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]
         optimizer = AdamW(values, lr=self.dense_lr, weight_decay=0.0)
         for loss in losses(self.dense_steps):
@@ -112,7 +112,7 @@ class LTSFT(_Sparse):
 
 @dataclass(frozen=True)
 class FishMask(_Sparse):
-    """density: the share of entries kept; samples: the number of losses whose squared gradients are summed.
+    """density: the share of entries kept; samples: the number of rows whose squared gradients are summed.
 
     Raises LorafoldError for values out of range.
     """
@@ -123,10 +123,10 @@ class FishMask(_Sparse):
         fine = isinstance(self.samples, int) and self.samples >= 1
         return super().wrong() + ([] if fine else [f"samples {self.samples!r} (a whole number from 1)"])
 
-    def scores(self, deltas: list[SparseDelta], losses: Callable[[int], Iterator[Tensor]]) -> list[Tensor]:
+    def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]
         fisher = [torch.zeros_like(v) for v in values]
-        for loss in losses(self.samples):
+        for loss in losses(self.samples, 1):
             loss.backward(inputs=values)
             for total, v in zip(fisher, values, strict=True):
                 if v.grad is not None:

@@ -96,15 +96,17 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(config: Path | None = None, sets: Sequence[str] = (), **flags: Any) -> Recipe:
+def load_recipe(config: Path | None = None, sets: Sequence[str] = (), defaults: Recipe | None = None, **flags: Any) -> Recipe:
     """The recipe that a YAML file, `--set key=value` pairs and flags ask for; a flag that is None was not given.
+
+    Where none of them speaks, `defaults` holds.
 
     The value of a pair is YAML. A key may reach into options, rank_pattern and alpha_pattern at its first dot
     (`options.init=gaussian`, `rank_pattern.0.q_proj=8`); the rest of it is taken as it is.
     Raises LorafoldError with every bad field: its source, what was found and what is expected.
     """
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
+    sources: dict[str, str] = dict.fromkeys(values, "the defaults")
     problems: list[str] = []
     for key, value in _read(config).items() if config is not None else ():
         values[key], sources[key] = value, str(config)
@@ -121,7 +123,7 @@ def load_recipe(config: Path | None = None, sets: Sequence[str] = (), **flags: A
         else:
             below = values.get(field)
             values[field] = (below if isinstance(below, dict) else {}) | {inner: value}
-            sources[field] = f"{sources[field]} and --set" if below and sources[field] != "--set" else "--set"
+            sources[field] = f"{sources[field]} and --set" if below and sources[field] not in ("--set", "the defaults") else "--set"
     for field, value in flags.items():
         if value is not None:
             values[field], sources[field] = value, "--" + field.replace("_", "-")

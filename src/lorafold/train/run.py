@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,8 @@ def train(request: Request, console: Console) -> Trained:
                 fit(job, progress, display)
             finally:
                 accelerator.end_training()
+    if report := adapter.spec.report(adapter.own_deltas):
+        console.print(report, highlight=False)
     return finish(request, job, progress, tokenizer, objective.record())
 
 
@@ -184,7 +187,7 @@ def prepare(
             adapter.load_state_dict(tensors)
     else:
         run.start(identity)
-        adapter.spec.prepare(adapter.own_deltas, lambda n: sample_losses(loss, data, recipe, n))
+        adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, data, recipe))
     lr = recipe.lr or adapter.spec.lr
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
     wrapped, optimizer = accelerator.prepare(loss, make_optimizer(groups, recipe))
@@ -201,12 +204,12 @@ def prepare(
     ), progress  # fmt: skip
 
 
-def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int) -> Iterator[Tensor]:
-    """n mean losses of single batches, drawn as training draws them, with a seed of their own."""
+def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | None = None) -> Iterator[Tensor]:
+    """n mean losses, each of `rows` rows or else a batch, drawn as training draws them, with a seed of their own."""
     loss.train()
     device = next(loss.parameters()).device
-    for rows in batches(len(data.examples), recipe.batch, n, recipe.seed + 1):
-        chosen = [data.examples[i] for i in rows]
+    for drawn in batches(len(data.examples), rows or recipe.batch, n, recipe.seed + 1):
+        chosen = [data.examples[i] for i in drawn]
         yield loss(**loss.collate(chosen, device)) / max(1, sum(map(loss.count, chosen)))
 
 
