@@ -12,9 +12,9 @@ from lorafold.train.recipe import load_recipe
 def command(
     out: Annotated[Path, typer.Option(help="Where rows are kept as they finish; the same command goes on from them.")],
     model: ModelOption = "smollm2",
-    data: Annotated[str | None, typer.Option(help="Training examples; without it the quickstart's task. Texts with labels go with --set objective=classify.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training examples; without it the quickstart's task.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out examples; without it a tenth of the data.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated, as in lora,dora,bitfit; all that fit the objective by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated, as in lora,dora; by default all for the objective.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each method.")] = 1,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML for all; without rates in it each method has its own.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field for all methods, as in --set steps=40.")] = None,
@@ -25,7 +25,8 @@ def command(
     """Train every method on the same data with the same budget, and measure what the choice between them turns on.
 
     Trainable parameters, adapter bytes, tokens/s, peak memory, held-out loss and exact match, forgetting outside the task, latency over
-    the base's attached and merged, whether it merges (proved by folding), whether it adds modules.
+    the base's attached and merged, whether it merges (proved by folding), whether it adds modules. Texts with labels are compared with
+    --set objective=classify.
     """
     from dataclasses import asdict
 
