@@ -127,7 +127,7 @@ def test_our_own_come_back_as_they_went(case: str, tiny_model, tmp_path: Path) -
 def test_sparse_files_bring_their_own_sizes(tiny_model, tmp_path: Path) -> None:
     model, spec = tiny_model("llama"), lf.FishMask(density=0.02, samples=2)
     adapter = lf.attach(model, spec)
-    spec.prepare(adapter.own_deltas, lambda n: (model(input_ids=ids(), labels=ids()).loss for _ in range(n)))
+    spec.prepare(adapter.own_deltas, lambda n, rows=None: (model(input_ids=ids(), labels=ids()).loss for _ in range(n)))
     move(adapter.parameters())
     counts = {path: len(d.at) for path, d in adapter.deltas.items()}
     assert len(set(counts.values())) > 3

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.cli import app
-from lorafold.core.combine import Stack
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io.atomic import verify
 from lorafold.io.models import load_model, load_tokenizer
@@ -22,7 +21,6 @@ from lorafold.merge.fold import fold, need_space
 from lorafold.merge.plan import changes
 from lorafold.merge.run import merge
 from lorafold.methods import METHODS
-from lorafold.methods.bitfit import BiasDelta
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
@@ -240,15 +238,26 @@ def refused(base: Path, adapters: list[Path], out: Path, match: str) -> str:
     return str(caught.value)
 
 
-def test_what_a_plain_model_cannot_hold_is_found_by_the_plan(tiny_model):
-    """A trained bias on a linear that has none."""
-    model = tiny_model("llama")
-    adapter = lf.attach(model, lf.LoRA(rank=2), targets=["q_proj", "v_proj"])
-    module = adapter.sites["model.layers.0.self_attn.q_proj"]
-    assert changes(module, ["default"]) == ["weight"]
-    module.deltas["default"] = Stack([module.deltas["default"], BiasDelta(32, torch.device("cpu"))])
-    with pytest.raises(NotMergeable, match="bias"):
-        changes(module, ["default"])
+@pytest.mark.parametrize("targets", [None, ["q_proj"]], ids=["all", "q_proj"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_added_biases_are_switched_on_in_the_config(sharded, targets, tiny_model_dir, tmp_path):
+    base = resaved(tiny_model_dir("llama"), tmp_path / "base", max_shard_size="20KB" if sharded else "1GB")
+    adapter = make_adapter(base, tmp_path / "adapter", spec=lf.BitFit(), targets=targets)
+    result = merge(str(base), [adapter], tmp_path / "merged", device="cpu")
+    model = load_model(tmp_path / "merged", torch.float32)
+    assert relative(logits(model), adapted_logits(base, adapter)) < 1e-5
+    assert (model.config.attention_bias, model.config.mlp_bias) == (True, targets is None)
+    assert result.folded.untied == ()
+    assert len(result.folded.biases) == model.config.num_hidden_layers * (7 if targets is None else 4)
+    assert "biases were added" in result.summary()
+    assert model.model.layers[0].self_attn.o_proj.bias.any() == (targets is None)  # zeros where only the queries were trained
+
+
+def test_what_a_plain_model_cannot_hold_is_found_by_the_plan(tiny_model_dir, tmp_path):
+    """A trained bias on linears that have none whatever the config says."""
+    base = tiny_model_dir("gemma")
+    adapter = make_adapter(base, tmp_path / "adapter", spec=lf.BitFit())
+    refused(base, [adapter], tmp_path / "merged", "mlp.*adds a bias.*GemmaForCausalLM has none there")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,10 +1,13 @@
-"""BitFit: every bias there is; where there is none, added ones, which can be merged in memory and not into files."""
+"""BitFit: every bias there is; where there is none, added ones, which merging switches on in the config of the model."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.core.presets import bare_modules
@@ -38,15 +41,37 @@ def test_a_model_without_biases_gets_them_on_the_linears_of_its_blocks(tiny_mode
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_merged_in_memory_it_computes_the_same(kind: str, tiny_model) -> None:
+def test_merged_in_memory_it_computes_the_same_and_is_saved_whole(kind: str, tiny_model, tmp_path: Path) -> None:
     model = tiny_model(kind)
     adapter = moved(lf.attach(model, lf.BitFit()))
     with torch.no_grad():
         y = model(IDS).logits
         adapter.merge()
         torch.testing.assert_close(model(IDS).logits, y, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, y, rtol=1e-4, atol=1e-6)
     if kind == "llama":
-        assert model.model.layers[0].mlp.up_proj.bias.abs().sum() > 0
+        assert (model.config.attention_bias, model.config.mlp_bias) == (True, True)
+
+
+def test_biases_of_some_linears_bring_zeros_for_those_that_share_their_switch(tiny_model) -> None:
+    model = tiny_model("llama")
+    moved(lf.attach(model, lf.BitFit(), ["q_proj"])).merge()
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.bias.abs().sum() > 0
+    assert torch.equal(attention.o_proj.bias, torch.zeros(32))
+    assert model.model.layers[0].mlp.up_proj.bias is None
+    assert (model.config.attention_bias, model.config.mlp_bias) == (True, False)
+
+
+def test_a_bias_that_no_config_gives_is_refused(tiny_model) -> None:
+    model = tiny_model("gemma")
+    adapter = moved(lf.attach(model, lf.BitFit()))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(lf.NotMergeable, match=r"mlp\.gate_proj.*adds a bias.*GemmaForCausalLM has none there"):
+        adapter.merge()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_the_offset_is_exactly_a_bias(tiny_model) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of
+from lorafold.bases.biases import gained_with, switch_on
 from lorafold.bases.tied import sharers, untie
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
 from lorafold.core.combine import Stack
@@ -100,8 +101,8 @@ class Adapter:
     def merge(self, *, untie_weights: bool = False) -> None:
         """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it.
 
-        NotMergeable, before anything is changed, if a delta has no weight-space form, lies over another adapter's, or changes one
-        of two tied weights (`untie_weights=True` gives that module a weight of its own).
+        NotMergeable, before anything is changed, if a delta has no weight-space form, lies over another adapter's, adds a bias that a
+        plain model could not hold, or changes one of two tied weights (`untie_weights=True` gives that module a weight of its own).
         """
         problems, folded = [], {}
         for path, m in self.sites.items():
@@ -117,8 +118,15 @@ class Adapter:
                 folded[path] = m.deltas[self.name].fold(w.detach().float(), None if b is None else b.detach().float())  # type: ignore[operator]
             except NotMergeable as e:
                 problems.append(f"{path}: {e}")
+        biased = {path for path, (_, b) in folded.items() if b is not None}
+        gained = [path for path in biased if self.model.get_submodule(path)._parameters.get("bias") is None]
+        try:
+            switches = gained_with(self.model, gained)
+        except NotMergeable as e:
+            problems.append(str(e))
         if problems:
             raise NotMergeable("; ".join(problems))
+        switch_on(self.model, switches)
         for path, (w, b) in folded.items():
             module = self.model.get_submodule(path)
             if sharers(self.model, module):

@@ -34,7 +34,7 @@ from lorafold.train.run import Request, objective_of, train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT, NEW, ROUNDS = 128, 16, 5  # tokens prefilled, tokens decoded, timings of each
+PROMPT, NEW, ROUNDS = 128, 8, 11  # tokens prefilled, tokens decoded, timings of each: short ones in turn even out a noisy machine
 OF_METHODS = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")  # recipe fields that become a method's options
 EXACT = 1e-4  # of the logits' norm, in fp32: far above rounding over some dozen layers, far below what an adapter changes
 
@@ -194,7 +194,7 @@ def timed(model: PreTrainedModel, new: int) -> Latency:
 
     def decode() -> None:
         for _ in range(new):
-            model(ids[:, -1:], past_key_values=output.past_key_values, use_cache=True)
+            model(ids[:, -1:], cache=output.past_key_values, use_cache=True)
 
     return Latency(prefill, clock(decode, model.device)[1] if new else None)
 

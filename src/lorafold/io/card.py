@@ -9,16 +9,17 @@ from typing import Any
 
 import yaml
 
+CLASSES = "classes"  # in an adapter's record: those that a classifier tells apart, by number
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOAD = """\
 ## How to use it
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 import lorafold as lf
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = {auto}.from_pretrained("{base}"{head})
 adapter = lf.load(model, "path/to/this/directory")
 ```
 
@@ -36,9 +37,9 @@ LOAD_WHOLE = """\
 ## How to use it
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+model = {auto}.from_pretrained("path/to/this/directory")
 ```
 """
 
@@ -56,13 +57,16 @@ def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, An
         f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the base model, laid over it.\n")  # fmt: skip
     numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     data = {k: Path(v).name if k == "source" and Path(v).suffix else v for k, v in record.get("data", {}).items()}
+    classes = record.get(CLASSES)
+    auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
+    head = f", num_labels={len(classes)}" if classes else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
         title,
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
-        LOAD_WHOLE if whole else LOAD.format(base=name),
+        (LOAD_WHOLE if whole else LOAD).format(auto=auto, base=name, head=head),
     ]
     return "\n".join(part for part in parts if part)
 

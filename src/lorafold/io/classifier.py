@@ -17,6 +17,7 @@ from torch import nn
 
 from lorafold.core.presets import bare_modules, decoder_of
 from lorafold.errors import LorafoldError
+from lorafold.io.card import CLASSES
 from lorafold.io.loading import loading
 from lorafold.io.models import ModelSource, check_complete, read_weights
 from lorafold.io.peft import RECORD
@@ -24,8 +25,6 @@ from lorafold.io.peft import RECORD
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CLASSES = "classes"  # in an adapter's record
 
 
 def load_classifier(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lorafold.errors import LorafoldError
+from lorafold.bases.biases import gained_with, switch_on
+from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io.atomic import MANIFEST
 from lorafold.io.loading import loading
 from lorafold.io.weights import INDEX, model_files
@@ -103,6 +106,23 @@ def untied_config(config: dict[str, Any], skeleton: Skeleton, trust_remote_code:
         raise LorafoldError(f"{', '.join(sorted(still))}: the architecture shares them whatever its config says, so they can't be untied")
     nested = {key: {**value, "tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
     return {**config, **nested, "tie_word_embeddings": False}
+
+
+def with_biases(config: dict[str, Any], skeleton: Skeleton, paths: Sequence[str]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """The config file's content for a model whose modules at `paths` all have a bias; and, by parameter, an entry for each bias that the
+    files lack, which the skeleton gets as zeros. NotMergeable where the architecture has no such bias."""
+    model = skeleton.model
+    switches = gained_with(model, [path for path in paths if model.get_submodule(path)._parameters.get("bias") is None])
+    switch_on(model, switches)
+    found = {}
+    for path in chain.from_iterable(switches.values()):
+        if (like := skeleton.entries.get(f"{path}.weight")) is None:
+            raise NotMergeable(f"{path}: the files hold its weight in a form that is converted on loading, so no bias can go with it")
+        bias = model.get_parameter(f"{path}.bias")
+        found[f"{path}.bias"] = replace(like, name=like.name.removesuffix("weight") + "bias", shape=tuple(bias.shape), size=bias.nbytes)
+    skeleton.entries.update(found)
+    on = dict.fromkeys(switches, True)
+    return {**config, **({"text_config": {**config["text_config"], **on}} if "text_config" in config else on)}, found
 
 
 def _by_parameter(model: PreTrainedModel, entries: dict[str, Entry]) -> tuple[dict[str, Entry], frozenset[str]]:

@@ -33,11 +33,13 @@ Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 @dataclass(frozen=True)
 class Folded:
-    """What was done: the update's inner products, tensors by the way they were rounded, tensors that had to be added to untie."""
+    """What was done: the update's inner products, tensors by the way they were rounded, tensors that had to be added to untie, and
+    biases that the model had not."""
 
     sums: Sums
     rounded: dict[str, int]
     untied: tuple[str, ...]
+    biases: tuple[str, ...]
 
 
 def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0, progress: Progress | None = None) -> Folded:
@@ -53,7 +55,7 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
     def new_values(name: str) -> Tensor | None:
         nonlocal sums
         if name not in plan.changed:
-            return None
+            return plan.zeros.get(name)
         path, parameter = plan.changed[name]
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
         try:
@@ -80,7 +82,8 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
         where = {name: file for file in plan.checkpoint.files for name, _ in plan.layout(file)}
         metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}
         write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
-    return Folded(sums, dict(rounded), tuple(plan.added))
+    biases = tuple(name for name, like in plan.added.items() if like.name == name)
+    return Folded(sums, dict(rounded), tuple(name for name in plan.added if name not in biases), biases)
 
 
 @torch.no_grad()

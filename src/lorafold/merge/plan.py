@@ -1,7 +1,7 @@
 """What a merge will do, found out before a byte is written: which tensors change, where they lie, and all that stands in the way.
 
 The adapters are laid over the checkpoint's skeleton by the ordinary loader, and each site is folded once in shapes alone: so a method
-that has no weight-space form, a bias that the plain model can't hold, or a tied weight is seen here, with nothing known of methods.
+that has no weight-space form, a bias that a plain model can't hold, or a tied weight is seen here, with nothing known of methods.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.adapter import load
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.merge.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton, untied_config
+from lorafold.merge.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton, untied_config, with_biases
 from lorafold.merge.container import Entry
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -30,18 +30,19 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 @dataclass(frozen=True)
 class Plan:
     """What will be written. `changed` maps the name of a tensor to the module and the parameter it is; `added` are tensors that the
-    files lack, each beside the one that it was tied to."""
+    files lack, each with the entry that it is like: the one that it was tied to, or its own for a bias; `zeros` are biases that come
+    along with those."""
 
     checkpoint: Checkpoint
     model: nn.Module
     adapters: tuple[str, ...]
     changed: dict[str, tuple[str, str]]
     added: dict[str, Entry]
+    zeros: dict[str, Tensor]
     config: dict[str, Any]
 
     def layout(self, file: str) -> list[tuple[str, Entry]]:
-        entries = self.checkpoint.files[file].entries
-        return [*entries.items(), *((name, e) for name, e in self.added.items() if entries.get(e.name) is e)]
+        return [*self.checkpoint.files[file].entries.items(), *((name, e) for name, e in self.added.items() if e.file.name == file)]
 
     @property
     def weight_bytes(self) -> int:
@@ -59,16 +60,26 @@ def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool
     for name, path in zip(names, adapters, strict=True):
         load(bones.model, path, name, allow_other_base=allow_other_base)
     problems: dict[str, list[str]] = defaultdict(list)
-    changed: dict[str, tuple[str, str]] = {}
-    sources: dict[str, Entry] = {}
+    parameters: list[tuple[str, str]] = []  # (module path, name)
     for path, module in adapted_modules(bones.model):
         try:
-            for parameter in changes(module, names):
-                name, entry = _place(bones, f"{path}.{parameter}")
-                changed[name], sources[name] = (path, parameter), entry
+            parameters += [(path, name) for name in changes(module, names)]
         except NotMergeable as e:
             problems[str(e)].append(path or "the model as a whole")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config, biases = json.loads((source / "config.json").read_text(encoding="utf-8")), dict[str, Entry]()
+    try:
+        config, biases = with_biases(config, bones, [path for path, name in parameters if name == "bias"])
+    except NotMergeable as e:
+        problems[str(e)].append("added biases")
+        parameters = [(path, name) for path, name in parameters if name != "bias"]
+    changed: dict[str, tuple[str, str]] = {}
+    sources: dict[str, Entry] = {}
+    for path, parameter in parameters:
+        try:
+            name, entry = _place(bones, f"{path}.{parameter}")
+            changed[name], sources[name] = (path, parameter), entry
+        except NotMergeable as e:
+            problems[str(e)].append(path or "the model as a whole")
     if any(f"{path}.{parameter}" in bones.tied for path, parameter in changed.values()):
         try:
             config = untied_config(config, bones, trust_remote_code)
@@ -78,7 +89,9 @@ def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool
         problems["the adapters change no weight"].append(str(source))
     if problems:
         raise NotMergeable("; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items()))
-    return Plan(checkpoint, bones.model, names, changed, _untied(bones, changed, sources), config)
+    zeros = {entry.name: bones.model.get_parameter(name).data for name, entry in biases.items() if entry.name not in changed}
+    added = _untied(bones, changed, sources) | {entry.name: entry for entry in biases.values()}
+    return Plan(checkpoint, bones.model, names, changed, added, zeros, config)
 
 
 def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
@@ -86,7 +99,7 @@ def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
 
 
 def changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
-    """The parameters that folding will change, found by folding shapes. NotMergeable as `fold`, or for a bias where none can be."""
+    """The parameters that folding will change, or add, found by folding shapes. NotMergeable as `fold`."""
     try:
         before = [t if t is None else t.to("meta") for t in layer_of(module).dense()]
     except NotMergeable as e:
@@ -95,8 +108,6 @@ def changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
     w, b = before
     for delta in deltas_of(module, adapters):
         w, b = _on_meta(delta).fold(w, b)  # type: ignore[arg-type]
-    if before[1] is None and b is not None:
-        raise NotMergeable(f"the adapter adds a bias, and the plain model's {type(module).__name__} has none to hold it")
     return [name for name, old, new in zip(("weight", "bias"), before, (w, b), strict=True) if new is not old]
 
 

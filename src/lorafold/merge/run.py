@@ -50,7 +50,7 @@ class Merged:
         """update_survival and rounding_noise are shares of the update's norm; `rounded` counts the changed tensors."""
         gap: dict[str, Any] = asdict(self.gap) if self.gap else dict.fromkeys(f.name for f in fields(Gap))
         folded = {"update_survival": self.folded.sums.survival, "rounding_noise": self.folded.sums.noise}
-        done = {"rounded": self.folded.rounded, "untied": list(self.folded.untied)}
+        done = {"rounded": self.folded.rounded, "untied": list(self.folded.untied), "biases": list(self.folded.biases)}
         asked = {"rounding": self.rounding, "seed": self.seed, "model": self.model, "adapters": list(self.adapters), "out": self.out}
         return {**gap, **folded, **done, **asked}
 
@@ -63,6 +63,8 @@ class Merged:
         lines.append(f"  {sums.survival:.2%} of the update survives; rounding added noise of {sums.noise:.2%} of its norm")
         if self.folded.untied:
             lines.append(f"  embedding and head share their weight no longer: {', '.join(self.folded.untied)} was added")
+        if self.folded.biases:
+            lines.append(f"  {len(self.folded.biases)} biases were added, and switched on in config.json")
         if self.gap:
             lines.append(f"  against the adapted model, {self.gap.positions:,} positions in fp32: KL {self.gap.kl:.2e}, same token at "
                          f"{self.gap.argmax_agreement:.2%}, logits at most {self.gap.max_logit_gap:.3g} apart")  # fmt: skip

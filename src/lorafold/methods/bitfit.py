@@ -3,9 +3,9 @@
     y = layer(x) + c                c (out,), zero at start
 
 Zaken et al. 2021, arXiv 2106.10199. The fewest parameters of all methods that fold; for small data. Every bias of the model is trained,
-those of norms too. A model whose blocks have none (Llama) gets them added on the blocks' linears; `merge` puts them into the modules in
-memory, but a plain model of such an architecture could not hold them on disk, so folding into files is refused. The offset is small
-where the bias may be large, so it is summed before the layer's rounding and the bias itself after it.
+those of norms too. A model whose blocks have none gets them added on the blocks' linears; merging switches them on in the model's config
+(Llama: attention_bias, mlp_bias), and is refused where the architecture has no such switch. The offset is small where the bias may be
+large, so it is summed before the layer's rounding and the bias itself after it.
 """
 
 from __future__ import annotations
