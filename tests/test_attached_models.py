@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 import lorafold as lf
 
@@ -27,6 +27,17 @@ def test_all_linear_leaves_head_and_embeddings_alone(kind: str, tiny_model) -> N
     per_block = 4 if kind == "gpt2" else 7
     assert len(sites) == 2 * per_block
     assert not [s for s in sites if "head" in s or "embed" in s or "wte" in s]
+
+
+def test_falcons_own_linear_class_is_a_linear() -> None:
+    torch.manual_seed(0)
+    model = FalconForCausalLM(FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()
+    adapter = moved(model)
+    assert {path.rpartition(".")[2] for path in adapter.sites} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    with torch.no_grad():
+        y = model(IDS).logits
+        adapter.merge()
+        torch.testing.assert_close(model(IDS).logits, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """The comparison on a tiny model: real rows, kept as they finish, and a page that stands alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from lorafold.compare.measure import Task, fitting
@@ -65,4 +66,5 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path) -> Non
     text = (tmp_path / "page.html").read_text()
     assert text.count("<svg") == 4
     assert "Methods &lt;on&gt; rows" in text
+    assert "| 3.5000 (3.0000 to 4.0000) |" in markdown([replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)])
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3

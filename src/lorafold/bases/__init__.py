@@ -11,6 +11,7 @@ LAYERS: dict[str, type[Base]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
     "torch.nn.modules.sparse.Embedding": Embedding,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
 }
 
 

@@ -1,71 +1,96 @@
-"""The comparison to look at: a table on the terminal, in Markdown, and a page that needs nothing beside itself."""
+"""The comparison to look at: a table on the terminal, in Markdown, and a page that needs nothing beside itself.
+
+One line a method. Of several seeds it shows the mean, and the lowest and the highest in brackets.
+"""
 
 from __future__ import annotations
 
 import html
 import io
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 from lorafold.compare.measure import Row
 
-
-def share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def figure(value: float | None, form: str = ".2f") -> str:
-    return "–" if value is None else f"{value:{form}}"
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "method": lambda r: r.method,
-    "trainable": lambda r: f"{r.trainable_parameters:,}",
-    "share": lambda r: f"{r.trainable_share:.3%}",
-    "adapter MB": lambda r: f"{r.adapter_bytes / 1e6:.2f}",
-    "tokens/s": lambda r: f"{r.tokens_per_second:,.0f}",
-    "peak GB": lambda r: f"{r.peak_bytes / 1e9:.2f}",
-    "loss": lambda r: f"{r.loss:.4f}",
-    "exact": lambda r: share(r.exact_match),
-    "forgetting KL": lambda r: figure(r.forgetting_kl, ".4f"),
-    "outside loss": lambda r: figure(r.forgetting_loss, "+.4f"),
-    "decode ×": lambda r: figure(r.latency_attached),
-    "prefill ×": lambda r: figure(r.prefill_attached),
-    "merged decode ×": lambda r: figure(r.latency_merged),
-    "merged prefill ×": lambda r: figure(r.prefill_merged),
-    "mergeable": lambda r: "yes" if r.mergeable else "no",
-    "new modules": lambda r: "yes" if r.modifies_architecture else "no",
+COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: value, format
+    "trainable": (lambda r: r.trainable_parameters, ",.0f"),
+    "share": (lambda r: r.trainable_share, ".3%"),
+    "adapter MB": (lambda r: r.adapter_bytes / 1e6, ".2f"),
+    "tokens/s": (lambda r: r.tokens_per_second, ",.0f"),
+    "peak GB": (lambda r: r.peak_bytes / 1e9, ".2f"),
+    "loss": (lambda r: r.loss, ".4f"),
+    "exact": (lambda r: r.exact_match, ".1%"),
+    "forgetting KL": (lambda r: r.forgetting_kl, ".3f"),
+    "outside loss": (lambda r: r.forgetting_loss, "+.3f"),
+    "decode ×": (lambda r: r.latency_attached, ".2f"),
+    "prefill ×": (lambda r: r.prefill_attached, ".2f"),
+    "merged decode ×": (lambda r: r.latency_merged, ".2f"),
+    "merged prefill ×": (lambda r: r.prefill_merged, ".2f"),
 }
+FLAGS: dict[str, Callable[[Row], bool]] = {"mergeable": lambda r: r.mergeable, "new modules": lambda r: r.modifies_architecture}
+HEADINGS = ("method", *COLUMNS, *FLAGS)
+
+
+def by_method(rows: Sequence[Row]) -> list[list[Row]]:
+    return [list(seeds) for _, seeds in groupby(rows, lambda row: row.method)]
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells under HEADINGS, a line a method."""
+    return [
+        [seeds[0].method, *(cell([value(r) for r in seeds], form) for value, form in COLUMNS.values()),
+         *("yes" if all(map(flag, seeds)) else "no" for flag in FLAGS.values())]
+        for seeds in by_method(rows)
+    ]  # fmt: skip
+
+
+def cell(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    lowest, mean, highest = (f"{value:{form}}" for value in (min(known), fmean(known), max(known)))
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def table(rows: Sequence[Row]) -> Table:
-    shown = Table(*COLUMNS)
-    for row in rows:
-        shown.add_row(*(cell(row) for cell in COLUMNS.values()))
+    shown = Table(*HEADINGS)
+    for line in lines(rows):
+        shown.add_row(*line)
     return shown
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(rows)]) + "\n"
+
+
+ABOUT = """Every method had the same rows, steps and model, and learning rates of its own. Loss and exact match are of held-out rows;
+forgetting is measured on text outside the task, in nats a token: KL from the base, and by how much the loss rose. Latencies are times over
+the bare base's at batch 1, all models timed in turn. Mergeable was proved: folded, the model gave the same logits. New modules stay in
+the forward path."""
 
 
 def page(rows: Sequence[Row], title: str, path: Path) -> None:
     """Write the table and its plots as one HTML file."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(row))}</td>" for cell in COLUMNS.values()) + "</tr>" for row in rows)
-    names, losses = [r.method for r in rows], [r.loss for r in rows]
-    plots = [scatter("Quality against parameters", "trainable parameters", [float(r.trainable_parameters) for r in rows], losses, names)]
-    forgotten = [max(r.forgetting_kl, 1e-6) for r in rows if r.forgetting_kl is not None]
-    if len(forgotten) == len(rows):
-        across = "forgotten: KL to the base on text outside the task, nats a token"
-        plots.append(scatter("Learned against forgotten", across, forgotten, losses, names))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines(rows))
+
+    def means(value: Callable[[Row], float | None]) -> list[float | None]:
+        return [fmean(known) if (known := [v for r in seeds if (v := value(r)) is not None]) else None for seeds in by_method(rows)]
+
+    names, mergeable = [seeds[0].method for seeds in by_method(rows)], [all(r.mergeable for r in seeds) for seeds in by_method(rows)]
+    loss, forgotten = means(lambda r: r.loss), means(lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, 1e-6))
+    plots = [scatter("Quality against parameters", "trainable parameters", means(lambda r: r.trainable_parameters), loss, names, mergeable)]
+    if None not in forgotten:
+        across = "forgotten: KL from the base on text outside the task, nats a token"
+        plots.append(scatter("Learned against forgotten", across, forgotten, loss, names, mergeable))
     for what, attached, merged in (
-        ("Decode", [r.latency_attached for r in rows], [r.latency_merged for r in rows]),
-        ("Prefill", [r.prefill_attached for r in rows], [r.prefill_merged for r in rows]),
+        ("Decode", means(lambda r: r.latency_attached), means(lambda r: r.latency_merged)),
+        ("Prefill", means(lambda r: r.prefill_attached), means(lambda r: r.prefill_merged)),
     ):
         if any(attached):
             plots.append(bars(f"{what} latency over the base's", names, attached, merged))
@@ -76,9 +101,11 @@ def page(rows: Sequence[Row], title: str, path: Path) -> None:
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 td, th {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }} svg {{ max-width: 100%; height: auto; }}
+td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
+p {{ max-width: 70ch; }} figure {{ margin: 2rem 0; }} svg {{ max-width: 100%; height: auto; }}
 </style>
 <h1>{html.escape(title)}</h1>
+<p>{ABOUT}</p>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 {"".join(plots)}
 </html>
@@ -100,12 +127,17 @@ def drawing(draw: Callable, title: str) -> str:
     return f"<figure>{tag}{rest}</figure>"
 
 
-def scatter(title: str, across: str, x: Sequence[float], losses: Sequence[float], names: Sequence[str]) -> str:
+def scatter(
+    title: str, across: str, x: Sequence[float | None], loss: Sequence[float | None], names: Sequence[str], mergeable: Sequence[bool]
+) -> str:
     def draw(axes: Any) -> None:
-        axes.scatter(x, losses)
+        for wanted, marker, label in ((True, "o", "mergeable"), (False, "^", "not mergeable")):
+            if chosen := [i for i, merges in enumerate(mergeable) if merges is wanted]:
+                axes.scatter([x[i] for i in chosen], [loss[i] for i in chosen], marker=marker, label=label)
         axes.set(xlabel=across, ylabel="held-out loss (lower is better)", xscale="log", yscale="log")
-        for name, at in zip(names, zip(x, losses, strict=True), strict=True):
-            axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.legend()
+        for name, at in zip(names, zip(x, loss, strict=True), strict=True):
+            axes.annotate(name, at, xytext=(5, 4), textcoords="offset points", fontsize=8)
 
     return drawing(draw, title)
 
