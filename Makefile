@@ -23,12 +23,17 @@ test: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-bench: $(VENV)/installed-dev
+bench: $(VENV)/installed-bench
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+$(VENV)/installed-bench: $(VENV)/installed
+	@echo "installing what the benchmarks need"
+	@$(PIP) --editable '.[bench]'
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing the tools for tests and lint"

@@ -2,7 +2,7 @@
 
     python benchmarks/bf16_progress.py [--peft]
 
-Worked solutions of generated arithmetic problems (`reasoning-gym`, an optional package), loss on completions, 24 steps of 4 rows, every
+Worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra), loss on completions, 24 steps of 4 rows, every
 learning rate 1e-5, no dropout. lorafold rounds a layer's output once; adding the low-rank product to an output that is rounded already
 loses every update under half a unit. Prints one JSON object a line.
 """
