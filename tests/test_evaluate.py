@@ -49,6 +49,13 @@ def test_loss_is_the_models_own(tiny: tuple[Any, Any]) -> None:
     assert (result.n, result.exact_match, result.rows) == (len(ROWS), None, ())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_in_the_mode_it_was_in(training: bool, tiny: tuple[Any, Any]) -> None:
+    tiny[0].train(training)
+    evaluate(*tiny, ROWS, 512, max_new_tokens=2)
+    assert all(module.training is training for module in tiny[0].modules())
+
+
 def test_held_out_loss_is_the_same_packed_or_padded_and_leaves_the_mode(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     examples = encode(ROWS * 30, tokenizer, 512).examples  # several batches

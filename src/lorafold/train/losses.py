@@ -17,7 +17,11 @@ from lorafold.train.packing import collate
 
 
 class Loss(nn.Module, ABC):
-    """Abstract: a sum over what `count` counts, so that micro-batches add up to the batch exactly."""
+    """Abstract: a sum over what `count` counts, so that micro-batches add up to the batch exactly. It starts in its model's mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
 
     @abstractmethod
     def count(self, example: Any) -> int:
@@ -35,8 +39,8 @@ class Completions(Loss):
     """Next-token loss at labelled positions, in nats."""
 
     def __init__(self, model: nn.Module, packed: bool, pad_id: int) -> None:
-        super().__init__()
-        self.model, self.packed, self.pad_id = model, packed, pad_id
+        super().__init__(model)
+        self.packed, self.pad_id = packed, pad_id
 
     def count(self, example: Example) -> int:
         return labelled(example)
@@ -55,8 +59,8 @@ class Classification(Loss):
     """Cross entropy of the class, in nats, one a row. The model: anything that answers with `.logits` (B, classes)."""
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
-        super().__init__()
-        self.model, self.pad_id = model, pad_id
+        super().__init__(model)
+        self.pad_id = pad_id
 
     def count(self, example: LabelledExample) -> int:
         return 1
