@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -136,10 +137,28 @@ def scatter(
                 axes.scatter([x[i] for i in chosen], [loss[i] for i in chosen], marker=marker, label=label)
         axes.set(xlabel=across, ylabel="held-out loss (lower is better)", xscale="log", yscale="log")
         axes.legend()
-        for name, at in zip(names, zip(x, loss, strict=True), strict=True):
-            axes.annotate(name, at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for name, x_at, y_at, lift in zip(names, x, loss, lifts(x, loss), strict=True):
+            line = {"arrowstyle": "-", "linewidth": 0.4}
+            axes.annotate(name, (x_at, y_at), xytext=(6, 3 + lift), textcoords="offset points", fontsize=8, arrowprops=line)
 
     return drawing(draw, title)
+
+
+def lifts(x: Sequence[float | None], y: Sequence[float | None]) -> list[float]:
+    """How many points each label must rise so that none covers another, on two logarithmic axes of about 550 by 250 points."""
+
+    def spread(values: Sequence[float | None], length: float) -> list[float]:
+        logs = [math.log(value or 1) for value in values]
+        return [length * (v - min(logs)) / ((max(logs) - min(logs)) or 1) for v in logs]
+
+    across, up = spread(x, 550), spread(y, 250)
+    taken: list[tuple[float, float]] = []
+    found = dict.fromkeys(range(len(up)), 0.0)
+    for i in sorted(found, key=lambda i: up[i]):
+        while any(abs(across[i] - a) < 50 and abs(up[i] + found[i] - b) < 9 for a, b in taken):
+            found[i] += 3
+        taken.append((across[i], up[i] + found[i]))
+    return list(found.values())
 
 
 def bars(title: str, names: Sequence[str], attached: Sequence[float | None], merged: Sequence[float | None]) -> str:
