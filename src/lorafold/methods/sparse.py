@@ -92,6 +92,8 @@ class LTSFT(_Sparse):
     dense_steps: int = 50
     dense_lr: float = 5e-5
 
+    lr: ClassVar[float] = 3e-3
+
     def wrong(self) -> list[str]:
         wrong = super().wrong()
         if not (isinstance(self.dense_steps, int) and self.dense_steps >= 1):
