@@ -40,7 +40,7 @@ class BitFit(Spec):
     """No options. `targets` other than its own puts an offset on those modules, whether they have a bias or not."""
 
     targets: ClassVar[str] = "biases"
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 5e-3
 
     def build(self, layer: Layer) -> BiasDelta:
         module = layer.module

@@ -55,7 +55,7 @@ class _Sparse(Spec):
 
     density: float = 0.005
 
-    lr: ClassVar[float] = 2e-4
+    lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         if wrong := self.wrong():
