@@ -7,6 +7,7 @@ from pathlib import Path
 from lorafold.compare.measure import Task, fitting
 from lorafold.compare.report import markdown, page
 from lorafold.compare.run import compare
+from lorafold.methods import LoRA
 from lorafold.train.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -37,7 +38,7 @@ def test_options_reach_the_methods_that_have_them() -> None:
     assert fitting(recipe, "bitfit") == Recipe(steps=7)
 
 
-def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path) -> None:
+def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     task = Task(str(tiny_model_dir("llama")), ROWS, ROWS[:4], "rows", RECIPE, "cpu")
     told: list[str] = []
     rows = compare(task, ["lora", "houlsby", "full"], [0], tmp_path, lambda row, done, total: told.append(f"{row.method} {done}/{total}"))
@@ -61,6 +62,9 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path) -> Non
         assert compare(task, ["lora", "houlsby", "full"], [0], tmp_path, lambda *_: None) == rows
     finally:
         run.in_own_process = measured
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRA, "lr", 1e-9)
+        assert run.key(task, "lora") not in {p.stem.rpartition("-")[2] for p in stamps}  # other defaults, another row
     assert markdown(rows).count("\n") == 5
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()

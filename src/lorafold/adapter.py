@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of
-from lorafold.bases.biases import gained_with, switch_on
+from lorafold.bases.biases import gained_with, has_bias, switch_on
 from lorafold.bases.tied import sharers, untie
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
 from lorafold.core.combine import Stack
@@ -118,8 +118,7 @@ class Adapter:
                 folded[path] = m.deltas[self.name].fold(w.detach().float(), None if b is None else b.detach().float())  # type: ignore[operator]
             except NotMergeable as e:
                 problems.append(f"{path}: {e}")
-        biased = {path for path, (_, b) in folded.items() if b is not None}
-        gained = [path for path in biased if self.model.get_submodule(path)._parameters.get("bias") is None]
+        gained = [path for path, (_, b) in folded.items() if b is not None and not has_bias(self.model.get_submodule(path))]
         try:
             switches = gained_with(self.model, gained)
         except NotMergeable as e:

@@ -15,8 +15,10 @@ from torch import nn
 
 from lorafold.errors import NotMergeable
 
+Switches = dict[str, dict[str, torch.Size]]  # switch of the config -> path of each module that it gives a bias -> its shape
 
-def gained_with(model: nn.Module, paths: Collection[str]) -> dict[str, list[str]]:
+
+def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     """The config's switches that give the modules at `paths` a bias, each with all modules that it gives one.
 
     A model without a config of transformers' has no switches and needs none. NotMergeable where no switch gives a module its bias.
@@ -24,36 +26,36 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> dict[str, list[str]
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
         return {}
-    found: dict[str, list[str]] = {}
+    found: Switches = {}
     left = set(paths)
     for name, value in config.get_text_config().to_dict().items():
-        if value is False and "bias" in name and left & set(gained := _gained(model, name)):
+        if value is False and "bias" in name and left & (gained := _gained(model, name)).keys():
             found[name] = gained
-            left -= set(gained)
+            left -= gained.keys()
     if left:
         some = ", ".join(sorted(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise NotMergeable(f"{some}: the adapter adds a bias, and a plain {type(model).__name__} has none there, whatever its config says")
     return found
 
 
-def _gained(model: Any, switch: str) -> list[str]:
+def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
     config = copy.deepcopy(model.config)
     setattr(config.get_text_config(), switch, True)
     with torch.device("meta"):
         switched = type(model)._from_config(config)
-    own = dict(model.named_modules())
-    return [path for path, m in switched.named_modules() if path in own and _has_bias(m) and not _has_bias(own[path])]
+    biases = {path: m._parameters["bias"].shape for path, m in switched.named_modules() if has_bias(m)}
+    return {path: biases[path] for path, m in model.named_modules() if path in biases and not has_bias(m)}
 
 
-def _has_bias(module: nn.Module) -> bool:
+def has_bias(module: nn.Module) -> bool:
     return module._parameters.get("bias") is not None
 
 
 @torch.no_grad()
-def switch_on(model: Any, switches: dict[str, list[str]]) -> None:
+def switch_on(model: Any, switches: Switches) -> None:
     """What `gained_with` found: a bias of zeros for every module, and the switches on in the model's config."""
-    for switch, paths in switches.items():
+    for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
-        for path in paths:
+        for path, shape in shapes.items():
             module = model.get_submodule(path)
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=module.weight.requires_grad)
+            module.bias = nn.Parameter(module.weight.new_zeros(shape), requires_grad=module.weight.requires_grad)

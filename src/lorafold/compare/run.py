@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 from lorafold.compare.measure import Row, Task, measure
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import write_json
-from lorafold.methods import METHODS, known_options
+from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.train.run import digest
 
 SFT = tuple(word for word in METHODS if word != "linear-probe")  # that one has labels to learn, not text
@@ -36,7 +37,7 @@ def compare(task: Task, methods: Sequence[str], seeds: Sequence[int], out: Path,
     (out / "rows").mkdir(parents=True, exist_ok=True)
     rows = []
     for method, seed in plan:
-        file = out / "rows" / f"{method}-{seed}-{key(task)}.json"
+        file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
         row = read(file) or in_own_process(task, method, seed)
         write_json(file, asdict(row))
         rows.append(row)
@@ -50,10 +51,12 @@ def in_own_process(task: Task, method: str, seed: int) -> Row:
         return pool.submit(measure, task, method, seed).result()
 
 
-def key(task: Task) -> str:
-    """What bears on every row, in twelve letters."""
+def key(task: Task, method: str) -> str:
+    """What bears on a row, in twelve letters: the task, the method's own defaults and the version of the code."""
     recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
-    text = json.dumps([task.model, digest(task.rows), digest(task.held_out), recipe], sort_keys=True)
+    spec = make_spec(method)
+    own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
+    text = json.dumps([task.model, digest(task.rows), digest(task.held_out), recipe, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lorafold.bases.biases import gained_with, switch_on
+from lorafold.bases.biases import gained_with, has_bias, switch_on
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io.atomic import MANIFEST
 from lorafold.io.loading import loading
@@ -112,10 +112,10 @@ def with_biases(config: dict[str, Any], skeleton: Skeleton, paths: Sequence[str]
     """The config file's content for a model whose modules at `paths` all have a bias; and, by parameter, an entry for each bias that the
     files lack, which the skeleton gets as zeros. NotMergeable where the architecture has no such bias."""
     model = skeleton.model
-    switches = gained_with(model, [path for path in paths if model.get_submodule(path)._parameters.get("bias") is None])
+    switches = gained_with(model, [path for path in paths if not has_bias(model.get_submodule(path))])
     switch_on(model, switches)
     found = {}
-    for path in chain.from_iterable(switches.values()):
+    for path in chain(*switches.values()):
         if (like := skeleton.entries.get(f"{path}.weight")) is None:
             raise NotMergeable(f"{path}: the files hold its weight in a form that is converted on loading, so no bias can go with it")
         bias = model.get_parameter(f"{path}.bias")
