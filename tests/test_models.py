@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafold.errors import LorafoldError
-from lorafold.io.models import ModelSource, choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+from lorafold.io.models import ModelSource, choose_device, choose_storage, load_model, load_tokenizer, resolve_model
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 
@@ -100,15 +100,18 @@ def test_devices_are_checked():
 
 
 def test_precision_follows_the_hardware_and_says_why():
-    dtype, why = choose_dtype("auto", "cpu")
+    dtype, quantization, why = choose_storage("auto", "cpu")
+    assert quantization is None
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else None
     if flags is not None:  # the kernel's word against torch's
         assert (dtype == torch.bfloat16) == bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
     assert why.startswith({torch.bfloat16: "bf16: ", torch.float32: "fp32: "}[dtype])
-    assert choose_dtype("bf16", "cpu")[0] == torch.bfloat16
-    assert choose_dtype("fp32", "cpu") == (torch.float32, "fp32: as asked")
-    with pytest.raises(LorafoldError, match="base fp8: unknown; expected auto, bf16 or fp32"):
-        choose_dtype("fp8", "cpu")
+    assert choose_storage("bf16", "cpu")[0] == torch.bfloat16
+    assert choose_storage("fp32", "cpu") == (torch.float32, None, "fp32: as asked")
+    for packed in ("nf4", "int8"):
+        assert choose_storage(packed, "cpu")[:2] == (dtype, packed)
+    with pytest.raises(LorafoldError, match="base fp8: unknown; expected auto, bf16, fp32, nf4 or int8"):
+        choose_storage("fp8", "cpu")
 
 
 def write_gguf(directory: Path, path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lorafold.bases import is_linear, layer_class, layer_of
+from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
 from lorafold.bases.biases import gained_with, has_bias, switch_on
+from lorafold.bases.foreign import record_unpacked
 from lorafold.bases.tied import sharers, untie
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
 from lorafold.core.combine import Stack
@@ -82,24 +83,25 @@ class Adapter:
 
     def save(
         self, path: str | Path, *, overwrite: bool = False, card: str | None = None, record: dict[str, Any] | None = None,
-        tokenizer: Any = None,
+        tokenizer: Any = None, base: Weights | None = None,
     ) -> Path:  # fmt: skip
         """Write the adapter in PEFT's format, or a plain model if it trained the base's own weights; the directory whole or not at all.
 
         A plain model gets the `tokenizer` beside it. `card` is the text of its README.md, and `record` what `lorafold.json` says beside
-        the base's fingerprint.
+        the base's fingerprint; `base` has the base's own weights where the model does not (see `load`).
         Raises LorafoldError if `path` exists and overwrite is off.
         """
         if self.spec.trains_base:
             return whole.write(path, self.model, self.spec, tokenizer, overwrite=overwrite, card=card, record=record or {})
         return peft.write(path, self.model, self.spec, self.matches, dict(self._parts_by_path()), self.bias, self.modules_to_save,
-                          overwrite=overwrite, card=card, record=record or {})  # fmt: skip
+                          base or ModelWeights(self.model), overwrite=overwrite, card=card, record=record or {})  # fmt: skip
 
     def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
         return ((path, list(delta.parts())) for path, delta in self.deltas.items())
 
     def merge(self, *, untie_weights: bool = False) -> None:
-        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it.
+        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it. A packed weight (NF4, int8) becomes
+        a plain one, in the dtype that it is computed with.
 
         NotMergeable, before anything is changed, if a delta has no weight-space form, lies over another adapter's, adds a bias that a
         plain model could not hold, or changes one of two tied weights (`untie_weights=True` gives that module a weight of its own).
@@ -130,8 +132,10 @@ class Adapter:
             module = self.model.get_submodule(path)
             if sharers(self.model, module):
                 untie(self.model, module)
+            layer_of(module).unpack()
             layer_of(module).write(w, b)
         self.detach()
+        record_unpacked(self.model, folded)
 
     def detach(self) -> None:
         """Take the adapter off; with the last one the model is what it was before the first."""
@@ -146,7 +150,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        base = sum({id(p): p.numel() for _, m in bare_modules(self.model) for p in m._parameters.values() if p is not None}.values())
+        base = parameter_count(self.model)
         lines = [f"{self.name}: {self.spec}"]
         lines += [f"  {pattern}: {len(paths)} modules" for pattern, paths in self.matches.by_pattern.items()]
         lines += [f"  bias: {self.bias}"] * (self.bias != "none")

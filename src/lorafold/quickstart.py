@@ -17,7 +17,7 @@ from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.evaluate import Evaluation, evaluate
 from lorafold.io.atomic import check_out
-from lorafold.io.models import choose_device, choose_dtype, load_model, load_tokenizer
+from lorafold.io.models import choose_device, choose_storage, load_model, load_tokenizer
 from lorafold.merge.run import merge
 from lorafold.quickstart_task import rows
 from lorafold.train.recipe import Recipe
@@ -84,7 +84,7 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
 
 def measure(test_rows: list[dict], adapter: Path | None, device: str | None, console: Console) -> Evaluation:
     where = choose_device(device)
-    model, tokenizer = load_model(MODEL, choose_dtype(RECIPE.base, where)[0], device=where), load_tokenizer(MODEL)
+    model, tokenizer = load_model(MODEL, choose_storage(RECIPE.base, where), device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
     result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)

@@ -1,16 +1,22 @@
 """How modules store their matrix: one explicit table from the class that defines a module's forward to its layer."""
 
+from math import prod
+
 from torch import nn
 
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
+from lorafold.bases.foreign import Linear4bit, Linear8bit, Packed
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Base
+from lorafold.core.presets import bare_modules
 
 # Names, not classes: nothing is imported for a storage that a model does not use.
 LAYERS: dict[str, type[Base]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
     "torch.nn.modules.sparse.Embedding": Embedding,
+    "bitsandbytes.nn.modules.Linear4bit": Linear4bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
 }
 
@@ -32,4 +38,15 @@ def is_linear(module: nn.Module) -> bool:
     return layer_class(module).linear
 
 
-__all__ = ["LAYERS", "is_linear", "layer_class", "layer_of"]
+def parameter_count(model: nn.Module) -> int:
+    """Numbers in the model's own parameters, packed or not, shared ones once; adapters left out."""
+    sizes = {}
+    for _, module in bare_modules(model):
+        packed = isinstance(layer := layer_of(module), Packed)
+        for name, p in module._parameters.items():
+            if p is not None:
+                sizes[id(p)] = prod(layer.shape) if packed and name == "weight" else p.numel()
+    return sum(sizes.values())
+
+
+__all__ = ["LAYERS", "is_linear", "layer_class", "layer_of", "parameter_count"]

@@ -39,8 +39,16 @@ class Matrix(Base):
     linear = True
 
     @abstractmethod
-    def weight(self) -> Tensor:  # (out, in), a view
+    def weight(self) -> Tensor:  # (out, in), a view where it is stored as it is
         ...
+
+    def read(self, dtype: torch.dtype) -> Tensor:  # (out, in)
+        """W for a product with activations of that dtype."""
+        return self.weight()
+
+    @property
+    def frozen(self) -> bool:
+        return not self.weight().requires_grad
 
     @property
     def bias(self) -> Tensor | None:
@@ -69,10 +77,9 @@ class Matrix(Base):
         return self.weight(), self.bias
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None) -> Tensor:
-        w = self.weight()
-        if torch.compiler.is_compiling() or w.requires_grad or onto is not None:
+        if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
-        y = low_rank_linear(x.flatten(0, -2), w, down, up, p).unflatten(0, x.shape[:-1])
+        y = low_rank_linear(x.flatten(0, -2), self.read, down, up, p).unflatten(0, x.shape[:-1])
         return add(y, self.bias)
 
 

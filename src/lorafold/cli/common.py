@@ -22,7 +22,9 @@ DataOption = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Where the result goes: a new directory that appears only once it is complete.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there, once the new is complete.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; without it the fastest kind that is there.")]
-BaseOption = Annotated[str, typer.Option(help="How the base's weights are held: auto (bf16 where the hardware has it), bf16 or fp32.")]
+BaseOption = Annotated[
+    str, typer.Option(help="How the base's weights are held: nf4, int8, bf16, fp32, or auto: packed as while training, else 16 or 32 bits.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything drawn at random: the same seed, the same result.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model; a commit pins it for good.")]
 TrustRemoteCodeOption = Annotated[

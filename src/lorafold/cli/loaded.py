@@ -34,7 +34,7 @@ def load_adapted(
     from lorafold.adapter import load
     from lorafold.errors import LorafoldError
     from lorafold.io.classifier import known_classes
-    from lorafold.io.models import choose_device, choose_dtype, load_tokenizer, resolve_model
+    from lorafold.io.models import choose_device, choose_storage, held_as, load_tokenizer, resolve_model, weights_of
     from lorafold.train.objectives import Classify, Objective, Sft
 
     source = resolve_model(model, revision)
@@ -48,9 +48,9 @@ def load_adapted(
     if notice := objective.set_up(tokenizer):
         console.print(notice, highlight=False, markup=False)
     where = choose_device(device)
-    dtype, why = choose_dtype(base, where)
-    console.print(f"{model} on {where}, {why}", highlight=False, markup=False)
-    loaded = objective.load(source, tokenizer, dtype, where, 0, trust_remote_code)
+    storage = choose_storage(held_as(source, adapters) if base == "auto" else base, where)
+    console.print(f"{model} on {where}, {storage.why}", highlight=False, markup=False)
+    loaded = objective.load(source, tokenizer, storage, where, 0, trust_remote_code)
     for number, path in enumerate(adapters, 1):
-        load(loaded, path, name=f"adapter{number}", allow_other_base=allow_other_base)
+        load(loaded, path, name=f"adapter{number}", allow_other_base=allow_other_base, base=weights_of(source, storage))
     return loaded, tokenizer

@@ -28,7 +28,7 @@ def command(
     model: ModelOption = "smollm2",
     eval_data: Annotated[str | None, typer.Option(help="Held-out examples; without them --set eval_fraction=0.1 splits some off.")] = None,
     method: Annotated[str | None, typer.Option(help="The adaptation method, by its word; lora unless the recipe says otherwise.")] = None,
-    base: Annotated[str | None, typer.Option(help="How the base's weights are held: auto, bf16 or fp32.")] = None,
+    base: Annotated[str | None, typer.Option(help="How the base's weights are held: nf4 (4 bits), int8, bf16, fp32 or auto.")] = None,
     objective: Annotated[str | None, typer.Option(help="sft (next token of completions) or classify (the class of a text).")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; --set and flags go over it.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field, as in --set rank=8; repeat it for more.")] = None,

@@ -22,11 +22,14 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.adapter import Adapter, load
+from lorafold.bases import parameter_count
 from lorafold.errors import NotMergeable
 from lorafold.evaluate import Interval, evaluate
-from lorafold.io.models import choose_device, choose_dtype, load_tokenizer, resolve_model
+from lorafold.io.models import Storage, choose_device, choose_storage, load_tokenizer, resolve_model
+from lorafold.io.quantized import QUANTIZATIONS
 from lorafold.merge.certificate import probe_ids
-from lorafold.methods import known_options
+from lorafold.methods import known_options, make_spec
+from lorafold.train.base import settled_base
 from lorafold.train.recipe import Recipe
 from lorafold.train.rows import Row as DataRow
 from lorafold.train.run import Request, objective_of, train
@@ -80,20 +83,20 @@ def measure(task: Task, method: str, seed: int) -> Row:
     """Train one method and measure it. LorafoldError as `train`."""
     recipe = fitting(task.recipe, method).model_copy(update={"method": method, "seed": seed})
     device = choose_device(task.device)
-    dtype = choose_dtype(recipe.base, device)[0]
     with tempfile.TemporaryDirectory() as folder:
         request = Request(task.model, Path(folder) / "adapter", recipe, task.rows, task.source, device=task.device)
-        trained = train(request, Console(quiet=True))
         models = Models(request, device)
-        base = models.base(dtype)
-        tuned, adapter = models.tuned(dtype)
+        held = choose_storage(settled_base(recipe, make_spec(method), models.source), device)
+        trained = train(request, Console(quiet=True))
+        base = models.base(held)
+        tuned, adapter = models.tuned(held)
         found = evaluate(tuned, models.tokenizer, task.held_out, recipe.max_length)
         writes = base.get_output_embeddings() is not None
         kl, change = forgetting(base, tuned, probe_ids(models.tokenizer, None)) if writes else (None, None)
-        merged = merge_proved(models, dtype)
+        merged = merge_proved(models, held)
         attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if writes else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
-    count = sum(p.numel() for p in base.parameters())
+    count = parameter_count(base)
     return Row(
         method=method, seed=seed, trainable_parameters=trained.trainable_parameters, trainable_share=trained.trainable_parameters / count,
         adapter_bytes=size, tokens_per_second=trained.tokens_per_second, peak_bytes=trained.peak_bytes, train_seconds=trained.seconds,
@@ -109,7 +112,8 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
     """The recipe without what the method has no such option for: a rank means nothing to a prompt."""
     known = known_options(method)
     blank = {name: Recipe.model_fields[name].default for name in OF_METHODS if name not in known}
-    return recipe.model_copy(update=blank | {"options": {k: v for k, v in recipe.options.items() if k in known}})
+    whole = {"base": "fp32"} if make_spec(method).trains_base and recipe.base in QUANTIZATIONS else {}
+    return recipe.model_copy(update=blank | whole | {"options": {k: v for k, v in recipe.options.items() if k in known}})
 
 
 class Models:
@@ -121,21 +125,21 @@ class Models:
         self.tokenizer = load_tokenizer(self.source)
         self.objective.set_up(self.tokenizer)
 
-    def base(self, dtype: torch.dtype) -> PreTrainedModel:
-        return self.objective.load(self.source, self.tokenizer, dtype, self.device, self.request.recipe.seed, False)
+    def base(self, held: Storage) -> PreTrainedModel:
+        return self.objective.load(self.source, self.tokenizer, held, self.device, self.request.recipe.seed, False)
 
-    def tuned(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Adapter | None]:
+    def tuned(self, held: Storage) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the model that was trained whole and saved in its place."""
         out = self.request.out
         if not (out / "adapter_config.json").is_file():
-            return self.objective.load(resolve_model(str(out)), self.tokenizer, dtype, self.device, 0, False), None
-        tuned = self.base(dtype)
+            return self.objective.load(resolve_model(str(out)), self.tokenizer, held, self.device, 0, False), None
+        tuned = self.base(held)
         return tuned, load(tuned, out)
 
 
-def merge_proved(models: Models, dtype: torch.dtype) -> PreTrainedModel | None:
-    """The merged model in `dtype`, or None: where folding is refused, or its logits in fp32 are not those of the attached model."""
-    tuned, adapter = models.tuned(torch.float32)
+def merge_proved(models: Models, held: Storage) -> PreTrainedModel | None:
+    """The merged model, in the dtype of the others. None where folding is refused, or its logits in fp32 are not the attached model's."""
+    tuned, adapter = models.tuned(held._replace(dtype=torch.float32))
     ids = torch.arange(100, 164, device=models.device)[None]
     with torch.no_grad():
         before = tuned(ids).logits
@@ -145,7 +149,7 @@ def merge_proved(models: Models, dtype: torch.dtype) -> PreTrainedModel | None:
         except NotMergeable:
             return None
         after = tuned(ids).logits
-    nn.Module.to(tuned, dtype)
+    nn.Module.to(tuned, held.dtype)
     return tuned if (after - before).norm() <= EXACT * before.norm() else None
 
 

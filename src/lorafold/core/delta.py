@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lorafold.core.layer import Layer, add
 from lorafold.core.rounding import rounded
@@ -67,10 +68,17 @@ class Additive(Delta):
 class Dense(Additive):
     """Abstract: dW must be built anyway, so it is added to W and the layer is one matmul.
 
-    In bf16 the sum is rounded with a dither, which keeps changes under half a unit: 3 GEMMs a step, where W x + dW x takes 5.
+    In bf16 the sum is rounded with a dither, which keeps changes under half a unit: 3 GEMMs a step, where W x + dW x takes 5. The sum is
+    made again for the backward, so that a step never keeps more than one matrix of the model's size.
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self._run(layer, x, onto)
+        y: Tensor = checkpoint(self._run, layer, x, onto, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    def _run(self, layer: Layer, x: Tensor, onto: Tensor | None) -> Tensor:
         w, b = layer.dense()
         return add(add(layer.op(x, rounded(w + self.delta(), w.dtype)), onto), b)
 

@@ -75,6 +75,10 @@ class Base(Layer):
     def write(self, w: Tensor, b: Tensor | None) -> None:
         """Store W (out, in) and b (out,) in the module, rounded once to its dtype. NotMergeable if the module can't hold them."""
 
+    def unpack(self) -> None:
+        """Let the module hold its matrix in plain floating-point numbers, which it can be written in."""
+        return None
+
 
 class Upon(Layer):
     """Abstract: a layer upon another, whose input, shape and module it has."""

@@ -19,8 +19,8 @@ from lorafold.core.presets import bare_modules, decoder_of
 from lorafold.errors import LorafoldError
 from lorafold.io.card import CLASSES
 from lorafold.io.loading import loading
-from lorafold.io.models import ModelSource, check_complete, read_weights
-from lorafold.io.peft import RECORD
+from lorafold.io.models import ModelSource, Storage, check_complete, read_weights
+from lorafold.io.record import RECORD, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def load_classifier(
-    source: ModelSource, classes: Sequence[str], pad_id: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+    source: ModelSource, classes: Sequence[str], pad_id: int, storage: Storage | torch.dtype, device: torch.device | str = "cpu",
     *, seed: int = 0, trust_remote_code: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """The classifier in evaluation mode, all weights in `dtype` on `device`; a head that the files lack is drawn from `seed`.
+    """The classifier in evaluation mode on `device`, its weights in one dtype or held as `storage` says.
 
-    `pad_id` is the token that fills short rows up, at the right. Raises LorafoldError where transformers has no such classifier, or the
-    files lack weights of the body.
+    A head that the files lack is drawn from `seed`. `pad_id` is the token that fills short rows up, at the right. Raises LorafoldError
+    where transformers has no such classifier, or the files lack weights of the body.
     """
     import torch
 
@@ -45,12 +45,12 @@ def load_classifier(
             torch.manual_seed(seed)
             names, numbers = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             auto = AutoModelForSequenceClassification
-            model, missing = read_weights(auto, source, dtype, trust_remote_code, id2label=names, label2id=numbers)
+            model, missing = read_weights(auto, source, storage, device, trust_remote_code, id2label=names, label2id=numbers)
         model.config.get_text_config().pad_token_id = pad_id  # by which a decoder finds the last token
         model.config.get_text_config().use_cache = False  # one pass a text: keys and values would be kept for nothing
     heads = tuple(f"{path}." for path in head_paths(model))
     check_complete(source, [name for name in missing if not name.startswith(heads)])
-    return model.to(device)
+    return model
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
@@ -72,16 +72,11 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def classes_of_adapter(path: str | Path) -> tuple[str, ...] | None:
     """The classes that a saved adapter tells apart, by number; None if it is no classifier's. LorafoldError for a damaged record."""
-    file = Path(path) / RECORD
-    try:
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise LorafoldError(f"{file}: not readable as JSON ({error})") from error
-    classes = record.get(CLASSES)
+    classes = read_record(path).get(CLASSES)
     if classes is None:
         return None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise LorafoldError(f"{file}: field {CLASSES}: found {classes!r}, expected a list of text")
+        raise LorafoldError(f"{Path(path) / RECORD}: field {CLASSES}: found {classes!r}, expected a list of text")
     return tuple(classes)
 
 

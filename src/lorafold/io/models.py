@@ -1,19 +1,23 @@
 """Base models by name: the embedded `smollm2`, a directory, a GGUF file, or a model of the Hugging Face hub.
 
 Whatever the name, `resolve_model` answers with a directory in Hugging Face's format with safetensors weights; `load_model` and
-`load_tokenizer` read it. `choose_device` and `choose_dtype` say where and in which precision a base runs, and why.
+`load_tokenizer` read it. `choose_device` and `choose_storage` say where a base runs and how its weights are held, and why.
 """
 
 import importlib.util
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.errors import LorafoldError
 from lorafold.io.gguf import unpacked
 from lorafold.io.loading import loading, one_line
+from lorafold.io.quantized import QUANTIZATIONS, compute_in, quantization_of, read_quantized
+from lorafold.io.record import base_trained_on
+from lorafold.io.weights import FileWeights, Weights, model_files
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +58,22 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
     return ModelSource(_checked(_from_hub(text, revision), text), text)
 
 
+class Storage(NamedTuple):
+    """How a base's weights are held: the dtype of what is computed with them, the packing of its linears if any, and why."""
+
+    dtype: "torch.dtype"
+    quantization: str | None = None  # a word of `quantized.QUANTIZATIONS`
+    why: str = ""
+
+
 def load_model(
     source: ModelSource | str | Path,
-    dtype: "torch.dtype",
+    storage: "Storage | torch.dtype",
     device: "torch.device | str" = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The causal language model in evaluation mode, all weights in `dtype` on `device`.
+    """The causal language model in evaluation mode on `device`, its weights in one dtype or held as `storage` says.
 
     Its `name_or_path` is the name that was asked for. Raises LorafoldError as `resolve_model` does, and where transformers can't
     load the directory or the files lack weights of the model (which transformers would fill with random numbers).
@@ -70,17 +82,27 @@ def load_model(
     with loading(f"model {source.name}"):
         from transformers import AutoModelForCausalLM
 
-        model, missing = read_weights(AutoModelForCausalLM, source, dtype, trust_remote_code)
+        model, missing = read_weights(AutoModelForCausalLM, source, storage, device, trust_remote_code)
         check_complete(source, missing)
-        return model.to(device)
+        return model
 
 
-def read_weights(auto: Any, source: ModelSource, dtype: "torch.dtype", trust_remote_code: bool, **config: Any) -> tuple[Any, list[str]]:
-    """The model that one of transformers' auto classes makes of the source, in evaluation mode on the CPU, and the names of its weights
-    that the files lack. `config` goes over the model's own."""
-    model, info = auto.from_pretrained(
-        source.path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **config
-    )
+def read_weights(
+    auto: Any, source: ModelSource, storage: "Storage | torch.dtype", device: "torch.device | str", trust_remote_code: bool, **config: Any
+) -> tuple[Any, list[str]]:
+    """The model that one of transformers' auto classes makes of the source, in evaluation mode on the device, and the names of its
+    weights that the files lack. `config` goes over the model's own."""
+    import torch
+
+    held = storage if isinstance(storage, Storage) else Storage(storage)
+    if held.quantization is None:
+        model, info = auto.from_pretrained(
+            source.path, dtype=held.dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **config
+        )
+        model.to(device)
+    else:
+        model, info = read_quantized(auto, source.path, source.name, held.quantization, torch.device(device), trust_remote_code, **config)
+        compute_in(model, held.dtype)
     model.config._name_or_path = model.name_or_path = source.name  # what an adapter's config names as its base
     return model.eval(), sorted(info["missing_keys"])
 
@@ -118,22 +140,38 @@ def choose_device(name: str | None = None) -> "torch.device":
     return torch.device(name)
 
 
-def choose_dtype(base: str, device: "torch.device | str") -> "tuple[torch.dtype, str]":
-    """Storage of the base weights and the reason for it, a line to print. `base` is auto, bf16 or fp32.
+def choose_storage(base: str, device: "torch.device | str") -> Storage:
+    """How the base's weights are held, with the reason, a line to print. `base` is auto, fp32, bf16, nf4 or int8.
 
-    auto takes bf16 where the device multiplies it natively, else fp32: emulated bf16 is slower than fp32.
-    Raises LorafoldError for another word.
+    auto takes bf16 where the device multiplies it natively, else fp32: emulated bf16 is slower than fp32. Packed weights are computed
+    with in the dtype that auto would take. Raises LorafoldError for another word.
     """
     import torch
 
-    if base not in ("auto", "bf16", "fp32"):
-        raise LorafoldError(f"base {base}: unknown; expected auto, bf16 or fp32")
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if base not in ("auto", *dtypes, *QUANTIZATIONS):
+        raise LorafoldError(f"base {base}: unknown; expected auto, {', '.join(dtypes)}, {' or '.join(QUANTIZATIONS)}")
     native, why = _native_bf16(torch.device(device))
+    best = "bf16" if native else "fp32"
+    if base in QUANTIZATIONS:
+        return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
     if base == "auto":
-        return (torch.bfloat16, f"bf16: {why}") if native else (torch.float32, f"fp32: {why}")
-    if base == "bf16":
-        return torch.bfloat16, f"bf16: as asked; {why}"
-    return torch.float32, "fp32: as asked"
+        return Storage(dtypes[best], None, f"{best}: {why}")
+    return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))
+
+
+def held_as(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
+    """The word for how a base is best held where none was asked for: as its files hold it if they are packed, else as the adapters were
+    trained on it, if that was packed, else auto. LorafoldError where the adapters differ."""
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
+    word = base_trained_on(adapters) if stored is None else quantization_of(stored)
+    return word if word in QUANTIZATIONS else "auto"
+
+
+def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
+    """The base's own weights, from its files, where a model that is held so does not have them."""
+    return None if storage.quantization is None else FileWeights(model_files(source.path))
 
 
 def _native_bf16(device: "torch.device") -> tuple[bool, str]:

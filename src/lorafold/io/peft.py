@@ -33,12 +33,13 @@ from lorafold.io.card import training_card
 from lorafold.io.config import CONFIG, Bias, read_config, write_config
 from lorafold.io.fingerprint import Fingerprint
 from lorafold.io.format import ROOT, Entry, Site
+from lorafold.io.record import RECORD, read_record
 from lorafold.io.selection import Selection, describe
 from lorafold.io.table import entries_of
-from lorafold.io.weights import FileWeights, ModelWeights, Weights
+from lorafold.io.weights import FileWeights, Weights
 from lorafold.methods.replace import ReplaceDelta
 
-WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "lorafold.json", "README.md"
+WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
 
 T = TypeVar("T")
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas laid there
@@ -81,13 +82,14 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
 
 def write(
     path: str | Path, model: nn.Module, spec: Spec, matches: Matches, parts: Parts, bias: Bias, modules_to_save: Sequence[str],
-    *, overwrite: bool, card: str | None, record: Mapping[str, Any],
+    base: Weights, *, overwrite: bool, card: str | None, record: Mapping[str, Any],
 ) -> Path:  # fmt: skip
-    """Write the directory, whole or not at all. `matches` and `modules_to_save` say what the user selected modules by.
+    """Write the directory, whole or not at all. `matches` and `modules_to_save` say what the user selected modules by, `base` has the
+    base's own weights.
 
     LorafoldError if the path exists and overwrite is off, the format has no place for something, or a value is not finite.
     """
-    targets, base = matches.paths, ModelWeights(model)
+    targets = matches.paths
     replaced = [p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)]
     saved = [p for p in replaced if p not in targets]
     selection = describe(model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save)
@@ -95,7 +97,7 @@ def write(
     tensors = {key: place.encoded().contiguous().cpu() for key, place in places(model, parts, targets, base).items()}
     if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
-    about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of_model(model, replaced)}
+    about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
     own_card = training_card(config["base_model_name_or_path"] or "", {"recipe": {"method": type(spec).__name__, **vars(spec)}}, {})
     with atomic_directory(path, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -137,7 +139,7 @@ def read(path: str | Path) -> Stored:
     problems: list[str] = []
     config = _attempt(problems, lambda: read_config(_json(directory / CONFIG)))
     weights = _attempt(problems, lambda: _open(directory))
-    base = _attempt(problems, lambda: _fingerprint(directory / RECORD))
+    base = _attempt(problems, lambda: _fingerprint(directory))
     if config is None or weights is None or base is None:
         raise LorafoldError(f"{path}: {'; '.join(problems)}")
     spec, selection, bias = config
@@ -208,15 +210,13 @@ def _open(directory: Path) -> Weights:
     raise LorafoldError(f"{WEIGHTS}: {reason}")
 
 
-def _fingerprint(path: Path) -> Fingerprint:
+def _fingerprint(directory: Path) -> Fingerprint:
     """Of the base that the adapter was made on; empty where nothing says (PEFT's own directories)."""
-    if not path.is_file():
-        return {}
-    record = _json(path)
+    record = read_record(directory)
     try:
         return fingerprint.parse(record.get("base", {}))
     except LorafoldError as e:
-        raise LorafoldError(f"{path.name}: {e}") from None
+        raise LorafoldError(f"{RECORD}: {e}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

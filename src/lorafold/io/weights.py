@@ -54,10 +54,12 @@ class Weights(ABC):
 
 
 class ModelWeights(Weights):
-    """The plain base weights of a model, adapters left out; what has no data (the meta device) counts as absent."""
+    """The plain base weights of a model, adapters left out; what has no data (the meta device) or is packed counts as absent."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor) and not v.is_meta}
+        state = model.state_dict()
+        own = [name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)]
+        self._tensors = {k: state[k] for k in own if k in state and state[k].is_floating_point() and not state[k].is_meta}
 
     @property
     def names(self) -> Iterable[str]:
@@ -78,13 +80,13 @@ class ModelWeights(Weights):
 
 
 class FileWeights(Weights):
-    """Safetensors files, mapped into memory. LorafoldError names a file that can't be read."""
+    """Safetensors files, mapped into memory, or else read anew for each tensor. LorafoldError names a file that can't be read."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], *, mapped: bool = True) -> None:
         self._file: dict[str, Any] = {}
         for path in files:
             try:
-                file = safe_open(path, "pt")
+                file = safe_open(path, "pt", backend="mmap" if mapped else "pread")
             except (OSError, SafetensorError) as e:
                 raise LorafoldError(f"{path}: not readable as safetensors, it may have been cut short or damaged ({e})") from None
             self._file.update(dict.fromkeys(file.keys(), file))
@@ -107,6 +109,10 @@ class FileWeights(Weights):
     def get(self, name: str) -> Tensor:
         tensor: Tensor = self._file[name].get_tensor(name)
         return tensor
+
+    def slice(self, name: str) -> Any:
+        """safetensors' own view of a tensor, which is read when it is indexed."""
+        return self._file[name].get_slice(name)
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import atomic_directory, write_json
 from lorafold.io.card import training_card
-from lorafold.io.peft import CARD, RECORD
+from lorafold.io.peft import CARD
+from lorafold.io.record import RECORD
 from lorafold.methods.full import write_model
 
 

@@ -35,7 +35,8 @@ class ReplaceDelta(Delta):
         if others := [n for n in module._parameters if n not in ("weight", "bias")]:
             raise LorafoldError(f"{path} can't be a module to save: it holds {', '.join(others)}; expected only weight and bias")
         self.copy = copy.deepcopy(module)
-        self.dtype = next(module.parameters()).dtype
+        layer_of(self.copy).unpack()
+        self.dtype = next(self.copy.parameters()).dtype
         self.copy.float().requires_grad_(True)
 
     def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:

@@ -5,7 +5,8 @@
     gx = addmm((g k B) A * keep, g, W)      the mirror image
 
 W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, keep (T, in) is 0 or 1 and k = 1 / (1 - p).
-Only x, u, the mask and the small factors are kept for the backward. The specification is `reference.low_rank_linear`.
+Only x, u, the mask and the small factors are kept for the backward; W is read again (`frozen.Read`). Written out in plain torch, it is
+`Layer.low_rank`.
 """
 
 from __future__ import annotations
@@ -17,29 +18,30 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.dropout import keep_mask, keep_scale
+from lorafold.ops.frozen import Read
 
 
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, p: float) -> Tensor:
         keep = keep_mask(x, p) if p else None
         scale = keep_scale(p) if p else 1.0
         a, b = down.to(x.dtype), (up * scale).to(x.dtype)
         u = (x if keep is None else x * keep) @ a.t()
-        ctx.save_for_backward(x, w, u, a, b, keep)
-        ctx.scale, ctx.dtype = scale, down.dtype
-        return (u @ b.t()).addmm_(x, w.t())
+        ctx.save_for_backward(x, u, a, b, keep)
+        ctx.read, ctx.scale, ctx.dtype = read, scale, down.dtype
+        return (u @ b.t()).addmm_(x, read(x.dtype).t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, w, u, a, b, keep = ctx.saved_tensors
+        x, u, a, b, keep = ctx.saved_tensors
         need_x, _, need_down, need_up, _ = ctx.needs_input_grad
         v = g @ b
         gx = gdown = gup = None
         if need_x:
             gx = v @ a
-            gx = (gx if keep is None else gx.mul_(keep)).addmm_(g, w)
+            gx = (gx if keep is None else gx.mul_(keep)).addmm_(g, ctx.read(g.dtype))
         if need_down:
             gdown = (v.t() @ (x if keep is None else x * keep)).to(ctx.dtype)
         if need_up:
@@ -47,7 +49,7 @@ class _LowRankLinear(Function):
         return gx, None, gdown, gup, None
 
 
-def low_rank_linear(x: Tensor, w: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
-    """x (T, in), w (out, in) frozen, down (r, in), up (out, r), dropout p on the branch -> (T, out) in x's dtype."""
-    return _LowRankLinear.apply(x, w, down, up, p)
+def low_rank_linear(x: Tensor, read: Read, down: Tensor, up: Tensor, p: float) -> Tensor:
+    """x (T, in), a frozen W (out, in) to be read, down (r, in), up (out, r), dropout p on the branch -> (T, out) in x's dtype."""
+    return _LowRankLinear.apply(x, read, down, up, p)
 

@@ -21,7 +21,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import match
 from lorafold.errors import LorafoldError
 from lorafold.io.classifier import CLASSES, head_paths, known_classes, load_classifier, padding_id
-from lorafold.io.models import ModelSource, load_model
+from lorafold.io.models import ModelSource, Storage, load_model
 from lorafold.train.classify import LabelledData, LabelledExample, classes_of, encode_labelled, preview_labelled
 from lorafold.train.data import Encoded, Example, encode, preview
 from lorafold.train.losses import Classification, Completions, Loss
@@ -50,7 +50,7 @@ class Objective(ABC):
 
     @abstractmethod
     def load(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, seed: int,
+        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, storage: Storage, device: torch.device, seed: int,
         trust_remote_code: bool,
     ) -> PreTrainedModel: ...  # fmt: skip
 
@@ -86,10 +86,10 @@ class Sft(Objective):
         return preview(example, tokenizer)
 
     def load(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, seed: int,
+        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, storage: Storage, device: torch.device, seed: int,
         trust_remote_code: bool,
     ) -> PreTrainedModel:  # fmt: skip
-        return load_model(source, dtype, device, trust_remote_code=trust_remote_code)
+        return load_model(source, storage, device, trust_remote_code=trust_remote_code)
 
     @contextmanager
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: bool, console: Console) -> Iterator[Loss]:
@@ -115,10 +115,10 @@ class Classify(Objective):
         return preview_labelled(example, tokenizer, self.classes)
 
     def load(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, seed: int,
+        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, storage: Storage, device: torch.device, seed: int,
         trust_remote_code: bool,
     ) -> PreTrainedModel:  # fmt: skip
-        return load_classifier(source, self.classes, padding_id(tokenizer), dtype, device, seed=seed, trust_remote_code=trust_remote_code)
+        return load_classifier(source, self.classes, padding_id(tokenizer), storage, device, seed=seed, trust_remote_code=trust_remote_code)
 
     @contextmanager
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: bool, console: Console) -> Iterator[Loss]:

@@ -44,7 +44,9 @@ class Recipe(BaseModel):
     objective: Literal["sft", "classify"] = Field(
         "sft", description="what is minimized: sft = next token on completions; classify = class of a text, by a head over the body"
     )
-    base: Literal["auto", "bf16", "fp32"] = Field("auto", description="storage of the base weights (auto: bf16 where the hardware has it)")
+    base: Literal["nf4", "int8", "bf16", "fp32", "auto"] = Field(
+        "nf4", description="how the base's weights are held: packed into 4 or 8 bits, or whole (auto: bf16 where the hardware has it)"
+    )
 
     lr: Positive | None = Field(None, description="peak learning rate of down factors and all else (None: the method's own; LoRA 2e-4)")
     lr_b: Positive | None = Field(None, description="peak learning rate of up factors, LoRA+ (None: the method's own; LoRA 3e-3)")

@@ -8,7 +8,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,13 @@ from torch import Tensor
 from lorafold.adapter import Adapter, attach, load
 from lorafold.errors import LorafoldError
 from lorafold.evaluate import held_out_loss
+from lorafold.io.allocator import keep_freed_blocks
 from lorafold.io.atomic import check_out
 from lorafold.io.card import training_card
-from lorafold.io.models import ModelSource, choose_device, choose_dtype, load_tokenizer, resolve_model
+from lorafold.io.models import ModelSource, choose_device, choose_storage, load_tokenizer, resolve_model, weights_of
+from lorafold.io.weights import Weights
 from lorafold.methods import make_spec
-from lorafold.train.allocator import keep_freed_blocks
+from lorafold.train.base import settled_base
 from lorafold.train.checkpoint import Progress, RunDirectory
 from lorafold.train.data import batches, split
 from lorafold.train.display import Display
@@ -133,27 +135,29 @@ def train(request: Request, console: Console) -> Trained:
 
     Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is written) after SIGINT or SIGTERM.
     """
-    recipe = request.recipe
     for path in (request.out, best_path(request.out)):
         check_out(path, request.overwrite or request.resume)
     RunDirectory(request.out).check_free(request.overwrite or request.resume)
-    spec = make_spec(recipe.method, **method_options(recipe))
-    if request.init_adapter and (fixed := sorted(_OF_THE_ADAPTER & recipe.model_fields_set)):
+    spec = make_spec(request.recipe.method, **method_options(request.recipe))
+    if request.init_adapter and (fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)):
         raise LorafoldError(f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't be set beside it")
     source, objective = objective_of(request)
+    recipe = request.recipe.model_copy(update={"base": settled_base(request.recipe, spec, source, request.init_adapter)})
+    request = replace(request, recipe=recipe)
     tokenizer, data, held_out = tokenized(request, source, objective, console)
     device = choose_device(request.device)
-    dtype, why = choose_dtype("fp32" if spec.trains_base and recipe.base == "auto" else recipe.base, device)
-    console.print(f"base: {why}", highlight=False)
+    storage = choose_storage(recipe.base, device)
+    console.print(f"base: {storage.why}", highlight=False)
     logs = str(request.out.with_name(request.out.name + ".logs"))  # trackers' own; they outlive the checkpoints
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs)
     if recipe.batch % accelerator.num_processes:
         raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
+    model = objective.load(source, tokenizer, storage, device, recipe.seed, request.trust_remote_code)
     keep_freed_blocks()
-    model = objective.load(source, tokenizer, dtype, device, recipe.seed, request.trust_remote_code)
     torch.manual_seed(recipe.seed)
     saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
-    adapter = (load(model, request.init_adapter, trainable=True) if request.init_adapter
+    weights = weights_of(source, storage)
+    adapter = (load(model, request.init_adapter, trainable=True, base=weights) if request.init_adapter
                else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
@@ -168,7 +172,7 @@ def train(request: Request, console: Console) -> Trained:
                 accelerator.end_training()
     if report := adapter.spec.report(adapter.own_deltas):
         console.print(report, highlight=False)
-    return finish(request, job, progress, tokenizer, objective.record())
+    return finish(request, job, progress, tokenizer, objective.record(), weights)
 
 
 def prepare(
@@ -214,9 +218,10 @@ def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | No
 
 
 def finish(
-    request: Request, job: Job, progress: Progress, tokenizer: PreTrainedTokenizerBase, about: Mapping[str, Any]
+    request: Request, job: Job, progress: Progress, tokenizer: PreTrainedTokenizerBase, about: Mapping[str, Any], base: Weights | None
 ) -> Trained:
-    """Write the adapter, with `about` in its record, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints."""
+    """Write the adapter, with `about` in its record, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints.
+    `base` has the base's own weights where the model does not."""
     tail = progress.losses[-10:]
     result = Trained(
         train_loss=sum(tail) / len(tail), eval_loss=progress.evals.get(progress.step),
@@ -231,8 +236,8 @@ def finish(
     card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
 
     def write(path: Path, record: dict[str, Any]) -> None:
-        replace = request.overwrite or request.resume
-        job.adapter.save(path, overwrite=replace, card=card, record=record, tokenizer=tokenizer)
+        overwrite = request.overwrite or request.resume
+        job.adapter.save(path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base)
 
     write(request.out, record)
     if progress.best not in (None, progress.step):

@@ -1,0 +1,145 @@
+"""Modules whose matrix bitsandbytes packs into 4 or 8 bits.
+
+    Linear4bit      NF4 or FP4 codes, a constant for every 64 of them, itself in 8 bits: 4.13 bits a weight   (ops.nf4 is the specification)
+    Linear8bit      int8 with one scale a row (LLM.int8)
+
+W is the matrix that unpacking gives, in the dtype it was packed from; it is unpacked once a use and never kept. bitsandbytes' own forwards
+are not used under a delta: the one for int8 rounds activations to 8 bits too, and the one for 4 bits repacks the weights on some CPUs,
+with coarser constants, as soon as it runs without gradients. Packed weights can't hold a change; `unpack` makes the module a plain linear.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases.dense import Linear, Matrix
+from lorafold.core.attach import Adapted, adapted_class
+from lorafold.core.layer import add
+from lorafold.errors import NotMergeable
+from lorafold.ops.frozen import frozen_linear
+
+
+class Packed(Matrix):
+    """Abstract: a frozen matrix that is unpacked for each use."""
+
+    frozen = True
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the unpacked matrix."""
+
+    @abstractmethod
+    def unpacked(self) -> Tensor:  # (out, in), `dtype`
+        ...
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return self.unpacked().to(dtype)
+
+    def weight(self) -> Tensor:
+        compute: torch.dtype | None = getattr(self.module, "compute_dtype", None)
+        return self.read(compute or self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features  # type: ignore[return-value]
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        rows = None if onto is None else onto.expand(*x.shape[:-1], self.shape[0]).reshape(-1, self.shape[0])
+        flat = x.reshape(-1, x.shape[-1])
+        if not torch.compiler.is_compiling():
+            y = frozen_linear(flat, rows, self.read)
+        elif rows is None:
+            y = flat @ self.read(x.dtype).t()
+        else:
+            y = torch.addmm(rows.to(x.dtype), flat, self.read(x.dtype).t())
+        return add(y.view(*x.shape[:-1], -1), self.bias)
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        raise NotMergeable(f"{type(self.module).__name__} holds packed numbers that a change would be rounded away in; unpack it first")
+
+    def unpack(self) -> None:
+        module, weight = self.module, self.weight()
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        for kept in ("quant_state", "state"):
+            module.__dict__.pop(kept, None)
+        module.__class__ = adapted_class(nn.Linear, Linear) if isinstance(module, Adapted) else nn.Linear
+
+
+class Linear4bit(Packed):
+    @property
+    def _state(self) -> Any:
+        weight: Any = self.module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            self.module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return weight.quant_state
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._state.dtype
+        return dtype
+
+    def unpacked(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = self._state
+        return dequantize_4bit(self.module.weight.data, state)  # type: ignore[arg-type]
+
+
+class Linear8bit(Packed):
+    dtype = torch.bfloat16  # bitsandbytes does not record it
+
+    def unpacked(self) -> Tensor:
+        module: Any = self.module
+        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+        return (module.weight.data * (scale / 127)[:, None]).to(self.dtype)
+
+
+def nf4(w: Tensor) -> nn.Module:  # (out, in)
+    from bitsandbytes.nn import LinearNF4
+
+    return _packed(LinearNF4(w.shape[1], w.shape[0], bias=False, device="meta"), w)
+
+
+def int8(w: Tensor) -> nn.Module:  # (out, in)
+    from bitsandbytes.nn import Linear8bitLt
+
+    return _packed(Linear8bitLt(w.shape[1], w.shape[0], bias=False, has_fp16_weights=False, device="meta"), w)
+
+
+def _packed(module: nn.Module, w: Tensor) -> nn.Module:
+    old: Any = module.weight
+    module.weight = type(old)(w.detach().bfloat16().cpu(), requires_grad=False, **old.__dict__)
+    return module.to(w.device)
+
+
+PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}  # a linear without bias that holds W, from bf16
+
+
+def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
+    """Say in a transformers model what is packed no longer: these modules, or nothing at all once no packed module is left."""
+    quantizer, config = getattr(model, "hf_quantizer", None), getattr(model, "config", None)
+    if quantizer is None:
+        return
+    if any(isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8) for m in model.modules()):
+        skipped = config.quantization_config.llm_int8_skip_modules or []  # type: ignore[union-attr]
+        config.quantization_config.llm_int8_skip_modules = [*skipped, *paths]  # type: ignore[union-attr]
+    else:
+        quantizer.remove_quantization_config(model)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            model.__dict__.pop(flag, None)
+
+
+def disable_repacking(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a packed module compute in that dtype, and keep its numbers as they are. Nothing to do for any other."""
+    if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
+        settings: Any = module
+        settings.compute_dtype, settings.compute_type_is_set, settings.support_avx512bf16_for_cpu = dtype, True, False

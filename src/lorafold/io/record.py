@@ -1,0 +1,38 @@
+"""`lorafold.json`, the record beside an adapter or a trained model: how it was made, and on what. Absent in PEFT's own directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafold.errors import LorafoldError
+
+RECORD = "lorafold.json"
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """The record of a directory, empty where there is none. LorafoldError for one that is no JSON object."""
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LorafoldError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise LorafoldError(f"{path}: found {type(record).__name__}, expected an object")
+    return record
+
+
+def base_trained_on(adapters: Sequence[str | Path]) -> str | None:
+    """The word for how the base was held while these adapters were trained, as their recipes have it; None where no record says.
+
+    LorafoldError where they differ.
+    """
+    found = {str(path): str(recipe["base"]) for path in adapters if "base" in (recipe := read_record(path).get("recipe") or {})}
+    if len(set(found.values())) > 1:
+        held = ", ".join(f"{path} on {base}" for path, base in found.items())
+        raise LorafoldError(f"these adapters were trained on bases that are held differently ({held}): say which to use")
+    return next(iter(found.values()), None)
