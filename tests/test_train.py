@@ -131,7 +131,9 @@ def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Pat
     assert record["evals"]["10"] == first.eval_loss
     second = train(request(tiny_model_dir("llama"), tmp_path / "b", init_adapter=tmp_path / "a", lr=1e-4), quiet())
     assert second.losses[0] < first.losses[0]
-    worse = train(request(tiny_model_dir("llama"), tmp_path / "c", eval_rows=ROWS[:6], lr=1e-2, lr_b=3.0, steps=10, eval_every=1), quiet())
+    other = [{"prompt": "Book a table", "completion": "the quick brown fox jumps over the lazy dog"}]  # training makes these less likely
+    fields = {"lr": 1e-2, "lr_b": 0.2, "steps": 10, "eval_every": 1, "targets": ["lm_head"]}
+    worse = train(request(tiny_model_dir("llama"), tmp_path / "c", eval_rows=other, **fields), quiet())
     record = json.loads((tmp_path / "c" / "lorafold.json").read_text())
     best = min(record["evals"], key=record["evals"].get)
     assert int(best) < 10
