@@ -80,6 +80,8 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
 def test_choices_say_what_is_accepted():
     assert "base: found 'nf4' (from --base), expected 'auto', 'bf16' or 'fp32'" in refused(base="nf4")
     assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
+    words = "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"
+    assert f"optimizer: found 'adamax' (from --optimizer), expected {words}" in refused(optimizer="adamax")
 
 
 def test_unknown_without_a_near_name_lists_the_known():
