@@ -34,6 +34,9 @@ def command(
         str | None,
         typer.Option(help="adamw, adamw8bit, paged-adamw8bit or auto: fp32 state, but paged 8-bit on CUDA where memory is short."),
     ] = None,
+    gradient_checkpointing: Annotated[
+        str | None, typer.Option(help="on or off: recompute activations in the backward pass, for less memory and more time.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; --set and flags go over it.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field, as in --set rank=8; repeat it for more.")] = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this saved adapter instead of a fresh one.")] = None,
@@ -52,7 +55,8 @@ def command(
     rates 2e-4 and 3e-3, cosine with 3% warm-up, AdamW, loss on completions only.
     """
     recipe = load_recipe(
-        config, sets or (), method=method, base=base, objective=objective, optimizer=optimizer, seed=seed
+        config, sets or (), method=method, base=base, objective=objective, optimizer=optimizer,
+        gradient_checkpointing=gradient_checkpointing, seed=seed,
     )  # fmt: skip
     from dataclasses import asdict
 

@@ -177,6 +177,8 @@ def _explain(error: ValidationError, values: Mapping[str, Any], sources: Mapping
             continue
         if problem["type"] == "missing":
             message = "one more value"
+        elif problem["type"].startswith("bool_"):
+            message = "on or off"
         field, *inner = map(str, problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = get_close_matches(field, Recipe.model_fields, n=3)

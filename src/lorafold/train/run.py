@@ -25,6 +25,7 @@ from lorafold.io.atomic import check_out
 from lorafold.io.card import training_card
 from lorafold.io.models import ModelSource, choose_device, choose_dtype, load_tokenizer, resolve_model
 from lorafold.methods import make_spec
+from lorafold.train.activations import recompute
 from lorafold.train.adamw import check_available, described, make_optimizer, pick
 from lorafold.train.allocator import keep_freed_blocks
 from lorafold.train.checkpoint import Progress, RunDirectory
@@ -159,7 +160,7 @@ def train(request: Request, console: Console) -> Trained:
                else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        recompute(model)
     with ExitStack() as stack:
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
         job, progress = prepare(request, adapter, loss, accelerator, data, held_out, console)
