@@ -132,7 +132,8 @@ def test_the_fresh_head_follows_from_the_seed(tiny_model_dir) -> None:
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(tiny_model_dir, tmp_path: Path) -> None:
     train(request(tiny_model_dir("llama"), tmp_path / "straight", steps=12, save_every=4), quiet())
     command = [sys.executable, "-c", KILLED, str(tiny_model_dir("llama")), str(tmp_path / "killed")]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == -signal.SIGKILL
     train(request(tiny_model_dir("llama"), tmp_path / "killed", steps=12, save_every=4, resume=True), quiet())
     ours, theirs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "straight"))

@@ -71,7 +71,7 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
         f"lrr (from {path}) is no field of a recipe: did you mean lr",
         f"rank_pattern.q_proj: found 'x' (from {path})",
         "dropout: found 1.5 (from --set), expected less than 1",
-        "packing: found 'perhaps' (from --set)",
+        "packing: found 'perhaps' (from --set), expected on or off",
         "batch: found -1 (from --batch)",
     ]:
         assert part in message
@@ -80,6 +80,17 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
 def test_choices_say_what_is_accepted():
     assert "base: found 'nf4' (from --base), expected 'auto', 'bf16' or 'fp32'" in refused(base="nf4")
     assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
+    words = "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"
+    assert f"optimizer: found 'adamax' (from --optimizer), expected {words}" in refused(optimizer="adamax")
+    said = "gradient_checkpointing: found 'perhaps' (from --gradient-checkpointing), expected on or off"
+    assert said in refused(gradient_checkpointing="perhaps")
+
+
+@pytest.mark.parametrize(("word", "truth"), [("on", True), ("off", False), ("true", True), ("false", False)])
+def test_on_and_off_are_words_on_the_command_line_and_truth_in_a_recipe(tmp_path, word, truth):
+    assert load_recipe(gradient_checkpointing=word).gradient_checkpointing is truth
+    assert load_recipe(None, [f"gradient_checkpointing={word}"]).gradient_checkpointing is truth
+    assert load_recipe(written(tmp_path, f"gradient_checkpointing: {word}\n")).gradient_checkpointing is truth
 
 
 def test_unknown_without_a_near_name_lists_the_known():

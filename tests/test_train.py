@@ -55,19 +55,21 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(tiny_model_dir, 
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 
 
-def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(tiny_model_dir, tmp_path: Path) -> None:
-    straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", steps=20, save_every=5), quiet())
-    command = [sys.executable, "-c", KILLED, str(tiny_model_dir("llama")), str(tmp_path / "killed")]
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(optimizer: str, tiny_model_dir, tmp_path: Path) -> None:
+    fields = {"steps": 20, "save_every": 5, "rank": 64, "optimizer": optimizer}  # of rank 64, some factors have 8-bit state
+    straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", **fields), quiet())
+    command = [sys.executable, "-c", KILLED, str(tiny_model_dir("llama")), str(tmp_path / "killed"), json.dumps(fields)]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    resumed = train(request(tiny_model_dir("llama"), tmp_path / "killed", steps=20, save_every=5, resume=True), quiet())
+    resumed = train(request(tiny_model_dir("llama"), tmp_path / "killed", resume=True, **fields), quiet())
     assert resumed.losses == straight.losses
     ours, theirs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "straight"))
     assert ours == theirs
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_train import quiet, request
@@ -80,7 +82,7 @@ def killing(job, rows, i):
 loop.train_step = killing
 loop.fit.__globals__["train_step"] = killing
 from lorafold.train.run import train
-train(request(Path(sys.argv[1]), Path(sys.argv[2]), steps=20, save_every=5), quiet())
+train(request(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])), quiet())
 """
 
 
@@ -131,7 +133,9 @@ def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Pat
     assert record["evals"]["10"] == first.eval_loss
     second = train(request(tiny_model_dir("llama"), tmp_path / "b", init_adapter=tmp_path / "a", lr=1e-4), quiet())
     assert second.losses[0] < first.losses[0]
-    worse = train(request(tiny_model_dir("llama"), tmp_path / "c", eval_rows=ROWS[:6], lr=1e-2, lr_b=3.0, steps=10, eval_every=1), quiet())
+    other = [{"prompt": "Book a table", "completion": "the quick brown fox jumps over the lazy dog"}]  # training makes these less likely
+    fields = {"lr": 1e-2, "lr_b": 0.2, "steps": 10, "eval_every": 1, "targets": ["lm_head"]}
+    worse = train(request(tiny_model_dir("llama"), tmp_path / "c", eval_rows=other, **fields), quiet())
     record = json.loads((tmp_path / "c" / "lorafold.json").read_text())
     best = min(record["evals"], key=record["evals"].get)
     assert int(best) < 10

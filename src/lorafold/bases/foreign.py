@@ -10,8 +10,11 @@ with coarser constants, as soon as it runs without gradients. Packed weights can
 
 from __future__ import annotations
 
+import importlib
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +25,17 @@ from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.frozen import frozen_linear
+
+
+def bitsandbytes() -> ModuleType:
+    """The package, without what it says on import about kernels that could be downloaded; its errors are heard. ImportError without it."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
 
 
 class Packed(Matrix):
@@ -76,9 +90,8 @@ class Linear4bit(Packed):
     def _state(self) -> Any:
         weight: Any = self.module.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = back(weight.data, weight.quant_state)
             self.module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return weight.quant_state
 
@@ -88,10 +101,9 @@ class Linear4bit(Packed):
         return dtype
 
     def unpacked(self) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
         state = self._state
-        return dequantize_4bit(self.module.weight.data, state)  # type: ignore[arg-type]
+        unpacked: Tensor = bitsandbytes().functional.dequantize_4bit(self.module.weight.data, state)
+        return unpacked
 
 
 class Linear8bit(Packed):
@@ -104,15 +116,11 @@ class Linear8bit(Packed):
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
-    from bitsandbytes.nn import LinearNF4
-
-    return _packed(LinearNF4(w.shape[1], w.shape[0], bias=False, device="meta"), w)
+    return _packed(bitsandbytes().nn.LinearNF4(w.shape[1], w.shape[0], bias=False, device="meta"), w)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
-    from bitsandbytes.nn import Linear8bitLt
-
-    return _packed(Linear8bitLt(w.shape[1], w.shape[0], bias=False, has_fp16_weights=False, device="meta"), w)
+    return _packed(bitsandbytes().nn.Linear8bitLt(w.shape[1], w.shape[0], bias=False, has_fp16_weights=False, device="meta"), w)
 
 
 def _packed(module: nn.Module, w: Tensor) -> nn.Module:

@@ -30,6 +30,13 @@ def command(
     method: Annotated[str | None, typer.Option(help="The adaptation method, by its word; lora unless the recipe says otherwise.")] = None,
     base: Annotated[str | None, typer.Option(help="How the base's weights are held: nf4 (4 bits), int8, bf16, fp32 or auto.")] = None,
     objective: Annotated[str | None, typer.Option(help="sft (next token of completions) or classify (the class of a text).")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="adamw, adamw8bit, paged-adamw8bit or auto: fp32 state, but paged 8-bit on CUDA where memory is short."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        str | None, typer.Option(help="on or off: recompute activations in the backward pass, for less memory and more time.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; --set and flags go over it.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field, as in --set rank=8; repeat it for more.")] = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this saved adapter instead of a fresh one.")] = None,
@@ -47,7 +54,10 @@ def command(
     The defaults are the practical recipe: LoRA of rank 16 on all linear layers of the blocks, alpha 2r, dropout 0.05, LoRA+ learning
     rates 2e-4 and 3e-3, cosine with 3% warm-up, AdamW, loss on completions only.
     """
-    recipe = load_recipe(config, sets or (), method=method, base=base, objective=objective, seed=seed)
+    recipe = load_recipe(
+        config, sets or (), method=method, base=base, objective=objective, optimizer=optimizer,
+        gradient_checkpointing=gradient_checkpointing, seed=seed,
+    )  # fmt: skip
     from dataclasses import asdict
 
     from lorafold.train.rows import read_rows

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafold.bases import is_linear
-from lorafold.bases.foreign import disable_repacking
+from lorafold.bases.foreign import bitsandbytes, disable_repacking
 from lorafold.core.presets import all_linear, bare_modules, decoder_of
 from lorafold.errors import LorafoldError
 from lorafold.io.allocator import return_freed_blocks
@@ -56,6 +56,7 @@ def read_quantized(
     weights. `config` goes over the model's own. LorafoldError for a checkpoint that is packed in another way."""
     from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
+    bitsandbytes()
     found = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **config)
     settings = getattr(found, "quantization_config", None)
     stored = None if settings is None else quantization_of(settings if isinstance(settings, dict) else settings.to_dict())

@@ -28,6 +28,7 @@ class Progress:
     evals: dict[int, float] = field(default_factory=dict)  # step -> held-out loss
     tokens: int = 0
     seconds: float = 0.0
+    optimizer: str = ""  # whose state the checkpoint holds: `auto` might choose another one when the run is resumed
 
     @property
     def best(self) -> int | None:

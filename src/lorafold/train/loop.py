@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
 from lorafold.errors import Interrupted, LorafoldError
@@ -36,7 +36,7 @@ class Job:
     adapter: Adapter
     loss: Loss
     wrapped: nn.Module
-    optimizer: AdamW
+    optimizer: Optimizer
     accelerator: Accelerator
     examples: Sequence[Any]  # what `loss` takes; each has `ids`
     held_out: Callable[[], float] | None

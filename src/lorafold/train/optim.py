@@ -1,4 +1,4 @@
-"""The optimizer of an adapter: AdamW with fp32 state, the up factors at a learning rate of their own, and the schedule.
+"""What any optimizer of an adapter is given and gives back: groups with a learning rate each, the schedule, and its state in a checkpoint.
 
 LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lambda = 16 times as fast as A, for every low-rank method.
 """
@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
+from lorafold.errors import LorafoldError
 from lorafold.train.recipe import Recipe
 
 
@@ -22,17 +23,13 @@ def param_groups(parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float) ->
     rest: list[nn.Parameter] = []
     for _, delta in parts:
         for name, p in delta.named_parameters():
-            if p.requires_grad:
+            if p.requires_grad and p.numel():  # a choice of entries may leave a matrix none, and CUDA launches no kernel over nothing
                 (up if name in delta.up_names else rest).append(p)
     groups = ({"params": rest, "lr": lr, "peak": lr}, {"params": up, "lr": lr_up, "peak": lr_up})
     return [g for g in groups if g["params"]]
 
 
-def make_optimizer(groups: list[dict], recipe: Recipe) -> AdamW:
-    return AdamW(groups, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
-
-
-def set_learning_rates(optimizer: AdamW, recipe: Recipe, step: int, steps: int) -> None:
+def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: int) -> None:
     """Each group's peak rate times the schedule at `step` (from 0) of `steps`: a function of the step, so nothing to resume.
 
     Linear warm-up over the first `warmup` share of the steps (rounded up), then cosine or linear to zero, or constant.
@@ -45,18 +42,51 @@ def set_learning_rates(optimizer: AdamW, recipe: Recipe, step: int, steps: int) 
         group["lr"] = group["peak"] * factor
 
 
-def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors `<parameter number>.<name>`: what a checkpoint holds."""
-    return {f"{i}.{k}": v for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors `<parameter number>.<name>`: what a checkpoint holds.
+
+    A number is a tensor without dimensions, and a tensor that parameters share is there once, with the first of them.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for i, p in enumerate(parameters(optimizer)):
+        for name, value in optimizer.state.get(p, {}).items():
+            if not isinstance(value, Tensor):
+                found[f"{i}.{name}"] = torch.tensor(value)
+            elif id(value) not in seen:
+                seen.add(id(value))
+                found[f"{i}.{name}"] = value
+    return found
 
 
-def restore_optimizer(optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = tensor.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters that has made no step.
+
+    It first makes a state of its own, by a step that changes nothing since rates and gradients are zero; that one is filled. So every
+    tensor lies where this optimizer puts it: load_state_dict would cast it, or take it out of paged memory.
+    LorafoldError if the tensors are those of another optimizer.
+    """
+    owners = {int(key.split(".")[0]) for key in tensors}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for i, p in enumerate(parameters(optimizer)):
+        p.grad = torch.zeros_like(p) if i in owners else None
+    optimizer.step()
+    optimizer.zero_grad()
+    own = optimizer_tensors(optimizer)
+    shapes, found = ({key: tuple(t.shape) for key, t in of.items()} for of in (own, tensors))
+    if wrong := [key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)]:
+        listed = "; ".join(f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}" for key in wrong)
+        raise LorafoldError(f"the checkpoint's optimizer state is of another optimizer: {listed}")
+    for i, p in enumerate(parameters(optimizer)):
+        state = optimizer.state.get(p, {})
+        for name, value in state.items():
+            if (stored := tensors.get(f"{i}.{name}")) is not None:
+                state[name] = value.copy_(stored) if isinstance(value, Tensor) else stored.item()
+
+
+def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -56,6 +56,9 @@ class Recipe(BaseModel):
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm (0: no clipping)")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of the two moments")
     eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = Field(
+        "auto", description="AdamW, by the form of its state (auto: adamw, which is fp32; paged-adamw8bit on CUDA where memory is short)"
+    )
 
     epochs: Positive = Field(1.0, description="passes over the training rows")
     steps: Count | None = Field(None, description="optimizer steps (overrides epochs)")
@@ -176,6 +179,8 @@ def _explain(error: ValidationError, values: Mapping[str, Any], sources: Mapping
             continue
         if problem["type"] == "missing":
             message = "one more value"
+        elif problem["type"].startswith("bool_"):
+            message = "on or off"
         field, *inner = map(str, problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = get_close_matches(field, Recipe.model_fields, n=3)

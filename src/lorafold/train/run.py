@@ -27,6 +27,8 @@ from lorafold.io.card import training_card
 from lorafold.io.models import ModelSource, choose_device, choose_storage, load_tokenizer, resolve_model, weights_of
 from lorafold.io.weights import Weights
 from lorafold.methods import make_spec
+from lorafold.train.activations import recompute
+from lorafold.train.adamw import check_available, described, make_optimizer, pick
 from lorafold.train.base import settled_base
 from lorafold.train.checkpoint import Progress, RunDirectory
 from lorafold.train.data import batches, split
@@ -34,7 +36,7 @@ from lorafold.train.display import Display
 from lorafold.train.loop import Job, fit
 from lorafold.train.losses import Loss
 from lorafold.train.objectives import OBJECTIVES, Data, Objective
-from lorafold.train.optim import make_optimizer, param_groups, restore_optimizer, restore_rng
+from lorafold.train.optim import param_groups, restore_optimizer, restore_rng
 from lorafold.train.recipe import Recipe
 from lorafold.train.rows import Row
 
@@ -138,6 +140,7 @@ def train(request: Request, console: Console) -> Trained:
     for path in (request.out, best_path(request.out)):
         check_out(path, request.overwrite or request.resume)
     RunDirectory(request.out).check_free(request.overwrite or request.resume)
+    check_available(request.recipe.optimizer)
     spec = make_spec(request.recipe.method, **method_options(request.recipe))
     if request.init_adapter and (fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)):
         raise LorafoldError(f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't be set beside it")
@@ -161,7 +164,7 @@ def train(request: Request, console: Console) -> Trained:
                else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        recompute(model)
     with ExitStack() as stack:
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
         job, progress = prepare(request, adapter, loss, accelerator, data, held_out, console)
@@ -194,7 +197,10 @@ def prepare(
         adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, data, recipe))
     lr = recipe.lr or adapter.spec.lr
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
-    wrapped, optimizer = accelerator.prepare(loss, make_optimizer(groups, recipe))
+    chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
+    progress.optimizer = chosen.name
+    console.print(described(chosen, groups), highlight=False, soft_wrap=True)
+    wrapped, optimizer = accelerator.prepare(loss, make_optimizer(chosen.name, groups, recipe))
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
         restore_rng(state)
