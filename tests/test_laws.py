@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorafold as lf
 from lorafold.bases import layer_of
+from lorafold.bases.foreign import PACKERS, set_compute_dtype
 from lorafold.core.spec import Spec
 
 METHODS: dict[str, Spec] = {
@@ -40,11 +41,27 @@ METHODS: dict[str, Spec] = {
     "fish": lf.FishMask(density=1.0),
 }
 
+
+def packed(kind: str) -> nn.Module:
+    plain = nn.Linear(16, 32)
+    module = PACKERS[kind](plain.weight)
+    module.bias = plain.bias
+    return module
+
+
+def to(root: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for module in root.to(dtype).modules():
+        set_compute_dtype(module, dtype)
+    return root
+
+
 BASES = {
     "linear": (lambda: nn.Linear(16, 32), lambda g: torch.randn(3, 5, 16, generator=g)),
     "no-bias": (lambda: nn.Linear(16, 32, bias=False), lambda g: torch.randn(3, 5, 16, generator=g)),
     "conv1d": (lambda: Conv1D(32, 16), lambda g: torch.randn(3, 5, 16, generator=g)),
     "embedding": (lambda: nn.Embedding(16, 32), lambda g: torch.randint(0, 16, (3, 5), generator=g)),
+    "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
 }
 
 # (method, base) for which the method is not defined; `attach` refuses them
@@ -56,7 +73,7 @@ CASES = [pytest.param(m, b, id=f"{m}-{b}") for m in METHODS for b in BASES if (m
 def adapted(method: str, base: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor, lf.Adapter]:
     torch.manual_seed(0)
     make, inputs = BASES[base]
-    root = nn.Sequential(make()).to(dtype)
+    root = to(nn.Sequential(make()), dtype)
     x = inputs(torch.Generator().manual_seed(1))
     x = x.to(dtype) if x.is_floating_point() else x
     return root, x, lf.attach(root, METHODS[method], ["0"])
@@ -86,7 +103,7 @@ def test_folding_then_calling_equals_calling(method: str, base: str) -> None:
     y = root(x)
     assert (y - bare).norm() > 1e-3 * bare.norm()
     adapter.merge()
-    assert type(root[0]) is type(BASES[base][0]())
+    assert type(root[0]) is (nn.Linear if base in PACKERS else type(BASES[base][0]()))
     assert (root(x) - y).norm() <= 1e-6 * y.norm()
 
 
@@ -147,7 +164,7 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
     root, x, adapter = adapted(method, base, torch.bfloat16)
     x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
     move(adapter, 1e-2)
-    exact = copy.deepcopy(root).double()
+    exact = to(copy.deepcopy(root), torch.float64)
     with torch.no_grad():
         with lf.only(exact):
             bare = exact(x.double())
@@ -164,7 +181,7 @@ def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:
     """A dither has three times the variance of rounding to the nearest, a stored row that is looked up no error at all."""
     root, x, adapter = adapted(method, base, torch.bfloat16)
     move(adapter)
-    exact = copy.deepcopy(root).double()
+    exact = to(copy.deepcopy(root), torch.float64)
     wide = x.double() if x.is_floating_point() else x
     with torch.no_grad():
         y, folded = exact(wide), copy.deepcopy(exact)

@@ -14,6 +14,7 @@ import importlib
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -101,9 +102,15 @@ class Linear4bit(Packed):
         return dtype
 
     def unpacked(self) -> Tensor:
-        state = self._state
-        unpacked: Tensor = bitsandbytes().functional.dequantize_4bit(self.module.weight.data, state)
-        return unpacked
+        state, ops = self._state, torch.ops.bitsandbytes
+        constants = state.absmax
+        if state.nested:
+            of = state.state2
+            constants = ops.dequantize_blockwise.default(constants, of.absmax, of.code, of.blocksize, of.dtype) + state.offset
+        # as one row: the CPU's AVX512 kernel takes the wrong constants where a row ends inside a block
+        size, codes = [prod(self.shape)], self.module.weight.data
+        flat: Tensor = ops.dequantize_4bit.default(codes, constants, state.blocksize, state.quant_type, size, state.dtype)
+        return flat.view(self.shape)
 
 
 class Linear8bit(Packed):
@@ -146,8 +153,8 @@ def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
             model.__dict__.pop(flag, None)
 
 
-def disable_repacking(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a packed module compute in that dtype, and keep its numbers as they are. Nothing to do for any other."""
+def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a packed module compute in that dtype, and never repack itself. Nothing to do for any other."""
     if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         settings: Any = module
         settings.compute_dtype, settings.compute_type_is_set, settings.support_avx512bf16_for_cpu = dtype, True, False

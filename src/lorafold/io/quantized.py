@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.bases import is_linear
-from lorafold.bases.foreign import bitsandbytes, disable_repacking
+from lorafold.bases import is_linear, layer_of
+from lorafold.bases.foreign import bitsandbytes, set_compute_dtype
 from lorafold.core.presets import all_linear, bare_modules, decoder_of
 from lorafold.errors import LorafoldError
 from lorafold.io.allocator import return_freed_blocks
 from lorafold.io.weights import FileWeights, model_files
+from lorafold.ops.nf4 import BLOCK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,11 +43,13 @@ def quantization_of(settings: Mapping[str, Any]) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """The paths of the linears that are packed: those of the blocks."""
+    """The paths of the linears that are packed: those of the blocks, if their rows are whole blocks of NF4's 64 weights. bitsandbytes'
+    forward, which runs where no adapter lies, misreads others on some CPUs."""
     body, _ = decoder_of(model)
     head = model.get_output_embeddings()
-    inside = [p for p in all_linear(model, is_linear) if model.get_submodule(p) is not head]
-    return [p for p in inside if not body or f"{p}.".startswith(f"{body}.")]
+    inside = [p for p in all_linear(model, is_linear) if not body or f"{p}.".startswith(f"{body}.")]
+    modules = {p: model.get_submodule(p) for p in inside}
+    return [p for p, m in modules.items() if m is not head and layer_of(m).shape[1] % BLOCK == 0]
 
 
 def read_quantized(
@@ -81,7 +84,7 @@ def read_quantized(
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let a packed model compute in that dtype: what is not packed is held in it, what is packed is unpacked to it."""
     for module in model.modules():
-        disable_repacking(module, dtype)
+        set_compute_dtype(module, dtype)
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None and tensor.dtype == torch.bfloat16:
