@@ -22,6 +22,7 @@ SIZE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": 512,
 }  # fmt: skip
+WIDE: dict[str, Any] = SIZE | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows of whole NF4 blocks
 GPT2_SIZE: dict[str, Any] = {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 CORPUS = [
@@ -54,7 +55,10 @@ def make_tokenizer():
 
 
 def make_config(kind: str, **tokens: int):
-    """llama: untied head · qwen2: biases in attention · gemma: tied, scaled embeddings · gpt2: Conv1D, tied, learned positions."""
+    """llama: untied head · qwen2: biases in attention · gemma: tied, scaled embeddings · gpt2: Conv1D, tied, learned positions.
+
+    Packed bases leave rows alone that are no whole blocks: llama-wide and gpt2-wide have such as are.
+    """
     from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config
 
     size_without_head_dim = {k: v for k, v in SIZE.items() if k != "head_dim"}
@@ -63,6 +67,8 @@ def make_config(kind: str, **tokens: int):
         "qwen2": lambda: Qwen2Config(**size_without_head_dim, **tokens),
         "gemma": lambda: GemmaConfig(**SIZE, **tokens),
         "gpt2": lambda: GPT2Config(**GPT2_SIZE, **tokens),
+        "llama-wide": lambda: LlamaConfig(**WIDE, **tokens),
+        "gpt2-wide": lambda: GPT2Config(**GPT2_SIZE | {"n_embd": 64, "n_inner": 128}, **tokens),
     }[kind]()
 
 

@@ -111,9 +111,10 @@ def test_copies_compute_the_same_and_are_independent(method: str, kind: str, twi
     with torch.no_grad():
         twin = twin_of(model)
         y = model(IDS).logits
-        assert torch.equal(twin(IDS).logits, y)
+        own = twin(IDS).logits
+        torch.testing.assert_close(own, y, rtol=1e-5, atol=1e-6)  # a copy lies elsewhere in memory, where a kernel may sum in another order
         moved(adapter)
-        assert torch.equal(twin(IDS).logits, y)
+        assert torch.equal(twin(IDS).logits, own)
         assert not torch.equal(model(IDS).logits, y)
 
 

@@ -78,7 +78,7 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
 
 
 def test_choices_say_what_is_accepted():
-    assert "base: found 'nf4' (from --base), expected 'auto', 'bf16' or 'fp32'" in refused(base="nf4")
+    assert "base: found 'fp8' (from --base), expected 'nf4', 'int8', 'bf16', 'fp32' or 'auto'" in refused(base="fp8")
     assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
     words = "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"
     assert f"optimizer: found 'adamax' (from --optimizer), expected {words}" in refused(optimizer="adamax")

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,13 +161,14 @@ class Adapter:
 
 def attach(
     model: nn.Module, spec: Spec, targets: str | Sequence[str] | Matches | None = None, name: str = "default",
-    *, bias: Bias = "none", modules_to_save: Sequence[str] | Matches = (),
+    *, bias: Bias = "none", modules_to_save: Sequence[str] | Matches = (), base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Lay an adapter over a model, freeze the base and make the adapter live, above those that are live already.
 
     targets: a preset (`lorafold.core.presets`), names or path ends, or one regex over whole paths (None: the method's own).
     bias: also train the biases of the adapted modules ("lora_only") or of every module ("all").
     modules_to_save: modules trained whole, such as a fresh head; these are no targets. Both may be matches that are found already.
+    base: the base's own weights where the model does not have them (see `load`), which some initializations ask for.
     LorafoldError, with the model untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
     """
     selection = selection_of(model)
@@ -181,10 +183,10 @@ def attach(
     laid: dict[str, list[Delta]] = {}
     for path in matches.paths:
         module = model.get_submodule(path)
-        layer = module.layer(*selection.names) if isinstance(module, Adapted) else layer_of(module)
+        layer = module.layer(*selection.names) if isinstance(module, Adapted) else layer_of(module, stored_at(base, path))
         try:
             laid[path] = [spec.at(path).build(layer)]
-        except NotMergeable as e:
+        except LorafoldError as e:
             raise LorafoldError(f"{path}: {type(spec).__name__} can't be laid on it: {e}") from None
     for path, module in biased(model, matches, bias):
         if path not in whole:
@@ -198,6 +200,12 @@ def attach(
     freeze(model, selection)
     selection.names += (name,)
     return Adapter(model, name, spec, matches, bias, tuple(saved.by_pattern))
+
+
+def stored_at(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
+    """Reads the weight that a module has in the base's own files."""
+    found = None if base is None else base.find(f"{path}.weight")
+    return None if base is None or found is None else partial(base.get, found)
 
 
 def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:

@@ -1,8 +1,9 @@
 """How modules store their matrix: one explicit table from the class that defines a module's forward to its layer."""
 
+from collections.abc import Callable
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.bases.foreign import Linear4bit, Linear8bit, Packed
@@ -30,8 +31,9 @@ def layer_class(module: nn.Module) -> type[Base]:
     return LAYERS.get(f"{definer.__module__}.{definer.__qualname__}", Plain)
 
 
-def layer_of(module: nn.Module) -> Base:
-    return layer_class(module)(module)
+def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> Base:
+    """The module as a layer; `stored` reads its weight as plain files hold it."""
+    return layer_class(module)(module, stored)
 
 
 def is_linear(module: nn.Module) -> bool:

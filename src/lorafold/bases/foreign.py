@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.layer import add
-from lorafold.errors import NotMergeable
+from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.frozen import frozen_linear
 
 
@@ -59,6 +59,12 @@ class Packed(Matrix):
     def weight(self) -> Tensor:
         compute: torch.dtype | None = getattr(self.module, "compute_dtype", None)
         return self.read(compute or self.dtype)
+
+    def original(self) -> Tensor:
+        if self.stored is None:
+            raise LorafoldError("its weight is packed, and the one that it was packed from is not at hand")
+        w = self.stored()
+        return w.t() if getattr(self.module, "source_cls", nn.Linear).__name__ == "Conv1D" else w
 
     @property
     def shape(self) -> tuple[int, int]:

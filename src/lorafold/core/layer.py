@@ -40,6 +40,10 @@ class Layer(ABC):
     @abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]: ...
 
+    def original(self) -> Tensor:  # (out, in)
+        """W as it was before it was packed; `dense` where it never was. LorafoldError where that is not known."""
+        return self.dense()[0]
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]: ...
@@ -59,8 +63,8 @@ class Base(Layer):
 
     linear = False  # a matrix applied to activations: what "all-linear" means
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
+        self._module, self.stored = module, stored  # `stored`: the weight as plain files hold it
 
     @property
     def module(self) -> nn.Module:
@@ -84,6 +88,9 @@ class Upon(Layer):
     """Abstract: a layer upon another, whose input, shape and module it has."""
 
     under: Layer
+
+    def original(self) -> Tensor:
+        return self.under.original()
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return self.under.op(x, m)

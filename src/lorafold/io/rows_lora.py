@@ -44,7 +44,7 @@ def or_empty(values: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def init_to_file(init: str) -> bool | str:
-    return next(value for value, name in INITS.items() if name == init)
+    return next((value for value, name in INITS.items() if name == init), True)
 
 
 def init_from_file(value: bool | str) -> str:

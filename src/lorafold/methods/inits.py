@@ -22,6 +22,7 @@ from lorafold.core.delta import LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.ops.svd import best_of_rank
 
 
 class OffsetDelta(LowRank):
@@ -77,7 +78,6 @@ class FromWeight(Spec):
 class PiSSA(FromWeight):
     """rank r; alpha (None: r); dropout on the branch; niter: subspace iterations of the randomized SVD (0: the whole SVD).
 
-    On a trained 1536 x 576 matrix 16 iterations take a quarter of the whole SVD's time and leave a residual within 5e-5 of the least.
     LorafoldError for values out of range.
     """
 
@@ -89,13 +89,7 @@ class PiSSA(FromWeight):
     lr: ClassVar[float] = 5e-4
 
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        if self.niter and 2 * self.rank < min(w.shape):
-            u, s, v = torch.svd_lowrank(w, q=2 * self.rank, niter=self.niter)
-            vt = v.t()
-        else:
-            u, s, vt = torch.linalg.svd(w, full_matrices=False)
-        root = (s[: self.rank] / self.scale).sqrt()
-        return u[:, : self.rank] * root, root[:, None] * vt[: self.rank]
+        return best_of_rank(w, self.rank, self.scale, self.niter)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
     y = W x + s B A drop(x)         A (r, in) random, B (out, r) zero, s = alpha / r, or alpha / sqrt(r) (rsLoRA)
 
 Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv 2312.03732. The default choice: it
-merges to zero cost, and r (out + in) parameters a matrix. At step 0 the model is the base, and A's first gradient is exactly zero.
+merges to zero cost, and r (out + in) parameters a matrix. At step 0 the model is the base, and A's first gradient is exactly zero;
+or, with LoftQ's init (Li et al. 2023, arXiv 2310.08659, eq. 6), s B A is the best change of rank r from what a packed base holds to the
+weights that it was packed from. LoftQ goes on to pack W - s B A and so forth, which makes a base of its own for every adapter; here it
+stops at the first round, and the base stays what all adapters share.
 The learning rate of B is the larger one (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 """
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +24,9 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.ops.svd import best_of_rank
 
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
@@ -35,10 +39,10 @@ class LoRADelta(LowRank):
         self.scale = scale
         self.A = nn.Parameter(torch.empty(rank, inn, device=device, dtype=torch.float32))
         self.B = nn.Parameter(torch.zeros(out, rank, device=device, dtype=torch.float32))
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(self.A, a=5**0.5)
-        else:
+        if init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B, self.A
@@ -46,7 +50,8 @@ class LoRADelta(LowRank):
 
 @dataclass(frozen=True)
 class LoRA(Spec):
-    """rank r; alpha (None: 2 r); dropout on the branch; rslora: scale by sqrt(r); init of A: kaiming (uniform, as PEFT) or gaussian.
+    """rank r; alpha (None: 2 r); dropout on the branch; rslora: scale by sqrt(r); init: of A, kaiming (uniform, as PEFT) or gaussian; or
+    loftq, of both (see above; then merge into the dequantized base, for the change undoes its rounding).
 
     `rank_pattern` and `alpha_pattern` override both at the modules whose path ends in the key (a regex); the first that matches counts.
     Raises LorafoldError for values out of range.
@@ -68,8 +73,8 @@ class LoRA(Spec):
         wrong = [f"rank {r!r} (a whole number from 1)" for r in ranks if not (isinstance(r, int) and r >= 1)]
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
-        if self.init not in ("kaiming", "gaussian"):
-            wrong.append(f"init {self.init!r} (kaiming or gaussian)")
+        if self.init not in get_args(Init):
+            wrong.append(f"init {self.init!r} ({', '.join(get_args(Init))})")
         if wrong:
             raise LorafoldError(f"LoRA: {'; '.join(wrong)}")
 
@@ -85,4 +90,12 @@ class LoRA(Spec):
     def build(self, layer: Layer) -> LoRADelta:
         out, inn = layer.shape
         device = next(layer.module.parameters()).device
-        return LoRADelta(out, inn, self.rank, self.scale, self.dropout, self.init, device)
+        delta = LoRADelta(out, inn, self.rank, self.scale, self.dropout, self.init, device)
+        if self.init == "loftq":
+            if self.rank > min(out, inn):
+                raise LorafoldError(f"init loftq: rank {self.rank} of a matrix {layer.shape}; expected at most {min(out, inn)}")
+            with torch.no_grad():
+                b, a = best_of_rank(layer.original().to(device).float() - layer.dense()[0].float(), self.rank, self.scale)
+                delta.B.copy_(b)
+                delta.A.copy_(a)
+        return delta

@@ -161,7 +161,7 @@ def train(request: Request, console: Console) -> Trained:
     saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
     weights = weights_of(source, storage)
     adapter = (load(model, request.init_adapter, trainable=True, base=weights) if request.init_adapter
-               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved))  # fmt: skip
+               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved, base=weights))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
         recompute(model)

