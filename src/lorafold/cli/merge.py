@@ -30,6 +30,14 @@ def command(
     adapter: Annotated[list[Path], typer.Option(help="A saved adapter (PEFT's format); repeat the option to fold several, in this order.")],
     out: OutOption,
     model: ModelOption = "smollm2",
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="original (the weights before they were packed), dequantized (those that it was trained on), nf4 or int8 (packed again). "
+            "Without it what the adapter was trained on: dequantized if that was packed, else original."
+        ),
+    ] = None,
+    base: Annotated[str, typer.Option(help="How the base was held in training, where no record says: nf4, int8 ...")] = "auto",
     rounding: Annotated[
         Rounding, typer.Option(help="nearest, stochastic (right on average), or auto: what each tensor's update needs.")
     ] = Rounding.auto,
@@ -55,7 +63,8 @@ def command(
     from lorafold.merge.run import merge
 
     result = merge(
-        model, adapter, out, rounding=rounding.value, seed=seed, certificate=certificate, probe=probe, allow_other_base=allow_other_base,
-        overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, device=device, console=messages(),
+        model, adapter, out, into=into, base=base, rounding=rounding.value, seed=seed, certificate=certificate, probe=probe,
+        allow_other_base=allow_other_base, overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, device=device,
+        console=messages(),
     )  # fmt: skip
     emit(json, result.as_json(), result.summary())

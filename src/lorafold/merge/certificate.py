@@ -81,11 +81,11 @@ def compare(
     return Gap(max(kl / positions, 0.0), gap, (squares / total) ** 0.5, agreed / positions, positions)
 
 
-@torch.inference_mode()
 def _logits(build: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:  # each (T, vocabulary), fp32
     model = build()
     for ids in texts:
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
         if not logits.isfinite().all():
             raise LorafoldError("the model's logits on probe text are not finite, so there is nothing to compare")
         yield logits

@@ -25,6 +25,7 @@ from lorafold.errors import LorafoldError
 from lorafold.io.atomic import write_json
 from lorafold.io.weights import INDEX
 from lorafold.merge.container import write_container
+from lorafold.merge.into import PACKING
 from lorafold.merge.plan import Plan, deltas_of
 from lorafold.merge.rounding import Rounding, Sums, generator_of, round_to
 
@@ -58,8 +59,10 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
             return plan.zeros.get(name)
         path, parameter = plan.changed[name]
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
+        stored: Tensor = getattr(module, parameter)
+        before = fold(module, [PACKING], parameter).to(stored.dtype) if PACKING in module.deltas else stored
         try:
-            result = round_to(fold(module, plan.adapters, parameter), getattr(module, parameter), rounding, generator_of(seed, name))
+            result = round_to(fold(module, plan.adapters, parameter), before, rounding, generator_of(seed, name))
         except LorafoldError as e:
             raise LorafoldError(f"{name}: {e}") from None
         sums += result.sums

@@ -23,6 +23,7 @@ from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.merge.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton, untied_config, with_biases
 from lorafold.merge.container import Entry
+from lorafold.merge.into import PACKING, lay_packing
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -49,16 +50,23 @@ class Plan:
         return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
 
 
-def plan(source: Path, adapters: Sequence[str | Path], *, allow_other_base: bool = False, trust_remote_code: bool = False) -> Plan:
+def plan(
+    source: Path, adapters: Sequence[str | Path], *, packing: str | None = None, allow_other_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:  # fmt: skip
     """Lay the adapters, in order, over the model in `source` and see what they change. Nothing is computed or written.
 
+    `packing`: a round trip that the weights make beneath the adapters (`into`).
     LorafoldError lists everything that stands in the way of the merge.
     """
     checkpoint = open_checkpoint(source)
     bones = skeleton(checkpoint, trust_remote_code)
+    if packing is not None:
+        lay_packing(bones.model, packing)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
     for name, path in zip(names, adapters, strict=True):
         load(bones.model, path, name, allow_other_base=allow_other_base)
+    names = (PACKING, *names)
     problems: dict[str, list[str]] = defaultdict(list)
     parameters: list[tuple[str, str]] = []  # (module path, name)
     for path, module in adapted_modules(bones.model):

@@ -17,9 +17,10 @@ from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import atomic_directory, write_json
 from lorafold.io.classifier import known_classes
-from lorafold.io.models import choose_device, load_model, load_tokenizer, resolve_model
+from lorafold.io.models import Storage, choose_device, load_model, load_tokenizer, resolve_model, weights_of
 from lorafold.merge.certificate import Gap, compare, probe_ids
 from lorafold.merge.fold import Folded, execute
+from lorafold.merge.into import Into, choose_into
 from lorafold.merge.plan import plan
 from lorafold.merge.rounding import Rounding
 
@@ -36,6 +37,7 @@ class Merged:
 
     gap: Gap | None
     folded: Folded
+    into: Into
     rounding: Rounding
     seed: int
     model: str
@@ -52,14 +54,14 @@ class Merged:
         folded = {"update_survival": self.folded.sums.survival, "rounding_noise": self.folded.sums.noise}
         done = {"rounded": self.folded.rounded, "untied": list(self.folded.untied), "biases": list(self.folded.biases)}
         asked = {"rounding": self.rounding, "seed": self.seed, "model": self.model, "adapters": list(self.adapters), "out": self.out}
-        return {**gap, **folded, **done, **asked}
+        return {**gap, **folded, **done, "into": self.into.target, "trained_on": self.into.trained_on, **asked}
 
     def summary(self) -> str:
         """A few lines to read."""
         words = {"exact": "kept as computed", "nearest": "rounded to nearest", "stochastic": f"rounded stochastically, seed {self.seed}"}
         how = ", ".join(f"{count} tensors {words[word]}" for word, count in self.folded.rounded.items())
         sums = self.folded.sums
-        lines = [f"merged: {self.out} ({how or 'nothing changed'})"]
+        lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
         lines.append(f"  {sums.survival:.2%} of the update survives; rounding added noise of {sums.noise:.2%} of its norm")
         if self.folded.untied:
             lines.append(f"  embedding and head share their weight no longer: {', '.join(self.folded.untied)} was added")
@@ -72,41 +74,58 @@ class Merged:
 
 
 def merge(
-    model: str, adapters: Sequence[str | Path], out: str | Path, *, rounding: Rounding = "auto", seed: int = 0, certificate: bool = True,
-    probe: str | Path | None = None, allow_other_base: bool = False, overwrite: bool = False, revision: str | None = None,
+    model: str, adapters: Sequence[str | Path], out: str | Path, *, into: str | None = None, base: str = "auto",
+    rounding: Rounding = "auto", seed: int = 0, certificate: bool = True, probe: str | Path | None = None,
+    allow_other_base: bool = False, overwrite: bool = False, revision: str | None = None,
     trust_remote_code: bool = False, device: str | None = None, console: Console | None = None,
 ) -> Merged:  # fmt: skip
     """Fold adapters, in the order given, into a model and write a plain Hugging Face directory, which appears whole or not at all.
 
-    `probe` is a data file whose rows the certificate is measured on (None: built-in texts); `device` computes the certificate.
+    `into` says what they are folded into and `base` how it was held in training (`lorafold.merge.into`; by default both as the adapters'
+    records say). `probe` is a data file whose rows the certificate is measured on (None: built-in texts); `device` computes it.
     Raises LorafoldError, with nothing left behind, listing what is wrong with the model, an adapter, the probe or `out`.
     """
     if not adapters:
         raise LorafoldError("nothing to merge: found no adapter, expected at least one")
-    where = choose_device(device)
+    where, target = choose_device(device), choose_into(into, adapters, base)
+    if console is not None and target.trained_on is not None:
+        console.print(f"merging into {target}", highlight=False)
     with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
         source = resolve_model(model, revision)
         if classes := known_classes(source, adapters):
             found = f"{', '.join(map(str, adapters))}: found a classifier of {', '.join(classes)}"
             raise LorafoldError(f"{found}, expected a language model's adapter; in Python: adapter.merge(), model.save_pretrained(out)")
         texts = probe_ids(load_tokenizer(source, trust_remote_code=trust_remote_code), probe) if certificate else []
-        planned = plan(source.path, adapters, allow_other_base=allow_other_base, trust_remote_code=trust_remote_code)
+        planned = plan(
+            source.path, adapters, packing=target.packing, allow_other_base=allow_other_base, trust_remote_code=trust_remote_code
+        )  # fmt: skip
         folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
         del planned
+        if target.repacked is not None:
+            repack(tmp, target.repacked, trust_remote_code)
+        trained = Storage(torch.float32, target.trained_on)
 
         def adapted() -> PreTrainedModel:
-            base = load_model(source, torch.float32, where, trust_remote_code=trust_remote_code)
+            base = load_model(source, trained, where, trust_remote_code=trust_remote_code)
             for i, path in enumerate(adapters):
-                load(base, path, f"adapter{i}", allow_other_base=allow_other_base)
+                load(base, path, f"adapter{i}", allow_other_base=allow_other_base, base=weights_of(source, trained))
             return base
 
         def merged() -> PreTrainedModel:
-            return load_model(tmp, torch.float32, where, trust_remote_code=trust_remote_code)
+            return load_model(tmp, Storage(torch.float32, target.repacked), where, trust_remote_code=trust_remote_code)
 
         gap = compare(adapted, merged, texts, tmp, bar("comparing")) if certificate else None
-        result = Merged(gap, folded, rounding, seed, source.name, tuple(map(str, adapters)), str(out))
+        result = Merged(gap, folded, target, rounding, seed, source.name, tuple(map(str, adapters)), str(out))
         write_json(tmp / CERTIFICATE, result.as_json())
     return result
+
+
+def repack(directory: Path, kind: str, trust_remote_code: bool) -> None:
+    """Pack a plain model in its place, a tensor at a time."""
+    model = load_model(directory, Storage(torch.bfloat16, kind), trust_remote_code=trust_remote_code)
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(directory)
 
 
 @contextmanager
