@@ -1,22 +1,20 @@
-"""What a fold needs: peak anonymous memory over an interpreter with torch loaded, and seconds. One JSON object a line. Linux only.
+"""What a fold needs: peak anonymous memory over an interpreter with everything imported, and seconds. One JSON object a line. Linux only.
 
     python benchmarks/merge_memory.py [--gigabytes 2.2]
 
 The fold (certificate aside) of LoRA of rank 16 on every linear, head included, into a synthetic sharded Llama of random bf16
 weights and into smollm2, whose head is tied to its embedding. The bound is three times the largest tensor in fp32 plus 300 MB. Each
-runs in a process of its own, which reports what it has with torch loaded; the parent then samples RssAnon until it ends. Pages of
-mapped files, which the kernel takes back whenever it likes, don't count.
+runs in a process of its own, which reports what it has with everything imported. Pages of mapped files, which the kernel takes back
+whenever it likes, don't count.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from lib.child import watch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
@@ -24,13 +22,7 @@ from lorafold.io.models import resolve_model
 from lorafold.merge.checkpoint import build, open_checkpoint
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
-CHILD = """
-import sys, torch
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
-print(anonymous(), flush=True)
-sys.stdin.readline()
-from lorafold.merge.run import merge
+WORK = """
 result = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], certificate=False)
 print(result.folded.sums.survival)
 """
@@ -75,28 +67,13 @@ def measure(label: str, model: Path, work: Path) -> None:
     entries = open_checkpoint(model).entries.values()
     largest = 4 * max(torch.Size(e.shape).numel() for e in entries)
     adapter = random_adapter(model, work / f"{label}-adapter")
-    command = [sys.executable, "-c", CHILD, str(model), str(adapter), str(work / f"{label}-merged")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        start_bytes = int(child.stdout.readline())
-        child.stdin.write("\n")
-        child.stdin.flush()
-        start, peak = time.perf_counter(), start_bytes
-        status = Path(f"/proc/{child.pid}/status")
-        while child.poll() is None:
-            anonymous = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in anonymous)])
-            time.sleep(0.001)
-        seconds = time.perf_counter() - start
-        if child.returncode:
-            sys.exit(f"{label}: the fold failed")
-        survival = float(child.stdout.read())
+    work_of = (str(model), str(adapter), str(work / f"{label}-merged"))
+    done = watch("from lorafold.merge.run import merge", WORK, *work_of)
     bound = 3 * largest + 300 * 10**6
     row = {
         "model": label, "weight_bytes": sum(e.size for e in entries), "largest_tensor_fp32_bytes": largest,
-        "peak_anonymous_bytes": peak - start_bytes, "bound_bytes": bound, "within_bound": peak - start_bytes <= bound,
-        "seconds": round(seconds, 1), "update_survival": round(survival, 4),
+        "peak_anonymous_bytes": done.anonymous, "bound_bytes": bound, "within_bound": done.anonymous <= bound,
+        "seconds": round(done.seconds, 1), "update_survival": round(float(done.output), 4),
     }  # fmt: skip
     print(json.dumps(row), flush=True)
 

@@ -1,0 +1,63 @@
+"""What loading a model as NF4 needs: peak memory over an interpreter with everything imported, and seconds. One JSON object a line.
+
+    python benchmarks/load_memory.py [--gigabytes 2.2]
+
+smollm2, and a synthetic sharded Llama of random bf16 weights. The bound is the packed model, its largest block in bf16 and 300 MB; mapped
+files count as well. Linux only.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from lib.child import watch
+from merge_memory import synthetic
+
+from lorafold.io.models import resolve_model
+from lorafold.merge.checkpoint import open_checkpoint
+
+WORK = """
+model = load_model(sys.argv[1], Storage(torch.bfloat16, sys.argv[2] if sys.argv[2] != "bf16" else None))
+kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+print(sum(kept.values()))
+"""
+IMPORTS = """
+from lorafold.io.models import Storage, load_model
+from lorafold.bases.foreign import bitsandbytes
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+bitsandbytes()
+"""
+
+
+def measure(label: str, model: Path, base: str) -> None:
+    sizes: dict[str, int] = {}
+    entries = open_checkpoint(model).entries
+    for name, entry in entries.items():
+        if ".layers." in name:
+            block = name.split(".layers.")[1].split(".")[0]
+            sizes[block] = sizes.get(block, 0) + 2 * torch.Size(entry.shape).numel()
+    done = watch(IMPORTS, WORK, str(model), base)
+    held = int(done.output.split()[-1])
+    bound = held + max(sizes.values()) + 300 * 10**6
+    row = {
+        "model": label, "base": base, "file_bytes": sum(e.size for e in entries.values()), "held_bytes": held,
+        "peak_resident_bytes": done.resident, "peak_anonymous_bytes": done.anonymous, "bound_bytes": bound,
+        "within_bound": done.resident <= bound, "seconds": round(done.seconds, 1),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights")
+    gigabytes = parser.parse_args().gigabytes
+    for base in ("bf16", "nf4"):
+        measure("smollm2", resolve_model("smollm2").path, base)
+    with tempfile.TemporaryDirectory() as scratch:
+        measure("synthetic-llama", synthetic(Path(scratch), gigabytes), "nf4")
+
+
+if __name__ == "__main__":
+    main()

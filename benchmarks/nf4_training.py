@@ -1,0 +1,93 @@
+"""Training on an NF4 base beside the same on bf16: bytes held, and seconds a step, forward and backward. One JSON object a line.
+
+    python benchmarks/nf4_training.py [--rounds 15]
+
+The embedded model, LoRA of rank 16 on every linear of the blocks. Both models are in one process and take their steps in turn; speeds are
+medians of what is measured in each turn, and of their ratios. Shapes: the quickstart's batch, and rows packed to 1024 tokens.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from rich.console import Console
+
+import lorafold as lf
+from lorafold.bases import is_linear
+from lorafold.core.targets import match
+from lorafold.io.allocator import keep_freed_blocks
+from lorafold.io.models import Storage, load_model, load_tokenizer
+from lorafold.quickstart_task import rows
+from lorafold.train.data import Example, encode
+from lorafold.train.losses import Completions
+from lorafold.train.objectives import Sft
+
+BASES = {"bf16": Storage(torch.bfloat16), "nf4": Storage(torch.bfloat16, "nf4")}
+
+
+def held(model: torch.nn.Module, inside: Sequence[str]) -> tuple[int, int]:
+    """(bytes of the linears' matrices, of the whole model), constants of packed ones included."""
+    matrices = everything = 0
+    seen = set()
+    for name, t in model.state_dict().items():
+        if t.data_ptr() not in seen:
+            seen.add(t.data_ptr())
+            everything += t.nbytes
+            matrices += t.nbytes if any(name.startswith(f"{path}.weight") for path in inside) else 0
+    return matrices, everything
+
+
+def batches(tokenizer: object) -> dict[str, list[Example]]:
+    Sft().set_up(tokenizer)
+    examples = encode(rows("train", 64, seed=0), tokenizer, 1024).examples
+    long = []
+    for example in examples:
+        if sum(len(e.ids) for e in long) + len(example.ids) <= 1024:
+            long.append(example)
+    return {"4 rows": examples[:4], "1024 tokens": long}
+
+
+def in_turn(losses: dict[str, Completions], examples: list[Example], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each forward and backward, by base; two turns warm up."""
+    times: dict[str, list[float]] = {base: [] for base in losses}
+    for turn in range(rounds + 2):
+        for base, loss in losses.items():
+            start = time.perf_counter()
+            loss(**loss.collate(examples, torch.device("cpu"))).backward()
+            if turn >= 2:
+                times[base].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each base and shape")
+    rounds = parser.parse_args().rounds
+    tokenizer = load_tokenizer("smollm2")
+    shapes = batches(tokenizer)
+    models = {base: load_model("smollm2", storage).train() for base, storage in BASES.items()}
+    keep_freed_blocks()
+    inside = match(models["bf16"], "all-linear", is_linear).paths
+    (matrices, everything), (packed, whole) = (held(model, inside) for model in models.values())
+    print(json.dumps({"linears_bytes": packed, "of_bf16": packed / matrices, "model_bytes": whole, "model_of_bf16": whole / everything}))
+    for dropout in (0.05, 0.0):
+        adapters = [lf.attach(model, lf.LoRA(dropout=dropout)) for model in models.values()]
+        with ExitStack() as stack:
+            quiet = Console(quiet=True)
+            losses = {b: stack.enter_context(Sft().loss(model, tokenizer, True, quiet)) for b, model in models.items()}
+            for shape, examples in shapes.items():
+                times, tokens = in_turn(losses, examples, rounds), sum(len(e.ids) for e in examples)
+                speeds = {f"{base}_tokens_per_second": round(tokens / statistics.median(t), 1) for base, t in times.items()}
+                ratio = statistics.median(b / n for b, n in zip(times["bf16"], times["nf4"], strict=True))
+                row = {"shape": shape, "tokens": tokens, "dropout": dropout, **speeds, "nf4_over_bf16": round(ratio, 3)}
+                print(json.dumps(row), flush=True)
+        for adapter in adapters:
+            adapter.detach()
+
+
+if __name__ == "__main__":
+    main()
