@@ -24,7 +24,8 @@ from torch import nn
 from lorafold.adapter import Adapter, load
 from lorafold.errors import NotMergeable
 from lorafold.evaluate import Interval, evaluate
-from lorafold.io.models import choose_device, choose_dtype, load_tokenizer, resolve_model
+from lorafold.io.models import choose_device, choose_dtype, resolve_model
+from lorafold.io.tokenizer import tokenizer_of
 from lorafold.merge.certificate import probe_ids
 from lorafold.methods import known_options
 from lorafold.train.recipe import Recipe
@@ -118,7 +119,7 @@ class Models:
     def __init__(self, request: Request, device: torch.device) -> None:
         self.request, self.device = request, device
         self.source, self.objective = objective_of(request)
-        self.tokenizer = load_tokenizer(self.source)
+        self.tokenizer = tokenizer_of(self.source, [request.out])
         self.objective.set_up(self.tokenizer)
 
     def base(self, dtype: torch.dtype) -> PreTrainedModel:
