@@ -36,7 +36,7 @@ def command(
         str | None, typer.Option(help='Words to be single tokens, as in "<|user|>,<|bot|>": their rows train too, also where known.')
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="A file with a Jinja chat template to use for the model's own; it is saved with the adapter.")
+        str | None, typer.Option(help="A file with a Jinja chat template, used in place of the model's own and saved with the adapter.")
     ] = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this saved adapter instead of a fresh one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialization, data order and dropout.")] = None,
