@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +15,23 @@ from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
 from lorafold.bases.biases import gained_with, has_bias, switch_on
+from lorafold.bases.dense import Embedding
 from lorafold.bases.foreign import record_unpacked
 from lorafold.bases.tied import sharers, untie
+from lorafold.bases.vocabulary import declare, grown
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
 from lorafold.core.combine import Stack
-from lorafold.core.delta import Delta, put
+from lorafold.core.delta import Delta, alike, put
 from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io import peft, whole
+from lorafold.io.card import VOCABULARY
 from lorafold.io.weights import ModelWeights, Weights
 from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.replace import ReplaceDelta, leaves
+from lorafold.methods.tokens import TokenRows, Tokens, carried
 
 Bias = Literal["none", "lora_only", "all"]
 
@@ -53,9 +57,20 @@ class Adapter:
 
     @property
     def own_deltas(self) -> dict[str, Delta]:
-        """The deltas that the spec built, by module path: without trained biases and modules to save."""
+        """The deltas that the spec built, by module path: without trained biases, modules to save and token rows."""
         deltas = self.deltas  # a walk over the model each time
         return {path: next(iter(deltas[path].parts())) for path in self.matches.paths}
+
+    @property
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """The ids whose rows train, by module path."""
+        return {path: part.ids for path, part in self.parts() if isinstance(part, TokenRows)}
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The size of the vocabulary where some tokens are new to the base."""
+        rows = {path: len(self.model.get_submodule(path).weight) for path in self.tokens}  # type: ignore[arg-type]
+        return max((max(ids) + 1 for path, ids in self.tokens.items() if max(ids) >= rows[path]), default=None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((f"{path}.{n}" if path else n, p) for path, d in self.deltas.items() for n, p in d.named_parameters())
@@ -88,32 +103,38 @@ class Adapter:
     ) -> Path:  # fmt: skip
         """Write the adapter in PEFT's format, or a plain model if it trained the base's own weights; the directory whole or not at all.
 
-        A plain model gets the `tokenizer` beside it. `card` is the text of its README.md, and `record` what `lorafold.json` says beside
-        the base's fingerprint; `base` has the base's own weights where the model does not (see `load`).
+        `tokenizer` is one that belongs with it and goes into the directory too: a plain model's, or one that has new tokens. `card` is the
+        text of its README.md, and `record` what `lorafold.json` says beside the base's fingerprint; `base` has the base's own weights
+        where the model does not (see `load`).
         Raises LorafoldError if `path` exists and overwrite is off.
         """
         if self.spec.trains_base:
             return whole.write(path, self.model, self.spec, tokenizer, overwrite=overwrite, card=card, record=record or {})
+        grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
         return peft.write(path, self.model, self.spec, self.matches, dict(self._parts_by_path()), self.bias, self.modules_to_save,
-                          base or ModelWeights(self.model), overwrite=overwrite, card=card, record=record or {})  # fmt: skip
+                          base or ModelWeights(self.model), tokenizer, overwrite=overwrite, card=card,
+                          record={**(record or {}), **grown})  # fmt: skip
 
     def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
         return ((path, list(delta.parts())) for path, delta in self.deltas.items())
 
     def merge(self, *, untie_weights: bool = False) -> None:
-        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it. A packed weight (NF4, int8) becomes
-        a plain one, in the dtype that it is computed with.
+        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it. New tokens grow the vocabulary; a
+        packed weight (NF4, int8) becomes a plain one, in the dtype that it is computed with.
 
         NotMergeable, before anything is changed, if a delta has no weight-space form, lies over another adapter's, adds a bias that a
-        plain model could not hold, or changes one of two tied weights (`untie_weights=True` gives that module a weight of its own).
+        plain model could not hold, gives embedding and head different vocabularies, or changes one of two tied weights
+        (`untie_weights=True` gives that module a weight of its own). Weights that are changed alike stay tied.
         """
-        problems, folded = [], {}
+        problems, folded, shared = [], {}, dict[str, list[str]]()
         for path, m in self.sites.items():
             below = next(iter(m.deltas))
             if below != self.name:
                 problems.append(f"{path}: adapter {below!r} lies beneath; merge that one first")
                 continue
-            if (tied := sharers(self.model, m)) and not untie_weights:
+            if (tied := sharers(self.model, m)) and self._change_alike(m, tied):
+                shared[path] = tied
+            elif tied and not untie_weights:
                 problems.append(f"{path}: its weight is tied to {', '.join(tied)}; untie_weights=True gives it its own")
                 continue
             try:
@@ -122,21 +143,34 @@ class Adapter:
             except NotMergeable as e:
                 problems.append(f"{path}: {e}")
         gained = [path for path, (_, b) in folded.items() if b is not None and not has_bias(self.model.get_submodule(path))]
+        flipped = [path for path in folded if issubclass(layer_class(self.model.get_submodule(path)), Embedding)]  # W (d, V)
+        rows = {path: w.shape[path in flipped] for path, (w, _) in folded.items()}
         try:
             switches = gained_with(self.model, gained)
+            vocabulary = grown(self.model, rows)
         except NotMergeable as e:
             problems.append(str(e))
         if problems:
             raise NotMergeable("; ".join(problems))
         switch_on(self.model, switches)
+        if vocabulary is not None:
+            declare(self.model, vocabulary)
         for path, (w, b) in folded.items():
             module = self.model.get_submodule(path)
-            if sharers(self.model, module):
+            if path not in shared and sharers(self.model, module):
                 untie(self.model, module)
             layer_of(module).unpack()
             layer_of(module).write(w, b)
+        for path, others in shared.items():  # those that grew have new parameters
+            for other in others:
+                self.model.get_submodule(other).weight = self.model.get_submodule(path).weight
         self.detach()
         record_unpacked(self.model, folded)
+
+    def _change_alike(self, module: Adapted, others: Sequence[str]) -> bool:
+        """Does the adapter make the same change of these modules, which share this one's weight?"""
+        found = [self.sites.get(path) for path in others]
+        return all(m is not None and alike(module.deltas[self.name], m.deltas[self.name]) for m in found)  # type: ignore[arg-type]
 
     def detach(self) -> None:
         """Take the adapter off; with the last one the model is what it was before the first."""
@@ -156,18 +190,23 @@ class Adapter:
         lines += [f"  {pattern}: {len(paths)} modules" for pattern, paths in self.matches.by_pattern.items()]
         lines += [f"  bias: {self.bias}"] * (self.bias != "none")
         lines += [f"  modules to save: {', '.join(self.modules_to_save)}"] * bool(self.modules_to_save)
+        tokens = [(path, part) for path, part in self.parts() if isinstance(part, TokenRows)]
+        lines += [f"  tokens: {len(t.ids)} rows of {path}" + ", which shares those of the embedding" * bool(t.twin) for path, t in tokens]
         return "\n".join([*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"])
 
 
 def attach(
     model: nn.Module, spec: Spec, targets: str | Sequence[str] | Matches | None = None, name: str = "default",
-    *, bias: Bias = "none", modules_to_save: Sequence[str] | Matches = (), base: Weights | None = None,
+    *, bias: Bias = "none", modules_to_save: Sequence[str] | Matches = (),
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | Tokens = (), base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Lay an adapter over a model, freeze the base and make the adapter live, above those that are live already.
 
     targets: a preset (`lorafold.core.presets`), names or path ends, or one regex over whole paths (None: the method's own).
     bias: also train the biases of the adapted modules ("lora_only") or of every module ("all").
     modules_to_save: modules trained whole, such as a fresh head; these are no targets. Both may be matches that are found already.
+    tokens: ids whose rows train, in the embedding and the head (or by module name). Those from the vocabulary's end on are new: the logits
+    have a column more for each while the adapter is live (`config.vocab_size` stays the base's, so leave the loss to lorafold).
     base: the base's own weights where the model does not have them (see `load`), which some initializations ask for.
     LorafoldError, with the model untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
     """
@@ -193,6 +232,7 @@ def attach(
             laid.setdefault(path, []).append(BiasDelta(len(module.bias), module.bias.device))  # type: ignore[arg-type]
     for path in whole:
         laid[path] = [ReplaceDelta(model.get_submodule(path), path)]
+    lay_rows(model, spec, tokens if isinstance(tokens, Tokens) else Tokens(tokens), selection.names, laid)
     spec.join({path: laid[path][0] for path in matches.paths})
     for path, deltas in laid.items():
         module = model.get_submodule(path)
@@ -206,6 +246,21 @@ def stored_at(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
     """Reads the weight that a module has in the base's own files."""
     found = None if base is None else base.find(f"{path}.weight")
     return None if base is None or found is None else partial(base.get, found)
+
+
+def lay_rows(model: nn.Module, spec: Spec, tokens: Tokens, live: Sequence[str], laid: dict[str, list[Delta]]) -> None:
+    """Add the token rows to what is laid already. LorafoldError where another change of the same module is in the way."""
+    rows = tokens.deltas(model, live)
+    if rows and spec.trains_base:
+        raise LorafoldError(f"tokens: {type(spec).__name__} trains the base's own weights, and rows of its own would lie over them")
+    over = [path for path in laid if path not in rows and any(carried(model.get_submodule(path)))]
+    problems = [f"{path} carries token rows of another adapter, so it has no shape of its own; merge that one first" for path in over]
+    for path, delta in rows.items():
+        if any(not isinstance(other, BiasDelta) for other in laid.get(path, ())):
+            problems.append(f"tokens: {path} is a target or a module to save as well; train its rows or the whole of it")
+        laid.setdefault(path, []).append(delta)
+    if problems:
+        raise LorafoldError("; ".join(problems))
 
 
 def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:
@@ -226,8 +281,9 @@ def load(
     stored, base = peft.read(path), base or ModelWeights(model)
     problems = [] if allow_other_base else stored.base_problems(base)
     try:
+        tokens, stored = stored.token_rows(model, base)
         adapter = attach(
-            model, stored.spec, stored.targets(model), name, bias=stored.bias, modules_to_save=stored.modules_to_save(model)
+            model, stored.spec, stored.targets(model), name, bias=stored.bias, modules_to_save=stored.modules_to_save(model), tokens=tokens
         )  # fmt: skip
     except LorafoldError as e:
         raise LorafoldError(f"{path}: {'; '.join([*problems, str(e)])}") from None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
+from lorafold.train.render import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +34,14 @@ def complete(
 ) -> list[str]:
     """The greedy answer to each prompt, in the order of the prompts, without special tokens.
 
-    An answer ends before the first end token (the generation config's or the tokenizer's) or after `max_new_tokens` tokens.
+    An answer ends before the first end token (the generation config's, the tokenizer's, or the special token with which the chat template
+    closes a turn) or after `max_new_tokens` tokens.
     `progress(done, total)` is called after each batch. Raises LorafoldError where a prompt has no tokens.
     """
     ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
     answers = [""] * len(ids)
-    with _greedy(model, tokenizer):
+    with _greedy(model, tokenizer, end_tokens(model, tokenizer)):
         for at in range(0, len(order), batch_size or BATCH):
             batch = order[at : at + (batch_size or BATCH)]
             for i, tokens in zip(batch, _complete_batch(model, [ids[i] for i in batch], max_new_tokens), strict=True):
@@ -67,9 +69,9 @@ def stream(
     generator = torch.Generator(model.device).manual_seed(seed)
     ids_1T, cache = torch.tensor([_tokenize(tokenizer, prompt)], device=model.device), None
     answer: list[int] = []
-    shown = ""
+    shown, stops = "", end_tokens(model, tokenizer)
     for _ in range(max_new_tokens):
-        with _greedy(model, tokenizer) as stops:
+        with _greedy(model, tokenizer, stops):
             step = _decode(model, ids_1T, torch.ones_like(ids_1T), cache, 1)
         assert step.logits is not None
         cache, logits_1V = step.cache, step.logits[0].float()
@@ -101,19 +103,37 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """The tokens that end an answer: those that model and tokenizer name, and the special token that closes a turn in the template."""
+    named = model.generation_config.eos_token_id
+    ends = named if isinstance(named, list) else [named]
+    return {end for end in (*ends, tokenizer.eos_token_id, _turn_end(tokenizer)) if end is not None}
+
+
+def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    if tokenizer.chat_template is None:
+        return None
+    word = "answer"
+    try:
+        text = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": word}], tokenizer)
+    except LorafoldError:  # a template that takes no such conversation tells nothing
+        return None
+    after = tokenizer(text.rpartition(word)[2], add_special_tokens=False).input_ids[:1]
+    added = tokenizer.added_tokens_decoder
+    return next((int(i) for i in after if i in added and added[i].special), None)
+
+
 @contextmanager
-def _greedy(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[set[int]]:
-    """The model in evaluation mode and decoding greedily, whatever its own generation config asks for; yields the end tokens."""
+def _greedy(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stops: set[int]) -> Iterator[None]:
+    """The model in evaluation mode and decoding greedily up to the end tokens, whatever its own generation config asks for."""
     from transformers import GenerationConfig
 
     own, training = model.generation_config, model.training
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    stops = {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
     padding = next((token for token in (tokenizer.pad_token_id, *sorted(stops)) if token is not None), 0)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=padding)
     model.eval()
     try:
-        yield stops
+        yield
     finally:
         model.generation_config = own
         model.train(training)

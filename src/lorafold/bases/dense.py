@@ -22,15 +22,16 @@ from lorafold.ops.lora import low_rank_linear
 
 
 def store(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Round `value` to the parameter's dtype and write it in place; a parameter that is missing is added."""
-    old = getattr(module, name, None)
-    if value is None or old is None:
-        if value is not None:
-            like = module.weight
-            setattr(module, name, nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad))  # type: ignore[arg-type]
+    """Round `value` to the parameter's dtype and write it in place; a parameter that is missing or shorter is put there anew."""
+    old: Tensor | None = getattr(module, name, None)
+    if value is None:
         return
-    with torch.no_grad():
-        old.copy_(value)
+    if old is not None and old.shape == value.shape:
+        with torch.no_grad():
+            old.copy_(value)
+        return
+    like: Tensor = module.weight if old is None else old  # type: ignore[assignment]
+    setattr(module, name, nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad))
 
 
 class Matrix(Base):
@@ -90,6 +91,8 @@ class Linear(Matrix):
     def write(self, w: Tensor, b: Tensor | None) -> None:
         store(self.module, "weight", w)
         store(self.module, "bias", b)
+        if hasattr(self.module, "out_features"):  # a head may have gained rows
+            self.module.out_features = len(w)  # type: ignore[assignment]
 
 
 class Conv1D(Matrix):
@@ -128,6 +131,8 @@ class Embedding(Base):
         if b is not None:
             raise NotMergeable("an embedding can't hold a bias")
         store(self.module, "weight", w.t())
+        if hasattr(self.module, "num_embeddings"):  # it may have gained rows
+            self.module.num_embeddings = w.shape[1]  # type: ignore[assignment]
 
 
 class Plain(Base):

@@ -26,7 +26,7 @@ def load_adapted(
     console: "Console",
     classify: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The base with the adapters stacked in the order given, and its tokenizer, ready to use.
+    """The base with the adapters stacked in the order given, and its tokenizer or that of the last adapter with one, ready to use.
 
     `classify` asks for a sequence classifier instead of a language model. LorafoldError as the loaders do, and where the adapters
     are for the other one.
@@ -34,11 +34,12 @@ def load_adapted(
     from lorafold.adapter import load
     from lorafold.errors import LorafoldError
     from lorafold.io.classifier import known_classes
-    from lorafold.io.models import choose_device, choose_storage, held_as, load_tokenizer, resolve_model, weights_of
+    from lorafold.io.models import choose_device, choose_storage, held_as, resolve_model, weights_of
+    from lorafold.io.tokenizer import tokenizer_of
     from lorafold.train.objectives import Classify, Objective, Sft
 
     source = resolve_model(model, revision)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(source, adapters, trust_remote_code)
     classes = known_classes(source, adapters)
     if (classes is not None) != classify:
         found = f"a classifier of {', '.join(classes)}" if classes else "no classifier"

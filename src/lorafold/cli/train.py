@@ -39,6 +39,12 @@ def command(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; --set and flags go over it.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field, as in --set rank=8; repeat it for more.")] = None,
+    new_tokens: Annotated[
+        str | None, typer.Option(help='Words to be single tokens, as in "<|user|>,<|bot|>": their rows train too, also where known.')
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A file with a Jinja chat template, used in place of the model's own and saved with the adapter.")
+    ] = None,
     init_adapter: Annotated[Path | None, typer.Option(help="Start from this saved adapter instead of a fresh one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialization, data order and dropout.")] = None,
     preview: Annotated[bool, typer.Option(help="Show the first rows as the model will see them, with the loss mask, and stop.")] = False,
@@ -54,9 +60,10 @@ def command(
     The defaults are the practical recipe: LoRA of rank 16 on all linear layers of the blocks, alpha 2r, dropout 0.05, LoRA+ learning
     rates 2e-4 and 3e-3, cosine with 3% warm-up, AdamW, loss on completions only.
     """
+    words = None if new_tokens is None else [word.strip() for word in new_tokens.split(",")]
     recipe = load_recipe(
         config, sets or (), method=method, base=base, objective=objective, optimizer=optimizer,
-        gradient_checkpointing=gradient_checkpointing, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, seed=seed, new_tokens=words, chat_template=chat_template,
     )  # fmt: skip
     from dataclasses import asdict
 

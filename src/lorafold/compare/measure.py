@@ -25,8 +25,9 @@ from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
 from lorafold.errors import NotMergeable
 from lorafold.evaluate import Interval, evaluate
-from lorafold.io.models import Storage, choose_device, choose_storage, load_tokenizer, resolve_model
+from lorafold.io.models import Storage, choose_device, choose_storage, resolve_model
 from lorafold.io.quantized import QUANTIZATIONS
+from lorafold.io.tokenizer import tokenizer_of
 from lorafold.merge.certificate import probe_ids
 from lorafold.methods import known_options, make_spec
 from lorafold.train.base import settled_base
@@ -122,7 +123,7 @@ class Models:
     def __init__(self, request: Request, device: torch.device) -> None:
         self.request, self.device = request, device
         self.source, self.objective = objective_of(request)
-        self.tokenizer = load_tokenizer(self.source)
+        self.tokenizer = tokenizer_of(self.source, [request.out])
         self.objective.set_up(self.tokenizer)
 
     def base(self, held: Storage) -> PreTrainedModel:

@@ -27,8 +27,10 @@ SFT = tuple(word for word in METHODS if word != "linear-probe")  # that one has 
 def compare(task: Task, methods: Sequence[str], seeds: Sequence[int], out: Path, tell: Callable[[Row, int, int], None]) -> list[Row]:
     """All rows, in order; `tell` hears of each with how many are done of how many.
 
-    LorafoldError, at once, for an unknown method and an option that no method has.
+    LorafoldError, at once, for an unknown method, an option that no method has, and new tokens: the base does not know them.
     """
+    if task.recipe.new_tokens:
+        raise LorafoldError("recipe: new_tokens: methods are compared with the base, on words that it knows; train them one by one")
     if unknown := [m for m in methods if m not in METHODS]:
         raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
     if strange := [o for o in task.recipe.options if not any(o in known_options(m) for m in methods)]:

@@ -10,7 +10,8 @@ Every class here is abstract; every method is a final subclass of one of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ class Delta(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """A term the training loss gains at each step, or None."""
         return None
+
+    @property
+    def twin(self) -> Delta | None:
+        """The delta that makes the very same change of a module whose weight is this one's too, so that it can stay shared."""
+        return None
+
+    def values_at(self) -> Sequence[int]:
+        """The rows of the stored weight that folding gives outright, whatever was there, instead of changing them."""
+        return ()
 
 
 class Opaque(Delta):
@@ -106,6 +116,12 @@ class LowRank(Additive):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = self.factors()
         return layer.low_rank(x, down, up, self.dropout if self.training else 0.0, onto)
+
+
+def alike(a: Delta, b: Delta) -> bool:
+    """Do the deltas of two modules that share a weight make the same change of it?"""
+    pairs = zip_longest(a.parts(), b.parts())
+    return all(x is not None and y is not None and (x.twin is y or y.twin is x) for x, y in pairs)
 
 
 def put(delta: Delta, name: str, value: Tensor) -> None:

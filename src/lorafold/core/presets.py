@@ -103,6 +103,13 @@ def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
     return found
 
 
+def vocabulary_ends(model: Any) -> list[str]:
+    """The paths of the input embedding and of the output embedding, as far as the model has them and says so."""
+    ends = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)]
+    paths = {id(m): path for path, m in bare_modules(model)}
+    return [paths[id(end)] for end in ends if end is not None]
+
+
 def decoder_of(model: Any) -> tuple[str, nn.Module]:
     """The module between the token ids and the head, with its path: the model itself where it has no head or no such part."""
     part = model.get_decoder() if hasattr(model, "get_decoder") else model

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 CLASSES = "classes"  # in an adapter's record: those that a classifier tells apart, by number
+VOCABULARY = "vocabulary"  # in an adapter's record: its size, where the adapter brings tokens that the base lacks
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOAD = """\
@@ -28,10 +29,10 @@ or with PEFT:
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, "path/to/this/directory")
+{grown}model = PeftModel.from_pretrained(model, "path/to/this/directory")
 ```
 """
-
+GROWN = "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer lies here too\n"
 
 LOAD_WHOLE = """\
 ## How to use it
@@ -60,13 +61,14 @@ def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, An
     classes = record.get(CLASSES)
     auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     head = f", num_labels={len(classes)}" if classes else ""
+    grown = GROWN.format(size=record[VOCABULARY]) if VOCABULARY in record else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
         title,
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
-        (LOAD_WHOLE if whole else LOAD).format(auto=auto, base=name, head=head),
+        (LOAD_WHOLE if whole else LOAD).format(auto=auto, base=name, head=head, grown=grown),
     ]
     return "\n".join(part for part in parts if part)
 

@@ -16,6 +16,7 @@ from lorafold.errors import LorafoldError
 from lorafold.io.format import Field, Method, Regex, Site
 from lorafold.io.selection import Patterns, Selection, saved_leaves
 from lorafold.io.table import METHODS
+from lorafold.io.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
 
@@ -34,12 +35,17 @@ def as_targets(value: str | list[str]) -> Patterns:
     return value.lower() if isinstance(value, str) and value.lower() == "all-linear" else as_patterns(value)
 
 
+def as_ids(value: list[int] | dict[str, list[int]] | None) -> Ids:
+    return {name: tuple(ids) for name, ids in value.items()} if isinstance(value, dict) else tuple(value or ())
+
+
 SELECTION = (
     Field("target_modules", "target_modules", Regex | list[str], None, from_file=as_targets),
     Field("modules_to_save", "modules_to_save", list[Regex] | None, None, from_file=as_tuple),
     Field("exclude_modules", "exclude_modules", Regex | list[str] | None, None, from_file=as_patterns),
     Field("layers_to_transform", "layers_to_transform", int | list[int] | None, None, from_file=as_tuple),
     Field("layers_pattern", "layers_pattern", Regex | list[Regex] | None, None, from_file=as_tuple),
+    Field(INDICES, "tokens", list[int] | dict[str, list[int]] | None, None, from_file=as_ids),
 )
 BIAS = Field("bias", "bias", Bias, "none")
 # what says where an adapter came from, not what it computes
@@ -74,6 +80,7 @@ def write_config(model: nn.Module, spec: Spec, sites: Sequence[Site], selection:
         config["target_modules"] = targets if isinstance(targets, str) else list(targets)
     if method.biases or bias != BIAS.default:
         config[BIAS.key] = bias
+    config |= describe(model, sites)
     return dict(sorted(config.items()))
 
 
@@ -82,7 +89,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     method = _method(config)
     spec, problems = method.read(config)
     shared: dict[str, Any] = {} if method.preset is None else {"target_modules": (), "preset": method.preset}
-    fields = (*(f for f in SELECTION if method.preset is None or f.key == "modules_to_save"), BIAS)
+    fields = (*(f for f in SELECTION if method.preset is None or f.key in ("modules_to_save", INDICES)), BIAS)
     for field in fields:
         try:
             shared[field.attribute] = field.read(config)

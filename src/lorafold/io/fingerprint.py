@@ -3,8 +3,8 @@
     {name: {"shape": [out, in], "dtype": "bfloat16", "values": "<16 fp32 numbers in hex>"}}        up to 32 tensors
 
 An adapter means nothing on another base than its own, and nothing in its shapes tells. The fingerprint does, whether the base is
-loaded in fp32, bf16 or fp16: two values agree if they are equal once both are rounded to the narrower of their dtypes.
-Taking it reads 512 numbers.
+loaded in fp32, bf16 or fp16: two values agree if they are equal once both are rounded to the narrower of their dtypes. A base whose
+vocabulary was resized is the same base. Taking it reads 512 numbers.
 """
 
 from __future__ import annotations
@@ -80,10 +80,15 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two floating-point tensors of one shape hold the same numbers, as far as the narrower of their dtypes tells."""
+    return bool(equal(a, b).all())
+
+
+def equal(a: Tensor, b: Tensor) -> Tensor:
+    """The same, number by number."""
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
     # bf16 and fp16 from one fp32 number: the fp16 one may lie past a bf16 tie (one unit), or among fp16's subnormals
     rtol, atol = (2**-7, 2**-24) if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16} else (0.0, 0.0)
-    return torch.allclose(a.to(narrow).float(), b.to(a.device).to(narrow).float(), rtol=rtol, atol=atol, equal_nan=True)
+    return torch.isclose(a.to(narrow).float(), b.to(a.device).to(narrow).float(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _sample(weights: Weights, name: str) -> dict[str, Any]:
@@ -98,9 +103,10 @@ def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
 
 
 def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | None:
-    shape = list(weights.shape(name))
-    if shape != expected["shape"]:
-        return f"{name} (shape {shape}, expected {expected['shape']})"
-    values = weights.at(name, _positions(shape))
+    shape, asked = list(weights.shape(name)), expected["shape"]
+    if shape[1:] != asked[1:] or len(shape) != len(asked) or (shape != asked and len(shape) < 2):
+        return f"{name} (shape {shape}, expected {asked})"
+    positions = _positions(asked)
+    both = positions[:, 0] < shape[0]  # a vocabulary that was resized is compared as far as both go
     wanted = torch.frombuffer(bytearray.fromhex(expected["values"]), dtype=torch.float32).to(getattr(torch, expected["dtype"]))
-    return None if same(values, wanted) else f"{name} (other values)"
+    return None if same(weights.at(name, positions[both]), wanted[both]) else f"{name} (other values)"

@@ -4,6 +4,7 @@
     adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module path>.lora_A.weight ...
     lorafold.json                  the base's fingerprint, the version, and a record of how it was made
     README.md                      the model card
+    tokenizer.json ...             the tokenizer, where the adapter has one of its own
 
 What a method looks like in them is one row of `table.py`. Reading is strict: everything in a directory is used and understood, or
 all that is not is named and nothing is changed. PEFT's own directories are read alike (they have no fingerprint).
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,9 +28,9 @@ from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
-from lorafold.io import fingerprint
+from lorafold.io import fingerprint, tokens
 from lorafold.io.atomic import atomic_directory, write_json
-from lorafold.io.card import training_card
+from lorafold.io.card import VOCABULARY, training_card
 from lorafold.io.config import CONFIG, Bias, read_config, write_config
 from lorafold.io.fingerprint import Fingerprint
 from lorafold.io.format import ROOT, Entry, Site
@@ -82,10 +83,10 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
 
 def write(
     path: str | Path, model: nn.Module, spec: Spec, matches: Matches, parts: Parts, bias: Bias, modules_to_save: Sequence[str],
-    base: Weights, *, overwrite: bool, card: str | None, record: Mapping[str, Any],
+    base: Weights, tokenizer: Any, *, overwrite: bool, card: str | None, record: Mapping[str, Any],
 ) -> Path:  # fmt: skip
-    """Write the directory, whole or not at all. `matches` and `modules_to_save` say what the user selected modules by, `base` has the
-    base's own weights.
+    """Write the directory, whole or not at all. `matches` and `modules_to_save` say what the user selected modules by; `base` has the
+    base's own weights; a `tokenizer` goes into it too.
 
     LorafoldError if the path exists and overwrite is off, the format has no place for something, or a value is not finite.
     """
@@ -98,11 +99,14 @@ def write(
     if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
     about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
-    own_card = training_card(config["base_model_name_or_path"] or "", {"recipe": {"method": type(spec).__name__, **vars(spec)}}, {})
+    shown = {k: v for k, v in record.items() if k == VOCABULARY} | {"recipe": {"method": type(spec).__name__, **vars(spec)}}
+    own_card = training_card(config["base_model_name_or_path"] or "", shown, {})
     with atomic_directory(path, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         write_json(directory / CONFIG, config)
         write_json(directory / RECORD, about)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
         (directory / CARD).write_text(card or own_card, encoding="utf-8")
     return Path(path)
 
@@ -123,6 +127,11 @@ class Stored:
 
     def modules_to_save(self, model: nn.Module) -> Matches:
         return self.selection.saved(model)
+
+    def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Stored]:
+        """The ids whose rows it holds, by module path, and itself with exactly those rows in its weights."""
+        ids, weights = tokens.completed(model, tokens.resolve(model, self.selection.tokens), self.weights, base)
+        return ids, replace(self, weights=weights)
 
     def base_problems(self, base: Weights) -> list[str]:
         """What says that the adapter was trained on another base. An adapter without a fingerprint fits any."""
@@ -186,7 +195,7 @@ def _stray(key: str, stored: Weights, base: Weights) -> str | None:
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
         return None
-    own = base.find(key.replace(".base_layer.", ".").replace(".original_module.", ".").removeprefix(f"{ROOT}."))
+    own = base.find(tokens.plain(key).removeprefix(f"{ROOT}."))
     if own is None or not tensor.is_floating_point():
         return f"unknown key {key}"
     if base.shape(own) != tuple(tensor.shape):

@@ -4,6 +4,7 @@
     exclude_modules    the same, taken out again; modules to save are taken out too
     layers_to_transform, layers_pattern    only in the blocks of these numbers
     modules_to_save    names that paths end with, in mid-word too
+    trainable_token_indices    ids whose rows are trained, by module (`tokens.py`)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lorafold.bases import is_linear
 from lorafold.core.presets import bare_modules
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
+from lorafold.io.tokens import Ids
 
 Patterns = str | tuple[str, ...]
 
@@ -31,6 +33,7 @@ class Selection:
     exclude_modules: Patterns = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    tokens: Ids = ()
     preset: str | None = None  # the method's own place, whatever the others say
 
     def targets(self, model: nn.Module) -> Matches:

@@ -19,10 +19,12 @@ from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 from lorafold.io import rows_lora, rows_others, rows_own, rows_virtual
 from lorafold.io.format import Entries, Entry, Method, Site
+from lorafold.io.tokens import ROWS
 from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
 from lorafold.methods.replace import ReplaceDelta
+from lorafold.methods.tokens import EmbeddingRows, HeadRows
 
 PLAIN = (*rows_lora.METHODS, *rows_others.METHODS)
 
@@ -67,6 +69,10 @@ def without_bias(bias: Tensor, site: Site) -> Tensor:
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 
+def token_rows(delta: Delta, layer: type[Base]) -> list[Entry]:
+    return [Entry("rows", f"{{at}}.{ROWS}")] * (delta.twin is None)
+
+
 TENSORS: dict[type[Delta], Entries] = {
     **rows_lora.TENSORS,
     **rows_others.TENSORS,
@@ -75,6 +81,8 @@ TENSORS: dict[type[Delta], Entries] = {
     DoRADelta: dora,
     BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],  # the file holds the bias itself
     ReplaceDelta: lambda delta, layer: [Entry(n, f"{{at}}.{n.removeprefix('copy.')}") for n, _ in delta.named_parameters()],
+    EmbeddingRows: token_rows,
+    HeadRows: token_rows,
 }
 
 

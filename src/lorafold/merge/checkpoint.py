@@ -150,12 +150,16 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _map_files(model: nn.Module, entries: dict[str, Entry], tied: dict[str, tuple[str, ...]]) -> None:
-    """Put the files' tensors in the parameters' places; a name that has none takes that of the parameter it is tied to."""
+    """Put the files' tensors in the parameters' places; a name that has none, or an equal one, takes that of one it is tied to."""
     by_file = defaultdict(list)
     for entry in entries.values():
         by_file[entry.file].append(entry.name)
     tensors = {name: t for file, names in by_file.items() for name, t in read_tensors(file, names).items()}
     parameters = {name: nn.Parameter(tensors[entry.name], requires_grad=False) for name, entry in entries.items()}
+    for name in tied.keys() & parameters.keys():  # stored more than once: transformers ties them if they are equal
+        first = min(n for n in (name, *tied[name]) if n in parameters)
+        if first != name and torch.equal(parameters[first], parameters[name]):
+            parameters[name] = parameters[first]
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
         if source is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,10 @@ class Entry:
     file: Path
     offset: int
     size: int
+
+    def shaped(self, shape: tuple[int, ...]) -> Entry:
+        """The entry of a tensor of that shape."""
+        return self if shape == self.shape else replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
 
 
 @dataclass(frozen=True)

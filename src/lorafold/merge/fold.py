@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
@@ -28,19 +27,21 @@ from lorafold.merge.container import write_container
 from lorafold.merge.into import PACKING
 from lorafold.merge.plan import Plan, deltas_of
 from lorafold.merge.rounding import Rounding, Sums, generator_of, round_to
+from lorafold.merge.stored import as_stored, settled
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What was done: the update's inner products, tensors by the way they were rounded, tensors that had to be added to untie, and
-    biases that the model had not."""
+    """What was done: the update's inner products, tensors by the way they were rounded, tensors that had to be added to untie, biases
+    that the model had not, and the size of the vocabulary if it grew."""
 
     sums: Sums
     rounded: dict[str, int]
     untied: tuple[str, ...]
     biases: tuple[str, ...]
+    vocabulary: int | None
 
 
 def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0, progress: Progress | None = None) -> Folded:
@@ -61,8 +62,10 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
         stored: Tensor = getattr(module, parameter)
         before = fold(module, [PACKING], parameter).to(stored.dtype) if PACKING in module.deltas else stored
+        values = [i for delta in deltas_of(module, plan.adapters) for part in delta.parts() for i in part.values_at()]
+        target, original = settled(fold(module, plan.adapters, parameter), before, values if parameter == "weight" else ())
         try:
-            result = round_to(fold(module, plan.adapters, parameter), before, rounding, generator_of(seed, name))
+            result = round_to(target, original, rounding, generator_of(seed, name))
         except LorafoldError as e:
             raise LorafoldError(f"{name}: {e}") from None
         sums += result.sums
@@ -86,7 +89,7 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
         metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}
         write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
     biases = tuple(name for name, like in plan.added.items() if like.name == name)
-    return Folded(sums, dict(rounded), tuple(name for name in plan.added if name not in biases), biases)
+    return Folded(sums, dict(rounded), tuple(name for name in plan.added if name not in biases), biases, plan.vocabulary)
 
 
 @torch.no_grad()
@@ -95,25 +98,10 @@ def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> Tensor:
     w, b = layer_of(module).dense()
     for delta in deltas_of(module, adapters):
         w, b = delta.fold(w, b)
-    own = {n: p for n, p in module._parameters.items() if p is not None}
-    wide = {n: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in own.items()}
-    with _holding(module, wide):
-        layer_of(module).write(w, b)
-    return wide[parameter]
+    return as_stored(module, w, b)[parameter]
 
 
 def need_space(directory: Path, size: int) -> None:
     """LorafoldError unless the disk that `directory` lies on has room for `size` bytes."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(f"the merged model takes {size / 1e9:.1f} GB, and {directory.parent} has {free / 1e9:.1f} GB left")
-
-
-@contextmanager
-def _holding(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Let these tensors stand in the places of the module's parameters."""
-    before = dict(module._parameters)
-    module._parameters.update({n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()})
-    try:
-        yield
-    finally:
-        module._parameters.update(before)

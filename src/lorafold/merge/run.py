@@ -17,7 +17,8 @@ from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import atomic_directory, write_json
 from lorafold.io.classifier import known_classes
-from lorafold.io.models import Storage, choose_device, load_model, load_tokenizer, resolve_model, weights_of
+from lorafold.io.models import Storage, choose_device, load_model, resolve_model, weights_of
+from lorafold.io.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
 from lorafold.merge.certificate import Gap, compare, probe_ids
 from lorafold.merge.fold import Folded, execute
 from lorafold.merge.into import Into, choose_into
@@ -53,8 +54,10 @@ class Merged:
         gap: dict[str, Any] = asdict(self.gap) if self.gap else dict.fromkeys(f.name for f in fields(Gap))
         folded = {"update_survival": self.folded.sums.survival, "rounding_noise": self.folded.sums.noise}
         done = {"rounded": self.folded.rounded, "untied": list(self.folded.untied), "biases": list(self.folded.biases)}
+        grown = {"vocabulary": self.folded.vocabulary}
         asked = {"rounding": self.rounding, "seed": self.seed, "model": self.model, "adapters": list(self.adapters), "out": self.out}
-        return {**gap, **folded, **done, "into": self.into.target, "trained_on": self.into.trained_on, **asked}
+        into = {"into": self.into.target, "trained_on": self.into.trained_on}
+        return {**gap, **folded, **done, **grown, **into, **asked}
 
     def summary(self) -> str:
         """A few lines to read."""
@@ -67,6 +70,8 @@ class Merged:
             lines.append(f"  embedding and head share their weight no longer: {', '.join(self.folded.untied)} was added")
         if self.folded.biases:
             lines.append(f"  {len(self.folded.biases)} biases were added, and switched on in config.json")
+        if self.folded.vocabulary:
+            lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
         if self.gap:
             lines.append(f"  against the adapted model, {self.gap.positions:,} positions in fp32: KL {self.gap.kl:.2e}, same token at "
                          f"{self.gap.argmax_agreement:.2%}, logits at most {self.gap.max_logit_gap:.3g} apart")  # fmt: skip
@@ -95,11 +100,15 @@ def merge(
         if classes := known_classes(source, adapters):
             found = f"{', '.join(map(str, adapters))}: found a classifier of {', '.join(classes)}"
             raise LorafoldError(f"{found}, expected a language model's adapter; in Python: adapter.merge(), model.save_pretrained(out)")
-        texts = probe_ids(load_tokenizer(source, trust_remote_code=trust_remote_code), probe) if certificate else []
+        own = any(map(has_tokenizer, adapters))
+        tokenizer = tokenizer_of(source, adapters, trust_remote_code) if own or certificate else None
+        texts = probe_ids(tokenizer, probe) if tokenizer is not None and certificate else []
         planned = plan(
             source.path, adapters, packing=target.packing, allow_other_base=allow_other_base, trust_remote_code=trust_remote_code
         )  # fmt: skip
         folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
+        if own and tokenizer is not None:
+            write_tokenizer(tokenizer, tmp)
         del planned
         if target.repacked is not None:
             repack(tmp, target.repacked, trust_remote_code)

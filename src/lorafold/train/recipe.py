@@ -40,6 +40,8 @@ class Recipe(BaseModel):
     alpha_pattern: dict[str, Positive] = Field({}, description="alpha of the layers that match a pattern")
     bias: Literal["none", "lora_only", "all"] = Field("none", description="biases that are trained: none, those of adapted layers, all")
     modules_to_save: tuple[Name, ...] = Field((), description="modules that are trained whole and saved with the adapter")
+    new_tokens: tuple[Name, ...] = Field((), description="words that become tokens, or are, whose rows train in embedding and head")
+    chat_template: Name | None = Field(None, description="file with a Jinja chat template, used in place of the model's own")
 
     objective: Literal["sft", "classify"] = Field(
         "sft", description="what is minimized: sft = next token on completions; classify = class of a text, by a head over the body"

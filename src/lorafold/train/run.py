@@ -23,10 +23,12 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluate import held_out_loss
 from lorafold.io.allocator import keep_freed_blocks
 from lorafold.io.atomic import check_out
-from lorafold.io.card import training_card
-from lorafold.io.models import ModelSource, choose_device, choose_storage, load_tokenizer, resolve_model, weights_of
+from lorafold.io.card import VOCABULARY, training_card
+from lorafold.io.models import ModelSource, choose_device, choose_storage, resolve_model, weights_of
+from lorafold.io.tokenizer import Words, add_words, has_tokenizer, set_template, tokenizer_of
 from lorafold.io.weights import Weights
 from lorafold.methods import make_spec
+from lorafold.methods.tokens import Tokens
 from lorafold.train.activations import recompute
 from lorafold.train.adamw import check_available, described, make_optimizer, pick
 from lorafold.train.base import settled_base
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Fields that an adapter to start from brings along.
-_OF_THE_ADAPTER = {"method", "rank", "alpha", "dropout", "options", "targets", "rank_pattern", "alpha_pattern", "bias", "modules_to_save"}
+_OF_THE_ADAPTER = {
+    "method", "rank", "alpha", "dropout", "options", "targets", "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "new_tokens",
+}  # fmt: skip
 # Fields that change what is watched or kept and not what is learned: a resumed run may differ in them.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 
@@ -104,29 +108,42 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     return source, OBJECTIVES[request.recipe.objective](request.rows, source, adapters)
 
 
-def tokenized(
+def tokenizer_for(
     request: Request, source: ModelSource, objective: Objective, console: Console
-) -> tuple[PreTrainedTokenizerBase, Data, Data | None]:
-    """The tokenizer, the training rows and the held-out rows, with what there is to say about them."""
-    tokenizer = load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    if notice := objective.set_up(tokenizer):
-        console.print(notice, highlight=False)
+) -> tuple[PreTrainedTokenizerBase, Words]:
+    """The tokenizer with the recipe's chat template and new tokens, and what is to be known of these. What was done is printed."""
+    adapters = [request.init_adapter] if request.init_adapter else []
+    tokenizer = tokenizer_of(source, adapters, request.trust_remote_code)
+    if request.recipe.chat_template is not None:
+        set_template(tokenizer, request.recipe.chat_template)
+    words = add_words(tokenizer, request.recipe.new_tokens)
+    for notice in (str(words), objective.set_up(tokenizer)):
+        if notice:
+            console.print(notice, highlight=False, markup=False)
+    return tokenizer, words
+
+
+def tokenized(
+    request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
+) -> tuple[Data, Data | None]:
+    """The training rows and the held-out rows, with what there is to say about them."""
     rows, held_out = list(request.rows), request.eval_rows
     if held_out is None and request.recipe.eval_fraction:
         rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
     train = objective.encode(rows, tokenizer, request.recipe.max_length)
     console.print(f"data: {train.report}", highlight=False)
     if not held_out:
-        return tokenizer, train, None
+        return train, None
     evaluation = objective.encode(held_out, tokenizer, request.recipe.max_length)
     console.print(f"held out: {evaluation.report}", highlight=False)
-    return tokenizer, train, evaluation
+    return train, evaluation
 
 
 def show(request: Request, console: Console, rows: int = 3) -> None:
     """Print the first rows as the model will see them, with the tokens that count in the loss marked."""
     source, objective = objective_of(request)
-    tokenizer, train, _ = tokenized(request, source, objective, console)
+    tokenizer, _ = tokenizer_for(request, source, objective, console)
+    train, _ = tokenized(request, tokenizer, objective, console)
     for example in train.examples[:rows]:
         console.rule()
         console.print(objective.preview(example, tokenizer))
@@ -147,7 +164,8 @@ def train(request: Request, console: Console) -> Trained:
     source, objective = objective_of(request)
     recipe = request.recipe.model_copy(update={"base": settled_base(request.recipe, spec, source, request.init_adapter)})
     request = replace(request, recipe=recipe)
-    tokenizer, data, held_out = tokenized(request, source, objective, console)
+    tokenizer, words = tokenizer_for(request, source, objective, console)
+    data, held_out = tokenized(request, tokenizer, objective, console)
     device = choose_device(request.device)
     storage = choose_storage(recipe.base, device)
     console.print(f"base: {storage.why}", highlight=False)
@@ -159,15 +177,16 @@ def train(request: Request, console: Console) -> Trained:
     keep_freed_blocks()
     torch.manual_seed(recipe.seed)
     saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
+    tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
     weights = weights_of(source, storage)
     adapter = (load(model, request.init_adapter, trainable=True, base=weights) if request.init_adapter
-               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved, base=weights))  # fmt: skip
+               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved, tokens=tokens, base=weights))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
     if recipe.gradient_checkpointing:
         recompute(model)
     with ExitStack() as stack:
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
-        job, progress = prepare(request, adapter, loss, accelerator, data, held_out, console)
+        job, progress = prepare(request, adapter, loss, accelerator, data, held_out, tokenizer, console)
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)
@@ -175,16 +194,21 @@ def train(request: Request, console: Console) -> Trained:
                 accelerator.end_training()
     if report := adapter.spec.report(adapter.own_deltas):
         console.print(report, highlight=False)
-    return finish(request, job, progress, tokenizer, objective.record(), weights)
+    inherited = request.init_adapter is not None and has_tokenizer(request.init_adapter)
+    own = tokenizer if words.ids or recipe.chat_template or inherited or adapter.spec.trains_base else None
+    return finish(request, job, progress, own, objective.record() | ({"new_tokens": words.ids} if words.ids else {}), weights)
 
 
 def prepare(
-    request: Request, adapter: Adapter, loss: Loss, accelerator: Accelerator, data: Data, held_out: Data | None, console: Console,
+    request: Request, adapter: Adapter, loss: Loss, accelerator: Accelerator, data: Data, held_out: Data | None,
+    tokenizer: PreTrainedTokenizerBase, console: Console,
 ) -> tuple[Job, Progress]:  # fmt: skip
     """The job, and how far it is: a fresh run is prepared by its method, one that is resumed takes up the tensors it had."""
     recipe, run = request.recipe, RunDirectory(request.out)
     identity: dict[str, Any] = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME}
     identity |= {"model": request.model, "data": digest(request.rows), "init_adapter": str(request.init_adapter or "")}
+    if recipe.chat_template is not None:
+        identity["chat_template"] = str(tokenizer.chat_template)  # what it says, not where it lies
     progress, state = Progress(), None
     loss.to(accelerator.device)
     if request.resume:
@@ -224,10 +248,11 @@ def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | No
 
 
 def finish(
-    request: Request, job: Job, progress: Progress, tokenizer: PreTrainedTokenizerBase, about: Mapping[str, Any], base: Weights | None
-) -> Trained:
-    """Write the adapter, with `about` in its record, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints.
-    `base` has the base's own weights where the model does not."""
+    request: Request, job: Job, progress: Progress, tokenizer: PreTrainedTokenizerBase | None, about: Mapping[str, Any],
+    base: Weights | None,
+) -> Trained:  # fmt: skip
+    """Write the adapter, with `about` in its record and the `tokenizer` beside it if it has its own, and the best one to `<out>.best` if
+    that was an earlier step; drop the checkpoints. `base` has the base's own weights where the model does not."""
     tail = progress.losses[-10:]
     result = Trained(
         train_loss=sum(tail) / len(tail), eval_loss=progress.evals.get(progress.step),
@@ -239,6 +264,8 @@ def finish(
         return result
     record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
               "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}, **about}  # fmt: skip
+    if (size := job.adapter.vocabulary) is not None:
+        record |= {VOCABULARY: size}
     card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
 
     def write(path: Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,41 @@
+"""The vocabulary of a model whose embedding and head have gained rows: what a plain model says of it, and that it has one only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorafold.core.presets import vocabulary_ends
+from lorafold.errors import NotMergeable
+
+
+def grown(model: Any, rows: Mapping[str, int]) -> int | None:
+    """The vocabulary of the model once the modules at these paths have that many rows; None where it stays what it is.
+
+    A model that does not say where its embeddings are has none to tell. NotMergeable if embedding and head would differ.
+    """
+    before = {path: len(model.get_submodule(path).weight) for path in vocabulary_ends(model)}
+    after = {path: rows.get(path, n) for path, n in before.items()}
+    if after == before:
+        return None
+    if len(set(after.values())) > 1:
+        sizes = ", ".join(f"{path} has {n} rows" for path, n in after.items())
+        raise NotMergeable(f"embedding and head of a plain model have one vocabulary: {sizes}; train the new tokens' rows in both")
+    return max(after.values())
+
+
+def declare(model: Any, size: int) -> None:
+    """Say in the model and its config that the vocabulary has this size."""
+    config = model.config.get_text_config()
+    for part in model.modules():
+        if getattr(part, "vocab_size", None) == config.vocab_size:
+            part.vocab_size = size
+    config.vocab_size = size
+
+
+def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The config file's content for a model whose vocabulary has this size."""
+    if "text_config" not in config:
+        return {**config, "vocab_size": size}
+    top = {"vocab_size": size} if "vocab_size" in config else {}
+    return {**config, **top, "text_config": {**config["text_config"], "vocab_size": size}}
