@@ -113,10 +113,11 @@ class Linear4bit(Packed):
         if state.nested:
             of = state.state2
             constants = ops.dequantize_blockwise.default(constants, of.absmax, of.code, of.blocksize, of.dtype) + state.offset
-        # as one row: the CPU's AVX512 kernel takes the wrong constants where a row ends inside a block
-        size, codes = [prod(self.shape)], self.module.weight.data
-        flat: Tensor = ops.dequantize_4bit.default(codes, constants, state.blocksize, state.quant_type, size, state.dtype)
-        return flat.view(self.shape)
+        # as one row where rows end inside a block: the CPU's AVX512 kernel would take the wrong constants there
+        rows = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
+        codes = self.module.weight.data
+        unpacked: Tensor = ops.dequantize_4bit.default(codes, constants, state.blocksize, state.quant_type, rows, state.dtype)
+        return unpacked.view(self.shape)
 
 
 class Linear8bit(Packed):
