@@ -13,10 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.foreign import PACKERS, Packed
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io import fingerprint
 from lorafold.io.models import Storage, choose_storage, load_model, resolve_model, weights_of
 from lorafold.io.record import read_record
+from lorafold.merge.run import merge
 from lorafold.methods import METHODS, make_spec, own_options
 from lorafold.ops import nf4
 from lorafold.train.recipe import Recipe
@@ -215,3 +216,20 @@ def test_packing_is_freed_with_the_model(tiny_model_dir):
 
 def test_storage_is_named_with_its_reason():
     assert choose_storage("nf4", "cpu").why.startswith("nf4, computed in ")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
+def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method):
+    """By the same command, and the merged model is what was trained; or the method says that it has no form in weight space."""
+    model = str(tiny_model_dir("llama-wide"))
+    options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
+    recipe = Recipe(method=method, steps=3, batch=4, options=options)
+    train(Request(model, tmp_path / "a", recipe, ROWS, "rows"), Console(quiet=True))
+    try:
+        merged = merge(model, [tmp_path / "a"], tmp_path / "out")
+    except NotMergeable:
+        assert not (tmp_path / "out").exists()
+        assert method in ("houlsby", "pfeiffer", "prompt", "prefix")
+    else:
+        assert merged.into.target == "dequantized"
+        assert merged.gap.kl < 1e-4

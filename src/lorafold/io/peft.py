@@ -12,7 +12,6 @@ all that is not is named and nothing is changed. PEFT's own directories are read
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -34,7 +33,7 @@ from lorafold.io.card import VOCABULARY, training_card
 from lorafold.io.config import CONFIG, Bias, read_config, write_config
 from lorafold.io.fingerprint import Fingerprint
 from lorafold.io.format import ROOT, Entry, Site
-from lorafold.io.record import RECORD, read_record
+from lorafold.io.record import RECORD, read_object, read_record
 from lorafold.io.selection import Selection, describe
 from lorafold.io.table import entries_of
 from lorafold.io.weights import FileWeights, Weights
@@ -146,7 +145,7 @@ def read(path: str | Path) -> Stored:
         inside = sorted(str(p.parent) for p in directory.glob(f"*/{CONFIG}"))
         raise LorafoldError(f"{path}: no {CONFIG}, so this is no adapter" + f"; there is one in {', '.join(inside)}" * bool(inside))
     problems: list[str] = []
-    config = _attempt(problems, lambda: read_config(_json(directory / CONFIG)))
+    config = _attempt(problems, lambda: read_config(read_object(directory / CONFIG)))
     weights = _attempt(problems, lambda: _open(directory))
     base = _attempt(problems, lambda: _fingerprint(directory))
     if config is None or weights is None or base is None:
@@ -226,13 +225,3 @@ def _fingerprint(directory: Path) -> Fingerprint:
         return fingerprint.parse(record.get("base", {}))
     except LorafoldError as e:
         raise LorafoldError(f"{RECORD}: {e}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise LorafoldError(f"{path.name}: not readable as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise LorafoldError(f"{path.name}: found {type(value).__name__}, expected an object")
-    return value

@@ -12,18 +12,21 @@ from lorafold.errors import LorafoldError
 RECORD = "lorafold.json"
 
 
-def read_record(directory: str | Path) -> dict[str, Any]:
-    """The record of a directory, empty where there is none. LorafoldError for one that is no JSON object."""
-    path = Path(directory) / RECORD
-    if not path.is_file():
-        return {}
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. LorafoldError if it is no object."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LorafoldError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise LorafoldError(f"{path}: found {type(record).__name__}, expected an object")
-    return record
+        raise LorafoldError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise LorafoldError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """The record of a directory, empty where there is none. LorafoldError for one that can't be read."""
+    path = Path(directory) / RECORD
+    return read_object(path) if path.is_file() else {}
 
 
 def base_trained_on(adapters: Sequence[str | Path]) -> str | None:
