@@ -74,9 +74,9 @@ def test_the_original_and_the_repacked_base_are_what_they_say(tiny_model_dir, tm
     assert json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert load_file(tmp_path / "nf4" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
     again = load_model(tmp_path / "nf4", Storage(torch.float32, "nf4"))
-    dequantized = load_model(tmp_path / "dequantized", torch.float32)
+    original = load_model(tmp_path / "original", torch.float32)
     site = "model.layers.1.mlp.gate_proj"
-    w, q = dequantized.get_submodule(site).weight, layer_of(again.get_submodule(site)).dense()[0]
+    w, q = original.get_submodule(site).weight, layer_of(again.get_submodule(site)).dense()[0]
     assert 0.01 < relative(q, w) < 0.15
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "nf4").get_submodule(site).weight.dtype == torch.uint8  # without us
 
@@ -123,7 +123,7 @@ def test_what_it_is_merged_into_is_said_before_it_is_done(tiny_model_dir, tmp_pa
     trained(base, tmp_path / "a")
     console = Console(record=True, width=200)
     merge(base, [tmp_path / "a"], tmp_path / "out", into="nf4", certificate=False, console=console)
-    assert "merging into the nf4 base that it was trained on, dequantized, and packed as nf4" in console.export_text()
+    assert "merging into the original weights (it was trained on nf4), and packed as nf4" in console.export_text()
 
 
 def test_gpt2_is_unpacked_in_its_own_orientation(tiny_model_dir, tmp_path):

@@ -2,9 +2,10 @@
 
     original        W + dW              the weights from before the packing: not what the adapter was trained on
     dequantized     q(W) + dW           what it was trained on, in 16 bits
-    nf4, int8       q(q(W) + dW)        packed again: small, at the price of another rounding
+    nf4, int8       q(W + dW)           packed anew: small, at the price of another rounding
 
-An adapter whose base was not packed is folded into the original, which may be packed afterwards.
+What is packed anew starts from the original weights. On those that were packed before, which lie on the grid of codes already, a change
+under half a step would be rounded away altogether (measured: an adapter that answers 99% right answers nothing right). An adapter whose base was not packed is folded into the original, which may be packed afterwards.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Into:
     @property
     def packing(self) -> str | None:
         """The round trip that W makes before anything is added to it."""
-        return None if self.target == "original" else self.trained_on
+        return self.trained_on if self.target == "dequantized" else None
 
     @property
     def repacked(self) -> str | None:

@@ -17,6 +17,7 @@ from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import atomic_directory, write_json
 from lorafold.io.classifier import known_classes
+from lorafold.io.loading import loading
 from lorafold.io.models import Storage, choose_device, load_model, resolve_model, weights_of
 from lorafold.io.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
 from lorafold.merge.certificate import Gap, compare, probe_ids
@@ -134,7 +135,8 @@ def repack(directory: Path, kind: str, trust_remote_code: bool) -> None:
     model = load_model(directory, Storage(torch.bfloat16, kind), trust_remote_code=trust_remote_code)
     for file in directory.glob("*.safetensors*"):
         file.unlink()
-    model.save_pretrained(directory)
+    with loading(f"the model packed as {kind}"):
+        model.save_pretrained(directory)
 
 
 @contextmanager
