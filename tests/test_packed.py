@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
@@ -153,6 +154,21 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     other = load_model(tmp_path / "other", held("nf4"))
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
         lf.load(other, tmp_path / "a", base=weights_of(resolve_model(tmp_path / "other"), held("nf4")))
+
+
+def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
+    """With more linears than a fingerprint has room for, none of its weights might be left to compare."""
+    config = load_model(tiny_model_dir("llama-wide"), torch.float32).config
+    config.num_hidden_layers = 8
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "deep")
+    weights = weights_of(resolve_model(tmp_path / "deep"), held("nf4"))
+    model = load_model(tmp_path / "deep", held("nf4"))
+    assert len(packed_paths(model)) > fingerprint.TENSORS
+    lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
+    lf.load(load_model(tmp_path / "deep", held("nf4")), tmp_path / "a")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "other")
+    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+        lf.load(load_model(tmp_path / "other", held("nf4")), tmp_path / "a")
 
 
 def test_weights_that_bitsandbytes_repacked_are_read_all_the_same():

@@ -25,7 +25,7 @@ from lorafold.io.weights import FileWeights, ModelWeights, Weights, model_files
 
 Fingerprint = dict[str, dict[str, Any]]
 
-TENSORS, VALUES = 32, 16
+TENSORS, VECTORS, VALUES = 32, 7, 16
 STRIDE = 2_654_435_761  # a prime far from any row length, so that positions spread over rows and columns
 
 
@@ -61,9 +61,13 @@ def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     inside = tuple(f"{path}." for path in without)
     names = [n for n in weights.names if weights.is_floating(n) and 0 not in weights.shape(n) and not n.startswith(inside)]
-    # matrices first: norms and biases may be all ones and zeros; then in an order that mixes kinds and depths
-    names.sort(key=lambda n: (len(weights.shape(n)) < 2, hashlib.sha256(n.encode()).digest()))
-    return {name: _sample(weights, name) for name in names[:TENSORS]}
+    names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())  # an order that mixes kinds and depths
+    matrices = [n for n in names if len(weights.shape(n)) > 1]
+    vectors = [n for n in names if n not in matrices]  # few of them: norms and biases may be all ones and zeros
+    # a packed base has no linear left to compare: the largest matrix, the embedding as a rule, and the vectors stay plain there
+    largest = sorted(matrices, key=lambda n: math.prod(weights.shape(n)))[-1:]
+    chosen = dict.fromkeys([*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors])
+    return {name: _sample(weights, name) for name in list(chosen)[:TENSORS]}
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:

@@ -5,7 +5,8 @@
     nf4, int8       q(W + dW)           packed anew: small, at the price of another rounding
 
 What is packed anew starts from the original weights. On those that were packed before, which lie on the grid of codes already, a change
-under half a step would be rounded away altogether (measured: an adapter that answers 99% right answers nothing right). An adapter whose base was not packed is folded into the original, which may be packed afterwards.
+under half a step would be rounded away altogether (measured: an adapter that answers 99% right answers nothing right). An adapter whose
+base was not packed is folded into the original, which may be packed afterwards.
 """
 
 from __future__ import annotations
