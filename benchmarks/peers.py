@@ -48,10 +48,11 @@ for _ in range(3):
 
 
 class Steps(NamedTuple):
-    """A loss over fixed data, and the optimizer of what it trains."""
+    """A loss over fixed data, the optimizer of what it trains, and what must stay open until the last step."""
 
     loss: Callable[[], Tensor]
     optimizer: torch.optim.Optimizer
+    open: object = None
 
 
 def data(batch: int, length: int) -> Tensor:
@@ -64,10 +65,11 @@ def ours(setting: Setting, batch: int, length: int) -> Steps:
     spec = lf.LoRA(dropout=setting.dropout)
     adapter = lf.attach(model, lf.DoRA(spec) if setting.dora else spec)
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
-    loss = Sft().loss(model, tokenizer, True, Console(quiet=True)).__enter__()  # for as long as the process lives
+    packing = Sft().loss(model, tokenizer, True, Console(quiet=True))
+    loss = packing.__enter__()
     inputs = loss.collate([Example(tuple(row), tuple(row)) for row in data(batch, length).tolist()], torch.device("cpu"))
     loss.train()
-    return Steps(lambda: loss(**inputs) / (batch * (length - 1)), torch.optim.AdamW(adapter.parameters(), lr=2e-4))
+    return Steps(lambda: loss(**inputs) / (batch * (length - 1)), torch.optim.AdamW(adapter.parameters(), lr=2e-4), packing)
 
 
 def peft(setting: Setting, batch: int, length: int) -> Steps:

@@ -40,6 +40,10 @@ class Layer(ABC):
     @abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]: ...
 
+    @property
+    def bias(self) -> Tensor | None:  # (out,)
+        return self.dense()[1]
+
     def original(self) -> Tensor:  # (out, in)
         """W as it was before it was packed; `dense` where it never was. LorafoldError where that is not known."""
         return self.dense()[0]

@@ -66,13 +66,14 @@ class DoRADelta(Delta):
         return self.inner.penalty()
 
     @torch.no_grad()
-    def row_norms(self, layer: Layer, w: Tensor) -> Tensor:  # (out,), fp32 or wider
+    def row_norms(self, layer: Layer) -> Tensor:  # (out,), fp32 or wider
         """|V|. What is frozen, |w|^2, is kept while it is; the norms themselves outside training, where nothing changes between steps."""
         if torch.compiler.is_compiling() or not isinstance(layer, Base):
-            return self.inner.row_squares(w, squares(w)).sqrt()
+            return self.inner.row_squares(w := layer.dense()[0], squares(w)).sqrt()
         base = [p for p in layer.module._parameters.values() if p is not None]
 
         def make() -> Tensor:
+            w = layer.dense()[0]
             return self.inner.row_squares(w, self.own.get(base, lambda: squares(w))).sqrt()
 
         if self.training:  # an optimizer may write to parameters in ways that leave no trace
@@ -84,8 +85,7 @@ class DoRADelta(Delta):
         return self.magnitude / torch.where(norms > 0, norms, 1)  # a row of zeros has no direction
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        w, b = layer.dense()
-        g = self.gain(self.row_norms(layer, w))
+        b, g = layer.bias, self.gain(self.row_norms(layer))
         return scale(self.inner(layer, x), g, None if b is None else b * (1 - g), onto)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
