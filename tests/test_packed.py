@@ -135,6 +135,8 @@ def test_a_checkpoint_that_is_packed_loads_as_it_is(tiny_model_dir, tmp_path, ki
     other = next(k for k in KINDS if k != kind)
     with pytest.raises(LorafoldError, match=f"stored as {kind}, so it can't be held as {other}"):
         load_model(tmp_path / "packed", held(other))
+    with pytest.raises(LorafoldError, match=f"stored as {kind}; expected the base {kind}"):
+        load_model(tmp_path / "packed", torch.float32)
 
 
 def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir, tmp_path):

@@ -91,10 +91,13 @@ def read_weights(
     auto: Any, source: ModelSource, storage: "Storage | torch.dtype", device: "torch.device | str", trust_remote_code: bool, **config: Any
 ) -> tuple[Any, list[str]]:
     """The model that one of transformers' auto classes makes of the source, in evaluation mode on the device, and the names of its
-    weights that the files lack. `config` goes over the model's own."""
+    weights that the files lack. `config` goes over the model's own. LorafoldError where the files hold packed weights and whole ones are
+    asked for."""
     import torch
 
     held = storage if isinstance(storage, Storage) else Storage(storage)
+    if held.quantization is None and (stored := held_as(source)) != "auto":
+        raise LorafoldError(f"model {source.name}: its weights are stored as {stored}; expected the base {stored}")
     if held.quantization is None:
         model, info = auto.from_pretrained(
             source.path, dtype=held.dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **config
