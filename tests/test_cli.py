@@ -128,7 +128,13 @@ def test_ctrl_c_ends_with_130(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background it is ignored
     )
     waiting = open_once_read(rows, child)
-    child.send_signal(signal.SIGINT)
+    for _ in range(6):  # a signal that comes just before the read begins is noticed only when the next one breaks it off
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(timeout=10)
+            break
+        except subprocess.TimeoutExpired:
+            continue
     _, told = child.communicate(timeout=60)
     os.close(waiting)
     assert child.returncode == 130
