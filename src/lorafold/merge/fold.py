@@ -60,10 +60,9 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
             return plan.zeros.get(name)
         path, parameter = plan.changed[name]
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
-        stored: Tensor = getattr(module, parameter)
-        before = fold(module, [PACKING], parameter).to(stored.dtype) if PACKING in module.deltas else stored
+        before, after = fold(module, plan.adapters, parameter)
         values = [i for delta in deltas_of(module, plan.adapters) for part in delta.parts() for i in part.values_at()]
-        target, original = settled(fold(module, plan.adapters, parameter), before, values if parameter == "weight" else ())
+        target, original = settled(after, before, values if parameter == "weight" else ())
         try:
             result = round_to(target, original, rounding, generator_of(seed, name))
         except LorafoldError as e:
@@ -93,12 +92,17 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
 
 
 @torch.no_grad()
-def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> Tensor:
-    """The module's weight or bias under the named adapters, in fp32 or wider, as the module stores it."""
+def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> tuple[Tensor, Tensor]:
+    """The module's weight or bias as it stores them: what the named adapters are added to, in its own dtype, and what comes of it, in fp32
+    or wider."""
+    before: Tensor = getattr(module, parameter)
     w, b = layer_of(module).dense()
+    for delta in deltas_of(module, [PACKING]):
+        w, b = delta.fold(w, b)
+        before = as_stored(module, w, b)[parameter].to(before.dtype)
     for delta in deltas_of(module, adapters):
         w, b = delta.fold(w, b)
-    return as_stored(module, w, b)[parameter]
+    return before, as_stored(module, w, b)[parameter]
 
 
 def need_space(directory: Path, size: int) -> None:

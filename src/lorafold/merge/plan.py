@@ -117,7 +117,7 @@ def plan(
     zeros = {entry.name: bones.model.get_parameter(name).data for name, entry in biases.items() if entry.name not in changed}
     added = _untied(bones, loose, sources) | {entry.name: entry for entry in biases.values()}
     shaped = {name: folded[".".join(at)] for name, at in changed.items()}
-    return Plan(checkpoint, bones.model, names, changed, added, zeros, config, shaped, vocabulary)
+    return Plan(checkpoint, bones.model, names[1:], changed, added, zeros, config, shaped, vocabulary)
 
 
 def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
