@@ -27,6 +27,7 @@ from lorafold.core.targets import match
 from lorafold.io.allocator import keep_freed_blocks
 from lorafold.io.models import Storage, load_model
 from lorafold.train.data import Example
+from lorafold.train.fused import fused
 from lorafold.train.objectives import Sft
 
 
@@ -60,16 +61,18 @@ def data(batch: int, length: int) -> Tensor:
 
 
 def ours(setting: Setting, batch: int, length: int) -> Steps:
-    keep_freed_blocks()
     model = load_model("smollm2", Storage(torch.bfloat16, setting.quantization))
+    keep_freed_blocks()
     spec = lf.LoRA(dropout=setting.dropout)
     adapter = lf.attach(model, lf.DoRA(spec) if setting.dora else spec)
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
+    fast = fused(model)
+    print(fast.__enter__(), file=sys.stderr)
     packing = Sft().loss(model, tokenizer, True, Console(quiet=True))
     loss = packing.__enter__()
     inputs = loss.collate([Example(tuple(row), tuple(row)) for row in data(batch, length).tolist()], torch.device("cpu"))
     loss.train()
-    return Steps(lambda: loss(**inputs) / (batch * (length - 1)), torch.optim.AdamW(adapter.parameters(), lr=2e-4), packing)
+    return Steps(lambda: loss(**inputs) / (batch * (length - 1)), torch.optim.AdamW(adapter.parameters(), lr=2e-4), (fast, packing))
 
 
 def peft(setting: Setting, batch: int, length: int) -> Steps:

@@ -72,7 +72,7 @@ class Matrix(Base):
         return F.linear(x, m.to(x.dtype))
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p)[0] if p else x
+        return dropout(x, p) if p else x
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.weight(), self.bias
@@ -148,7 +148,7 @@ class Plain(Base):
         raise NotMergeable(f"{type(self.module).__name__} holds no matrix")
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p)[0] if p else x
+        return dropout(x, p) if p else x
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight = getattr(self.module, "weight", None)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-TILE = 256
+TILE = 128
 
 
 class Tile(NamedTuple):

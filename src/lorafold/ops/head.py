@@ -8,7 +8,7 @@ with the decoder's work replaced by given hidden states, CHUNK rows at a time. E
 exist for more than CHUNK rows, and the backward is one multiplication. A frozen linear head that agrees with the model on that single row
 takes a shorter way without a graph. Use it wherever a causal language model is trained or its loss measured.
 
-1024 rows of SmolLM2-135M's head (V 49,152) in bf16: 75 MB of buffers where whole logits and their gradients take 600, in 0.85 of the time.
+1024 rows of SmolLM2-135M's head (V 49,152) in bf16: 31 MB of buffers where whole logits and their gradients take 600, in 0.8 of the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from lorafold.core.presets import decoder_of
 from lorafold.errors import LorafoldError
 
-CHUNK = 256
+CHUNK = 256  # rows whose logits exist at a time
+BLOCK = 32  # rows whose probabilities exist in fp32 at a time: 32 x 49,152 of them stay in cache
 NO_LOSS = -100  # torch's ignore_index
 
 
@@ -65,7 +66,7 @@ def _until_head(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tup
     labels = labels.to(caught[0].device)
     labelled = labels != NO_LOSS
     h, targets = caught[0][:, -labels.shape[1] :][labelled], labels[labelled]
-    return h, targets, _linear_form(model, output.logits, caught[0].detach()[:1, -1:]), output
+    return h, targets, _linear_form(model, output.logits, _last(caught[0])), output
 
 
 def _decoder(model: Any) -> Any:
@@ -83,7 +84,7 @@ def _caught(decoder: Any) -> Iterator[list[Tensor]]:
 
     def catch(module: nn.Module, args: Any, output: Any) -> Any:
         caught.append(output.last_hidden_state)
-        output.last_hidden_state = output.last_hidden_state.detach()[:1, -1:]
+        output.last_hidden_state = _last(output.last_hidden_state)
         return output
 
     handle = decoder.register_forward_hook(catch)
@@ -91,6 +92,11 @@ def _caught(decoder: Any) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         handle.remove()
+
+
+def _last(h: Tensor) -> Tensor:
+    """One position of h (B, T, d), (1, 1, d) with the strides of a tensor of its own: with others torch copies the whole head to multiply."""
+    return h.detach()[0, -1].view(1, 1, -1)
 
 
 class _Given:
@@ -224,22 +230,23 @@ class _LinearHead(Function):
         linear = _Linear(w, b, scale, cap)
         total = h.new_zeros((), dtype=_wide(h))
         gh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        buffer = h.new_empty(min(CHUNK, len(h)), len(w), dtype=total.dtype)
+        buffer = h.new_empty(BLOCK, len(w), dtype=total.dtype)
         for at in range(0, len(h), CHUNK):
-            y = targets[at : at + CHUNK, None]
             z = linear.logits(h[at : at + CHUNK])
-            top, where = z.max(-1, keepdim=True)
-            p = torch.softmax(z, -1, dtype=total.dtype, out=buffer[: len(z)])
-            # log sum exp(z) = top - log p[top], without a second pass over z in fp32
-            total += (top.to(total.dtype) - p.gather(1, where).log() - z.gather(1, y).to(total.dtype)).sum()
-            if gh is None:
-                continue
-            p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
-            if cap is not None:
-                p.mul_(1 - (z.to(p.dtype) / cap).square_())
-            if scale != 1.0:
-                p.mul_(scale)
-            gh[at : at + CHUNK] = z.copy_(p) @ w
+            for z_block, y in zip(z.split(BLOCK), targets[at : at + CHUNK, None].split(BLOCK), strict=True):
+                p = buffer[: len(z_block)].copy_(z_block)
+                top, z_y = p.amax(-1), p.gather(1, y)[:, 0]
+                slope = None if cap is None else (p / -cap).mul_(p).div_(cap).add_(1)  # of the cap, 1 - (z / cap)^2
+                torch.softmax(p, -1, out=p)
+                total += (top - p.amax(-1).log() - z_y).sum()  # log sum exp(z) = top - log p(top), without another pass of exp
+                if gh is None:
+                    continue
+                p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+                if slope is not None:
+                    p.mul_(slope)
+                z_block.copy_(p if scale == 1.0 else p.mul_(scale))
+            if gh is not None:
+                gh[at : at + CHUNK] = z @ w
         ctx.save_for_backward(gh)
         return total
 

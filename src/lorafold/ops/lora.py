@@ -1,12 +1,12 @@
 """A linear under a low-rank change with one rounding, forward and backward.
 
-    u  = (x * keep) A^T                     (T, r)
+    u  = drop(x) A^T                         (T, r)
     y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32 accumulator and rounds once
-    gx = addmm((g k B) A * keep, g, W)      the mirror image
+    gx = addmm(drop((g k B) A), g, W)       the mirror image, with the same places emptied
 
-W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, keep (T, in) is 0 or 1 and k = 1 / (1 - p).
-Only x, u, the mask and the small factors are kept for the backward; W is read again (`frozen.Read`). Written out in plain torch, it is
-`Layer.low_rank`.
+W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets places of (T, in) to 0 and k = 1 / (1 - p).
+Only x, u, those places and the small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
+`reference.low_rank_linear`; over any other layer it is `Layer.low_rank`.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.dropout import keep_mask, keep_scale
+from lorafold.ops.dropout import dropped, emptied, empty_, keep_scale
 from lorafold.ops.frozen import Read
 
 
 class _LowRankLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, p: float) -> Tensor:
-        keep = keep_mask(x, p) if p else None
+        where = dropped(x, p) if p else None
         scale = keep_scale(p) if p else 1.0
         a, b = down.to(x.dtype), (up * scale).to(x.dtype)
-        u = (x if keep is None else x * keep) @ a.t()
-        ctx.save_for_backward(x, u, a, b, keep)
+        u = (x if where is None else emptied(x, where)) @ a.t()
+        ctx.save_for_backward(x, u, a, b, where)
         ctx.read, ctx.scale, ctx.dtype = read, scale, down.dtype
         return (u @ b.t()).addmm_(x, read(x.dtype).t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, u, a, b, keep = ctx.saved_tensors
+        x, u, a, b, where = ctx.saved_tensors
         need_x, _, need_down, need_up, _ = ctx.needs_input_grad
         v = g @ b
         gx = gdown = gup = None
         if need_x:
             gx = v @ a
-            gx = (gx if keep is None else gx.mul_(keep)).addmm_(g, ctx.read(g.dtype))
+            gx = (gx if where is None else empty_(gx, where)).addmm_(g, ctx.read(g.dtype))
         if need_down:
-            gdown = (v.t() @ (x if keep is None else x * keep)).to(ctx.dtype)
+            gdown = (v.t() @ (x if where is None else emptied(x, where))).to(ctx.dtype)
         if need_up:
             gup = (g.t() @ u).to(ctx.dtype).mul_(ctx.scale)
         return gx, None, gdown, gup, None

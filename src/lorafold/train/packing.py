@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lorafold.ops.attention import Documents, document_attention
+from lorafold.train.asking import asking
 
 NAME = "lorafold_documents"
 NO_LOSS = -100  # torch's ignore_index
@@ -67,7 +68,6 @@ def packed(model: PreTrainedModel) -> Iterator[bool]:
         yield True
 
 
-@torch.no_grad()
 def isolates(model: PreTrainedModel) -> bool:
     """Are two packed documents computed as the model in its present state computes each alone? Leaves no trace, in random state either."""
     if model.get_output_embeddings() is None:
@@ -84,17 +84,13 @@ def isolates(model: PreTrainedModel) -> bool:
         # norms, since experts regroup their rows: not bit-equal even where nothing leaks
         return bool((found - expected).norm() <= max(1e-5, units * torch.finfo(model.dtype).eps) * expected.norm())
 
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        alone = torch.cat([logits(first), logits(second)])
-        with _document_attention(model):
-            together, changed = logits(first, second), logits(other, second)
+        with asking(model):
+            alone = torch.cat([logits(first), logits(second)])
+            with _document_attention(model):
+                together, changed = logits(first, second), logits(other, second)
     except (AttributeError, TypeError):  # a decoder that computes with its masks can't do so with Documents
         return False
-    finally:
-        for module, flag in training:
-            module.training = flag
     return near(changed[-m:], together[-m:], units=1) and near(together, alone, units=8)
 
 

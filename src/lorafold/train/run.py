@@ -35,6 +35,7 @@ from lorafold.train.base import settled_base
 from lorafold.train.checkpoint import Progress, RunDirectory
 from lorafold.train.data import batches, split
 from lorafold.train.display import Display
+from lorafold.train.fused import fused
 from lorafold.train.loop import Job, fit
 from lorafold.train.losses import Loss
 from lorafold.train.objectives import OBJECTIVES, Data, Objective
@@ -185,6 +186,7 @@ def train(request: Request, console: Console) -> Trained:
     if recipe.gradient_checkpointing:
         recompute(model)
     with ExitStack() as stack:
+        console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
         job, progress = prepare(request, adapter, loss, accelerator, data, held_out, tokenizer, console)
         with Display(console, job.steps, progress.step) as display:

@@ -1,0 +1,149 @@
+"""A model's norms, rotary embeddings and gated MLPs, run by fused operations while it trains.
+
+    with fused(model) as found:
+        print(found)                        # fast path: 30 of 30 blocks
+
+Nothing is known by a model's name. A part is taken over if it has the structure and, given random numbers, answers as the fused operation
+does; any other runs as it is, and so does one that carries a delta or whose weight is trained. When the `with` ends the model is as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.attach import Adapted
+from lorafold.core.presets import bare_modules, blocks
+from lorafold.ops.gated import ACTIVATIONS, gated
+from lorafold.ops.norm import rms_norm
+from lorafold.ops.rotary import rotary
+from lorafold.train.asking import asking
+
+ROTARY = "apply_rotary_pos_emb"  # what model files of transformers call it
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """How many blocks run norms, MLP and rotary embedding fused, and which of these the others lack."""
+
+    fast: int
+    blocks: int
+    plain: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lacking = f"; as the model's own code has it: {', '.join(self.plain)}" if self.plain else ""
+        return f"fast path: {self.fast} of {self.blocks} blocks{lacking}"
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[FastPath]:
+    """Fuse what can be fused until the `with` ends."""
+    inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)]
+    with ExitStack() as stack:
+        with asking(model):
+            found = [{part for module in block if _free(module) for part in _fuse(stack, module)} for block in inside]
+            files = {_file(module) for block in inside for module in block}
+            rotated = {file for file in files if _put(stack, file, ROTARY, _fused_rotary(getattr(file, ROTARY, None)))}
+        for parts, block in zip(found, inside, strict=True):
+            parts |= {"rotary embedding"} if any(_file(module) in rotated for module in block) else set()
+        wanted = {*PARTS, "rotary embedding"}
+        lacking = set[str]().union(*(wanted - parts for parts in found))
+        yield FastPath(sum(parts == wanted for parts in found), len(found), tuple(sorted(lacking)))
+
+
+def _file(module: nn.Module) -> ModuleType:
+    return sys.modules[type(module).__module__]
+
+
+def _free(module: nn.Module) -> bool:
+    """Does it run its class's own forward, with a weight that stays?"""
+    trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+    return not (trained or isinstance(module, Adapted) or "forward" in vars(module))
+
+
+def _fuse(stack: ExitStack, module: nn.Module) -> Iterator[str]:
+    """The kinds of part that this module is, and is fused as from now on."""
+    return (part for part, fuse in PARTS.items() if _put(stack, module, "forward", fuse(module)))
+
+
+def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bool:
+    """Set it until the stack unwinds."""
+    if forward is None:
+        return False
+    own, before = name in vars(owner), getattr(owner, name)
+    stack.callback(setattr, owner, name, before) if own else stack.callback(delattr, owner, name)
+    setattr(owner, name, forward)
+    return True
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to the roundings of a few operations."""
+    return found.shape == expected.shape and bool((found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm())
+
+
+def _random(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _fused_norm(module: nn.Module) -> Forward | None:
+    """The forward of a root mean square norm, whose gain is its weight or 1 + its weight."""
+    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if len(module._parameters) != 1 or weight is None or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    x = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)  # in the second row eps counts
+    for gain in (lambda: weight, lambda: 1 + weight.float()):
+        forward = partial(_normed, gain, eps)
+        if all(_close(forward(row), module(row)) for row in x):
+            return forward
+    return None
+
+
+def _normed(gain: Callable[[], Tensor], eps: float, x: Tensor) -> Tensor:
+    return rms_norm(x, gain(), eps)
+
+
+def _fused_mlp(module: nn.Module) -> Forward | None:
+    """The forward of down(act(gate(x)) * up(x)), by the names that transformers gives the parts."""
+    parts = dict(module.named_children())
+    if set(parts) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    z = torch.linspace(-6, 6, 97)
+    known = next((known for known in ACTIVATIONS.values() if torch.allclose(known.forward(z), act(z), rtol=1e-6, atol=1e-6)), None)
+    if known is None:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        return down(gated(gate(x), up(x), known))
+
+    x = _random(1, 2, gate.in_features, like=next(p for p in module.parameters() if p.is_floating_point()))
+    return forward if _close(forward(x), module(x)) else None
+
+
+def _fused_rotary(plain: Forward | None) -> Forward | None:
+    """The function that rotates queries and keys, (B, H, T, D) or with H and T exchanged, by the halves of D."""
+    if plain is None or [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+        return None
+
+    def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    q, cos, sin = (_random(1, 3, 8, like=torch.empty(0)) + i for i in range(3))
+    pairs = zip(forward(q[None], q[None], cos, sin), plain(q[None], q[None], cos, sin), strict=True)
+    return forward if all(_close(found, expected) for found, expected in pairs) else None
+
+
+PARTS = {"norms": _fused_norm, "MLP": _fused_mlp}
