@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Base, add
 from lorafold.errors import NotMergeable
-from lorafold.ops.dropout import dropout
+from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.lora import low_rank_linear
 
 
@@ -80,8 +80,8 @@ class Matrix(Base):
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
-        y = low_rank_linear(x.flatten(0, -2), self.read, down, up, p).unflatten(0, x.shape[:-1])
-        return add(y, self.bias)
+        drop = shared(x, p, id(self.module)) if p else None
+        return add(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)), self.bias)
 
 
 class Linear(Matrix):

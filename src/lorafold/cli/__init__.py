@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorafold.errors import Interrupted, LorafoldError
+from lorafold.io.allocator import restart_with_huge_pages
 
 COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
     "quickstart": "The whole story on the embedded model: train, compare before and after, merge.",
@@ -22,6 +23,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "compare": "Every method on your model and data, measured in one table.",
 }
+TRAINING = {"quickstart", "train", "compare"}
 
 
 class Commands(TyperGroup):
@@ -63,6 +65,8 @@ def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", 
 
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
+    if TRAINING.intersection(sys.argv[1:2]):
+        restart_with_huge_pages()
     notices = logging.StreamHandler()
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)

@@ -6,8 +6,8 @@
 So n p random numbers are drawn instead of n, and n p places are kept for the backward instead of a mask. The factor 1 / (1 - p) is a Python
 float, to be folded into an fp32 factor where there is one: in bf16 1 / 0.95 alone would round from 1.0526 to 1.0547. Numbers come from
 torch's default generator of x's device: a checkpoint that replays its segment, or a run that resumes, drops the same places. Where a
-tensor's size must not depend on chance (accelerators, compiled code), the places are a boolean mask. Use `dropped` and `emptied` inside a
-fused operation, `dropout` anywhere else.
+tensor's size must not depend on chance (accelerators, compiled code), the places are a boolean mask. Use `shared` inside a fused operation,
+`dropout` anywhere else.
 
 1024 x 576 in bf16, p = 0.05: places drawn in 0.17 ms and emptied in 0.05; a mask from 16 random bits an element takes 0.54 and 0.06,
 `torch.nn.functional.dropout` 5.5.
@@ -16,6 +16,7 @@ fused operation, `dropout` anywhere else.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +59,37 @@ def emptied(x: Tensor, where: Tensor) -> Tensor:
 
 
 def empty_(x: Tensor, where: Tensor) -> Tensor:
-    """`emptied` in place, for a contiguous x."""
+    """`emptied` in place, for a contiguous x of any shape with as many elements."""
+    flat = x.view(-1)
     if where.dtype is torch.bool:
-        return x.masked_fill_(where, 0)
-    x.view(-1).index_fill_(0, where.long(), 0)
+        flat.masked_fill_(where.flatten(), 0)
+    else:
+        flat.index_fill_(0, where.long(), 0)
     return x
+
+
+class Dropped(NamedTuple):
+    """An input (..., in) with dropped places; which they are; and the version of the input and the readers they were drawn for."""
+
+    x: Tensor
+    where: Tensor
+    version: int
+    readers: set[int]
+
+
+def shared(x: Tensor, p: float, reader: int) -> Dropped:
+    """x with places emptied, drawn once for all that read this tensor: q, k and v, or gate and up, which know nothing of each other.
+
+    It is kept on x itself. A reader (any number that stands for it) never gets the same places twice. No gradient; ValueError for p
+    outside [0, 1).
+    """
+    known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
+    found = known.get(p)
+    if found is None or found.version != x._version or reader in found.readers:
+        where = dropped(x, p)
+        known[p] = found = Dropped(emptied(x.detach(), where), where, x._version, set())
+    found.readers.add(reader)
+    return found
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -4,8 +4,8 @@
     y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32 accumulator and rounds once
     gx = addmm(drop((g k B) A), g, W)       the mirror image, with the same places emptied
 
-W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets places of (T, in) to 0 and k = 1 / (1 - p).
-Only x, u, those places and the small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
+W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets places of (T, in) to 0 and k = 1 / (1 - p). Only
+drop(x), u, those places and the small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
 `reference.low_rank_linear`; over any other layer it is `Layer.low_rank`.
 """
 
@@ -17,39 +17,41 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.dropout import dropped, emptied, empty_, keep_scale
+from lorafold.ops.dropout import Dropped, empty_
 from lorafold.ops.frozen import Read
 
 
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, p: float) -> Tensor:
-        where = dropped(x, p) if p else None
-        scale = keep_scale(p) if p else 1.0
+    def forward(ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, xd: Tensor, where: Tensor | None, scale: float) -> Tensor:
         a, b = down.to(x.dtype), (up * scale).to(x.dtype)
-        u = (x if where is None else emptied(x, where)) @ a.t()
-        ctx.save_for_backward(x, u, a, b, where)
+        u = xd @ a.t()
+        ctx.save_for_backward(xd, u, a, b, where)
         ctx.read, ctx.scale, ctx.dtype = read, scale, down.dtype
         return (u @ b.t()).addmm_(x, read(x.dtype).t())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, u, a, b, where = ctx.saved_tensors
-        need_x, _, need_down, need_up, _ = ctx.needs_input_grad
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        xd, u, a, b, where = ctx.saved_tensors
+        need_x, _, need_down, need_up, *_ = ctx.needs_input_grad
         v = g @ b
         gx = gdown = gup = None
         if need_x:
             gx = v @ a
             gx = (gx if where is None else empty_(gx, where)).addmm_(g, ctx.read(g.dtype))
         if need_down:
-            gdown = (v.t() @ (x if where is None else emptied(x, where))).to(ctx.dtype)
+            gdown = (v.t() @ xd).to(ctx.dtype)
         if need_up:
             gup = (g.t() @ u).to(ctx.dtype).mul_(ctx.scale)
-        return gx, None, gdown, gup, None
+        return gx, None, gdown, gup, None, None, None
 
 
-def low_rank_linear(x: Tensor, read: Read, down: Tensor, up: Tensor, p: float) -> Tensor:
-    """x (T, in), a frozen W (out, in) to be read, down (r, in), up (out, r), dropout p on the branch -> (T, out) in x's dtype."""
-    return _LowRankLinear.apply(x, read, down, up, p)
+def low_rank_linear(x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, scale: float = 1.0) -> Tensor:
+    """x (..., in), a frozen W (out, in) to be read, down (r, in), up (out, r), times scale -> (..., out) in x's dtype.
 
+    drop: what the branch sees of x, in its place.
+    """
+    xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
+    y: Tensor = _LowRankLinear.apply(x.flatten(0, -2), read, down, up, xd.flatten(0, -2), where, scale)
+    return y.unflatten(0, x.shape[:-1])

@@ -75,7 +75,7 @@ def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:
     """LorafoldError where bitsandbytes, which has the 8-bit ones, is not installed."""
     options: dict[str, Any] = {"betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
     if name == "adamw":
-        return AdamW(groups, **options)
+        return AdamW(groups, fused=all(p.device.type in ("cpu", "cuda") for p in trained(groups)), **options)
     kinds = bitsandbytes_optimizers(name)
     paged = name == PAGED and all(p.is_cuda for p in trained(groups))  # elsewhere bitsandbytes would warn, and not page either
     return (kinds.PagedAdamW8bit if paged else kinds.AdamW8bit)(groups, **options)
