@@ -4,10 +4,12 @@
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk) (grouped-query attention, Ainslie et al.
 2023). Documents are worked off in tiles of at most TILE queries; nothing of size T x T exists, and the backward computes the probabilities
-again instead of keeping them. Use it where documents are packed without padding. The specification is `reference.document_attention`.
+again instead of keeping them. On CUDA, in half precision, the tiles are flash attention's (Dao 2023, arXiv 2307.08691), which torch brings.
+Use it where documents are packed without padding. The specification is `reference.document_attention`.
 
 At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and backward: five documents of 140 to 260 tokens in
-0.4 of the time of torch's causal kernel over the whole row, one document of 1024 in 0.9 of it.
+0.4 of the time of torch's causal kernel over the whole row, one document of 1024 in 0.9 of it. Smaller tiles skip more of what is hidden,
+larger ones make fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256 and 1.03 for the five.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
 
 TILE = 128
 
@@ -68,6 +75,14 @@ class Documents:
     lens: tuple[int, ...]
     window: int | None = None
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The attention by flash attention's kernel: q (T, H, D), k, v (T, Hk, D), fp16 or bf16 on CUDA."""
+        starts = torch.tensor([0, *self.lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(q.device, non_blocking=True)
+        longest, back = max(self.lens), -1 if self.window is None else self.window - 1
+        gqa = q.shape[1] != k.shape[1]
+        found = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(back, 0), enable_gqa=gqa)
+        return found  # type: ignore[return-value]
 
     def tiles(self) -> Iterator[Tile]:
         """Every query once. Neighbours of equal length share their tiles, so that a batch of equal rows is one batched product."""
@@ -142,4 +157,7 @@ class _DocumentAttention(Function):
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None) -> Tensor:
     """q (T, H, D), k (T, Hk, D), v (T, Hk, Dv), Hk dividing H and sum(docs.lens) = T -> (T, H, Dv). Differentiable once."""
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if half and varlen_attn is not None and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
+        return docs.flash(q, k, v, scale)
     return _DocumentAttention.apply(q, k, v, docs, scale, softcap)

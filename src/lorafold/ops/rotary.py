@@ -40,5 +40,5 @@ class _Rotary(Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, D), D even; cos, sin (..., T, D) constants that broadcast to it -> x's shape, dtype and layout. Differentiable once, in x."""
+    """x (..., T, D), D even; cos, sin constants that broadcast to it -> x's shape, dtype and layout. Differentiable once, in x."""
     return _Rotary.apply(x, cos, sin)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
 from lorafold.core.presets import bare_modules, blocks
 from lorafold.ops.gated import ACTIVATIONS, gated
@@ -126,7 +127,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         return down(gated(gate(x), up(x), known))
 
-    x = _random(1, 2, gate.in_features, like=next(p for p in module.parameters() if p.is_floating_point()))
+    x = _random(1, 2, layer_of(gate).shape[1], like=next(p for p in module.parameters() if p.is_floating_point()))
     return forward if _close(forward(x), module(x)) else None
 
 

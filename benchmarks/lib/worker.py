@@ -1,0 +1,144 @@
+"""The two sides of a comparison, each in a process of its own as its users run it, taking steps in turn. Linux only.
+
+    with Worker("peft", Case(dropout=0.05)) as peft, Worker("lorafold", Case(dropout=0.05)) as ours:
+        ours.step(); peft.step()
+
+`python -m lib.worker PEER CASE` is the process: it builds its model, takes a step for every line on stdin and answers with a JSON object.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+
+class Case(NamedTuple):
+    """What both sides train: LoRA or DoRA on every linear of the blocks of the embedded model in bf16, AdamW, every token labelled."""
+
+    batch: int = 4
+    length: int = 256
+    rank: int = 16
+    dropout: float = 0.0
+    dora: bool = False
+    quantization: str | None = None
+
+
+class Step(NamedTuple):
+    """Seconds of a step's parts, and the most bytes that the process has been resident in until its end."""
+
+    forward: float
+    backward: float
+    optimizer: float
+    peak: int
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward + self.optimizer
+
+
+class Worker:
+    """A process that takes steps of `peer` (lorafold or peft) on `case`."""
+
+    def __init__(self, peer: str, case: Case) -> None:
+        command = [sys.executable, "-m", "lib.worker", peer, json.dumps(case._asdict())]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        pipe = subprocess.PIPE
+        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+    def step(self) -> Step:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+        if not (line := self.child.stdout.readline()):
+            sys.exit(f"{' '.join(map(str, self.child.args))}: the process ended")
+        return Step(**json.loads(line))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
+
+
+def ids(case: Case) -> Any:
+    import torch
+
+    return torch.randint(1000, 40_000, (case.batch, case.length), generator=torch.Generator().manual_seed(0))
+
+
+def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
+    """A loss and its optimizer, as `lorafold train` sets them up."""
+    import torch
+    from rich.console import Console
+
+    import lorafold as lf
+    from lorafold.io.allocator import keep_freed_blocks
+    from lorafold.io.models import Storage, load_model, load_tokenizer
+    from lorafold.train.adamw import make_optimizer
+    from lorafold.train.data import Example
+    from lorafold.train.fused import fused
+    from lorafold.train.objectives import Sft
+    from lorafold.train.recipe import Recipe
+
+    model = load_model("smollm2", Storage(torch.bfloat16, case.quantization))
+    keep_freed_blocks()
+    spec = lf.LoRA(rank=case.rank, dropout=case.dropout)
+    adapter = lf.attach(model, lf.DoRA(spec) if case.dora else spec)
+    stack.enter_context(fused(model))
+    loss = stack.enter_context(Sft().loss(model, load_tokenizer("smollm2"), True, Console(quiet=True)))
+    inputs = loss.collate([Example(tuple(row), tuple(row)) for row in ids(case).tolist()], torch.device("cpu"))
+    loss.train()
+    optimizer = make_optimizer("adamw", [{"params": list(adapter.parameters()), "lr": 2e-4}], Recipe())
+    return lambda: loss(**inputs) / (case.batch * (case.length - 1)), optimizer
+
+
+def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
+    """A loss and its optimizer, as PEFT's documentation sets them up."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from lorafold.io.models import resolve_model
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    packing = {"quantization_config": BitsAndBytesConfig(**four)} if case.quantization else {}
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2").path, dtype=torch.bfloat16, **packing)
+    config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, use_dora=case.dora, target_modules="all-linear")
+    tuned, rows = get_peft_model(model, config).train(), ids(case)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)
+    return lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer
+
+
+def peak() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def serve(peer: str, case: Case) -> None:
+    with ExitStack() as stack:
+        make_loss, optimizer = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
+        for _ in sys.stdin:
+            at = [time.perf_counter()]
+            loss = make_loss()
+            at.append(time.perf_counter())
+            loss.backward()
+            at.append(time.perf_counter())
+            optimizer.step()
+            optimizer.zero_grad()
+            at.append(time.perf_counter())
+            print(json.dumps(Step(at[1] - at[0], at[2] - at[1], at[3] - at[2], peak())._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "lorafold":
+        from lorafold.io.allocator import restart_with_huge_pages
+
+        restart_with_huge_pages()  # as the command does
+    serve(sys.argv[1], Case(**json.loads(sys.argv[2])))
