@@ -138,7 +138,7 @@ def serve(peer: str, case: Case) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "lorafold":
-        from lorafold.io.allocator import restart_with_huge_pages
+        from lorafold.io.restart import restart_tuned
 
-        restart_with_huge_pages()  # as the command does
+        restart_tuned()  # as the command does
     serve(sys.argv[1], Case(**json.loads(sys.argv[2])))

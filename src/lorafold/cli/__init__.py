@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.io.allocator import restart_with_huge_pages
+from lorafold.io.restart import restart_tuned
 
 COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
     "quickstart": "The whole story on the embedded model: train, compare before and after, merge.",
@@ -66,7 +66,7 @@ def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", 
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
     if TRAINING.intersection(sys.argv[1:2]):
-        restart_with_huge_pages()
+        restart_tuned()
     notices = logging.StreamHandler()
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import layer_of
+from lorafold.bases import is_linear, layer_of
 from lorafold.core.attach import Adapted
 from lorafold.core.presets import bare_modules, blocks
 from lorafold.ops.gated import ACTIVATIONS, gated
@@ -121,7 +121,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
     gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     z = torch.linspace(-6, 6, 97)
     known = next((known for known in ACTIVATIONS.values() if torch.allclose(known.forward(z), act(z), rtol=1e-6, atol=1e-6)), None)
-    if known is None:
+    if known is None or not is_linear(gate):
         return None
 
     def forward(x: Tensor) -> Tensor:
