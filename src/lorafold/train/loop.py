@@ -83,8 +83,7 @@ def train_step(job: Job, rows: Sequence[Any], step: int) -> float:
     """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over what counts in them."""
     accelerator, world = job.accelerator, job.accelerator.num_processes
     own = rows[accelerator.process_index :: world]
-    size = math.ceil(len(own) / job.recipe.accumulate)
-    micro = [own[i : i + size] for i in range(0, len(own), size)]
+    micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length)
     total = max(1, sum(map(job.loss.count, rows)))
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
     job.wrapped.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lorafold.ops.head import labelled_loss, row_losses
 from lorafold.train.classify import LabelledExample
 from lorafold.train.data import Example
-from lorafold.train.packing import collate
+from lorafold.train.packing import best_fit, collate
 
 
 class Loss(nn.Module, ABC):
@@ -26,6 +27,11 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def count(self, example: Any) -> int:
         """By how much the example weighs in the mean."""
+
+    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
+        """The examples of a step in the parts that are computed at a time: n of them, or more where a part would exceed `tokens`."""
+        size = ceil(len(examples) / n)
+        return [examples[i : i + size] for i in range(0, len(examples), size)]
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
@@ -47,6 +53,12 @@ class Completions(Loss):
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         return {k: v.to(device) for k, v in collate(examples, self.packed, self.pad_id).items()}
+
+    def micro_batches(self, examples: Sequence[Example], n: int, tokens: int) -> list[Sequence[Example]]:
+        parts = super().micro_batches(examples, n, tokens)
+        if not self.packed:
+            return parts
+        return [[part[i] for i in row] for part in parts for row in best_fit([len(e.ids) for e in part], tokens)]
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]

@@ -58,6 +58,24 @@ def collate(examples: Sequence[Tokens], packed: bool, pad_id: int) -> dict[str, 
     return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": pad(targets, NO_LOSS)}
 
 
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which documents share a row of at most `capacity` tokens: the longest first, each where it leaves the least room.
+
+    Indices, ascending in every row. A document that is longer has a row of its own.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [row for row, left in enumerate(room) if left >= lengths[i]]
+        if not fitting:
+            rows.append([])
+            room.append(capacity)
+        row = min(fitting, key=room.__getitem__) if fitting else -1
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return [sorted(row) for row in rows]
+
+
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[bool]:
     """True, with the model's attention kept inside documents until the block ends; or False, with the model as it was, if it leaks."""
