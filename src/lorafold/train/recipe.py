@@ -66,7 +66,9 @@ class Recipe(BaseModel):
     steps: Count | None = Field(None, description="optimizer steps (overrides epochs)")
     batch: Count = Field(8, description="rows per optimizer step")
     accumulate: Count = Field(1, description="micro-batches per optimizer step, at least; divides batch")
-    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens per row, and computed at a time when packing; longer rows are cut, and counted")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        1024, description="tokens per row, and, packing, computed at a time; longer rows are cut, and counted"
+    )
     packing: bool = Field(True, description="lay rows end to end instead of padding them (sft)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
 
