@@ -4,14 +4,13 @@
 
 The embedded model, rank 16 on every linear of the blocks, AdamW, every token labelled. Each side is a process of its own and the two take
 their steps in turn; figures are medians, ratios those of each turn. The floor is two passes of the linears and three products of the head
-at the speed of a large bf16 product, measured between the turns. Peak memory is all that the process is resident in. One JSON object a
+at the speed of a large bf16 product, measured after each of lorafold's steps. Peak memory is all that the process is resident in. One JSON object a
 line, then the table, which is also written to results/peers.md. Linux only.
 """
 
 import argparse
 import json
 import statistics
-import time
 
 import torch
 from lib.results import keep
@@ -29,17 +28,6 @@ WARM_UP = 2
 PARTS = ("forward", "backward", "optimizer")
 
 
-def gemm_rate() -> float:
-    """FLOP/s of a large product in bf16."""
-    x, w = torch.randn(1024, 1536).bfloat16(), torch.randn(1536, 1536).bfloat16()
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        x @ w
-        seconds.append(time.perf_counter() - start)
-    return 2 * 1024 * 1536 * 1536 / statistics.median(seconds)
-
-
 def floor_flop(tokens: int) -> float:
     """2 passes of the linears; of the frozen head, logits and the gradient of what enters it."""
     model = load_model("smollm2", torch.bfloat16)
@@ -47,23 +35,22 @@ def floor_flop(tokens: int) -> float:
     return 4.0 * tokens * (linears + model.get_output_embeddings().weight.numel())
 
 
-def in_turn(workers: dict[str, Worker], rounds: int) -> tuple[dict[str, list[Step]], float]:
-    """Steps of each worker, and the median speed of a product between them."""
+def in_turn(workers: dict[str, Worker], rounds: int) -> dict[str, list[Step]]:
+    """Steps of each worker, the first ones left out."""
     steps: dict[str, list[Step]] = {peer: [] for peer in workers}
-    rates = []
     for turn in range(WARM_UP + rounds):
-        rates.append(gemm_rate())
         for peer, worker in workers.items():
             step = worker.step()
             if turn >= WARM_UP:
                 steps[peer].append(step)
-    return steps, statistics.median(rates)
+    return steps
 
 
 def compare(case: Case, rounds: int, flop: float) -> dict:
     """Figures of both sides, and their ratios: times as fast, and lorafold's share of the other's peak."""
     with Worker("lorafold", case) as ours, Worker("peft", case) as peft:
-        steps, rate = in_turn({"lorafold": ours, "peft": peft}, rounds)
+        steps = in_turn({"lorafold": ours, "peft": peft}, rounds)
+    rate = statistics.median(step.gemm for step in steps["lorafold"])
     row: dict = {
         "over_peft": round(statistics.median(b.seconds / a.seconds for a, b in zip(steps["lorafold"], steps["peft"], strict=True)), 2),
         "memory_over_peft": round(steps["lorafold"][-1].peak / steps["peft"][-1].peak, 2),

@@ -8,6 +8,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -29,12 +30,13 @@ class Case(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Seconds of a step's parts, and the most bytes that the process has been resident in until its end."""
+    """Seconds of a step's parts, the most bytes that the process has been resident in until its end, and FLOP/s of a product after it."""
 
     forward: float
     backward: float
     optimizer: float
     peak: int
+    gemm: float
 
     @property
     def seconds(self) -> float:
@@ -121,6 +123,19 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
+def gemm_rate() -> float:
+    """FLOP/s of a large product in bf16."""
+    import torch
+
+    x, w = torch.randn(1024, 1536).bfloat16(), torch.randn(1536, 1536).bfloat16()
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        x @ w
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024 * 1536 * 1536 / statistics.median(seconds)
+
+
 def serve(peer: str, case: Case) -> None:
     with ExitStack() as stack:
         make_loss, optimizer = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
@@ -133,7 +148,7 @@ def serve(peer: str, case: Case) -> None:
             optimizer.step()
             optimizer.zero_grad()
             at.append(time.perf_counter())
-            print(json.dumps(Step(at[1] - at[0], at[2] - at[1], at[3] - at[2], peak())._asdict()), flush=True)
+            print(json.dumps(Step(at[1] - at[0], at[2] - at[1], at[3] - at[2], peak(), gemm_rate())._asdict()), flush=True)
 
 
 if __name__ == "__main__":
