@@ -3,8 +3,8 @@
     y = x r g,   r = (mean(x^2) + eps)^-1/2                          Zhang and Sennrich 2019, arXiv 1910.07467, equation 4
     gx = r (g gy) - x r^3 mean(g gy x)
 
-x (..., d), g (d,). Sums and products are in fp32, with one rounding at the end. Written out in torch, as models write it, the same keeps two
-fp32 copies of x for the backward.
+x (..., d), g (d,). Sums and products are in fp32, with one rounding at the end. Written out in torch, as models write it, the same keeps
+two fp32 copies of x for the backward. The specification is `reference.rms_norm`.
 
 1024 x 576 bf16 on two CPU cores, forward and backward: 0.58 ms; written out 0.86; torch.nn.functional.rms_norm 1.06.
 """
@@ -25,7 +25,8 @@ class _RMSNorm(Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps = eps
-        return F.rms_norm(x, gain.shape, gain, eps) if gain.dtype is x.dtype else F.rms_norm(x.to(gain.dtype), gain.shape, gain, eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, gain.dtype)
+        return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -40,5 +41,5 @@ class _RMSNorm(Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x (..., d), a frozen gain (d,) in x's dtype or a wider one -> (..., d) in x's dtype. Differentiable once, in x."""
+    """x (..., d), a frozen gain (d,) -> (..., d) in x's dtype. Differentiable once, in x."""
     return _RMSNorm.apply(x, gain, eps)
