@@ -39,7 +39,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def make_adapter(model_dir: Path, path: Path, size: float = 0.1, seed: int = 0, spec=None, **options) -> Path:
     """An adapter whose every parameter is drawn at random, saved."""
     model = load_model(model_dir, torch.float32)
-    adapter = lf.attach(model, spec or lf.LoRA(rank=4), **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = lf.attach(model, spec or lf.LoRA(rank=4), **options)
     generator = torch.Generator().manual_seed(seed)
     for p in adapter.parameters():
         p.data += size * torch.randn(p.shape, generator=generator)
