@@ -97,16 +97,32 @@ def test_a_norm_that_is_another(kind: type[LlamaRMSNorm]) -> None:
 
 
 def test_a_forward_that_someone_else_put_there() -> None:
+    """It answers as the module does, and does more."""
     model = model_of("llama").requires_grad_(False)
-    norm = model.model.layers[0].input_layernorm
+    norm, seen = model.model.layers[0].input_layernorm, []
 
-    def own(x: Tensor) -> Tensor:
-        return 2 * x
+    def watched(x: Tensor) -> Tensor:
+        seen.append(x.shape)
+        return LlamaRMSNorm.forward(norm, x)
 
-    norm.forward = own
+    norm.forward = watched
     with fused(model):
-        assert norm.forward is own
-    assert norm.forward is own
+        assert norm.forward is watched
+    assert norm.forward is watched
+    assert seen == []
+
+
+def test_a_delta_that_changes_nothing_yet() -> None:
+    """At the start a norm trained whole, and a bottleneck, answer as what they lie over."""
+    model = model_of("llama")
+    lf.attach(model, make_spec("houlsby"), modules_to_save=["input_layernorm"])
+    with fused(model) as found:
+        assert (found.fast, found.plain) == (0, ("MLP",))
+        assert not any("forward" in vars(m) for layer in model.model.layers for m in (layer.mlp, layer.input_layernorm))
+        loss_and_gradients(model, together())
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(model.get_parameter(name).grad is not None for name in trained)
 
 
 class PartlyGated(nn.Module):
