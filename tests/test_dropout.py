@@ -1,93 +1,265 @@
-"""Dropout masks: exact probability, the caller's random state, a preserved mean."""
+"""Dropped places: exact probability, independence, the caller's random state, one draw for all readers, a preserved mean."""
+
+from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lorafold.ops.dropout import dropout, keep_mask, keep_scale
+import lorafold as lf
+from lorafold.ops.dropout import Dropped, dropout, dropped, emptied, empty_, keep_scale, shared
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (7, 3), (2, 5, 9), (64, 0)])
-def test_mask_is_0_or_1_like_its_input(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    mask = keep_mask(torch.empty(shape, dtype=dtype), 0.5)
-    assert mask.shape == shape
-    assert mask.dtype == dtype
-    assert ((mask == 0) | (mask == 1)).all()
+SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
+N = 1 << 20
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.0, 0.001, 0.05, 0.5, 0.9])
-def test_share_kept_is_binomial(p: float, dtype: torch.dtype) -> None:
-    n = 1 << 20
-    exact = round(p * 65536) / 65536
-    kept = keep_mask(torch.empty(n, dtype=dtype), p, torch.Generator().manual_seed(1)).double().sum().item()
-    assert abs(kept - n * (1 - exact)) <= 5 * math.sqrt(n * exact * (1 - exact))  # five sigma: once in 1.7 million seeds
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def test_elements_are_independent() -> None:
-    p, n = 0.3, 1 << 18
-    keep = keep_mask(torch.empty(n), p, torch.Generator().manual_seed(2)).double() - (1 - p)
-    for lag in (1, 2, 3, 4, 5, 8, 64):  # four elements share one 64-bit draw
-        correlation = (keep[lag:] * keep[:-lag]).mean().item() / (p * (1 - p))
-        assert abs(correlation) <= 5 / math.sqrt(n)
+def mask(n: int, p: float, seed: int) -> Tensor:
+    """(n,) bool, True where dropped."""
+    return torch.zeros(n, dtype=torch.bool).index_fill_(0, dropped(torch.empty(n), p, seeded(seed)).long(), True)
+
+
+def within(found: float, expected: float, variance: float, sigmas: float = 5) -> bool:
+    """Five sigma: once in 1.7 million seeds."""
+    return abs(found - expected) <= sigmas * math.sqrt(variance)
+
+
+# --- which places ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", SHARES)
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (2, 5, 9), (64, 0), (40, 50)])
+def test_places_are_ascending_and_inside(shape: tuple[int, ...], p: float) -> None:
+    for seed in range(20):
+        where = dropped(torch.empty(shape), p, seeded(seed))
+        assert where.dtype is torch.int32
+        assert (where.diff() > 0).all()
+        assert ((where >= 0) & (where < math.prod(shape))).all()
+
+
+@pytest.mark.parametrize("p", SHARES)
+def test_share_dropped_is_binomial(p: float) -> None:
+    found = mask(N, p, 1)
+    assert within(found.sum().item(), N * p, N * p * (1 - p))
+    for half in found.chunk(2):  # no end has more of them than the other
+        assert within(half.sum().item(), N * p / 2, N * p * (1 - p) / 2)
+
+
+@pytest.mark.parametrize("p", [p for p in SHARES if p])
+def test_every_place_is_dropped_as_often_as_any_other(p: float) -> None:
+    draws = 4000
+    counts = torch.stack([mask(8, p, seed) for seed in range(draws)]).sum(0)  # the first place and the last one among them
+    assert all(within(count, draws * p, draws * p * (1 - p)) for count in counts.tolist())
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_places_are_independent(p: float) -> None:
+    drop = mask(N, p, 2).double() - p
+    for lag in (1, 2, 3, 4, 8, 16, 64, 576):
+        correlation = (drop[lag:] * drop[:-lag]).mean().item() / (p * (1 - p))
+        assert within(correlation, 0, 1 / N)
+
+
+@pytest.mark.parametrize("p", [p for p in SHARES if p])
+def test_gaps_are_geometric(p: float) -> None:
+    gaps = dropped(torch.empty(N), p, seeded(3)).diff()
+    m = len(gaps)
+    for k in (1, 2, 3, 5, 10, 20, 100, 1000):
+        one, longer = p * (1 - p) ** (k - 1), (1 - p) ** k
+        for found, share in ((gaps == k, one), (gaps > k, longer)):
+            assert m * share < 20 or within(found.sum().item(), m * share, m * share * (1 - share), 6)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
+def test_numbers_that_do_not_suffice_are_followed_by_more(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chance of one in a billion, forced: the places are those of one long draw, since the generator gives the same numbers."""
+    x, draw = torch.empty(1500), torch.rand
+    whole = [dropped(x, p, seeded(seed)) for seed in range(20)]
+    sizes: list[int] = []
+
+    def short(n: int, generator: torch.Generator | None) -> Tensor:
+        sizes.append(n)
+        return draw(min(n, 7), generator=generator)
+
+    monkeypatch.setattr(torch, "rand", short)
+    pieces = [dropped(x, p, seeded(seed)) for seed in range(20)]
+    assert len(sizes) >= 20 + (p >= 0.05)
+    assert all(torch.equal(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
+    before = torch.get_rng_state()
+    assert dropped(torch.empty(100), 0.0).numel() == dropped(torch.empty(3, 0), 0.5).numel() == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- random state ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_follows_the_default_generator() -> None:
     x = torch.empty(1000, dtype=torch.bfloat16)
     torch.manual_seed(3)
-    first, second = keep_mask(x, 0.5), keep_mask(x, 0.5)
+    first, second = dropped(x, 0.5), dropped(x, 0.5)
     torch.manual_seed(3)
-    again = keep_mask(x, 0.5)
-    assert torch.equal(first, again)
+    assert torch.equal(dropped(x, 0.5), first)
     assert not torch.equal(first, second)
 
 
 def test_own_generator_leaves_the_default_alone() -> None:
     before = torch.get_rng_state()
-    masks = [keep_mask(torch.empty(1000), 0.5, torch.Generator().manual_seed(4)) for _ in range(2)]
-    assert torch.equal(*masks)
+    assert torch.equal(*(dropped(torch.empty(1000), 0.5, seeded(4)) for _ in range(2)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_mean_is_preserved() -> None:
-    torch.manual_seed(5)
-    p, n = 0.05, 1 << 20
-    x = torch.ones(n)
-    assert keep_scale(p) == pytest.approx(1 / (1 - p), rel=1 / 65536)
-    dropped, _ = dropout(x, p)
-    sigma = math.sqrt(p / (1 - p) / n)
-    assert abs(dropped.double().mean().item() - 1) <= 5 * sigma
+@pytest.mark.parametrize("form", ["dropout", "shared"])
+def test_checkpoint_replays_the_places(form: str) -> None:
+    def loss(x: Tensor) -> Tensor:
+        if form == "dropout":
+            return dropout(x, 0.5).square().sum()
+        return (x * shared(x, 0.5, 0).x).sum() + (x * shared(x, 0.5, 1).x).sum()  # x is the same tensor when it is replayed
 
-
-def test_gradient_is_the_mask_and_the_input_is_not_kept() -> None:
-    x = torch.randn(64, 32, requires_grad=True)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        dropped, mask = dropout(x, 0.25)
-    dropped.sum().backward()
-    assert torch.equal(x.grad, mask * keep_scale(0.25))
-    assert [t.data_ptr() for t in kept if t.shape == x.shape] == [mask.data_ptr()]
-
-
-def test_checkpoint_replays_the_mask() -> None:
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return dropout(x, 0.5)[0].square().sum()
-
-    def gradient(checkpointed: bool) -> torch.Tensor:
+    def gradient(checkpointed: bool) -> Tensor:
         x = torch.linspace(-1, 1, 512).requires_grad_()
         torch.manual_seed(6)
-        y = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
+        y = checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
         torch.rand(3)  # whatever else is drawn before the backward
         return torch.autograd.grad(y, x)[0]
 
     assert torch.equal(gradient(True), gradient(False))
 
 
+# --- what becomes of x ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_elements_are_zero_or_scaled(dtype: torch.dtype) -> None:
+    x = torch.randn(40, 50, generator=seeded(0)).to(dtype)
+    torch.manual_seed(1)
+    y = dropout(x, 0.25)
+    torch.manual_seed(1)
+    kept = torch.ones(2000, dtype=dtype).index_fill_(0, dropped(x, 0.25).long(), 0).view(40, 50)
+    assert y.dtype is dtype
+    assert torch.equal(y, x * kept * (1 / 0.75))
+
+
+def test_mean_is_preserved() -> None:
+    torch.manual_seed(5)
+    p = 0.05
+    assert keep_scale(p) == 1 / (1 - p)
+    assert within(dropout(torch.ones(N), p).double().mean().item(), 1, p / (1 - p) / N)
+
+
+def test_the_gradient_has_the_same_places_and_the_input_is_not_kept() -> None:
+    x = torch.randn(64, 32, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = dropout(x, 0.25)
+    y.sum().backward()
+    assert torch.equal(x.grad, (y != 0) * keep_scale(0.25))
+    assert all(t.numel() < x.numel() / 2 for t in kept)
+
+
+@pytest.mark.parametrize("form", ["places", "mask"])
+def test_emptied_copies_and_empty_does_not(form: str) -> None:
+    x = torch.randn(6, 10, 4, generator=seeded(7))
+    where = dropped(x, 0.3, seeded(8))
+    expected = x.flatten().clone()
+    expected[where.long()] = 0
+    if form == "mask":
+        where = (expected == 0).view(x.shape)
+    before = x.clone()
+    assert torch.equal(emptied(x, where).flatten(), expected)
+    assert torch.equal(emptied(x.transpose(0, 2).contiguous().transpose(0, 2), where).flatten(), expected)  # places count in x's order
+    assert torch.equal(x, before)
+    rows = x.flatten(0, 1)
+    assert empty_(rows, where) is rows
+    assert torch.equal(x.flatten(), expected)
+
+
+def test_compiled_code_takes_a_mask() -> None:
+    torch._dynamo.reset()
+    x = torch.ones(1 << 16, requires_grad=True)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
+        return dropped(x, 0.3), dropout(x, 0.3)
+
+    torch.manual_seed(9)
+    where, y = step(x)
+    assert where.dtype is torch.bool
+    assert where.shape == x.shape
+    for drop in (where, y == 0):
+        assert within(drop.sum().item(), 0.3 * len(x), 0.21 * len(x))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_refuses_what_is_no_probability(p: float) -> None:
-    with pytest.raises(ValueError, match="expected 0 or more and below 1"):
-        keep_mask(torch.empty(3), p)
+    x = torch.empty(3)
+    for call in (lambda: dropped(x, p), lambda: dropout(x, p), lambda: shared(x, p, 0), lambda: keep_scale(p)):
+        with pytest.raises(ValueError, match="expected 0 or more and below 1"):
+            call()
+
+
+# --- one draw for all readers ---------------------------------------------------------------------------------------------------------
+
+
+def same(a: Dropped, b: Dropped) -> bool:
+    return a.x is b.x and a.where is b.where
+
+
+def test_readers_of_a_tensor_share_a_draw() -> None:
+    x = torch.randn(50, 20, requires_grad=True)
+    torch.manual_seed(0)
+    q, k, v = (shared(x, 0.5, reader) for reader in (1, 2, 3))
+    assert same(q, k)
+    assert same(q, v)
+    assert torch.equal(q.x, emptied(x.detach(), q.where))
+    assert not q.x.requires_grad
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(dropped(x, 0.5), q.where)
+    assert torch.equal(torch.get_rng_state(), after)  # that was the one draw there was
+
+
+def test_a_reader_never_gets_the_same_places_twice() -> None:
+    x = torch.randn(50, 20)
+    first, other = shared(x, 0.5, 1), shared(x, 0.5, 2)
+    again = shared(x, 0.5, 1)
+    assert same(first, other)
+    assert not torch.equal(again.where, first.where)
+    assert same(shared(x, 0.5, 2), again)
+
+
+@pytest.mark.parametrize("change", ["value", "probability", "tensor"])
+def test_another_input_gets_another_draw(change: str) -> None:
+    x = torch.randn(50, 20)
+    first = shared(x, 0.5, 1)
+    if change == "value":
+        x += 1
+    found = shared(x.clone() if change == "tensor" else x, 0.4 if change == "probability" else 0.5, 2)
+    assert not torch.equal(found.where, first.where)
+    assert torch.equal(found.x, emptied(x, found.where))
+
+
+def test_layers_that_read_an_input_drop_the_same_of_it() -> None:
+    torch.manual_seed(0)
+    q, k = nn.Linear(16, 8), nn.Linear(16, 8)
+    k.load_state_dict(q.state_dict())
+    model = nn.ModuleDict({"q": q, "k": k})
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["q", "k"])
+    with torch.no_grad():
+        for ours, theirs in zip(*(delta.parameters() for delta in adapter.deltas.values()), strict=True):
+            theirs.copy_(ours.normal_())
+    x = torch.randn(5, 16)
+    first: Any = model["q"](x)
+    assert torch.equal(model["k"](x), first)
+    assert not torch.equal(model["q"](x), first)
+    assert torch.equal(model.eval()["q"](x), model["k"](x))

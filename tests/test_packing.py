@@ -27,6 +27,9 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma3": (tf.Gemma3TextConfig, GROUPED | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB} | NO_DROPOUT),
     "mistral": (tf.MistralConfig, GROUPED | {"sliding_window": 5}),
+    "qwen3": (tf.Qwen3Config, GROUPED | {"head_dim": 8}),
+    "gemma": (tf.GemmaConfig, GROUPED | {"head_dim": 8}),
+    "phi3": (tf.Phi3Config, GROUPED | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     "qwen3-moe": (
         tf.Qwen3MoeConfig,
         GROUPED | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},

@@ -95,7 +95,7 @@ def _caught(decoder: Any) -> Iterator[list[Tensor]]:
 
 
 def _last(h: Tensor) -> Tensor:
-    """One position of h (B, T, d): (1, 1, d), with the strides of a tensor of its own, for with others torch would copy the whole head."""
+    """One position of h (B, T, d), (1, 1, d) with the strides of a tensor of its own: with others torch copies the whole head."""
     return h.detach()[0, -1].view(1, 1, -1)
 
 

@@ -4,7 +4,7 @@
     gx = r (g gy) - x r^3 mean(g gy x)
 
 x (..., d), g (d,). Sums and products are in fp32, with one rounding at the end. Written out in torch, as models write it, the same keeps
-two fp32 copies of x for the backward.
+two fp32 copies of x for the backward. The specification is `reference.rms_norm`.
 
 1024 x 576 bf16 on two CPU cores, forward and backward: 0.58 ms; written out 0.86; torch.nn.functional.rms_norm 1.06.
 """
@@ -25,7 +25,8 @@ class _RMSNorm(Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps = eps
-        return F.rms_norm(x.to(gain.dtype), gain.shape, gain, eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, gain.dtype)
+        return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -40,7 +41,7 @@ class _RMSNorm(Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x (..., d), a frozen gain (d,) in x's dtype or a wider one -> (..., d) in x's dtype. Differentiable once, in x."""
+    """x (..., d), a frozen gain (d,) -> (..., d) in x's dtype. Differentiable once, in x."""
     if x.is_cuda and x.dtype is gain.dtype:
         return F.rms_norm(x, gain.shape, gain, eps)  # one kernel there, which keeps no more
     return _RMSNorm.apply(x, gain, eps)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import is_linear, layer_of
 from lorafold.core.attach import Adapted
 from lorafold.core.presets import bare_modules, blocks
 from lorafold.ops.gated import ACTIVATIONS, gated
@@ -67,9 +66,10 @@ def _file(module: nn.Module) -> ModuleType:
 
 
 def _free(module: nn.Module) -> bool:
-    """Does it run its class's own forward, with a weight that stays?"""
+    """Does it run its class's own forward, on one input, with a weight that stays?"""
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
-    return not (trained or isinstance(module, Adapted) or "forward" in vars(module))
+    own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
+    return own and len(inspect.signature(module.forward).parameters) == 1  # some norms take a gate too
 
 
 def _fuse(stack: ExitStack, module: nn.Module) -> Iterator[str]:
@@ -121,13 +121,16 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
     gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     z = torch.linspace(-6, 6, 97)
     known = next((known for known in ACTIVATIONS.values() if torch.allclose(known.forward(z), act(z), rtol=1e-6, atol=1e-6)), None)
-    if known is None or not is_linear(gate):
+    width = getattr(gate, "in_features", None)
+    if known is None or not isinstance(width, int):
         return None
 
     def forward(x: Tensor) -> Tensor:
         return down(gated(gate(x), up(x), known))
 
-    x = _random(1, 2, layer_of(gate).shape[1], like=next(p for p in module.parameters() if p.is_floating_point()))
+    # a packed MLP may hold no number to take the dtype of: its activations have 16 bits
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
+    x = _random(1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
     return forward if _close(forward(x), module(x)) else None
 
 
