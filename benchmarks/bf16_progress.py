@@ -1,38 +1,69 @@
-"""How much of fp32's progress a bf16 base keeps at a small learning rate: held-out loss before and after, on real chat data.
+"""How much of fp32's progress a bf16 base keeps at small learning rates: held-out loss before and after, on real data.
 
-    python benchmarks/bf16_progress.py [--nf4] [--peft]
+    python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4] [--peft]
 
-Worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra), loss on completions, 24 steps of 4 rows, every
-learning rate 1e-5, no dropout. lorafold rounds a layer's output once; adding the low-rank product to an output that is rounded already
-loses every update under half a unit. With --nf4 the same on a base packed as NF4, computed with in fp32 and in bf16. All runs are in one
-loop: same rows, order, optimizer and loss. Prints one JSON object a line.
+gsm: worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra). quickstart: requests that become JSON, held
+out with words of their own. Loss on completions, 4 rows a step, one rate for all, constant, no dropout. lorafold rounds a layer's output
+once; adding the low-rank product to an output that is rounded already loses every update under half a unit. In bf16 it trains as
+`lorafold train` does, fused and packed; fp32 and PEFT train padded, with transformers' own forward. --seeds: of the adapter's init and the
+order of the rows, in bf16; the others run with seed 0. With --nf4 the same on a base packed as NF4, computed with in fp32 and in bf16.
+
+All runs are in one loop with one optimizer, and every held-out loss is measured by the model's plain padded forward: in the dtype trained
+in, and (`in_fp32`) with base and adapter computed in fp32, which leaves only what training lost. One JSON object a line, then a table.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from typing import NamedTuple
 
 import torch
-from reasoning_gym import create_dataset
+from rich.console import Console
 from torch import nn
 
 import lorafold as lf
 from lorafold.evaluate import held_out_loss
 from lorafold.io.models import Storage, load_model, load_tokenizer
+from lorafold.quickstart_task import rows as quickstart_rows
 from lorafold.train.data import Example, batches, encode
+from lorafold.train.fused import fused
 from lorafold.train.losses import Completions, labelled
+from lorafold.train.objectives import Sft
 
-STEPS, ROWS, LR = 24, 4, 1e-5
+ROWS, HELD_OUT = 4, 32
 STORAGES = {
     "fp32": Storage(torch.float32), "bf16": Storage(torch.bfloat16),
     "nf4-in-fp32": Storage(torch.float32, "nf4"), "nf4-in-bf16": Storage(torch.bfloat16, "nf4"),
 }  # fmt: skip
 
 
-def chat(n: int, seed: int) -> list[Example]:
-    data = create_dataset("gsm_symbolic", size=n, seed=seed)
+class Losses(NamedTuple):
+    """Held-out, as trained and computed in fp32; the latter None on a packed base."""
+
+    own: float
+    in_fp32: float | None
+
+    def less(self, other: "Losses") -> "Losses":
+        return Losses(self.own - other.own, None if self.in_fp32 is None or other.in_fp32 is None else self.in_fp32 - other.in_fp32)
+
+
+def gsm(n: int, held_out: bool) -> list[Example]:
+    from reasoning_gym import create_dataset
+
+    data = create_dataset("gsm_symbolic", size=n, seed=int(held_out))
     rows = [{"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in data]
     return encode(rows, load_tokenizer("smollm2"), 1024).examples
+
+
+def quickstart(n: int, held_out: bool) -> list[Example]:
+    tokenizer = load_tokenizer("smollm2")
+    Sft().set_up(tokenizer)
+    return encode(quickstart_rows("test" if held_out else "train", n, seed=0), tokenizer, 1024).examples
+
+
+TASKS = {"gsm": gsm, "quickstart": quickstart}
 
 
 def ours(name: str) -> nn.Module:
@@ -48,42 +79,78 @@ def peft_in_bf16() -> nn.Module:
     return get_peft_model(load_model("smollm2", torch.bfloat16), config).get_base_model()
 
 
-def progress(make: Callable[[], nn.Module], rows: list[Example], held_out: list[Example]) -> tuple[float, float]:
-    """Held-out loss before and after."""
-    torch.manual_seed(0)
-    model = make()
-    objective = Completions(model, False, 0)
-    before = held_out_loss(objective, held_out)
+def make(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return peft_in_bf16() if name == "peft-bf16" else ours(name)
+
+
+def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
+    """The model is fp32 afterwards, if it can be."""
+    own = held_out_loss(Completions(model, False, 0), held_out)
+    if name == "fp32" or name.startswith("nf4"):
+        return Losses(own, own if name == "fp32" else None)
+    return Losses(own, held_out_loss(Completions(model.float(), False, 0), held_out))
+
+
+def train(name: str, model: nn.Module, rows: list[Example], steps: int, lr: float, seed: int) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    model.train()
-    for step in batches(len(rows), ROWS, STEPS, 0):
-        chosen = [rows[i] for i in step]
-        (objective(**objective.collate(chosen, torch.device("cpu"))) / sum(map(labelled, chosen))).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return before, held_out_loss(objective, held_out)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    with ExitStack() as stack:
+        fast = name in ("bf16", "nf4-in-bf16")
+        if fast:
+            stack.enter_context(fused(model))
+        tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
+        objective = stack.enter_context(Sft().loss(model, tokenizer, fast, Console(quiet=True)))
+        assert objective.packed == fast
+        model.train()
+        for step in batches(len(rows), ROWS, steps, seed):
+            chosen = [rows[i] for i in step]
+            (objective(**objective.collate(chosen, torch.device("cpu"))) / sum(map(labelled, chosen))).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def span(values: list[float], form: str) -> str:
+    return f"{values[0]:{form}}" + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="gsm", help="the rows")
+    parser.add_argument("--rates", default="1e-5", help="learning rates, separated by commas")
+    parser.add_argument("--seeds", type=int, default=1, help="of the run in bf16")
+    parser.add_argument("--steps", type=int, default=24, help=f"of {ROWS} rows each")
     parser.add_argument("--nf4", action="store_true", help="also on a base packed as NF4, computed with in fp32 and in bf16")
     parser.add_argument("--peft", action="store_true", help="also PEFT's layers, in bf16")
-    arguments = parser.parse_args()
-    rows, held_out = chat(STEPS * ROWS, 0), chat(32, 1)
-    runs: dict[str, Callable[[], nn.Module]] = {
-        name: lambda name=name: ours(name) for name in STORAGES if arguments.nf4 or not name.startswith("nf4")
-    }  # fmt: skip
-    if arguments.peft:
-        runs["peft-bf16"] = peft_in_bf16
-    found: dict[str, float] = {}
-    for name, make in runs.items():
-        before, after = progress(make, rows, held_out)
-        found[name] = before - after
-        exact = "nf4-in-fp32" if name.startswith("nf4") else "fp32"
-        row = {"run": name, "before": before, "after": after, "progress": found[name], f"of_{exact}": found[name] / found[exact]}
-        print(json.dumps(row), flush=True)
+    asked = parser.parse_args()
+    rows, held_out = TASKS[asked.task](asked.steps * ROWS, False), TASKS[asked.task](HELD_OUT, True)
+    runs = [(name, 0) for name in STORAGES if asked.nf4 or not name.startswith("nf4")] + [("peft-bf16", 0)] * asked.peft
+    runs += [("bf16", seed) for seed in range(1, asked.seeds)]
+    before: Callable[[str], Losses] = cache(lambda name: measured(name, make(name, 0), held_out))  # an untrained adapter is none
+    found: dict[tuple[str, str], list[Losses]] = {}
+    for rate in asked.rates.split(","):
+        for name, seed in runs:
+            model = make(name, seed)
+            train(name, model, rows, asked.steps, float(rate), seed)
+            after = measured(name, model, held_out)
+            gained = before(name).less(after)
+            exact = "nf4-in-fp32" if name.startswith("nf4") else "fp32"
+            found.setdefault((rate, name), []).append(gained)
+            whole = found[rate, exact][0].own
+            row = {
+                "task": asked.task, "rate": float(rate), "run": name, "seed": seed, "before": before(name).own, "after": after.own,
+                "progress": gained.own, f"of_{exact}": gained.own / whole, "progress_in_fp32": gained.in_fp32,
+                f"in_fp32_of_{exact}": None if gained.in_fp32 is None else gained.in_fp32 / whole,
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
+    print("\n| task | rate | run | progress, nats | of fp32's | computed in fp32 | of fp32's |\n|---|---|---|---|---|---|---|")
+    for (rate, name), gains in found.items():
+        whole = found[rate, "nf4-in-fp32" if name.startswith("nf4") else "fp32"][0].own
+        cells = [span([g.own for g in gains], ".5f"), span([g.own / whole for g in gains], ".1%")]
+        wide = [g.in_fp32 for g in gains if g.in_fp32 is not None]
+        cells += [span(wide, ".5f"), span([w / whole for w in wide], ".1%")] if wide else ["", ""]
+        print(f"| {asked.task} | {rate} | {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
