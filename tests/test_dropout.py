@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -247,6 +248,35 @@ def test_another_input_gets_another_draw(change: str) -> None:
     found = shared(x.clone() if change == "tensor" else x, 0.4 if change == "probability" else 0.5, 2)
     assert not torch.equal(found.where, first.where)
     assert torch.equal(found.x, emptied(x, found.where))
+
+
+def test_segments_that_are_replayed_apart_draw_apart() -> None:
+    """As the cross-attentions of a decoder's blocks do, which all read one encoder's output."""
+
+    def of(reader: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: reader * (x * shared(x, 0.5, reader).x).sum()
+
+    def gradient(checkpointed: bool) -> Tensor:
+        x = torch.linspace(-1, 1, 512).requires_grad_()
+        torch.manual_seed(6)
+        parts = [checkpoint(of(n), x, use_reentrant=False) if checkpointed else of(n)(x.view_as(x)) for n in (1, 2, 3)]
+        return torch.autograd.grad(torch.stack(parts).sum(), x)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+    x = torch.randn(50, 20)
+    first = shared(x, 0.5, 1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        second, third = shared(x, 0.5, 2), shared(x, 0.5, 3)
+    assert same(second, third)
+    assert not same(first, second)
+
+
+def test_inference_tensors_are_drawn_for_anew() -> None:
+    """They do not tell whether they were changed."""
+    with torch.inference_mode():
+        x = torch.randn(50, 20)
+        first, second = shared(x, 0.5, 1), shared(x, 0.5, 2)
+    assert not torch.equal(first.where, second.where)
 
 
 def test_layers_that_read_an_input_drop_the_same_of_it() -> None:

@@ -204,7 +204,7 @@ def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> t
     w = W if w_dtype is None else W.to(w_dtype)
 
     def fast(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        drop = None if where is None else Dropped(emptied(x.detach(), where), where, 0, set())
+        drop = None if where is None else Dropped(emptied(x.detach(), where), where, 0, None, set())
         return low_rank_linear(x, lambda dtype: w.to(dtype), down, up, drop, 1 / (1 - P))
 
     def spec(x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ tensor's size must not depend on chance (accelerators, compiled code), the place
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -69,25 +70,33 @@ def empty_(x: Tensor, where: Tensor) -> Tensor:
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped places; which they are; and the version of the input and the readers they were drawn for."""
+    """An input (..., in) with dropped places; which they are; and the version of the input, the segment and the readers they are for."""
 
     x: Tensor
     where: Tensor
-    version: int
+    version: int | None
+    segment: ReferenceType[Any] | None
     readers: set[int]
+
+
+def _segment() -> ReferenceType[Any] | None:
+    """The checkpointed segment that runs, told by the hooks that keep its tensors; None outside of any."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else ref(hooks[0])
 
 
 def shared(x: Tensor, p: float, reader: int) -> Dropped:
     """x with places emptied, drawn once for all that read this tensor: q, k and v, or gate and up, which know nothing of each other.
 
-    It is kept on x itself. A reader (any number that stands for it) never gets the same places twice. No gradient; ValueError for p
-    outside [0, 1).
+    It is kept on x itself. A reader (any number that stands for it) never gets the same places twice, and a checkpointed segment shares
+    with no other: it is replayed alone, and must then draw what it drew. No gradient; ValueError for p outside [0, 1).
     """
+    segment, version = _segment(), None if x.is_inference() else x._version  # inference tensors do not count their changes
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
     found = known.get(p)
-    if found is None or found.version != x._version or reader in found.readers:
+    if found is None or version is None or (found.version, found.segment) != (version, segment) or reader in found.readers:
         where = dropped(x, p)
-        known[p] = found = Dropped(emptied(x.detach(), where), where, x._version, set())
+        known[p] = found = Dropped(emptied(x.detach(), where), where, version, segment, set())
     found.readers.add(reader)
     return found
 
