@@ -20,6 +20,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from lib.results import keep
 from rich.console import Console
 from torch import nn
 
@@ -144,13 +145,16 @@ def main() -> None:
                 f"in_fp32_of_{exact}": None if gained.in_fp32 is None else gained.in_fp32 / whole,
             }  # fmt: skip
             print(json.dumps(row), flush=True)
-    print("\n| task | rate | run | progress, nats | of fp32's | computed in fp32 | of fp32's |\n|---|---|---|---|---|---|---|")
+    table = []
     for (rate, name), gains in found.items():
         whole = found[rate, "nf4-in-fp32" if name.startswith("nf4") else "fp32"][0].own
-        cells = [span([g.own for g in gains], ".5f"), span([g.own / whole for g in gains], ".1%")]
         wide = [g.in_fp32 for g in gains if g.in_fp32 is not None]
-        cells += [span(wide, ".5f"), span([w / whole for w in wide], ".1%")] if wide else ["", ""]
-        print(f"| {asked.task} | {rate} | {name} | {' | '.join(cells)} |")
+        table.append({
+            "rate": rate, "run": name,
+            "progress, nats": span([g.own for g in gains], ".5f"), "of fp32's": span([g.own / whole for g in gains], ".1%"),
+            "computed in fp32": span(wide, ".5f") if wide else "", "then of fp32's": span([w / whole for w in wide], ".1%") if wide else "",
+        })  # fmt: skip
+    keep(f"bf16_progress_{asked.task}", table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lib.results import keep
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -216,13 +217,6 @@ def shown(part: str, lines: Iterator[dict]) -> list[dict]:
     return kept
 
 
-def table(lines: Sequence[dict]) -> None:
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    for line in lines:
-        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in (line.get(n, "") for n in names)) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=12, help="of the task")
@@ -237,22 +231,15 @@ def main() -> None:
     bases = {"fp32": alone(load_model("smollm2", torch.bfloat16).float(), examples)}
     tables = [shown("model", of_model(bases["fp32"], examples, targets))]
     bases["bf16"] = alone(load_model("smollm2", torch.bfloat16), examples)
-    bare = {
-        "B": "none",
-        "size": 0.0,
-        "by": "the bare base",
-        "in": "bf16",
-        "change_over_logits": 0.0,
-        **errors(bases["bf16"], bases["fp32"], targets),
-    }
+    bare = {"B": "none", "size": 0.0, "by": "the bare base", "in": "bf16", "change_over_logits": 0.0}
+    bare |= errors(bases["bf16"], bases["fp32"], targets)
     tables.append(shown("adapter", chain([bare], of_adapter(bases, examples, targets, asked.seed))))
     with ExitStack() as stack, torch.no_grad():
         model = load_model("smollm2", torch.bfloat16)
         layers = stack.enter_context(caught(model))
         model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
     tables.append(shown("attention", of_attention(layers, asked.seed)))
-    for lines in tables:
-        table(lines)
+    keep("precision", *tables)
 
 
 if __name__ == "__main__":

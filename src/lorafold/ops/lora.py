@@ -53,5 +53,6 @@ def low_rank_linear(x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropp
     drop: what the branch sees of x, in its place.
     """
     xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
-    y: Tensor = _LowRankLinear.apply(x.flatten(0, -2), read, down, up, xd.flatten(0, -2), where, scale)
-    return y.unflatten(0, x.shape[:-1])
+    rows, branch = (z.reshape(-1, z.shape[-1]) for z in (x, xd))
+    y: Tensor = _LowRankLinear.apply(rows, read, down, up, branch, where, scale)
+    return y.view(*x.shape[:-1], -1)
