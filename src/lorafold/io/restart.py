@@ -1,10 +1,10 @@
 """A process begun again in the environment that suits training: libraries read such wishes when a process starts, and never again.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1   huge pages behind the heap, where the kernel gives them to those who ask
-    GOMP_SPINCOUNT=SPINS                    OpenMP's threads wait for each other a few microseconds before they sleep, not milliseconds
+    GOMP_SPINCOUNT=SPINS                    OpenMP's threads wait for each other some microseconds before they sleep, not milliseconds
 
 A variable that is set stays as it is, and LORAFOLD_TUNE=off leaves everything alone. SmolLM2-135M, a step of 4 x 256 tokens on two cores:
-0.88 of the time with huge pages; beside two busy processes 7.3 s instead of 28, since a thread that spins keeps the one it waits for from
+0.88 of the time with huge pages; beside two busy processes 8 s instead of 28, since a thread that spins keeps the one it waits for from
 running.
 """
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SWITCH = "LORAFOLD_TUNE"
-SPINS = "1000"
+SPINS = "10000"
 
 
 def wishes() -> dict[str, str]:
