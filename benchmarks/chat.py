@@ -42,7 +42,7 @@ trainer = SFTTrainer(
 )
 metrics = trainer.train().metrics
 trainer.save_model(out)
-print(json.dumps({"train_seconds": metrics["train_runtime"], "loss": metrics["train_loss"]}))
+print(json.dumps({"seconds": metrics["train_runtime"], "loss": metrics["train_loss"]}))
 """
 
 
@@ -62,7 +62,8 @@ def run(command: list[str]) -> dict:
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"{' '.join(command)}: exit code {child.returncode}")
-    return {"seconds": time.perf_counter() - start, "peak_bytes": usage.ru_maxrss * 1024, **json.loads(said.strip().splitlines()[-1])}
+    found = json.loads(said.strip().splitlines()[-1])
+    return {**found, "whole_seconds": time.perf_counter() - start, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def main() -> None:
@@ -84,11 +85,11 @@ def main() -> None:
             for side, command in sides.items():
                 found[side].append(run(command))
                 print(json.dumps({"side": side, **{k: v for k, v in found[side][-1].items() if k != "losses"}}), flush=True)
-    slowest = statistics.median(r["seconds"] for r in found["TRL + PEFT"])
+    slowest = statistics.median(r["whole_seconds"] for r in found["TRL + PEFT"])
     table = []
     for side, runs in found.items():
-        whole, peak = (statistics.median(r[k] for r in runs) for k in ("seconds", "peak_bytes"))
-        training = statistics.median(r.get("train_seconds") or tokens / r["tokens_per_second"] for r in runs)
+        whole, peak = (statistics.median(r[k] for r in runs) for k in ("whole_seconds", "peak_bytes"))
+        training = statistics.median(r["seconds"] for r in runs)
         table.append({
             "": side, "seconds in all": f"{whole:.0f}", "training": f"{training:.0f}", "real tokens/s": f"{tokens / training:.0f}",
             "times as fast": f"{slowest / whole:.1f}", "peak GB": f"{peak / 1e9:.2f}",

@@ -111,7 +111,7 @@ class LowRank(Additive):
     def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
         up, down = self.factors()
         cross = (w @ down.to(w.dtype).t()).to(up.dtype)  # (out, r)
-        return (own + (up * (2 * cross + up @ (down @ down.t()))).sum(1)).clamp_min(0)
+        return (own + torch.linalg.vecdot(up, torch.addmm(cross, up, down @ down.t(), beta=2))).clamp_min(0)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = self.factors()
