@@ -50,7 +50,7 @@ def test_it_begins_again_once_and_keeps_what_it_was_given(how: str, tmp_path: Pa
 def test_variables_that_are_set_stay_as_they_are(tmp_path: Path) -> None:
     code, pid, lines = begin(tmp_path, "file", GOMP_SPINCOUNT="7", GLIBC_TUNABLES="glibc.malloc.check=0")
     assert code == 7
-    assert lines == ["begun", f"{pid} 7 {ARGUMENTS!r} True given on stdin", "glibc.malloc.check=0"]
+    assert lines == ["begun", "begun", f"{pid} 7 {ARGUMENTS!r} True given on stdin", "glibc.malloc.check=0"]
 
 
 def test_the_switch_turns_it_off(tmp_path: Path) -> None:

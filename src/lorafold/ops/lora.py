@@ -55,4 +55,4 @@ def low_rank_linear(x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropp
     xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
     rows, branch = (z.reshape(-1, z.shape[-1]) for z in (x, xd))
     y: Tensor = _LowRankLinear.apply(rows, read, down, up, branch, where, scale)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(up))
