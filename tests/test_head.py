@@ -119,8 +119,8 @@ def test_row_losses_are_those_of_each_row_alone(name: str, state: str) -> None:
 def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
     model = build(name).requires_grad_(False)
     _, inputs = batch()
-    h = model.get_decoder()(**inputs).last_hidden_state[:1, -1:]
-    logits = model(**inputs).logits[:1, -1:]
+    h = model.get_decoder()(**inputs).last_hidden_state[0, -1:]
+    logits = model(**inputs).logits[0, -1:]
     assert head_module._linear_form(model, logits, h) is not None
     assert head_module._linear_form(model, logits * 1.01, h) is None
     model.get_output_embeddings().__class__ = Adapted

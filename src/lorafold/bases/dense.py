@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Base, add
 from lorafold.errors import NotMergeable
+from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.dropout import dropout, keep_scale, shared
+from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
 
 
@@ -45,7 +47,7 @@ class Matrix(Base):
 
     def read(self, dtype: torch.dtype) -> Tensor:  # (out, in)
         """W for a product with activations of that dtype."""
-        return self.weight()
+        return self.weight().to(dtype)
 
     @property
     def frozen(self) -> bool:
@@ -60,16 +62,24 @@ class Matrix(Base):
         out, inn = self.weight().shape
         return out, inn
 
+    def as_is(self, x: Tensor) -> bool:
+        """May the module's own forward stand for W x + b?"""
+        return not self.frozen or arithmetic(x) is x.dtype
+
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if onto is None:
+        if onto is None and self.as_is(x):
             return self.run(x)
-        w = self.weight()
-        rows = onto.expand(*x.shape[:-1], w.shape[0]).flatten(0, -2)
-        y = torch.addmm(rows.to(w.dtype), x.flatten(0, -2), w.t()).unflatten(0, x.shape[:-1])
-        return add(y, self.bias)
+        flat = x.reshape(-1, x.shape[-1])
+        start = self.bias if onto is None else onto.expand(*x.shape[:-1], self.shape[0]).reshape(-1, self.shape[0])
+        if self.frozen and not torch.compiler.is_compiling():
+            y = frozen_linear(flat, start, self.read)
+        else:
+            w = self.read(x.dtype)
+            y = flat @ w.t() if start is None else torch.addmm(start.to(w.dtype), flat, w.t())
+        return add(y.view(*x.shape[:-1], -1), None if onto is None else self.bias)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
-        return F.linear(x, m.to(x.dtype))
+        return linear(x, m)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
-from lorafold.core.layer import add
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.ops.frozen import frozen_linear
 
 
 def bitsandbytes() -> ModuleType:
@@ -70,16 +68,8 @@ class Packed(Matrix):
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features  # type: ignore[return-value]
 
-    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        rows = None if onto is None else onto.expand(*x.shape[:-1], self.shape[0]).reshape(-1, self.shape[0])
-        flat = x.reshape(-1, x.shape[-1])
-        if not torch.compiler.is_compiling():
-            y = frozen_linear(flat, rows, self.read)
-        elif rows is None:
-            y = flat @ self.read(x.dtype).t()
-        else:
-            y = torch.addmm(rows.to(x.dtype), flat, self.read(x.dtype).t())
-        return add(y.view(*x.shape[:-1], -1), self.bias)
+    def as_is(self, x: Tensor) -> bool:
+        return False
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         raise NotMergeable(f"{type(self.module).__name__} holds packed numbers that a change would be rounded away in; unpack it first")

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.arithmetic import arithmetic
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -46,15 +48,15 @@ class Tile(NamedTuple):
         """The view (n, hi - lo, H, D) of rows lo:hi of each document."""
         return x_THD[self.at : self.at + self.n * self.length].unflatten(0, (self.n, self.length))[:, lo : self.hi]
 
-    def queries(self, x_THD: Tensor, kv_heads: int) -> Tensor:
-        """A copy (n * Hk, G * rows, D): the G heads that share a key head lie under each other."""
+    def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """A copy (n * Hk, G * rows, D) in that dtype: the G heads that share a key head lie under each other."""
         n, rows, heads, width = self.cut(x_THD, self.lo).shape
         by_group = self.cut(x_THD, self.lo).reshape(n, rows, kv_heads, heads // kv_heads, width)
-        return by_group.permute(0, 2, 3, 1, 4).reshape(n * kv_heads, -1, width)
+        return by_group.permute(0, 2, 3, 1, 4).to(dtype, memory_format=torch.contiguous_format).reshape(n * kv_heads, -1, width)
 
-    def keys(self, x_THD: Tensor) -> Tensor:
-        """(n * Hk, columns, D)"""
-        return self.cut(x_THD, self.first).transpose(1, 2).flatten(0, 1)
+    def keys(self, x_THD: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n * Hk, columns, D) in that dtype"""
+        return self.cut(x_THD, self.first).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
         """Writes (n * Hk, G * rows, D) to its place: what `queries` took apart."""
@@ -124,27 +126,26 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float 
 class _DocumentAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None) -> Tensor:
-        kv_heads = k.shape[1]
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for tile in docs.tiles():
-            mask = docs.mask(tile, q.shape[1] // kv_heads, q)
-            p, _ = _probabilities(tile.queries(q, kv_heads), tile.keys(k), mask, scale, cap)
-            tile.put_queries(out, torch.bmm(p, tile.keys(v)))
         ctx.save_for_backward(q, k, v)
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
+        kv_heads, dtype = k.shape[1], arithmetic(q)
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        for tile in docs.tiles():
+            qi, ki, vi = tile.queries(q, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
+            p, _ = _probabilities(qi, ki, docs.mask(tile, q.shape[1] // kv_heads, qi), scale, cap)
+            tile.put_queries(out, torch.bmm(p, vi))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
-        kv_heads = k.shape[1]
+        kv_heads, dtype = k.shape[1], arithmetic(q)
         wide = torch.promote_types(k.dtype, torch.float32)  # in bf16 a key's gradient would lose to rounding with every tile it adds
         gq, gk, gv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for tile in ctx.docs.tiles():
-            mask = ctx.docs.mask(tile, q.shape[1] // kv_heads, q)
-            qi, ki, vi, gi = tile.queries(q, kv_heads), tile.keys(k), tile.keys(v), tile.queries(g, kv_heads)
-            p, t = _probabilities(qi, ki, mask, ctx.scale, ctx.cap)
+            qi, gi, ki, vi = tile.queries(q, kv_heads, dtype), tile.queries(g, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
+            p, t = _probabilities(qi, ki, ctx.docs.mask(tile, q.shape[1] // kv_heads, qi), ctx.scale, ctx.cap)
             tile.add_keys(gv, torch.bmm(p.mT, gi))
             # (gp - sum(gp * p)) * p in one pass, the sum in fp32
             gs = torch.ops.aten._softmax_backward_data(torch.bmm(gi, vi.mT), p, -1, p.dtype).mul_(ctx.scale)

@@ -25,8 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.core.presets import decoder_of
 from lorafold.errors import LorafoldError
+from lorafold.ops.arithmetic import arithmetic
 
 CHUNK = 256  # rows whose logits exist at a time
+SLAB = 2**22  # elements of W that exist in another dtype at a time: 16 MB
 BLOCK = 32  # rows whose probabilities exist in fp32 at a time: 32 x 49,152 of them stay in cache
 NO_LOSS = -100  # torch's ignore_index
 
@@ -66,7 +68,7 @@ def _until_head(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tup
     labels = labels.to(caught[0].device)
     labelled = labels != NO_LOSS
     h, targets = caught[0][:, -labels.shape[1] :][labelled], labels[labelled]
-    return h, targets, _linear_form(model, output.logits, _last(caught[0])), output
+    return h, targets, _linear_form(model, output.logits[0], _last(caught[0])[0]), output
 
 
 def _decoder(model: Any) -> Any:
@@ -200,15 +202,33 @@ class _Linear(NamedTuple):
     scale: float
     cap: float | None
 
-    def logits(self, h: Tensor) -> Tensor:
-        z = F.linear(h, self.w, self.b)
+    def logits(self, h: Tensor, space: Tensor | None = None) -> Tensor:
+        """h (n, d) -> (n, V), in the dtype that the product is computed in. space (at least n, V): of that dtype, to write them to."""
+        wide = h.to(arithmetic(h) if space is None else space.dtype)
+        z = wide.new_empty(len(h), len(self.w)) if space is None else space[: len(h)]
+        for rows in self.slabs(wide.dtype):
+            torch.mm(wide, self.w[rows].to(wide.dtype).t(), out=z[:, rows])
+        if self.b is not None:
+            z.add_(self.b)
         if self.scale != 1.0:
             z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
+    def back(self, gz: Tensor) -> Tensor:
+        """The gradient (n, V) of W h + b -> that of h (n, d)."""
+        gh = gz.new_zeros(len(gz), self.w.shape[1])
+        for rows in self.slabs(gz.dtype):
+            gh.addmm_(gz[:, rows], self.w[rows].to(gz.dtype))
+        return gh
+
+    def slabs(self, dtype: torch.dtype) -> list[slice]:
+        """Runs of W's rows to multiply at a time: all of them where that takes no copy."""
+        step = len(self.w) if dtype is self.w.dtype else max(1, SLAB // self.w.shape[1])
+        return [slice(at, at + step) for at in range(0, len(self.w), step)]
+
 
 def _linear_form(model: Any, logits: Tensor, h: Tensor) -> _Linear | None:
-    """The head in linear form if it is frozen and has one: if that form's logits for h (1, 1, d) are those that the model computed."""
+    """The head in linear form if it is frozen and has one: if that form's logits for h (1, d) are those that the model computed."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if logits.requires_grad or type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
         return None
@@ -231,10 +251,11 @@ class _LinearHead(Function):
         total = h.new_zeros((), dtype=_wide(h))
         gh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         buffer = h.new_empty(BLOCK, len(w), dtype=total.dtype)
+        space = h.new_empty(min(CHUNK, len(h)), len(w), dtype=arithmetic(h))
         for at in range(0, len(h), CHUNK):
-            z = linear.logits(h[at : at + CHUNK])
+            z = linear.logits(h[at : at + CHUNK], space)
             for z_block, y in zip(z.split(BLOCK), targets[at : at + CHUNK, None].split(BLOCK), strict=True):
-                p = buffer[: len(z_block)].copy_(z_block)
+                p = z_block if z.dtype is total.dtype else buffer[: len(z_block)].copy_(z_block)
                 top, z_y = p.amax(-1), p.gather(1, y)[:, 0]
                 slope = None if cap is None else (p / -cap).mul_(p).div_(cap).add_(1)  # of the cap, 1 - (z / cap)^2
                 torch.softmax(p, -1, out=p)
@@ -244,9 +265,12 @@ class _LinearHead(Function):
                 p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
                 if slope is not None:
                     p.mul_(slope)
-                z_block.copy_(p if scale == 1.0 else p.mul_(scale))
+                if scale != 1.0:
+                    p.mul_(scale)
+                if p is not z_block:
+                    z_block.copy_(p)
             if gh is not None:
-                gh[at : at + CHUNK] = z @ w
+                gh[at : at + CHUNK] = linear.back(z)
         ctx.save_for_backward(gh)
         return total
 

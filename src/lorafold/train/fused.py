@@ -1,4 +1,4 @@
-"""A model's norms, rotary embeddings and gated MLPs, run by fused operations while it trains.
+"""A model's norms, rotary embeddings, gated MLPs and frozen linears, run by fused operations while it trains.
 
     with fused(model) as found:
         print(found)                        # fast path: 30 of 30 blocks
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafold.bases import layer_class, layer_of
+from lorafold.bases.dense import Linear
 from lorafold.core.attach import Adapted
 from lorafold.core.presets import bare_modules, blocks
 from lorafold.ops.gated import ACTIVATIONS, gated
@@ -53,6 +55,8 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
         with asking(model):
             found = [{part for module in block if _free(module) for part in _fuse(stack, module)} for block in inside]
             files = {_file(module) for block in inside for module in block}
+            for module in (module for block in inside for module in block if _free(module)):
+                _put(stack, module, "forward", _frozen_linear(module))
             rotated = {file for file in files if _put(stack, file, ROTARY, _fused_rotary(getattr(file, ROTARY, None)))}
         for parts, block in zip(found, inside, strict=True):
             parts |= {"rotary embedding"} if any(_file(module) in rotated for module in block) else set()
@@ -94,6 +98,11 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _frozen_linear(module: nn.Module) -> Forward | None:
+    """The forward of a linear that no delta lies on, in the numbers that this processor multiplies faster."""
+    return layer_of(module) if layer_class(module) is Linear else None
 
 
 def _fused_norm(module: nn.Module) -> Forward | None:

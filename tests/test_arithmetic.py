@@ -1,0 +1,92 @@
+"""16-bit products in fp32 arithmetic: rounded once, chosen by what a product costs and by nothing else, wherever there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import layer_of
+from lorafold.ops import arithmetic as module
+from lorafold.ops.arithmetic import ROWS, arithmetic, linear
+from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.frozen import frozen_linear
+from lorafold.ops.head import _LinearHead
+from lorafold.ops.lora import low_rank_linear
+
+T, IN, OUT, R = 2 * ROWS, 48, 40, 4
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+X, W, ONTO, DOWN, UP = random(T, IN, seed=0), random(OUT, IN, seed=1), random(T, OUT, seed=2), random(R, IN, seed=3), random(OUT, R, seed=4)
+Q, K, V = (random(T, heads, 8, seed=5 + heads) for heads in (4, 2, 1))
+TARGETS = torch.arange(T) % OUT
+
+# what differentiates, and what does it, for tensors of any dtype
+OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
+    "linear": ((X, W), linear),
+    "frozen": ((X, ONTO), lambda x, onto: frozen_linear(x, onto, W.to)),
+    "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
+    "low-rank": ((X, DOWN.float(), UP.float()), lambda x, down, up: low_rank_linear(x, W.to, down, up, scale=0.5)),
+    "attention": ((Q, K, V.expand(T, 2, 8)), lambda q, k, v: document_attention(q, k, v, Documents((T - 9, 9)), 0.3)),
+    "head": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), None, 1.0, None) / T),
+    "head-biased": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0) / T),
+    "layer": ((X,), lambda x: layer_of(plain(x.dtype))(x)),
+}
+
+
+def plain(dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
+    linear.weight.copy_(W)
+    linear.bias.copy_(ONTO[0])  # type: ignore[union-attr]
+    return linear
+
+
+def run(op: str, dtype: torch.dtype) -> list[Tensor]:
+    given, call = OPS[op]
+    inputs = [z.detach().to(dtype if dtype is torch.float64 else z.dtype).requires_grad_() for z in given]
+    y = call(*inputs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype))
+    return [y.detach(), *(z.grad for z in inputs)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = run(op, torch.float64)
+    found = {}
+    for pays in (False, True):
+        monkeypatch.setattr(module, "widening_pays", lambda dtype, pays=pays: pays)
+        found[pays] = run(op, torch.bfloat16)
+    for own, wide, true in zip(found[False], found[True], truth, strict=True):
+        error, peer = ((z.double() - true).norm() / true.norm() for z in (wide, own))
+        assert wide.dtype is own.dtype
+        assert error <= 1.01 * peer
+        assert error < 0.01
+
+
+def test_only_16_bit_products_of_many_rows_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "widening_pays", lambda dtype: True)
+    wide = {dtype: arithmetic(X.to(dtype)) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+    assert wide == {
+        torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64,
+    }  # fmt: skip
+    assert arithmetic(X[: ROWS - 1]) is torch.bfloat16
+    assert arithmetic(X.unflatten(0, (2, -1))) is torch.float32
+    assert arithmetic(X.to("meta")) is torch.bfloat16
+
+
+def test_what_pays_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module.widening_pays.cache_clear()
+    asked = []
+    clock = module.time.perf_counter
+    monkeypatch.setattr(module.time, "perf_counter", lambda: asked.append(1) or clock())
+    first = module.widening_pays(torch.bfloat16)
+    number = len(asked)
+    assert number > 0
+    assert module.widening_pays(torch.bfloat16) is first
+    assert len(asked) == number
