@@ -4,8 +4,8 @@
 
 The embedded model, rank 16 on every linear of the blocks, AdamW, every token labelled. Each side is a process of its own and the two take
 their steps in turn; figures are medians, ratios those of each turn. The floor is two passes of the linears and two products of the head at
-the speed of a large bf16 product, measured after each of lorafold's steps. Peak memory is all that the process is resident in. One JSON
-object a line, then the table, which is also written to results/peers.md. Linux only.
+the speed of a large product, in bf16 or fp32, whichever the machine is faster with, measured after each of lorafold's steps. Peak memory is
+all that the process is resident in. One JSON object a line, then the table, which is also written to results/peers.md. Linux only.
 """
 
 import argparse

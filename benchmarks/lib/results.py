@@ -25,9 +25,12 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def keep(name: str, *tables: Sequence[dict]) -> None:
-    """Print tables and write them, with the command and the machine, to results/NAME.md."""
+    """Print tables and write them, with the command, to results/NAME.md: under this machine's heading, beside what others measured."""
     text = "\n\n".join(map(markdown, tables))
     print("\n" + text)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     HERE.mkdir(exist_ok=True)
-    (HERE / f"{name}.md").write_text(f"`{command}`\n\n{machine()}\n\n{text}\n")
+    file, title = HERE / f"{name}.md", machine()
+    sections = file.read_text().split("## ")[1:] if file.exists() else []
+    others = [section for section in sections if not section.startswith(title.split(";")[0])]
+    file.write_text("\n\n".join(f"## {section.strip()}" for section in (f"{title}\n\n`{command}`\n\n{text}", *others)) + "\n")

@@ -27,10 +27,11 @@ class _LowRankLinear(Function):
     def forward(ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, xd: Tensor, where: Tensor | None, scale: float) -> Tensor:
         dtype = arithmetic(x)
         a, b = down.to(dtype), (up * scale).to(dtype)
-        u = xd.to(dtype) @ a.t()
+        wide = x.to(dtype)
+        u = (wide if where is None else xd.to(dtype)) @ a.t()
         ctx.save_for_backward(xd, u, a, b, where)
         ctx.read, ctx.scale, ctx.dtype = read, scale, down.dtype
-        return (u @ b.t()).addmm_(x.to(dtype), read(dtype).t()).to(x.dtype)
+        return (u @ b.t()).addmm_(wide, read(dtype).t()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
