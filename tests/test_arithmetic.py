@@ -80,13 +80,26 @@ def test_only_16_bit_products_of_many_rows_are_widened(monkeypatch: pytest.Monke
     assert arithmetic(X.to("meta")) is torch.bfloat16
 
 
-def test_what_pays_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    module.widening_pays.cache_clear()
-    asked = []
-    clock = module.time.perf_counter
-    monkeypatch.setattr(module.time, "perf_counter", lambda: asked.append(1) or clock())
-    first = module.widening_pays(torch.bfloat16)
-    number = len(asked)
-    assert number > 0
-    assert module.widening_pays(torch.bfloat16) is first
-    assert len(asked) == number
+# flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
+PROCESSORS = {
+    "amd-zen5": ("AuthenticAMD avx512_bf16", False, True, False, True),
+    "intel-amx": ("GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16", True, True, False, False),
+    "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
+    "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_pays_follows_from_the_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, amx, bf16, *expected = PROCESSORS[name]
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(module.Path, "read_text", lambda path: info)
+    monkeypatch.setattr(module.Path, "exists", lambda path: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert [module.widening_pays.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16)] == expected
+
+
+def test_other_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "arm64")
+    assert not module.widening_pays.__wrapped__(torch.bfloat16)

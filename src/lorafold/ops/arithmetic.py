@@ -2,9 +2,9 @@
 
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is rounded once
 
-A processor with matrix units, or with two pipes for bf16, multiplies bf16 at twice fp32's rate and more. One with a single pipe takes half
-of fp32's rate, and one without any instruction for it a tenth or less; there, a pass over memory to widen both matrices is soon paid back.
-Which of them this is, no flag tells: it is measured, once a process, in some 20 ms.
+A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at twice fp32's rate and more. Intel's
+without AMX has half of fp32's rate, and one without an instruction for it a tenth or less; there, a pass over memory to widen both matrices
+is soon paid back. What the processor is decides, not a stopwatch, so that a run repeats itself on a busy machine too.
 
 1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: AMD Zen 5 400 and 150; Intel Xeon with AVX512-BF16 but without AMX
 165 and 300, of which the gradient 165 and 280; the same held to AVX2 27 and 280, of which the gradient 5 and 285.
@@ -12,8 +12,9 @@ Which of them this is, no flag tells: it is measured, once a process, in some 20
 
 from __future__ import annotations
 
-import time
+import platform
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 ROWS = 64  # below, reading W is what takes the time, and it is half as long in 16 bits
-CLEARLY = 0.8  # of the time: the choice must not hang on noise
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -35,20 +35,14 @@ def arithmetic(x: Tensor) -> torch.dtype:
 
 @cache
 def widening_pays(dtype: torch.dtype) -> bool:
-    """Is a product of two matrices of this dtype clearly faster in fp32 on this CPU?"""
-    x, w = (torch.ones(size, 512, dtype=dtype) for size in (256, 512))
-    took: dict[torch.dtype, float] = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products that wait for a core which another process has would tell of that
-    try:
-        for _ in range(8):  # in turn; the fastest of each counts
-            for wide in (dtype, torch.float32):
-                start = time.perf_counter()
-                (x.to(wide) @ w.to(wide).t()).to(dtype)
-                took[wide] = min(time.perf_counter() - start, took.get(wide, float("inf")))
-    finally:
-        torch.set_num_threads(threads)
-    return took[torch.float32] < CLEARLY * took[dtype]
+    """Does this CPU multiply matrices of a 16-bit dtype clearly faster in fp32?"""
+    if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
+        return False
+    info = Path("/proc/cpuinfo")
+    words = set((info.read_text() if info.exists() else platform.processor()).replace(",", " ").split())
+    if dtype is torch.float16:
+        return "avx512_fp16" not in words
+    return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in words)
 
 
 class _Widened(Function):
