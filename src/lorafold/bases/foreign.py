@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
+from lorafold.core.valueless import valueless
 from lorafold.errors import LorafoldError, NotMergeable
 
 
@@ -120,17 +122,39 @@ class Linear8bit(Packed):
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
-    return _packed(bitsandbytes().nn.LinearNF4(w.shape[1], w.shape[0], bias=False, device="meta"), w)
+    module = _empty("LinearNF4", w)
+    if not valueless(w):
+        return _packed(module, w)
+    codes, state = bitsandbytes().functional.quantize_4bit(w.bfloat16(), quant_type="nf4", compress_statistics=True)
+    return _with(module, codes, quant_state=state)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
-    return _packed(bitsandbytes().nn.Linear8bitLt(w.shape[1], w.shape[0], bias=False, has_fp16_weights=False, device="meta"), w)
+    module = _empty("Linear8bitLt", w, has_fp16_weights=False)
+    if not valueless(w):
+        return _packed(module, w)
+    codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(w.half())
+    return _with(module, codes, SCB=scales)
+
+
+def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:
+    with unset_fake_temporarily():
+        bitsandbytes().functional.quantize_blockwise(torch.zeros(1))  # makes its table, for which it needs values
+        return getattr(bitsandbytes().nn, cls)(w.shape[1], w.shape[0], bias=False, device="meta", **options)
 
 
 def _packed(module: nn.Module, w: Tensor) -> nn.Module:
     old: Any = module.weight
     module.weight = type(old)(w.detach().bfloat16().cpu(), requires_grad=False, **old.__dict__)
     return module.to(w.device)
+
+
+def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
+    """A weight of codes without values, which bitsandbytes' own class of parameters can't hold."""
+    weight = nn.Parameter(codes, requires_grad=False)
+    vars(weight).update(attributes)
+    module._parameters["weight"] = weight
+    return module
 
 
 PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}  # a linear without bias that holds W, from bf16

@@ -21,6 +21,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "eval": "Loss, perplexity and exact match of a model or adapter, with confidence intervals.",
     "generate": "One answer to one prompt.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
+    "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
     "compare": "Every method on your model and data, measured in one table.",
 }
 TRAINING = {"quickstart", "train", "compare"}

@@ -22,6 +22,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from lorafold.core.valueless import valueless
+
 
 def keep_scale(p: float) -> float:
     """1 / (1 - p): what the kept elements are multiplied by to preserve the mean. ValueError for p outside [0, 1)."""
@@ -38,6 +40,8 @@ def dropped(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     keep_scale(p)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device, generator=generator) < p
+    if valueless(x):
+        return x.new_empty(round(x.numel() * p), dtype=torch.int32)  # as many as are expected
     return _places(x.numel(), p, generator).to(torch.int32 if x.numel() < 2**31 else torch.int64)
 
 

@@ -24,6 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.presets import decoder_of
+from lorafold.core.valueless import holds, valueless
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import arithmetic
 
@@ -66,8 +67,10 @@ def _until_head(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tup
     with _caught(_decoder(model)) as caught:
         output = model(**inputs, use_cache=False)
     labels = labels.to(caught[0].device)
-    labelled = labels != NO_LOSS
-    h, targets = caught[0][:, -labels.shape[1] :][labelled], labels[labelled]
+    h, targets = caught[0][:, -labels.shape[1] :].flatten(0, 1), labels.flatten()
+    if not valueless(labels):  # which are all taken for labels
+        labelled = targets != NO_LOSS
+        h, targets = h[labelled], targets[labelled]
     return h, targets, _linear_form(model, output.logits[0], _last(caught[0])[0]), output
 
 
@@ -230,7 +233,7 @@ class _Linear(NamedTuple):
 def _linear_form(model: Any, logits: Tensor, h: Tensor) -> _Linear | None:
     """The head in linear form if it is frozen and has one: if that form's logits for h (1, d) are those that the model computed."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    if logits.requires_grad or type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+    if logits.requires_grad or type(layer) is not nn.Linear or not isinstance(layer.weight, nn.Parameter):
         return None
     if (layer.weight.dtype, layer.weight.device, layer.in_features) != (h.dtype, h.device, h.shape[-1]):
         return None
@@ -238,7 +241,7 @@ def _linear_form(model: Any, logits: Tensor, h: Tensor) -> _Linear | None:
     linear = _Linear(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
     with torch.no_grad():
         expected, found = logits.to(_wide(h)), linear.logits(h).to(_wide(h))
-        close = expected.shape == found.shape and bool((found - expected).norm() <= 4 * torch.finfo(h.dtype).eps * expected.norm())
+        close = expected.shape == found.shape and holds((found - expected).norm() <= 4 * torch.finfo(h.dtype).eps * expected.norm())
     return linear if close else None
 
 

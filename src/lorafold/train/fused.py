@@ -25,6 +25,7 @@ from lorafold.bases import layer_class, layer_of
 from lorafold.bases.dense import Linear
 from lorafold.core.attach import Adapted
 from lorafold.core.presets import bare_modules, blocks
+from lorafold.core.valueless import holds
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
@@ -93,7 +94,7 @@ def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bo
 
 def _close(found: Tensor, expected: Tensor) -> bool:
     """Equal up to the roundings of a few operations."""
-    return found.shape == expected.shape and bool((found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm())
+    return found.shape == expected.shape and holds((found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm())
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
         return None
     gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     z = torch.linspace(-6, 6, 97)
-    known = next((known for known in ACTIVATIONS.values() if torch.allclose(known.forward(z), act(z), rtol=1e-6, atol=1e-6)), None)
+    known = next((known for known in ACTIVATIONS.values() if _close(known.forward(z), act(z))), None)
     width = getattr(gate, "in_features", None)
     if known is None or not isinstance(width, int):
         return None

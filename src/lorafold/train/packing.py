@@ -82,7 +82,7 @@ def packed(model: PreTrainedModel) -> Iterator[bool]:
     if not isolates(model):
         yield False
         return
-    with _document_attention(model):
+    with attending(model, document_mask):
         yield True
 
 
@@ -105,7 +105,7 @@ def isolates(model: PreTrainedModel) -> bool:
     try:
         with asking(model):
             alone = torch.cat([logits(first), logits(second)])
-            with _document_attention(model):
+            with attending(model, document_mask):
                 together, changed = logits(first, second), logits(other, second)
     except (AttributeError, TypeError):  # a decoder that computes with its masks can't do so with Documents
         return False
@@ -113,9 +113,10 @@ def isolates(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def _document_attention(model: PreTrainedModel) -> Iterator[None]:
+def attending(model: PreTrainedModel, mask: Callable[..., Any]) -> Iterator[None]:
+    """The model's attention is `attend`, under the masks that a function of transformers' mask protocol makes."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, document_mask)
+    AttentionMaskInterface.register(NAME, mask)
     before = _implementations(model.config)
     model.set_attn_implementation(NAME)
     try:

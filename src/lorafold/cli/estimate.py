@@ -1,0 +1,71 @@
+"""`lorafold estimate`: will it fit, and if not, what would make it fit."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from lorafold.cli.common import JsonOption, ModelOption, RevisionOption, TrustRemoteCodeOption, emit
+from lorafold.errors import LorafoldError
+from lorafold.train.recipe import load_recipe
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+EPILOG = """Modes: inference; full (every weight in fp32, AdamW); lora (over a base in bf16); qlora (over a base in 4 bits); or any method of
+`lorafold train` by its word, over a base in 4 bits. --base says otherwise.
+
+Counted is what torch's allocator gives out at the peak. The process itself, kernels' scratch and gaps between blocks come on top: leave a
+tenth of the device free."""
+
+
+def command(
+    model: ModelOption = "smollm2",
+    params: Annotated[str | None, typer.Option(help="A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b.")] = None,
+    mode: Annotated[str, typer.Option(help="inference, full, lora, qlora, or a method's word.")] = "qlora",
+    batch: Annotated[int, typer.Option(min=1, help="Rows computed at a time. Training packs rows up to max_length tokens at a time.")] = 1,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens of a row; for inference, prompt and answer together.")] = 1024,
+    base: Annotated[str | None, typer.Option(help="How the base's weights are held: nf4, int8, bf16 or fp32.")] = None,
+    labelled: Annotated[int | None, typer.Option(min=1, help="Tokens of a batch that count in the loss; without it all.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw (fp32 state), adamw8bit or paged-adamw8bit.")] = None,
+    gradient_checkpointing: Annotated[str | None, typer.Option(help="on or off.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A recipe field of the method, as in --set rank=64.")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="What there is, as in 24GB: the verdict, and what would fit.")] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Estimate the memory of training or inference from a model's configuration alone, without its weights."""
+    memory = None if device_memory is None else size(device_memory)
+    recipe = load_recipe(None, sets or (), base=base, optimizer=optimizer, gradient_checkpointing=gradient_checkpointing)
+    from dataclasses import asdict
+
+    from lorafold.memory.advice import advise
+    from lorafold.memory.model import estimate
+    from lorafold.memory.modes import setting_of
+    from lorafold.memory.shapes import configuration, llama
+
+    config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
+    asked = setting_of(mode, recipe, batch, seq, labelled)
+    found = estimate(config, asked)
+    advice = None if memory is None else advise(config, asked, memory)
+    result = {"total": found.total, **found.terms, "fits": None if advice is None else advice.fits}
+    if advice is not None:
+        result |= {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in asdict(advice).items() if k != "fits"}
+    emit(json, result, "\n".join(lines(found.terms, found.total)))
+
+
+def lines(terms: dict[str, int], total: int, width: int = 40) -> list[str]:
+    """A bar for every term."""
+    from lorafold.train.adamw import in_words
+
+    shown = {name: n for name, n in terms.items() if n}
+    most = max(shown.values())
+    rows = [f"{name.replace('_', ' '):<12} {in_words(n):>9}  {'█' * max(1, round(width * n / most))}" for name, n in shown.items()]
+    return [*rows, f"{'total':<12} {in_words(total):>9}"]
+
+
+def size(text: str) -> int:
+    """Bytes of 24GB, 24GiB or 500MB. LorafoldError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in UNITS:
+        raise LorafoldError(f"--device-memory {text}: expected a size, as in 24GB or 24GiB")
+    return int(float(found[1]) * UNITS[found[2]])

@@ -1,0 +1,53 @@
+"""Bytes that tensors hold, counted where they are allocated: what a step really keeps, whatever the process is resident in.
+
+    with Ledger() as ledger: ...
+    ledger.now, ledger.peak          bytes of the storages that were made meanwhile and still live; the most there were at once
+
+It sees every storage that torch makes, through the dispatcher, so it counts tensors without values (`core.valueless`) as well as real
+ones. It does not see what a kernel takes and gives back inside a single operation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, one that several share counted once."""
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Enter it around the operations to be counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
+                self._enter(t)
+        return out
+
+    def _enter(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        if (key := storage._cdata) in self._alive:
+            return
+        self._alive.add(key)
+        self.now += (n := storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, key, n)
+
+    def _leave(self, key: int, n: int) -> None:
+        self._alive.discard(key)
+        self.now -= n

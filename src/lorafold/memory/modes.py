@@ -1,0 +1,46 @@
+"""What people call the ways of holding a model, as settings.
+
+    inference    no training; 16 bits unless the base is said
+    full         every weight trained, in fp32 unless the base is said: 16 bytes a parameter with gradients and AdamW's moments
+    lora         LoRA over a base in bf16
+    qlora        LoRA over a base in NF4
+    any other    a method by its word, over the recipe's own base
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorafold.io.models import Storage
+from lorafold.io.quantized import QUANTIZATIONS
+from lorafold.memory.trace import Setting
+from lorafold.methods import make_spec
+from lorafold.train.recipe import Recipe
+from lorafold.train.run import method_options
+
+MODES: dict[str, dict[str, Any]] = {
+    "inference": {"base": "bf16"},
+    "full": {"method": "full", "base": "fp32"},
+    "lora": {"method": "lora", "base": "bf16"},
+    "qlora": {"method": "lora", "base": "nf4"},
+}
+
+
+def setting_of(mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None) -> Setting:
+    """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode. LorafoldError for an unknown mode."""
+    fields = {"method": mode} if mode not in MODES else MODES[mode]
+    recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
+    base = stored(recipe.base)
+    if mode == "inference":
+        return Setting(base, batch=batch, length=length)
+    optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
+    spec = make_spec(recipe.method, **method_options(recipe))
+    return Setting(base, spec, recipe.targets, batch, length, labelled, recipe.gradient_checkpointing, optimizer)
+
+
+def stored(base: str) -> Storage:
+    """The storage of that word; packed weights are computed with in bf16, and auto is bf16."""
+    dtype = torch.float32 if base == "fp32" else torch.bfloat16
+    return Storage(dtype, base if base in QUANTIZATIONS else None)

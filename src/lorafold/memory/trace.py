@@ -1,0 +1,145 @@
+"""What one step of a model with few blocks holds, traced through the very code that trains: no formula of its own, and no values.
+
+Blocks hold alike, so two short models tell of any depth: a + (b - a) (n - n_a) / (n_b - n_a), n blocks, for every figure here.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafold.adapter import attach
+from lorafold.core.spec import Spec
+from lorafold.io.models import Storage
+from lorafold.memory.ledger import Ledger, distinct_bytes
+from lorafold.memory.skeleton import no_values, skeleton
+from lorafold.ops.attention import Documents
+from lorafold.ops.head import labelled_loss
+from lorafold.train.activations import recompute
+from lorafold.train.adamw import state_bytes
+from lorafold.train.fused import fused
+from lorafold.train.packing import attending
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be held. base: how the weights are stored; spec: what is trained, None for inference; targets as `attach` takes them.
+
+    batch: rows computed at a time, each of `length` tokens, of which `labelled` in all count in the loss (None: every one). accumulating:
+    the gradients of an earlier part of the step are there already. Inference reads the rows but for their last token, then that one.
+    """
+
+    base: Storage
+    spec: Spec | None = None
+    targets: Any = None
+    batch: int = 1
+    length: int = 1024
+    labelled: int | None = None
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    accumulating: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes. kept: for later, when the forward is done; ahead: gradients that were there before it; forward, backward: the most that there
+    is in each beyond weights, adapter and optimizer."""
+
+    weights: int
+    adapter: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    ahead: int = 0
+    kept: int = 0
+    kv_cache: int = 0
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def in_backward(self) -> bool:
+        return self.backward > self.forward
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward)
+
+    def at(self, other: Held, blocks: tuple[int, int, int]) -> Held:
+        """With blocks[2] blocks, where this is with blocks[0] and the other with blocks[1]."""
+        a, b, n = blocks
+        return Held(*(x + (y - x) * (n - a) // (b - a) for x, y in zip(astuple(self), astuple(other), strict=True)))
+
+
+def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
+    """What the first so many blocks hold, between embedding and head."""
+    with no_values(), Ledger() as ledger:
+        model = skeleton(config, setting.base, blocks)
+        step = inference if setting.spec is None else training
+        return step(model, setting, ledger)
+
+
+def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
+    """A step of the recipe's own parts: fused operations, packed rows, loss at labelled positions."""
+    weights = settled(ledger)
+    attach(model, setting.spec, setting.targets)  # type: ignore[arg-type]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = settled(ledger)
+    if setting.checkpointing:
+        recompute(model)
+    if setting.accumulating:
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+    ahead = ledger.now - start
+    model.train()
+    tokens = setting.batch * setting.length
+    labels = torch.zeros(1, setting.labelled or tokens - setting.batch, dtype=torch.long)
+    ids, positions = (torch.zeros(1, tokens, dtype=torch.long) for _ in range(2))
+    with fused(model), laid_out(model, (setting.length,) * setting.batch):
+        ledger.peak = settled(ledger)
+        loss, _ = labelled_loss(model, labels, {"input_ids": ids, "position_ids": positions})
+        kept, forward = ledger.now - start - ahead, ledger.peak - start
+        ledger.peak = ledger.now
+        loss.backward()
+        backward = ledger.peak - start
+    gradients = distinct_bytes(p.grad for p in trained if p.grad is not None)
+    state = state_bytes(setting.optimizer, trained)
+    return Held(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+
+
+@torch.no_grad()
+def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
+    """Reading a prompt in one piece, then one token more."""
+    weights = settled(ledger)
+    prompt, token = (torch.zeros(setting.batch, n, dtype=torch.long) for n in (setting.length - 1, 1))
+    start = settled(ledger)
+    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    forward = ledger.peak - start
+    ledger.peak = settled(ledger)
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    backward = ledger.peak - start
+    return Held(weights, kv_cache=settled(ledger) - start, forward=forward, backward=backward)
+
+
+def settled(ledger: Ledger) -> int:
+    """What is held once all that is garbage has gone."""
+    gc.collect()
+    return ledger.now
+
+
+@contextmanager
+def laid_out(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
+    """Packed attention over documents of these lengths, which the positions, having no values, can't tell."""
+    with attending(model, partial(_mask, lens)):
+        yield
+
+
+def _mask(lens: tuple[int, ...], *_: Any, local_size: int | None = None, **__: Any) -> Documents:
+    return Documents(lens, local_size)
