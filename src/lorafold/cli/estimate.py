@@ -10,8 +10,8 @@ from lorafold.errors import LorafoldError
 from lorafold.train.recipe import load_recipe
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-EPILOG = """Modes: inference; full (every weight in fp32, AdamW); lora (over a base in bf16); qlora (over a base in 4 bits); or any method of
-`lorafold train` by its word, over a base in 4 bits. --base says otherwise.
+EPILOG = """Modes: inference; full (every weight in fp32, AdamW); lora (over a base in bf16); qlora (over a base in 4 bits); or any method
+of `lorafold train` by its word, over a base in 4 bits. --base says otherwise.
 
 Counted is what torch's allocator gives out at the peak. The process itself, kernels' scratch and gaps between blocks come on top: leave a
 tenth of the device free."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -63,9 +63,9 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield from packed(setting)
         if not setting.checkpointing:
             yield from ((f"{word} and gradient checkpointing", replace(s, checkpointing=True)) for word, s in packed(setting))
-    if "rank" in {field.name for field in fields(setting.spec)}:
-        rank = setting.spec.rank  # type: ignore[attr-defined]
-        yield from ((f"rank {r}", replace(setting, spec=replace(setting.spec, rank=r))) for r in (rank // 2, rank // 4) if r)  # type: ignore[call-arg]
+    spec: Any = setting.spec
+    if "rank" in {field.name for field in fields(spec)}:
+        yield from ((f"rank {r}", replace(setting, spec=replace(spec, rank=r))) for r in (spec.rank // 2, spec.rank // 4) if r)
 
 
 def packed(setting: Setting) -> Iterator[tuple[str, Setting]]:

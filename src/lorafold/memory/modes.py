@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 def setting_of(mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None) -> Setting:
     """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode. LorafoldError for an unknown mode."""
-    fields = {"method": mode} if mode not in MODES else MODES[mode]
+    fields = MODES.get(mode, {"method": mode})
     recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
     base = stored(recipe.base)
     if mode == "inference":

@@ -120,10 +120,10 @@ def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     weights = settled(ledger)
     prompt, token = (torch.zeros(setting.batch, n, dtype=torch.long) for n in (setting.length - 1, 1))
     start = settled(ledger)
-    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
     ledger.peak = settled(ledger)
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+    model(input_ids=token, cache=cache, use_cache=True)
     backward = ledger.peak - start
     return Held(weights, kv_cache=settled(ledger) - start, forward=forward, backward=backward)
 
