@@ -1,6 +1,6 @@
 """How much of fp32's progress a bf16 base keeps at small learning rates: held-out loss before and after, on real data.
 
-    python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4] [--peft]
+    python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4] [--peft] [--dora]
 
 gsm: worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra). quickstart: requests that become JSON, held
 out with words of their own. Loss on completions, 4 rows a step, one rate for all, constant, no dropout. lorafold rounds a layer's output
@@ -67,22 +67,23 @@ def quickstart(n: int, held_out: bool) -> list[Example]:
 TASKS = {"gsm": gsm, "quickstart": quickstart}
 
 
-def ours(name: str) -> nn.Module:
+def ours(name: str, dora: bool) -> nn.Module:
     model = load_model("smollm2", STORAGES[name])
-    lf.attach(model, lf.LoRA(dropout=0.0))
+    spec = lf.LoRA(dropout=0.0)
+    lf.attach(model, lf.DoRA(spec) if dora else spec)
     return model
 
 
-def peft_in_bf16() -> nn.Module:
+def peft_in_bf16(dora: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=16, lora_alpha=32, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(load_model("smollm2", torch.bfloat16), config).get_base_model()
 
 
-def make(name: str, seed: int) -> nn.Module:
+def make(name: str, seed: int, dora: bool) -> nn.Module:
     torch.manual_seed(seed)
-    return peft_in_bf16() if name == "peft-bf16" else ours(name)
+    return peft_in_bf16(dora) if name == "peft-bf16" else ours(name, dora)
 
 
 def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
@@ -124,15 +125,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help=f"of {ROWS} rows each")
     parser.add_argument("--nf4", action="store_true", help="also on a base packed as NF4, computed with in fp32 and in bf16")
     parser.add_argument("--peft", action="store_true", help="also PEFT's layers, in bf16")
+    parser.add_argument("--dora", action="store_true", help="DoRA on both sides, in place of LoRA")
     asked = parser.parse_args()
     rows, held_out = TASKS[asked.task](asked.steps * ROWS, False), TASKS[asked.task](HELD_OUT, True)
     runs = [(name, 0) for name in STORAGES if asked.nf4 or not name.startswith("nf4")] + [("peft-bf16", 0)] * asked.peft
     runs += [("bf16", seed) for seed in range(1, asked.seeds)]
-    before: Callable[[str], Losses] = cache(lambda name: measured(name, make(name, 0), held_out))  # an untrained adapter is none
+    # an untrained adapter is none
+    before: Callable[[str], Losses] = cache(lambda name: measured(name, make(name, 0, asked.dora), held_out))
     found: dict[tuple[str, str], list[Losses]] = {}
     for rate in asked.rates.split(","):
         for name, seed in runs:
-            model = make(name, seed)
+            model = make(name, seed, asked.dora)
             train(name, model, rows, asked.steps, float(rate), seed)
             after = measured(name, model, held_out)
             gained = before(name).less(after)
@@ -154,7 +157,7 @@ def main() -> None:
             "progress, nats": span([g.own for g in gains], ".5f"), "of fp32's": span([g.own / whole for g in gains], ".1%"),
             "computed in fp32": span(wide, ".5f") if wide else "", "then of fp32's": span([w / whole for w in wide], ".1%") if wide else "",
         })  # fmt: skip
-    keep(f"bf16_progress_{asked.task}", table)
+    keep(f"bf16_progress_{asked.task}" + "_dora" * asked.dora, table)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""16-bit products in fp32 arithmetic: rounded once, chosen by what a product costs and by nothing else, wherever there is one."""
+"""16-bit products in fp32 arithmetic: rounded once, where the processor is faster at it, in every operation that multiplies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafold.bases import layer_of
 from lorafold.ops import arithmetic as module
+from lorafold.ops import head as head_module
 from lorafold.ops.arithmetic import ROWS, arithmetic, linear
 from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.dropout import Dropped, emptied, keep_scale
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.head import _LinearHead
 from lorafold.ops.lora import low_rank_linear
@@ -26,6 +30,12 @@ def random(*shape: int, seed: int) -> Tensor:
 X, W, ONTO, DOWN, UP = random(T, IN, seed=0), random(OUT, IN, seed=1), random(T, OUT, seed=2), random(R, IN, seed=3), random(OUT, R, seed=4)
 Q, K, V = (random(T, heads, 8, seed=5 + heads) for heads in (4, 2, 1))
 TARGETS = torch.arange(T) % OUT
+WHERE = torch.arange(0, T * IN, 7, dtype=torch.int32)
+
+
+def dropped(x: Tensor) -> Dropped:
+    return Dropped(emptied(x.detach(), WHERE), WHERE, None, None, set())
+
 
 # what differentiates, and what does it, for tensors of any dtype
 OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
@@ -33,11 +43,26 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "frozen": ((X, ONTO), lambda x, onto: frozen_linear(x, onto, W.to)),
     "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
     "low-rank": ((X, DOWN.float(), UP.float()), lambda x, down, up: low_rank_linear(x, W.to, down, up, scale=0.5)),
+    "low-rank-dropped": ((X, DOWN.float(), UP.float()),
+                         lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x), keep_scale(0.1))),
     "attention": ((Q, K, V.expand(T, 2, 8)), lambda q, k, v: document_attention(q, k, v, Documents((T - 9, 9)), 0.3)),
     "head": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), None, 1.0, None) / T),
     "head-biased": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0) / T),
     "layer": ((X,), lambda x: layer_of(plain(x.dtype))(x)),
-}
+}  # fmt: skip
+
+
+class Products(TorchDispatchMode):
+    """The dtypes in which matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket._qualified_op_name.removeprefix("aten::").rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def plain(dtype: torch.dtype) -> nn.Linear:
@@ -57,11 +82,15 @@ def run(op: str, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "SLAB", 16 * IN)  # three runs of W's rows
+    monkeypatch.setattr(head_module, "CHUNK", T - 10)  # the last chunk is too short to be widened for its own sake
     truth = run(op, torch.float64)
     found = {}
-    for pays in (False, True):
+    for pays, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         monkeypatch.setattr(module, "widening_pays", lambda dtype, pays=pays: pays)
-        found[pays] = run(op, torch.bfloat16)
+        with Products() as products:
+            found[pays] = run(op, torch.bfloat16)
+        assert products.dtypes == {dtype}
     for own, wide, true in zip(found[False], found[True], truth, strict=True):
         error, peer = ((z.double() - true).norm() / true.norm() for z in (wide, own))
         assert wide.dtype is own.dtype
@@ -82,7 +111,7 @@ def test_only_16_bit_products_of_many_rows_are_widened(monkeypatch: pytest.Monke
 
 # flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
 PROCESSORS = {
-    "amd-zen5": ("AuthenticAMD avx512_bf16", False, True, False, True),
+    "amd": ("AuthenticAMD avx512_bf16", False, True, False, True),
     "intel-amx": ("GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16", True, True, False, False),
     "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
     "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),

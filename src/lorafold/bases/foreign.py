@@ -125,7 +125,10 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
     module = _empty("LinearNF4", w)
     if not valueless(w):
         return _packed(module, w)
-    codes, state = bitsandbytes().functional.quantize_4bit(w.bfloat16(), quant_type="nf4", compress_statistics=True)
+    functional = bitsandbytes().functional
+    with unset_fake_temporarily():
+        functional.quantize_blockwise(torch.zeros(1))  # makes its table, for which it needs values
+    codes, state = functional.quantize_4bit(w.bfloat16(), quant_type="nf4", compress_statistics=True)
     return _with(module, codes, quant_state=state)
 
 
@@ -139,7 +142,6 @@ def int8(w: Tensor) -> nn.Module:  # (out, in)
 
 def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:
     with unset_fake_temporarily():
-        bitsandbytes().functional.quantize_blockwise(torch.zeros(1))  # makes its table, for which it needs values
         return getattr(bitsandbytes().nn, cls)(w.shape[1], w.shape[0], bias=False, device="meta", **options)
 
 

@@ -1,20 +1,24 @@
 """`lorafold estimate`: will it fit, and if not, what would make it fit."""
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorafold.cli.common import JsonOption, ModelOption, RevisionOption, TrustRemoteCodeOption, emit
+from lorafold.cli.common import JsonOption, ModelOption, RevisionOption, TrustRemoteCodeOption, emit, messages
 from lorafold.errors import LorafoldError
 from lorafold.train.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from lorafold.memory.advice import Advice
+    from lorafold.memory.trace import Setting
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 EPILOG = """Modes: inference; full (every weight in fp32, AdamW); lora (over a base in bf16); qlora (over a base in 4 bits); or any method
 of `lorafold train` by its word, over a base in 4 bits. --base says otherwise.
 
-Counted is what torch's allocator gives out at the peak. The process itself, kernels' scratch and gaps between blocks come on top: leave a
-tenth of the device free."""
+Counted is what torch's allocator gives out at the peak, of a step as this machine's CPU runs it; none was measured on a GPU yet. The
+process itself, kernels' scratch and gaps between blocks come on top: leave a tenth of the device free."""
 
 
 def command(
@@ -46,14 +50,17 @@ def command(
     config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
     asked = setting_of(mode, recipe, batch, seq, labelled)
     found = estimate(config, asked)
-    advice = None if memory is None else advise(config, asked, memory)
-    result = {"total": found.total, **found.terms, "fits": None if advice is None else advice.fits}
-    if advice is not None:
-        result |= {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in asdict(advice).items() if k != "fits"}
-    emit(json, result, "\n".join(lines(found.terms, found.total)))
+    result: dict[str, Any] = {"total": found.total, **found.terms, "fits": None}
+    text = bars(found.terms, found.total)
+    if memory is not None:
+        with messages().status("looking for what fits: some twenty settings are traced"):
+            advice = advise(config, asked, memory)
+        result |= {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in asdict(advice).items()}
+        text += verdict(advice, asked)
+    emit(json, result, "\n".join(text))
 
 
-def lines(terms: dict[str, int], total: int, width: int = 40) -> list[str]:
+def bars(terms: dict[str, int], total: int, width: int = 40) -> list[str]:
     """A bar for every term."""
     from lorafold.train.adamw import in_words
 
@@ -61,6 +68,16 @@ def lines(terms: dict[str, int], total: int, width: int = 40) -> list[str]:
     most = max(shown.values())
     rows = [f"{name.replace('_', ' '):<12} {in_words(n):>9}  {'█' * max(1, round(width * n / most))}" for name, n in shown.items()]
     return [*rows, f"{'total':<12} {in_words(total):>9}"]
+
+
+def verdict(advice: "Advice", asked: "Setting") -> list[str]:
+    """Does it fit, what is the most that does, and which changes would help."""
+    from lorafold.train.adamw import in_words
+
+    says = f"fits, with {in_words(advice.spare)} to spare" if advice.fits else f"does not fit: {in_words(-advice.spare)} short"
+    most = [f"largest batch at {asked.length} tokens: {advice.batch}", f"largest length at batch {asked.batch}: {advice.length}"]
+    changes = [f"would fit with {word}: {in_words(n)}" for word, n in advice.changes]
+    return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 
 
 def size(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +16,16 @@ from lorafold.memory.trace import Setting
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-LARGEST = 2**20  # neither rows nor tokens are looked for beyond
+ROWS = 4096  # more are not looked for
+TRACED = 2**14  # tokens up to which larger settings are traced, and not extrapolated
 
 
 @dataclass(frozen=True)
 class Advice:
-    """fits: with `spare` bytes left (negative: short of). batch, length: the largest that fit, the other left as it is; 0: not even one.
+    """fits: with `spare` bytes left (negative: short of). batch, length: the largest that fit, the other left as it is, up to 4096 rows and
+    the model's own context; 0: not even one.
 
-    changes: what would make it fit, each alone, the smallest first, with the bytes it then takes.
+    changes: what would make it fit, each alone, the least harmful first, with the bytes it then takes.
     """
 
     fits: bool
@@ -35,17 +38,19 @@ class Advice:
 def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
     """For a device on which tensors may take `memory` bytes."""
 
-    def total(changed: Setting) -> int:
-        return estimate(config, changed).total
+    @cache
+    def total(batch: int, length: int) -> int:
+        return estimate(config, replace(setting, batch=batch, length=length)).total
 
-    spare = memory - total(setting)
-    batch = largest(lambda n: total(replace(setting, batch=n)) <= memory, setting.batch)
-    length = largest(lambda n: total(replace(setting, length=n)) <= memory, setting.length)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or TRACED
+    spare = memory - total(setting.batch, setting.length)
+    batch = largest(lambda n: total(n, setting.length), setting.batch, memory, ROWS, TRACED // setting.length)
+    length = largest(lambda n: total(setting.batch, n), setting.length, memory, context, TRACED // setting.batch)
     changes = []
     if spare < 0:
-        smaller = [(word, total(changed)) for word, changed in changes_of(setting)]
-        smaller += [(f"batch {batch}", total(replace(setting, batch=batch)))] if 0 < batch < setting.batch else []
-        smaller += [(f"length {length}", total(replace(setting, length=length)))] if 1 < length < setting.length else []
+        smaller = [(word, estimate(config, changed).total) for word, changed in changes_of(setting)]
+        smaller += [(f"batch {batch}", total(batch, setting.length))] if 0 < batch < setting.batch else []
+        smaller += [(f"length {length}", total(setting.batch, length))] if 1 < length < setting.length else []
         changes = [(word, held) for word, held in smaller if held <= memory]
     return Advice(spare >= 0, spare, batch, length, changes)
 
@@ -73,12 +78,16 @@ def packed(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "base nf4", replace(setting, base=Storage(torch.bfloat16, "nf4"))
 
 
-def largest(fits: Callable[[int], bool], start: int) -> int:
-    """The largest n that fits, found by doubling from `start` and halving the gap; 0 if not even 1 does. `fits` must be monotone."""
-    low, high = (start, 2 * start) if fits(start) else (0, start)
-    while low and high < LARGEST and fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 64):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
+    """The largest n up to `most` whose total fits; 0 if not even 1 does. Totals are affine in n but for edges, so it is looked for on the
+    line through two of them; what lies within four times of a traced one is checked, and beyond `traced` the line is trusted."""
+    low, high = (start // 2, start) if start > 3 else (2, 4)
+    while True:
+        slope = (total(high) - total(low)) / (high - low)
+        n = min(most, int(low + (memory - total(low)) / slope))
+        if n <= 4 * high or 4 * high > traced:
+            break
+        low, high = high, 4 * high
+    while 0 < n <= 4 * high and total(n) > memory:
+        n -= max(1, n // 64)
+    return max(0, n)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafold.memory.skeleton import period
 from lorafold.memory.trace import Held, Setting, trace
 
 if TYPE_CHECKING:
@@ -75,12 +76,9 @@ class Estimate:
         return sum(self.terms.values())
 
 
-FEW = (2, 3)  # blocks of the models that are traced
-
-
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
-    """What the causal language model of that configuration holds at its peak. LorafoldError as `attach` has it."""
-    blocks = config.get_text_config().num_hidden_layers
-    a, b = (trace(config, setting, n) for n in FEW)
-    held = a.at(b, (*FEW, blocks))
+    """What the causal language model of that configuration holds at its peak. LorafoldError as `attach` and `trace` have it."""
+    few = max(2, period(config))
+    more = few + period(config)
+    held = trace(config, setting, few).at(trace(config, setting, more), (few, more, config.get_text_config().num_hidden_layers))
     return Estimate({name: term(held) for name, term in TERMS.items()})

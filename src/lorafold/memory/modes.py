@@ -13,31 +13,46 @@ from typing import Any
 
 import torch
 
+from lorafold.errors import LorafoldError
 from lorafold.io.models import Storage
 from lorafold.io.quantized import QUANTIZATIONS
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
+from lorafold.train.base import whole_base
 from lorafold.train.recipe import Recipe
 from lorafold.train.run import method_options
 
 MODES: dict[str, dict[str, Any]] = {
     "inference": {"base": "bf16"},
-    "full": {"method": "full", "base": "fp32"},
+    "full": {"method": "full"},
     "lora": {"method": "lora", "base": "bf16"},
     "qlora": {"method": "lora", "base": "nf4"},
 }
 
 
+READ = {
+    "method", "rank", "alpha", "dropout", "options", "targets", "rank_pattern", "alpha_pattern", "base", "optimizer",
+    "gradient_checkpointing",
+}  # fmt: skip
+
+
 def setting_of(mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None) -> Setting:
-    """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode. LorafoldError for an unknown mode."""
+    """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode.
+
+    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, and for more labels than there are tokens.
+    """
+    if unread := sorted(recipe.model_fields_set - READ):
+        raise LorafoldError(f"estimate: {', '.join(unread)}: not taken into account; expected fields among {', '.join(sorted(READ))}")
+    if labelled is not None and labelled > batch * (length - 1):
+        raise LorafoldError(f"--labelled {labelled}: expected at most {batch * (length - 1)}, for {batch} rows of {length} tokens")
     fields = MODES.get(mode, {"method": mode})
     recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
-    base = stored(recipe.base)
     if mode == "inference":
-        return Setting(base, batch=batch, length=length)
+        return Setting(stored(recipe.base), batch=batch, length=length)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = make_spec(recipe.method, **method_options(recipe))
-    return Setting(base, spec, recipe.targets, batch, length, labelled, recipe.gradient_checkpointing, optimizer)
+    base = whole_base(recipe) if spec.trains_base else recipe.base
+    return Setting(stored(base), spec, recipe.targets, batch, length, labelled, recipe.gradient_checkpointing, optimizer)
 
 
 def stored(base: str) -> Storage:

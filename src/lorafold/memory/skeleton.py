@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafold.bases.foreign import PACKERS
+from lorafold.io.loading import loading
 from lorafold.io.models import Storage
 from lorafold.io.quantized import packable
 
@@ -32,16 +33,26 @@ def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:blocks]
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = [kinds[i % len(kinds)] for i in range(blocks)]
     return short
 
 
+def period(config: PreTrainedConfig) -> int:
+    """After how many blocks their kinds repeat: 1 where all are of a kind, 2 where windows and whole attention take turns."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
+    return next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+
+
 def skeleton(config: PreTrainedConfig, storage: Storage, blocks: int) -> PreTrainedModel:
-    """The causal language model, its first so many blocks, held as `storage` says. Call it where there are `no_values`."""
+    """The causal language model, its first so many blocks, held as `storage` says. Call it where there are `no_values`.
+
+    LorafoldError where transformers has no such model.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(shortened(config, blocks), dtype=storage.dtype).requires_grad_(False)
+    with loading(f"configuration of a {config.model_type}"):
+        model = AutoModelForCausalLM.from_config(shortened(config, blocks), dtype=storage.dtype).requires_grad_(False)
     if storage.quantization is not None:
         for path in packable(model):
             parent, _, name = path.rpartition(".")

@@ -16,6 +16,8 @@ import torch
 
 from lorafold.adapter import attach
 from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.io.loading import one_line
 from lorafold.io.models import Storage
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.memory.skeleton import no_values, skeleton
@@ -52,7 +54,7 @@ class Setting:
 @dataclass(frozen=True)
 class Held:
     """Bytes. kept: for later, when the forward is done; ahead: gradients that were there before it; forward, backward: the most that there
-    is in each beyond weights, adapter and optimizer."""
+    is in each beyond weights, adapter and optimizer. For inference they are the prompt's forward and that of the token after it."""
 
     weights: int
     adapter: int = 0
@@ -79,11 +81,15 @@ class Held:
 
 
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
-    """What the first so many blocks hold, between embedding and head."""
+    """What the first so many blocks hold, between embedding and head. LorafoldError where a method's code can't do without values."""
     with no_values(), Ledger() as ledger:
         model = skeleton(config, setting.base, blocks)
         step = inference if setting.spec is None else training
-        return step(model, setting, ledger)
+        try:
+            return step(model, setting, ledger)
+        except RuntimeError as error:
+            what = type(setting.spec or model).__name__
+            raise LorafoldError(f"{what}: can't be estimated, its code asks for values: {one_line(error, 80)}") from error
 
 
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:

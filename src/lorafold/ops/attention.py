@@ -109,7 +109,7 @@ class Documents:
     def dense(self, batch: int, device: torch.device) -> Tensor:
         """The same as a boolean mask, True where a query sees a key: (B, 1, T, T)."""
         lens = torch.tensor(self.lens, device=device)
-        document = torch.arange(len(self.lens), device=device).repeat_interleave(lens).view(batch, 1, -1)
+        document = torch.arange(len(self.lens), device=device).repeat_interleave(lens, output_size=sum(self.lens)).view(batch, 1, -1)
         i = torch.arange(document.shape[-1], device=device)
         seen = (document[..., :, None] == document[..., None, :]) & (i[:, None] >= i)
         return seen if self.window is None else seen & (i[:, None] - self.window < i)

@@ -13,6 +13,14 @@ from lorafold.io.record import base_trained_on
 from lorafold.train.recipe import Recipe
 
 
+def whole_base(recipe: Recipe) -> str:
+    """The word where the base's own weights are trained: fp32 unless the recipe asks for bf16. LorafoldError where it asks to pack them."""
+    word = str(recipe.base)
+    if word in QUANTIZATIONS and "base" in recipe.model_fields_set:
+        raise LorafoldError(f"base {word}: {recipe.method} trains the base's own weights, which can't be packed; expected fp32 or bf16")
+    return "fp32" if word in (*QUANTIZATIONS, "auto") else word
+
+
 def settled_base(recipe: Recipe, spec: Spec, source: ModelSource, init_adapter: Path | None = None) -> str:
     """The word to load the base by. LorafoldError for a packed base that can't be had.
 
@@ -21,9 +29,7 @@ def settled_base(recipe: Recipe, spec: Spec, source: ModelSource, init_adapter: 
     """
     word, asked = str(recipe.base), "base" in recipe.model_fields_set
     if spec.trains_base:
-        if word in QUANTIZATIONS and asked:
-            raise LorafoldError(f"base {word}: {recipe.method} trains the base's own weights, which can't be packed; expected fp32 or bf16")
-        return "fp32" if word in (*QUANTIZATIONS, "auto") else word
+        return whole_base(recipe)
     if not asked:
         stored = held_as(source)
         word = stored if stored != "auto" else base_trained_on([init_adapter] if init_adapter else []) or word
