@@ -85,8 +85,14 @@ class Packed(Matrix):
 
 
 class Linear4bit(Packed):
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            _ = self._state
+        return super().run(*args, **kwargs)
+
     @property
     def _state(self) -> Any:
+        """Of the codes in their plain order: in the one that the module takes for answers on a CPU it computes no gradients."""
         weight: Any = self.module.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
@@ -122,7 +128,8 @@ class Linear8bit(Packed):
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
-    module = _empty("LinearNF4", w)
+    module: Any = _empty("LinearNF4", w)
+    module.support_avx512bf16_for_cpu = False  # codes in the order of that CPU's kernel give no gradients, and answers no sooner
     if not valueless(w):
         return _packed(module, w)
     functional = bitsandbytes().functional

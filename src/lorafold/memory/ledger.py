@@ -13,9 +13,12 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+DEVICE = torch.ops.prim.device.default  # what a tensor without values is asked most
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
@@ -32,6 +35,10 @@ class Ledger(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].fake_device
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
         before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for t in tree_iter(out):

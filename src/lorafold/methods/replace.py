@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -34,10 +35,12 @@ class ReplaceDelta(Delta):
             raise LorafoldError(f"{path} carries another adapter already; a module to save must be bare")
         if others := [n for n in module._parameters if n not in ("weight", "bias")]:
             raise LorafoldError(f"{path} can't be a module to save: it holds {', '.join(others)}; expected only weight and bias")
-        self.copy = copy.deepcopy(module)
+        self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
         layer_of(self.copy).unpack()
         self.dtype = next(self.copy.parameters()).dtype
-        self.copy.float().requires_grad_(True)
+        for owner in self.copy.modules():
+            for name, p in owner.named_parameters(recurse=False):
+                setattr(owner, name, nn.Parameter(p.detach().to(torch.float32, copy=True)))
 
     def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         y = functional_call(self.copy, {n: p.to(self.dtype) for n, p in self.copy.named_parameters()}, args, kwargs)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.core.valueless import telling
 from lorafold.ops.arithmetic import arithmetic
 
 try:
@@ -50,9 +51,8 @@ class Tile(NamedTuple):
 
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
         """A copy (n * Hk, G * rows, D) in that dtype: the G heads that share a key head lie under each other."""
-        n, rows, heads, width = self.cut(x_THD, self.lo).shape
-        by_group = self.cut(x_THD, self.lo).reshape(n, rows, kv_heads, heads // kv_heads, width)
-        return by_group.permute(0, 2, 3, 1, 4).to(dtype, memory_format=torch.contiguous_format).reshape(n * kv_heads, -1, width)
+        by_group = self.cut(x_THD, self.lo).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(self.n * kv_heads, -1, x_THD.shape[-1])
 
     def keys(self, x_THD: Tensor, dtype: torch.dtype) -> Tensor:
         """(n * Hk, columns, D) in that dtype"""
@@ -97,14 +97,19 @@ class Documents:
             at += n * length
 
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
-        """What is added to a tile's scores, (G * rows, columns): 0 or -inf. Kept, since every layer of a model asks for the same."""
-        key = (tile.hi - tile.lo, tile.lo - tile.first, groups, like.dtype, like.device)
-        if key not in self._masks:
-            i = torch.arange(tile.lo, tile.hi, device=like.device)[:, None]
-            j = torch.arange(tile.first, tile.hi, device=like.device)
+        """What is added to a tile's scores, (G * rows, columns): 0 or -inf.
+
+        Counted back from a tile's last column all tiles of as many rows have the same mask, so the widest is kept and the others are its
+        last columns: every layer of a model asks for them again.
+        """
+        rows, columns, key = tile.hi - tile.lo, tile.hi - tile.first, (tile.hi - tile.lo, groups, like.dtype, like.device)
+        if key not in self._masks or self._masks[key].shape[1] < columns:
+            widest = tile.length if self.window is None else min(tile.length, rows + self.window - 1)
+            i = torch.arange(widest - rows, widest, device=like.device)[:, None]
+            j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
             self._masks[key] = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
-        return self._masks[key]
+        return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
         """The same as a boolean mask, True where a query sees a key: (B, 1, T, T)."""
@@ -130,7 +135,7 @@ class _DocumentAttention(Function):
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
         kv_heads, dtype = k.shape[1], arithmetic(q)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for tile in docs.tiles():
+        for tile in telling(docs.tiles(), q):
             qi, ki, vi = tile.queries(q, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
             p, _ = _probabilities(qi, ki, docs.mask(tile, q.shape[1] // kv_heads, qi), scale, cap)
             tile.put_queries(out, torch.bmm(p, vi))
@@ -143,7 +148,7 @@ class _DocumentAttention(Function):
         kv_heads, dtype = k.shape[1], arithmetic(q)
         wide = torch.promote_types(k.dtype, torch.float32)  # in bf16 a key's gradient would lose to rounding with every tile it adds
         gq, gk, gv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for tile in ctx.docs.tiles():
+        for tile in telling(ctx.docs.tiles(), q):
             qi, gi, ki, vi = tile.queries(q, kv_heads, dtype), tile.queries(g, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
             p, t = _probabilities(qi, ki, ctx.docs.mask(tile, q.shape[1] // kv_heads, qi), ctx.scale, ctx.cap)
             tile.add_keys(gv, torch.bmm(p.mT, gi))

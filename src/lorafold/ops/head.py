@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.presets import decoder_of
-from lorafold.core.valueless import holds, valueless
+from lorafold.core.valueless import telling, valueless
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import arithmetic
 
@@ -174,7 +174,7 @@ class _ModelHead(Function):
         into_h = ctx.needs_input_grad[0]
         total = h.new_zeros((), dtype=_wide(h))
         grads = [torch.zeros_like(t, dtype=_wide(t)) for t in ((h, *leaves) if into_h else leaves)]
-        for at in range(0, len(h), CHUNK):
+        for at in telling(range(0, len(h), CHUNK), h):
             rows = slice(at, at + CHUNK)
             with torch.set_grad_enabled(bool(grads)):
                 x = h[rows].detach().requires_grad_(into_h)
@@ -227,7 +227,7 @@ class _Linear(NamedTuple):
     def slabs(self, dtype: torch.dtype) -> list[slice]:
         """Runs of W's rows to multiply at a time: all of them where that takes no copy."""
         step = len(self.w) if dtype is self.w.dtype else max(1, SLAB // self.w.shape[1])
-        return [slice(at, at + step) for at in range(0, len(self.w), step)]
+        return [slice(at, at + step) for at in telling(range(0, len(self.w), step), self.w)]
 
 
 def _linear_form(model: Any, logits: Tensor, h: Tensor) -> _Linear | None:
@@ -241,7 +241,9 @@ def _linear_form(model: Any, logits: Tensor, h: Tensor) -> _Linear | None:
     linear = _Linear(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
     with torch.no_grad():
         expected, found = logits.to(_wide(h)), linear.logits(h).to(_wide(h))
-        close = expected.shape == found.shape and holds((found - expected).norm() <= 4 * torch.finfo(h.dtype).eps * expected.norm())
+        close = expected.shape == found.shape and (
+            valueless(h) or bool((found - expected).norm() <= 4 * torch.finfo(h.dtype).eps * expected.norm())
+        )
     return linear if close else None
 
 
@@ -255,9 +257,9 @@ class _LinearHead(Function):
         gh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         buffer = h.new_empty(BLOCK, len(w), dtype=total.dtype)
         space = h.new_empty(min(CHUNK, len(h)), len(w), dtype=arithmetic(h))
-        for at in range(0, len(h), CHUNK):
+        for at in telling(range(0, len(h), CHUNK), h):
             z = linear.logits(h[at : at + CHUNK], space)
-            for z_block, y in zip(z.split(BLOCK), targets[at : at + CHUNK, None].split(BLOCK), strict=True):
+            for z_block, y in telling(zip(z.split(BLOCK), targets[at : at + CHUNK, None].split(BLOCK), strict=True), h):
                 p = z_block if z.dtype is total.dtype else buffer[: len(z_block)].copy_(z_block)
                 top, z_y = p.amax(-1), p.gather(1, y)[:, 0]
                 slope = None if cap is None else (p / -cap).mul_(p).div_(cap).add_(1)  # of the cap, 1 - (z / cap)^2
