@@ -35,6 +35,14 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Up (out, r) and down (r, in) whose product is dW, so that it can be measured without being built; None where there are none."""
+        return None
+
+    def change(self, w: Tensor) -> Tensor:  # (out, in)
+        """dW in full: what folding adds to W. NotMergeable as `fold`."""
+        return self.fold(w, None)[0] - w
+
     def parts(self) -> Iterable[Delta]:
         """The deltas this one is made of, in the order they apply: itself, unless it is a combinator."""
         return (self,)
@@ -70,6 +78,9 @@ class Additive(Delta):
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + self.delta(), b
 
+    def change(self, w: Tensor) -> Tensor:
+        return self.delta()
+
     def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (out,)
         """The squared norms of the rows of W + dW (out, in); `own` (out,) are those of W."""
         return torch.linalg.vector_norm(w + self.delta(), dim=1).square()
@@ -103,6 +114,9 @@ class LowRank(Additive):
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:  # up (out, r), down (r, in), scale included
         ...
+
+    def factored(self) -> tuple[Tensor, Tensor]:
+        return self.factors()
 
     def delta(self) -> Tensor:  # (out, in)
         up, down = self.factors()

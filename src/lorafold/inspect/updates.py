@@ -1,0 +1,123 @@
+"""The updates of a saved adapter, one module at a time, as thin singular value decompositions.
+
+    dW = U S V^T       U (out, k), S (k,) falling, V (in, k)
+
+A method that has factors is never multiplied out: with QR of up = Qu Ru and of down^T = Qd Rd, Ru Rd^T (r, r) has dW's singular values, and
+Qu, Qd turn its vectors into dW's; O((out + in) r^2) instead of O(out in min(out, in)). One without factors is built and decomposed whole.
+The base's weights stay in their files, mapped, until a figure needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorafold.adapter import Adapter, load
+from lorafold.bases import layer_of
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
+from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.io.models import ModelSource
+from lorafold.merge.checkpoint import Skeleton, open_checkpoint, skeleton
+
+
+@dataclass(frozen=True)
+class Svd:
+    """U (out, k), S (k,) falling, V (in, k), fp32; singular values that are only rounding are left out."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    def top(self, k: int) -> Svd:
+        return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
+
+    def dense(self) -> Tensor:  # (out, in)
+        return (self.u * self.s) @ self.v.t()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module and what is laid on it. `rank` is the method's nominal rank, None for a method without factors."""
+
+    path: str
+    delta: Delta
+    layer: Base
+
+    @property
+    def weight(self) -> Tensor:  # (out, in), fp32: read from the file each time
+        return self.layer.dense()[0].detach().float()
+
+    @cached_property
+    def rank(self) -> int | None:
+        factors = self.delta.factored()
+        return None if factors is None else len(factors[1])
+
+    @property
+    def changes_bias(self) -> bool:
+        """Does folding it change the layer's bias as well?"""
+        bias = self.layer.bias
+        return self.delta.factored() is None and bias is not None and self.delta.fold(self.weight, bias)[1] is not bias
+
+    @cached_property
+    def svd(self) -> Svd:
+        """LorafoldError for an update that has no form in weight space."""
+        return svd_of(self.delta, self.layer, self.path)
+
+
+def bones_of(source: ModelSource, trust_remote_code: bool = False) -> Skeleton:
+    """The model over its mapped files: laying an adapter over it costs the adapter's own memory."""
+    bones = skeleton(open_checkpoint(source.path), trust_remote_code)
+    bones.model.config._name_or_path = bones.model.name_or_path = source.name  # what an adapter's config names as its base
+    return bones
+
+
+def opened(bones: Skeleton, path: str | Path, name: str, allow_other_base: bool = False) -> Adapter:
+    return load(bones.model, path, name, allow_other_base=allow_other_base)
+
+
+def sites(adapter: Adapter) -> Iterator[Site]:
+    """What the method itself laid, by module; trained biases, modules to save and token rows are no part of it.
+
+    LorafoldError where the method has no update of a matrix.
+    """
+    for path, delta in adapter.own_deltas.items():
+        layer = layer_of(adapter.model.get_submodule(path))
+        try:
+            out, inn = layer.shape
+        except NotMergeable as e:
+            raise LorafoldError(f"{path}: {type(delta).__name__} changes no matrix ({e}), so it has no spectrum") from None
+        yield Site(path, delta, layer)
+
+
+@torch.no_grad()
+def svd_of(delta: Delta, layer: Base, path: str) -> Svd:
+    if (factors := delta.factored()) is not None:
+        return of_factors(*factors)
+    try:
+        return of_dense(delta.change(layer.dense()[0].float()))
+    except NotMergeable as e:
+        raise LorafoldError(f"{path}: {e}") from None
+
+
+def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
+    """QR in fp64: the factors are thin, and small singular values keep their digits."""
+    qu, ru = torch.linalg.qr(up.double())
+    qd, rd = torch.linalg.qr(down.double().t())
+    u, s, vt = torch.linalg.svd(ru @ rd.t())
+    return kept(qu @ u, s, qd @ vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
+
+
+def of_dense(dw: Tensor) -> Svd:  # (out, in)
+    u, s, vt = torch.linalg.svd(dw, full_matrices=False)
+    return kept(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
+
+
+def kept(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
+    k = int((s > share * s[0]).sum())
+    return Svd(u[:, :k].float(), s[:k].float(), v[:, :k].float())
