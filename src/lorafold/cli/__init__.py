@@ -22,6 +22,9 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "generate": "One answer to one prompt.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
+    "inspect": "What an adapter learnt: its true rank, its place in the base, what it reads and writes.",
+    "resize": "The best adapter of another rank.",
+    "extract": "An adapter out of a fully fine-tuned model and its base.",
     "compare": "Every method on your model and data, measured in one table.",
 }
 TRAINING = {"quickstart", "train", "compare"}

@@ -6,7 +6,6 @@ One line a method. Of several seeds it shows the mean, and the lowest and the hi
 from __future__ import annotations
 
 import html
-import io
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -17,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from lorafold.compare.measure import Row
+from lorafold.io.page import document, drawing
 
 COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
@@ -95,37 +95,8 @@ def page(rows: Sequence[Row], title: str, path: Path) -> None:
     ):
         if any(attached):
             plots.append(bars(f"{what} latency over the base's", names, attached, merged))
-    path.write_text(f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-td, th {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
-p {{ max-width: 70ch; }} figure {{ margin: 2rem 0; }} svg {{ max-width: 100%; height: auto; }}
-</style>
-<h1>{html.escape(title)}</h1>
-<p>{ABOUT}</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-{"".join(plots)}
-</html>
-""", encoding="utf-8")  # fmt: skip
-
-
-def drawing(draw: Callable, title: str) -> str:
-    """An SVG drawn by `draw(axes)`, to stand in a page."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    plot = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = plot.add_subplot()
-    axes.set_title(title)
-    draw(axes)
-    text = io.StringIO()
-    FigureCanvasSVG(plot).print_svg(text)
-    _, tag, rest = text.getvalue().partition("<svg")
-    return f"<figure>{tag}{rest}</figure>"
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    document(title, f"<p>{ABOUT}</p>\n{table}\n{''.join(plots)}", path)
 
 
 def scatter(

@@ -1,7 +1,7 @@
 """Where in the base's spectrum an update lies, and what it puts there that is new. Needs the SVD of every W0, which is kept on disk.
 
     W0 = sum_j s0_j u0_j v0_j^T
-    position      p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and likewise with v: the update's energy over W0's directions, strongest first
+    position      p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and likewise with v: the update's energy over W0's directions
     intruders     among the top 10 left singular vectors of W0 + dW, those with |cos| < 0.5 to every u0_j
 
 Positions: Hu et al. 2021, arXiv 2106.09685, section 7.3, which finds that an update amplifies directions that W0 does not emphasize.
@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def position(vectors: Tensor, s: Tensor, base: Tensor) -> Tensor:  # (n, k), (k,
 def binned(p: Tensor, bins: int = BINS) -> list[float]:
     """The energy in the strongest tenth of W0's directions, the next tenth ..., and last what lies outside all of them."""
     edges = [round(i * len(p) / bins) for i in range(bins + 1)]
-    return [float(p[a:b].sum()) for a, b in zip(edges, edges[1:], strict=False)] + [max(0.0, 1 - float(p.sum()))]
+    return [float(p[a:b].sum()) for a, b in pairwise(edges)] + [max(0.0, 1 - float(p.sum()))]
 
 
 def intruders(base: Svd, w: Tensor, update: Svd) -> int:
@@ -60,18 +60,13 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:
 
 
 def figures(fingerprint: Mapping[str, Any], path: str, w: Tensor, update: Svd) -> dict[str, Any]:
-    """The figures of one site, by their names in the JSON. `strength`: the mean square of W0's singular values that the update meets over
-    the mean of all; below 1 it lies in weak directions."""
+    """The figures of one site, by their names in the JSON."""
     base = cached_svd(fingerprint, path, w)
     if not len(update.s):
         return {"intruders": 0}
     writes, reads = position(update.u, update.s, base.u), position(update.v, update.s, base.v)
-    squares = base.s.square()
-    r = min(len(update.s), len(base.s))
     return {
         "intruders": intruders(base, w, update),
         "position_written": binned(writes), "position_read": binned(reads),
-        "strength_written": float(writes @ squares) * len(update.u) / float(squares.sum()),
-        "strength_read": float(reads @ squares) * len(update.v) / float(squares.sum()),
-        "top_projection": float(squares[:r].sum().sqrt()),
+        "top_projection": float(base.s[: len(update.s)].norm()),
     }  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,11 @@ from torch import nn
 from lorafold.bases import layer_class
 from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
 from lorafold.core.combine import Mix
+from lorafold.inspect.loss import loss_on
+from lorafold.train.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCALES = tuple(i / 4 for i in range(-2, 7))
 BETWEEN = tuple(i / 10 for i in range(11))
@@ -73,3 +78,13 @@ def barrier(points: Sequence[Point]) -> float:
 def _at(weigh: Callable[[Sequence[float]], Any], weights: Sequence[float], loss: Callable[[], float]) -> float:
     weigh(weights)
     return loss()
+
+
+def measured_paths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> dict[str, Any]:
+    """Along the first adapter that a model carries and, where there is a second, from the one to the other, by their names in the JSON."""
+    loss, (first, *others) = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
+    found: dict[str, Any] = {"rows": len(rows), "scaling": scaling(model, first, loss)}
+    if others:
+        found["between"] = between(model, first, others[0], loss)
+        found["barrier"] = barrier(found["between"])
+    return found

@@ -11,14 +11,15 @@ together, and what it reads and writes with the opposite sign. A norm's division
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
@@ -26,8 +27,9 @@ from lorafold.inspect.residual import Stream, gain
 from lorafold.inspect.updates import Svd
 from lorafold.io.weights import FileWeights
 
-Decode = Callable[[int], str]
+DIRECTIONS = 3  # of a module, the strongest
 SHOWN = 6  # tokens at each end of a direction
+VECTORS = 10  # of the user's, those with the largest share of a module's update
 ROWS = 8192  # of the vocabulary at a time
 
 
@@ -80,26 +82,32 @@ def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side
     """None for a module that reads something else than tokens or the residual stream."""
     if path == stream.embedding:
         return Side(svd.v, True)
-    norm = stream.readers.get(path)
-    return None if norm is None else Side(_through(model.get_submodule(norm), svd.v), False)
+    if (norm := stream.readers.get(path)) is None:
+        return None
+    return Side(gain(model.get_submodule(norm), stream.size)[:, None] * svd.v, False)
 
 
-def writing(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side | None:
+def writing(stream: Stream, path: str, svd: Svd) -> Side | None:
     """None for a module that writes to something else than logits or the residual stream."""
     if path == stream.head:
         return Side(svd.u, True)
     return Side(svd.u, False) if path in stream.writers else None
 
 
-def tokens(side: Side, rows: Tensor, final: nn.Module | None) -> Near:  # rows (V, d)
-    """Nearest tokens of a side. `final`: the norm between what is written and the unembedding; None on the reading side."""
-    if side.of_tokens:
-        return extremes(side.directions)
-    return nearest(rows, side.directions if final is None else _through(final, side.directions))
+def tables(sides: Mapping[str, Side], rows: Tensor, through: Tensor | None, name: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
+    """The nearest of `rows` (n, d) to the first directions of each side, by path: all in one pass over the rows. `through` (d,): the gain
+    between a direction and the rows."""
+    found = {path: _named(extremes(side.directions[:, :DIRECTIONS]), name) for path, side in sides.items() if side.of_tokens}
+    streams = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items() if not side.of_tokens}
+    if streams:
+        together = torch.cat(list(streams.values()), 1)
+        named = iter(_named(nearest(rows, together if through is None else through[:, None] * together), name))
+        found |= {path: list(islice(named, directions.shape[1])) for path, directions in streams.items()}
+    return found
 
 
-def _through(norm: nn.Module, directions: Tensor) -> Tensor:  # (d, n)
-    return gain(norm, len(directions))[:, None] * directions
+def _named(near: Near, name: Callable[[int], str]) -> list[dict[str, Any]]:
+    return [near.named(i, name) for i in range(near.top[0].shape[1])]
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
@@ -125,3 +133,10 @@ def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (d, k), (k,), (
     f the vector at length 1. 1 / d of it lies on any one on average."""
     along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (along * s).square().sum(1) / s.square().sum()
+
+
+def largest_shares(side: Side, s: Tensor, names: Sequence[str], vectors: Tensor) -> dict[str, float]:
+    """The vectors with the largest shares, largest first."""
+    found = shares(side, s, vectors)
+    values, places = found.topk(min(VECTORS, len(found)))
+    return {names[i]: value for i, value in zip(places.tolist(), values.tolist(), strict=True)}

@@ -54,12 +54,12 @@ class Resized:
     def __str__(self) -> str:
         ranks = [site["rank"] for site in self.sites.values()]
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
-        lines = [f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; {self.error:.2%} of the update's norm is lost, at most "
-                 f"{self.sites[worst]['error']:.2%} at a site ({worst})"]  # fmt: skip
+        lines = [f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; error {self.error:.2%} of the update's norm, "
+                 f"at most {self.sites[worst]['error']:.2%} at a site ({worst})"]  # fmt: skip
         if self.left_out:
             largest = sorted(self.left_out, key=lambda name: -self.left_out[name])[:3]
             shown = ", ".join(f"{name} by {self.left_out[name]:.2%}" for name in largest)
-            lines.append(f"  {len(self.left_out)} other tensors differ too and are not in it: {shown}{', ...' if len(self.left_out) > 3 else ''}")
+            lines.append(f"  {len(self.left_out)} other tensors differ too and are not in it, most of all {shown}")
         return "\n".join(lines)
 
 
@@ -94,7 +94,7 @@ def resize(
         kept = site.svd.top(effective_rank(s, energy) if rank is None else rank)  # type: ignore[arg-type]
         root = kept.s.sqrt()
         factors[site.path] = kept.u * root, root[:, None] * kept.v.t()
-        errors.add(site.path, len(kept.s), float(s[len(kept.s):].double().square().sum()), float(s.double().square().sum()))
+        errors.add(site.path, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
     found = errors.result(out)
     history = {k: v for k, v in read_record(path).items() if k not in ("base", "lorafold")}
     record = {**history, "resized": {"from": str(path), "rank": rank, "energy": energy, "error": found.error}}
@@ -119,7 +119,8 @@ def extract(
         raise LorafoldError(f"{tuned.name} is no fine-tuned {base.name}: {'; '.join(problems)}")
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:
-        dw = (layer_of(other.model.get_submodule(path)).dense()[0].float() - layer_of(one.model.get_submodule(path)).dense()[0].float())
+        before, after = (layer_of(bones.model.get_submodule(path)).dense()[0].float() for bones in (one, other))
+        dw = after - before
         if whole := _squares(dw):
             b, a = best_of_rank(dw, min(rank, *dw.shape))
             factors[path] = b, a

@@ -6,13 +6,13 @@
     entropy rank      exp(-sum p_i log p_i), p_i = s_i / sum s              Roy and Vetterli 2007, "The effective rank"
     relative norm     |dW| / |W0|
 
-All are numbers without a unit. A rank is advised as the smallest power of two that holds 95% of the energy.
+All are numbers without a unit. A rank is advised as 1, 2 or the smallest multiple of 4 that holds 95%.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -40,25 +40,11 @@ def entropy_rank(s: Tensor) -> float:
     return float(torch.exp(torch.special.entr(p).sum())) if len(s) else 0.0
 
 
-def lost(s: Tensor, rank: int) -> float:
-    """The share of the energy that truncation to a rank loses."""
-    squares = s.double().square()
-    return float(squares[rank:].sum() / squares.sum()) if len(s) else 0.0
-
-
-def spectrum(s: Tensor, rank: int | None) -> dict[str, float | int | None]:
-    """The figures of one site by their names in the JSON; `rank` is the nominal one."""
-    ranks: dict[str, float | int | None] = {"rank": rank, "numerical_rank": len(s)}
+def spectrum(s: Tensor, nominal: int | None) -> dict[str, float | int | bool]:
+    """The figures of one site by their names in the JSON. `rank` is the nominal one, or the one found where a method has no factors."""
+    ranks: dict[str, float | int | bool] = {"rank": len(s) if nominal is None else nominal, "numerical_rank": len(s)}
     ranks |= {f"effective_rank_{share * 100:.0f}": effective_rank(s, share) for share in SHARES}
-    return {**ranks, "stable_rank": stable_rank(s), "entropy_rank": entropy_rank(s)}
-
-
-def advised(s: Sequence[Tensor]) -> int:
-    """The smallest power of two as a rank that holds 95% of the energy of all sites together; 1 for an update of nothing."""
-    rank, total = 1, float(sum(x.double().square().sum() for x in s))
-    while total and pooled_loss(s, rank) > 1 - ENOUGH:
-        rank *= 2
-    return rank
+    return {**ranks, "factored": nominal is not None, "stable_rank": stable_rank(s), "entropy_rank": entropy_rank(s)}
 
 
 def pooled_loss(s: Sequence[Tensor], rank: int) -> float:
@@ -67,15 +53,23 @@ def pooled_loss(s: Sequence[Tensor], rank: int) -> float:
     return float(sum(x[rank:].double().square().sum() for x in s)) / total if total else 0.0
 
 
-def advice(s: Sequence[Tensor], rank: int | None, whole: str = "the update") -> str:
-    """The same in words."""
-    if not any(len(x) for x in s):
-        return f"{whole} is zero: nothing was learnt, or it was not trained yet"
-    longest = max(map(len, s))
-    holds = next(k for k in range(1, longest + 1) if pooled_loss(s, k) <= 1 - ENOUGH)
-    given = f"r={rank} was given" if rank else f"rank {longest} was found"
-    resized = advised(s)
-    if resized >= (rank or longest):
-        return f"{given}, {holds} hold 95%: all of it is used, and more rank may help"
-    return f"{given}, {holds} hold 95%: resize to {resized} loses {pooled_loss(s, resized):.1%} of the energy, " \
-           f"{math.sqrt(pooled_loss(s, resized)):.1%} of the norm"  # fmt: skip
+def holding(s: Sequence[Tensor], ranks: Iterable[int]) -> int:
+    """The first of these ranks that, at every site, holds 95% of the energy of all together."""
+    return next(rank for rank in ranks if pooled_loss(s, rank) <= 1 - ENOUGH)
+
+
+def pooled(s: Sequence[Tensor]) -> dict[str, float | int]:
+    """One rank for all sites: the least that holds 95% of the energy of all together, the one advised, and what that one loses. 0 where
+    all are zero."""
+    rank = holding(s, chain((0, 1, 2), count(4, 4)))
+    return {"rank_95": holding(s, count()), "advised_rank": rank, "advised_loss": pooled_loss(s, rank)}
+
+
+def advice(given: int | None, found: Mapping[str, float | int]) -> str:
+    """The same in words: "r=16 was given, 6 hold 95%: resize to 8 loses 2.1%"."""
+    if not found["rank_95"]:
+        return "the update is zero: nothing was learnt"
+    start = f"{'some' if given is None else f'r={given}'} was given, {found['rank_95']} hold 95%"
+    if given is not None and found["advised_rank"] >= given:
+        return f"{start}: it is used, and more may help"
+    return f"{start}: resize to {found['advised_rank']} loses {found['advised_loss']:.1%} of the energy"

@@ -3,6 +3,8 @@
     phi(i, j)       |U_a[:, :i]^T U_b[:, :j]|^2 / min(i, j)     1: the smaller subspace lies in the larger, 0: they are orthogonal
     projection      |U^T W0 V|                                  how strong the base is in the update's own directions
     amplification   |dW| / |U^T W0 V|
+    strength        |W0 V S|^2 in / (|W0| |S|)^2 for what is read, |S U^T W0|^2 out / (|W0| |S|)^2 for what is written: the energy of W0
+                    along the update's directions, weighted by its own, over that along random ones; below 1 they are weak directions
 
 |.| is the Frobenius norm. Subspaces without relation have phi = max(i, j) / n on average, n their dimension, and random directions the
 projection r |W0| / sqrt(out in). The paper takes phi of the factor A's directions; here it is of dW's own, on both sides: what a method's
@@ -29,11 +31,15 @@ def against_base(svd: Svd, w: Tensor) -> dict[str, float | None]:
     """The figures of one site against its own base weight w (out, in), by their names in the JSON; None where the update is zero."""
     r, own = len(svd.s), torch.linalg.vector_norm(w)
     size = torch.linalg.vector_norm(svd.s)
-    projection = torch.linalg.vector_norm(svd.u.t() @ (w @ svd.v))
+    out, inn = w.shape
+    read, written = w @ svd.v, svd.u.t() @ w
+    projection = torch.linalg.vector_norm(svd.u.t() @ read)
     return {
         "norm": float(size), "base_norm": float(own), "relative_norm": _ratio(size, own),
-        "projection": float(projection), "random_projection": r * float(own) / math.sqrt(w.numel()),
+        "projection": float(projection), "random_projection": r * float(own) / math.sqrt(out * inn),
         "amplification": _ratio(size, projection) if r else None,
+        "strength_read": _ratio(torch.linalg.vector_norm(read * svd.s).square() * inn, (own * size).square()),
+        "strength_written": _ratio(torch.linalg.vector_norm(svd.s[:, None] * written).square() * out, (own * size).square()),
     }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def sites(adapter: Adapter) -> Iterator[Site]:
     for path, delta in adapter.own_deltas.items():
         layer = layer_of(adapter.model.get_submodule(path))
         try:
-            out, inn = layer.shape
+            _ = layer.shape
         except NotMergeable as e:
             raise LorafoldError(f"{path}: {type(delta).__name__} changes no matrix ({e}), so it has no spectrum") from None
         yield Site(path, delta, layer)

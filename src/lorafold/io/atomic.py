@@ -70,9 +70,13 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON. The file is replaced in one step. Raises LorafoldError where it can't be written."""
+    """`write_text` of `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """The file is replaced in one step. Raises LorafoldError where it can't be written."""
     target = Path(path).resolve()
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with _writing(path):
         tmp = _sibling(target, "partial")
         try:
