@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.inspect.residual import Stream
 from lorafold.inspect.subspaces import phi
 from lorafold.inspect.updates import Svd
 
@@ -57,20 +58,17 @@ def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
     return {"sites": sites, "kinds": kinds, "only_first": sorted(a.keys() - b.keys()), "only_second": sorted(b.keys() - a.keys())}
 
 
-def across_layers(svds: Mapping[str, Svd]) -> dict[str, dict[str, Any]]:
-    """phi of the top directions of each two blocks, by kind of module: whether an adapter does the same at every depth."""
+def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str, Any]]:
+    """phi of the top directions of each two blocks, by kind of module: does an adapter do the same at every depth? On the side that is in
+    the residual stream, which all blocks share."""
     found = {}
     for kind, paths in by_kind([path for path, svd in svds.items() if len(svd.s)]).items():
-        if len(paths) > 1:
-            found[kind] = {"layers": paths, "phi_read": _grid([svds[p].v[:, :TOP] for p in paths]),
-                           "phi_written": _grid([svds[p].u[:, :TOP] for p in paths])}  # fmt: skip
+        for side, inside in (("read", stream.readers.keys()), ("written", stream.writers)):
+            if len(paths) > 1 and inside >= set(paths):
+                top = [(svds[path].v if side == "read" else svds[path].u)[:, :TOP] for path in paths]
+                grid = [[round(float(phi(a, b)[-1, -1]), 4) for b in top] for a in top]
+                found[kind] = {"side": side, "layers": paths, "phi": grid}
     return found
-
-
-def _grid(vectors: Sequence[Tensor]) -> list[list[float]]:  # (n, up to TOP) each
-    if len({len(v) for v in vectors}) > 1:  # layers of different widths have no directions in common
-        return []
-    return [[round(float(phi(a, b)[-1, -1]), 4) for b in vectors] for a in vectors]
 
 
 def _mean(grids: Sequence[Tensor]) -> list[list[float]]:

@@ -17,7 +17,8 @@ from lorafold.io.page import document
 Figures = Mapping[str, Any]
 
 STYLE = """
-.advice { border-left: 4px solid #2a788e; padding: .1rem 1rem; background: #f4f8f9; } .advice li { margin: .5rem 0; max-width: 75ch; }
+.advice { border-left: 4px solid #2a788e; padding: .1rem 1rem .1rem 2rem; background: #f4f8f9; }
+.advice li { margin: .5rem 0; max-width: 75ch; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; } .cards div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; }
 .cards b { display: block; font-size: 1.4rem; } h2 { margin-top: 2.5rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(270px, 100%), 1fr)); gap: .6rem; }
@@ -29,10 +30,10 @@ table.map { font-size: 13px; } .map td, .map th { padding: .15rem .45rem; text-a
 summary { cursor: pointer; padding: .3rem 0; font-weight: 600; } body { overflow-wrap: anywhere; }
 """
 MAPS = {  # figure: heading, format
-    "effective_rank_95": ("Effective rank: directions that hold 95% of the energy", ".0f"),
+    "effective_rank_95": ("Effective rank: directions for 95%", ".0f"),
     "relative_norm": ("Size: |dW| over |W0|", ".1%"),
-    "amplification": ("Amplification: |dW| over the base's own strength in the same directions", ".2f"),
-    "intruders": ("Intruder dimensions among the top 10", ".0f"),
+    "amplification": ("Amplification: |dW| over |Uᵀ W0 V|", ".2f"),
+    "intruders": ("Intruder dimensions in the top 10", ".0f"),
 }
 
 
@@ -70,9 +71,9 @@ def sections(found: Figures) -> Iterator[str]:
         "median amplification": shown(whole["amplification"], ".2f"),
     })  # fmt: skip
     yield "<h2>Where it learnt</h2><p>A row a block, a column a kind of module.</p>"
-    for i, (name, (heading, form)) in enumerate(MAPS.items()):
-        if any(name in site for site in sites.values()):
-            yield f"<details{' open' * (i == 0)}><summary>{heading}</summary>{layer_map(sites, name, form)}</details>"
+    measured = {name: how for name, how in MAPS.items() if any(name in site for site in sites.values())}
+    yield grid([f"<details open><summary>{heading}</summary>{layer_map(sites, name, form)}</details>"
+                for name, (heading, form) in measured.items()])  # fmt: skip
     yield "<h2>Spectra</h2><p>Singular values over the largest; dark lines are early blocks, bright ones late. Where they fall steeply, a "
     yield "few carry the update.</p>" + grid(spectra(sites))
     if "paths" in found:
@@ -82,9 +83,9 @@ def sections(found: Figures) -> Iterator[str]:
     if any("position_read" in site for site in sites.values()):
         yield from positions(sites)
     if found["layers"]:
-        yield "<h2>The same at every depth?</h2><p>phi of the four strongest directions that each two blocks read: 1 is the same subspace, "
-        yield "0 has nothing in common.</p>"
-        yield grid([plots.heat(kind, g["phi_read"], "block", "block", 0) for kind, g in found["layers"].items() if g["phi_read"]])
+        yield "<h2>The same at every depth?</h2><p>phi of the four strongest directions that each two blocks read from the residual "
+        yield "stream, or write to it: 1 is the same subspace, 0 has nothing in common.</p>"
+        yield grid([plots.heat(f"{kind}, {of['side']}", of["phi"], "block", "block", 0) for kind, of in found["layers"].items()])
     yield from words(sites)
     yield from shares(sites)
 

@@ -24,7 +24,7 @@ from lorafold.adapter import Adapter
 from lorafold.bases import layer_of
 from lorafold.inspect import base_svd, reads, words
 from lorafold.inspect.against import across_layers, compared
-from lorafold.inspect.residual import gain, stream_of
+from lorafold.inspect.residual import Stream, gain, stream_of
 from lorafold.inspect.spectra import advice, pooled, spectrum
 from lorafold.inspect.subspaces import against_base
 from lorafold.inspect.updates import Site, Svd, bones_of, opened, sites
@@ -56,11 +56,12 @@ def inspect(
             progress(done, len(laid))
     tokenizer = tokenizer_of(source, [path], trust_remote_code)
     vectors = None if directions is None else reads.read_vectors(directions, ends_of(bones)[0].shape[1])
-    for at, found in words_of(bones, svds, tokenizer, vectors).items():
+    stream = stream_of(bones.model)
+    for at, found in words_of(bones, stream, svds, tokenizer, vectors).items():
         figures[at] |= found
     result: Figures = {
         "adapter": str(path), "model": source.name, "method": str(adapter.spec), "beside": beside(adapter),
-        "whole": of_whole(figures, svds), "sites": figures, "layers": across_layers(svds),
+        "whole": of_whole(figures, svds), "sites": figures, "layers": across_layers(svds, stream),
     }  # fmt: skip
     if other is not None:
         result["against"] = {"adapter": str(against), **compared(svds, {site.path: site.svd for site in sites(other)})}
@@ -93,10 +94,11 @@ WHOLE = ("effective_rank_90", "effective_rank_95", "effective_rank_99", "stable_
 
 
 def words_of(
-    bones: Skeleton, svds: Mapping[str, Svd], tokenizer: PreTrainedTokenizerBase, vectors: tuple[list[str], torch.Tensor] | None
-) -> dict[str, Figures]:
+    bones: Skeleton, stream: Stream, svds: Mapping[str, Svd], tokenizer: PreTrainedTokenizerBase,
+    vectors: tuple[list[str], torch.Tensor] | None,
+) -> dict[str, Figures]:  # fmt: skip
     """What the modules' directions read and write, by path: tokens, and the user's own vectors."""
-    model, stream = bones.model, stream_of(bones.model)
+    model = bones.model
     reading = {path: side for path, svd in svds.items() if len(svd.s) and (side := reads.reading(model, stream, path, svd))}
     writing = {path: side for path, svd in svds.items() if len(svd.s) and (side := reads.writing(stream, path, svd))}
     final = None if stream.final_norm is None else gain(model.get_submodule(stream.final_norm), stream.size)

@@ -10,6 +10,7 @@ from lorafold.inspect.base_svd import COSINE, TOP
 from lorafold.inspect.spectra import advice
 
 Figures = Mapping[str, Any]
+INDIFFERENT = 0.1  # a strength this near to 1 tells nothing
 
 
 def conclusions(found: Figures) -> list[str]:
@@ -45,9 +46,12 @@ def of_strength(sites: list[Figures]) -> str:
     if not known:
         return ""
     read, written = (median(site[f"strength_{side}"] for site in known) for side in ("read", "written"))
-    verdict = "does" if read < 1 and written < 1 else "does not" if read > 1 and written > 1 else "does on one side only"
-    return (f"An update that amplifies weak directions of the base lies where the base's energy is below average (1). This one {verdict}: "
-            f"{read:.2f} along what it reads, {written:.2f} along what it writes (medians).")  # fmt: skip
+
+    def word(strength: float) -> str:
+        return "no preference" if abs(strength - 1) < INDIFFERENT else "weak directions" if strength < 1 else "strong directions"
+
+    return (f"Does it amplify weak directions of the base? The base's energy along what it reads is {read:.2f} times the average "
+            f"({word(read)}), along what it writes {written:.2f} times ({word(written)}; medians).")  # fmt: skip
 
 
 def of_position(sites: list[Figures]) -> str:

@@ -1,0 +1,122 @@
+"""What a direction reads and writes: planted tokens are found, and the places of the residual stream."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorafold as lf
+from lorafold.core.delta import put
+from lorafold.errors import LorafoldError
+from lorafold.inspect.reads import Side, largest_shares, nearest, read_vectors, shares
+from lorafold.inspect.residual import gain, stream_of
+from lorafold.inspect.run import inspect
+from lorafold.inspect.updates import of_factors
+from lorafold.io.models import load_tokenizer, resolve_model
+
+LLAMA = {
+    "self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm", "self_attn.v_proj": "input_layernorm",
+    "mlp.gate_proj": "post_attention_layernorm", "mlp.up_proj": "post_attention_layernorm",
+}  # fmt: skip
+PLACES = {  # per block: readers with their norm, writers
+    "llama": ("model.layers", LLAMA, ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),
+    "qwen2": ("model.layers", LLAMA, ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),
+    "gemma": ("model.layers", LLAMA, ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),
+    "gpt2": ("transformer.h", {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"}, ("attn.c_proj", "mlp.c_proj"), "transformer.ln_f"),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_readers_and_writers_of_the_residual_stream(kind, tiny_model):
+    model = tiny_model(kind)
+    blocks, readers, writers, final = PLACES[kind]
+    found = stream_of(model)
+    expected = {f"{blocks}.{i}.{path}": f"{blocks}.{i}.{norm}" for i in range(2) for path, norm in readers.items()}
+    assert found.readers == {**expected, "lm_head": final}
+    assert {p for p in found.writers if p.startswith(blocks)} == {f"{blocks}.{i}.{path}" for i in range(2) for path in writers}
+    assert found.embedding in found.writers
+    assert (found.final_norm, found.size) == (final, 32)
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_gain_is_what_the_norm_does_to_a_direction(kind, tiny_model):
+    model = tiny_model(kind)
+    norm = model.get_submodule(stream_of(model).final_norm)
+    with torch.no_grad():
+        norm.weight.add_(0.3 * torch.randn(32))
+        h, v = torch.randn(32), torch.randn(32)
+        h -= h.mean()  # LayerNorm takes it away
+        bias = getattr(norm, "bias", None)
+        read = v @ (norm(h) - (0 if bias is None else bias))
+        size = h.square().mean().sqrt()
+        assert float(read) == pytest.approx(float((gain(norm, 32) * v) @ h / size), rel=1e-3, abs=1e-4)
+
+
+def test_nearest_is_brute_force_over_many_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows, directions = torch.randn(20_000, 8, generator=generator), torch.randn(8, 5, generator=generator)
+    near = nearest(rows.bfloat16(), directions)
+    cosines = torch.nn.functional.cosine_similarity(rows.bfloat16().float()[:, :, None], directions[None], dim=1)
+    for end, sign in ((near.top, 1), (near.bottom, -1)):
+        values, places = (sign * cosines).topk(6, 0)
+        assert torch.allclose(end[0], sign * values, atol=1e-5)
+        assert torch.equal(end[1], places)
+
+
+def planted(model, path: str, up: torch.Tensor, down: torch.Tensor, out) -> None:
+    """An adapter of rank 1 on one module, saved."""
+    adapter = lf.attach(model, lf.LoRA(rank=1, alpha=1, dropout=0.0), [path])
+    delta = adapter.deltas[path]
+    put(delta, "B", up[:, None])
+    put(delta, "A", down[None])
+    adapter.save(out)
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, tmp_path):
+    blocks, readers, writers, final = PLACES[kind]
+    read_at, write_at = f"{blocks}.1.{next(iter(readers))}", f"{blocks}.1.{writers[1]}"
+    model, source = tiny_model(kind), resolve_model(tiny_model_dir(kind))
+    norm, last = model.get_submodule(f"{blocks}.1.{next(iter(readers.values()))}"), model.get_submodule(final)
+    token = load_tokenizer(source).decode([77])
+    with torch.no_grad():
+        reads = model.get_input_embeddings().weight[77] / gain(norm, 32)
+        writes = model.get_output_embeddings().weight[77] / gain(last, 32)
+        out, inn = lf.attach(tiny_model(kind), lf.LoRA(rank=1), [read_at]).deltas[read_at].delta().shape
+        planted(model, read_at, torch.randn(out), reads, tmp_path / "reads")
+    found = inspect(source, tmp_path / "reads")["sites"][read_at]
+    ends = found["reads"][0]
+    assert max((e["cosine"], e["name"]) for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]) == (
+        pytest.approx(1, abs=1e-4), token)  # fmt: skip
+    model = tiny_model(kind)
+    _, inn = lf.attach(tiny_model(kind), lf.LoRA(rank=1), [write_at]).deltas[write_at].delta().shape
+    planted(model, write_at, writes, torch.randn(inn), tmp_path / "writes")
+    found = inspect(source, tmp_path / "writes")["sites"][write_at]
+    assert "reads" not in found
+    ends = found["writes"][0]
+    assert max((e["cosine"], e["name"]) for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]) == (
+        pytest.approx(1, abs=1e-4), token)  # fmt: skip
+
+
+def test_shares_of_vectors_are_those_of_the_dense_update():
+    up, down, vectors = torch.randn(20, 3), torch.randn(3, 12), torch.randn(6, 12)
+    svd, dense = of_factors(up, down), up @ down
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    expected = (dense @ unit.t()).square().sum(0) / dense.square().sum()
+    side = Side(svd.v, False)
+    assert torch.allclose(shares(side, svd.s, vectors), expected, atol=1e-5)
+    basis = torch.linalg.qr(torch.randn(12, 12))[0]
+    assert float(shares(side, svd.s, basis).sum()) == pytest.approx(1, rel=1e-4)
+    top = largest_shares(side, svd.s, list("abcdef"), vectors)
+    assert list(top.values()) == sorted(top.values(), reverse=True)
+    assert next(iter(top)) == "abcdef"[int(expected.argmax())]
+
+
+def test_vectors_of_a_file(tmp_path):
+    rows = torch.randn(3, 8)
+    save_file({"one": torch.ones(8), "decoder": rows, "columns": torch.randn(8, 5)}, tmp_path / "f.safetensors")
+    names, matrix = read_vectors(tmp_path / "f.safetensors", 8)
+    assert names == [*(f"columns[{i}]" for i in range(5)), *(f"decoder[{i}]" for i in range(3)), "one"]
+    assert torch.equal(matrix[5:8], rows)
+    save_file({"wrong": torch.ones(7), "ids": torch.ones(8, dtype=torch.long)}, tmp_path / "g.safetensors")
+    with pytest.raises(LorafoldError, match=r"ids: shape \[8\].*wrong: shape \[7\], expected \[8\]"):
+        read_vectors(tmp_path / "g.safetensors", 8)
