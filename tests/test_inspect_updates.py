@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_laws import move
 
 import lorafold as lf
 from lorafold.bases import layer_of
@@ -11,6 +10,7 @@ from lorafold.inspect.spectra import advice, effective_rank, entropy_rank, poole
 from lorafold.inspect.subspaces import against_base, phi
 from lorafold.inspect.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
+from test_laws import move
 
 RANKED = ["lora", "rslora", "pissa", "olora", "vera", "adalora"]
 DENSE = ["loha", "lokr", "dora", "fish", "ia3"]

@@ -35,8 +35,8 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
-    def factored(self) -> tuple[Tensor, Tensor] | None:
-        """Up (out, r) and down (r, in) whose product is dW, so that it can be measured without being built; None where there are none."""
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """up (out, r), every scale included, and down (r, in), where the change is W + up @ down; None where it has no factors."""
         return None
 
     def change(self, w: Tensor) -> Tensor:  # (out, in)
@@ -114,9 +114,6 @@ class LowRank(Additive):
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:  # up (out, r), down (r, in), scale included
         ...
-
-    def factored(self) -> tuple[Tensor, Tensor]:
-        return self.factors()
 
     def delta(self) -> Tensor:  # (out, in)
         up, down = self.factors()

@@ -10,8 +10,6 @@ token rows are carried over as they are.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ from lorafold.inspect.updates import bones_of, opened, sites
 from lorafold.io.models import ModelSource
 from lorafold.io.record import read_record
 from lorafold.io.tokenizer import has_tokenizer, tokenizer_of
-from lorafold.methods.lora import LoRA
+from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.ops.svd import best_of_rank
 
 Factors = tuple[Tensor, Tensor]  # B (out, r), A (r, in); r = 0 for an update of nothing
@@ -139,7 +137,7 @@ def extract(
 @torch.no_grad()
 def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
     """The adapter with LoRA in its method's place; all else that it laid stays."""
-    spec = spec_of({path: len(a) for path, (_, a) in factors.items()})
+    spec = of_ranks({path: max(len(a), 1) for path, (_, a) in factors.items()})
     for path, (b, a) in factors.items():
         module = adapter.sites[path]
         delta = spec.at(path).build(layer_of(module))
@@ -149,14 +147,6 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
     return Adapter(adapter.model, adapter.name, spec, adapter.matches, adapter.bias, adapter.modules_to_save)
-
-
-def spec_of(ranks: Mapping[str, int]) -> LoRA:
-    """LoRA of these ranks with scale 1 everywhere: the commonest rank is the rule, the others are its exceptions."""
-    at_least_one = {path: max(rank, 1) for path, rank in ranks.items()}
-    rank = Counter(at_least_one.values()).most_common(1)[0][0]
-    others = {re.escape(path): r for path, r in at_least_one.items() if r != rank}
-    return LoRA(rank=rank, alpha=rank, dropout=0.0, rank_pattern=others, alpha_pattern={path: float(r) for path, r in others.items()})
 
 
 def _shape(p: Tensor | None) -> list[int] | None:

@@ -2,8 +2,8 @@
 
     dW = U S V^T       U (out, k), S (k,) falling, V (in, k)
 
-A method that has factors is never multiplied out: with QR of up = Qu Ru and of down^T = Qd Rd, Ru Rd^T (r, r) has dW's singular values, and
-Qu, Qd turn its vectors into dW's; O((out + in) r^2) instead of O(out in min(out, in)). One without factors is built and decomposed whole.
+Factors are never multiplied out (`ops.svd.svd_of_product`): O((out + in) r^2) instead of O(out in min(out, in)). Where there are none dW
+is built and decomposed whole, one module at a time.
 The base's weights stay in their files, mapped, until a figure needs one.
 """
 
@@ -24,6 +24,7 @@ from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io.models import ModelSource
 from lorafold.merge.checkpoint import Skeleton, open_checkpoint, skeleton
+from lorafold.ops.svd import svd_of_product
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Site:
 
     @cached_property
     def rank(self) -> int | None:
-        factors = self.delta.factored()
+        factors = self.delta.factors()
         return None if factors is None else len(factors[1])
 
     @property
     def changes_bias(self) -> bool:
         """Does folding it change the layer's bias as well?"""
         bias = self.layer.bias
-        return self.delta.factored() is None and bias is not None and self.delta.fold(self.weight, bias)[1] is not bias
+        return self.delta.factors() is None and bias is not None and self.delta.fold(self.weight, bias)[1] is not bias
 
     @cached_property
     def svd(self) -> Svd:
@@ -97,7 +98,7 @@ def sites(adapter: Adapter) -> Iterator[Site]:
 
 @torch.no_grad()
 def svd_of(delta: Delta, layer: Base, path: str) -> Svd:
-    if (factors := delta.factored()) is not None:
+    if (factors := delta.factors()) is not None:
         return of_factors(*factors)
     try:
         return of_dense(delta.change(layer.dense()[0].float()))
@@ -106,11 +107,8 @@ def svd_of(delta: Delta, layer: Base, path: str) -> Svd:
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
-    """QR in fp64: the factors are thin, and small singular values keep their digits."""
-    qu, ru = torch.linalg.qr(up.double())
-    qd, rd = torch.linalg.qr(down.double().t())
-    u, s, vt = torch.linalg.svd(ru @ rd.t())
-    return kept(qu @ u, s, qd @ vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
+    u, s, vt = svd_of_product(up, down)
+    return kept(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
 
 
 def of_dense(dw: Tensor) -> Svd:  # (out, in)
