@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorafold.inspect import plots
 from lorafold.inspect.against import by_kind, kind_of
@@ -39,7 +39,7 @@ MAPS = {  # figure: heading, format
 
 def table(found: Figures) -> Table:
     """Means by kind of module, for the terminal."""
-    shown = Table("module", "sites", "rank", "90%", "95%", "99%", "stable", "|dW|/|W0|", "amplification")
+    shown = Table(Column("module", no_wrap=True), "sites", "rank", "for 90, 95, 99%", "stable", "|dW|/|W0|", "amplified")
     for kind, paths in by_kind(list(found["sites"])).items():
         sites = [found["sites"][path] for path in paths]
 
@@ -47,8 +47,8 @@ def table(found: Figures) -> Table:
             known = [site[name] for site in sites if site[name] is not None]
             return f"{fmean(known):{form}}" if known else "–"
 
-        ranks = [mean(f"effective_rank_{share}", ".1f") for share in (90, 95, 99)]
-        shown.add_row(kind, str(len(sites)), mean("rank", ".3g"), *ranks, mean("stable_rank", ".2f"), mean("relative_norm", ".2%"),
+        ranks = ", ".join(mean(f"effective_rank_{share}", ".1f") for share in (90, 95, 99))
+        shown.add_row(kind, str(len(sites)), mean("rank", ".3g"), ranks, mean("stable_rank", ".2f"), mean("relative_norm", ".2%"),
                       mean("amplification", ".2f"))  # fmt: skip
     return shown
 
