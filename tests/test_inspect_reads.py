@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 import lorafold as lf
 from lorafold.core.delta import put
 from lorafold.errors import LorafoldError
-from lorafold.inspect.reads import Side, largest_shares, nearest, read_vectors, shares
+from lorafold.inspect.reads import Side, chance, largest_shares, nearest, read_vectors, shares
 from lorafold.inspect.residual import gain, stream_of
 from lorafold.inspect.run import inspect
 from lorafold.inspect.updates import of_factors
@@ -120,3 +120,10 @@ def test_vectors_of_a_file(tmp_path):
     save_file({"wrong": torch.ones(7), "ids": torch.ones(8, dtype=torch.long)}, tmp_path / "g.safetensors")
     with pytest.raises(LorafoldError, match=r"ids: shape \[8\].*wrong: shape \[7\], expected \[8\]"):
         read_vectors(tmp_path / "g.safetensors", 8)
+
+
+def test_chance_is_what_random_directions_come_to():
+    rows = torch.randn(500, 16, generator=torch.Generator().manual_seed(1))
+    found, drawn = chance(rows, None), torch.nn.functional.normalize(torch.randn(16, 2000), dim=0)
+    assert found == pytest.approx(float((torch.nn.functional.normalize(rows, dim=1) @ drawn).amax(0).mean()), rel=0.05)
+    assert chance(rows[:, :1].expand(-1, 16), None) < found < chance(rows[:, :2], None)  # all rows on one line; a plane full of rows

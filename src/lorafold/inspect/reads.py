@@ -28,6 +28,7 @@ from lorafold.inspect.updates import Svd
 from lorafold.io.weights import FileWeights
 
 DIRECTIONS = 3  # of a module, the strongest
+DRAWN = 64  # random directions to compare with
 SHOWN = 6  # tokens at each end of a direction
 VECTORS = 10  # of the user's, those with the largest share of a module's update
 ROWS = 8192  # of the vocabulary at a time
@@ -61,6 +62,12 @@ def nearest(rows: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V
         return values.gather(0, best), places.gather(0, best)
 
     return Near(merged([n.top for n in near], 1), merged([n.bottom for n in near], -1))
+
+
+def chance(rows: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
+    """How near the nearest row lies to a random direction on average: a cosine that a direction must beat to be about a token."""
+    directions = torch.randn(rows.shape[1], DRAWN, generator=torch.Generator().manual_seed(0))
+    return float(nearest(rows, directions if through is None else through[:, None] * directions, 1).top[0].mean())
 
 
 def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V, n)

@@ -22,6 +22,7 @@ STYLE = """
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; } .cards div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; }
 .cards b { display: block; font-size: 1.4rem; } h2 { margin-top: 2.5rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(270px, 100%), 1fr)); gap: .6rem; }
+.maps { grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
 .grid figure { margin: 0; } .two { grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
 table.map { font-size: 13px; } .map td, .map th { padding: .15rem .45rem; text-align: center; }
 .map th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; position: static; }
@@ -73,7 +74,7 @@ def sections(found: Figures) -> Iterator[str]:
     yield "<h2>Where it learnt</h2><p>A row a block, a column a kind of module.</p>"
     measured = {name: how for name, how in MAPS.items() if any(name in site for site in sites.values())}
     yield grid([f"<details open><summary>{heading}</summary>{layer_map(sites, name, form)}</details>"
-                for name, (heading, form) in measured.items()])  # fmt: skip
+                for name, (heading, form) in measured.items()], "grid maps")  # fmt: skip
     yield "<h2>Spectra</h2><p>Singular values over the largest; dark lines are early blocks, bright ones late. Where they fall steeply, a "
     yield "few carry the update.</p>" + grid(spectra(sites))
     if "paths" in found:
@@ -86,7 +87,7 @@ def sections(found: Figures) -> Iterator[str]:
         yield "<h2>The same at every depth?</h2><p>phi of the four strongest directions that each two blocks read from the residual "
         yield "stream, or write to it: 1 is the same subspace, 0 has nothing in common.</p>"
         yield grid([plots.heat(f"{kind}, {of['side']}", of["phi"], "block", "block", 0) for kind, of in found["layers"].items()])
-    yield from words(sites)
+    yield from words(sites, found["chance_cosine"])
     yield from shares(sites)
 
 
@@ -153,9 +154,11 @@ def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
     yield grid(drawn, "grid two")
 
 
-def words(sites: Mapping[str, Figures]) -> Iterator[str]:
+def words(sites: Mapping[str, Figures], chance: Figures) -> Iterator[str]:
     yield "<h2>What it reads and writes</h2><p>The tokens nearest to each module's strongest directions, by cosine. What is read on the + "
-    yield "side is written on the + side. A module whose inputs or outputs stay inside its block has no tokens for them.</p>"
+    yield "side is written on the + side. A module whose inputs or outputs stay inside its block has no tokens for them. "
+    yield f"The nearest token to a random direction has a cosine of {chance['reads']:.2f} for what is read and of {chance['writes']:.2f} for "
+    yield "what is written: what lies no nearer says little.</p>"
     for verb, names in (("reads", "tokens"), ("reads_vectors", "your vectors"), ("writes", "tokens"), ("writes_vectors", "your vectors")):
         kinds = by_kind([path for path, site in sites.items() if site.get(verb)])
         for kind, of_kind in kinds.items():

@@ -57,11 +57,12 @@ def inspect(
     tokenizer = tokenizer_of(source, [path], trust_remote_code)
     vectors = None if directions is None else reads.read_vectors(directions, ends_of(bones)[0].shape[1])
     stream = stream_of(bones.model)
+    chance = {"reads": reads.chance(ends_of(bones)[0], None), "writes": reads.chance(ends_of(bones)[1], final_gain(bones, stream))}
     for at, found in words_of(bones, stream, svds, tokenizer, vectors).items():
         figures[at] |= found
     result: Figures = {
         "adapter": str(path), "model": source.name, "method": str(adapter.spec), "beside": beside(adapter),
-        "whole": of_whole(figures, svds), "sites": figures, "layers": across_layers(svds, stream),
+        "whole": of_whole(figures, svds), "sites": figures, "layers": across_layers(svds, stream), "chance_cosine": chance,
     }  # fmt: skip
     if other is not None:
         result["against"] = {"adapter": str(against), **compared(svds, {site.path: site.svd for site in sites(other)})}
@@ -101,7 +102,7 @@ def words_of(
     model = bones.model
     reading = {path: side for path, svd in svds.items() if len(svd.s) and (side := reads.reading(model, stream, path, svd))}
     writing = {path: side for path, svd in svds.items() if len(svd.s) and (side := reads.writing(stream, path, svd))}
-    final = None if stream.final_norm is None else gain(model.get_submodule(stream.final_norm), stream.size)
+    final = final_gain(bones, stream)
 
     rows_in, rows_out = ends_of(bones)
 
@@ -119,6 +120,11 @@ def words_of(
                 found[path][f"{verb}_vectors"] = table
                 found[path][f"{verb}_shares"] = reads.largest_shares(streams[path], svds[path].s, names, matrix)
     return found
+
+
+def final_gain(bones: Skeleton, stream: Stream) -> torch.Tensor | None:
+    """The gain between the residual stream and the unembedding."""
+    return None if stream.final_norm is None else gain(bones.model.get_submodule(stream.final_norm), stream.size)
 
 
 def ends_of(bones: Skeleton) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ def conclusions(found: Figures) -> list[str]:
     sites = [site for site in found["sites"].values() if site["numerical_rank"]]
     if not sites:
         return ["The update is zero everywhere: this adapter changes nothing."]
-    sentences = [of_rank(found["whole"]), of_base(found["whole"], sites), of_strength(sites)]
+    sentences = [of_rank(found["whole"]), of_base(found["whole"], sites), of_strength(sites), of_tokens(sites, found["chance_cosine"])]
     if "position_read" in sites[0]:
         sentences += [of_position(sites), of_intruders(sites)]
     if "against" in found:
@@ -52,6 +52,18 @@ def of_strength(sites: list[Figures]) -> str:
 
     return (f"Does it amplify weak directions of the base? The base's energy along what it reads is {read:.2f} times the average "
             f"({word(read)}), along what it writes {written:.2f} times ({word(written)}; medians).")  # fmt: skip
+
+
+def of_tokens(sites: list[Figures], chance: Figures) -> str:
+    """Of the strongest direction of each site on a side that is in the residual stream; empty where there is none."""
+
+    def nearest(site: Figures, verb: str) -> float:
+        return max(abs(entry["cosine"]) for end in site[verb][0].values() for entry in end)
+
+    near = {verb: [nearest(site, verb) for site in sites if verb in site] for verb in ("reads", "writes")}
+    parts = [f"{fmean(cosines):.2f} for what is {word} (random ones {chance[verb]:.2f})"
+             for (verb, cosines), word in zip(near.items(), ("read", "written"), strict=True) if cosines]  # fmt: skip
+    return f"The token nearest to a site's strongest direction has a cosine of {', '.join(parts)} on average." if parts else ""
 
 
 def of_position(sites: list[Figures]) -> str:
