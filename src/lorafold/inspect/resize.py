@@ -138,8 +138,9 @@ def extract(
 def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
     """The adapter with LoRA in its method's place; all else that it laid stays."""
     spec = of_ranks({path: max(len(a), 1) for path, (_, a) in factors.items()})
+    modules = adapter.sites
     for path, (b, a) in factors.items():
-        module = adapter.sites[path]
+        module = modules[path]
         delta = spec.at(path).build(layer_of(module))
         if len(a):
             put(delta, "B", b)
