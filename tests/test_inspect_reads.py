@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import MixtralConfig, Olmo2Config
 
 import lorafold as lf
 from lorafold.core.delta import put
@@ -12,6 +13,7 @@ from lorafold.inspect.residual import gain, stream_of
 from lorafold.inspect.run import inspect
 from lorafold.inspect.updates import of_factors
 from lorafold.io.models import load_tokenizer, resolve_model
+from lorafold.merge.checkpoint import build
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm", "self_attn.v_proj": "input_layernorm",
@@ -35,6 +37,17 @@ def test_readers_and_writers_of_the_residual_stream(kind, tiny_model):
     assert {p for p in found.writers if p.startswith(blocks)} == {f"{blocks}.{i}.{path}" for i in range(2) for path in writers}
     assert found.embedding in found.writers
     assert (found.final_norm, found.size) == (final, 32)
+
+
+def test_places_where_norms_come_after_and_among_experts():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    after = stream_of(build(Olmo2Config(**size), False))
+    assert {p: n for p, n in after.readers.items() if "attn" in p} == {
+        f"model.layers.{i}.self_attn.{name}_proj": "" for i in range(2) for name in "qkv"}  # fmt: skip
+    assert {p.split(".")[-1] for p in after.writers} == {"embed_tokens", "o_proj", "down_proj"}
+    experts = stream_of(build(MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2), False))
+    assert experts.readers["model.layers.1.self_attn.q_proj"] == "model.layers.1.input_layernorm"
+    assert {p for p in experts.writers if "layers" in p} == {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}
 
 
 @pytest.mark.parametrize("kind", PLACES)

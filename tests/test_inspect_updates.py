@@ -90,6 +90,7 @@ def test_advice_states_what_resizing_loses():
     assert advice(16, found) == f"r=16 was given, {found['rank_95']} hold 95%: resize to {found['advised_rank']} loses " \
                                 f"{found['advised_loss']:.1%} of the energy"  # fmt: skip
     assert "more may help" in advice(16, pooled([torch.ones(16)]))
+    assert advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)])) == "r=8 was given, 5 hold 95%: keep it"
 
 
 def test_pooled_loss_weighs_sites_by_their_energy():

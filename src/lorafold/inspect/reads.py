@@ -91,7 +91,7 @@ def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side
         return Side(svd.v, True)
     if (norm := stream.readers.get(path)) is None:
         return None
-    return Side(gain(model.get_submodule(norm), stream.size)[:, None] * svd.v, False)
+    return Side(gain(model.get_submodule(norm), stream.size)[:, None] * svd.v if norm else svd.v, False)
 
 
 def writing(stream: Stream, path: str, svd: Svd) -> Side | None:

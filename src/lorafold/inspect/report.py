@@ -157,8 +157,8 @@ def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
 def words(sites: Mapping[str, Figures], chance: Figures) -> Iterator[str]:
     yield "<h2>What it reads and writes</h2><p>The tokens nearest to each module's strongest directions, by cosine. What is read on the + "
     yield "side is written on the + side. A module whose inputs or outputs stay inside its block has no tokens for them. "
-    yield f"The token nearest to a random direction has a cosine of {chance['reads']:.2f} for what is read, of {chance['writes']:.2f} for what "
-    yield "is written: what lies no nearer says little.</p>"
+    yield f"The token nearest to a random direction has a cosine of {chance['reads']:.2f} for what is read, of {chance['writes']:.2f} for "
+    yield "what is written: what lies no nearer says little.</p>"
     for verb, names in (("reads", "tokens"), ("reads_vectors", "your vectors"), ("writes", "tokens"), ("writes_vectors", "your vectors")):
         kinds = by_kind([path for path, site in sites.items() if site.get(verb)])
         for kind, of_kind in kinds.items():

@@ -1,7 +1,8 @@
 """Which modules read the residual stream, through which norm, and which write to it: found by running the model, not by its names.
 
     x = g * h / |h|_rms (+ b)       a norm; what takes exactly its output reads h, a direction v of its inputs being g v of h's
-    h + W x                         what reads no norm and gives vectors of h's size writes to h
+    x = h                           what takes a block's own input reads h too (where norms come after: OLMo 2)
+    h + W x                         what reads h in neither way and gives vectors of h's size writes to h
 
 The run has no values (`lorafold.memory.skeleton`), so it costs no memory and reads no weight.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold.bases import layer_of
+from lorafold.core.presets import blocks
 from lorafold.errors import NotMergeable
 from lorafold.io.models import Storage
 from lorafold.memory.skeleton import no_values, skeleton
@@ -24,8 +26,8 @@ from lorafold.memory.skeleton import no_values, skeleton
 
 @dataclass(frozen=True)
 class Stream:
-    """`readers`: the norm before each module that reads the residual stream; `writers` write to it; `embedding` and `head` are the
-    vocabulary's two ends, `size` the number of the stream's dimensions."""
+    """`readers`: the norm before each module that reads the residual stream, empty where there is none; `writers` write to it;
+    `embedding` and `head` are the vocabulary's two ends, `size` the number of the stream's dimensions."""
 
     readers: dict[str, str]
     writers: frozenset[str]
@@ -35,25 +37,32 @@ class Stream:
 
     @property
     def final_norm(self) -> str | None:
-        return self.readers.get(self.head)
+        return self.readers.get(self.head) or None
 
 
 def stream_of(model: PreTrainedModel) -> Stream:
     """Trace a model of this configuration on four tokens."""
     config = model.config
-    outputs: dict[int, str] = {}  # storage -> the norm that it came from
+    outputs: dict[int, str] = {}  # storage -> the norm that it came from, empty for a block's input
     readers: dict[str, str] = {}
     seen: set[str] = set()
     kept: list[Tensor] = []  # a storage that was given back might be another's soon
     with no_values(), torch.no_grad():
-        twin = skeleton(config, Storage(torch.float32), config.get_text_config().num_hidden_layers).eval()
+        # in bf16, which mixtures of experts ask for
+        twin = skeleton(config, Storage(torch.bfloat16), config.get_text_config().num_hidden_layers).eval()
         names = {id(module): path for path, module in twin.named_modules()}
         embedding, head = names[id(twin.get_input_embeddings())], names[id(twin.get_output_embeddings())]
         size = twin.get_input_embeddings().weight.shape[1]
 
+        def came(path: str, x: Tensor) -> None:
+            kept.append(x)
+            outputs[x.untyped_storage()._cdata] = path
+
         def normed(path: str, module: nn.Module, args: Any, output: Any) -> None:
-            kept.append(output)
-            outputs[output.untyped_storage()._cdata] = path
+            came(path, output)
+
+        def entered(module: nn.Module, args: Any) -> None:
+            came("", args[0])
 
         def read(path: str, module: nn.Module, args: Any) -> None:
             seen.add(path)
@@ -65,6 +74,8 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 module.register_forward_hook(partial(normed, path))
             elif _is_matrix(module):
                 module.register_forward_pre_hook(partial(read, path))
+        for path in blocks(twin):
+            twin.get_submodule(path).register_forward_pre_hook(entered)
         twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
         writers = {path for path in seen - readers.keys() - {head} if layer_of(twin.get_submodule(path)).shape[0] == size}
     return Stream(readers, frozenset(writers), embedding, head, size)

@@ -69,7 +69,7 @@ def advice(given: int | None, found: Mapping[str, float | int]) -> str:
     """The same in words: "r=16 was given, 6 hold 95%: resize to 8 loses 2.1%"."""
     if not found["rank_95"]:
         return "the update is zero: nothing was learnt"
-    start = f"{'some' if given is None else f'r={given}'} was given, {found['rank_95']} hold 95%"
+    start = f"{f'r={given} was given' if given else 'no one rank was given'}, {found['rank_95']} hold 95%"
     if given is not None and found["advised_rank"] >= given:
-        return f"{start}: it is used, and more may help"
+        return f"{start}: {'all of it is used, and more may help' if found['rank_95'] >= given else 'keep it'}"
     return f"{start}: resize to {found['advised_rank']} loses {found['advised_loss']:.1%} of the energy"
