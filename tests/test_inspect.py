@@ -114,14 +114,14 @@ def test_positions_and_intruders_of_planted_updates():
     base = Svd(orthonormal(40, 30).float(), torch.linspace(5, 0.5, 30), orthonormal(30, 30, 1).float())
     w = base.dense()
     inside = Svd(base.u[:, [3, 25]], torch.tensor([2.0, 1.0]), base.v[:, [3, 25]])
-    found = base_svd.figures({"of": 1}, "inside", w, inside)
+    found = base_svd.figures({"of": 1}, "inside", w, inside, 2)
     assert found["position_written"] == pytest.approx([0, 0.8, 0, 0, 0, 0, 0, 0, 0.2, 0, 0], abs=1e-3)
     assert found["position_read"] == pytest.approx(found["position_written"], abs=1e-3)
     assert found["intruders"] == 0
     assert found["top_projection"] == pytest.approx(float(base.s[:2].norm()), rel=1e-4)
     whole = torch.linalg.qr(torch.cat([base.u, torch.randn(40, 10, generator=torch.Generator().manual_seed(2))], 1))[0]
     outside = Svd(whole[:, 30:32], torch.tensor([20.0, 10.0]), base.v[:, [0, 1]])  # written where the base writes nothing
-    found = base_svd.figures({"of": 1}, "outside", w, outside)
+    found = base_svd.figures({"of": 1}, "outside", w, outside, 2)
     assert found["position_written"][-1] == pytest.approx(1, abs=1e-3)
     assert found["intruders"] == 2
     weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)

@@ -33,12 +33,13 @@ def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
     for site in sites(adapter):
         w = layer_of(model.get_submodule(site.path)).dense()[0].detach()
         dense = (site.delta.fold(w.double(), None)[0] - w.double()).detach()
+        svd = site.parts()
         assert (site.rank is not None) == (method in RANKED)
-        assert (site.svd.dense() - dense).norm() < 1e-5 * dense.norm()
-        expected = torch.linalg.svdvals(dense)[: len(site.svd.s)]
-        assert torch.allclose(site.svd.s.double(), expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
-        assert torch.allclose(site.svd.u.t() @ site.svd.u, torch.eye(len(site.svd.s)), atol=1e-4)
-        assert torch.allclose(site.svd.v.t() @ site.svd.v, torch.eye(len(site.svd.s)), atol=1e-4)
+        assert (svd.dense() - dense).norm() < 1e-5 * dense.norm()
+        expected = torch.linalg.svdvals(dense)[: len(svd.s)]
+        assert torch.allclose(svd.s.double(), expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
+        assert torch.allclose(svd.u.t() @ svd.u, torch.eye(len(svd.s)), atol=1e-4)
+        assert torch.allclose(svd.v.t() @ svd.v, torch.eye(len(svd.s)), atol=1e-4)
 
 
 def test_factors_are_never_multiplied_out():
@@ -149,6 +150,9 @@ def test_projection_by_dense_svd():
     u, _, vt = torch.linalg.svd(update.dense())
     found = against_base(update, w)
     assert found["projection"] == pytest.approx(float((u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4)
+    first = against_base(update, w, 1)
+    assert first["amplification"] == pytest.approx(2 / abs(float(u[:, 0] @ w @ vt[0])), rel=1e-4)
+    assert first["relative_norm"] == found["relative_norm"]
     assert found["amplification"] == pytest.approx(float(update.dense().norm() / (u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4)
 
 

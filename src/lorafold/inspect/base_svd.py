@@ -59,8 +59,8 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:
     return int(((base.u.t() @ tuned.u).abs().amax(0) < COSINE).sum())
 
 
-def figures(fingerprint: Mapping[str, Any], path: str, w: Tensor, update: Svd) -> dict[str, Any]:
-    """The figures of one site, by their names in the JSON."""
+def figures(fingerprint: Mapping[str, Any], path: str, w: Tensor, update: Svd, directions: int) -> dict[str, Any]:
+    """The figures of one site, by their names in the JSON. `top_projection` is that of so many of W0's own directions."""
     base = cached_svd(fingerprint, path, w)
     if not len(update.s):
         return {"intruders": 0}
@@ -68,5 +68,5 @@ def figures(fingerprint: Mapping[str, Any], path: str, w: Tensor, update: Svd) -
     return {
         "intruders": intruders(base, w, update),
         "position_written": binned(writes), "position_read": binned(reads),
-        "top_projection": float(base.s[: len(update.s)].norm()),
+        "top_projection": float(base.s[:directions].norm()),
     }  # fmt: skip

@@ -88,8 +88,9 @@ def resize(
     for site in sites(adapter):
         if site.changes_bias:
             raise LorafoldError(f"{path}: {type(site.delta).__name__} changes the bias of {site.path} with its weight; LoRA can't")
-        s = site.svd.s
-        kept = site.svd.top(effective_rank(s, energy) if rank is None else rank)  # type: ignore[arg-type]
+        svd = site.parts()
+        s = svd.s
+        kept = svd.top(effective_rank(s, energy) if rank is None else rank)  # type: ignore[arg-type]
         root = kept.s.sqrt()
         factors[site.path] = kept.u * root, root[:, None] * kept.v.t()
         errors.add(site.path, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafold.adapter import Adapter
 from lorafold.bases import layer_of
 from lorafold.inspect import base_svd, reads, words
-from lorafold.inspect.against import across_layers, compared
+from lorafold.inspect.against import SHOWN, across_layers, compared
 from lorafold.inspect.residual import Stream, gain, stream_of
 from lorafold.inspect.spectra import advice, pooled, spectrum
 from lorafold.inspect.subspaces import against_base
@@ -50,8 +50,7 @@ def inspect(
     base = fingerprint.of(ModelWeights(bones.model)) if full else None
     laid, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(laid, 1):
-        svds[site.path] = site.svd
-        figures[site.path] = of_site(site, base)
+        svds[site.path], figures[site.path] = of_site(site, base)
         if progress is not None:
             progress(done, len(laid))
     tokenizer = tokenizer_of(source, [path], trust_remote_code)
@@ -62,23 +61,26 @@ def inspect(
         figures[at] |= found
     result: Figures = {
         "adapter": str(path), "model": source.name, "method": str(adapter.spec), "beside": beside(adapter),
-        "whole": of_whole(figures, svds), "sites": figures, "layers": across_layers(svds, stream), "chance_cosine": chance,
+        "whole": of_whole(figures), "sites": figures, "layers": across_layers(svds, stream), "chance_cosine": chance,
     }  # fmt: skip
     if other is not None:
-        result["against"] = {"adapter": str(against), **compared(svds, {site.path: site.svd for site in sites(other)})}
+        result["against"] = {"adapter": str(against), **compared(svds, {site.path: kept_of(site, site.parts()) for site in sites(other)})}
     return {**result, "advice": words.conclusions(result)}
 
 
-def of_site(site: Site, base: Mapping[str, Any] | None) -> Figures:
-    """Figures of one module; those that need W0's spectrum if the base's fingerprint is given."""
-    svd, w = site.svd, site.weight
-    found = {**spectrum(svd.s, site.rank), **against_base(svd, w), "shape": list(w.shape), "singular_values": svd.s.tolist()}
+def of_site(site: Site, base: Mapping[str, Any] | None) -> tuple[Svd, Figures]:
+    """The parts of one module's update that are kept, and its figures; with the base's fingerprint those too that need W0's spectrum."""
+    svd, w = site.parts(), site.weight
+    figures = spectrum(svd.s, site.rank)
+    directions = len(svd.s) if figures["factored"] else int(figures["effective_rank_95"])
+    found = {**figures, **against_base(svd, w, directions), "directions": directions}
     if base is not None:
-        found |= base_svd.figures(base, site.path, w, svd)
-    return {**found, "advice": advice(site.rank, pooled([svd.s]))}
+        found |= base_svd.figures(base, site.path, w, svd, directions)
+    about = {"shape": list(w.shape), "singular_values": svd.s.tolist(), "advice": advice(site.rank, pooled([svd.s]))}
+    return kept_of(site, svd), {**found, **about}
 
 
-def of_whole(sites: Mapping[str, Figures], svds: Mapping[str, Svd]) -> Figures:
+def of_whole(sites: Mapping[str, Figures]) -> Figures:
     """Means and medians over the sites, and what one rank for all would lose."""
     size, own = (math.hypot(*(site[name] for site in sites.values())) for name in ("norm", "base_norm"))
     ranks = {name: fmean(site[name] for site in sites.values()) for name in WHOLE}
@@ -87,8 +89,13 @@ def of_whole(sites: Mapping[str, Figures], svds: Mapping[str, Svd]) -> Figures:
     return {
         "sites": len(sites), "rank": given.pop() if len(given) == 1 else None, **ranks,
         "norm": size, "relative_norm": size / own if own else None, "amplification": median(known) if known else None,
-        **pooled([svd.s for svd in svds.values()]),
+        **pooled([torch.tensor(site["singular_values"]) for site in sites.values()]),
     }  # fmt: skip
+
+
+def kept_of(site: Site, svd: Svd) -> Svd:
+    """Memory for the singular vectors of every site: not of all of a matrix's directions."""
+    return svd if site.rank is not None else svd.top(SHOWN)
 
 
 WHOLE = ("effective_rank_90", "effective_rank_95", "effective_rank_99", "stable_rank", "entropy_rank")

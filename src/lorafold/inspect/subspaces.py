@@ -27,17 +27,20 @@ def phi(a: Tensor, b: Tensor) -> Tensor:  # (n, i), (n, j), orthonormal columns 
     return overlap / torch.minimum(i[:, None], j)
 
 
-def against_base(svd: Svd, w: Tensor) -> dict[str, float | None]:
-    """The figures of one site against its own base weight w (out, in), by their names in the JSON; None where the update is zero."""
-    r, own = len(svd.s), torch.linalg.vector_norm(w)
-    size = torch.linalg.vector_norm(svd.s)
+def against_base(svd: Svd, w: Tensor, directions: int | None = None) -> dict[str, float | None]:
+    """The figures of one site against its own base weight w (out, in), by their names in the JSON; None where the update is zero.
+
+    Projection and amplification are of so many directions, the strongest (None: all): all of a square matrix would say nothing.
+    """
+    top, own = svd.top(len(svd.s) if directions is None else directions), torch.linalg.vector_norm(w)
+    size, r = torch.linalg.vector_norm(svd.s), len(top.s)
     out, inn = w.shape
     read, written = w @ svd.v, svd.u.t() @ w
-    projection = torch.linalg.vector_norm(svd.u.t() @ read)
+    projection = torch.linalg.vector_norm(top.u.t() @ read[:, :r])
     return {
         "norm": float(size), "base_norm": float(own), "relative_norm": _ratio(size, own),
         "projection": float(projection), "random_projection": r * float(own) / math.sqrt(out * inn),
-        "amplification": _ratio(size, projection) if r else None,
+        "amplification": _ratio(torch.linalg.vector_norm(top.s), projection) if r else None,
         "strength_read": _ratio(torch.linalg.vector_norm(read * svd.s).square() * inn, (own * size).square()),
         "strength_written": _ratio(torch.linalg.vector_norm(svd.s[:, None] * written).square() * out, (own * size).square()),
     }  # fmt: skip

@@ -65,9 +65,8 @@ class Site:
         bias = self.layer.bias
         return self.delta.factors() is None and bias is not None and self.delta.fold(self.weight, bias)[1] is not bias
 
-    @cached_property
-    def svd(self) -> Svd:
-        """LorafoldError for an update that has no form in weight space."""
+    def parts(self) -> Svd:
+        """Made anew each time. LorafoldError for an update that has no form in weight space."""
         return svd_of(self.delta, self.layer, self.path)
 
 
