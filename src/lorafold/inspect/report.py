@@ -40,7 +40,7 @@ MAPS = {  # figure: heading, format
 
 def table(found: Figures) -> Table:
     """Means by kind of module, for the terminal."""
-    shown = Table(Column("module", no_wrap=True), "sites", "rank", "for 90, 95, 99%", "stable", "|dW|/|W0|", "amplified")
+    shown = Table(Column("module", no_wrap=True), "rank", Column("for 90, 95, 99%", no_wrap=True), "stable", "|dW|/|W0|", "amplified")
     for kind, paths in by_kind(list(found["sites"])).items():
         sites = [found["sites"][path] for path in paths]
 
@@ -49,7 +49,7 @@ def table(found: Figures) -> Table:
             return f"{fmean(known):{form}}" if known else "–"
 
         ranks = ", ".join(mean(f"effective_rank_{share}", ".1f") for share in (90, 95, 99))
-        shown.add_row(kind, str(len(sites)), mean("rank", ".3g"), ranks, mean("stable_rank", ".2f"), mean("relative_norm", ".2%"),
+        shown.add_row(kind, mean("rank", ".3g"), ranks, mean("stable_rank", ".2f"), mean("relative_norm", ".2%"),
                       mean("amplification", ".2f"))  # fmt: skip
     return shown
 

@@ -36,6 +36,7 @@ from lorafold.merge.checkpoint import Skeleton
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
+WHOLE = ("effective_rank_90", "effective_rank_95", "effective_rank_99", "stable_rank", "entropy_rank")
 
 
 @torch.no_grad()
@@ -95,10 +96,7 @@ def of_whole(sites: Mapping[str, Figures]) -> Figures:
 
 def kept_of(site: Site, svd: Svd) -> Svd:
     """Memory for the singular vectors of every site: not of all of a matrix's directions."""
-    return svd if site.rank is not None else svd.top(SHOWN)
-
-
-WHOLE = ("effective_rank_90", "effective_rank_95", "effective_rank_99", "stable_rank", "entropy_rank")
+    return svd if site.rank is not None else svd.top(SHOWN).copied()
 
 
 def words_of(

@@ -38,6 +38,10 @@ class Svd:
     def top(self, k: int) -> Svd:
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
 
+    def copied(self) -> Svd:
+        """In memory of its own, so that what it was cut from can go."""
+        return Svd(self.u.clone(), self.s.clone(), self.v.clone())
+
     def dense(self) -> Tensor:  # (out, in)
         return (self.u * self.s) @ self.v.t()
 
