@@ -19,11 +19,12 @@ METHODS = {
 
 
 def laid(model, method: str, name: str, seed: int, **options) -> lf.Adapter:
+    torch.manual_seed(seed)
     adapter = lf.attach(model, make_spec(method, rank=4), name=name, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in adapter.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
+            p += 0.3 * torch.randn(p.shape, generator=generator)
     return adapter
 
 
@@ -64,7 +65,8 @@ def test_the_lines_are_straight_in_weight_space(case, kind, tiny_model, tiny_mod
     for t, found in across:
         expected = loss_on(moved(tiny_model(kind), (1 - t, first), (t, second)), tokenizer, ROWS, 64)()
         assert found == pytest.approx(expected, rel=1e-5)
-    assert len({round(loss, 5) for _, loss in along}) == 4
+    losses = [loss for _, loss in along]
+    assert max(losses) - min(losses) > 1e-3  # the line leads somewhere
 
 
 def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(tiny_model, tiny_model_dir):
