@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 
-from lorafold.bases.foreign import PACKERS
-from lorafold.cli.estimate import size, verdict
+from lorafold.bases import LAYERS
+from lorafold.bases.foreign import PACKERS, Packed
+from lorafold.cli.estimate import size
+from lorafold.core.delta import Delta
+from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.io.classifier import head_paths
 from lorafold.io.models import Storage
-from lorafold.io.quantized import packable
 from lorafold.memory.advice import advise
 from lorafold.memory.measure import measure
 from lorafold.memory.model import estimate
 from lorafold.memory.modes import setting_of
+from lorafold.memory.report import verdict
 from lorafold.memory.shapes import llama
-from lorafold.memory.skeleton import period
+from lorafold.memory.skeleton import period, skeleton
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.methods.tokens import Tokens
@@ -45,19 +49,10 @@ METHODS = [
 ]  # fmt: skip
 
 
-def real(config: Any, setting: Setting) -> Any:
-    """The model in memory, as the setting has it stored."""
-    auto = tf.AutoModelForSequenceClassification if setting.classes else tf.AutoModelForCausalLM
-    model = auto.from_config(config, dtype=setting.base.dtype).requires_grad_(False)
-    for path in packable(model) if setting.base.quantization else ():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, PACKERS[str(setting.base.quantization)](model.get_submodule(path).weight))
-    return model
-
-
 def close(config: Any, setting: Setting) -> None:
-    found = estimate(config, setting)
-    assert found.total == pytest.approx(measure(lambda: real(config, setting), setting, CPU), rel=0.05)
+    found, blocks = estimate(config, setting), config.num_hidden_layers
+    measured = measure(lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU)
+    assert found.total == pytest.approx(measured, rel=0.05)
     assert min(found.terms.values()) >= 0
 
 
@@ -100,6 +95,61 @@ def test_classifiers(name: str, checkpointing: bool) -> None:
         return {"modules_to_save": head_paths(model)}
 
     close(CONFIGS[name], replace(LORA, rows=(100, 160, 128), classes=3, beside=beside, checkpointing=checkpointing))
+
+
+class Halves(nn.Module):
+    """A linear whose weights are held in 8 bits and one scale."""
+
+    def __init__(self, w: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", w.float().abs().amax() / 127)
+        self.register_buffer("codes", (w.float() / self.scale).round().to(torch.int8))
+        self.out_features, self.in_features = w.shape
+        self.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.codes * self.scale).to(x.dtype).t()
+
+
+class HalvesLayer(Packed):
+    dtype = torch.bfloat16  # type: ignore[assignment]
+
+    def unpacked(self) -> torch.Tensor:
+        return (self.module.codes * self.module.scale).to(self.dtype)  # type: ignore[operator]
+
+
+class GainDelta(Delta):
+    """y = g (W x): keeps W x for the backward."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(size))
+
+    def forward(self, layer: Any, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        y = layer(x) * self.g.to(x.dtype)
+        return y if onto is None else y + onto
+
+    def fold(self, w: torch.Tensor, b: torch.Tensor | None) -> Any:
+        return self.g[:, None] * w, b
+
+
+@dataclass(frozen=True)
+class Gain(Spec):
+    targets: ClassVar[str] = "all-linear"
+
+    def build(self, layer: Any) -> GainDelta:
+        return GainDelta(layer.shape[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_storage_and_a_method_that_no_one_here_has_heard_of(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    monkeypatch.setitem(PACKERS, "halves", Halves)
+    monkeypatch.setitem(LAYERS, f"{Halves.__module__}.{Halves.__qualname__}", HalvesLayer)
+    own = replace(LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing)
+    close(CONFIGS["llama"], own)
+    held, in_bf16 = (estimate(CONFIGS["llama"], s).terms for s in (own, replace(own, base=BF16)))
+    assert held["weights"] < 0.6 * in_bf16["weights"]
+    assert held["adapter"] == 4 * 6 * (2 * 128 + 2 * 64 + 2 * 320 + 128)
 
 
 def test_what_is_trained_beside_the_method() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from lorafold.compare.measure import Row
+from lorafold.io.page import write_page
 
 COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
@@ -78,7 +79,7 @@ the forward path."""
 def page(rows: Sequence[Row], title: str, path: Path) -> None:
     """Write the table and its plots as one HTML file."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines(rows))
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines(rows))
 
     def means(value: Callable[[Row], float | None]) -> list[float | None]:
         return [fmean(known) if (known := [v for r in seeds if (v := value(r)) is not None]) else None for seeds in by_method(rows)]
@@ -95,22 +96,8 @@ def page(rows: Sequence[Row], title: str, path: Path) -> None:
     ):
         if any(attached):
             plots.append(bars(f"{what} latency over the base's", names, attached, merged))
-    path.write_text(f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-td, th {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
-p {{ max-width: 70ch; }} figure {{ margin: 2rem 0; }} svg {{ max-width: 100%; height: auto; }}
-</style>
-<h1>{html.escape(title)}</h1>
-<p>{ABOUT}</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-{"".join(plots)}
-</html>
-""", encoding="utf-8")  # fmt: skip
+    whole = f'<div class="wide"><table class="sticky"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
+    write_page(path, title, "\n".join([f"<p>{ABOUT}</p>", whole, *plots]))
 
 
 def drawing(draw: Callable, title: str) -> str:

@@ -45,8 +45,8 @@ def period(config: PreTrainedConfig) -> int:
 
 
 def skeleton(config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0) -> PreTrainedModel:
-    """The causal language model, or the classifier of so many classes, its first blocks, held as `storage` says. Call it where there are
-    `no_values`.
+    """The causal language model, or the classifier of so many classes, its first blocks, held as `storage` says; frozen. Where there are
+    values it has random ones.
 
     LorafoldError where transformers has no such model.
     """
