@@ -163,6 +163,13 @@ def test_inference(name: str) -> None:
     assert estimate(CONFIGS[name], Setting(BF16, rows=(200, 200))).terms["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
 
 
+def test_a_large_vocabulary_is_held_once() -> None:
+    """While a model is made it may hold embedding and head apart, and ties them then."""
+    config = tf.LlamaConfig(**COMMON | {"vocab_size": 20000}, tie_word_embeddings=True)
+    close(config, Setting(BF16, rows=(100,)))
+    close(config, LORA)
+
+
 def test_what_is_advised_fits() -> None:
     config, setting = CONFIGS["llama"], replace(LORA, rows=(128,) * 8)
     memory = estimate(config, replace(LORA, rows=(128,) * 4)).total + 1000

@@ -163,7 +163,7 @@ def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     """Reading a prompt in one piece, then one token more."""
     weights = settled(ledger)
     prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
-    start = settled(ledger)
+    ledger.peak = start = settled(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
     ledger.peak = settled(ledger)
