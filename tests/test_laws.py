@@ -39,6 +39,7 @@ METHODS: dict[str, Spec] = {
     "bitfit": lf.BitFit(),
     "lt-sft": lf.LTSFT(density=0.2),
     "fish": lf.FishMask(density=1.0),
+    "fastfood": lf.Fastfood(dimension=40),
 }
 
 

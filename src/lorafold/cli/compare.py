@@ -32,8 +32,7 @@ def command(
 
     from lorafold.compare.measure import Task
     from lorafold.compare.report import markdown, page, table
-    from lorafold.compare.run import SFT, compare
-    from lorafold.methods import METHODS
+    from lorafold.compare.run import CLASSIFY, SFT, compare
     from lorafold.quickstart import RECIPE
     from lorafold.quickstart_task import rows as own
     from lorafold.train.data import split
@@ -46,7 +45,7 @@ def command(
         rows, held_out = (read_rows(data), read_rows(eval_data)) if eval_data else split(read_rows(data), 0.1, recipe.seed)
         source = data
     task, console = Task(model, rows, held_out, source, recipe, device), messages()
-    names = methods.split(",") if methods else METHODS if recipe.objective == "classify" else SFT
+    names = methods.split(",") if methods else CLASSIFY if recipe.objective == "classify" else SFT
     found = compare(task, list(names), range(seeds), out, lambda row, done, total: console.print(
         f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of training", highlight=False))  # fmt: skip
     (out / "table.md").write_text(markdown(found), encoding="utf-8")

@@ -2,6 +2,7 @@
 
     BOTTLENECK               {at}.bottleneck_down.weight (m, d), .bias (m,), {at}.bottleneck_up.weight (d, m), .bias (d,)
     LT_SFT, FISH_MASK        {at}.sparse_at (k,) int64, ascending in row-major W (out, in), {at}.sparse_values (k,)
+    FASTFOOD                 {at}.fastfood_scale (), and with the first module {at}.fastfood_vector (d,)
     BITFIT, LINEAR_PROBE     the biases, and the head, under the base's own names
 """
 
@@ -17,6 +18,7 @@ from lorafold.core.layer import Base
 from lorafold.io.format import Entries, Entry, Field, Method, Site, named
 from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
+from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.probe import LinearProbe
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
 
@@ -31,6 +33,7 @@ METHODS: tuple[Method, ...] = (
         LTSFT, "LT_SFT", (DENSITY, Field("dense_steps", "dense_steps", int, 50), Field("dense_lr", "dense_lr", float, 5e-5)),
     ),
     Method(FishMask, "FISH_MASK", (DENSITY, Field("samples", "samples", int, 128))),
+    Method(Fastfood, "FASTFOOD", (Field("dimension", "dimension", int, 1024), Field("seed", "seed", int, 0))),
     Method(BitFit, "BITFIT", ()),
     Method(LinearProbe, "LINEAR_PROBE", ()),
 )  # fmt: skip
@@ -59,10 +62,16 @@ def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
     ]
 
 
+def subspace(delta: Delta, layer: type[Base]) -> list[Entry]:
+    vector = [Entry("subspace.vector", "{at}.fastfood_vector")] if isinstance(delta.subspace, Subspace) else []
+    return [Entry("scale", "{at}.fastfood_scale"), *vector]
+
+
 TENSORS: dict[type[Delta], Entries] = {
     BottleneckDelta: named(
         down="{at}.bottleneck_down.weight", down_bias="{at}.bottleneck_down.bias",
         up="{at}.bottleneck_up.weight", up_bias="{at}.bottleneck_up.bias",
     ),
     SparseDelta: sparse,
+    FastfoodDelta: subspace,
 }  # fmt: skip
