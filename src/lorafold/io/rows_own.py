@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lorafold.core.layer import Base
 from lorafold.io.format import Entries, Entry, Field, Method, Site, named
 from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
-from lorafold.methods.mixture import Mixture, MixtureDelta, RoutedDelta
+from lorafold.methods.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.probe import LinearProbe
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
 
@@ -69,7 +69,7 @@ def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the numbers of the adapters that a mixture's columns are of; how many there are is for the file to say."""
-    n = site.delta.n  # type: ignore[operator]
+    n: int = site.delta.n  # type: ignore[assignment]
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
         return None
     return f"expected int64 numbers of {n} adapters, from 0"
@@ -80,7 +80,8 @@ def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str |
 
     def misfit(factor: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
         owner = file.get(f"{site.at}.mixture_owner")
-        side = (site.delta.up.shape[0], site.delta.down.shape[1])[1 - dim]  # type: ignore[union-attr, index]
+        laid: Any = site.delta
+        side = (laid.up.shape[0], laid.down.shape[1])[1 - dim]
         fine = factor.is_floating_point() and factor.dim() == 2 and owner is not None and factor.shape[dim] == owner.numel()
         if fine and factor.shape[1 - dim] == side:
             return None
@@ -98,7 +99,7 @@ def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def gated(delta: Delta, layer: type[Base]) -> list[Entry]:
-    key = "base_model.mixture_gates" if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
+    key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
     return [*mixture(delta, layer), *[Entry("gates.values", key)] * ("gates" in delta._modules)]  # shared ones are there once
 
 

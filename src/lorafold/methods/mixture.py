@@ -25,6 +25,7 @@ from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 
+GATES = "base_model.mixture_gates"  # the key, in the file, of the gates that an adapter has for all its layers
 Gating = Literal["global", "layer", "token"]
 
 

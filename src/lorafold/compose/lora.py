@@ -1,0 +1,54 @@
+"""A composition as one LoRA in PEFT's format: every site has the rank that its change needs, and the error of the cut is stated.
+
+    error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where nothing was cut
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.progress import track
+from torch import nn
+
+from lorafold.adapter import attach
+from lorafold.compose.arithmetic import cut, inner
+from lorafold.compose.job import Composed, Job
+from lorafold.compose.rules import RULES
+from lorafold.compose.updates import Factors
+from lorafold.methods.lora import LoRA
+
+
+def compose(rule: str, job: Job, out: Path, weights: Sequence[float] = ()) -> Composed:
+    """Apply a rule of the table at every site and write the adapter. `weights`: those to take in place of the request's."""
+    request, by = job.request, RULES[rule]
+    chosen = by.weights(weights or request.weights, len(job.updates.adapters))
+    factors: dict[str, Factors] = {}
+    lost = total = 0.0
+    for site in track(job.updates.sites, rule, console=job.console, transient=True, disable=not job.console.is_terminal):
+        change = by.at(site, chosen, request.density, request.seed)
+        up, down, error = cut(change, by.rank_at(site, request.rank))
+        factors[site.path] = (up, down)
+        lost, total = lost + error, total + inner(change, change)
+    error = (lost / total) ** 0.5 if total else 0.0
+    about = {"how": rule, "weights": chosen, "density": request.density or by.density, "seed": request.seed, "truncation_error": error}
+    write(job, factors, out, about)
+    return Composed(chosen, error, str(out))
+
+
+def spec_of(ranks: Mapping[str, int]) -> LoRA:
+    """A LoRA of these ranks by path, whose scale is 1 everywhere."""
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
+    return LoRA(rank=usual, alpha=usual, dropout=0.0, rank_pattern=others, alpha_pattern=others)
+
+
+def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]) -> None:
+    spec = spec_of({path: len(down) for path, (_, down) in factors.items()})
+    adapter = attach(job.updates.model, spec, job.targets(), "composed")
+    for path, delta in adapter.own_deltas.items():
+        up, down = factors[path]
+        delta.B, delta.A = nn.Parameter(up), nn.Parameter(down)
+    job.save(adapter, out, about)
