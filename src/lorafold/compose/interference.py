@@ -43,6 +43,7 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     for word, made in composed.items():
         load(model, made.out, f"composed-{word}", allow_other_base=True)  # its parts were checked when they were read
         live[word] = (f"composed-{word}",)
+    watched = job.console if job.console.is_terminal else None
     tasks: dict[str, dict[str, Evaluation]] = {}
     for task, rows in job.request.tasks.items():
         tasks[task] = {}
@@ -50,7 +51,7 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
             job.console.print(f"{task}: {name}", highlight=False, markup=False)
             with only(model, *chosen):
                 length = job.request.recipe.max_length
-                tasks[task][name] = evaluate(model, tokenizer, rows, length, generate=job.request.answers, console=job.console)
+                tasks[task][name] = evaluate(model, tokenizer, rows, length, generate=job.request.answers, console=watched)
     return Interference(tasks, meetings(job.updates, job.console))
 
 

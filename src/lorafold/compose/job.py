@@ -95,10 +95,10 @@ class Job:
         paths = request.adapters
         held = base_trained_on(paths) if request.base == "auto" else request.base
         tokenizer = tokenizer_of(self.source, paths, request.trust_remote_code) if any(map(has_tokenizer, paths)) else None
-        composed = {"adapters": [str(path) for path in paths], **about}
+        shown = {"adapters": ", ".join(self.updates.names), **about}
         adapter.save(
             out, overwrite=request.overwrite, base=self.updates.base, tokenizer=tokenizer,
-            record={"composed": composed, **({"recipe": {"base": held}} if held else {})},
-            card=training_card(request.model, {"recipe": composed}, {}),
+            record={"composed": {"adapters": [str(path) for path in paths], **about}, **({"recipe": {"base": held}} if held else {})},
+            card=training_card(request.model, {"recipe": shown}, {}),
         )  # fmt: skip
         adapter.detach()
