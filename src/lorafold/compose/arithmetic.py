@@ -7,7 +7,8 @@
     drop            entries kept with probability `density`, divided by it, the others 0     (DARE)
 
 Task arithmetic: Ilharco et al. 2023, arXiv 2212.04089; TIES: Yadav et al. 2023, arXiv 2306.01708, sec. 3; DARE: Yu et al. 2024,
-arXiv 2311.03099, eq. 1. A dense update exists for one site at a time. The weights go in before the signs are elected, so that a negative
+arXiv 2311.03099, eq. 1. A dense update exists for one site at a time, so the largest entries are those of a matrix, where TIES' paper ranks
+the whole model's. The weights go in before the signs are elected, so that a negative
 one turns its adapter's vote; and where the sum is 0 nobody is elected, so that A and -A are nothing under TIES too.
 """
 

@@ -97,7 +97,7 @@ class Job:
         tokenizer = tokenizer_of(self.source, paths, request.trust_remote_code) if any(map(has_tokenizer, paths)) else None
         shown = {"adapters": ", ".join(self.updates.names), **about}
         adapter.save(
-            out, overwrite=request.overwrite, base=self.updates.base, tokenizer=tokenizer,
+            out, overwrite=request.overwrite, tokenizer=tokenizer,
             record={"composed": {"adapters": [str(path) for path in paths], **about}, **({"recipe": {"base": held}} if held else {})},
             card=training_card(request.model, {"recipe": shown}, {}),
         )  # fmt: skip

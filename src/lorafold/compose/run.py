@@ -11,6 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorafold.compose import lora, lorahub, mixture
 from lorafold.compose.interference import Interference, measure
 from lorafold.compose.job import Composed, Job, Opened, Request
@@ -72,13 +74,20 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
     )  # fmt: skip
     job = Job(request, source, updates, cache(opened), console)
     if len(request.words) == 1:
-        composed = {word: COMPOSITIONS[word](job, request.out) for word in request.words}
+        composed = {word: make(word, job, request.out) for word in request.words}
     else:
         with atomic_directory(request.out, request.overwrite) as tmp:
-            composed = {word: COMPOSITIONS[word](job, tmp / word) for word in request.words}
+            composed = {word: make(word, job, tmp / word) for word in request.words}
         composed = {word: replace(one, out=str(request.out / word)) for word, one in composed.items()}
     interference = measure(job, composed) if request.tasks else None
     return Result(composed, updates.names, str(request.out), interference)
+
+
+def make(word: str, job: Job, out: Path) -> Composed:
+    """One composition, whose randomness (an SVD by subspace iteration has some) is the request's seed's and its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.request.seed)
+        return COMPOSITIONS[word](job, out)
 
 
 def check(request: Request) -> None:

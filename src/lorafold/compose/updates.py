@@ -1,4 +1,4 @@
-"""The updates of several adapters, site by site, over a base that is never read: its architecture without values, and its files.
+"""The updates of several adapters, site by site, over a base whose weights stay in their files.
 
     dW_i (out, in) of adapter i at a site       as factors where it has them, whatever its method, rank and targets
 """
@@ -12,17 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
 from lorafold.core.delta import Additive
 from lorafold.core.presets import bare_modules
 from lorafold.errors import LorafoldError
-from lorafold.io.loading import loading
 from lorafold.io.models import ModelSource
-from lorafold.io.weights import FileWeights, Weights, model_files
-from lorafold.merge.checkpoint import build
+from lorafold.merge.checkpoint import open_checkpoint, skeleton
 
 Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
 Change = Factors | Tensor  # dW as its factors, or as it is
@@ -44,10 +41,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Updates:
-    """Adapters by short names on one base. `base` has the base's own weights, which the model does not."""
+    """Adapters by short names on one base."""
 
     model: nn.Module
-    base: Weights
     adapters: tuple[Adapter, ...]
     names: tuple[str, ...]
 
@@ -64,14 +60,12 @@ def read(
 ) -> Updates:
     """Lay saved adapters over the skeleton of their base. LorafoldError lists those that are not readable, not of this base, or hold a
     change that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens): such can't be composed."""
-    with loading(f"model {source.name}"):
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-    model, base = build(config, trust_remote_code), FileWeights(model_files(source.path))
+    model = skeleton(open_checkpoint(source.path), trust_remote_code).model
     model.config._name_or_path = source.name  # what an adapter's config names as its base
     laid, problems = [], []
     for number, path in enumerate(adapters, 1):
         try:
-            laid.append(load(model, path, f"adapter{number}", allow_other_base=allow_other_base, base=base))
+            laid.append(load(model, path, f"adapter{number}", allow_other_base=allow_other_base))
         except LorafoldError as e:
             problems.append(str(e))
             continue
@@ -81,7 +75,7 @@ def read(
             problems.append(f"{path}: found {found}, expected updates that are added to a weight; it can be merged, not composed")
     if problems:
         raise LorafoldError("; ".join(problems))
-    return Updates(model, base, tuple(laid), names(adapters))
+    return Updates(model, tuple(laid), names(adapters))
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:

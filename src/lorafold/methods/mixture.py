@@ -109,8 +109,6 @@ class Mixture(Spec):
 
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
         n, device = len(self.adapters), next(layer.module.parameters()).device
-        if device.type == "meta":  # gates at their start have no place to be filled from
-            device = torch.device("cpu")
         if self.gates == "token":
             return RoutedDelta(layer.shape, n, device)
         return MixtureDelta(layer.shape, n, self.gates == "global", device)
