@@ -321,6 +321,7 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(llama: Path, pair: list[
     assert said["weights"] is None
     trained = json.loads((tmp_path / "out" / "lorafold.json").read_text())
     assert trained["data"]["rows"] == 8
+    assert trained["composed"]["adapters"] == [str(path) for path in pair]
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,11 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     """Evaluate everything on every task of the request. LorafoldError as `evaluate`."""
     model, tokenizer = job.opened()
     live: dict[str, Sequence[str]] = {"base": ()}
-    live |= {name: (f"adapter{number}",) for number, name in enumerate(job.updates.names, 1)}
+    for number, name in enumerate(job.updates.names, 1):
+        live[name if name != "base" else "base (adapter)"] = (f"adapter{number}",)
     for word, made in composed.items():
         load(model, made.out, f"composed-{word}", allow_other_base=True)  # its parts were checked when they were read
-        live[word] = (f"composed-{word}",)
+        live[word if word not in live else f"{word} (composed)"] = (f"composed-{word}",)
     watched = job.console if job.console.is_terminal else None
     tasks: dict[str, dict[str, Evaluation]] = {}
     for task, rows in job.request.tasks.items():

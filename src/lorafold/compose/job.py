@@ -89,16 +89,17 @@ class Job:
     def targets(self) -> Matches:
         return Matches({site.path: (site.path,) for site in self.updates.sites})
 
-    def save(self, adapter: Adapter, out: Path, about: Mapping[str, Any]) -> None:
-        """Write an adapter on the skeleton, with what it was made of in its record, and take it off again."""
+    def save(self, adapter: Adapter, out: Path, about: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
+        """Write an adapter on the skeleton and take it off again. Its record says what it was made of and how the base was held, beside
+        what `record` has. LorafoldError where the adapters' bases were held differently and the request does not say which to take."""
         request = self.request
         paths = request.adapters
         held = base_trained_on(paths) if request.base == "auto" else request.base
         tokenizer = tokenizer_of(self.source, paths, request.trust_remote_code) if any(map(has_tokenizer, paths)) else None
-        shown = {"adapters": ", ".join(self.updates.names), **about}
+        trained = {"recipe": {"base": held}} if held else {}
         adapter.save(
             out, overwrite=request.overwrite, tokenizer=tokenizer,
-            record={"composed": {"adapters": [str(path) for path in paths], **about}, **({"recipe": {"base": held}} if held else {})},
-            card=training_card(request.model, {"recipe": shown}, {}),
+            record={**trained, **(record or {}), "composed": {"adapters": [*map(str, paths)], **about}},
+            card=training_card(request.model, {"recipe": {"adapters": ", ".join(self.updates.names), **about}}, {}),
         )  # fmt: skip
         adapter.detach()

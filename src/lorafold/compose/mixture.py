@@ -11,17 +11,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafold.adapter import attach
+from lorafold.adapter import attach, load
 from lorafold.compose.arithmetic import cut, inner
 from lorafold.compose.job import Composed, Job
 from lorafold.compose.rules import rank_of
 from lorafold.compose.updates import change_of
+from lorafold.errors import Interrupted
 from lorafold.io.models import held_as
-from lorafold.io.peft import WEIGHTS
-from lorafold.methods.mixture import GATES, Gating, Mixture
+from lorafold.io.record import read_record
+from lorafold.methods.mixture import Gating, Mixture
 from lorafold.train import run
 from lorafold.train.recipe import Recipe
 
@@ -29,20 +29,24 @@ RECIPE = Recipe(steps=50)  # a few numbers to learn, or a few rows
 
 
 def compose(job: Job, out: Path) -> Composed:
-    """Train the gates on all examples and write the mixture. LorafoldError, Interrupted as `train`."""
+    """Train the gates on all examples and write the mixture. LorafoldError as `train`, Interrupted with nothing written."""
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
     held = held_as(job.source, request.adapters) if request.base == "auto" else request.base
     recipe = request.recipe.model_copy(update={"base": held, "seed": request.seed})
     with TemporaryDirectory() as folder:
-        start = Path(folder) / "mixture"
+        start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write(job, start, request.gates)
-        run.train(
-            run.Request(request.model, out, recipe, rows, ", ".join(job.examples), init_adapter=start, device=request.device,
-                        revision=request.revision, trust_remote_code=request.trust_remote_code, overwrite=request.overwrite),
-            job.console,
-        )  # fmt: skip
-    gates = load_file(out / WEIGHTS).get(GATES)
-    return Composed(None if gates is None else tuple(gates.tolist()), error, str(out))
+        asked = run.Request(request.model, trained, recipe, rows, ", ".join(job.examples), init_adapter=start, device=request.device,
+                            revision=request.revision, trust_remote_code=request.trust_remote_code)  # fmt: skip
+        try:
+            run.train(asked, job.console)
+        except Interrupted as stop:
+            raise Interrupted("stopped while the gates were trained; nothing was written", stop.code) from None
+        adapter = load(job.updates.model, trained, "mixture", allow_other_base=True)  # checked when its parts were read
+        weights = tuple(next(adapter.parameters()).tolist()) if request.gates == "global" else None
+        about = {"how": "mixture", "gates": request.gates, "weights": weights, "truncation_error": error}
+        job.save(adapter, out, about, read_record(trained))
+    return Composed(weights, error, str(out))
 
 
 def write(job: Job, out: Path, gates: Gating) -> float:
