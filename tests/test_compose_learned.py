@@ -193,14 +193,21 @@ def test_the_search_finds_a_minimum_within_its_bounds(n: int) -> None:
         tried.append(x)
         return sum((a - b) ** 2 for a, b in zip(x, goal, strict=True))
 
-    found = minimized(cost, n, 600, 0, lambda: None)
+    found = minimized(cost, n, 600, 0, lambda done, least: None)
     assert list(found) == pytest.approx([min(g, BOUND) for g in goal], abs=0.02)
     assert all(abs(x) <= BOUND for point in tried for x in point)
-    assert minimized(cost, n, 600, 0, lambda: None) == found
+    assert minimized(cost, n, 600, 0, lambda done, least: None) == found
+
+
+def test_the_search_says_how_far_it_is() -> None:
+    heard: list[tuple[int, float]] = []
+    minimized(lambda x: x[0] ** 2 + x[1] ** 2, 2, 12, 0, lambda done, least: heard.append((done, least)))
+    assert [done for done, _ in heard] == list(range(1, 13))
+    assert [least for _, least in heard] == sorted((least for _, least in heard), reverse=True)
 
 
 def test_the_search_is_never_worse_than_the_average() -> None:
-    assert minimized(lambda x: sum(abs(v - 0.5) for v in x), 2, 4, 0, lambda: None) == pytest.approx((0.5, 0.5), abs=1e-6)
+    assert minimized(lambda x: sum(abs(v - 0.5) for v in x), 2, 4, 0, lambda done, least: None) == pytest.approx((0.5, 0.5), abs=1e-6)
 
 
 def dense(model: Path, a: Path, b: Path) -> dict[str, tuple[Tensor, Tensor]]:

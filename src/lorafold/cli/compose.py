@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from lorafold.train.rows import Row
 
 EPILOG = """Ways to compose: linear (weighted average, exact); task-arithmetic (weighted sum, exact; a negative weight takes a task away);
-svd (the average, cut to the largest rank); ties (trim, elect signs, mean of those who agree); dare, dare-ties (drop at random and rescale,
-then average, or elect); magnitude (keep the largest entries, average); lorahub (search the weights on examples, without gradients);
+svd (the average, cut to the largest rank); ties (keep each matrix's largest fifth, elect signs, mean of those who agree); dare, dare-ties
+(drop a random half and rescale, then average, or elect); magnitude (keep the largest fifth, average); lorahub (search the weights on examples, without gradients);
 mixture (frozen adapters under gates that are trained: --gates global, layer or token).
 
 All but mixture give one LoRA. linear and task-arithmetic lay the factors end to end, so their rank is the sum of the adapters'; --rank cuts

@@ -9,6 +9,7 @@ The optimiser is pycma (Hansen 2016, arXiv 1604.00772). The examples see forward
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -49,18 +50,26 @@ def search(job: Job) -> tuple[float, ...]:
             gates.copy_(torch.tensor(weights))
         return fmean(held_out_loss(loss, examples) for examples in tasks) + L1 * fmean(map(abs, weights))
 
+    total = job.request.evaluations
+
+    def tried(done: int, least: float) -> None:
+        bars.update(bar, completed=done, description=f"lorahub, least cost {least:.4f}")
+        if not job.console.is_terminal and done % 10 == 0:
+            job.console.print(f"lorahub {done}/{total}: least cost {least:.4f}", highlight=False, markup=False)
+
     try:
         with only(model, "search"), Progress(console=job.console, transient=True, disable=not job.console.is_terminal) as bars:
-            bar = bars.add_task("lorahub", total=job.request.evaluations)
-            return minimized(cost, len(gates), job.request.evaluations, job.request.seed, lambda: bars.advance(bar))
+            bar = bars.add_task("lorahub", total=total)
+            return minimized(cost, len(gates), total, job.request.seed, tried)
     finally:
         adapter.detach()
 
 
 def minimized(
-    cost: Callable[[list[float]], float], n: int, evaluations: int, seed: int, tried: Callable[[], None]
+    cost: Callable[[list[float]], float], n: int, evaluations: int, seed: int, tried: Callable[[int, float], None]
 ) -> tuple[float, ...]:
-    """CMA-ES from 1/n each, which is tried as well; as many evaluations as make whole generations, at least one."""
+    """CMA-ES from 1/n each, which is tried as well; as many evaluations as make whole generations. `tried` hears of each: how many there
+    were, and the least cost so far."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of plots that are not drawn, and of one dimension
         import cma
@@ -68,10 +77,12 @@ def minimized(
         options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "maxfevals": evaluations, "verbose": -9}  # a seed of 0 is the clock
         strategy = cma.CMAEvolutionStrategy([1 / n] * n, SPREAD, options)
         strategy.inject([[1 / n] * n], force=True)
+        done, least = 0, math.inf
         while not strategy.stop():
             points, costs = strategy.ask(), []
             for point in points:
                 costs.append(cost([float(x) for x in point]))
-                tried()
+                done, least = done + 1, min(least, costs[-1])
+                tried(done, least)
             strategy.tell(points, costs)
     return tuple(float(x) for x in strategy.result.xbest)
