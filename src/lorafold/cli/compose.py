@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 EPILOG = """Ways to compose: linear (weighted average, exact); task-arithmetic (weighted sum, exact; a negative weight takes a task away);
 svd (the average, cut to the largest rank); ties (keep each matrix's largest fifth, elect signs, mean of those who agree); dare, dare-ties
-(drop a random half and rescale, then average, or elect); magnitude (keep the largest fifth, average); lorahub (search the weights on examples, without gradients);
-mixture (frozen adapters under gates that are trained: --gates global, layer or token).
+(drop a random half and rescale, then average, or elect); magnitude (keep the largest fifth, average); lorahub (search the weights on
+examples, without gradients); mixture (frozen adapters under gates that are trained: --gates global, layer or token).
 
 All but mixture give one LoRA. linear and task-arithmetic lay the factors end to end, so their rank is the sum of the adapters'; --rank cuts
 it. The others make dense updates that an SVD brings back to a rank: the error says how much was lost."""

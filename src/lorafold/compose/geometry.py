@@ -6,8 +6,9 @@
     sign conflict     share of the entries among the largest fifth of both whose signs differ; at random 1/2
 
 The subspace measure is phi of the LoRA paper (Hu et al. 2021, arXiv 2106.09685, sec. 7.2) at the full rank; sign conflict is what TIES
-resolves (Yadav et al. 2023, arXiv 2306.01708, sec. 3). Over all sites the cosine is that of the whole updates, the others are means,
-each site weighing by |dW_a| |dW_b|. None of the subspaces where an update is no product of factors.
+resolves (Yadav et al. 2023, arXiv 2306.01708, sec. 3). Over all such sites the cosine is that of their updates as one, the others
+are means, each site weighing by |dW_a| |dW_b|. No subspaces are given where an update is no product of factors. Adapters trained from one
+seed begin with the same A, which moves little: they read the same subspace, and that is no collision.
 """
 
 from __future__ import annotations

@@ -74,11 +74,11 @@ def minimized(
         warnings.simplefilter("ignore")  # of plots that are not drawn, and of one dimension
         import cma
 
-        options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "maxfevals": evaluations, "verbose": -9}  # a seed of 0 is the clock
+        options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "verbose": -9}  # a seed of 0 is the clock
         strategy = cma.CMAEvolutionStrategy([1 / n] * n, SPREAD, options)
         strategy.inject([[1 / n] * n], force=True)
         done, least = 0, math.inf
-        while not strategy.stop():
+        while done < evaluations and not strategy.stop():
             points, costs = strategy.ask(), []
             for point in points:
                 costs.append(cost([float(x) for x in point]))
