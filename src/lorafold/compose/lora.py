@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from lorafold.compose.arithmetic import cut, inner
 from lorafold.compose.job import Composed, Job
 from lorafold.compose.rules import RULES
 from lorafold.compose.updates import Factors
-from lorafold.methods.lora import LoRA
+from lorafold.methods.lora import of_ranks
 
 
 def compose(rule: str, job: Job, out: Path, weights: Sequence[float] = ()) -> Composed:
@@ -38,15 +36,8 @@ def compose(rule: str, job: Job, out: Path, weights: Sequence[float] = ()) -> Co
     return Composed(chosen, error, str(out))
 
 
-def spec_of(ranks: Mapping[str, int]) -> LoRA:
-    """A LoRA of these ranks by path, whose scale is 1 everywhere."""
-    (usual, _), *_ = Counter(ranks.values()).most_common(1)
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
-    return LoRA(rank=usual, alpha=usual, dropout=0.0, rank_pattern=others, alpha_pattern=others)
-
-
 def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]) -> None:
-    spec = spec_of({path: len(down) for path, (_, down) in factors.items()})
+    spec = of_ranks({path: len(down) for path, (_, down) in factors.items()})
     adapter = attach(job.updates.model, spec, job.targets(), "composed")
     for path, delta in adapter.own_deltas.items():
         up, down = factors[path]
