@@ -318,6 +318,8 @@ def test_what_is_learned_is_better_on_its_examples(llama: Path, pair: list[Path]
         mean = {word: sum(row[word]["loss"] for row in said["interference"]["tasks"].values()) for word in words}
         assert mean[name] < mean["linear"]
         assert said["compositions"][name]["weights"] != [0.5, 0.5]
+        record = json.loads((tmp_path / "out" / name / "lorafold.json").read_text())["composed"]
+        assert (record["how"], record["weights"]) == (name, said["compositions"][name]["weights"])
         same(updates(llama, tmp_path / "out" / name), weighted(llama, pair, said["compositions"][name]["weights"]))
 
 

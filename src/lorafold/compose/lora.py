@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.progress import track
@@ -14,26 +14,30 @@ from torch import nn
 from lorafold.adapter import attach
 from lorafold.compose.arithmetic import cut, inner
 from lorafold.compose.job import Composed, Job
-from lorafold.compose.rules import RULES
+from lorafold.compose.rules import RULES, Rule
 from lorafold.compose.updates import Factors
 from lorafold.methods.lora import of_ranks
 
 
-def compose(rule: str, job: Job, out: Path, weights: Sequence[float] = ()) -> Composed:
-    """Apply a rule of the table at every site and write the adapter. `weights`: those to take in place of the request's."""
-    request, by = job.request, RULES[rule]
-    chosen = by.weights(weights or request.weights, len(job.updates.adapters))
+def compose(rule: str, job: Job, out: Path) -> Composed:
+    """Apply a rule of the table, under the request's weights or its own, and write the adapter."""
+    by, n = RULES[rule], len(job.updates.adapters)
+    return apply(by, rule, job.request.weights or (by.weight(n),) * n, job, out)
+
+
+def apply(by: Rule, word: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
+    """Apply a rule at every site. The record has the composition's word."""
+    request, density = job.request, by.share(job.request.density)
     factors: dict[str, Factors] = {}
     lost = total = 0.0
-    for site in track(job.updates.sites, rule, console=job.console, transient=True, disable=not job.console.is_terminal):
-        change = by.at(site, chosen, request.density, request.seed)
+    for site in track(job.updates.sites, word, console=job.console, transient=True, disable=not job.console.is_terminal):
+        change = by.at(site, weights, density, request.seed)
         up, down, error = cut(change, by.rank_at(site, request.rank))
         factors[site.path] = (up, down)
         lost, total = lost + error, total + inner(change, change)
     error = (lost / total) ** 0.5 if total else 0.0
-    about = {"how": rule, "weights": chosen, "density": request.density or by.density, "seed": request.seed, "truncation_error": error}
-    write(job, factors, out, about)
-    return Composed(chosen, error, str(out))
+    write(job, factors, out, {"how": word, "weights": weights, "density": density, "seed": request.seed, "truncation_error": error})
+    return Composed(weights, error, str(out))
 
 
 def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]) -> None:

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from lorafold.adapter import load, only
 from lorafold.compose import lora, mixture
 from lorafold.compose.job import Composed, Job
+from lorafold.compose.rules import RULES
 from lorafold.evaluate import held_out_loss
 from lorafold.train.data import encode
 from lorafold.train.losses import Completions
@@ -32,7 +33,7 @@ SHOTS = 16  # examples of each task that are looked at
 
 def compose(job: Job, out: Path) -> Composed:
     """The sum under the weights that were found."""
-    return lora.compose("linear", job, out, search(job))
+    return lora.apply(RULES["linear"], "lorahub", search(job), job, out)
 
 
 def search(job: Job) -> tuple[float, ...]:

@@ -44,21 +44,18 @@ class Rule:
     kept: Kept | None = None
     density: float | None = None
 
-    def weights(self, given: Sequence[float], n: int) -> tuple[float, ...]:
-        """LorafoldError unless as many are given as there are adapters, or none."""
-        if given and len(given) != n:
-            raise LorafoldError(f"--weight: found {len(given)}, expected one for each of the {n} adapters, in their order")
-        return tuple(given) or (self.weight(n),) * n
+    def share(self, asked: float | None) -> float | None:
+        """Of the entries that are kept; None where all are."""
+        return None if self.kept is None else asked or self.density
 
     @torch.no_grad()
     def at(self, site: Site, weights: Sequence[float], density: float | None, seed: int) -> Change:
         """The composition at one site. Randomness depends on the site and the adapter's number, not on what came before."""
-        share = density or self.density
         changes = []
         for i, update in site.there:
             change = change_of(update)
-            if self.kept is not None and share is not None:
-                change = self.kept(dense(change), share, generator_of(seed, f"{site.path}/{i}"))
+            if self.kept is not None and density is not None:
+                change = self.kept(dense(change), density, generator_of(seed, f"{site.path}/{i}"))
             changes.append(times(change, weights[i]))
         return self.joined(changes)
 
