@@ -37,7 +37,7 @@ def compose(job: Job, out: Path) -> Composed:
 
 
 def search(job: Job) -> tuple[float, ...]:
-    """The best weights found; never worse on the examples than the average. LorafoldError for rows that can't be encoded."""
+    """The best weights found, at no higher a cost than the average. LorafoldError for rows that can't be encoded."""
     model, tokenizer = job.opened()
     tasks = [encode(rows[:SHOTS], tokenizer, job.request.recipe.max_length).examples for rows in job.examples.values()]
     loss = Completions(model, packed=False, pad_id=0)
