@@ -22,6 +22,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "generate": "One answer to one prompt.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
+    "compose": "One adapter from many, with the interference between their tasks measured.",
     "compare": "Every method on your model and data, measured in one table.",
 }
 TRAINING = {"quickstart", "train", "compare"}

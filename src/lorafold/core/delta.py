@@ -35,6 +35,10 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """up (out, r), every scale included, and down (r, in), where the change is W + up @ down; None where it has no factors."""
+        return None
+
     def parts(self) -> Iterable[Delta]:
         """The deltas this one is made of, in the order they apply: itself, unless it is a combinator."""
         return (self,)

@@ -105,10 +105,10 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
 
 def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     def up(b: Tensor, site: Site) -> Tensor:  # (out, 2 r)
-        return site.delta.factors()[0] / site.delta.scale  # type: ignore[operator]
+        return site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
 
     def down(a: Tensor, site: Site) -> Tensor:  # (2 r, in)
-        return site.delta.factors()[1]  # type: ignore[operator]
+        return site.delta.factors()[1]  # type: ignore[index]
 
     a, b = lora(delta, layer)
     return [replace(a, to_file=down), replace(b, to_file=up)]

@@ -12,6 +12,8 @@ The learning rate of B is the larger one (LoRA+, Hayou et al. 2024, arXiv 2402.1
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self, get_args
@@ -99,3 +101,10 @@ class LoRA(Spec):
                 delta.B.copy_(b)
                 delta.A.copy_(a)
         return delta
+
+
+def of_ranks(ranks: Mapping[str, int]) -> LoRA:
+    """LoRA of these ranks by module path, its scale 1 everywhere: the commonest rank is the rule, the others are exceptions to it."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
+    return LoRA(rank=usual, alpha=usual, dropout=0.0, rank_pattern=others, alpha_pattern=others)

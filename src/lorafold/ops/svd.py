@@ -3,7 +3,7 @@
     w ~ s B A,   B = U sqrt(S / s) (out, r), A = sqrt(S / s) V^T (r, in),   U S V^T the r largest singular parts of w
 
 By subspace iteration where r is small: on a trained 1536 x 576 matrix 16 rounds take a quarter of the whole SVD's time and leave a
-residual within 5e-5 of the least.
+residual within 5e-5 of the least. A product of factors is never formed: with up = Q R and down^T = Q' R' its SVD is that of R R'^T, (r, r).
 """
 
 from __future__ import annotations
@@ -21,3 +21,11 @@ def best_of_rank(w: Tensor, rank: int, scale: float = 1.0, niter: int = 16) -> t
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
     return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of up (out, r) @ down (r, in), in fp64: U (out, k), S (k,) in falling order, V^T (k, in), k = min(out, r, in)."""
+    left, r_up = torch.linalg.qr(up.double())
+    right, r_down = torch.linalg.qr(down.double().t())
+    u, s, vt = torch.linalg.svd(r_up @ r_down.t(), full_matrices=False)
+    return left @ u, s, vt @ right.t()
