@@ -23,9 +23,10 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
     "compose": "One adapter from many, with the interference between their tasks measured.",
+    "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
     "compare": "Every method on your model and data, measured in one table.",
 }
-TRAINING = {"quickstart", "train", "compare"}
+TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 
 
 class Commands(TyperGroup):

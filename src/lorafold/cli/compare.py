@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import DeviceOption, JsonOption, ModelOption, emit, messages
+from lorafold.cli.common import DeviceOption, JsonOption, ModelOption, emit, messages, rows_or_quickstart
 from lorafold.train.recipe import load_recipe
 
 
@@ -34,16 +34,9 @@ def command(
     from lorafold.compare.report import markdown, page, table
     from lorafold.compare.run import CLASSIFY, SFT, compare
     from lorafold.quickstart import RECIPE
-    from lorafold.quickstart_task import rows as own
-    from lorafold.train.data import split
-    from lorafold.train.rows import read_rows
 
     recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
-    if data is None:
-        rows, held_out, source = own("train", recipe.batch * (recipe.steps or 60), 0), own("test", 100, 0), "the quickstart's task"
-    else:
-        rows, held_out = (read_rows(data), read_rows(eval_data)) if eval_data else split(read_rows(data), 0.1, recipe.seed)
-        source = data
+    rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)
     task, console = Task(model, rows, held_out, source, recipe, device), messages()
     names = methods.split(",") if methods else CLASSIFY if recipe.objective == "classify" else SFT
     found = compare(task, list(names), range(seeds), out, lambda row, done, total: console.print(
