@@ -22,7 +22,7 @@ LEVELS = [
     {"methods"},
     {"io"},
     {"adapter"},
-    {"train", "evaluate", "generate", "merge", "inspect", "memory"},
+    {"train", "evaluate", "generate", "merge", "inspect", "memory", "compose"},
     {"compare", "quickstart", "quickstart_task"},
     {"cli"},
     {"__init__", "__main__"},

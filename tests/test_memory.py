@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers as tf
-from rich.console import Console
+from torch import nn
 
-import lorafold as lf
-from lorafold.bases.foreign import PACKERS
-from lorafold.cli.estimate import size, verdict
+from lorafold.bases import LAYERS
+from lorafold.bases.foreign import PACKERS, Packed
+from lorafold.cli.estimate import size
+from lorafold.core.delta import Delta
+from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.io.classifier import head_paths
 from lorafold.io.models import Storage
-from lorafold.io.quantized import packable
 from lorafold.memory.advice import advise
-from lorafold.memory.measure import living, peak_of
+from lorafold.memory.measure import measure
 from lorafold.memory.model import estimate
 from lorafold.memory.modes import setting_of
+from lorafold.memory.report import verdict
 from lorafold.memory.shapes import llama
-from lorafold.memory.skeleton import period
+from lorafold.memory.skeleton import period, skeleton
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.train.activations import recompute
-from lorafold.train.adamw import make_optimizer
-from lorafold.train.data import Example
-from lorafold.train.fused import fused
-from lorafold.train.objectives import Sft
+from lorafold.methods.tokens import Tokens
 from lorafold.train.recipe import Recipe
 
 COMMON = {
@@ -39,72 +38,32 @@ CONFIGS = {
     "llama": tf.LlamaConfig(**COMMON),
     "qwen2": tf.Qwen2Config(**COMMON, tie_word_embeddings=True),
     "gemma2": tf.Gemma2Config(**COMMON, head_dim=32, sliding_window=32),
+    "bert": tf.BertConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4, vocab_size=500),
     "gpt2": tf.GPT2Config(n_embd=128, n_layer=6, n_head=4, vocab_size=500),
 }
 BF16 = Storage(torch.bfloat16)
-LORA = Setting(BF16, make_spec("lora"), batch=2, length=128)
+LORA = Setting(BF16, make_spec("lora"), rows=(128, 128))
 CPU = torch.device("cpu")
-
-
-class Tokenizer:
-    pad_token_id = 0
-
-
-def real(config: Any, base: Storage) -> Any:
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=base.dtype).requires_grad_(False)
-    for path in packable(model) if base.quantization else ():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, PACKERS[str(base.quantization)](model.get_submodule(path).weight))
-    return model
-
-
-def held(config: Any, setting: Setting) -> int:
-    """The peak of the second step, or of a prompt and the token after it."""
-    before = living()
-    model = real(config, setting.base)
-    if setting.spec is None:
-        return peak_of(lambda: answer(model.eval(), setting), CPU) - before
-    lf.attach(model, setting.spec)
-    if setting.checkpointing:
-        recompute(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(setting.optimizer, [{"params": trained, "lr": 1e-4}], Recipe())
-    rows = torch.randint(5, 400, (setting.batch, setting.length)).tolist()
-    with fused(model), Sft().loss(model, Tokenizer(), True, Console(quiet=True)) as loss:  # type: ignore[arg-type]
-        inputs = loss.collate([Example(tuple(row), tuple(row)) for row in rows], CPU)
-        loss.train()
-
-        def step() -> None:
-            for _ in range(1 + setting.accumulating):
-                loss(**inputs).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        step()
-        return peak_of(step, CPU) - before
-
-
-@torch.no_grad()
-def answer(model: Any, setting: Setting) -> None:
-    ids = torch.ones(setting.batch, setting.length, dtype=torch.long)
-    cache = model(input_ids=ids[:, 1:], use_cache=True, logits_to_keep=1).cache
-    model(input_ids=ids[:, :1], cache=cache, use_cache=True)
+METHODS = [
+    "lora", "dora", "vera", "adalora", "loha", "lokr", "ia3", "bitfit", "houlsby", "prefix", "prompt", "lt-sft", "full", "linear-probe",
+]  # fmt: skip
 
 
 def close(config: Any, setting: Setting) -> None:
-    found = estimate(config, setting)
-    assert found.total == pytest.approx(held(config, setting), rel=0.05)
+    found, blocks = estimate(config, setting), config.num_hidden_layers
+    measured = measure(lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU)
+    assert found.total == pytest.approx(measured, rel=0.05)
     assert min(found.terms.values()) >= 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "loha", "lokr", "ia3", "bitfit", "houlsby", "prefix", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str, checkpointing: bool) -> None:
     base = Storage(torch.float32) if method == "full" else BF16
     close(CONFIGS["llama"], replace(LORA, base=base, spec=make_spec(method), checkpointing=checkpointing))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_architectures(name: str) -> None:
     assert period(CONFIGS[name]) == (2 if name == "gemma2" else 1)
     close(CONFIGS[name], LORA)
@@ -121,30 +80,114 @@ def test_gradients_that_are_there_already(method: str) -> None:
     close(CONFIGS["llama"], replace(LORA, base=Storage(torch.float32), spec=make_spec(method), accumulating=True))
 
 
+def test_rows_of_many_lengths_few_of_whose_tokens_count() -> None:
+    close(CONFIGS["llama"], replace(LORA, rows=(30, 200, 90, 55), labelled=60))
+
+
+def test_rows_that_are_filled_up() -> None:
+    close(CONFIGS["llama"], replace(LORA, rows=(100, 160, 128), labelled=60, packed=False))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_classifiers(name: str, checkpointing: bool) -> None:
+    def beside(model: Any) -> dict[str, Any]:
+        return {"modules_to_save": head_paths(model)}
+
+    close(CONFIGS[name], replace(LORA, rows=(100, 160, 128), classes=3, beside=beside, checkpointing=checkpointing))
+
+
+class Halves(nn.Module):
+    """A linear whose weights are held in 8 bits and one scale."""
+
+    def __init__(self, w: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", w.float().abs().amax() / 127)
+        self.register_buffer("codes", (w.float() / self.scale).round().to(torch.int8))
+        self.out_features, self.in_features = w.shape
+        self.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.codes * self.scale).to(x.dtype).t()
+
+
+class HalvesLayer(Packed):
+    dtype = torch.bfloat16  # type: ignore[assignment]
+
+    def unpacked(self) -> torch.Tensor:
+        return (self.module.codes * self.module.scale).to(self.dtype)  # type: ignore[operator]
+
+
+class GainDelta(Delta):
+    """y = g (W x): keeps W x for the backward."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(size))
+
+    def forward(self, layer: Any, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        y = layer(x) * self.g.to(x.dtype)
+        return y if onto is None else y + onto
+
+    def fold(self, w: torch.Tensor, b: torch.Tensor | None) -> Any:
+        return self.g[:, None] * w, b
+
+
+@dataclass(frozen=True)
+class Gain(Spec):
+    targets: ClassVar[str] = "all-linear"
+
+    def build(self, layer: Any) -> GainDelta:
+        return GainDelta(layer.shape[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_storage_and_a_method_that_no_one_here_has_heard_of(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    monkeypatch.setitem(PACKERS, "halves", Halves)
+    monkeypatch.setitem(LAYERS, f"{Halves.__module__}.{Halves.__qualname__}", HalvesLayer)
+    own = replace(LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing)
+    close(CONFIGS["llama"], own)
+    held, in_bf16 = (estimate(CONFIGS["llama"], s).terms for s in (own, replace(own, base=BF16)))
+    assert held["weights"] < 0.6 * in_bf16["weights"]
+    assert held["adapter"] == 4 * 6 * (2 * 128 + 2 * 64 + 2 * 320 + 128)
+
+
+def test_what_is_trained_beside_the_method() -> None:
+    beside = {"modules_to_save": ["norm"], "tokens": Tokens((500, 501, 7), frozenset({500, 501}))}
+    close(CONFIGS["llama"], replace(LORA, beside=lambda model: beside))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_inference(name: str) -> None:
-    close(CONFIGS[name], Setting(BF16, batch=2, length=200))
-    assert estimate(CONFIGS[name], Setting(BF16, batch=2, length=200)).terms["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
+    close(CONFIGS[name], Setting(BF16, rows=(200, 200)))
+    assert estimate(CONFIGS[name], Setting(BF16, rows=(200, 200))).terms["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
+
+
+def test_a_large_vocabulary_is_held_once() -> None:
+    """While a model is made it may hold embedding and head apart, and ties them then."""
+    config = tf.LlamaConfig(**COMMON | {"vocab_size": 20000}, tie_word_embeddings=True)
+    close(config, Setting(BF16, rows=(100,)))
+    close(config, LORA)
 
 
 def test_what_is_advised_fits() -> None:
-    config, setting = CONFIGS["llama"], replace(LORA, batch=8)
-    memory = estimate(config, replace(LORA, batch=4)).total + 1000
+    config, setting = CONFIGS["llama"], replace(LORA, rows=(128,) * 8)
+    memory = estimate(config, replace(LORA, rows=(128,) * 4)).total + 1000
     found = advise(config, setting, memory)
     assert (found.fits, found.batch) == (False, 4)
     assert found.length < setting.length
-    assert estimate(config, replace(setting, length=found.length)).total <= memory
+    assert estimate(config, replace(setting, rows=(found.length,) * 8)).total <= memory
     words = dict(found.changes)
     assert words["gradient checkpointing"] == estimate(config, replace(setting, checkpointing=True)).total
     assert max(words.values()) <= memory
     assert {"batch 4", f"length {found.length}"} <= set(words)
     assert verdict(found, setting)[0].startswith("does not fit: ")
     assert any(line.startswith("would fit with gradient checkpointing: ") for line in verdict(found, setting))
-    assert advise(config, replace(LORA, length=64), memory).fits
+    assert advise(config, replace(LORA, rows=(64, 64)), memory).fits
 
 
 def test_a_model_that_no_machine_here_holds() -> None:
-    terms = estimate(llama("70b"), Setting(BF16, batch=1, length=64)).terms
+    terms = estimate(llama("70b"), Setting(BF16, rows=(64,))).terms
     parameters = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 2 * 32000 * 8192 + 8192
     assert terms["weights"] == pytest.approx(2 * parameters, rel=1e-6)
     assert terms["kv_cache"] == 2 * 80 * 8 * 128 * 64 * 2
@@ -166,11 +209,6 @@ def test_what_can_not_be_asked(mode: str, fields: dict, message: str) -> None:
 def test_labels_are_no_more_than_there_are() -> None:
     with pytest.raises(LorafoldError, match="expected at most 126"):
         setting_of("lora", Recipe(), 2, 64, labelled=127)
-
-
-def test_a_method_that_asks_for_values_is_refused() -> None:
-    with pytest.raises(LorafoldError, match="Prompt: can't be estimated"):
-        estimate(CONFIGS["llama"], replace(LORA, spec=make_spec("prompt")))
 
 
 def test_sizes() -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorafold.methods.bitfit import BitFit
     from lorafold.methods.bottleneck import Bottleneck
     from lorafold.methods.dora import DoRA
+    from lorafold.methods.fastfood import Fastfood
     from lorafold.methods.full import Full
     from lorafold.methods.ia3 import IA3
     from lorafold.methods.inits import OLoRA, PiSSA
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "adapter", "attach": "adapter", "load": "adapter", "only": "adapter",
     "AdaLoRA": "methods.adalora", "BitFit": "methods.bitfit", "Bottleneck": "methods.bottleneck", "DoRA": "methods.dora",
-    "FishMask": "methods.sparse", "Full": "methods.full", "IA3": "methods.ia3", "LTSFT": "methods.sparse",
+    "Fastfood": "methods.fastfood", "FishMask": "methods.sparse", "Full": "methods.full", "IA3": "methods.ia3", "LTSFT": "methods.sparse",
     "LinearProbe": "methods.probe", "LoHa": "methods.loha", "LoKr": "methods.lokr", "LoRA": "methods.lora",
     "OLoRA": "methods.inits", "PiSSA": "methods.inits", "Prefix": "methods.prefix", "Prompt": "methods.prompt", "VeRA": "methods.vera",
 }  # fmt: skip
 
 __all__ = [
-    "IA3", "LTSFT", "AdaLoRA", "Adapter", "BitFit", "Bottleneck", "DoRA", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr", "LoRA",
-    "LorafoldError", "NotMergeable", "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "attach", "load", "only",
+    "IA3", "LTSFT", "AdaLoRA", "Adapter", "BitFit", "Bottleneck", "DoRA", "Fastfood", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr",
+    "LoRA", "LorafoldError", "NotMergeable", "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "attach", "load", "only",
 ]  # fmt: skip
 
 

@@ -282,9 +282,7 @@ def load(
     problems = [] if allow_other_base else stored.base_problems(base)
     try:
         tokens, stored = stored.token_rows(model, base)
-        adapter = attach(
-            model, stored.spec, stored.targets(model), name, bias=stored.bias, modules_to_save=stored.modules_to_save(model), tokens=tokens
-        )  # fmt: skip
+        adapter = attach(model, stored.spec, name=name, tokens=tokens, **stored.beside(model))
     except LorafoldError as e:
         raise LorafoldError(f"{path}: {'; '.join([*problems, str(e)])}") from None
     try:

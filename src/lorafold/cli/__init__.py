@@ -22,12 +22,14 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "generate": "One answer to one prompt.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
+    "compose": "One adapter from many, with the interference between their tasks measured.",
     "inspect": "What an adapter learnt: its true rank, its place in the base, what it reads and writes.",
     "resize": "The best adapter of another rank.",
     "extract": "An adapter out of a fully fine-tuned model and its base.",
+    "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
     "compare": "Every method on your model and data, measured in one table.",
 }
-TRAINING = {"quickstart", "train", "compare"}
+TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 
 
 class Commands(TyperGroup):

@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.train.recipe import Recipe
+
 ModelOption = Annotated[str, typer.Option(help="The base: smollm2 (embedded), a directory, a .gguf file, or a hub id as in owner/name.")]
 AdapterOption = Annotated[
     list[Path] | None, typer.Option("--adapter", help="A saved adapter (PEFT's format); repeat the option to put several on the base.")
@@ -38,6 +40,18 @@ def messages() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def rows_or_quickstart(data: str | None, eval_data: str | None, recipe: "Recipe") -> tuple[list[Any], list[Any], str]:
+    """Training rows, held-out rows and where they are from: files, a tenth held out if there is but one, or the quickstart's task."""
+    from lorafold.quickstart_task import rows
+    from lorafold.train.data import split
+    from lorafold.train.rows import read_rows
+
+    if data is None:
+        return rows("train", recipe.batch * (recipe.steps or 60), 0), rows("test", 100, 0), "the quickstart's task"
+    train, held_out = (read_rows(data), read_rows(eval_data)) if eval_data else split(read_rows(data), 0.1, recipe.seed)
+    return train, held_out, data
 
 
 def emit(json: bool, result: Mapping[str, Any], text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import DeviceOption, JsonOption, ModelOption, emit, messages
+from lorafold.cli.common import DeviceOption, JsonOption, ModelOption, emit, messages, rows_or_quickstart
 from lorafold.train.recipe import load_recipe
 
 
@@ -32,21 +32,13 @@ def command(
 
     from lorafold.compare.measure import Task
     from lorafold.compare.report import markdown, page, table
-    from lorafold.compare.run import SFT, compare
-    from lorafold.methods import METHODS
+    from lorafold.compare.run import CLASSIFY, SFT, compare
     from lorafold.quickstart import RECIPE
-    from lorafold.quickstart_task import rows as own
-    from lorafold.train.data import split
-    from lorafold.train.rows import read_rows
 
     recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
-    if data is None:
-        rows, held_out, source = own("train", recipe.batch * (recipe.steps or 60), 0), own("test", 100, 0), "the quickstart's task"
-    else:
-        rows, held_out = (read_rows(data), read_rows(eval_data)) if eval_data else split(read_rows(data), 0.1, recipe.seed)
-        source = data
+    rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)
     task, console = Task(model, rows, held_out, source, recipe, device), messages()
-    names = methods.split(",") if methods else METHODS if recipe.objective == "classify" else SFT
+    names = methods.split(",") if methods else CLASSIFY if recipe.objective == "classify" else SFT
     found = compare(task, list(names), range(seeds), out, lambda row, done, total: console.print(
         f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of training", highlight=False))  # fmt: skip
     (out / "table.md").write_text(markdown(found), encoding="utf-8")

@@ -1,17 +1,14 @@
 """`lorafold estimate`: will it fit, and if not, what would make it fit."""
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from lorafold.cli.common import JsonOption, ModelOption, RevisionOption, TrustRemoteCodeOption, emit, messages
+from lorafold.cli.common import DeviceOption, JsonOption, ModelOption, RevisionOption, TrustRemoteCodeOption, emit, messages
 from lorafold.errors import LorafoldError
 from lorafold.train.recipe import load_recipe
-
-if TYPE_CHECKING:
-    from lorafold.memory.advice import Advice
-    from lorafold.memory.trace import Setting
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 EPILOG = """Modes: inference; full (every weight in fp32, AdamW); lora (over a base in bf16); qlora (over a base in 4 bits); or any method
@@ -33,51 +30,55 @@ def command(
     gradient_checkpointing: Annotated[str | None, typer.Option(help="on or off.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A recipe field of the method, as in --set rank=64.")] = None,
     device_memory: Annotated[str | None, typer.Option(help="What there is, as in 24GB: the verdict, and what would fit.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also load the model and run two real steps: measured beside estimated.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page with the stack by term.")] = None,
+    cheatsheet: Annotated[
+        bool, typer.Option("--cheatsheet", help="Print the usual rules of thumb beside estimates, in Markdown, and stop.")
+    ] = False,
+    device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
     """Estimate the memory of training or inference from a model's configuration alone, without its weights."""
+    if cheatsheet:
+        from lorafold.memory.cheatsheet import markdown
+
+        return typer.echo(markdown())
     memory = None if device_memory is None else size(device_memory)
+    if measure and params is not None:
+        raise LorafoldError(f"--measure: needs a model with weights, and --params {params} is a shape alone; expected --model")
     recipe = load_recipe(None, sets or (), base=base, optimizer=optimizer, gradient_checkpointing=gradient_checkpointing)
     from dataclasses import asdict
 
+    from lorafold.io.models import choose_device, load_model
     from lorafold.memory.advice import advise
+    from lorafold.memory.measure import measure as measured
     from lorafold.memory.model import estimate
     from lorafold.memory.modes import setting_of
+    from lorafold.memory.report import bars, beside, page, verdict
     from lorafold.memory.shapes import configuration, llama
 
     config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
     asked = setting_of(mode, recipe, batch, seq, labelled)
     found = estimate(config, asked)
     result: dict[str, Any] = {"total": found.total, **found.terms, "fits": None}
-    text = bars(found.terms, found.total)
+    said = []
     if memory is not None:
         with messages().status("looking for what fits: some twenty settings are traced"):
             advice = advise(config, asked, memory)
         result |= {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in asdict(advice).items()}
-        text += verdict(advice, asked)
-    emit(json, result, "\n".join(text))
-
-
-def bars(terms: dict[str, int], total: int, width: int = 40) -> list[str]:
-    """A bar for every term."""
-    from lorafold.train.adamw import in_words
-
-    shown = {name: n for name, n in terms.items() if n}
-    most = max(shown.values())
-    rows = [f"{name.replace('_', ' '):<12} {in_words(n):>9}  {'█' * max(1, round(width * n / most))}" for name, n in shown.items()]
-    return [*rows, f"{'total':<12} {in_words(total):>9}"]
-
-
-def verdict(advice: "Advice", asked: "Setting") -> list[str]:
-    """Does it fit, what is the most that does, and which changes would help."""
-    from lorafold.train.adamw import in_words
-
-    says = f"fits, with {in_words(advice.spare)} to spare" if advice.fits else f"does not fit: {in_words(-advice.spare)} short"
-    most = [f"largest batch at {asked.length} tokens: {advice.batch}", f"largest length at batch {asked.batch}: {advice.length}"]
-    changes = [f"would fit with {word}: {in_words(n)}" for word, n in advice.changes]
-    return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
+        said += verdict(advice, asked)
+    if measure:
+        on = choose_device(device)
+        with messages().status("two real steps"):
+            result["measured"] = measured(lambda: load_model(model, asked.base, on, revision, trust_remote_code), asked, on)
+        said.append(beside(found, result["measured"]))
+    if html:
+        page(found, f"{mode} of {params or model}, {batch} x {seq} tokens", html, said, memory)
+    emit(json, result, "\n".join([*bars(found), *said]))
 
 
 def size(text: str) -> int:

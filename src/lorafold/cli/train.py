@@ -35,7 +35,7 @@ def command(
         typer.Option(help="adamw, adamw8bit, paged-adamw8bit or auto: fp32 state, but paged 8-bit on CUDA where memory is short."),
     ] = None,
     gradient_checkpointing: Annotated[
-        str | None, typer.Option(help="on or off: recompute activations in the backward pass, for less memory and more time.")
+        str | None, typer.Option(help="on or off: recompute activations in the backward pass, for less memory, more time; auto: if short.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; --set and flags go over it.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field, as in --set rank=8; repeat it for more.")] = None,

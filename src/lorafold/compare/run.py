@@ -21,7 +21,8 @@ from lorafold.io.atomic import write_json
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.train.run import digest
 
-SFT = tuple(word for word in METHODS if word != "linear-probe")  # that one has labels to learn, not text
+CLASSIFY = tuple(word for word in METHODS if word != "fastfood")  # that one is to measure a task with, not to learn it
+SFT = tuple(word for word in CLASSIFY if word != "linear-probe")  # that one has labels to learn, not text
 
 
 def compare(task: Task, methods: Sequence[str], seeds: Sequence[int], out: Path, tell: Callable[[Row, int, int], None]) -> list[Row]:

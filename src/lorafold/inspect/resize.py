@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.adapter import Adapter, attach
+from lorafold.adapter import Adapter, attach, load
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import put
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.inspect.spectra import effective_rank
-from lorafold.inspect.updates import bones_of, opened, sites
+from lorafold.inspect.updates import sites
 from lorafold.io.models import ModelSource
 from lorafold.io.record import read_record
 from lorafold.io.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.merge.checkpoint import bones_of
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.ops.svd import best_of_rank
 
@@ -83,7 +84,7 @@ def resize(
     """Write the adapter at a rank, or at each site the least rank that holds a share of the energy. LorafoldError unless one is given."""
     if (rank is None) == (energy is None):
         raise LorafoldError("resize: expected either a rank or an energy")
-    adapter = opened(bones_of(source, trust_remote_code), path, NAME, allow_other_base)
+    adapter = load(bones_of(source, trust_remote_code).model, path, NAME, allow_other_base=allow_other_base)
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter):
         if site.changes_bias:

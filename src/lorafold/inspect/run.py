@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lorafold.adapter import Adapter
+from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
 from lorafold.inspect import base_svd, reads, words
 from lorafold.inspect.against import SHOWN, across_layers, compared
 from lorafold.inspect.residual import Stream, gain, stream_of
 from lorafold.inspect.spectra import advice, pooled, spectrum
 from lorafold.inspect.subspaces import against_base
-from lorafold.inspect.updates import Site, Svd, bones_of, opened, sites
+from lorafold.inspect.updates import Site, Svd, sites
 from lorafold.io import fingerprint
 from lorafold.io.models import ModelSource
 from lorafold.io.tokenizer import tokenizer_of
 from lorafold.io.weights import ModelWeights
-from lorafold.merge.checkpoint import Skeleton
+from lorafold.merge.checkpoint import Skeleton, bones_of
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
@@ -46,8 +46,8 @@ def inspect(
 ) -> Figures:  # fmt: skip
     """Measure a saved adapter of any method that folds. LorafoldError as `load` does, and for a method without updates of matrices."""
     bones = bones_of(source, trust_remote_code)
-    adapter = opened(bones, path, "inspected", allow_other_base)
-    other = None if against is None else opened(bones, against, "against", allow_other_base)
+    adapter = load(bones.model, path, "inspected", allow_other_base=allow_other_base)
+    other = None if against is None else load(bones.model, against, "against", allow_other_base=allow_other_base)
     base = fingerprint.of(ModelWeights(bones.model)) if full else None
     laid, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(laid, 1):

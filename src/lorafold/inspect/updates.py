@@ -13,18 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorafold.adapter import Adapter, load
+from lorafold.adapter import Adapter
 from lorafold.bases import layer_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.io.models import ModelSource
-from lorafold.merge.checkpoint import Skeleton, open_checkpoint, skeleton
 from lorafold.ops.svd import svd_of_product
 
 
@@ -73,17 +70,6 @@ class Site:
     def parts(self) -> Svd:
         """Made anew each time. LorafoldError for an update that has no form in weight space."""
         return svd_of(self.delta, self.layer, self.path)
-
-
-def bones_of(source: ModelSource, trust_remote_code: bool = False) -> Skeleton:
-    """The model over its mapped files: laying an adapter over it costs the adapter's own memory."""
-    bones = skeleton(open_checkpoint(source.path), trust_remote_code)
-    bones.model.config._name_or_path = bones.model.name_or_path = source.name  # what an adapter's config names as its base
-    return bones
-
-
-def opened(bones: Skeleton, path: str | Path, name: str, allow_other_base: bool = False) -> Adapter:
-    return load(bones.model, path, name, allow_other_base=allow_other_base)
 
 
 def sites(adapter: Adapter) -> Iterator[Site]:

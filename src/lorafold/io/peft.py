@@ -127,6 +127,10 @@ class Stored:
     def modules_to_save(self, model: nn.Module) -> Matches:
         return self.selection.saved(model)
 
+    def beside(self, model: nn.Module) -> dict[str, Any]:
+        """What `attach` takes for this model besides the spec; rows of tokens are left out."""
+        return {"targets": self.targets(model), "bias": self.bias, "modules_to_save": self.modules_to_save(model)}
+
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Stored]:
         """The ids whose rows it holds, by module path, and itself with exactly those rows in its weights."""
         ids, weights = tokens.completed(model, tokens.resolve(model, self.selection.tokens), self.weights, base)

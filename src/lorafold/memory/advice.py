@@ -40,7 +40,7 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
 
     @cache
     def total(batch: int, length: int) -> int:
-        return estimate(config, replace(setting, batch=batch, length=length)).total
+        return estimate(config, replace(setting, rows=(length,) * batch)).total
 
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or TRACED
     spare = memory - total(setting.batch, setting.length)

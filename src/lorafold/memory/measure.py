@@ -6,19 +6,99 @@ On CUDA that is torch's own count; elsewhere a walk over the tensors that live, 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lorafold.adapter import attach
 from lorafold.memory.ledger import Ledger, distinct_bytes
+from lorafold.memory.trace import Setting
+from lorafold.train.activations import recompute
+from lorafold.train.adamw import make_optimizer
+from lorafold.train.classify import LabelledExample
+from lorafold.train.data import NO_LOSS, Example
+from lorafold.train.fused import fused
+from lorafold.train.losses import Classification, Completions, Loss
+from lorafold.train.packing import packed
+from lorafold.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def living() -> int:
-    """Bytes of all tensors on the CPU that anything in this process still holds."""
+def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
+    """Bytes at the peak of the second of two steps on random tokens, or of a prompt and the token after it; the model's own included."""
+    before = living(device)
+    model = load()
+    with answering(model, setting) if setting.spec is None else training(model, setting) as step:
+        return peak_of(step, device) - before
+
+
+@contextmanager
+def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
+    """A step of the recipe's own parts; a first one, which makes the optimizer's state, is done already."""
+    attach(model, setting.spec, **{"targets": setting.targets, **setting.beside(model)})  # type: ignore[arg-type]
+    if setting.checkpointing:
+        recompute(model)
+    optimizer = make_optimizer(setting.optimizer, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.0}], Recipe())
+    with fused(model), loss_of(model, setting) as loss:
+        inputs = loss.collate(examples(model, setting), model.device)
+        loss.train()
+
+        def step() -> None:
+            for _ in range(1 + setting.accumulating):
+                loss(**inputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        yield step
+
+
+@contextmanager
+def answering(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
+    prompt, token = (torch.ones(setting.batch, n, dtype=torch.long, device=model.device) for n in (setting.length - 1, 1))
+
+    @torch.no_grad()
+    def answer() -> None:
+        cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
+        model(input_ids=token, cache=cache, use_cache=True)
+
+    yield answer
+
+
+@contextmanager
+def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
+    if setting.classes or not setting.packed:
+        yield Classification(model, 0) if setting.classes else Completions(model, False, 0)
+        return
+    with packed(model) as apart:
+        yield Completions(model, apart, 0)
+
+
+def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
+    """Rows of random tokens. Labels lie on the last ones of each row, as many in one as in another."""
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
+    if setting.classes:
+        return [LabelledExample(row, 0) for row in rows]
+    left, found = sum(setting.rows) if setting.labelled is None else setting.labelled, []
+    for i, row in enumerate(rows):
+        n = min(len(row) - 1, -(-left // (len(rows) - i)))
+        found.append(Example(row, (NO_LOSS,) * (len(row) - n) + row[len(row) - n :]))
+        left -= n
+    return found
+
+
+def living(device: torch.device) -> int:
+    """Bytes of all tensors on that device that anything in this process still holds."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     gc.collect()
-    return distinct_bytes(t for t in _tensors() if t.device.type == "cpu" and not t.is_sparse)
+    return distinct_bytes(t for t in _tensors() if t.device.type == device.type and not t.is_sparse)
 
 
 def _tensors() -> list[Tensor]:
@@ -31,7 +111,7 @@ def peak_of(step: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    before = living()
+    before = living(device)
     with Ledger() as ledger:
         step()
     return before + ledger.peak

@@ -77,8 +77,10 @@ class Estimate:
 
 
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
-    """What the causal language model of that configuration holds at its peak. LorafoldError as `attach` and `trace` have it."""
-    few = max(2, period(config))
-    more = few + period(config)
-    held = trace(config, setting, few).at(trace(config, setting, more), (few, more, config.get_text_config().num_hidden_layers))
+    """What the model of that configuration holds at its peak. LorafoldError as `attach` and `trace` have it."""
+    few, blocks = max(2, period(config)), config.get_text_config().num_hidden_layers
+    held = trace(config, setting, few)
+    if blocks != few:
+        more = few + period(config)
+        held = held.at(trace(config, setting, more), (few, more, blocks))
     return Estimate({name: term(held) for name, term in TERMS.items()})

@@ -20,7 +20,6 @@ from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.train.base import whole_base
 from lorafold.train.recipe import Recipe
-from lorafold.train.run import method_options
 
 MODES: dict[str, dict[str, Any]] = {
     "inference": {"base": "bf16"},
@@ -48,11 +47,14 @@ def setting_of(mode: str, recipe: Recipe, batch: int, length: int, labelled: int
     fields = MODES.get(mode, {"method": mode})
     recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
     if mode == "inference":
-        return Setting(stored(recipe.base), batch=batch, length=length)
+        return Setting(stored(recipe.base), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
-    spec = make_spec(recipe.method, **method_options(recipe))
+    spec = make_spec(recipe.method, **recipe.method_options())
     base = whole_base(recipe) if spec.trains_base else recipe.base
-    return Setting(stored(base), spec, recipe.targets, batch, length, labelled, recipe.gradient_checkpointing, optimizer)
+    return Setting(
+        stored(base), spec, recipe.targets, rows=(length,) * batch, labelled=labelled, optimizer=optimizer,
+        checkpointing=recipe.gradient_checkpointing is True,
+    )  # fmt: skip
 
 
 def stored(base: str) -> Storage:

@@ -44,15 +44,21 @@ def period(config: PreTrainedConfig) -> int:
     return next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
 
 
-def skeleton(config: PreTrainedConfig, storage: Storage, blocks: int) -> PreTrainedModel:
-    """The causal language model, its first so many blocks, held as `storage` says. Call it where there are `no_values`.
+def skeleton(config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0) -> PreTrainedModel:
+    """The causal language model, or the classifier of so many classes, its first blocks, held as `storage` says; frozen. Where there are
+    values it has random ones.
 
     LorafoldError where transformers has no such model.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers as tf
 
+    short = shortened(config, blocks)
+    if classes:
+        text = short.get_text_config()
+        short.num_labels, text.pad_token_id, text.use_cache = classes, 0, False
+    auto = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
     with loading(f"configuration of a {config.model_type}"):
-        model = AutoModelForCausalLM.from_config(shortened(config, blocks), dtype=storage.dtype).requires_grad_(False)
+        model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
     if storage.quantization is not None:
         for path in packable(model):
             parent, _, name = path.rpartition(".")

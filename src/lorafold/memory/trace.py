@@ -6,13 +6,15 @@ Blocks hold alike, so two short models tell of any depth: a + (b - a) (n - n_a) 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lorafold.adapter import attach
 from lorafold.core.spec import Spec
@@ -26,29 +28,47 @@ from lorafold.ops.head import labelled_loss
 from lorafold.train.activations import recompute
 from lorafold.train.adamw import state_bytes
 from lorafold.train.fused import fused
+from lorafold.train.losses import Classification
 from lorafold.train.packing import attending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+def nothing(model: PreTrainedModel) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What is to be held. base: how the weights are stored; spec: what is trained, None for inference; targets as `attach` takes them.
+    """What is to be held. base: how the weights are stored; spec: what is trained, None for inference; targets as `attach` takes them, and
+    `beside`, given the model, what else it takes.
 
-    batch: rows computed at a time, each of `length` tokens, of which `labelled` in all count in the loss (None: every one). accumulating:
-    the gradients of an earlier part of the step are there already. Inference reads the rows but for their last token, then that one.
+    rows: those computed at a time, in tokens, end to end if they are packed and else filled up to the longest; `labelled` of the tokens
+    count in the loss (None: all that can). classes: how many kinds of text the model tells apart, 0 if it says the next token.
+    accumulating: the gradients of an earlier part of the step are there already. Inference reads the rows but for their last token, then
+    that one.
     """
 
     base: Storage
     spec: Spec | None = None
     targets: Any = None
-    batch: int = 1
-    length: int = 1024
+    beside: Callable[[PreTrainedModel], Mapping[str, Any]] = nothing
+    rows: tuple[int, ...] = (1024,)
     labelled: int | None = None
+    packed: bool = True
+    classes: int = 0
     checkpointing: bool = False
     optimizer: str = "adamw"
     accumulating: bool = False
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+    @property
+    def length(self) -> int:
+        return max(self.rows)
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ class Held:
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
     """What the first so many blocks hold, between embedding and head. LorafoldError where a method's code can't do without values."""
     with unswept(), no_values(), Ledger() as ledger:
-        model = skeleton(config, setting.base, blocks)
+        model = skeleton(config, setting.base, blocks, setting.classes)
         step = inference if setting.spec is None else training
         try:
             return step(model, setting, ledger)
@@ -95,7 +115,7 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     """A step of the recipe's own parts: fused operations, packed rows, loss at labelled positions."""
     weights = settled(ledger)
-    attach(model, setting.spec, setting.targets)  # type: ignore[arg-type]
+    attach(model, setting.spec, **{"targets": setting.targets, **setting.beside(model)})  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
     start = settled(ledger)
     if setting.checkpointing:
@@ -105,12 +125,10 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
             p.grad = torch.zeros_like(p)
     ahead = ledger.now - start
     model.train()
-    tokens = setting.batch * setting.length
-    labels = torch.zeros(1, setting.labelled or tokens - setting.batch, dtype=torch.long)
-    ids, positions = (torch.zeros(1, tokens, dtype=torch.long) for _ in range(2))
-    with fused(model), laid_out(model, (setting.length,) * setting.batch):
+    run = classifying if setting.classes else completing
+    with fused(model), laid_out(model, setting.rows) if setting.packed and not setting.classes else nullcontext():
         ledger.peak = settled(ledger)
-        loss, _ = labelled_loss(model, labels, {"input_ids": ids, "position_ids": positions})
+        loss = run(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
         ledger.peak = ledger.now
         loss.backward()
@@ -120,12 +138,32 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     return Held(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
 
 
+def completing(model: PreTrainedModel, setting: Setting) -> Tensor:
+    """The loss of the next token. Rows that are filled up have theirs in equal parts."""
+    rows, width = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
+    n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
+    ids, where = integers(rows, width), integers(rows, width)
+    return labelled_loss(
+        model, integers(rows, ceil(n / rows)), {"input_ids": ids, "position_ids" if setting.packed else "attention_mask": where}
+    )[0]
+
+
+def classifying(model: PreTrainedModel, setting: Setting) -> Tensor:
+    ids, mask = integers(setting.batch, setting.length), integers(setting.batch, setting.length)
+    loss: Tensor = Classification(model, 0)(integers(setting.batch), input_ids=ids, attention_mask=mask)
+    return loss
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.long)
+
+
 @torch.no_grad()
 def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     """Reading a prompt in one piece, then one token more."""
     weights = settled(ledger)
-    prompt, token = (torch.zeros(setting.batch, n, dtype=torch.long) for n in (setting.length - 1, 1))
-    start = settled(ledger)
+    prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
+    ledger.peak = start = settled(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
     ledger.peak = settled(ledger)
@@ -152,8 +190,9 @@ def unswept() -> Iterator[None]:
 
 @contextmanager
 def laid_out(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
-    """Packed attention over documents of these lengths, which the positions, having no values, can't tell."""
-    with attending(model, partial(_mask, lens)):
+    """Packed attention over documents of these lengths, which the positions, having no values, can't tell: the longest last, as `telling`
+    has it."""
+    with attending(model, partial(_mask, tuple(sorted(lens)))):
         yield
 
 

@@ -25,6 +25,7 @@ from lorafold.bases.biases import gained_with, has_bias, switch_on
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.io.atomic import MANIFEST
 from lorafold.io.loading import loading
+from lorafold.io.models import ModelSource
 from lorafold.io.weights import INDEX, model_files
 from lorafold.merge.container import Container, Entry, read_container, read_tensors
 
@@ -95,6 +96,13 @@ def skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Skeleton:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
     _map_files(model, entries, tied)
     return Skeleton(model, entries, tied, converted)
+
+
+def bones_of(source: ModelSource, trust_remote_code: bool = False) -> Skeleton:
+    """The model by that name over its mapped files, as adapters that are laid over it should name their base."""
+    bones = skeleton(open_checkpoint(source.path), trust_remote_code)
+    bones.model.config._name_or_path = bones.model.name_or_path = source.name
+    return bones
 
 
 def untied_config(config: dict[str, Any], skeleton: Skeleton, trust_remote_code: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lorafold.methods.adalora import AdaLoRA
 from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck
 from lorafold.methods.dora import DoRA
+from lorafold.methods.fastfood import Fastfood
 from lorafold.methods.full import Full
 from lorafold.methods.ia3 import IA3
 from lorafold.methods.inits import OLoRA, PiSSA
@@ -43,6 +44,7 @@ METHODS: dict[str, Callable[..., Spec]] = {
     "prompt": Prompt,
     "prefix": Prefix,
     "linear-probe": LinearProbe,
+    "fastfood": Fastfood,
 }
 
 
@@ -79,6 +81,6 @@ def make_spec(method: str, **options: Any) -> Spec:
 
 
 __all__ = [
-    "IA3", "LTSFT", "METHODS", "AdaLoRA", "BitFit", "Bottleneck", "DoRA", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr", "LoRA",
-    "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "known_options", "make_spec",
+    "IA3", "LTSFT", "METHODS", "AdaLoRA", "BitFit", "Bottleneck", "DoRA", "Fastfood", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr",
+    "LoRA", "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "known_options", "make_spec",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from lorafold.bases.foreign import bitsandbytes
 from lorafold.errors import LorafoldError
+from lorafold.io.room import free_bytes
 from lorafold.train.recipe import Recipe
 
 PAGED = "paged-adamw8bit"
@@ -54,21 +55,15 @@ def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) 
     elif before:
         choice = Choice(before, "as before the stop")
     else:
-        choice = choose(sum(p.numel() for p in trained(groups)), device, free_bytes(accelerator))
+        choice = choose(sum(p.numel() for p in trained(groups)), device, free_everywhere(accelerator))
     if choice.name == PAGED and device != "cuda":
         return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice
 
 
-def free_bytes(accelerator: Accelerator) -> int:
-    """What tensors may still take of a CUDA device's memory: what the driver has left and what torch holds in reserve. 0 elsewhere.
-
-    The least of all processes, so that all of them choose alike.
-    """
-    device, free = accelerator.device, 0
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(accelerator.gather(torch.tensor([free], device=device)).min())
+def free_everywhere(accelerator: Accelerator) -> int:
+    """The least free bytes that any process has, so that all of them choose alike."""
+    return int(accelerator.gather(torch.tensor([free_bytes(accelerator.device)], device=accelerator.device)).min())
 
 
 def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:

@@ -91,11 +91,14 @@ def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bo
     return True
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to the roundings of a few operations. Without values whatever has the shape: such a model is what it seems to be."""
-    if found.shape != expected.shape or valueless(found):
-        return found.shape == expected.shape
-    return bool((found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm())
+def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
+    """Do they answer alike, up to the roundings of a few operations? Without values they are taken to: such a model is what it seems."""
+    if valueless(inputs[0]):
+        return True
+    answers = (f(*inputs) for f in (forward, plain))
+    found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in answers)
+    close = found.shape == expected.shape and (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm()
+    return bool(close)
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ def _fused_norm(module: nn.Module) -> Forward | None:
     x = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)  # in the second row eps counts
     for gain in (lambda: weight, lambda: 1 + weight.float()):
         forward = partial(_normed, gain, eps)
-        if all(_close(forward(row), module(row)) for row in x):
+        if all(_agree(forward, module, row) for row in x):
             return forward
     return None
 
@@ -131,7 +134,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
         return None
     gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     z = torch.linspace(-6, 6, 97)
-    known = next((known for known in ACTIVATIONS.values() if _close(known.forward(z), act(z))), None)
+    known = next((known for known in ACTIVATIONS.values() if _agree(known.forward, act, z)), None)
     width = getattr(gate, "in_features", None)
     if known is None or not isinstance(width, int):
         return None
@@ -142,7 +145,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
     # a packed MLP may hold no number to take the dtype of: its activations have 16 bits
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
     x = _random(1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
-    return forward if _close(forward(x), module(x)) else None
+    return forward if _agree(forward, module, x) else None
 
 
 def _fused_rotary(plain: Forward | None) -> Forward | None:
@@ -157,8 +160,7 @@ def _fused_rotary(plain: Forward | None) -> Forward | None:
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
     q, cos, sin = (_random(1, 3, 8, like=torch.empty(0)) + i for i in range(3))
-    pairs = zip(forward(q[None], q[None], cos, sin), plain(q[None], q[None], cos, sin), strict=True)
-    return forward if all(_close(found, expected) for found, expected in pairs) else None
+    return forward if _agree(forward, plain, q[None], q[None], cos, sin) else None
 
 
 PARTS = {"norms": _fused_norm, "MLP": _fused_mlp}

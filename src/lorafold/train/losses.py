@@ -30,8 +30,7 @@ class Loss(nn.Module, ABC):
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
         """The examples of a step in the parts that are computed at a time: n of them, or more where a part would exceed `tokens`."""
-        size = ceil(len(examples) / n)
-        return [examples[i : i + size] for i in range(0, len(examples), size)]
+        return parts(examples, n)
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
@@ -55,10 +54,7 @@ class Completions(Loss):
         return {k: v.to(device) for k, v in collate(examples, self.packed, self.pad_id).items()}
 
     def micro_batches(self, examples: Sequence[Example], n: int, tokens: int) -> list[Sequence[Example]]:
-        parts = super().micro_batches(examples, n, tokens)
-        if not self.packed:
-            return parts
-        return [[part[i] for i in row] for part in parts for row in best_fit([len(e.ids) for e in part], tokens)]
+        return parts(examples, n, tokens if self.packed else None)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
@@ -90,6 +86,13 @@ class Classification(Loss):
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
+
+
+def parts(examples: Sequence[Any], n: int, tokens: int | None = None) -> list[Sequence[Any]]:
+    """The examples in n runs, and these, packed, in rows of at most so many tokens."""
+    size = ceil(len(examples) / n)
+    runs = [examples[i : i + size] for i in range(0, len(examples), size)]
+    return runs if tokens is None else [[run[i] for i in row] for run in runs for row in best_fit([len(e.ids) for e in run], tokens)]
 
 
 def labelled(example: Example) -> int:

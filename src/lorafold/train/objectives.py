@@ -41,6 +41,8 @@ Data = Encoded | LabelledData
 class Objective(ABC):
     """Abstract: one objective, from rows to a loss."""
 
+    classes: tuple[str, ...] = ()  # of texts, where it tells them apart
+
     @abstractmethod
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
         """Examples with a report. LorafoldError for rows that are not for this objective."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -70,7 +70,9 @@ class Recipe(BaseModel):
         1024, description="tokens per row, and, packing, computed at a time; longer rows are cut, and counted"
     )
     packing: bool = Field(True, description="lay rows end to end instead of padding them (sft)")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations in the backward pass: less memory, more time (auto: where a step would not fit without)"
+    )
 
     eval_fraction: Decay = Field(0.0, description="share of the rows held out, by seed, when there is no evaluation data")
     eval_every: Count | None = Field(None, description="steps between evaluations (None: at each checkpoint and at the end)")
@@ -82,7 +84,8 @@ class Recipe(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("something other than true or false")  # Python would take it for 1 or 0
         return value
 
@@ -91,6 +94,12 @@ class Recipe(BaseModel):
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate: found {self.accumulate}, expected a divisor of batch, which is {self.batch}")
         return self
+
+    def method_options(self) -> dict[str, Any]:
+        """The fields of the method's spec that are set; the others are the method's own."""
+        named = {k: getattr(self, k) for k in ("rank", "alpha", "dropout")}
+        patterns = {k: getattr(self, k) for k in ("rank_pattern", "alpha_pattern")}
+        return {k: v for k, v in named.items() if v is not None} | {k: v for k, v in patterns.items() if v} | self.options
 
     def total_steps(self, n_rows: int) -> int:
         """Optimizer steps of a run over `n_rows` training rows."""

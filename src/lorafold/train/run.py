@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,18 +17,23 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import Adapter, attach, load
+from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.evaluate import held_out_loss
+from lorafold.io import peft
 from lorafold.io.allocator import keep_freed_blocks
 from lorafold.io.atomic import check_out
 from lorafold.io.card import VOCABULARY, training_card
 from lorafold.io.models import ModelSource, choose_device, choose_storage, resolve_model, weights_of
+from lorafold.io.room import peak_bytes
 from lorafold.io.tokenizer import Words, add_words, has_tokenizer, set_template, tokenizer_of
 from lorafold.io.weights import Weights
+from lorafold.memory.ahead import planned, settle
+from lorafold.memory.shapes import configuration
 from lorafold.methods import make_spec
 from lorafold.methods.tokens import Tokens
 from lorafold.train.activations import recompute
-from lorafold.train.adamw import check_available, described, make_optimizer, pick
+from lorafold.train.adamw import check_available, described, free_everywhere, make_optimizer, pick
 from lorafold.train.base import settled_base
 from lorafold.train.checkpoint import Progress, RunDirectory
 from lorafold.train.data import batches, split
@@ -44,7 +47,7 @@ from lorafold.train.recipe import Recipe
 from lorafold.train.rows import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Fields that an adapter to start from brings along.
 _OF_THE_ADAPTER = {
@@ -93,13 +96,6 @@ def digest(rows: Sequence[Row]) -> str:
     for row in rows:
         h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
     return h.hexdigest()
-
-
-def method_options(recipe: Recipe) -> dict[str, Any]:
-    """The fields of the method's spec that the recipe sets; the others are the method's own."""
-    named = {k: getattr(recipe, k) for k in ("rank", "alpha", "dropout")}
-    patterns = {k: getattr(recipe, k) for k in ("rank_pattern", "alpha_pattern")}
-    return {k: v for k, v in named.items() if v is not None} | {k: v for k, v in patterns.items() if v} | recipe.options
 
 
 def objective_of(request: Request) -> tuple[ModelSource, Objective]:
@@ -159,7 +155,7 @@ def train(request: Request, console: Console) -> Trained:
         check_out(path, request.overwrite or request.resume)
     RunDirectory(request.out).check_free(request.overwrite or request.resume)
     check_available(request.recipe.optimizer)
-    spec = make_spec(request.recipe.method, **method_options(request.recipe))
+    spec = make_spec(request.recipe.method, **request.recipe.method_options())
     if request.init_adapter and (fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)):
         raise LorafoldError(f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't be set beside it")
     source, objective = objective_of(request)
@@ -174,16 +170,20 @@ def train(request: Request, console: Console) -> Trained:
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs)
     if recipe.batch % accelerator.num_processes:
         raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
+    stored = peft.read(request.init_adapter) if request.init_adapter else None
+    beside = stored.beside if stored else partial(extras, recipe, spec, objective, words)
+    laid = stored.spec if stored else spec
+    plan = planned(recipe, laid, storage, data.examples, beside, len(objective.classes), accelerator.num_processes)
+    config = configuration(str(source.path), trust_remote_code=request.trust_remote_code)
+    checkpointing = settle(config, plan, recipe.gradient_checkpointing, free_everywhere(accelerator), console)
     model = objective.load(source, tokenizer, storage, device, recipe.seed, request.trust_remote_code)
     keep_freed_blocks()
     torch.manual_seed(recipe.seed)
-    saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
-    tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
     weights = weights_of(source, storage)
     adapter = (load(model, request.init_adapter, trainable=True, base=weights) if request.init_adapter
-               else attach(model, spec, recipe.targets, bias=recipe.bias, modules_to_save=saved, tokens=tokens, base=weights))  # fmt: skip
+               else attach(model, spec, recipe.targets, base=weights, **beside(model)))  # fmt: skip
     console.print(repr(adapter), highlight=False, markup=False)
-    if recipe.gradient_checkpointing:
+    if checkpointing:
         recompute(model)
     with ExitStack() as stack:
         console.print(str(stack.enter_context(fused(model))), highlight=False)
@@ -199,6 +199,13 @@ def train(request: Request, console: Console) -> Trained:
     inherited = request.init_adapter is not None and has_tokenizer(request.init_adapter)
     own = tokenizer if words.ids or recipe.chat_template or inherited or adapter.spec.trains_base else None
     return finish(request, job, progress, own, objective.record() | ({"new_tokens": words.ids} if words.ids else {}), weights)
+
+
+def extras(recipe: Recipe, spec: Spec, objective: Objective, words: Words, model: PreTrainedModel) -> dict[str, Any]:
+    """What is trained on this model beside the method: biases, whole modules, rows of tokens."""
+    saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
+    tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
+    return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}
 
 
 def prepare(
@@ -286,10 +293,3 @@ def finish(
 def best_path(out: Path) -> Path:
     """Where the adapter of the step with the lowest held-out loss goes, if that is not the last step."""
     return out.with_name(out.name + ".best")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory the process held: on the device where it is a GPU, resident on the host otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,116 @@
+"""Estimated against measured: the peak of a step over methods, storages, shapes and architectures.
+
+    python benchmarks/memory_grid.py [--only lora]
+
+Measured is what torch's allocator gave out at the peak of the second of two real steps (of a prompt and the token after it for inference),
+weights included: `lorafold.memory.measure`. The embedded model has its own weights, the others random ones. `error` is of the estimate.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+import transformers as tf
+from lib.results import keep
+
+from lorafold.io.classifier import head_paths
+from lorafold.io.models import load_model
+from lorafold.memory.measure import measure
+from lorafold.memory.model import estimate
+from lorafold.memory.modes import setting_of
+from lorafold.memory.shapes import configuration
+from lorafold.memory.skeleton import skeleton
+from lorafold.memory.trace import Setting, nothing
+from lorafold.train.recipe import Recipe
+
+ON = {"gradient_checkpointing": True}
+SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
+CONFIGS: dict[str, Any] = {
+    "smollm2": configuration("smollm2"),
+    "qwen2": tf.Qwen2Config(**SHAPE, num_hidden_layers=12, vocab_size=64000, tie_word_embeddings=True),
+    "gemma2": tf.Gemma2Config(**SHAPE, head_dim=64, num_hidden_layers=10, vocab_size=64000, sliding_window=256),
+    "gpt2": tf.GPT2Config(n_embd=512, n_layer=12, n_head=8),
+    "bert": tf.BertConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8),
+}
+GRID: list[tuple[str, str, dict[str, Any], int, int]] = [  # architecture, mode, recipe, batch, length
+    ("smollm2", "inference", {}, 1, 1024),
+    ("smollm2", "inference", {}, 8, 256),
+    ("smollm2", "inference", {"base": "nf4"}, 4, 512),
+    ("smollm2", "lora", {}, 1, 1024),
+    ("smollm2", "lora", {}, 4, 256),
+    ("smollm2", "lora", ON, 4, 512),
+    ("smollm2", "lora", {"rank": 64}, 2, 256),
+    ("smollm2", "lora", {"base": "fp32"}, 2, 256),
+    ("smollm2", "lora", {"base": "int8"}, 2, 256),
+    ("smollm2", "qlora", {}, 1, 1024),
+    ("smollm2", "qlora", ON, 4, 512),
+    ("smollm2", "dora", {}, 2, 256),
+    ("smollm2", "dora", ON | {"base": "bf16"}, 2, 512),
+    ("smollm2", "vera", {"base": "bf16"}, 2, 256),
+    ("smollm2", "adalora", {"base": "bf16"}, 2, 256),
+    ("smollm2", "loha", {"base": "bf16"}, 2, 256),
+    ("smollm2", "lokr", {}, 2, 256),
+    ("smollm2", "ia3", {"base": "bf16"}, 2, 256),
+    ("smollm2", "bitfit", {"base": "bf16"}, 2, 256),
+    ("smollm2", "houlsby", {"base": "bf16"}, 2, 256),
+    ("smollm2", "prefix", {"base": "bf16"}, 2, 256),
+    ("smollm2", "prompt", {"base": "bf16"}, 2, 256),
+    ("smollm2", "lt-sft", {"base": "bf16"}, 2, 256),
+    ("smollm2", "full", {}, 2, 128),
+    ("smollm2", "full", ON | {"base": "bf16"}, 4, 256),
+    ("smollm2", "full", {"optimizer": "adamw8bit"}, 2, 256),
+    ("qwen2", "inference", {}, 2, 1024),
+    ("qwen2", "lora", {}, 2, 512),
+    ("qwen2", "qlora", ON, 2, 512),
+    ("qwen2", "full", {}, 2, 256),
+    ("gemma2", "inference", {}, 2, 1024),
+    ("gemma2", "lora", {}, 1, 1024),
+    ("gemma2", "dora", ON, 2, 512),
+    ("gpt2", "lora", {}, 2, 512),
+    ("gpt2", "full", ON, 2, 256),
+    ("bert", "lora", {}, 4, 256),
+    ("bert", "full", {}, 4, 128),
+]
+
+
+def model(name: str, setting: Setting) -> Any:
+    if name == "smollm2":
+        return load_model(name, setting.base, "cpu")
+    return skeleton(CONFIGS[name], setting.base, CONFIGS[name].num_hidden_layers, setting.classes)
+
+
+def with_head(model: Any) -> dict[str, Any]:
+    return {"modules_to_save": head_paths(model)}
+
+
+def settings(only: str | None) -> Iterator[tuple[dict[str, Any], str, Setting]]:
+    for name, mode, recipe, batch, length in GRID:
+        if only in (None, mode, name):
+            setting = setting_of(mode, Recipe(**recipe), batch, length)
+            if name == "bert":
+                setting = replace(setting, classes=2, beside=nothing if mode == "full" else with_head)
+            words = [f"{k.removeprefix('gradient_')}" if v is True else f"{k} {v}" for k, v in recipe.items()]
+            yield {"model": name, "mode": mode, "with": ", ".join(words), "batch": batch, "length": length}, name, setting
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one mode or model")
+    rows = []
+    for row, name, setting in settings(parser.parse_args().only):
+        torch.manual_seed(0)
+        estimated = estimate(CONFIGS[name], setting).total
+        measured = measure(lambda name=name, setting=setting: model(name, setting), setting, torch.device("cpu"))
+        rows.append({**row, "estimated MB": f"{estimated / 1e6:.1f}", "measured MB": f"{measured / 1e6:.1f}",
+                     "error": f"{estimated / measured - 1:+.2%}", "off": abs(estimated / measured - 1)})  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    off = [row.pop("off") for row in rows]
+    keep("memory_grid", rows, [{"settings": len(off), "median error": f"{median(off):.2%}", "worst": f"{max(off):.2%}"}])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The search for a task's intrinsic dimension: what it finds, that it goes on from what is there, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafold.errors import LorafoldError
+from lorafold.inspect.intrinsic import Point, search
+from lorafold.train.recipe import Recipe
+from lorafold.train.run import Request
+
+ROWS = [{"prompt": f"say {word}", "completion": f" {word} {word}"} for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture
+def request_(tiny_model_dir: Any, tmp_path: Path) -> Request:
+    recipe = Recipe(steps=4, batch=4, lr=3e-2, base="fp32", max_length=32, warmup=0.0)
+    return Request(str(tiny_model_dir("llama")), tmp_path / "search", recipe, ROWS, "test", eval_rows=ROWS)
+
+
+def test_the_smallest_power_of_two_that_gets_there(request_: Request) -> None:
+    seen: list[Point] = []
+    found = search(request_, 1, 64, 1e-6, seen.append)
+    assert found.full_loss < found.base_loss
+    assert [p.dimension for p in found.points] == sorted(p.dimension for p in seen)
+    for p in found.points:
+        assert p.reached == pytest.approx((found.base_loss - p.loss) / (found.base_loss - found.full_loss))
+    there = {p.dimension: p.reached >= 1e-6 for p in found.points}
+    assert there[64]
+    assert found.dimension is not None
+    assert there[found.dimension]
+    assert found.dimension == 1 or there.get(found.dimension // 2) is False
+    assert {p.name for p in request_.out.iterdir()} == {"search.json", "base.json", "full.json", *(f"{d}.json" for d in there)}
+
+
+def test_it_goes_on_from_what_is_there(request_: Request) -> None:
+    before = search(request_, 4, 16, 2.0, lambda p: None)
+    assert before.dimension is None
+    assert [p.dimension for p in before.points] == [16]
+    (request_.out / "16.json").write_text(json.dumps({"loss": before.base_loss}))
+    again = search(request_, 4, 16, 2.0, lambda p: None)
+    assert (again.points[0].reached, again.full_loss) == (0.0, before.full_loss)
+    with pytest.raises(LorafoldError, match="holds another search"):
+        search(replace(request_, rows=ROWS[:2]), 4, 16, 2.0, lambda p: None)
+
+
+def test_a_directory_of_something_else_is_left_alone(request_: Request) -> None:
+    request_.out.mkdir()
+    (request_.out / "mine.txt").write_text("x")
+    with pytest.raises(LorafoldError, match="is no search's"):
+        search(request_, 4, 16, 0.9, lambda p: None)
+    assert [p.name for p in request_.out.iterdir()] == ["mine.txt"]

@@ -1,0 +1,98 @@
+"""What a run says of memory before it starts, and what it does about it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from lorafold.io.models import Storage
+from lorafold.io.room import limited
+from lorafold.memory.ahead import planned, settle
+from lorafold.memory.model import estimate
+from lorafold.memory.trace import Setting
+from lorafold.methods import make_spec
+from lorafold.train.data import Example
+from lorafold.train.recipe import Recipe
+from lorafold.train.run import Request, train
+
+CONFIG = tf.LlamaConfig(
+    hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, vocab_size=500
+)
+SETTING = Setting(Storage(torch.bfloat16), make_spec("lora"), rows=(128,) * 4)
+
+
+def said(free: int, asked: Any) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=400)
+    return settle(CONFIG, SETTING, asked, free, console), console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_checkpointing_is_left_off_where_a_step_fits_and_on_where_it_would_not() -> None:
+    held = estimate(CONFIG, SETTING).total
+    on, text = said(2 * held, "auto")
+    assert not on
+    assert text.startswith("memory: ")
+    assert "gradient checkpointing" not in text
+    on, text = said(held, "auto")
+    assert on
+    assert "gradient checkpointing is on, without it it would be" in text
+    assert "warning" not in text
+
+
+def test_what_is_asked_is_done_and_a_step_that_does_not_fit_is_warned_of() -> None:
+    held = estimate(CONFIG, SETTING).total
+    on, text = said(held, False)
+    assert not on
+    assert "warning: a step may not fit in memory; it would with gradient checkpointing" in text
+    assert said(2 * held, True)[0]
+    on, text = said(1000, "auto")
+    assert on
+    assert "a smaller batch, max_length or model would help" in text
+
+
+def test_an_architecture_that_can_not_be_estimated_stops_nothing() -> None:
+    console = Console(file=io.StringIO(), width=400)
+    assert not settle(tf.ViTConfig(num_hidden_layers=2), SETTING, "auto", 10**9, console)
+    assert "memory: no estimate: " in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
+    examples = [Example(tuple(range(n)), (-100,) * (n - 2) + (1, 2)) for n in (10, 40, 30, 20)]
+
+    def plan(**fields: Any) -> Setting:
+        return planned(Recipe(epochs=1, **fields), SETTING.spec, SETTING.base, examples, SETTING.beside)  # type: ignore[arg-type]
+
+    whole = plan(batch=4)
+    assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)
+    packed = plan(batch=4, max_length=60)
+    assert (sum(packed.rows), packed.accumulating) == (60, True)
+    padded = plan(batch=4, accumulate=2, packing=False)
+    assert (len(padded.rows), max(padded.rows), padded.packed, padded.accumulating) == (2, 40, False, True)
+
+
+@pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (1000, True)])
+def test_a_run_asks_it(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Any, tmp_path: Path, free: int, recomputed: bool) -> None:
+    console = Console(file=io.StringIO(), width=400)
+    monkeypatch.setattr("lorafold.train.adamw.free_bytes", lambda device: free)
+    seen = []
+    monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", lambda model: seen.append(model))
+    recipe = Recipe(steps=1, batch=2, base="fp32", max_length=32)
+    rows = [{"prompt": "a b", "completion": " c"}] * 4
+    train(Request(str(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console)
+    assert any(p.device.type == "cpu" and type(p) is torch.nn.Parameter for m in seen for p in m.parameters()) is recomputed
+    assert "memory: " in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_limit_of_a_container(tmp_path: Path) -> None:
+    assert limited(tmp_path) == float("inf")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 500\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert limited(tmp_path) == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert limited(tmp_path) == float("inf")
