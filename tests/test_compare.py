@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from lorafold.compare.measure import Task, fitting
+from lorafold.compare.measure import Task
 from lorafold.compare.report import markdown, page
 from lorafold.compare.run import compare
 from lorafold.methods import LoRA
+from lorafold.train.fitting import fitting
 from lorafold.train.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]

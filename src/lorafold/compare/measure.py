@@ -26,11 +26,11 @@ from lorafold.bases import parameter_count
 from lorafold.errors import NotMergeable
 from lorafold.evaluate import Interval, evaluate
 from lorafold.io.models import Storage, choose_device, choose_storage, resolve_model
-from lorafold.io.quantized import QUANTIZATIONS
 from lorafold.io.tokenizer import tokenizer_of
 from lorafold.merge.certificate import probe_ids
-from lorafold.methods import known_options, make_spec
+from lorafold.methods import make_spec
 from lorafold.train.base import settled_base
+from lorafold.train.fitting import fitting
 from lorafold.train.recipe import Recipe
 from lorafold.train.rows import Row as DataRow
 from lorafold.train.run import Request, objective_of, train
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT, NEW, ROUNDS = 128, 8, 11  # tokens prefilled, tokens decoded, timings of each: short ones in turn even out a noisy machine
-OF_METHODS = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")  # recipe fields that become a method's options
 EXACT = 1e-4  # of the logits' norm, in fp32: far above rounding over some dozen layers, far below what an adapter changes
 
 
@@ -107,14 +106,6 @@ def measure(task: Task, method: str, seed: int) -> Row:
         latency_merged=merged_ratio and merged_ratio.decode, prefill_merged=merged_ratio and merged_ratio.prefill,
         mergeable=merged is not None, modifies_architecture=adapter is not None and adapter.spec.modifies_architecture,
     )  # fmt: skip
-
-
-def fitting(recipe: Recipe, method: str) -> Recipe:
-    """The recipe without what the method has no such option for: a rank means nothing to a prompt."""
-    known = known_options(method)
-    blank = {name: Recipe.model_fields[name].default for name in OF_METHODS if name not in known}
-    whole = {"base": "fp32"} if make_spec(method).trains_base and recipe.base in QUANTIZATIONS else {}
-    return recipe.model_copy(update=blank | whole | {"options": {k: v for k, v in recipe.options.items() if k in known}})
 
 
 class Models:

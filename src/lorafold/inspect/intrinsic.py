@@ -23,6 +23,7 @@ from lorafold.io.atomic import write_json
 from lorafold.io.models import choose_device, choose_storage, load_model, load_tokenizer, resolve_model
 from lorafold.io.record import read_object
 from lorafold.train.checkpoint import RunDirectory
+from lorafold.train.fitting import fitting
 from lorafold.train.recipe import Recipe
 from lorafold.train.run import Request, digest, train
 
@@ -56,19 +57,17 @@ def search(request: Request, smallest: int, largest: int, share: float, tell: Ca
     out, recipe = request.out, request.recipe
     if "base" not in recipe.model_fields_set:
         recipe = recipe.model_copy(update={"base": "fp32"})  # which full training can't do without
-    recipe = Recipe(**recipe.model_dump(exclude_unset=True) | {"base": recipe.base})
     check(out, {"model": request.model, "recipe": recipe.model_dump(mode="json"), "data": digest(request.rows),
                 "held_out": digest(request.eval_rows or ())})  # fmt: skip
     base = kept(out / "base.json", lambda: bare_loss(request, recipe))
-    full = kept(out / "full.json", lambda: run(request, recipe, out / "full", method="full"))
+    full = kept(out / "full.json", lambda: run(request, recipe, out / "full", "full"))
     if full >= base:
         raise LorafoldError(f"intrinsic: full training raised the held-out loss from {base:.4f} to {full:.4f}; expected it to learn")
     points: dict[int, Point] = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        options = {"dimension": d}
-        loss = kept(out / f"{d}.json", lambda: run(request, recipe, out / str(d), method="fastfood", options=options))
+        loss = kept(out / f"{d}.json", lambda: run(request, recipe, out / str(d), "fastfood", dimension=d))
         points[d] = Point(d, loss, (base - loss) / (base - full))
         tell(points[d])
         return points[d].reached >= share
@@ -101,9 +100,9 @@ def kept(file: Path, measure: Callable[[], float]) -> float:
     return float(read_object(file)["loss"])
 
 
-def run(request: Request, recipe: Recipe, out: Path, **fields: object) -> float:
+def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int) -> float:
     """The held-out loss at the end of a run, which leaves nothing but that."""
-    recipe = Recipe(**recipe.model_dump(exclude_unset=True) | fields)
+    recipe = fitting(recipe, method).model_copy(update={"method": method, "options": options})
     resume = bool(RunDirectory(out).checkpoints())
     trained = train(replace(request, out=out, recipe=recipe, resume=resume, overwrite=not resume), Console(quiet=True))
     shutil.rmtree(out)
