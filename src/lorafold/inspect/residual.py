@@ -9,6 +9,7 @@ The run has no values (`lorafold.memory.skeleton`), so it costs no memory and re
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,7 +77,8 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 module.register_forward_pre_hook(partial(read, path))
         for path in blocks(twin):
             twin.get_submodule(path).register_forward_pre_hook(entered)
-        twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+        with suppress(RuntimeError):  # code that asks for values is followed that far
+            twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
         writers = {path for path in seen - readers.keys() - {head} if layer_of(twin.get_submodule(path)).shape[0] == size}
     return Stream(readers, frozenset(writers), embedding, head, size)
 
