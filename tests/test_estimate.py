@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from lorafold.io.models import _embedded_gguf
 from lorafold.memory import cheatsheet
 from lorafold.memory.model import TERMS
+from lorafold.memory.shapes import configuration
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 
@@ -39,6 +41,13 @@ def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
     assert all(f"{name.replace('_', ' ')}</td>" in text for name in TERMS if found[name])
     assert "<script" not in text
     assert "does not fit: " in text
+
+
+@pytest.mark.slow
+def test_a_gguf_file_by_its_header() -> None:
+    found, unpacked = configuration(str(_embedded_gguf())), configuration("smollm2")
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
+        assert getattr(found, name) == getattr(unpacked, name)
 
 
 @pytest.mark.parametrize(
