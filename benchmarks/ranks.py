@@ -42,11 +42,11 @@ def write(path: Path, split: str, n: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("ranks"))
-    parser.add_argument("--steps", type=int, default=100, help="of each adapter, 4 rows each")
+    parser.add_argument("--steps", type=int, default=100, help="of each adapter, 4 of 1000 rows each")
     args = parser.parse_args()
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    data = write(out / "train.jsonl", "train", 4 * args.steps)
+    data = write(out / "train.jsonl", "train", 1000)
     on = ("--data", write(out / "test.jsonl", "test", 60), "--base", "fp32")
     adapters = {(rank, seed): out / f"r{rank}-s{seed}" for rank in RANKS for seed in SEEDS}
     for (rank, seed), path in adapters.items():

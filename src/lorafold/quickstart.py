@@ -1,6 +1,6 @@
 """The whole story on the embedded model: a task it can't do, an adapter that learns it, a plain model that does it.
 
-    before -> train -> after -> merge           no network, no GPU; everything lands in one directory
+    before -> train -> after -> inside -> merge           no network, no GPU; everything lands in one directory
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from rich.table import Column, Table
 from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.evaluate import Evaluation, evaluate
+from lorafold.inspect.report import page
+from lorafold.inspect.run import inspect
 from lorafold.io.atomic import check_out
-from lorafold.io.models import choose_device, choose_storage, load_model, load_tokenizer
+from lorafold.io.models import choose_device, choose_storage, load_model, load_tokenizer, resolve_model
 from lorafold.merge.run import merge
 from lorafold.quickstart_task import rows
 from lorafold.train.recipe import Recipe
@@ -44,7 +46,7 @@ class Story:
 
 
 def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: str | None = None) -> Story:
-    """Tell the story and leave `train.jsonl`, `test.jsonl`, `adapter/` and `merged/` in `out`.
+    """Tell the story and leave `train.jsonl`, `test.jsonl`, `adapter/`, `inside.html` and `merged/` in `out`.
 
     Raises LorafoldError if `out` exists and overwrite is off.
     """
@@ -66,7 +68,12 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
     console.rule("3  after: the same unseen examples")
     after = measure(test_rows, out / "adapter", device, console)
     side_by_side(before, after, console)
-    console.rule("4  merge: a plain model, no adapter left")
+    console.rule("4  inside: how much of the update is real")
+    found = inspect(resolve_model(MODEL), out / "adapter")
+    page(found, out / "inside.html")
+    for sentence in found["advice"]:
+        console.print(sentence, highlight=False, markup=False)
+    console.rule("5  merge: a plain model, no adapter left")
     merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
     console.print(merged.summary(), highlight=False)
 

@@ -16,7 +16,7 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.io.restart import restart_tuned
 
 COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
-    "quickstart": "The whole story on the embedded model: train, compare before and after, merge.",
+    "quickstart": "The whole story on the embedded model: train, before and after, inspect, merge.",
     "train": "Train one adapter on your data.",
     "eval": "Loss, perplexity and exact match of a model or adapter, with confidence intervals.",
     "generate": "One answer to one prompt.",
