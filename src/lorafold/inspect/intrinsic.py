@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluate import evaluate
 from lorafold.io.atomic import write_json
 from lorafold.io.models import choose_device, choose_storage, load_model, load_tokenizer, resolve_model
@@ -104,7 +104,10 @@ def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int
     """The held-out loss at the end of a run, which leaves nothing but that."""
     recipe = fitting(recipe, method).model_copy(update={"method": method, "options": options})
     resume = bool(RunDirectory(out).checkpoints())
-    trained = train(replace(request, out=out, recipe=recipe, resume=resume, overwrite=not resume), Console(quiet=True))
+    try:
+        trained = train(replace(request, out=out, recipe=recipe, resume=resume, overwrite=not resume), Console(quiet=True))
+    except Interrupted as stop:
+        raise Interrupted(f"stopped; what is done lies in {request.out}, and the same command goes on from there", stop.code) from stop
     shutil.rmtree(out)
     shutil.rmtree(out.with_name(out.name + ".best"), ignore_errors=True)
     return float(trained.eval_loss)  # type: ignore[arg-type]  # there are held-out rows

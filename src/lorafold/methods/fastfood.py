@@ -66,9 +66,9 @@ class FastfoodDelta(Dense):
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
     def delta(self) -> Tensor:  # (out, in)
-        spread = self._first[0].subspace.spread()  # type: ignore[union-attr]
-        blocks: Tensor = walsh(self.gaussians * spread.to(self.gaussians.device)) / len(self.gaussians) ** 0.5
-        return self.scale * blocks.flatten()[: prod(self.shape)].view(self.shape)
+        spread = self._first[0].subspace.spread().to(self.gaussians.device)  # type: ignore[union-attr]
+        blocks: Tensor = walsh(self.gaussians * (spread * self.scale / len(self.gaussians) ** 0.5))  # scalars where they are cheap
+        return blocks.flatten()[: prod(self.shape)].view(self.shape)
 
 
 @dataclass(frozen=True)
