@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,16 @@ from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.ops.walsh import walsh
+from lorafold.ops.walsh import halves, walsh
 
 
 class Subspace(nn.Module):
-    """v (d,), fp32, with B (L,) and Q (L,), L the power of 2 from d on."""
+    """v (d,), fp32, with B (L,), Q (L,) and H of L numbers, L the power of 2 from d on."""
 
     signs: Tensor
     order: Tensor
+    left: Tensor
+    right: Tensor
 
     def __init__(self, vector: Tensor, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
@@ -40,11 +42,16 @@ class Subspace(nn.Module):
         signs = torch.randint(0, 2, (length,), generator=generator) * 2.0 - 1
         self.register_buffer("signs", signs.to(device), persistent=False)
         self.register_buffer("order", torch.randperm(length, generator=generator).to(device), persistent=False)
+        for name, half in zip(("left", "right"), halves(length), strict=True):
+            self.register_buffer(name, half.to(device), persistent=False)
+
+    def transformed(self, x: Tensor) -> Tensor:  # (..., L)
+        return walsh(x, self.left.to(x), self.right.to(x))
 
     def spread(self) -> Tensor:  # (L,)
         """Q H B v / sqrt(d)"""
         filled = nn.functional.pad(self.vector, (0, len(self.signs) - len(self.vector)))
-        return walsh(filled * self.signs)[self.order] / len(self.vector) ** 0.5
+        return self.transformed(filled * self.signs)[self.order] / len(self.vector) ** 0.5
 
 
 class FastfoodDelta(Dense):
@@ -66,8 +73,9 @@ class FastfoodDelta(Dense):
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
     def delta(self) -> Tensor:  # (out, in)
-        spread = self._first[0].subspace.spread().to(self.gaussians.device)  # type: ignore[union-attr]
-        blocks: Tensor = walsh(self.gaussians * (spread * self.scale / len(self.gaussians) ** 0.5))  # scalars where they are cheap
+        subspace: Any = self._first[0].subspace
+        spread = subspace.spread().to(self.gaussians.device)
+        blocks: Tensor = subspace.transformed(self.gaussians * (spread * self.scale / len(self.gaussians) ** 0.5))
         return blocks.flatten()[: prod(self.shape)].view(self.shape)
 
 

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 
-def hadamard_matrix(n: int, like: Tensor) -> Tensor:
-    """H / sqrt(n), (n, n), n a power of 2 (Sylvester's construction)."""
-    h = like.new_ones(1, 1)
+def hadamard_matrix(n: int) -> Tensor:
+    """H / sqrt(n), (n, n) fp32, n a power of 2 (Sylvester's construction)."""
+    h = torch.ones(1, 1)
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h / n**0.5
 
 
-def walsh(x: Tensor) -> Tensor:
-    """x (..., n) -> (..., n), n a power of 2. Orthonormal and its own inverse."""
-    n = x.shape[-1]
+def halves(n: int) -> tuple[Tensor, Tensor]:
+    """H_a and H_b for `walsh` of n = a b numbers, a and b as near as can be."""
     a = 1 << (n.bit_length() - 1) // 2
-    left, right = hadamard_matrix(a, x), hadamard_matrix(n // a, x)
-    return (left @ (x.unflatten(-1, (a, n // a)) @ right)).flatten(-2)
+    return hadamard_matrix(a), hadamard_matrix(n // a)
+
+
+def walsh(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x (..., a b), left (a, a), right (b, b) -> (..., a b). Orthonormal and its own inverse."""
+    return (left @ (x.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2)
