@@ -22,6 +22,7 @@ from lorafold.evaluate import evaluate
 from lorafold.io.atomic import write_json
 from lorafold.io.models import choose_device, choose_storage, load_model, load_tokenizer, resolve_model
 from lorafold.io.record import read_object
+from lorafold.methods.fastfood import Fastfood
 from lorafold.train.checkpoint import RunDirectory
 from lorafold.train.fitting import fitting
 from lorafold.train.recipe import Recipe
@@ -57,7 +58,7 @@ def search(request: Request, smallest: int, largest: int, share: float, tell: Ca
     out, recipe = request.out, request.recipe
     if "base" not in recipe.model_fields_set:
         recipe = recipe.model_copy(update={"base": "fp32"})  # which full training can't do without
-    check(out, {"model": request.model, "recipe": recipe.model_dump(mode="json"), "data": digest(request.rows),
+    check(out, {"model": request.model, "recipe": recipe.model_dump(mode="json"), "rate": Fastfood.lr, "data": digest(request.rows),
                 "held_out": digest(request.eval_rows or ())})  # fmt: skip
     base = kept(out / "base.json", lambda: bare_loss(request, recipe))
     full = kept(out / "full.json", lambda: run(request, recipe, out / "full", "full"))

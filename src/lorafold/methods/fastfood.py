@@ -86,7 +86,7 @@ class Fastfood(Spec):
     dimension: int = 1024
     seed: int = 0
 
-    lr: ClassVar[float] = 3e-2
+    lr: ClassVar[float] = 0.3
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dimension, int) and self.dimension >= 1):
