@@ -73,6 +73,7 @@ def quickstart(out: Path, console: Console, *, overwrite: bool = False, device: 
     page(found, out / "inside.html")
     for sentence in found["advice"]:
         console.print(sentence, highlight=False, markup=False)
+    console.print(f"all of it as a page: {out / 'inside.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model, no adapter left")
     merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
     console.print(merged.summary(), highlight=False)
