@@ -1,6 +1,6 @@
 """Bytes by term: what a setting holds at its peak, from an architecture's configuration alone.
 
-    found = estimate(config, Setting(Storage(torch.bfloat16, "nf4"), LoRA(rank=16), batch=4, length=2048))
+    found = estimate(config, Setting(Storage(torch.bfloat16, "nf4"), LoRA(rank=16), rows=(2048,) * 4))
     found.total, found.terms["activations"]
 
 The terms are a table of small functions over what was traced (`memory.trace`); they add up to the peak. What is counted is what torch's

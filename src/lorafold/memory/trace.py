@@ -107,7 +107,9 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
         step = inference if setting.spec is None else training
         try:
             return step(model, setting, ledger)
-        except RuntimeError as error:
+        except LorafoldError:
+            raise
+        except Exception as error:  # whatever a model's own code raises where it finds no values: a run goes on without an estimate
             what = type(setting.spec or model).__name__
             raise LorafoldError(f"{what}: can't be estimated, its code asks for values: {one_line(error, 80)}") from error
 
