@@ -39,6 +39,7 @@ CONFIGS = {
     "qwen2": tf.Qwen2Config(**COMMON, tie_word_embeddings=True),
     "gemma2": tf.Gemma2Config(**COMMON, head_dim=32, sliding_window=32),
     "bert": tf.BertConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4, vocab_size=500),
+    "mamba": tf.MambaConfig(hidden_size=128, num_hidden_layers=6, vocab_size=500, pad_token_id=0),
     "gpt2": tf.GPT2Config(n_embd=128, n_layer=6, n_head=4, vocab_size=500),
 }
 BF16 = Storage(torch.bfloat16)
@@ -161,6 +162,11 @@ def test_what_is_trained_beside_the_method() -> None:
 def test_inference(name: str) -> None:
     close(CONFIGS[name], Setting(BF16, rows=(200, 200)))
     assert estimate(CONFIGS[name], Setting(BF16, rows=(200, 200))).terms["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
+
+
+def test_layers_whose_kinds_their_configuration_works_out() -> None:
+    found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(64,), packed=False))
+    assert found.terms["weights"] == 2 * sum(p.numel() for p in skeleton(CONFIGS["mamba"], BF16, 6).parameters())
 
 
 def test_a_large_vocabulary_is_held_once() -> None:

@@ -33,7 +33,7 @@ def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
-    if kinds := getattr(text, "layer_types", None):
+    if kinds := vars(text).get("layer_types"):  # some configurations work it out from the number of blocks
         text.layer_types = [kinds[i % len(kinds)] for i in range(blocks)]
     return short
 

@@ -103,14 +103,13 @@ class Held:
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
     """What the first so many blocks hold, between embedding and head. LorafoldError where a method's code can't do without values."""
     with unswept(), no_values(), Ledger() as ledger:
-        model = skeleton(config, setting.base, blocks, setting.classes)
         step = inference if setting.spec is None else training
         try:
-            return step(model, setting, ledger)
+            return step(skeleton(config, setting.base, blocks, setting.classes), setting, ledger)
         except LorafoldError:
             raise
         except Exception as error:  # whatever a model's own code raises where it finds no values: a run goes on without an estimate
-            what = type(setting.spec or model).__name__
+            what = config.model_type if setting.spec is None else type(setting.spec).__name__
             raise LorafoldError(f"{what}: can't be estimated, its code asks for values: {one_line(error, 80)}") from error
 
 
