@@ -1,15 +1,20 @@
-"""How much of fp32's progress a bf16 base keeps at small learning rates: held-out loss before and after, on real data.
+"""How much of fp32's progress a bf16 base keeps at small learning rates: held-out loss before and
+after, on real data.
 
-    python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4] [--peft] [--dora]
+    python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4]
+    [--peft] [--dora]
 
-gsm: worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra). quickstart: requests that become JSON, held
-out with words of their own. Loss on completions, 4 rows a step, one rate for all, constant, no dropout. lorafold rounds a layer's output
-once; adding the low-rank product to an output that is rounded already loses every update under half a unit. In bf16 it trains as
-`lorafold train` does, fused and packed; fp32 and PEFT train padded, with transformers' own forward. --seeds: of the adapter's init and the
-order of the rows, in bf16; the others run with seed 0. With --nf4 the same on a base packed as NF4, computed with in fp32 and in bf16.
+gsm: worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra).
+quickstart: requests that become JSON, held out with words of their own. Loss on completions, 4 rows
+a step, one rate for all, constant, no dropout. lorafold rounds a layer's output once; adding the
+low-rank product to an output that is rounded already loses every update under half a unit. In bf16
+it trains as `lorafold train` does, fused and packed; fp32 and PEFT train padded, with transformers'
+own forward. --seeds: of the adapter's init and the order of the rows, in bf16; the others run with
+seed 0. With --nf4 the same on a base packed as NF4, computed with in fp32 and in bf16.
 
-All runs are in one loop with one optimizer, and every held-out loss is measured by the model's plain padded forward: in the dtype trained
-in, and (`in_fp32`) with base and adapter computed in fp32, which leaves only what training lost. One JSON object a line, then a table.
+All runs are in one loop with one optimizer, and every held-out loss is measured by the model's
+plain padded forward: in the dtype trained in, and (`in_fp32`) with base and adapter computed in
+fp32, which leaves only what training lost. One JSON object a line, then a table.
 """
 
 import argparse
@@ -47,21 +52,28 @@ class Losses(NamedTuple):
     in_fp32: float | None
 
     def less(self, other: "Losses") -> "Losses":
-        return Losses(self.own - other.own, None if self.in_fp32 is None or other.in_fp32 is None else self.in_fp32 - other.in_fp32)
+        return Losses(
+            self.own - other.own,
+            None if self.in_fp32 is None or other.in_fp32 is None else self.in_fp32 - other.in_fp32,
+        )
 
 
 def gsm(n: int, held_out: bool) -> list[Example]:
     from reasoning_gym import create_dataset
 
     data = create_dataset("gsm_symbolic", size=n, seed=int(held_out))
-    rows = [{"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in data]
+    rows = [
+        {"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in data
+    ]
     return encode(rows, load_tokenizer("smollm2"), 1024).examples
 
 
 def quickstart(n: int, held_out: bool) -> list[Example]:
     tokenizer = load_tokenizer("smollm2")
     Sft().set_up(tokenizer)
-    return encode(quickstart_rows("test" if held_out else "train", n, seed=0), tokenizer, 1024).examples
+    return encode(
+        quickstart_rows("test" if held_out else "train", n, seed=0), tokenizer, 1024
+    ).examples
 
 
 TASKS = {"gsm": gsm, "quickstart": quickstart}
@@ -77,7 +89,9 @@ def ours(name: str, dora: bool) -> nn.Module:
 def peft_in_bf16(dora: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=16, lora_alpha=32, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=16, lora_alpha=32, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(load_model("smollm2", torch.bfloat16), config).get_base_model()
 
 
@@ -94,7 +108,9 @@ def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
     return Losses(own, held_out_loss(Completions(model.float(), False, 0), held_out))
 
 
-def train(name: str, model: nn.Module, rows: list[Example], steps: int, lr: float, seed: int) -> None:
+def train(
+    name: str, model: nn.Module, rows: list[Example], steps: int, lr: float, seed: int
+) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     with ExitStack() as stack:
@@ -107,31 +123,46 @@ def train(name: str, model: nn.Module, rows: list[Example], steps: int, lr: floa
         model.train()
         for step in batches(len(rows), ROWS, steps, seed):
             chosen = [rows[i] for i in step]
-            (objective(**objective.collate(chosen, torch.device("cpu"))) / sum(map(labelled, chosen))).backward()
+            (
+                objective(**objective.collate(chosen, torch.device("cpu")))
+                / sum(map(labelled, chosen))
+            ).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
 
 def span(values: list[float], form: str) -> str:
-    return f"{values[0]:{form}}" + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
+    return f"{values[0]:{form}}" + (
+        f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=TASKS, default="gsm", help="the rows")
     parser.add_argument("--rates", default="1e-5", help="learning rates, separated by commas")
     parser.add_argument("--seeds", type=int, default=1, help="of the run in bf16")
     parser.add_argument("--steps", type=int, default=24, help=f"of {ROWS} rows each")
-    parser.add_argument("--nf4", action="store_true", help="also on a base packed as NF4, computed with in fp32 and in bf16")
+    parser.add_argument(
+        "--nf4",
+        action="store_true",
+        help="also on a base packed as NF4, computed with in fp32 and in bf16",
+    )
     parser.add_argument("--peft", action="store_true", help="also PEFT's layers, in bf16")
     parser.add_argument("--dora", action="store_true", help="DoRA on both sides, in place of LoRA")
     asked = parser.parse_args()
     rows, held_out = TASKS[asked.task](asked.steps * ROWS, False), TASKS[asked.task](HELD_OUT, True)
-    runs = [(name, 0) for name in STORAGES if asked.nf4 or not name.startswith("nf4")] + [("peft-bf16", 0)] * asked.peft
+    runs = [(name, 0) for name in STORAGES if asked.nf4 or not name.startswith("nf4")] + [
+        ("peft-bf16", 0)
+    ] * asked.peft
     runs += [("bf16", seed) for seed in range(1, asked.seeds)]
     # an untrained adapter is none
-    before: Callable[[str], Losses] = cache(lambda name: measured(name, make(name, 0, asked.dora), held_out))
+    before: Callable[[str], Losses] = cache(
+        lambda name: measured(name, make(name, 0, asked.dora), held_out)
+    )
     found: dict[tuple[str, str], list[Losses]] = {}
     for rate in asked.rates.split(","):
         for name, seed in runs:
@@ -143,20 +174,32 @@ def main() -> None:
             found.setdefault((rate, name), []).append(gained)
             whole = found[rate, exact][0].own
             row = {
-                "task": asked.task, "rate": float(rate), "run": name, "seed": seed, "before": before(name).own, "after": after.own,
-                "progress": gained.own, f"of_{exact}": gained.own / whole, "progress_in_fp32": gained.in_fp32,
+                "task": asked.task,
+                "rate": float(rate),
+                "run": name,
+                "seed": seed,
+                "before": before(name).own,
+                "after": after.own,
+                "progress": gained.own,
+                f"of_{exact}": gained.own / whole,
+                "progress_in_fp32": gained.in_fp32,
                 f"in_fp32_of_{exact}": None if gained.in_fp32 is None else gained.in_fp32 / whole,
-            }  # fmt: skip
+            }
             print(json.dumps(row), flush=True)
     table = []
     for (rate, name), gains in found.items():
         whole = found[rate, "nf4-in-fp32" if name.startswith("nf4") else "fp32"][0].own
         wide = [g.in_fp32 for g in gains if g.in_fp32 is not None]
-        table.append({
-            "rate": rate, "run": name,
-            "progress, nats": span([g.own for g in gains], ".5f"), "of fp32's": span([g.own / whole for g in gains], ".1%"),
-            "computed in fp32": span(wide, ".5f") if wide else "", "then of fp32's": span([w / whole for w in wide], ".1%") if wide else "",
-        })  # fmt: skip
+        table.append(
+            {
+                "rate": rate,
+                "run": name,
+                "progress, nats": span([g.own for g in gains], ".5f"),
+                "of fp32's": span([g.own / whole for g in gains], ".1%"),
+                "computed in fp32": span(wide, ".5f") if wide else "",
+                "then of fp32's": span([w / whole for w in wide], ".1%") if wide else "",
+            }
+        )
     keep(f"bf16_progress_{asked.task}" + "_dora" * asked.dora, table)
 
 

@@ -1,10 +1,13 @@
-"""What `lorafold inspect` costs: spectra at the size of Llama-2-7B, and the whole command on the embedded model. Linux only.
+"""What `lorafold inspect` costs: spectra at the size of Llama-2-7B, and the whole command on the
+embedded model. Linux only.
 
     python benchmarks/inspect_spectra.py [--rank 16]
 
-The first table: the singular parts and all figures of the spectrum of LoRA at that rank on the 224 linears of Llama-2-7B, from random
-factors; no update is formed (the largest would take 180 MB in fp32). The second: `lorafold inspect` of a random adapter on every linear of
-smollm2, as a process of its own with everything that it imports, once bare and once with its page. Peaks are of resident memory.
+The first table: the singular parts and all figures of the spectrum of LoRA at that rank on the 224
+linears of Llama-2-7B, from random factors; no update is formed (the largest would take 180 MB in
+fp32). The second: `lorafold inspect` of a random adapter on every linear of smollm2, as a process
+of its own with everything that it imports, once bare and once with its page. Peaks are of resident
+memory.
 """
 
 import argparse
@@ -38,17 +41,32 @@ def spectra(rank: int) -> dict:
         advice(rank, pooled([svd.s]))
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"sites": len(times), "rank": rank, "threads": torch.get_num_threads(), "seconds": sum(times), "slowest site": max(times),
-            "CPU seconds, drawing the factors too": time.process_time() - used, "peak GB of the process": peak / 1e9}  # fmt: skip
+    return {
+        "sites": len(times),
+        "rank": rank,
+        "threads": torch.get_num_threads(),
+        "seconds": sum(times),
+        "slowest site": max(times),
+        "CPU seconds, drawing the factors too": time.process_time() - used,
+        "peak GB of the process": peak / 1e9,
+    }
 
 
 def command(adapter: Path, *options: str) -> dict:
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "lorafold", "inspect", adapter, *options], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "lorafold", "inspect", adapter, *options],
+        check=True,
+        capture_output=True,
+    )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"command": " ".join(["inspect", *(o for o in options if o.startswith("-"))]), "seconds": seconds, "CPU seconds": used,
-            "peak GB": after.ru_maxrss * 1024 / 1e9}  # fmt: skip
+    return {
+        "command": " ".join(["inspect", *(o for o in options if o.startswith("-"))]),
+        "seconds": seconds,
+        "CPU seconds": used,
+        "peak GB": after.ru_maxrss * 1024 / 1e9,
+    }
 
 
 def main() -> None:
@@ -63,7 +81,10 @@ def main() -> None:
         for p in adapter.parameters():
             torch.nn.init.normal_(p, std=0.02)
         adapter.save(work / "adapter")
-        rows = [command(work / "adapter"), command(work / "adapter", "--html", str(work / "page.html"))]
+        rows = [
+            command(work / "adapter"),
+            command(work / "adapter", "--html", str(work / "page.html")),
+        ]
     keep("inspect_spectra", [large], rows)
 
 

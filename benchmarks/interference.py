@@ -2,9 +2,10 @@
 
     python benchmarks/interference.py [--out interference] [--steps 80] [--rows 30]
 
-Tasks with visibly different answers on the embedded model: a sentence becomes compact JSON (the quickstart's task, under a system prompt),
-a request becomes SQL. What is there in OUT is not done again, so a run that was stopped goes on. Cells are the loss in nats a labelled
-token and the share of held-out answers that are exact.
+Tasks with visibly different answers on the embedded model: a sentence becomes compact JSON (the
+quickstart's task, under a system prompt), a request becomes SQL. What is there in OUT is not done
+again, so a run that was stopped goes on. Cells are the loss in nats a labelled token and the share
+of held-out answers that are exact.
 """
 
 import argparse
@@ -18,25 +19,61 @@ from lib.results import keep
 
 from lorafold.quickstart_task import rows
 
-HOWS = ("linear", "task-arithmetic", "svd", "ties", "dare", "dare-ties", "magnitude", "lorahub", "mixture")
+HOWS = (
+    "linear",
+    "task-arithmetic",
+    "svd",
+    "ties",
+    "dare",
+    "dare-ties",
+    "magnitude",
+    "lorahub",
+    "mixture",
+)
 THINGS = ("users", "orders", "books", "films", "cars", "hotels", "songs", "flights")
 VALUES = {
-    "city": ("Paris", "Oslo", "Rome", "Lima"), "color": ("red", "blue", "green"), "genre": ("jazz", "crime", "drama"),
-    "country": ("Spain", "Japan", "Chile"), "brand": ("Volvo", "Fiat", "Sony"), "status": ("open", "late", "paid"),
-}  # fmt: skip
+    "city": ("Paris", "Oslo", "Rome", "Lima"),
+    "color": ("red", "blue", "green"),
+    "genre": ("jazz", "crime", "drama"),
+    "country": ("Spain", "Japan", "Chile"),
+    "brand": ("Volvo", "Fiat", "Sony"),
+    "status": ("open", "late", "paid"),
+}
 NUMBERS = ("price", "age", "year", "weight", "rating", "length")
 
 
 def sql(draw: random.Random) -> dict:
     thing, column, number = draw.choice(THINGS), draw.choice(list(VALUES)), draw.choice(NUMBERS)
-    value, bound, most, above = draw.choice(VALUES[column]), draw.randrange(2, 2000), draw.randrange(2, 30), draw.random() < 0.5
-    asked = draw.choice((
-        f"Find {thing} whose {column} is {value} and whose {number} is {'above' if above else 'below'} {bound}, at most {most}.",
-        f"At most {most} {thing}: {column} {value}, {number} {'over' if above else 'under'} {bound}.",
-        f"Show me {most} {thing} with {column} {value} and a {number} {'greater' if above else 'smaller'} than {bound}.",
-    ))  # fmt: skip
-    answer = f"SELECT * FROM {thing} WHERE {column} = '{value}' AND {number} {'>' if above else '<'} {bound} LIMIT {most};"
-    return {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": answer}]}
+    value, bound, most, above = (
+        draw.choice(VALUES[column]),
+        draw.randrange(2, 2000),
+        draw.randrange(2, 30),
+        draw.random() < 0.5,
+    )
+    asked = draw.choice(
+        (
+            (
+                f"Find {thing} whose {column} is {value} and whose {number} is"
+                f" {'above' if above else 'below'} {bound}, at most {most}."
+            ),
+            (
+                f"At most {most} {thing}: {column} {value}, {number} {'over' if above else 'under'}"
+                f" {bound}."
+            ),
+            (
+                f"Show me {most} {thing} with {column} {value} and a {number}"
+                f" {'greater' if above else 'smaller'} than {bound}."
+            ),
+        )
+    )
+    answer = (
+        f"SELECT * FROM {thing} WHERE {column} = '{value}' AND {number} {'>' if above else '<'}"
+        f" {bound} LIMIT {most};"
+    )
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
 
 
 def write(path: Path, found: list[dict]) -> Path:
@@ -46,33 +83,85 @@ def write(path: Path, found: list[dict]) -> Path:
 
 def lorafold(*arguments: str) -> dict:
     """The command's JSON."""
-    done = subprocess.run([sys.executable, "-m", "lorafold", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafold", *arguments, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("interference"))
     parser.add_argument("--steps", type=int, default=80, help="of each adapter, 4 rows each")
-    parser.add_argument("--rows", type=int, default=30, help="held out of each task; as many teach LoRAHub and mixtures")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=30,
+        help="held out of each task; as many teach LoRAHub and mixtures",
+    )
     args = parser.parse_args()
     out, n = args.out, args.rows
     out.mkdir(parents=True, exist_ok=True)
     data, common = {}, ["--set", "steps=20", "--set", "batch=8"]
     for seed, (task, of) in enumerate({"json": json_rows, "sql": sql_rows}.items()):
         training, held_out = of("train", 4 * args.steps), of("test", n)
-        data[task], taught = write(out / f"{task}.jsonl", held_out), write(out / f"{task}-taught.jsonl", training[:n])
+        data[task], taught = (
+            write(out / f"{task}.jsonl", held_out),
+            write(out / f"{task}-taught.jsonl", training[:n]),
+        )
         if not (out / f"adapter-{task}").exists():
             source = write(out / f"{task}-train.jsonl", training)
-            lorafold("train", "--data", str(source), "--out", str(out / f"adapter-{task}"), "--base", "fp32", "--seed", str(seed), "--set",
-                     f"steps={args.steps}", "--set", "batch=4", "--set", "dropout=0.0", "--set", "max_length=256")  # fmt: skip
-        common += ["--adapter", str(out / f"adapter-{task}"), "--data", str(data[task]), "--examples", str(taught)]
+            lorafold(
+                "train",
+                "--data",
+                str(source),
+                "--out",
+                str(out / f"adapter-{task}"),
+                "--base",
+                "fp32",
+                "--seed",
+                str(seed),
+                "--set",
+                f"steps={args.steps}",
+                "--set",
+                "batch=4",
+                "--set",
+                "dropout=0.0",
+                "--set",
+                "max_length=256",
+            )
+        common += [
+            "--adapter",
+            str(out / f"adapter-{task}"),
+            "--data",
+            str(data[task]),
+            "--examples",
+            str(taught),
+        ]
     found = {}
     for gates, hows in {"global": HOWS, "layer": ("mixture",), "token": ("mixture",)}.items():
         file = out / f"{gates}.json"
         if not file.exists():
             words = [word for how in hows for word in ("--how", how)]
-            file.write_text(json.dumps(lorafold("compose", *common, *words, "--gates", gates, "--out", str(out / gates), "--overwrite")))
+            file.write_text(
+                json.dumps(
+                    lorafold(
+                        "compose",
+                        *common,
+                        *words,
+                        "--gates",
+                        gates,
+                        "--out",
+                        str(out / gates),
+                        "--overwrite",
+                    )
+                )
+            )
         found[gates] = json.loads(file.read_text())
     keep("interference", *tables(found, data))
 
@@ -87,15 +176,31 @@ def sql_rows(split: str, n: int) -> list[dict]:
 
 def tables(found: dict[str, dict], data: dict[str, Path]) -> tuple[list[dict], list[dict]]:
     def cells(gates: str, who: str) -> dict[str, str]:
-        of = {task: found[gates]["interference"]["tasks"][file.name][who] for task, file in data.items()}
-        return {task: f"{figures['loss']:.4f} / {figures['exact_match']:.0%}" for task, figures in of.items()}
+        of = {
+            task: found[gates]["interference"]["tasks"][file.name][who]
+            for task, file in data.items()
+        }
+        return {
+            task: f"{figures['loss']:.4f} / {figures['exact_match']:.0%}"
+            for task, figures in of.items()
+        }
 
-    lines = [{"what": who, **cells("global", who)} for who in ("base", *(f"adapter-{task}" for task in data))]
+    lines = [
+        {"what": who, **cells("global", who)}
+        for who in ("base", *(f"adapter-{task}" for task in data))
+    ]
     for gates, result in found.items():
         for how, made in result["compositions"].items():
             name = f"{how}, {gates} gates" if how == "mixture" else how
             weights = ", ".join(f"{w:.2f}" for w in made["weights"] or ())
-            lines.append({"what": name, **cells(gates, how), "weights": weights, "error of the cut": f"{made['truncation_error']:.1%}"})
+            lines.append(
+                {
+                    "what": name,
+                    **cells(gates, how),
+                    "weights": weights,
+                    "error of the cut": f"{made['truncation_error']:.1%}",
+                }
+            )
     overall = found["global"]["interference"]["geometry"][0]["overall"]
     return lines, [{name: value for name, value in overall.items() if isinstance(value, float)}]
 

@@ -1,9 +1,10 @@
-"""What loading a model as NF4 needs: peak memory over an interpreter with everything imported, and seconds. One JSON object a line.
+"""What loading a model as NF4 needs: peak memory over an interpreter with everything imported, and
+seconds. One JSON object a line.
 
     python benchmarks/load_memory.py [--gigabytes 2.2]
 
-smollm2, and a synthetic sharded Llama of random bf16 weights. The bound is the packed model, its largest block in bf16 and 300 MB; mapped
-files count as well. Linux only.
+smollm2, and a synthetic sharded Llama of random bf16 weights. The bound is the packed model, its
+largest block in bf16 and 300 MB; mapped files count as well. Linux only.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from lorafold.io.models import resolve_model
 from lorafold.merge.checkpoint import open_checkpoint
 
 WORK = """
-model = load_model(sys.argv[1], Storage(torch.bfloat16, sys.argv[2] if sys.argv[2] != "bf16" else None))
-kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+storage = Storage(torch.bfloat16, sys.argv[2] if sys.argv[2] != "bf16" else None)
+storages = [t.untyped_storage() for t in load_model(sys.argv[1], storage).state_dict().values()]
+kept = {s.data_ptr(): s.nbytes() for s in storages}
 print(sum(kept.values()))
 """
 IMPORTS = """
@@ -42,16 +44,24 @@ def measure(label: str, model: Path, base: str) -> None:
     held = int(done.output.split()[-1])
     bound = held + max(sizes.values()) + 300 * 10**6
     row = {
-        "model": label, "base": base, "file_bytes": sum(e.size for e in entries.values()), "held_bytes": held,
-        "peak_resident_bytes": done.resident, "peak_anonymous_bytes": done.anonymous, "bound_bytes": bound,
-        "within_bound": done.resident <= bound, "seconds": round(done.seconds, 1),
-    }  # fmt: skip
+        "model": label,
+        "base": base,
+        "file_bytes": sum(e.size for e in entries.values()),
+        "held_bytes": held,
+        "peak_resident_bytes": done.resident,
+        "peak_anonymous_bytes": done.anonymous,
+        "bound_bytes": bound,
+        "within_bound": done.resident <= bound,
+        "seconds": round(done.seconds, 1),
+    }
     print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights")
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights"
+    )
     gigabytes = parser.parse_args().gigabytes
     for base in ("bf16", "nf4"):
         measure("smollm2", resolve_model("smollm2").path, base)

@@ -2,8 +2,9 @@
 
     python benchmarks/lora_plus.py [--steps 100] [--rates 2e-4 5e-4 1e-3]
 
-The quickstart's task on SmolLM2-135M, r = 16 on all linear layers. Plain LoRA has one rate for A and B: each of `--rates` in turn, so that
-it is not judged by a rate that suits it badly. LoRA+ has the recipe's two, 2e-4 and 3e-3. Every run has the same rows, in the same order.
+The quickstart's task on SmolLM2-135M, r = 16 on all linear layers. Plain LoRA has one rate for A
+and B: each of `--rates` in turn, so that it is not judged by a rate that suits it badly. LoRA+ has
+the recipe's two, 2e-4 and 3e-3. Every run has the same rows, in the same order.
 """
 
 import argparse
@@ -25,27 +26,47 @@ HELD_OUT, EVERY = 40, 5  # rows, steps
 
 def held_out(rate: float | None, steps: int) -> dict[int, float]:
     """The held-out loss by step of LoRA+ (None), or of plain LoRA with one rate."""
-    recipe = RECIPE.model_copy(update={"steps": steps, "eval_every": EVERY, "lr": rate, "lr_b": rate})
-    train_rows, test_rows = rows("train", recipe.batch * steps, seed=0), rows("test", HELD_OUT, seed=0)
+    recipe = RECIPE.model_copy(
+        update={"steps": steps, "eval_every": EVERY, "lr": rate, "lr_b": rate}
+    )
+    train_rows, test_rows = (
+        rows("train", recipe.batch * steps, seed=0),
+        rows("test", HELD_OUT, seed=0),
+    )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
-        train(Request("smollm2", out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows), Console(quiet=True))
+        train(
+            Request(
+                "smollm2", out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows
+            ),
+            Console(quiet=True),
+        )
         evals = json.loads((out / "lorafold.json").read_text())["evals"]
     return {int(step): loss for step, loss in evals.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3])
     asked = parser.parse_args()
     plus = held_out(None, asked.steps)
-    print(f"LoRA+ 2e-4 and 3e-3: held-out loss {' '.join(f'{step}:{loss:.4f}' for step, loss in plus.items())}", flush=True)
+    print(
+        "LoRA+ 2e-4 and 3e-3: held-out loss"
+        f" {' '.join(f'{step}:{loss:.4f}' for step, loss in plus.items())}",
+        flush=True,
+    )
     for rate in asked.rates:
         plain = held_out(rate, asked.steps)
         final = plain[asked.steps]
         reached = next((step for step, loss in plus.items() if loss <= final), None)
-        print(f"plain {rate:g}: ends at {final:.4f} after {asked.steps} steps; LoRA+ is there after {reached or 'no'} steps", flush=True)
+        print(
+            f"plain {rate:g}: ends at {final:.4f} after {asked.steps} steps; LoRA+ is there after"
+            f" {reached or 'no'} steps",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

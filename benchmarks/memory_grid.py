@@ -2,8 +2,9 @@
 
     python benchmarks/memory_grid.py [--only lora]
 
-Measured is what torch's allocator gave out at the peak of the second of two real steps (of a prompt and the token after it for inference),
-weights included: `lorafold.memory.measure`. The embedded model has its own weights, the others random ones. `error` is of the estimate.
+Measured is what torch's allocator gave out at the peak of the second of two real steps (of a prompt
+and the token after it for inference), weights included: `lorafold.memory.measure`. The embedded
+model has its own weights, the others random ones. `error` is of the estimate.
 """
 
 import argparse
@@ -28,15 +29,27 @@ from lorafold.memory.trace import Setting, nothing
 from lorafold.train.recipe import Recipe
 
 ON = {"gradient_checkpointing": True}
-SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 CONFIGS: dict[str, Any] = {
     "smollm2": configuration("smollm2"),
-    "qwen2": tf.Qwen2Config(**SHAPE, num_hidden_layers=12, vocab_size=64000, tie_word_embeddings=True),
-    "gemma2": tf.Gemma2Config(**SHAPE, head_dim=64, num_hidden_layers=10, vocab_size=64000, sliding_window=256),
+    "qwen2": tf.Qwen2Config(
+        **SHAPE, num_hidden_layers=12, vocab_size=64000, tie_word_embeddings=True
+    ),
+    "gemma2": tf.Gemma2Config(
+        **SHAPE, head_dim=64, num_hidden_layers=10, vocab_size=64000, sliding_window=256
+    ),
     "gpt2": tf.GPT2Config(n_embd=512, n_layer=12, n_head=8),
-    "bert": tf.BertConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8),
+    "bert": tf.BertConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
+    ),
 }
-GRID: list[tuple[str, str, dict[str, Any], int, int]] = [  # architecture, mode, recipe, batch, length
+# architecture, mode, recipe, batch, length
+GRID: list[tuple[str, str, dict[str, Any], int, int]] = [
     ("smollm2", "inference", {}, 1, 1024),
     ("smollm2", "inference", {}, 8, 256),
     ("smollm2", "inference", {"base": "nf4"}, 4, 512),
@@ -92,24 +105,54 @@ def settings(only: str | None) -> Iterator[tuple[dict[str, Any], str, Setting]]:
         if only in (None, mode, name):
             setting = setting_of(mode, Recipe(**recipe), batch, length)
             if name == "bert":
-                setting = replace(setting, classes=2, beside=nothing if mode == "full" else with_head)
-            words = [f"{k.removeprefix('gradient_')}" if v is True else f"{k} {v}" for k, v in recipe.items()]
-            yield {"model": name, "mode": mode, "with": ", ".join(words), "batch": batch, "length": length}, name, setting
+                setting = replace(
+                    setting, classes=2, beside=nothing if mode == "full" else with_head
+                )
+            words = [
+                f"{k.removeprefix('gradient_')}" if v is True else f"{k} {v}"
+                for k, v in recipe.items()
+            ]
+            yield (
+                {
+                    "model": name,
+                    "mode": mode,
+                    "with": ", ".join(words),
+                    "batch": batch,
+                    "length": length,
+                },
+                name,
+                setting,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="one mode or model")
     rows = []
     for row, name, setting in settings(parser.parse_args().only):
         torch.manual_seed(0)
         estimated = estimate(CONFIGS[name], setting).total
-        measured = measure(lambda name=name, setting=setting: model(name, setting), setting, torch.device("cpu"))
-        rows.append({**row, "estimated MB": f"{estimated / 1e6:.1f}", "measured MB": f"{measured / 1e6:.1f}",
-                     "error": f"{estimated / measured - 1:+.2%}", "off": abs(estimated / measured - 1)})  # fmt: skip
+        measured = measure(
+            lambda name=name, setting=setting: model(name, setting), setting, torch.device("cpu")
+        )
+        rows.append(
+            {
+                **row,
+                "estimated MB": f"{estimated / 1e6:.1f}",
+                "measured MB": f"{measured / 1e6:.1f}",
+                "error": f"{estimated / measured - 1:+.2%}",
+                "off": abs(estimated / measured - 1),
+            }
+        )
         print(json.dumps(rows[-1]), flush=True)
     off = [row.pop("off") for row in rows]
-    keep("memory_grid", rows, [{"settings": len(off), "median error": f"{median(off):.2%}", "worst": f"{max(off):.2%}"}])
+    keep(
+        "memory_grid",
+        rows,
+        [{"settings": len(off), "median error": f"{median(off):.2%}", "worst": f"{max(off):.2%}"}],
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What a fold needs: peak anonymous memory over an interpreter with everything imported, and seconds. One JSON object a line. Linux only.
+"""What a fold needs: peak anonymous memory over an interpreter with everything imported, and
+seconds. One JSON object a line. Linux only.
 
     python benchmarks/merge_memory.py [--gigabytes 2.2]
 
-The fold (certificate aside) of LoRA of rank 16 on every linear, head included, into a synthetic sharded Llama of random bf16
-weights and into smollm2, whose head is tied to its embedding. The bound is three times the largest tensor in fp32 plus 300 MB. Each
-runs in a process of its own, which reports what it has with everything imported. Pages of mapped files, which the kernel takes back
-whenever it likes, don't count.
+The fold (certificate aside) of LoRA of rank 16 on every linear, head included, into a synthetic
+sharded Llama of random bf16 weights and into smollm2, whose head is tied to its embedding. The
+bound is three times the largest tensor in fp32 plus 300 MB. Each runs in a process of its own,
+which reports what it has with everything imported. Pages of mapped files, which the kernel takes
+back whenever it likes, don't count.
 """
 
 import argparse
@@ -21,7 +23,13 @@ from transformers import AutoConfig, LlamaConfig
 from lorafold.io.models import resolve_model
 from lorafold.merge.checkpoint import build, open_checkpoint
 
-SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
 WORK = """
 result = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], certificate=False)
 print(result.folded.sums.survival)
@@ -33,32 +41,57 @@ def synthetic(path: Path, gigabytes: float) -> Path:
     """A Llama of about that size, written a layer a shard."""
     one = LlamaConfig(**SHAPE, num_hidden_layers=1)
     shapes = {name: tuple(p.shape) for name, p in build(one, False).named_parameters()}
-    layer = sum(2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name)
-    rest = sum(2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name)
+    layer = sum(
+        2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name
+    )
+    rest = sum(
+        2 * torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name
+    )
     layers = max(1, round((gigabytes * 1e9 - rest) / layer))
-    LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(path)
+    LlamaConfig(
+        **SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+    ).save_pretrained(path)
     groups = [{n: s for n, s in shapes.items() if ".layers." not in n}]
-    groups += [{n.replace(".layers.0.", f".layers.{i}."): s for n, s in shapes.items() if ".layers." in n} for i in range(layers)]
+    groups += [
+        {n.replace(".layers.0.", f".layers.{i}."): s for n, s in shapes.items() if ".layers." in n}
+        for i in range(layers)
+    ]
     files = {}
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
-        save_file({n: (0.02 * torch.randn(s)).bfloat16() for n, s in group.items()}, path / file, metadata={"format": "pt"})
+        save_file(
+            {n: (0.02 * torch.randn(s)).bfloat16() for n, s in group.items()},
+            path / file,
+            metadata={"format": "pt"},
+        )
         files.update(dict.fromkeys(group, file))
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
     return path
 
 
 def random_adapter(model: Path, path: Path, rank: int = 16) -> Path:
-    """A LoRA adapter in PEFT's format on every linear, the head included: the largest tensor is among those that change."""
+    """A LoRA adapter in PEFT's format on every linear, the head included: the largest tensor is
+    among those that change.
+    """
     path.mkdir()
     tensors = {}
-    for name, p in build(AutoConfig.from_pretrained(model), False).named_parameters(remove_duplicate=False):
+    for name, p in build(AutoConfig.from_pretrained(model), False).named_parameters(
+        remove_duplicate=False
+    ):
         if (module := name.removesuffix(".weight")).endswith(LINEARS):
             out, inn = p.shape
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, inn) / inn**0.5
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, rank) * 0.02
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEARS)}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(LINEARS),
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
@@ -71,16 +104,23 @@ def measure(label: str, model: Path, work: Path) -> None:
     done = watch("from lorafold.merge.run import merge", WORK, *work_of)
     bound = 3 * largest + 300 * 10**6
     row = {
-        "model": label, "weight_bytes": sum(e.size for e in entries), "largest_tensor_fp32_bytes": largest,
-        "peak_anonymous_bytes": done.anonymous, "bound_bytes": bound, "within_bound": done.anonymous <= bound,
-        "seconds": round(done.seconds, 1), "update_survival": round(float(done.output), 4),
-    }  # fmt: skip
+        "model": label,
+        "weight_bytes": sum(e.size for e in entries),
+        "largest_tensor_fp32_bytes": largest,
+        "peak_anonymous_bytes": done.anonymous,
+        "bound_bytes": bound,
+        "within_bound": done.anonymous <= bound,
+        "seconds": round(done.seconds, 1),
+        "update_survival": round(float(done.output), 4),
+    }
     print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights")
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights"
+    )
     gigabytes = parser.parse_args().gigabytes
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

@@ -1,9 +1,11 @@
-"""Training on an NF4 base beside the same on bf16: bytes held, and seconds a step, forward and backward. One JSON object a line.
+"""Training on an NF4 base beside the same on bf16: bytes held, and seconds a step, forward and
+backward. One JSON object a line.
 
     python benchmarks/nf4_training.py [--rounds 15]
 
-The embedded model, LoRA of rank 16 on every linear of the blocks. Both models are in one process and take their steps in turn; speeds are
-medians of what is measured in each turn, and of their ratios. Shapes: the quickstart's batch, and rows packed to 1024 tokens.
+The embedded model, LoRA of rank 16 on every linear of the blocks. Both models are in one process
+and take their steps in turn; speeds are medians of what is measured in each turn, and of their
+ratios. Shapes: the quickstart's batch, and rows packed to 1024 tokens.
 """
 
 import argparse
@@ -51,7 +53,9 @@ def batches(tokenizer: object) -> dict[str, list[Example]]:
     return {"4 rows": examples[:4], "1024 tokens": long}
 
 
-def in_turn(losses: dict[str, Completions], examples: list[Example], rounds: int) -> dict[str, list[float]]:
+def in_turn(
+    losses: dict[str, Completions], examples: list[Example], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each forward and backward, by base; two turns warm up."""
     times: dict[str, list[float]] = {base: [] for base in losses}
     for turn in range(rounds + 2):
@@ -73,17 +77,40 @@ def main() -> None:
     keep_freed_blocks()
     inside = match(models["bf16"], "all-linear", is_linear).paths
     (matrices, everything), (packed, whole) = (held(model, inside) for model in models.values())
-    print(json.dumps({"linears_bytes": packed, "of_bf16": packed / matrices, "model_bytes": whole, "model_of_bf16": whole / everything}))
+    print(
+        json.dumps(
+            {
+                "linears_bytes": packed,
+                "of_bf16": packed / matrices,
+                "model_bytes": whole,
+                "model_of_bf16": whole / everything,
+            }
+        )
+    )
     for dropout in (0.05, 0.0):
         adapters = [lf.attach(model, lf.LoRA(dropout=dropout)) for model in models.values()]
         with ExitStack() as stack:
             quiet = Console(quiet=True)
-            losses = {b: stack.enter_context(Sft().loss(model, tokenizer, True, quiet)) for b, model in models.items()}
+            losses = {
+                b: stack.enter_context(Sft().loss(model, tokenizer, True, quiet))
+                for b, model in models.items()
+            }
             for shape, examples in shapes.items():
                 times, tokens = in_turn(losses, examples, rounds), sum(len(e.ids) for e in examples)
-                speeds = {f"{base}_tokens_per_second": round(tokens / statistics.median(t), 1) for base, t in times.items()}
-                ratio = statistics.median(b / n for b, n in zip(times["bf16"], times["nf4"], strict=True))
-                row = {"shape": shape, "tokens": tokens, "dropout": dropout, **speeds, "nf4_over_bf16": round(ratio, 3)}
+                speeds = {
+                    f"{base}_tokens_per_second": round(tokens / statistics.median(t), 1)
+                    for base, t in times.items()
+                }
+                ratio = statistics.median(
+                    b / n for b, n in zip(times["bf16"], times["nf4"], strict=True)
+                )
+                row = {
+                    "shape": shape,
+                    "tokens": tokens,
+                    "dropout": dropout,
+                    **speeds,
+                    "nf4_over_bf16": round(ratio, 3),
+                }
                 print(json.dumps(row), flush=True)
         for adapter in adapters:
             adapter.detach()

@@ -1,11 +1,15 @@
-"""A training step of lorafold beside the same of PEFT, as their users run them: seconds, share of the floor, peak memory.
+"""A training step of lorafold beside the same of PEFT, as their users run them: seconds, share of
+the floor, peak memory.
 
-    python benchmarks/peers.py [--rounds 9] [--settings lora-dropout,nf4] [--batch 4] [--length 256] [--rank 16]
+    python benchmarks/peers.py [--rounds 9] [--settings lora-dropout,nf4] [--batch 4] [--length 256]
+    [--rank 16]
 
-The embedded model, rank 16 on every linear of the blocks, AdamW, every token labelled. Each side is a process of its own and the two take
-their steps in turn; figures are medians, ratios those of each turn. The floor is two passes of the linears and two products of the head at
-the speed of a large product, in bf16 or fp32, whichever the machine is faster with, measured after each of lorafold's steps. Peak memory is
-all that the process is resident in. One JSON object a line, then the table, which is also written to results/peers.md. Linux only.
+The embedded model, rank 16 on every linear of the blocks, AdamW, every token labelled. Each side is
+a process of its own and the two take their steps in turn; figures are medians, ratios those of each
+turn. The floor is two passes of the linears and two products of the head at the speed of a large
+product, in bf16 or fp32, whichever the machine is faster with, measured after each of lorafold's
+steps. Peak memory is all that the process is resident in. One JSON object a line, then the table,
+which is also written to results/peers.md. Linux only.
 """
 
 import argparse
@@ -21,9 +25,13 @@ from lorafold.core.targets import match
 from lorafold.io.models import load_model
 
 SETTINGS = {
-    "lora-dropout": {"dropout": 0.05}, "lora": {}, "dora-dropout": {"dropout": 0.05, "dora": True}, "dora": {"dora": True},
-    "nf4-dropout": {"dropout": 0.05, "quantization": "nf4"}, "nf4": {"quantization": "nf4"},
-}  # fmt: skip
+    "lora-dropout": {"dropout": 0.05},
+    "lora": {},
+    "dora-dropout": {"dropout": 0.05, "dora": True},
+    "dora": {"dora": True},
+    "nf4-dropout": {"dropout": 0.05, "quantization": "nf4"},
+    "nf4": {"quantization": "nf4"},
+}
 WARM_UP = 2
 PARTS = ("forward", "backward", "optimizer")
 
@@ -31,7 +39,10 @@ PARTS = ("forward", "backward", "optimizer")
 def floor_flop(tokens: int) -> float:
     """2 passes of the linears; of the frozen head, logits and the gradient of what enters it."""
     model = load_model("smollm2", torch.bfloat16)
-    linears = sum(torch.Size(layer_of(model.get_submodule(p)).shape).numel() for p in match(model, "all-linear", is_linear).paths)
+    linears = sum(
+        torch.Size(layer_of(model.get_submodule(p)).shape).numel()
+        for p in match(model, "all-linear", is_linear).paths
+    )
     return 4.0 * tokens * (linears + model.get_output_embeddings().weight.numel())
 
 
@@ -47,22 +58,33 @@ def in_turn(workers: dict[str, Worker], rounds: int) -> dict[str, list[Step]]:
 
 
 def compare(case: Case, rounds: int, flop: float) -> dict:
-    """Figures of both sides, and their ratios: times as fast, and lorafold's share of the other's peak."""
+    """Figures of both sides, and their ratios: times as fast, and lorafold's share of the other's
+    peak.
+    """
     with Worker("lorafold", case) as ours, Worker("peft", case) as peft:
         steps = in_turn({"lorafold": ours, "peft": peft}, rounds)
     rate = statistics.median(step.gemm for step in steps["lorafold"])
     row: dict = {
-        "over_peft": round(statistics.median(b.seconds / a.seconds for a, b in zip(steps["lorafold"], steps["peft"], strict=True)), 2),
+        "over_peft": round(
+            statistics.median(
+                b.seconds / a.seconds for a, b in zip(steps["lorafold"], steps["peft"], strict=True)
+            ),
+            2,
+        ),
         "memory_over_peft": round(steps["lorafold"][-1].peak / steps["peft"][-1].peak, 2),
         "gemm_gflops": round(rate / 1e9),
     }
     for peer, taken in steps.items():
         whole = statistics.median(step.seconds for step in taken)
         row[peer] = {
-            "tokens_per_second": round(case.batch * case.length / whole, 1), "of_floor": round(flop / rate / whole, 3),
-            **{part: round(statistics.median(getattr(step, part) for step in taken), 3) for part in PARTS},
+            "tokens_per_second": round(case.batch * case.length / whole, 1),
+            "of_floor": round(flop / rate / whole, 3),
+            **{
+                part: round(statistics.median(getattr(step, part) for step in taken), 3)
+                for part in PARTS
+            },
             "peak_bytes": taken[-1].peak,
-        }  # fmt: skip
+        }
     return row
 
 
@@ -70,10 +92,15 @@ def figures(row: dict) -> dict[str, object]:
     """The columns that people read."""
     ours, peft = row["lorafold"], row["peft"]
     return {
-        "tokens/s": f"{ours['tokens_per_second']:.0f}", "PEFT": f"{peft['tokens_per_second']:.0f}", "times as fast": row["over_peft"],
-        "of the floor": f"{ours['of_floor']:.0%}", "PEFT's share": f"{peft['of_floor']:.0%}",
-        "peak GB": f"{ours['peak_bytes'] / 1e9:.2f}", "PEFT's peak": f"{peft['peak_bytes'] / 1e9:.2f}", "ratio": row["memory_over_peft"],
-    }  # fmt: skip
+        "tokens/s": f"{ours['tokens_per_second']:.0f}",
+        "PEFT": f"{peft['tokens_per_second']:.0f}",
+        "times as fast": row["over_peft"],
+        "of the floor": f"{ours['of_floor']:.0%}",
+        "PEFT's share": f"{peft['of_floor']:.0%}",
+        "peak GB": f"{ours['peak_bytes'] / 1e9:.2f}",
+        "PEFT's peak": f"{peft['peak_bytes'] / 1e9:.2f}",
+        "ratio": row["memory_over_peft"],
+    }
 
 
 def split(side: dict) -> str:
@@ -81,8 +108,12 @@ def split(side: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="which of them, separated by commas")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--settings", default=",".join(SETTINGS), help="which of them, separated by commas"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each that count")
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
@@ -91,9 +122,18 @@ def main() -> None:
     flop = floor_flop(asked.batch * asked.length)
     table = []
     for name in asked.settings.split(","):
-        row = compare(Case(asked.batch, asked.length, asked.rank, **SETTINGS[name]), asked.rounds, flop)
+        row = compare(
+            Case(asked.batch, asked.length, asked.rank, **SETTINGS[name]), asked.rounds, flop
+        )
         print(json.dumps({"setting": name, **row}), flush=True)
-        table.append({"setting": name, **figures(row), "step (ms)": split(row["lorafold"]), "PEFT's step": split(row["peft"])})
+        table.append(
+            {
+                "setting": name,
+                **figures(row),
+                "step (ms)": split(row["lorafold"]),
+                "PEFT's step": split(row["peft"]),
+            }
+        )
     keep("peers", table)
 
 

@@ -1,8 +1,11 @@
-"""What the tests share: no network, one thread, the embedded model, and tiny random models of four families.
+"""What the tests share: no network, one thread, the embedded model, and tiny random models of four
+families.
 
-    tiny_model_dir("llama")      a directory in Hugging Face's format: config, fp32 weights, tokenizer with a chat template
+    tiny_model_dir("llama")      a directory in Hugging Face's format: config, fp32 weights,
+                                 tokenizer with a chat template
     tiny_model("gpt2")           the model in it, freshly loaded, in evaluation mode
-    smollm2                      the directory of the embedded model (unpacked on first use: half a minute)
+    smollm2                      the directory of the embedded model (unpacked on first use: half a
+                                 minute)
 """
 
 import os
@@ -19,11 +22,23 @@ from typing import Any
 import pytest
 
 SIZE: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "max_position_embeddings": 512,
-}  # fmt: skip
-WIDE: dict[str, Any] = SIZE | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows of whole NF4 blocks
-GPT2_SIZE: dict[str, Any] = {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+# rows of whole NF4 blocks
+WIDE: dict[str, Any] = SIZE | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+GPT2_SIZE: dict[str, Any] = {
+    "n_embd": 32,
+    "n_inner": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+}
 
 CORPUS = [
     "Book a table for four at the Copper Lantern on Friday at eight in the evening.",
@@ -38,7 +53,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer():
-    """A byte-level BPE tokenizer of 300 tokens, learned from CORPUS, with <|im_end|> as end and <|endoftext|> as padding."""
+    """A byte-level BPE tokenizer of 300 tokens, learned from CORPUS, with <|im_end|> as end and
+    <|endoftext|> as padding.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,17 +64,25 @@ def make_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE, model_max_length=512
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
     )
 
 
 def make_config(kind: str, **tokens: int):
-    """llama: untied head · qwen2: biases in attention · gemma: tied, scaled embeddings · gpt2: Conv1D, tied, learned positions.
+    """llama: untied head · qwen2: biases in attention · gemma: tied, scaled embeddings · gpt2:
+    Conv1D, tied, learned positions.
 
-    Packed bases leave rows alone that are no whole blocks: llama-wide and gpt2-wide have such as are.
+    Packed bases leave rows alone that are no whole blocks: llama-wide and gpt2-wide have such as
+    are.
     """
     from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config
 
@@ -73,13 +98,18 @@ def make_config(kind: str, **tokens: int):
 
 
 def make_model_dir(kind: str, path: Path) -> Path:
-    """Write a random model of that kind, the same each time, to `path`. Biases are drawn too: zeros would hide a lost bias."""
+    """Write a random model of that kind, the same each time, to `path`.
+
+    Biases are drawn too: zeros would hide a lost bias.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     tokenizer = make_tokenizer()
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config = make_config(kind, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=padding)
+    config = make_config(
+        kind, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=padding
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -93,7 +123,10 @@ def make_model_dir(kind: str, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Callable[[str], Path]:
-    """Directory of the tiny random model of a kind (llama, qwen2, gemma, gpt2). Read only: all tests share it."""
+    """Directory of the tiny random model of a kind (llama, qwen2, gemma, gpt2).
+
+    Read only: all tests share it.
+    """
     return cache(lambda kind: make_model_dir(kind, tmp_path_factory.mktemp(kind)))
 
 

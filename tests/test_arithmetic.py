@@ -1,4 +1,6 @@
-"""16-bit products in fp32 arithmetic: rounded once, where the processor is faster at it, in every operation that multiplies."""
+"""16-bit products in fp32 arithmetic: rounded once, where the processor is faster at it, in every
+operation that multiplies.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-X, W, ONTO, DOWN, UP = random(T, IN, seed=0), random(OUT, IN, seed=1), random(T, OUT, seed=2), random(R, IN, seed=3), random(OUT, R, seed=4)
+X, W, ONTO, DOWN, UP = (
+    random(T, IN, seed=0),
+    random(OUT, IN, seed=1),
+    random(T, OUT, seed=2),
+    random(R, IN, seed=3),
+    random(OUT, R, seed=4),
+)
 Q, K, V = (random(T, heads, 8, seed=5 + heads) for heads in (4, 2, 1))
 TARGETS = torch.arange(T) % OUT
 WHERE = torch.arange(0, T * IN, 7, dtype=torch.int32)
@@ -42,14 +50,25 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "linear": ((X, W), linear),
     "frozen": ((X, ONTO), lambda x, onto: frozen_linear(x, onto, W.to)),
     "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
-    "low-rank": ((X, DOWN.float(), UP.float()), lambda x, down, up: low_rank_linear(x, W.to, down, up, scale=0.5)),
-    "low-rank-dropped": ((X, DOWN.float(), UP.float()),
-                         lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x), keep_scale(0.1))),
-    "attention": ((Q, K, V.expand(T, 2, 8)), lambda q, k, v: document_attention(q, k, v, Documents((T - 9, 9)), 0.3)),
+    "low-rank": (
+        (X, DOWN.float(), UP.float()),
+        lambda x, down, up: low_rank_linear(x, W.to, down, up, scale=0.5),
+    ),
+    "low-rank-dropped": (
+        (X, DOWN.float(), UP.float()),
+        lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x), keep_scale(0.1)),
+    ),
+    "attention": (
+        (Q, K, V.expand(T, 2, 8)),
+        lambda q, k, v: document_attention(q, k, v, Documents((T - 9, 9)), 0.3),
+    ),
     "head": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), None, 1.0, None) / T),
-    "head-biased": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0) / T),
+    "head-biased": (
+        (X,),
+        lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0) / T,
+    ),
     "layer": ((X,), lambda x: layer_of(plain(x.dtype))(x)),
-}  # fmt: skip
+}
 
 
 class Products(TorchDispatchMode):
@@ -60,7 +79,12 @@ class Products(TorchDispatchMode):
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket._qualified_op_name.removeprefix("aten::").rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
+        if func.overloadpacket._qualified_op_name.removeprefix("aten::").rstrip("_") in (
+            "mm",
+            "addmm",
+            "bmm",
+            "baddbmm",
+        ):
             self.dtypes.add(args[-1].dtype)
         return func(*args, **(kwargs or {}))
 
@@ -74,7 +98,9 @@ def plain(dtype: torch.dtype) -> nn.Linear:
 
 def run(op: str, dtype: torch.dtype) -> list[Tensor]:
     given, call = OPS[op]
-    inputs = [z.detach().to(dtype if dtype is torch.float64 else z.dtype).requires_grad_() for z in given]
+    inputs = [
+        z.detach().to(dtype if dtype is torch.float64 else z.dtype).requires_grad_() for z in given
+    ]
     y = call(*inputs)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype))
     return [y.detach(), *(z.grad for z in inputs)]  # type: ignore[list-item]
@@ -83,7 +109,8 @@ def run(op: str, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("op", OPS)
 def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "SLAB", 16 * IN)  # three runs of W's rows
-    monkeypatch.setattr(head_module, "CHUNK", T - 10)  # the last chunk is too short to be widened for its own sake
+    # the last chunk is too short to be widened for its own sake
+    monkeypatch.setattr(head_module, "CHUNK", T - 10)
     truth = run(op, torch.float64)
     found = {}
     for pays, dtype in ((False, torch.bfloat16), (True, torch.float32)):
@@ -100,10 +127,16 @@ def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_only_16_bit_products_of_many_rows_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "widening_pays", lambda dtype: True)
-    wide = {dtype: arithmetic(X.to(dtype)) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+    wide = {
+        dtype: arithmetic(X.to(dtype))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    }
     assert wide == {
-        torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64,
-    }  # fmt: skip
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float32,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
     assert arithmetic(X[: ROWS - 1]) is torch.bfloat16
     assert arithmetic(X.unflatten(0, (2, -1))) is torch.float32
     assert arithmetic(X.to("meta")) is torch.bfloat16
@@ -112,7 +145,13 @@ def test_only_16_bit_products_of_many_rows_are_widened(monkeypatch: pytest.Monke
 # flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
 PROCESSORS = {
     "amd": ("AuthenticAMD avx512_bf16", False, True, False, True),
-    "intel-amx": ("GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16", True, True, False, False),
+    "intel-amx": (
+        "GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16",
+        True,
+        True,
+        False,
+        False,
+    ),
     "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
     "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),
 }
@@ -126,7 +165,9 @@ def test_what_pays_follows_from_the_processor(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(module.Path, "exists", lambda path: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    assert [module.widening_pays.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16)] == expected
+    assert [
+        module.widening_pays.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16)
+    ] == expected
 
 
 def test_other_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,10 @@ def test_a_directory_appears_whole_with_a_manifest_that_holds(tmp_path):
         assert not (tmp_path / "a" / "out").exists()
     assert os.listdir(tmp_path / "a") == ["out"]
     entry = json.loads((tmp_path / "a" / "out" / MANIFEST).read_text())["files"]["weights"]
-    assert entry == {"sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", "size": 3}
+    assert entry == {
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "size": 3,
+    }
     assert verify(tmp_path / "a" / "out") == []
 
 
@@ -69,7 +72,10 @@ def test_verify_names_every_file_that_differs(tmp_path):
     (out / "weights").write_text("abd")
     (out / "added").write_text("does not count")
     (out / "nested" / "more").write_text("a")
-    assert verify(out) == ["nested/more: 1 bytes, expected 6", "weights: content differs from the manifest"]
+    assert verify(out) == [
+        "nested/more: 1 bytes, expected 6",
+        "weights: content differs from the manifest",
+    ]
     (out / "weights").unlink()
     assert "weights: missing" in verify(out)
     (out / MANIFEST).write_text("[]")
@@ -88,7 +94,10 @@ def test_a_failure_leaves_nothing(tmp_path, error):
 def test_what_exists_is_refused_before_any_work(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
-    with pytest.raises(LorafoldError, match=r"out exists; pass --overwrite to replace it$"), atomic_directory(out):
+    with (
+        pytest.raises(LorafoldError, match=r"out exists; pass --overwrite to replace it$"),
+        atomic_directory(out),
+    ):
         pytest.fail("the block must not run")
     assert (out / "weights").read_text() == "old"
 
@@ -131,7 +140,9 @@ def test_a_path_taken_during_the_work_is_left_alone(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(LorafoldError, match="out was not written: No space left on device") as caught:
+    with pytest.raises(
+        LorafoldError, match="out was not written: No space left on device"
+    ) as caught:
         fill_the_disk(tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
@@ -149,14 +160,18 @@ try:
 except LorafoldError as error:
     print(error)
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert told.count("\n") == 1
     assert "out was not written: " in told
     assert "File too large" in told
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_process_leaves_nothing_at_the_path_and_its_leftover_goes_with_the_next_attempt(tmp_path):
+def test_a_killed_process_leaves_nothing_at_the_path_and_its_leftover_goes_with_the_next_attempt(
+    tmp_path,
+):
     out = tmp_path / "out"
     code = f"""
 import time
@@ -189,14 +204,20 @@ def test_a_process_killed_between_its_two_renames_loses_nothing(tmp_path):
 
 def test_leftovers_of_others_stay(tmp_path):
     out = tmp_path / "out"
-    kept = {leftover(out, os.getpid(), "partial"), leftover(tmp_path / "out.run", dead_pid(), "partial")}
+    kept = {
+        leftover(out, os.getpid(), "partial"),
+        leftover(tmp_path / "out.run", dead_pid(), "partial"),
+    }
     write(out, "x")
     assert set(tmp_path.iterdir()) == {out, *kept}
 
 
 def test_json_is_replaced_in_one_step(tmp_path):
     write_json(tmp_path / "a.json", {"name": "Zoë", "x": [1, 2.5]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "Zoë", "x": [1, 2.5]}
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
+        "name": "Zoë",
+        "x": [1, 2.5],
+    }
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     with pytest.raises(LorafoldError, match=r"b\.json was not written: No such file or directory"):

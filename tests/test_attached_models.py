@@ -31,9 +31,16 @@ def test_all_linear_leaves_head_and_embeddings_alone(kind: str, tiny_model) -> N
 
 def test_falcons_own_linear_class_is_a_linear() -> None:
     torch.manual_seed(0)
-    model = FalconForCausalLM(FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()
+    model = FalconForCausalLM(
+        FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ).eval()
     adapter = moved(model)
-    assert {path.rpartition(".")[2] for path in adapter.sites} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert {path.rpartition(".")[2] for path in adapter.sites} == {
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
     with torch.no_grad():
         y = model(IDS).logits
         adapter.merge()
@@ -46,7 +53,9 @@ def test_generate_merge_and_save(kind: str, tiny_model, tmp_path: Path) -> None:
     bare = model(IDS).logits
     adapter = moved(model)
     logits = model(IDS).logits
-    answer = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False)
+    answer = model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False
+    )
     model.save_pretrained(tmp_path / "base")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert type(plain).__name__ == type(model).__name__
@@ -55,7 +64,10 @@ def test_generate_merge_and_save(kind: str, tiny_model, tmp_path: Path) -> None:
         assert torch.equal(model(IDS).logits, bare)
     adapter.merge()
     assert (model(IDS).logits - logits).norm() <= 1e-5 * logits.norm()
-    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False), answer)
+    assert torch.equal(
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False),
+        answer,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +95,12 @@ def test_compiles_whole(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     moved(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        compiled(IDS, use_cache=False).logits,
+        model(IDS, use_cache=False).logits,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_embedding_tied_to_the_head_is_untied_on_request(tiny_model, tmp_path: Path) -> None:
@@ -103,7 +120,11 @@ def test_trained_biases_and_modules_to_save_are_deltas_too(tiny_model) -> None:
     bare = model(IDS).logits
     adapter = moved(model, bias="lora_only", modules_to_save=["lm_head", "norm"])
     logits = model(IDS).logits
-    assert {type(d).__name__ for _, d in adapter.parts()} == {"LoRADelta", "BiasDelta", "ReplaceDelta"}
+    assert {type(d).__name__ for _, d in adapter.parts()} == {
+        "LoRADelta",
+        "BiasDelta",
+        "ReplaceDelta",
+    }
     with lf.only(model):
         assert torch.equal(model(IDS).logits, bare)
     adapter.merge(untie_weights=True)

@@ -1,6 +1,8 @@
-"""Gradient checkpointing changes memory and nothing else: for every method the same loss and the same gradients, bit for bit.
+"""Gradient checkpointing changes memory and nothing else: for every method the same loss and the
+same gradients, bit for bit.
 
-The path is that of a run: its objective, its batches, the method's own preparation and penalty, dropout where the method has some.
+The path is that of a run: its objective, its batches, the method's own preparation and penalty,
+dropout where the method has some.
 """
 
 from __future__ import annotations
@@ -28,8 +30,14 @@ from lorafold.train.objectives import Sft
 from lorafold.train.recipe import Recipe
 from lorafold.train.run import Request, sample_losses, train
 
-ROWS = [{"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'} for n in range(6)]
-OPTIONS: dict[str, dict[str, Any]] = {"lt-sft": {"dense_steps": 2, "density": 0.05}, "fish": {"samples": 3, "density": 0.05}}
+ROWS = [
+    {"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'}
+    for n in range(6)
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lt-sft": {"dense_steps": 2, "density": 0.05},
+    "fish": {"samples": 3, "density": 0.05},
+}
 SEED = 3
 
 
@@ -38,14 +46,25 @@ def quiet() -> Console:
 
 
 def options_of(method: str) -> dict[str, Any]:
-    return OPTIONS.get(method, {}) | ({"dropout": 0.3} if "dropout" in known_options(method) else {})
+    return OPTIONS.get(method, {}) | (
+        {"dropout": 0.3} if "dropout" in known_options(method) else {}
+    )
 
 
 class Step:
-    """One step's loss and gradients; `runs`, how often the first block ran; `random`, the generator's state after it."""
+    """One step's loss and gradients; `runs`, how often the first block ran; `random`, the
+    generator's state after it.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, method: str, packing: bool, checkpointed: bool, seed: int = SEED, targets: Any = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        method: str,
+        packing: bool,
+        checkpointed: bool,
+        seed: int = SEED,
+        targets: Any = None,
     ) -> None:
         torch.manual_seed(SEED)
         data = encode(ROWS, tokenizer, 64)
@@ -54,7 +73,9 @@ class Step:
             recompute(model)
         with Sft().loss(model, tokenizer, packing, quiet()) as loss:
             assert loss.packed is packing
-            adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, data, Recipe(batch=3)))
+            adapter.spec.prepare(
+                adapter.own_deltas, partial(sample_losses, loss, data, Recipe(batch=3))
+            )
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
                 for p in adapter.parameters():
@@ -66,15 +87,21 @@ class Step:
             total = loss(**loss.collate(data.examples, torch.device("cpu"))) / 10 + penalty(adapter)
             total.backward()
         self.loss, self.random = total.detach(), torch.get_rng_state()
-        self.grads: dict[str, Tensor] = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
-        self.missing = [name for name, p in adapter.named_parameters() if p.numel() and p.grad is None]
+        self.grads: dict[str, Tensor] = {
+            name: p.grad for name, p in adapter.named_parameters() if p.grad is not None
+        }
+        self.missing = [
+            name for name, p in adapter.named_parameters() if p.numel() and p.grad is None
+        ]
 
     def count(self, *_: object) -> None:
         self.runs += 1
 
 
 def first_linear(model: nn.Module) -> nn.Module:
-    """The first linear of the first block: a replay that has all it needs stops before a block's last ones."""
+    """The first linear of the first block: a replay that has all it needs stops before a block's
+    last ones.
+    """
     return next(m for name, m in model.named_modules() if name.endswith(("q_proj", "c_attn")))
 
 
@@ -83,15 +110,22 @@ def assert_same(plain: Step, checkpointed: Step) -> None:
     assert torch.equal(checkpointed.loss, plain.loss)
     assert plain.missing == checkpointed.missing == []
     assert any(g.any() for g in plain.grads.values())
-    assert [name for name, g in plain.grads.items() if not torch.equal(checkpointed.grads[name], g)] == []
-    assert torch.equal(checkpointed.random, plain.random)  # the next step draws what it would have drawn
+    assert [
+        name for name, g in plain.grads.items() if not torch.equal(checkpointed.grads[name], g)
+    ] == []
+    # the next step draws what it would have drawn
+    assert torch.equal(checkpointed.random, plain.random)
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_the_same_loss_and_gradients(method: str, packing: bool, tiny_model, tiny_model_dir) -> None:
+def test_every_method_has_the_same_loss_and_gradients(
+    method: str, packing: bool, tiny_model, tiny_model_dir
+) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
-    plain, checkpointed = (Step(tiny_model("llama"), tokenizer, method, packing, on) for on in (False, True))
+    plain, checkpointed = (
+        Step(tiny_model("llama"), tokenizer, method, packing, on) for on in (False, True)
+    )
     assert_same(plain, checkpointed)
     if "dropout" in known_options(method):
         other = Step(tiny_model("llama"), tokenizer, method, packing, False, seed=SEED + 1)
@@ -103,18 +137,25 @@ def test_every_method_has_the_same_loss_and_gradients(method: str, packing: bool
 @pytest.mark.parametrize("method", METHODS)
 def test_so_it_is_over_a_bf16_base(method: str, tiny_model, tiny_model_dir) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
-    assert_same(*(Step(tiny_model("llama").bfloat16(), tokenizer, method, True, on) for on in (False, True)))
+    assert_same(
+        *(Step(tiny_model("llama").bfloat16(), tokenizer, method, True, on) for on in (False, True))
+    )
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["gpt2", "gemma", "qwen2"])
-def test_the_models_own_dropout_is_replayed_too(kind: str, packing: bool, tiny_model, tiny_model_dir) -> None:
-    tokenizer = load_tokenizer(tiny_model_dir(kind))  # gpt2 has dropout everywhere; in the others it is switched on in attention
+def test_the_models_own_dropout_is_replayed_too(
+    kind: str, packing: bool, tiny_model, tiny_model_dir
+) -> None:
+    # gpt2 has dropout everywhere; in the others it is switched on in attention
+    tokenizer = load_tokenizer(tiny_model_dir(kind))
 
     def step(on: bool) -> Step:
         model = tiny_model(kind)
         for module in model.modules():
-            if hasattr(module, "attention_dropout") and not isinstance(module.attention_dropout, nn.Module):
+            if hasattr(module, "attention_dropout") and not isinstance(
+                module.attention_dropout, nn.Module
+            ):
                 module.attention_dropout = 0.2
         return Step(model, tokenizer, "lora", packing, on)
 
@@ -123,15 +164,29 @@ def test_the_models_own_dropout_is_replayed_too(kind: str, packing: bool, tiny_m
 
 
 def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> None:
-    labelled = [{"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"} for n in range(8)]
+    labelled = [
+        {"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"}
+        for n in range(8)
+    ]
     for objective, rows in {"sft": ROWS, "classify": labelled}.items():
         found = []
         for on in (False, True):
             recipe = Recipe(
-                objective=objective, steps=4, batch=4, accumulate=2, base="fp32", lr=1e-2, lr_b=5e-2, dropout=0.3, gradient_checkpointing=on
-            )  # fmt: skip
+                objective=objective,
+                steps=4,
+                batch=4,
+                accumulate=2,
+                base="fp32",
+                lr=1e-2,
+                lr_b=5e-2,
+                dropout=0.3,
+                gradient_checkpointing=on,
+            )
             out = tmp_path / f"{objective}-{on}"
-            train(Request(str(tiny_model_dir("llama")), out, recipe, rows, "rows", device="cpu"), quiet())
+            train(
+                Request(str(tiny_model_dir("llama")), out, recipe, rows, "rows", device="cpu"),
+                quiet(),
+            )
             found.append((out / "adapter_model.safetensors").read_bytes())
         assert found[0] == found[1]
 
@@ -139,33 +194,82 @@ def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> Non
 def test_frozen_blocks_below_the_lowest_trained_one_run_once(tiny_model, tiny_model_dir) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     plain, checkpointed = (
-        Step(tiny_model("llama"), tokenizer, "lora", True, on, targets=[r"model.layers.1.mlp.down_proj"]) for on in (False, True)
+        Step(
+            tiny_model("llama"),
+            tokenizer,
+            "lora",
+            True,
+            on,
+            targets=[r"model.layers.1.mlp.down_proj"],
+        )
+        for on in (False, True)
     )
     assert_same(plain, checkpointed)
     assert checkpointed.runs == plain.runs
 
 
-def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(tiny_model_dir, tmp_path: Path) -> None:
+def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
+    tiny_model_dir, tmp_path: Path
+) -> None:
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
-    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    config = OpenAIGPTConfig(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
     OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     recipe = Recipe(base="fp32", gradient_checkpointing=True, targets=["c_attn"])
-    with pytest.raises(LorafoldError, match=r"^gradient_checkpointing: found on, expected off for this model: OpenAIGPTLMHeadModel does"):
-        train(Request(str(tmp_path / "model"), tmp_path / "a", recipe, ROWS, "rows", device="cpu"), quiet())
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"^gradient_checkpointing: found on, expected off for this model: OpenAIGPTLMHeadModel"
+            r" does"
+        ),
+    ):
+        train(
+            Request(str(tmp_path / "model"), tmp_path / "a", recipe, ROWS, "rows", device="cpu"),
+            quiet(),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_command_takes_it_and_the_optimizer_as_words(tiny_model_dir, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [sys.executable, "-m", "lorafold", "train", "--model", str(tiny_model_dir("llama")), "--data", str(data), "--out",
-               str(tmp_path / "a"), "--base", "fp32", "--device", "cpu", "--set", "steps=2", "--set", "rank=64",
-               "--gradient-checkpointing", "on", "--optimizer", "paged-adamw8bit", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lorafold",
+        "train",
+        "--model",
+        str(tiny_model_dir("llama")),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "a"),
+        "--base",
+        "fp32",
+        "--device",
+        "cpu",
+        "--set",
+        "steps=2",
+        "--set",
+        "rank=64",
+        "--gradient-checkpointing",
+        "on",
+        "--optimizer",
+        "paged-adamw8bit",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stderr.splitlines() if "paged" in line or "Warning" in line or "kernels" in line]
-    assert lines == ["optimizer: paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"]
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if "paged" in line or "Warning" in line or "kernels" in line
+    ]
+    assert lines == [
+        "optimizer: paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"
+    ]
     recipe = json.loads((tmp_path / "a" / "lorafold.json").read_text())["recipe"]
     assert (recipe["optimizer"], recipe["gradient_checkpointing"]) == ("paged-adamw8bit", True)

@@ -1,4 +1,6 @@
-"""The command's frame: quick help, one line for what the user can put right, exit codes, and clean output."""
+"""The command's frame: quick help, one line for what the user can put right, exit codes, and clean
+output.
+"""
 
 import importlib
 import json
@@ -14,11 +16,25 @@ import pytest
 from lorafold.cli import COMMANDS
 from lorafold.cli.common import emit
 
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors", "huggingface_hub"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "huggingface_hub",
+}
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "lorafold", *arguments], capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "lorafold", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
 
 
 def refused(*arguments: str) -> str:
@@ -43,7 +59,9 @@ def test_help_lists_every_command_in_under_half_a_second():
     assert run().stdout == done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
 def test_no_help_imports_anything_heavy(arguments):
     code = f"""
 import sys
@@ -84,7 +102,10 @@ def test_the_version_is_the_package_s():
         (["--no-such-option"], "No such option: --no-such-option; see lorafold --help"),
         (["train", "--no-such-option"], "see lorafold train --help"),
         (["train"], "Missing option '--data'; see lorafold train --help"),
-        (["train", "--data", "rows.jsonl", "--out", "out", "--seed", "many"], "see lorafold train --help"),
+        (
+            ["train", "--data", "rows.jsonl", "--out", "out", "--seed", "many"],
+            "see lorafold train --help",
+        ),
         (["train", "--data", "no-such-file.jsonl", "--out", "out"], "no-such-file.jsonl"),
         (["train", "--data", "no-such-file.jsonl", "--out", "out", "--set", "rnak=8"], "rnak"),
     ],
@@ -103,13 +124,21 @@ def test_what_the_system_refuses_is_one_line(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_finds_no_room_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "lorafold", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "lorafold", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert done.stderr.splitlines()[0] == "error: No space left on device"
     assert done.returncode == 2
 
 
 def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
-    """A descriptor that keeps `reader` waiting for lines, from the moment that it reads the pipe."""
+    """A descriptor that keeps `reader` waiting for lines, from the moment that it reads the
+    pipe.
+    """
     while reader.poll() is None:
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
@@ -122,13 +151,25 @@ def test_ctrl_c_ends_with_130(tmp_path):
     rows = tmp_path / "rows.jsonl"
     os.mkfifo(rows)
     child = subprocess.Popen(
-        [sys.executable, "-m", "lorafold", "train", "--data", str(rows), "--out", str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-m",
+            "lorafold",
+            "train",
+            "--data",
+            str(rows),
+            "--out",
+            str(tmp_path / "out"),
+        ],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background it is ignored
+        # where the tests run in the background it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waiting = open_once_read(rows, child)
-    for _ in range(6):  # a signal that comes just before the read begins is noticed only when the next one breaks it off
+    # a signal that comes just before the read begins is noticed only when the next one breaks it
+    # off
+    for _ in range(6):
         child.send_signal(signal.SIGINT)
         try:
             child.wait(timeout=10)

@@ -1,4 +1,6 @@
-"""Combinators: what a mixture, a batch of many tenants and a bank compute, each against the deltas alone."""
+"""Combinators: what a mixture, a batch of many tenants and a bank compute, each against the deltas
+alone.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_a_mixture_is_its_formula_and_folds() -> None:
     deltas = many(module)[:3]
     mix = Mix(deltas, gates)
     y = module(X)
-    expected = y + sum(g * (under(module, copy.deepcopy(d))(X) - y) for g, d in zip(gates, deltas, strict=True))
+    expected = y + sum(
+        g * (under(module, copy.deepcopy(d))(X) - y) for g, d in zip(gates, deltas, strict=True)
+    )
     torch.testing.assert_close(under(module, mix)(X), expected)
     w, b = mix.fold(module.weight, module.bias)
     torch.testing.assert_close(nn.functional.linear(X, w, b), expected)
@@ -82,7 +86,9 @@ def test_a_mixture_of_low_rank_deltas_is_one_of_their_summed_rank() -> None:
     module, gates = base(), torch.tensor([0.7, -0.4])
     deltas = [low_rank(module, 2, 1), low_rank(module, 3, 2)]
     y = module(X)
-    expected = y + sum(g * (under(module, copy.deepcopy(d))(X) - y) for g, d in zip(gates, deltas, strict=True))
+    expected = y + sum(
+        g * (under(module, copy.deepcopy(d))(X) - y) for g, d in zip(gates, deltas, strict=True)
+    )
     torch.testing.assert_close(under(module, Mix(deltas, gates))(X), expected)
     narrow, twins = copy.deepcopy(module).bfloat16(), copy.deepcopy(deltas)
     for d in twins:
@@ -92,7 +98,8 @@ def test_a_mixture_of_low_rank_deltas_is_one_of_their_summed_rank() -> None:
     bare = nn.functional.linear(X.bfloat16().double(), narrow.weight.double(), narrow.bias.double())
     kept = under(narrow, Mix(twins, gates))(X.bfloat16()).double() - bare
     once = (bare + change).bfloat16().double() - bare
-    # no worse than rounding the exact sum, but for one unit in each of the two places where the exact path rounds too
+    # no worse than rounding the exact sum, but for one unit in each of the two places where the
+    # exact path rounds too
     assert (kept - change).norm() <= 3 * (once - change).norm()
 
 
@@ -102,7 +109,9 @@ def test_gates_and_deltas_of_a_mixture_learn() -> None:
     under(module, mix)(X).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in mix.parameters())
     shared = nn.Parameter(torch.ones(1))
-    assert Mix([low_rank(module, 2, 1)], shared).gates is Mix([low_rank(module, 2, 1)], shared).gates
+    assert (
+        Mix([low_rank(module, 2, 1)], shared).gates is Mix([low_rank(module, 2, 1)], shared).gates
+    )
 
 
 def test_an_opaque_member_makes_a_mixture_unmergeable() -> None:
@@ -129,13 +138,17 @@ def test_the_base_runs_once_under_rows() -> None:
             calls.append(len(x))
             return super().__call__(x, onto)
 
-    Rows([low_rank(module, 2, i) for i in range(3)], Slots(torch.tensor([0, 1, 2, 3, 1, 2])))(Counted(module), X)
+    Rows([low_rank(module, 2, i) for i in range(3)], Slots(torch.tensor([0, 1, 2, 3, 1, 2])))(
+        Counted(module), X
+    )
     assert calls == [BATCH]
 
 
 def test_rows_learn_each_from_its_own() -> None:
     module = base()
-    rows = Rows([low_rank(module, 2, 1), low_rank(module, 2, 2)], Slots(torch.tensor([0, 2, 2, 0, 2, 0])))
+    rows = Rows(
+        [low_rank(module, 2, 1), low_rank(module, 2, 2)], Slots(torch.tensor([0, 2, 2, 0, 2, 0]))
+    )
     under(module, rows)(X).square().sum().backward()
     first, second = rows.deltas
     assert all(p.grad is None for p in first.parameters())
@@ -143,15 +156,18 @@ def test_rows_learn_each_from_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "x"), [(base(), X), (base(bias=False), X), (base(), X[:, 0]), (nn.Embedding(IN, OUT), IDS)],
+    ("module", "x"),
+    [(base(), X), (base(bias=False), X), (base(), X[:, 0]), (nn.Embedding(IN, OUT), IDS)],
     ids=["linear", "no-bias", "no-time", "embedding"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3, 3, 1], [2, 2, 2, 2, 0, 0]])
 def test_a_bank_is_each_row_alone(module: nn.Module, x: torch.Tensor, slots: list[int]) -> None:
     deltas = [low_rank(module, rank, rank) for rank in (1, 4, 2)]
     alone = [module(x), *(under(module, copy.deepcopy(d))(x) for d in deltas)]
     bank = Bank(deltas, Slots(torch.tensor(slots)))
-    torch.testing.assert_close(under(module, bank)(x), torch.stack([alone[slot][b] for b, slot in enumerate(slots)]))
+    torch.testing.assert_close(
+        under(module, bank)(x), torch.stack([alone[slot][b] for b, slot in enumerate(slots)])
+    )
     assert bank.up.shape == (4, OUT, 4)
     assert bank.down.shape == (4, 4, IN)
 
@@ -172,7 +188,12 @@ def test_one_compiled_frame_serves_every_assignment(combinator: type[Delta]) -> 
 
 def test_slots_stay_shared_in_a_copy_of_the_model() -> None:
     module, slots = base(), Slots(torch.zeros(BATCH, dtype=torch.long))
-    both = nn.ModuleList([under(module, Rows([low_rank(module, 2, 1)], slots)), under(module, Bank([low_rank(module, 2, 2)], slots))])
+    both = nn.ModuleList(
+        [
+            under(module, Rows([low_rank(module, 2, 1)], slots)),
+            under(module, Bank([low_rank(module, 2, 2)], slots)),
+        ]
+    )
     twin = copy.deepcopy(both)
     twin[0][0].deltas["it"].slots.at = torch.ones(BATCH, dtype=torch.long)
     assert twin[0][0].deltas["it"].slots is twin[1][0].deltas["it"].slots
@@ -184,7 +205,13 @@ def test_parts_up_factors_and_penalties() -> None:
     module = base()
     deltas = many(module)
     stack = Stack(deltas)
-    assert [type(p).__name__ for p in stack.parts()] == ["LoRADelta", "BiasDelta", "LoRADelta", "BiasDelta", "BottleneckDelta"]
+    assert [type(p).__name__ for p in stack.parts()] == [
+        "LoRADelta",
+        "BiasDelta",
+        "LoRADelta",
+        "BiasDelta",
+        "BottleneckDelta",
+    ]
     mix, rows = Mix(deltas, torch.ones(4)), Rows(deltas, Slots(torch.zeros(1)))
     assert list(mix.parts()) == [mix]
     assert list(rows.parts()) == [rows]

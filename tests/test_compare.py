@@ -14,11 +14,15 @@ from lorafold.train.recipe import Recipe
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 
 
-RECIPE = Recipe(steps=3, batch=4, base="fp32", max_length=64, dropout=0.0)  # dropout is no option of full
+# dropout is no option of full
+RECIPE = Recipe(steps=3, batch=4, base="fp32", max_length=64, dropout=0.0)
 
 
 def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
-    texts = [{"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"} for n in range(12)]
+    texts = [
+        {"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"}
+        for n in range(12)
+    ]
     recipe = RECIPE.model_copy(update={"objective": "classify"})
     task = Task(str(tiny_model_dir("llama")), texts, texts[:4], "texts", recipe, "cpu")
     probe, lora = compare(task, ["linear-probe", "lora"], [0], tmp_path, lambda *_: None)
@@ -33,16 +37,27 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_methods_that_have_them() -> None:
-    recipe = Recipe(rank=4, dropout=0.1, rank_pattern={"q_proj": 8}, options={"init": "gaussian"}, steps=7)
+    recipe = Recipe(
+        rank=4, dropout=0.1, rank_pattern={"q_proj": 8}, options={"init": "gaussian"}, steps=7
+    )
     assert fitting(recipe, "lora") == recipe
-    assert (fitting(recipe, "dora").rank, fitting(recipe, "dora").options) == (4, {"init": "gaussian"})
+    assert (fitting(recipe, "dora").rank, fitting(recipe, "dora").options) == (
+        4,
+        {"init": "gaussian"},
+    )
     assert fitting(recipe, "bitfit") == Recipe(steps=7)
 
 
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     task = Task(str(tiny_model_dir("llama")), ROWS, ROWS[:4], "rows", RECIPE, "cpu")
     told: list[str] = []
-    rows = compare(task, ["lora", "houlsby", "full"], [0], tmp_path, lambda row, done, total: told.append(f"{row.method} {done}/{total}"))
+    rows = compare(
+        task,
+        ["lora", "houlsby", "full"],
+        [0],
+        tmp_path,
+        lambda row, done, total: told.append(f"{row.method} {done}/{total}"),
+    )
     assert told == ["lora 1/3", "houlsby 2/3", "full 3/3"]
     lora, houlsby, full = rows
     assert (lora.mergeable, houlsby.mergeable, full.mergeable) == (True, False, True)
@@ -65,11 +80,14 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
         run.in_own_process = measured
     with monkeypatch.context() as patch:
         patch.setattr(LoRA, "lr", 1e-9)
-        assert run.key(task, "lora") not in {p.stem.rpartition("-")[2] for p in stamps}  # other defaults, another row
+        # other defaults, another row
+        assert run.key(task, "lora") not in {p.stem.rpartition("-")[2] for p in stamps}
     assert markdown(rows).count("\n") == 5
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert text.count("<svg") == 4
     assert "Methods &lt;on&gt; rows" in text
-    assert "| 3.5000 (3.0000 to 4.0000) |" in markdown([replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)])
+    assert "| 3.5000 (3.0000 to 4.0000) |" in markdown(
+        [replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)]
+    )
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3

@@ -1,4 +1,6 @@
-"""The core without a transformer: attachment, selection, and what an attached model must go on being."""
+"""The core without a transformer: attachment, selection, and what an attached model must go on
+being.
+"""
 
 import copy
 import io
@@ -41,7 +43,9 @@ def test_the_module_stays_what_it_was() -> None:
     assert not result.unexpected_keys
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_a_twin_is_complete_and_independent(twin_of) -> None:
     model = net()
     shake(lf.attach(model, lf.LoRA(rank=2), name="a"))
@@ -109,12 +113,24 @@ def test_parts_adapted_on_their_own_come_under_one_selection() -> None:
 def test_targets() -> None:
     block = nn.ModuleDict({"attn_q": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})
     model = nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 9)})
-    assert lf.attach(model, lf.LoRA(), name="all").matches.paths == ("layers.0.attn_q", "layers.0.fc")
+    assert lf.attach(model, lf.LoRA(), name="all").matches.paths == (
+        "layers.0.attn_q",
+        "layers.0.fc",
+    )
     assert lf.attach(model, lf.LoRA(), "attention", "attn").matches.paths == ("layers.0.attn_q",)
     assert lf.attach(model, lf.LoRA(), "mlp", "mlp").matches.paths == ("layers.0.fc",)
-    assert lf.attach(model, lf.LoRA(), ["fc", "head"], "names").matches.by_pattern == {"fc": ("layers.0.fc",), "head": ("head",)}
-    assert lf.attach(model, lf.LoRA(), r".*\.\d\.(fc|attn_q)", "regex").matches.paths == ("layers.0.attn_q", "layers.0.fc")
-    with pytest.raises(lf.LorafoldError, match=r"'fx' matches no module; near names: fc.*'haed' matches no module; near names: head"):
+    assert lf.attach(model, lf.LoRA(), ["fc", "head"], "names").matches.by_pattern == {
+        "fc": ("layers.0.fc",),
+        "head": ("head",),
+    }
+    assert lf.attach(model, lf.LoRA(), r".*\.\d\.(fc|attn_q)", "regex").matches.paths == (
+        "layers.0.attn_q",
+        "layers.0.fc",
+    )
+    with pytest.raises(
+        lf.LorafoldError,
+        match=r"'fx' matches no module; near names: fc.*'haed' matches no module; near names: head",
+    ):
         lf.attach(model, lf.LoRA(), ["fc", "fx", "haed"], "typo")
     with pytest.raises(lf.LorafoldError, match="in use"):
         lf.attach(model, lf.LoRA(), name="all")
@@ -125,7 +141,9 @@ def test_targets() -> None:
 
 def test_overrides_by_pattern_and_the_printed_counts() -> None:
     model = net()
-    adapter = lf.attach(model, lf.LoRA(rank=4, alpha=8, rank_pattern={"2": 2}, alpha_pattern={"2": 6}), ["0", "2"])
+    adapter = lf.attach(
+        model, lf.LoRA(rank=4, alpha=8, rank_pattern={"2": 2}, alpha_pattern={"2": 6}), ["0", "2"]
+    )
     assert [d.A.shape[0] for d in adapter.deltas.values()] == [4, 2]
     assert [d.scale for d in adapter.deltas.values()] == [2.0, 3.0]
     count = 4 * (6 + 8) + 2 * (8 + 5)

@@ -10,7 +10,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorafold.errors import LorafoldError
-from lorafold.train.data import NO_LOSS, batches, encode, ensure_chat_template, preview, prompts, read_rows, split
+from lorafold.train.data import (
+    NO_LOSS,
+    batches,
+    encode,
+    ensure_chat_template,
+    preview,
+    prompts,
+    read_rows,
+    split,
+)
 
 CHAT = {
     "messages": [
@@ -22,13 +31,14 @@ CHAT = {
 }
 PAIR = {"prompt": "Hello there", "completion": "Hi you", "label": 3}
 THOUGHTFUL = (  # as reasoning models do it: the thoughts of all turns but the last are dropped
-    "{% for m in messages %}<{{ m.role }}>"
-    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
-    "{{ m.content }}<e>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think>{{"
+    " m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<e>\n{% endfor %}{% if"
+    " add_generation_prompt %}<assistant>{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-    "{% else %}{{ m.content }}{% endif %}<e>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{"
+    " m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<e>\n{% endfor %}{% if"
+    " add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -47,17 +57,30 @@ def plain():
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<e>"]
-    corpus = ["User: Hello there\n\nAssistant: Hi you\n\n", "one two three\n\n\n", "the cat sat on the mat"] * 3
+    corpus = [
+        "User: Hello there\n\nAssistant: Hi you\n\n",
+        "one two three\n\n\n",
+        "the cat sat on the mat",
+    ] * 3
     inner.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=inner.pre_tokenizer.alphabet())
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=340, special_tokens=special, initial_alphabet=inner.pre_tokenizer.alphabet()
+        ),
     )
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<e>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<e>"]
+    )
 
 
 def jsonl(tmp_path: Path, *rows: object) -> str:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -77,7 +100,15 @@ def trained(example, tokenizer) -> list[str]:
 # reading
 
 
-@pytest.mark.parametrize("row", [CHAT, PAIR, {"text": "the cat"}, {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        CHAT,
+        PAIR,
+        {"text": "the cat"},
+        {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]},
+    ],
+)
 def test_every_shape_is_read(tmp_path, row):
     assert read_rows(jsonl(tmp_path, row, "", row)) == [row, row]
     (tmp_path / "rows.json").write_text(json.dumps([row, row], indent=1))
@@ -112,7 +143,10 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
     assert message.startswith(f"{source}: row 3: not JSON: ")
     for part in [
         "row 4: found a list, expected an object",
-        "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion}, {text, label}, {text}",
+        (
+            "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt,"
+            " completion}, {text, label}, {text}"
+        ),
         "row 6: field messages[0].content: found null, expected text",
         "row 6: field messages[1]: found 3, expected an object with role and content",
         "row 7: shape {prompt, completion}, but row 1 has {messages}",
@@ -130,7 +164,10 @@ def test_many_bad_rows_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ({"prompt": "a", "completion": [CHAT["messages"][1]]}, "found text and a list, expected both text or both lists"),
+        (
+            {"prompt": "a", "completion": [CHAT["messages"][1]]},
+            "found text and a list, expected both text or both lists",
+        ),
         ({"prompt": "a", "completion": 7}, "field completion: found 7, expected text"),
         ({"prompt": {"a": 1}, "completion": "b"}, "field prompt: found an object, expected text"),
         ({"prompt": "a"}, "keys found: 'prompt'; expected one of"),
@@ -146,7 +183,9 @@ def test_bad_sources(tmp_path):
     assert "No such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
     assert "no such file or directory" in refused(read_rows, str(tmp_path / "none.parquet"))
     (tmp_path / "rows.csv").write_text("a,b\n")
-    assert "found a .csv file, expected .jsonl, .json or .parquet" in refused(read_rows, str(tmp_path / "rows.csv"))
+    assert "found a .csv file, expected .jsonl, .json or .parquet" in refused(
+        read_rows, str(tmp_path / "rows.csv")
+    )
     (tmp_path / "bad.parquet").write_bytes(b"nope")
     assert "can't be read" in refused(read_rows, str(tmp_path / "bad.parquet"))
     (tmp_path / "bad.json").write_text('[{"text": "a"},\n {"text"]')
@@ -158,7 +197,9 @@ def test_bad_sources(tmp_path):
 def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "nobody/nothing: is no file here, and as a hub dataset it can't be loaded" in refused(read_rows, "nobody/nothing")
+    assert "nobody/nothing: is no file here, and as a hub dataset it can't be loaded" in refused(
+        read_rows, "nobody/nothing"
+    )
 
 
 # encoding
@@ -166,7 +207,9 @@ def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
 
 def test_smollm2_prompt_ids_are_those_of_generation(smollm2):
     rows = [PAIR, {"prompt": "a\n", "completion": "\n\n b"}]
-    for example, (text, _) in zip(encode(rows, smollm2, 512).examples, prompts(rows, smollm2), strict=True):
+    for example, (text, _) in zip(
+        encode(rows, smollm2, 512).examples, prompts(rows, smollm2), strict=True
+    ):
         seen = tuple(smollm2(text, add_special_tokens=False).input_ids)
         assert example.ids[: len(seen)] == seen
         assert set(example.labels[: len(seen)]) == {NO_LOSS}
@@ -177,11 +220,20 @@ def test_smollm2_trains_every_answer_with_its_end_of_turn(smollm2):
     assert ensure_chat_template(smollm2) is None
     [example], report = (encoded := encode([CHAT], smollm2, 512)).examples, encoded.report
     assert trained(example, smollm2) == ["Hi!\nWhat now? <|im_end|>", "naïve 🙂<|im_end|>"]
-    assert smollm2.decode(example.ids) == smollm2.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert smollm2.decode(example.ids) == smollm2.apply_chat_template(
+        CHAT["messages"], tokenize=False
+    )
     assert example.ids.count(smollm2.bos_token_id) == 5  # a system turn and four more: none doubled
-    assert (report.rows, report.tokens, report.truncated, report.turns_left_out) == (1, len(example.ids), 0, 0)
+    assert (report.rows, report.tokens, report.truncated, report.turns_left_out) == (
+        1,
+        len(example.ids),
+        0,
+        0,
+    )
     assert report.labelled == sum(label != NO_LOSS for label in example.labels)
-    assert all(label in (NO_LOSS, token) for token, label in zip(example.ids, example.labels, strict=True))
+    assert all(
+        label in (NO_LOSS, token) for token, label in zip(example.ids, example.labels, strict=True)
+    )
 
 
 def test_only_the_completion_of_a_pair_of_message_lists_is_trained(smollm2):
@@ -234,9 +286,13 @@ def test_the_templates_own_marks_are_taken(plain):
 
 
 def test_what_a_template_refuses_names_the_row(plain):
-    plain.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    plain.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    )
     bad = {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]}
-    assert "row 2: the model's chat template refuses this conversation: no system turns" in refused(encode, [CHAT, bad], plain, 512)
+    assert "row 2: the model's chat template refuses this conversation: no system turns" in refused(
+        encode, [CHAT, bad], plain, 512
+    )
 
 
 def test_text_is_trained_whole_and_ended(plain, smollm2):
@@ -249,22 +305,34 @@ def test_text_is_trained_whole_and_ended(plain, smollm2):
 
 def test_cut_and_unlabelled_rows_are_reported(plain):
     ensure_chat_template(plain)
-    rows = [PAIR, {"prompt": "the cat sat on the mat " * 9, "completion": "Hi"}, {"prompt": "Hello", "completion": "the cat " * 30}]
+    rows = [
+        PAIR,
+        {"prompt": "the cat sat on the mat " * 9, "completion": "Hi"},
+        {"prompt": "Hello", "completion": "the cat " * 30},
+    ]
     encoded = encode(rows, plain, 60)
     assert len(encoded.examples) == 2
     assert max(len(example.ids) for example in encoded.examples) == 60
     assert (encoded.report.rows, encoded.report.truncated, encoded.report.unlabelled) == (3, 2, 1)
     assert encoded.report.longest > 60
-    assert "2 rows were cut at 60 tokens\n1 rows have no token to train on and are left out" in str(encoded.report)
-    assert "none of the 1 rows has a token to train on: 1 were cut at max_length 60" in refused(encode, rows[1:2], plain, 60)
+    assert "2 rows were cut at 60 tokens\n1 rows have no token to train on and are left out" in str(
+        encoded.report
+    )
+    assert "none of the 1 rows has a token to train on: 1 were cut at max_length 60" in refused(
+        encode, rows[1:2], plain, 60
+    )
 
 
 def test_prompts_are_the_last_answer(smollm2):
     [(text, answer)] = prompts([CHAT], smollm2)
-    assert text == smollm2.apply_chat_template(CHAT["messages"][:3], tokenize=False, add_generation_prompt=True)
+    assert text == smollm2.apply_chat_template(
+        CHAT["messages"][:3], tokenize=False, add_generation_prompt=True
+    )
     assert answer == "naïve 🙂"
     assert "row 1: found plain text" in refused(prompts, [{"text": "a"}], smollm2)
-    assert "row 1: found no assistant turn" in refused(prompts, [{"messages": CHAT["messages"][:1]}], smollm2)
+    assert "row 1: found no assistant turn" in refused(
+        prompts, [{"messages": CHAT["messages"][:1]}], smollm2
+    )
 
 
 def test_preview_shows_the_mask_with_and_without_colour(smollm2):

@@ -1,4 +1,6 @@
-"""Dropped places: exact probability, independence, the caller's random state, one draw for all readers, a preserved mean."""
+"""Dropped places: exact probability, independence, the caller's random state, one draw for all
+readers, a preserved mean.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def seeded(seed: int) -> torch.Generator:
 
 def mask(n: int, p: float, seed: int) -> Tensor:
     """(n,) bool, True where dropped."""
-    return torch.zeros(n, dtype=torch.bool).index_fill_(0, dropped(torch.empty(n), p, seeded(seed)).long(), True)
+    return torch.zeros(n, dtype=torch.bool).index_fill_(
+        0, dropped(torch.empty(n), p, seeded(seed)).long(), True
+    )
 
 
 def within(found: float, expected: float, variance: float, sigmas: float = 5) -> bool:
@@ -32,7 +36,7 @@ def within(found: float, expected: float, variance: float, sigmas: float = 5) ->
     return abs(found - expected) <= sigmas * math.sqrt(variance)
 
 
-# --- which places ---------------------------------------------------------------------------------------------------------------------
+# --- which places --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", SHARES)
@@ -56,7 +60,8 @@ def test_share_dropped_is_binomial(p: float) -> None:
 @pytest.mark.parametrize("p", [p for p in SHARES if p])
 def test_every_place_is_dropped_as_often_as_any_other(p: float) -> None:
     draws = 4000
-    counts = torch.stack([mask(8, p, seed) for seed in range(draws)]).sum(0)  # the first place and the last one among them
+    # the first place and the last one among them
+    counts = torch.stack([mask(8, p, seed) for seed in range(draws)]).sum(0)
     assert all(within(count, draws * p, draws * p * (1 - p)) for count in counts.tolist())
 
 
@@ -75,12 +80,18 @@ def test_gaps_are_geometric(p: float) -> None:
     for k in (1, 2, 3, 5, 10, 20, 100, 1000):
         one, longer = p * (1 - p) ** (k - 1), (1 - p) ** k
         for found, share in ((gaps == k, one), (gaps > k, longer)):
-            assert m * share < 20 or within(found.sum().item(), m * share, m * share * (1 - share), 6)
+            assert m * share < 20 or within(
+                found.sum().item(), m * share, m * share * (1 - share), 6
+            )
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
-def test_numbers_that_do_not_suffice_are_followed_by_more(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chance of one in a billion, forced: the places are those of one long draw, since the generator gives the same numbers."""
+def test_numbers_that_do_not_suffice_are_followed_by_more(
+    p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chance of one in a billion, forced: the places are those of one long draw, since the
+    generator gives the same numbers.
+    """
     x, draw = torch.empty(1500), torch.rand
     whole = [dropped(x, p, seeded(seed)) for seed in range(20)]
     sizes: list[int] = []
@@ -101,7 +112,7 @@ def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- random state ---------------------------------------------------------------------------------------------------------------------
+# --- random state --------------------------------------------------------------------------------
 
 
 def test_follows_the_default_generator() -> None:
@@ -124,7 +135,8 @@ def test_checkpoint_replays_the_places(form: str) -> None:
     def loss(x: Tensor) -> Tensor:
         if form == "dropout":
             return dropout(x, 0.5).square().sum()
-        return (x * shared(x, 0.5, 0).x).sum() + (x * shared(x, 0.5, 1).x).sum()  # x is the same tensor when it is replayed
+        # x is the same tensor when it is replayed
+        return (x * shared(x, 0.5, 0).x).sum() + (x * shared(x, 0.5, 1).x).sum()
 
     def gradient(checkpointed: bool) -> Tensor:
         x = torch.linspace(-1, 1, 512).requires_grad_()
@@ -136,7 +148,7 @@ def test_checkpoint_replays_the_places(form: str) -> None:
     assert torch.equal(gradient(True), gradient(False))
 
 
-# --- what becomes of x ----------------------------------------------------------------------------------------------------------------
+# --- what becomes of x ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -177,7 +189,10 @@ def test_emptied_copies_and_empty_does_not(form: str) -> None:
         where = (expected == 0).view(x.shape)
     before = x.clone()
     assert torch.equal(emptied(x, where).flatten(), expected)
-    assert torch.equal(emptied(x.transpose(0, 2).contiguous().transpose(0, 2), where).flatten(), expected)  # places count in x's order
+    # places count in x's order
+    assert torch.equal(
+        emptied(x.transpose(0, 2).contiguous().transpose(0, 2), where).flatten(), expected
+    )
     assert torch.equal(x, before)
     rows = x.flatten(0, 1)
     assert empty_(rows, where) is rows
@@ -204,12 +219,17 @@ def test_compiled_code_takes_a_mask() -> None:
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_refuses_what_is_no_probability(p: float) -> None:
     x = torch.empty(3)
-    for call in (lambda: dropped(x, p), lambda: dropout(x, p), lambda: shared(x, p, 0), lambda: keep_scale(p)):
+    for call in (
+        lambda: dropped(x, p),
+        lambda: dropout(x, p),
+        lambda: shared(x, p, 0),
+        lambda: keep_scale(p),
+    ):
         with pytest.raises(ValueError, match="expected 0 or more and below 1"):
             call()
 
 
-# --- one draw for all readers ---------------------------------------------------------------------------------------------------------
+# --- one draw for all readers --------------------------------------------------------------------
 
 
 def same(a: Dropped, b: Dropped) -> bool:
@@ -245,7 +265,9 @@ def test_another_input_gets_another_draw(change: str) -> None:
     first = shared(x, 0.5, 1)
     if change == "value":
         x += 1
-    found = shared(x.clone() if change == "tensor" else x, 0.4 if change == "probability" else 0.5, 2)
+    found = shared(
+        x.clone() if change == "tensor" else x, 0.4 if change == "probability" else 0.5, 2
+    )
     assert not torch.equal(found.where, first.where)
     assert torch.equal(found.x, emptied(x, found.where))
 
@@ -259,7 +281,10 @@ def test_segments_that_are_replayed_apart_draw_apart() -> None:
     def gradient(checkpointed: bool) -> Tensor:
         x = torch.linspace(-1, 1, 512).requires_grad_()
         torch.manual_seed(6)
-        parts = [checkpoint(of(n), x, use_reentrant=False) if checkpointed else of(n)(x.view_as(x)) for n in (1, 2, 3)]
+        parts = [
+            checkpoint(of(n), x, use_reentrant=False) if checkpointed else of(n)(x.view_as(x))
+            for n in (1, 2, 3)
+        ]
         return torch.autograd.grad(torch.stack(parts).sum(), x)[0]
 
     assert torch.equal(gradient(True), gradient(False))
@@ -286,7 +311,9 @@ def test_layers_that_read_an_input_drop_the_same_of_it() -> None:
     model = nn.ModuleDict({"q": q, "k": k})
     adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["q", "k"])
     with torch.no_grad():
-        for ours, theirs in zip(*(delta.parameters() for delta in adapter.deltas.values()), strict=True):
+        for ours, theirs in zip(
+            *(delta.parameters() for delta in adapter.deltas.values()), strict=True
+        ):
             theirs.copy_(ours.normal_())
     x = torch.randn(5, 16)
     first: Any = model["q"](x)

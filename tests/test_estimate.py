@@ -1,4 +1,6 @@
-"""The command: what it prints, the page it writes, what it refuses; and the cheatsheet in the docs."""
+"""The command: what it prints, the page it writes, what it refuses; and the cheatsheet in the
+docs.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,18 @@ DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "lorafold", "estimate", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "lorafold", "estimate", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_shape_alone() -> None:
-    found = json.loads(run("--params", "7b", "--mode", "inference", "--seq", "4096", "--json").stdout)
+    found = json.loads(
+        run("--params", "7b", "--mode", "inference", "--seq", "4096", "--json").stdout
+    )
     assert found["total"] == sum(found[name] for name in TERMS)
     assert found["weights"] == pytest.approx(2 * 6.738e9, rel=1e-3)
     assert found["kv_cache"] == cheatsheet.kv_cache(32, 32, 128, 4096)
@@ -33,7 +42,18 @@ def test_a_shape_alone() -> None:
 def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     model = str(tiny_model_dir("llama"))
-    done = run("--model", model, "--mode", "lora", "--device-memory", "1MB", "--measure", "--html", str(page), "--json")
+    done = run(
+        "--model",
+        model,
+        "--mode",
+        "lora",
+        "--device-memory",
+        "1MB",
+        "--measure",
+        "--html",
+        str(page),
+        "--json",
+    )
     found = json.loads(done.stdout)
     assert found["total"] == pytest.approx(found["measured"], rel=0.05)
     assert found["fits"] is (found["spare"] >= 0)
@@ -46,7 +66,14 @@ def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_gguf_file_by_its_header() -> None:
     found, unpacked = configuration(str(_embedded_gguf())), configuration("smollm2")
-    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_key_value_heads",
+        "vocab_size",
+        "tie_word_embeddings",
+    ):
         assert getattr(found, name) == getattr(unpacked, name)
 
 
@@ -75,10 +102,11 @@ def test_rules_of_thumb_give_what_they_say() -> None:
 def test_the_docs_hold_the_cheatsheet() -> None:
     """To 3%: what tensors come and go within a block depends on the processor's arithmetic."""
     heading, *rows = cheatsheet.table()
-    written = [tuple(cell.strip() for cell in line.strip("| \n").split("|")) for line in DOCS.read_text().splitlines()]
+    written = [
+        tuple(cell.strip() for cell in line.strip("| \n").split("|"))
+        for line in DOCS.read_text().splitlines()
+    ]
     start = written.index(heading)
     for row, kept in zip(rows, written[start + 2 :], strict=False):
         assert (*row[:4], row[6]) == (*kept[:4], kept[6])
         assert float(kept[4].split()[0]) == pytest.approx(float(row[4].split()[0]), rel=0.03)
-
-

@@ -1,4 +1,6 @@
-"""Evaluation: the loss is transformers' own, the intervals are what they claim, exact match counts what it should."""
+"""Evaluation: the loss is transformers' own, the intervals are what they claim, exact match counts
+what it should.
+"""
 
 import json
 import math
@@ -20,12 +22,21 @@ from lorafold.train.data import encode, prompts
 from lorafold.train.losses import Completions
 from lorafold.train.packing import packed
 
-ASKED = ["a table for four", "rain", "an alarm for half past six tomorrow morning", "the lazy dog jumps", "set it", "book"]
-ROWS = [{"prompt": text, "completion": f"{i} {text[:3 * i]} done"} for i, text in enumerate(ASKED)]
+ASKED = [
+    "a table for four",
+    "rain",
+    "an alarm for half past six tomorrow morning",
+    "the lazy dog jumps",
+    "set it",
+    "book",
+]
+ROWS = [{"prompt": text, "completion": f"{i} {text[: 3 * i]} done"} for i, text in enumerate(ASKED)]
 
 
 @pytest.fixture
-def tiny(tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path]) -> tuple[Any, Any]:
+def tiny(
+    tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path]
+) -> tuple[Any, Any]:
     return tiny_model("llama"), load_tokenizer(tiny_model_dir("llama"))
 
 
@@ -35,14 +46,17 @@ def reference_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> fl
     for example in encode(rows, tokenizer, 512).examples:
         n = sum(label != -100 for label in example.labels[1:])
         with torch.no_grad():
-            total += n * float(model(torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss)
+            total += n * float(
+                model(torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss
+            )
         tokens += n
     return total / tokens
 
 
 def test_loss_is_the_models_own(tiny: tuple[Any, Any]) -> None:
     result = evaluate(*tiny, ROWS, 512, generate=False)
-    assert result.loss == pytest.approx(reference_loss(*tiny, ROWS), rel=1e-5)  # fp32 sums in another order
+    # fp32 sums in another order
+    assert result.loss == pytest.approx(reference_loss(*tiny, ROWS), rel=1e-5)
     assert result.perplexity == math.exp(result.loss)
     assert result.loss_interval is not None
     assert result.loss_interval[0] < result.loss < result.loss_interval[1]
@@ -56,16 +70,22 @@ def test_the_model_is_left_in_the_mode_it_was_in(training: bool, tiny: tuple[Any
     assert all(module.training is training for module in tiny[0].modules())
 
 
-def test_held_out_loss_is_the_same_packed_or_padded_and_leaves_the_mode(tiny: tuple[Any, Any]) -> None:
+def test_held_out_loss_is_the_same_packed_or_padded_and_leaves_the_mode(
+    tiny: tuple[Any, Any],
+) -> None:
     model, tokenizer = tiny
     examples = encode(ROWS * 30, tokenizer, 512).examples  # several batches
     assert sum(len(e.ids) for e in examples) > 2 * 2048
     expected = reference_loss(model, tokenizer, ROWS)
     model.train()
-    assert held_out_loss(Completions(model, packed=False, pad_id=0), examples) == pytest.approx(expected, rel=1e-5)
+    assert held_out_loss(Completions(model, packed=False, pad_id=0), examples) == pytest.approx(
+        expected, rel=1e-5
+    )
     with packed(model) as apart:
         assert apart
-        assert held_out_loss(Completions(model, packed=True, pad_id=0), examples) == pytest.approx(expected, rel=1e-5)
+        assert held_out_loss(Completions(model, packed=True, pad_id=0), examples) == pytest.approx(
+            expected, rel=1e-5
+        )
     assert model.training
 
 
@@ -74,25 +94,39 @@ def test_exact_match_counts_answers_that_equal_the_reference(tiny: tuple[Any, An
     said = complete(model, tokenizer, [prompt for prompt, _ in prompts(ROWS, tokenizer)], 6)
     assert all(text.strip() for text in said)
     references = [f" {text}\n" if i % 3 else "something else" for i, text in enumerate(said)]
-    rows = [{"prompt": asked, "completion": reference} for asked, reference in zip(ASKED, references, strict=True)]
+    rows = [
+        {"prompt": asked, "completion": reference}
+        for asked, reference in zip(ASKED, references, strict=True)
+    ]
     result = evaluate(model, tokenizer, rows, 512, max_new_tokens=6)
     assert result.exact_match == 4 / 6
     assert result.exact_match_interval == wilson(4, 6)
     assert [answer.exact for answer in result.rows] == [False, True, True, False, True, True]
-    assert [(answer.prompt, answer.answer) for answer in result.rows] == list(zip(ASKED, said, strict=True))
+    assert [(answer.prompt, answer.answer) for answer in result.rows] == list(
+        zip(ASKED, said, strict=True)
+    )
 
 
 def test_an_answer_that_goes_on_is_no_match(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     prompt, _ = prompts(ROWS, tokenizer)[0]
     start = complete(model, tokenizer, [prompt], 4)[0]
-    assert len(complete(model, tokenizer, [prompt], 8)[0]) > len(start), "the model must go on for this to test anything"
-    assert evaluate(model, tokenizer, [{"prompt": ASKED[0], "completion": start}], 512).exact_match == 0
+    assert len(complete(model, tokenizer, [prompt], 8)[0]) > len(start), (
+        "the model must go on for this to test anything"
+    )
+    assert (
+        evaluate(model, tokenizer, [{"prompt": ASKED[0], "completion": start}], 512).exact_match
+        == 0
+    )
 
 
 def test_plain_text_has_a_loss_and_no_exact_match(tiny: tuple[Any, Any]) -> None:
     result = evaluate(*tiny, [{"text": "the quick brown fox"}], 512)
-    assert (result.exact_match, result.exact_match_interval, result.loss_interval) == (None, None, None)
+    assert (result.exact_match, result.exact_match_interval, result.loss_interval) == (
+        None,
+        None,
+        None,
+    )
     assert "exact match" not in str(result)
 
 
@@ -113,19 +147,27 @@ def test_broken_weights_are_refused(tiny: tuple[Any, Any]) -> None:
 def test_wilson_bounds_are_where_the_score_test_rejects(hits: int, n: int) -> None:
     for bound in wilson(hits, n):
         # a bound at 0 or 1 may be off by one rounding, whose square root is 1e-8
-        assert abs(hits / n - bound) == pytest.approx(Z * math.sqrt(bound * (1 - bound) / n), abs=1e-7)
+        assert abs(hits / n - bound) == pytest.approx(
+            Z * math.sqrt(bound * (1 - bound) / n), abs=1e-7
+        )
 
 
 def test_loss_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Rows of very different lengths whose tokens hang together; an interval that took tokens for independent would cover far less."""
+    """Rows of very different lengths whose tokens hang together; an interval that took tokens for
+    independent would cover far less.
+    """
     draw = torch.Generator().manual_seed(0)
     runs, rows, covered = 1000, 200, 0
     for _ in range(runs):
         n = torch.randint(1, 60, (rows,), generator=draw)
         mean = 2 + 0.5 * torch.randn(rows, generator=draw)  # a row's own mean, shared by its tokens
-        low, high = loss_interval(list(zip((mean * n).tolist(), n.tolist(), strict=True))) or (0.0, 0.0)
+        low, high = loss_interval(list(zip((mean * n).tolist(), n.tolist(), strict=True))) or (
+            0.0,
+            0.0,
+        )
         covered += low < 2 < high
-    # 95% less a point for the normal approximation at 200 rows, and three standard errors of the count
+    # 95% less a point for the normal approximation at 200 rows, and three standard errors of the
+    # count
     assert abs(covered / runs - 0.95) < 0.01 + 3 * math.sqrt(0.95 * 0.05 / runs)
 
 
@@ -138,23 +180,42 @@ def test_json_holds_the_figures_alone() -> None:
 
 
 def test_eval_command(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[Any, Any]
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny: tuple[Any, Any],
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    eval_command(data=str(data), model=str(tiny_model_dir("llama")), base="fp32", device="cpu", max_new_tokens=4, json=True)
+    eval_command(
+        data=str(data),
+        model=str(tiny_model_dir("llama")),
+        base="fp32",
+        device="cpu",
+        max_new_tokens=4,
+        json=True,
+    )
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert out["loss"] == pytest.approx(reference_loss(*tiny, ROWS), rel=1e-5)
     assert (out["n"], out["exact_match"]) == (len(ROWS), 0)
-    eval_command(data=str(data), model=str(tiny_model_dir("llama")), base="fp32", device="cpu", answers=False)
+    eval_command(
+        data=str(data), model=str(tiny_model_dir("llama")), base="fp32", device="cpu", answers=False
+    )
     assert capsys.readouterr().out.startswith("6 rows: loss ")
 
 
-def test_generate_command(tiny_model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tiny: tuple[Any, Any]) -> None:
+def test_generate_command(
+    tiny_model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tiny: tuple[Any, Any]
+) -> None:
     model, tokenizer = tiny
     (prompt, _), *_ = prompts([{"prompt": "book", "completion": "x"}], tokenizer)
     said = complete(model, tokenizer, [prompt], 7)[0]
-    options: dict[str, Any] = {"model": str(tiny_model_dir("llama")), "base": "fp32", "device": "cpu", "max_new_tokens": 7}
+    options: dict[str, Any] = {
+        "model": str(tiny_model_dir("llama")),
+        "base": "fp32",
+        "device": "cpu",
+        "max_new_tokens": 7,
+    }
     generate_command("book", **options)
     printed = capsys.readouterr()
     assert printed.out == said + "\n"
@@ -166,7 +227,10 @@ def test_generate_command(tiny_model_dir: Callable[[str], Path], capsys: pytest.
 
 
 def test_adapters_stack_and_one_of_another_base_is_refused(
-    tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Callable[[str], Any],
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, tokenizer = tiny_model("llama"), load_tokenizer(tiny_model_dir("llama"))
     paths = [tmp_path / "first", tmp_path / "second"]
@@ -180,7 +244,13 @@ def test_adapters_stack_and_one_of_another_base_is_refused(
         expected = reference_loss(model, tokenizer, ROWS)  # both are live
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    options: dict[str, Any] = {"data": str(data), "base": "fp32", "device": "cpu", "answers": False, "json": True}
+    options: dict[str, Any] = {
+        "data": str(data),
+        "base": "fp32",
+        "device": "cpu",
+        "answers": False,
+        "json": True,
+    }
     eval_command(model=str(tiny_model_dir("llama")), adapter=paths, **options)
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected, rel=1e-5)
 

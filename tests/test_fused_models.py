@@ -1,4 +1,6 @@
-"""Whole models while they are fused: what is reported, that nothing else changes, and that they are themselves again afterwards."""
+"""Whole models while they are fused: what is reported, that nothing else changes, and that they are
+themselves again afterwards.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,22 @@ from test_packing import VOCAB, build, collate, loss_and_gradients, rows
 
 ALL = ("MLP", "norms", "rotary embedding")
 LACKING: dict[str, tuple[str, ...]] = {
-    "llama": (), "qwen2": (), "qwen3": (), "mistral": (), "gemma": (), "gemma2": (), "phi3": ("MLP",), "gpt2": ALL,
-}  # fmt: skip
+    "llama": (),
+    "qwen2": (),
+    "qwen3": (),
+    "mistral": (),
+    "gemma": (),
+    "gemma2": (),
+    "phi3": ("MLP",),
+    "gpt2": ALL,
+}
 FAMILIES = list(LACKING)
 
 
 def model_of(name: str, **changes: Any) -> tf.PreTrainedModel:
-    """Random, gains and biases too: at 1 and 0, as they are at the start, much would go unnoticed."""
+    """Random, gains and biases too: at 1 and 0, as they are at the start, much would go
+    unnoticed.
+    """
     model = build(name, **changes)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,12 +66,16 @@ def together() -> list[dict[str, Tensor]]:
     return [collate(rows(), packed=True, pad_id=0)]
 
 
-def seeded_step(model: tf.PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+def seeded_step(
+    model: tf.PreTrainedModel, batches: list[dict[str, Tensor]]
+) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(7)
     return loss_and_gradients(model, batches)
 
 
-def assert_same_step(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+def assert_same_step(
+    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
+) -> None:
     """1e-5, gradients of the norm of all of them."""
     assert (found[0] - expected[0]).abs() <= 1e-5 * expected[0].abs()
     assert found[1].keys() == expected[1].keys() != set()
@@ -74,7 +89,10 @@ def state(model: nn.Module) -> dict[str, Any]:
     """What `with fused` may not leave a trace in."""
     own = {name: (sorted(vars(m)), m.training, type(m)) for name, m in model.named_modules()}
     files = {type(m).__module__ for m in model.modules()}
-    return {"modules": own, "rotary": {file: getattr(sys.modules[file], ROTARY, None) for file in files}}
+    return {
+        "modules": own,
+        "rotary": {file: getattr(sys.modules[file], ROTARY, None) for file in files},
+    }
 
 
 @contextmanager
@@ -84,18 +102,23 @@ def both(model: tf.PreTrainedModel) -> Iterator[None]:
         yield
 
 
-# --- what is fused --------------------------------------------------------------------------------------------------------------------
+# --- what is fused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_report_and_the_model_before_and_after(name: str) -> None:
     model = model_of(name)
     adapted(model)
-    model.get_submodule(next(n for n, m in model.named_modules() if n.endswith(".0"))).eval()  # one block's mode is its own
+    # one block's mode is its own
+    model.get_submodule(next(n for n, m in model.named_modules() if n.endswith(".0"))).eval()
     before, random = state(model), torch.get_rng_state()
     flags = [m.training for m in model.modules()]
     with fused(model) as found:
-        assert (found.fast, found.blocks, found.plain) == (0 if LACKING[name] else 2, 2, LACKING[name])
+        assert (found.fast, found.blocks, found.plain) == (
+            0 if LACKING[name] else 2,
+            2,
+            LACKING[name],
+        )
         assert [m.training for m in model.modules()] == flags
         assert (state(model) == before) is (name == "gpt2")
     assert torch.equal(torch.get_rng_state(), random)
@@ -112,12 +135,14 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     assert state(model) == before
 
 
-# --- what it computes -----------------------------------------------------------------------------------------------------------------
+# --- what it computes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_each_document_alone(name: str) -> None:
-    """Fused and packed, against the model's own code and no packing; the sequences are longer than the window of those that have one."""
+    """Fused and packed, against the model's own code and no packing; the sequences are longer than
+    the window of those that have one.
+    """
     model = model_of(name)
     adapted(model, lf.LoRA(rank=4, dropout=0.0))
     expected = loss_and_gradients(model, apart())
@@ -126,7 +151,8 @@ def test_loss_and_gradients_are_those_of_each_document_alone(name: str) -> None:
     assert_same_step(loss_and_gradients(model, apart()), expected)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lt-sft", "fish")])  # those are dense, and have a preparation
+# those are dense, and have a preparation
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lt-sft", "fish")])
 def test_every_method_lies_over_it(method: str) -> None:
     """With the dropout that it has: fusing draws no random numbers of its own."""
     model = model_of("llama")
@@ -172,7 +198,7 @@ def test_checkpointing_inside_is_bit_equal(dtype: torch.dtype) -> None:
     assert all(torch.equal(g, replayed[name]) for name, g in grads.items())
 
 
-# --- several models, packed bases, no blocks ------------------------------------------------------------------------------------------
+# --- several models, packed bases, no blocks -----------------------------------------------------
 
 
 @pytest.mark.parametrize("other", ["llama", "gemma"])

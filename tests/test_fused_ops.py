@@ -1,4 +1,6 @@
-"""The fused operations of training against `ops/reference.py`: values and gradients, layouts, and what bf16 loses."""
+"""The fused operations of training against `ops/reference.py`: values and gradients, layouts, and
+what bf16 loses.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,18 @@ def assert_equal(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.dty
 
 
 def assert_no_worse(fast: Op, spec: Op, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """In 16 bits, from inputs that have them: as near to the fp64 computation as the specification in 16 bits is, give or take 5%."""
+    """In 16 bits, from inputs that have them: as near to the fp64 computation as the specification
+    in 16 bits is, give or take 5%.
+    """
     tensors = [t.to(dtype).double() for t in tensors]
     truth = run(spec, tensors, torch.float64)
-    for found, peer, true in zip(run(fast, tensors, dtype), run(spec, tensors, dtype), truth, strict=True):
+    for found, peer, true in zip(
+        run(fast, tensors, dtype), run(spec, tensors, dtype), truth, strict=True
+    ):
         assert (found - true).norm() <= 1.05 * (peer - true).norm()
 
 
-# --- norm -----------------------------------------------------------------------------------------------------------------------------
+# --- norm ----------------------------------------------------------------------------------------
 
 NORM_SHAPES = {"rows": (6, 32), "tokens": (2, 5, 32), "heads": (2, 3, 4, 32), "none": (0, 32)}
 GAIN = 1 + 0.3 * normal(32, seed=1)
@@ -64,19 +70,33 @@ def norm_input(shape: str) -> Tensor:
 @pytest.mark.parametrize("shape", NORM_SHAPES)
 def test_norm_equals_its_specification(shape: str, dtype: torch.dtype) -> None:
     gain = GAIN.to(dtype)
-    assert_equal(lambda x: rms_norm(x, gain, 1e-5), lambda x: reference.rms_norm(x, gain, 1e-5), [norm_input(shape)], dtype)
+    assert_equal(
+        lambda x: rms_norm(x, gain, 1e-5),
+        lambda x: reference.rms_norm(x, gain, 1e-5),
+        [norm_input(shape)],
+        dtype,
+    )
 
 
 def test_norm_of_a_transposed_input() -> None:
     x = normal(2, 4, 5, 32).transpose(1, 2)
-    assert_equal(lambda x: rms_norm(x, GAIN, 1e-5), lambda x: reference.rms_norm(x, GAIN, 1e-5), [x], torch.float64)
-    assert torch.autograd.gradcheck(lambda x: rms_norm(x, GAIN, 1e-5), x[:1, :2, :2].requires_grad_())
+    assert_equal(
+        lambda x: rms_norm(x, GAIN, 1e-5),
+        lambda x: reference.rms_norm(x, GAIN, 1e-5),
+        [x],
+        torch.float64,
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: rms_norm(x, GAIN, 1e-5), x[:1, :2, :2].requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("gain_dtype", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
-    """Against the form that models have, which rounds once more before the gain, and against the specification."""
+    """Against the form that models have, which rounds once more before the gain, and against the
+    specification.
+    """
     gain = GAIN.to(dtype)
     given = gain if gain_dtype == "same" else gain.float()
     x = normal(64, 16, 32)
@@ -86,7 +106,9 @@ def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
 
     def llama(x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return gain.to(x.dtype) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        return gain.to(x.dtype) * (
+            wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        ).to(x.dtype)
 
     def fast(x: Tensor) -> Tensor:
         return rms_norm(x, given, 1e-5)
@@ -99,12 +121,18 @@ def test_norm_in_16_bits(dtype: torch.dtype, gain_dtype: str) -> None:
 def test_norm_takes_a_narrower_gain(x_dtype: torch.dtype) -> None:
     """A model in 16 bits whose residual stream is wider loses nothing of it."""
     gain = GAIN.bfloat16()
-    assert_equal(lambda x: rms_norm(x, gain, 1e-5), lambda x: reference.rms_norm(x, gain, 1e-5), [normal(8, 32)], x_dtype)
+    assert_equal(
+        lambda x: rms_norm(x, gain, 1e-5),
+        lambda x: reference.rms_norm(x, gain, 1e-5),
+        [normal(8, 32)],
+        x_dtype,
+    )
 
 
-# --- rotary ---------------------------------------------------------------------------------------------------------------------------
+# --- rotary --------------------------------------------------------------------------------------
 
-LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {  # x, and the dimension in which cos and sin (B, T, D) lack the heads
+# x, and the dimension in which cos and sin (B, T, D) lack the heads
+LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
     "heads-first": (lambda: normal(2, 3, 7, 8), 1),
     "transposed": (lambda: normal(2, 7, 3, 8).transpose(1, 2), 1),
     "tokens-first": (lambda: normal(2, 7, 3, 8), 2),
@@ -114,7 +142,9 @@ LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {  # x, and the dimension
 
 
 def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of random positions, for all rows or for each, in the shape that broadcasts over heads."""
+    """cos and sin of random positions, for all rows or for each, in the shape that broadcasts over
+    heads.
+    """
     theta = normal(rows, 7, 4, seed=3).repeat(1, 1, 2)
     return theta.cos().to(dtype).unsqueeze(dim), theta.sin().to(dtype).unsqueeze(dim)
 
@@ -125,7 +155,9 @@ def angles(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_rotary_equals_its_specification(layout: str, dtype: torch.dtype, rows: int) -> None:
     make, dim = LAYOUTS[layout]
     cos, sin = angles(rows, dim, dtype)
-    assert_equal(lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [make()], dtype)
+    assert_equal(
+        lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [make()], dtype
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,7 +173,9 @@ def test_rotary_differentiates_and_keeps_the_layout(layout: str) -> None:
 def test_rotary_takes_any_cos_and_sin() -> None:
     """Halves of cos and of sin that differ: the two pairs of a plane each have their own."""
     x, cos, sin = normal(2, 3, 7, 8), normal(7, 8, seed=4), normal(7, 8, seed=5)
-    assert_equal(lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [x], torch.float64)
+    assert_equal(
+        lambda x: rotary(x, cos, sin), lambda x: reference.rotary(x, cos, sin), [x], torch.float64
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -156,14 +190,19 @@ def test_rotary_in_16_bits(layout: str, dtype: torch.dtype) -> None:
     assert_no_worse(with_(rotary), with_(reference.rotary), [x], dtype)
 
 
-# --- gated ----------------------------------------------------------------------------------------------------------------------------
+# --- gated ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_equals_its_specification(act: str, dtype: torch.dtype) -> None:
     known, pair = ACTIVATIONS[act], [3 * normal(2, 5, 12), normal(2, 5, 12, seed=1)]
-    assert_equal(lambda g, u: gated(g, u, known), lambda g, u: reference.gated(g, u, known.forward), pair, dtype)
+    assert_equal(
+        lambda g, u: gated(g, u, known),
+        lambda g, u: reference.gated(g, u, known.forward),
+        pair,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -171,17 +210,24 @@ def test_gated_differentiates_from_halves_of_one_tensor(act: str) -> None:
     both = normal(3, 10).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: gated(*t.chunk(2, -1), ACTIVATIONS[act]), both)
     gate, up = both.detach().chunk(2, -1)
-    assert torch.autograd.gradcheck(lambda u: gated(gate, u, ACTIVATIONS[act]), up.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda u: gated(gate, u, ACTIVATIONS[act]), up.clone().requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_in_16_bits(act: str, dtype: torch.dtype) -> None:
     known, pair = ACTIVATIONS[act], [2 * normal(64, 128), normal(64, 128, seed=1)]
-    assert_no_worse(lambda g, u: gated(g, u, known), lambda g, u: reference.gated(g, u, known.forward), pair, dtype)
+    assert_no_worse(
+        lambda g, u: gated(g, u, known),
+        lambda g, u: reference.gated(g, u, known.forward),
+        pair,
+        dtype,
+    )
 
 
-# --- a linear under a low-rank change --------------------------------------------------------------------------------------------------
+# --- a linear under a low-rank change ------------------------------------------------------------
 
 OUT, IN, RANK, P = 24, 16, 3, 0.3
 W = normal(OUT, IN, seed=6) / IN**0.5
@@ -217,7 +263,9 @@ def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> t
 @pytest.mark.parametrize("form", ["none", "places", "mask"])
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("shape", [(7, IN), (2, 5, IN), (2, 3, 4, IN), (0, IN)], ids=str)
-def test_low_rank_equals_its_specification(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
+def test_low_rank_equals_its_specification(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str
+) -> None:
     assert_equal(*fast_and_spec(places(shape, form)), [normal(*shape), *factors()], dtype)
 
 
@@ -231,7 +279,9 @@ def test_low_rank_differentiates_from_a_transposed_input(form: str) -> None:
 
 @pytest.mark.parametrize("trained", ["x", "down", "up", "factors", "nothing"])
 def test_low_rank_differentiates_what_is_trained(trained: str) -> None:
-    names = {"x": ["x"], "down": ["down"], "up": ["up"], "factors": ["down", "up"], "nothing": []}[trained]
+    names = {"x": ["x"], "down": ["down"], "up": ["up"], "factors": ["down", "up"], "nothing": []}[
+        trained
+    ]
     given = dict(zip(("x", "down", "up"), [normal(2, 5, IN), *factors()], strict=True))
     outs: list[dict[str, Any]] = []
     for op in fast_and_spec(places((2, 5, IN), "places")):
@@ -255,18 +305,25 @@ def test_low_rank_in_16_bits(dtype: torch.dtype, form: str) -> None:
     fast, spec = fast_and_spec(places(x.shape, form), dtype)
 
     def run_in(op: Op, wide: torch.dtype | None) -> list[Tensor]:
-        leaves = [x.to(wide or dtype).requires_grad_(), *(t.to(wide or torch.float32).requires_grad_() for t in factors())]
+        leaves = [
+            x.to(wide or dtype).requires_grad_(),
+            *(t.to(wide or torch.float32).requires_grad_() for t in factors()),
+        ]
         y = op(*leaves)
         grads = torch.autograd.grad(y, leaves, normal(*y.shape, seed=9).to(dtype).to(y.dtype))
         assert [t.dtype for t in (y, *grads)] == [t.dtype for t in (leaves[0], *leaves)]
         return [t.double() for t in (y, *grads)]
 
-    for found, peer, true in zip(run_in(fast, None), run_in(spec, None), run_in(spec, torch.float64), strict=True):
+    for found, peer, true in zip(
+        run_in(fast, None), run_in(spec, None), run_in(spec, torch.float64), strict=True
+    ):
         assert (found - true).norm() <= 1.05 * (peer - true).norm()
 
 
 def test_a_weak_update_survives_one_rounding() -> None:
-    """An update of a tenth of a bf16 unit, forward and backward, and what remains of it along the exact one."""
+    """An update of a tenth of a bf16 unit, forward and backward, and what remains of it along the
+    exact one.
+    """
     n = 64
     x, g = (normal(4096, n, seed=s).bfloat16() for s in (1, 2))
     w = (normal(n, n, seed=3) / n**0.5).bfloat16()
@@ -274,7 +331,9 @@ def test_a_weak_update_survives_one_rounding() -> None:
 
     def outcome(dtype: torch.dtype, up: Tensor) -> list[Tensor]:
         leaf = x.to(dtype).requires_grad_()
-        y = low_rank_linear(leaf, lambda dtype: w.to(dtype), down.to(torch.promote_types(dtype, torch.float32)), up)
+        y = low_rank_linear(
+            leaf, lambda dtype: w.to(dtype), down.to(torch.promote_types(dtype, torch.float32)), up
+        )
         return [t.detach().double() for t in (y, torch.autograd.grad(y, leaf, g.to(dtype))[0])]
 
     exact, bare = outcome(torch.float64, up.double()), outcome(torch.float64, 0 * up.double())

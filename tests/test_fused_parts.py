@@ -1,4 +1,6 @@
-"""Parts of a model that fusing leaves alone: those that are trained, that carry a delta, or that are something else than they look."""
+"""Parts of a model that fusing leaves alone: those that are trained, that carry a delta, or that
+are something else than they look.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from test_packing import COMMON, VOCAB, loss_and_gradients
 
 
 def test_a_norm_that_is_trained() -> None:
-    for options in ({"spec": lf.Full()}, {"spec": lf.LoRA(rank=4), "modules_to_save": ["input_layernorm", "post_attention_layernorm"]}):
+    for options in (
+        {"spec": lf.Full()},
+        {
+            "spec": lf.LoRA(rank=4),
+            "modules_to_save": ["input_layernorm", "post_attention_layernorm"],
+        },
+    ):
         model = model_of("llama")
         adapted(model, **options)
         with packed(model):
@@ -59,7 +67,9 @@ class Shifted(LlamaRMSNorm):
 
 
 class Gated(LlamaRMSNorm):
-    """As Mamba's and Qwen3-Next's: with a second input, which may be missing in the one and not in the other."""
+    """As Mamba's and Qwen3-Next's: with a second input, which may be missing in the one and not in
+    the other.
+    """
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         return super().forward(hidden_states if gate is None else hidden_states * gate)
@@ -118,7 +128,11 @@ def test_a_delta_that_changes_nothing_yet() -> None:
     lf.attach(model, make_spec("houlsby"), modules_to_save=["input_layernorm"])
     with fused(model) as found:
         assert (found.fast, found.plain) == (0, ("MLP",))
-        assert not any("forward" in vars(m) for layer in model.model.layers for m in (layer.mlp, layer.input_layernorm))
+        assert not any(
+            "forward" in vars(m)
+            for layer in model.model.layers
+            for m in (layer.mlp, layer.input_layernorm)
+        )
         loss_and_gradients(model, together())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
@@ -130,7 +144,12 @@ class PartlyGated(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * (1 + self.up_proj(x)))
@@ -160,7 +179,9 @@ def test_a_rotary_embedding_of_a_part_of_each_head() -> None:
 
 
 def test_a_rotary_embedding_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    def interleaved(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
         q, k = (torch.stack(x.chunk(2, -1), -1).flatten(-2) for x in (q, k))
         return plain(q, k, cos, sin, unsqueeze_dim)
 
@@ -181,11 +202,22 @@ def test_a_mixture_of_experts_is_itself() -> None:
 
 
 def test_a_linear_attention_whose_norm_takes_a_gate_is_itself() -> None:
-    size = COMMON | {"num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    widths = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    size = COMMON | {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    widths = {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     experts = {"num_experts": 0, "mlp_only_layers": [0, 1]}
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(tf.Qwen3NextConfig(**size, **widths, **experts, initializer_range=0.2)).train()
+    model = tf.AutoModelForCausalLM.from_config(
+        tf.Qwen3NextConfig(**size, **widths, **experts, initializer_range=0.2)
+    ).train()
     ids = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=ids, use_cache=False).logits
     model.requires_grad_(False)

@@ -1,4 +1,6 @@
-"""Batched greedy answers equal one prompt at a time; streaming equals both; end tokens, order, modes and random state are kept."""
+"""Batched greedy answers equal one prompt at a time; streaming equals both; end tokens, order,
+modes and random state are kept.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,16 @@ from lorafold.generate import complete, stream
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 EOS = len(ALPHABET)
-PROMPTS = ["a", "some longer prompt than that", "b c", "xyz", "a longer prompt", "zz top", "q", "the end of it all, at last"]
+PROMPTS = [
+    "a",
+    "some longer prompt than that",
+    "b c",
+    "xyz",
+    "a longer prompt",
+    "zz top",
+    "q",
+    "the end of it all, at last",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +47,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny(kind: str) -> PreTrainedModel:
     torch.manual_seed(1)
     size = {"vocab_size": EOS + 1, "eos_token_id": EOS, "bos_token_id": EOS}
-    llama = size | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = size | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     made: dict[str, PreTrainedModel] = {
         "llama": LlamaForCausalLM(LlamaConfig(**llama)),
         "mistral": MistralForCausalLM(MistralConfig(**llama, sliding_window=8)),
         "gpt2": GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=2, n_head=2)),
-        "mamba": MambaForCausalLM(MambaConfig(**size, hidden_size=32, num_hidden_layers=2, state_size=4)),
+        "mamba": MambaForCausalLM(
+            MambaConfig(**size, hidden_size=32, num_hidden_layers=2, state_size=4)
+        ),
     }
     for p in made[kind].parameters():  # sharp enough for answers that differ
         p.data.normal_(std=0.3)
     return made[kind].eval()
 
 
-def alone(model: PreTrainedModel, ids: list[int], n: int, stops: tuple[int, ...] = (EOS,)) -> list[int]:
+def alone(
+    model: PreTrainedModel, ids: list[int], n: int, stops: tuple[int, ...] = (EOS,)
+) -> list[int]:
     """No batch, no padding, no cache: the likeliest token, again and again."""
     answer: list[int] = []
     while len(answer) < n:
@@ -61,14 +82,22 @@ def alone(model: PreTrainedModel, ids: list[int], n: int, stops: tuple[int, ...]
 
 
 def expected(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], n: int, stops: tuple[int, ...] = (EOS,)
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    n: int,
+    stops: tuple[int, ...] = (EOS,),
 ) -> list[str]:
-    return [tokenizer.decode(alone(model, tokenizer(prompt).input_ids, n, stops)) for prompt in prompts]
+    return [
+        tokenizer.decode(alone(model, tokenizer(prompt).input_ids, n, stops)) for prompt in prompts
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_batches_answer_as_each_prompt_alone(kind: str, batch_size: int | None, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_batches_answer_as_each_prompt_alone(
+    kind: str, batch_size: int | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = tiny(kind)
     answers = complete(model, tokenizer, PROMPTS, 21, batch_size)
     assert answers == expected(model, tokenizer, PROMPTS, 21)
@@ -78,21 +107,32 @@ def test_batches_answer_as_each_prompt_alone(kind: str, batch_size: int | None, 
 def test_recurrent_models_keep_their_state(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("mamba")
     same_length = ["abcd", "efgh", "wxyz"]  # a recurrent model reads padding too
-    assert complete(model, tokenizer, same_length, 21) == expected(model, tokenizer, same_length, 21)
+    assert complete(model, tokenizer, same_length, 21) == expected(
+        model, tokenizer, same_length, 21
+    )
 
 
 def test_rows_that_end_leave_and_the_others_go_on(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("llama")
     free = [alone(model, tokenizer(prompt).input_ids, 40) for prompt in PROMPTS]
-    stop = max(set(free[0]), key=lambda token: len({row.index(token) if token in row else -1 for row in free}))
+    stop = max(
+        set(free[0]),
+        key=lambda token: len({row.index(token) if token in row else -1 for row in free}),
+    )
     lengths = [row.index(stop) if stop in row else 40 for row in free]
-    assert len(set(lengths)) > 2, "the prompts must end at different steps for this to test anything"
+    assert len(set(lengths)) > 2, (
+        "the prompts must end at different steps for this to test anything"
+    )
     model.generation_config.eos_token_id = [stop, EOS]
-    assert complete(model, tokenizer, PROMPTS, 40) == expected(model, tokenizer, PROMPTS, 40, (stop, EOS))
+    assert complete(model, tokenizer, PROMPTS, 40) == expected(
+        model, tokenizer, PROMPTS, 40, (stop, EOS)
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_stream_is_the_greedy_answer_piece_by_piece(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_stream_is_the_greedy_answer_piece_by_piece(
+    kind: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = tiny(kind)
     for prompt in PROMPTS[:3]:
         pieces = list(stream(model, tokenizer, prompt, 16))
@@ -112,7 +152,8 @@ def test_stream_holds_back_incomplete_characters(tokenizer: PreTrainedTokenizerF
         model.lm_head.weight[bytes_of[1]] = model.model.embed_tokens.weight[bytes_of[0]]
         model.lm_head.weight[bytes_of[0]] = model.model.embed_tokens.weight[bytes_of[1]]
     assert list(stream(model, tokenizer, "é", 6)) == ["", "é", "", "é", "", "é"]
-    assert list(stream(model, tokenizer, "é", 3)) == ["", "é", "", "\N{REPLACEMENT CHARACTER}"]  # cut within a character
+    # cut within a character
+    assert list(stream(model, tokenizer, "é", 3)) == ["", "é", "", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_sampling_depends_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -125,7 +166,9 @@ def test_sampling_depends_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) 
     assert "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=2)) != first
 
 
-def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     model = tiny("llama").train()
     model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=9.0)
     habits = model.generation_config
@@ -137,7 +180,14 @@ def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(to
 
 def test_progress_counts_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
     seen: list[tuple[int, int]] = []
-    complete(tiny("llama"), tokenizer, PROMPTS, 2, batch_size=3, progress=lambda done, total: seen.append((done, total)))
+    complete(
+        tiny("llama"),
+        tokenizer,
+        PROMPTS,
+        2,
+        batch_size=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(3, 8), (6, 8), (8, 8)]
 
 

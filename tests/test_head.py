@@ -1,4 +1,6 @@
-"""The loss at labelled positions: against whole logits, on heads of every make, frozen, trained and adapted."""
+"""The loss at labelled positions: against whole logits, on heads of every make, frozen, trained and
+adapted.
+"""
 
 import copy
 import pickle
@@ -16,10 +18,22 @@ from lorafold.ops.head import labelled_loss, row_losses
 
 VOCAB, B, T = 97, 2, 11
 COMMON = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": VOCAB, "initializer_range": 0.2, "pad_token_id": 0,
-}  # fmt: skip
-MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+MOE = {
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
 CONFIGS = {
     "llama": tf.LlamaConfig(**COMMON),
     "tied": tf.Qwen2Config(**COMMON, tie_word_embeddings=True),
@@ -34,11 +48,14 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "CHUNK", 4)  # the 13 labelled positions below then take several chunks, the last one short
+    # the 13 labelled positions below then take several chunks, the last one short
+    monkeypatch.setattr(head_module, "CHUNK", 4)
 
 
 class Adapted(nn.Linear):
-    """A head whose class was swapped, as attach does: what it holds as a linear is not all that it computes."""
+    """A head whose class was swapped, as attach does: what it holds as a linear is not all that it
+    computes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x @ self.down.t() @ self.up.t()
@@ -58,7 +75,9 @@ def batch(labelled: int = 13) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def prepare(model: Any, state: str) -> None:
-    """What is trained: a block under a frozen head, head and block, the head alone, or an adapter on the head and a block."""
+    """What is trained: a block under a frozen head, head and block, the head alone, or an adapter
+    on the head and a block.
+    """
     head, block = model.get_output_embeddings(), model.get_decoder()
     model.requires_grad_(state == "all")
     if state == "frozen head":
@@ -80,7 +99,9 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def assert_close(found: Tensor, expected: Tensor, units: float = 100) -> None:
     """100 units of the dtype: what sums of some hundred terms cost in another order."""
-    assert (found - expected).norm() <= units * torch.finfo(expected.dtype).eps * expected.norm().clamp_min(1e-3)
+    assert (found - expected).norm() <= units * torch.finfo(
+        expected.dtype
+    ).eps * expected.norm().clamp_min(1e-3)
 
 
 @pytest.mark.parametrize("state", ["all", "frozen head", "head alone", "adapted head"])
@@ -109,7 +130,9 @@ def test_row_losses_are_those_of_each_row_alone(name: str, state: str) -> None:
     labels[-1] = -100
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
-    expected = torch.stack([reference.labelled_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))])
+    expected = torch.stack(
+        [reference.labelled_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
+    )
     assert expected[-1] == 0
     assert expected[0] > 0
     assert_close(row_losses(model, labels, inputs), expected)
@@ -130,14 +153,20 @@ def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])
 def test_fp64_gradcheck_of_both_ways(name: str) -> None:
     model = build(name, torch.float64).requires_grad_(False)
-    scale, cap = getattr(model, "logit_scale", 1.0), getattr(model.config, "final_logit_softcapping", None)
+    scale, cap = (
+        getattr(model, "logit_scale", 1.0),
+        getattr(model.config, "final_logit_softcapping", None),
+    )
     linear = head_module._Linear(model.get_output_embeddings().weight, None, scale, cap)
     h = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(VOCAB, (6,))
     assert torch.autograd.gradcheck(lambda h: head_module._LinearHead.apply(h, targets, *linear), h)
     with head_module._short_circuit(model) as head:
         assert torch.autograd.gradcheck(lambda h: head_module._ModelHead.apply(h, targets, head), h)
-        torch.testing.assert_close(head_module._LinearHead.apply(h, targets, *linear), head_module._ModelHead.apply(h, targets, head))
+        torch.testing.assert_close(
+            head_module._LinearHead.apply(h, targets, *linear),
+            head_module._ModelHead.apply(h, targets, head),
+        )
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -161,13 +190,20 @@ def test_bf16_errs_no_more_than_whole_logits(name: str, adapted: bool) -> None:
             loss, _ = labelled_loss(model, labels, inputs)
         else:
             logits = model(**inputs).logits
-            loss = reference.labelled_loss(logits.to(torch.promote_types(dtype, torch.float32)), labels)
+            loss = reference.labelled_loss(
+                logits.to(torch.promote_types(dtype, torch.float32)), labels
+            )
         (loss / 13).backward()
         return [loss.detach().double()[None], caught[0].grad.double()]
 
-    truth, peer, found = run(torch.float64, False), run(torch.bfloat16, False), run(torch.bfloat16, True)
+    truth, peer, found = (
+        run(torch.float64, False),
+        run(torch.bfloat16, False),
+        run(torch.bfloat16, True),
+    )
     for ours, theirs, true in zip(found, peer, truth, strict=True):
-        # the loss is a single number, whose error may be small by luck: a bf16 unit is granted beside it
+        # the loss is a single number, whose error may be small by luck: a bf16 unit is granted
+        # beside it
         granted = torch.finfo(torch.bfloat16).eps * true.norm() if true.numel() == 1 else 0.0
         assert (ours - true).norm() <= 1.5 * (theirs - true).norm() + granted
 
@@ -193,7 +229,9 @@ def test_sums_over_micro_batches_add_up() -> None:
     whole = gradients(model, labelled_loss(model, labels, inputs)[0] / 13)
     model.zero_grad()
     for b in range(B):
-        loss, _ = labelled_loss(model, labels[b : b + 1], {k: v[b : b + 1] for k, v in inputs.items()})
+        loss, _ = labelled_loss(
+            model, labels[b : b + 1], {k: v[b : b + 1] for k, v in inputs.items()}
+        )
         (loss / 13).backward()
     for name, gradient in whole.items():
         assert_close(model.get_parameter(name).grad, gradient)
@@ -228,14 +266,20 @@ def test_a_body_without_a_head_is_an_error() -> None:
 
 
 class Prompted(tf.LlamaForCausalLM):
-    """A root whose class was swapped by a soft prompt: vectors before the input, and their rows cut from the output (or not)."""
+    """A root whose class was swapped by a soft prompt: vectors before the input, and their rows cut
+    from the output (or not).
+    """
 
     cut = True
 
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:  # type: ignore[override]
         kwargs.pop("attention_mask", None)
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        output = super().forward(inputs_embeds=torch.cat([self.prompt.expand(len(x), -1, -1), x], 1), **kwargs)
+        output = super().forward(
+            inputs_embeds=torch.cat([self.prompt.expand(len(x), -1, -1), x], 1), **kwargs
+        )
         if self.cut:
             output.logits = output.logits[:, self.prompt.shape[1] :]
         return output
@@ -287,4 +331,8 @@ def test_autocast_trains_a_head() -> None:
         wanted = gradients(model, expected)
         loss, _ = labelled_loss(model, labels, inputs)
     for name, gradient in gradients(model, loss).items():
-        assert_close(gradient, wanted[name], units=torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps)
+        assert_close(
+            gradient,
+            wanted[name],
+            units=torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps,
+        )

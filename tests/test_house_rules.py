@@ -1,4 +1,6 @@
-"""The house rules that a machine can check: short files, arrows that point down, abstract or final classes, an exact public surface."""
+"""The house rules that a machine can check: short files, arrows that point down, abstract or final
+classes, an exact public surface.
+"""
 
 import ast
 import importlib
@@ -35,7 +37,9 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that the file imports, wherever in it: `from lorafold.io import peft` counts as lorafold.io.peft."""
+    """Every module that the file imports, wherever in it: `from lorafold.io import peft` counts as
+    lorafold.io.peft.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,20 +68,33 @@ def test_arrows_point_down(path):
     assert up == set()
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room(p) in ("core", "ops")], ids=lambda path: str(path.relative_to(SRC)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if room(p) in ("core", "ops")],
+    ids=lambda path: str(path.relative_to(SRC)),
+)
 def test_core_and_ops_know_torch_alone(path):
     roots = {name.split(".")[0] for name in imported(path)}
     assert roots & {"transformers", "bitsandbytes", "accelerate", "peft", "datasets"} == set()
 
 
 def modules(*rooms: str) -> list:
-    names = [".".join(("lorafold", *p.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__") for p in FILES if room(p) in rooms]
+    names = [
+        ".".join(("lorafold", *p.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__")
+        for p in FILES
+        if room(p) in rooms
+    ]
     return [importlib.import_module(name) for name in names]
 
 
 def test_a_class_is_abstract_or_final_never_both():
     rooms = modules("core", "methods", "bases")
-    classes = {c for m in rooms for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__}
+    classes = {
+        c
+        for m in rooms
+        for c in vars(m).values()
+        if inspect.isclass(c) and c.__module__ == m.__name__
+    }
     bases = {base for c in classes for base in c.__mro__[1:] if base in classes}
     assert classes
     assert sorted(base.__qualname__ for base in bases if not inspect.isabstract(base)) == []

@@ -11,11 +11,18 @@ from lorafold.inspect.paths import barrier, between, measured_paths, scaling
 from lorafold.io.models import load_tokenizer
 from lorafold.methods import make_spec
 
-ROWS = [{"text": "Book a table for four at the Copper Lantern"}, {"text": "Remind me to call the plumber tomorrow morning"}]
+ROWS = [
+    {"text": "Book a table for four at the Copper Lantern"},
+    {"text": "Remind me to call the plumber tomorrow morning"},
+]
 METHODS = {
-    "lora": ("lora", {}), "pissa": ("pissa", {}), "loha": ("loha", {}), "dora": ("dora", {}), "bias": ("lora", {"bias": "all"}),
+    "lora": ("lora", {}),
+    "pissa": ("pissa", {}),
+    "loha": ("loha", {}),
+    "dora": ("dora", {}),
+    "bias": ("lora", {"bias": "all"}),
     "saved": ("lora", {}),
-}  # fmt: skip
+}
 
 
 def laid(model, method: str, name: str, seed: int, **options) -> lf.Adapter:
@@ -32,9 +39,15 @@ def changes(adapter: lf.Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor |
     """What folding adds to weight and bias, by module path."""
     found = {}
     for path, delta in adapter.deltas.items():
-        w, b = (t if t is None else t.detach() for t in layer_of(adapter.model.get_submodule(path)).dense())
+        w, b = (
+            t if t is None else t.detach()
+            for t in layer_of(adapter.model.get_submodule(path)).dense()
+        )
         new_w, new_b = delta.fold(w, b)
-        found[path] = (new_w - w).detach(), None if new_b is None else (new_b - (0 if b is None else b)).detach()
+        found[path] = (
+            (new_w - w).detach(),
+            None if new_b is None else (new_b - (0 if b is None else b)).detach(),
+        )
     return found
 
 
@@ -43,7 +56,11 @@ def moved(model, *weighted: tuple[float, dict]):
         for weight, by_path in weighted:
             for path, (dw, db) in by_path.items():
                 module, layer = model.get_submodule(path), layer_of(model.get_submodule(path))
-                module.weight += weight * (dw if module.weight.shape == dw.shape and layer.dense()[0] is module.weight else dw.t())
+                module.weight += weight * (
+                    dw
+                    if module.weight.shape == dw.shape and layer.dense()[0] is module.weight
+                    else dw.t()
+                )
                 if db is not None:
                     module.bias += weight * db
     return model
@@ -56,24 +73,35 @@ def test_the_lines_are_straight_in_weight_space(case, kind, tiny_model, tiny_mod
     if case == "saved":
         options = {"modules_to_save": ["transformer.ln_f" if kind == "gpt2" else "model.norm"]}
     tokenizer, model = load_tokenizer(tiny_model_dir(kind)), tiny_model(kind)
-    first, second = changes(laid(model, method, "a", 0, **options)), changes(laid(model, "lora", "b", 1))
+    first, second = (
+        changes(laid(model, method, "a", 0, **options)),
+        changes(laid(model, "lora", "b", 1)),
+    )
     loss = loss_on(model, tokenizer, ROWS, 64)
-    along, across = scaling(model, "a", loss, (-0.5, 0.0, 1.0, 1.5)), between(model, "a", "b", loss, (0.0, 0.25, 1.0))
+    along, across = (
+        scaling(model, "a", loss, (-0.5, 0.0, 1.0, 1.5)),
+        between(model, "a", "b", loss, (0.0, 0.25, 1.0)),
+    )
     for t, found in along:
         expected = loss_on(moved(tiny_model(kind), (t, first)), tokenizer, ROWS, 64)()
         assert found == pytest.approx(expected, rel=1e-5)
     for t, found in across:
-        expected = loss_on(moved(tiny_model(kind), (1 - t, first), (t, second)), tokenizer, ROWS, 64)()
+        expected = loss_on(
+            moved(tiny_model(kind), (1 - t, first), (t, second)), tokenizer, ROWS, 64
+        )()
         assert found == pytest.approx(expected, rel=1e-5)
     losses = [loss for _, loss in along]
     assert max(losses) - min(losses) > 1e-3  # the line leads somewhere
 
 
-def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(tiny_model, tiny_model_dir):
+def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
+    tiny_model, tiny_model_dir
+):
     tokenizer, model = load_tokenizer(tiny_model_dir("llama")), tiny_model("llama")
     bare = loss_on(tiny_model("llama"), tokenizer, ROWS, 64)()
     laid(model, "lora", "a", 0)
-    lf.attach(model, lf.LoRA(rank=2), ["q_proj"], name="b")  # only some of the modules, and its update is zero
+    # only some of the modules, and its update is zero
+    lf.attach(model, lf.LoRA(rank=2), ["q_proj"], name="b")
     state = {path: list(m.deltas) for path, m in adapted_modules(model)}
     found = measured_paths(model, tokenizer, ROWS, 64)
     loss = loss_on(model, tokenizer, ROWS, 64)
@@ -86,7 +114,9 @@ def test_the_ends_are_the_base_and_the_adapters_and_the_model_is_left_as_it_was(
     assert found["barrier"] == barrier(found["between"])
     assert selection_of(model).names == ("a", "b")
     assert {path: list(m.deltas) for path, m in adapted_modules(model)} == state
-    assert losses_of(model, tokenizer, ROWS, 64) == pytest.approx({"loss_before": a, "loss_after": bare})
+    assert losses_of(model, tokenizer, ROWS, 64) == pytest.approx(
+        {"loss_before": a, "loss_after": bare}
+    )
 
 
 def test_barrier_is_measured_from_the_line_between_the_ends():

@@ -1,4 +1,6 @@
-"""What a direction reads and writes: planted tokens are found, and the places of the residual stream."""
+"""What a direction reads and writes: planted tokens are found, and the places of the residual
+stream.
+"""
 
 import pytest
 import torch
@@ -16,14 +18,22 @@ from lorafold.io.models import load_tokenizer, resolve_model
 from lorafold.merge.checkpoint import build
 
 LLAMA = {
-    "self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm", "self_attn.v_proj": "input_layernorm",
-    "mlp.gate_proj": "post_attention_layernorm", "mlp.up_proj": "post_attention_layernorm",
-}  # fmt: skip
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.k_proj": "input_layernorm",
+    "self_attn.v_proj": "input_layernorm",
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.up_proj": "post_attention_layernorm",
+}
 PLACES = {  # per block: readers with their norm, writers
     "llama": ("model.layers", LLAMA, ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),
     "qwen2": ("model.layers", LLAMA, ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),
     "gemma": ("model.layers", LLAMA, ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),
-    "gpt2": ("transformer.h", {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"}, ("attn.c_proj", "mlp.c_proj"), "transformer.ln_f"),
+    "gpt2": (
+        "transformer.h",
+        {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"},
+        ("attn.c_proj", "mlp.c_proj"),
+        "transformer.ln_f",
+    ),
 }
 
 
@@ -32,22 +42,39 @@ def test_readers_and_writers_of_the_residual_stream(kind, tiny_model):
     model = tiny_model(kind)
     blocks, readers, writers, final = PLACES[kind]
     found = stream_of(model)
-    expected = {f"{blocks}.{i}.{path}": f"{blocks}.{i}.{norm}" for i in range(2) for path, norm in readers.items()}
+    expected = {
+        f"{blocks}.{i}.{path}": f"{blocks}.{i}.{norm}"
+        for i in range(2)
+        for path, norm in readers.items()
+    }
     assert found.readers == {**expected, "lm_head": final}
-    assert {p for p in found.writers if p.startswith(blocks)} == {f"{blocks}.{i}.{path}" for i in range(2) for path in writers}
+    assert {p for p in found.writers if p.startswith(blocks)} == {
+        f"{blocks}.{i}.{path}" for i in range(2) for path in writers
+    }
     assert found.embedding in found.writers
     assert (found.final_norm, found.size) == (final, 32)
 
 
 def test_places_where_norms_come_after_and_among_experts():
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 300,
+    }
     after = stream_of(build(Olmo2Config(**size), False))
     assert {p: n for p, n in after.readers.items() if "attn" in p} == {
-        f"model.layers.{i}.self_attn.{name}_proj": "" for i in range(2) for name in "qkv"}  # fmt: skip
+        f"model.layers.{i}.self_attn.{name}_proj": "" for i in range(2) for name in "qkv"
+    }
     assert {p.split(".")[-1] for p in after.writers} == {"embed_tokens", "o_proj", "down_proj"}
-    experts = stream_of(build(MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2), False))
+    experts = stream_of(
+        build(MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2), False)
+    )
     assert experts.readers["model.layers.1.self_attn.q_proj"] == "model.layers.1.input_layernorm"
-    assert {p for p in experts.writers if "layers" in p} == {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}
+    assert {p for p in experts.writers if "layers" in p} == {
+        f"model.layers.{i}.self_attn.o_proj" for i in range(2)
+    }
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -61,14 +88,21 @@ def test_gain_is_what_the_norm_does_to_a_direction(kind, tiny_model):
         bias = getattr(norm, "bias", None)
         read = v @ (norm(h) - (0 if bias is None else bias))
         size = h.square().mean().sqrt()
-        assert float(read) == pytest.approx(float((gain(norm, 32) * v) @ h / size), rel=1e-3, abs=1e-4)
+        assert float(read) == pytest.approx(
+            float((gain(norm, 32) * v) @ h / size), rel=1e-3, abs=1e-4
+        )
 
 
 def test_nearest_is_brute_force_over_many_rows():
     generator = torch.Generator().manual_seed(0)
-    rows, directions = torch.randn(20_000, 8, generator=generator), torch.randn(8, 5, generator=generator)
+    rows, directions = (
+        torch.randn(20_000, 8, generator=generator),
+        torch.randn(8, 5, generator=generator),
+    )
     near = nearest(rows.bfloat16(), directions)
-    cosines = torch.nn.functional.cosine_similarity(rows.bfloat16().float()[:, :, None], directions[None], dim=1)
+    cosines = torch.nn.functional.cosine_similarity(
+        rows.bfloat16().float()[:, :, None], directions[None], dim=1
+    )
     for end, sign in ((near.top, 1), (near.bottom, -1)):
         values, places = (sign * cosines).topk(6, 0)
         assert torch.allclose(end[0], sign * values, atol=1e-5)
@@ -89,25 +123,34 @@ def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, t
     blocks, readers, writers, final = PLACES[kind]
     read_at, write_at = f"{blocks}.1.{next(iter(readers))}", f"{blocks}.1.{writers[1]}"
     model, source = tiny_model(kind), resolve_model(tiny_model_dir(kind))
-    norm, last = model.get_submodule(f"{blocks}.1.{next(iter(readers.values()))}"), model.get_submodule(final)
+    norm, last = (
+        model.get_submodule(f"{blocks}.1.{next(iter(readers.values()))}"),
+        model.get_submodule(final),
+    )
     token = load_tokenizer(source).decode([77])
     with torch.no_grad():
         reads = model.get_input_embeddings().weight[77] / gain(norm, 32)
         writes = model.get_output_embeddings().weight[77] / gain(last, 32)
-        out, inn = lf.attach(tiny_model(kind), lf.LoRA(rank=1), [read_at]).deltas[read_at].delta().shape
+        out, inn = (
+            lf.attach(tiny_model(kind), lf.LoRA(rank=1), [read_at]).deltas[read_at].delta().shape
+        )
         planted(model, read_at, torch.randn(out), reads, tmp_path / "reads")
     found = inspect(source, tmp_path / "reads")["sites"][read_at]
     ends = found["reads"][0]
-    assert max((e["cosine"], e["name"]) for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]) == (
-        pytest.approx(1, abs=1e-4), token)  # fmt: skip
+    assert max(
+        (e["cosine"], e["name"])
+        for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]
+    ) == (pytest.approx(1, abs=1e-4), token)
     model = tiny_model(kind)
     _, inn = lf.attach(tiny_model(kind), lf.LoRA(rank=1), [write_at]).deltas[write_at].delta().shape
     planted(model, write_at, writes, torch.randn(inn), tmp_path / "writes")
     found = inspect(source, tmp_path / "writes")["sites"][write_at]
     assert "reads" not in found
     ends = found["writes"][0]
-    assert max((e["cosine"], e["name"]) for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]) == (
-        pytest.approx(1, abs=1e-4), token)  # fmt: skip
+    assert max(
+        (e["cosine"], e["name"])
+        for e in ends["positive"] + [{**e, "cosine": -e["cosine"]} for e in ends["negative"]]
+    ) == (pytest.approx(1, abs=1e-4), token)
 
 
 def test_shares_of_vectors_are_those_of_the_dense_update():
@@ -126,17 +169,31 @@ def test_shares_of_vectors_are_those_of_the_dense_update():
 
 def test_vectors_of_a_file(tmp_path):
     rows = torch.randn(3, 8)
-    save_file({"one": torch.ones(8), "decoder": rows, "columns": torch.randn(8, 5)}, tmp_path / "f.safetensors")
+    save_file(
+        {"one": torch.ones(8), "decoder": rows, "columns": torch.randn(8, 5)},
+        tmp_path / "f.safetensors",
+    )
     names, matrix = read_vectors(tmp_path / "f.safetensors", 8)
-    assert names == [*(f"columns[{i}]" for i in range(5)), *(f"decoder[{i}]" for i in range(3)), "one"]
+    assert names == [
+        *(f"columns[{i}]" for i in range(5)),
+        *(f"decoder[{i}]" for i in range(3)),
+        "one",
+    ]
     assert torch.equal(matrix[5:8], rows)
-    save_file({"wrong": torch.ones(7), "ids": torch.ones(8, dtype=torch.long)}, tmp_path / "g.safetensors")
-    with pytest.raises(LorafoldError, match=r"ids: shape \[8\].*wrong: shape \[7\], expected \[8\]"):
+    save_file(
+        {"wrong": torch.ones(7), "ids": torch.ones(8, dtype=torch.long)}, tmp_path / "g.safetensors"
+    )
+    with pytest.raises(
+        LorafoldError, match=r"ids: shape \[8\].*wrong: shape \[7\], expected \[8\]"
+    ):
         read_vectors(tmp_path / "g.safetensors", 8)
 
 
 def test_chance_is_what_random_directions_come_to():
     rows = torch.randn(500, 16, generator=torch.Generator().manual_seed(1))
     found, drawn = chance(rows, None), torch.nn.functional.normalize(torch.randn(16, 2000), dim=0)
-    assert found == pytest.approx(float((torch.nn.functional.normalize(rows, dim=1) @ drawn).amax(0).mean()), rel=0.05)
-    assert chance(rows[:, :1].expand(-1, 16), None) < found < chance(rows[:, :2], None)  # all rows on one line; a plane full of rows
+    assert found == pytest.approx(
+        float((torch.nn.functional.normalize(rows, dim=1) @ drawn).amax(0).mean()), rel=0.05
+    )
+    # all rows on one line; a plane full of rows
+    assert chance(rows[:, :1].expand(-1, 16), None) < found < chance(rows[:, :2], None)

@@ -1,4 +1,6 @@
-"""Adapters of another rank, and out of a model: optimal, plain LoRA that PEFT reads, nothing else lost."""
+"""Adapters of another rank, and out of a model: optimal, plain LoRA that PEFT reads, nothing else
+lost.
+"""
 
 import json
 
@@ -15,9 +17,14 @@ from lorafold.io.models import load_model, resolve_model
 from test_merge import adapted_logits, logits, make_adapter, relative
 
 SPECS = {
-    "lora": lf.LoRA(rank=6), "pissa": lf.PiSSA(rank=3), "vera": lf.VeRA(rank=8), "adalora": lf.AdaLoRA(rank=4, init_rank=6),
-    "loha": lf.LoHa(rank=2), "lokr": lf.LoKr(rank=2), "dora": lf.DoRA(),
-}  # fmt: skip
+    "lora": lf.LoRA(rank=6),
+    "pissa": lf.PiSSA(rank=3),
+    "vera": lf.VeRA(rank=8),
+    "adalora": lf.AdaLoRA(rank=4, init_rank=6),
+    "loha": lf.LoHa(rank=2),
+    "lokr": lf.LoKr(rank=2),
+    "dora": lf.DoRA(),
+}
 
 
 def updates(model_dir, adapter) -> dict[str, torch.Tensor]:
@@ -48,7 +55,12 @@ def test_no_adapter_of_that_rank_is_nearer(method, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
     found = resize(resolve_model(base), tmp_path / "a", tmp_path / "b", rank=2)
-    before, after, lost, whole = updates(base, tmp_path / "a"), updates(base, tmp_path / "b"), 0.0, 0.0
+    before, after, lost, whole = (
+        updates(base, tmp_path / "a"),
+        updates(base, tmp_path / "b"),
+        0.0,
+        0.0,
+    )
     for path, dw in before.items():
         s = torch.linalg.svdvals(dw)
         least = float(s[2:].norm() / s.norm())  # Eckart and Young
@@ -59,9 +71,13 @@ def test_no_adapter_of_that_rank_is_nearer(method, tiny_model_dir, tmp_path):
     assert found.error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
 
 
-def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_it(tiny_model_dir, tmp_path):
+def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_it(
+    tiny_model_dir, tmp_path
+):
     base = tiny_model_dir("llama")
-    spec = lf.LoRA(rank=6, rank_pattern={"q_proj": 2, "down_proj": 5}, alpha_pattern={"down_proj": 20})
+    spec = lf.LoRA(
+        rank=6, rank_pattern={"q_proj": 2, "down_proj": 5}, alpha_pattern={"down_proj": 20}
+    )
     make_adapter(base, tmp_path / "a", spec=spec)
     found = resize(resolve_model(base), tmp_path / "a", tmp_path / "b", energy=0.7)
     assert len({site["rank"] for site in found.sites.values()}) > 1
@@ -81,7 +97,9 @@ def test_biases_saved_modules_and_token_rows_are_carried_over(tiny_model_dir, tm
     base = tiny_model_dir("qwen2")
     make_adapter(base, tmp_path / "a", bias="all", modules_to_save=["model.norm"], tokens=[5, 9])
     resize(resolve_model(base), tmp_path / "a", tmp_path / "b", energy=1.0)
-    assert relative(adapted_logits(base, tmp_path / "b"), adapted_logits(base, tmp_path / "a")) < 1e-4
+    assert (
+        relative(adapted_logits(base, tmp_path / "b"), adapted_logits(base, tmp_path / "a")) < 1e-4
+    )
     before, after = (load_file(tmp_path / d / "adapter_model.safetensors") for d in "ab")
     beside = {key for key in before if "lora_" not in key}
     assert len(beside) > 3
@@ -95,7 +113,10 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
     found = resize(resolve_model(base), tmp_path / "fresh", tmp_path / "b", rank=8)
     assert found.error == 0
     assert {site["rank"] for site in found.sites.values()} == {0}
-    assert relative(adapted_logits(base, tmp_path / "b"), logits(load_model(base, torch.float32))) < 1e-6
+    assert (
+        relative(adapted_logits(base, tmp_path / "b"), logits(load_model(base, torch.float32)))
+        < 1e-6
+    )
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
     more = resize(resolve_model(base), tmp_path / "a", tmp_path / "c", rank=8)
     assert {site["rank"] for site in more.sites.values()} == {3}
@@ -104,7 +125,10 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
 def test_what_it_refuses(tiny_model_dir, tmp_path):
     base = resolve_model(tiny_model_dir("gpt2"))
     make_adapter(base.path, tmp_path / "ia3", spec=lf.IA3())
-    with pytest.raises(LorafoldError, match=r"IA3Delta changes the bias of transformer.h.0.attn.c_attn with its weight"):
+    with pytest.raises(
+        LorafoldError,
+        match=r"IA3Delta changes the bias of transformer.h.0.attn.c_attn with its weight",
+    ):
         resize(base, tmp_path / "ia3", tmp_path / "out", rank=2)
     make_adapter(base.path, tmp_path / "prompt", spec=lf.Prompt(tokens=2))
     with pytest.raises(LorafoldError, match="no spectrum"):
@@ -124,7 +148,9 @@ def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
     tuned = load_model(base, torch.float32)
     lf.load(tuned, tmp_path / "a").merge()
     tuned.save_pretrained(tmp_path / "tuned")
-    found = extract(resolve_model(base), resolve_model(tmp_path / "tuned"), tmp_path / "out", rank=3)
+    found = extract(
+        resolve_model(base), resolve_model(tmp_path / "tuned"), tmp_path / "out", rank=3
+    )
     assert found.error < 1e-4
     assert found.left_out == {}
     before, after = updates(base, tmp_path / "a"), updates(base, tmp_path / "out")
@@ -145,10 +171,14 @@ def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_pat
             if "mlp" in name or name == "model.norm.weight":
                 p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     tuned.save_pretrained(tmp_path / "tuned")
-    found = extract(resolve_model(base), resolve_model(tmp_path / "tuned"), tmp_path / "out", rank=4)
+    found = extract(
+        resolve_model(base), resolve_model(tmp_path / "tuned"), tmp_path / "out", rank=4
+    )
     plain, own = tuned.state_dict(), load_model(base, torch.float32).state_dict()
     norm = "model.norm.weight"
-    assert found.left_out == {norm: pytest.approx(float((plain[norm] - own[norm]).norm() / own[norm].norm()), rel=1e-5)}
+    assert found.left_out == {
+        norm: pytest.approx(float((plain[norm] - own[norm]).norm() / own[norm].norm()), rel=1e-5)
+    }
     assert set(found.sites) == {n.removesuffix(".weight") for n in own if "mlp" in n}
     for path, site in found.sites.items():
         s = torch.linalg.svdvals(plain[f"{path}.weight"] - own[f"{path}.weight"])
@@ -163,5 +193,3 @@ def test_extract_refuses_other_models(tiny_model_dir, tmp_path):
     with pytest.raises(LorafoldError, match="nothing to extract"):
         extract(base, base, tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()
-
-

@@ -1,4 +1,6 @@
-"""An update's singular parts and their figures, against dense SVDs, planted updates and closed forms."""
+"""An update's singular parts and their figures, against dense SVDs, planted updates and closed
+forms.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,14 @@ import torch
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.inspect.against import compared
-from lorafold.inspect.spectra import advice, effective_rank, entropy_rank, pooled, spectrum, stable_rank
+from lorafold.inspect.spectra import (
+    advice,
+    effective_rank,
+    entropy_rank,
+    pooled,
+    spectrum,
+    stable_rank,
+)
 from lorafold.inspect.subspaces import against_base, phi
 from lorafold.inspect.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
@@ -17,18 +26,27 @@ DENSE = ["loha", "lokr", "dora", "fish", "ia3"]
 
 
 def orthonormal(n: int, k: int, seed: int = 0) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    return torch.linalg.qr(
+        torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )[0]
 
 
 def planted(out: int, inn: int, s: list[float], seed: int = 0) -> Svd:
-    return Svd(orthonormal(out, len(s), seed).float(), torch.tensor(s), orthonormal(inn, len(s), seed + 1).float())
+    return Svd(
+        orthonormal(out, len(s), seed).float(),
+        torch.tensor(s),
+        orthonormal(inn, len(s), seed + 1).float(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", RANKED + DENSE)
 def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
     model = tiny_model(kind)
-    adapter = lf.attach(model, make_spec(method, **{"rank": 4} if method in (*RANKED, "loha", "lokr", "dora") else {}))
+    adapter = lf.attach(
+        model,
+        make_spec(method, **{"rank": 4} if method in (*RANKED, "loha", "lokr", "dora") else {}),
+    )
     move(adapter)
     for site in sites(adapter):
         w = layer_of(model.get_submodule(site.path)).dense()[0].detach()
@@ -46,12 +64,20 @@ def test_factors_are_never_multiplied_out():
     n = 400_000  # the update itself would take 640 GB
     up, down = torch.randn(n, 3), torch.randn(3, n)
     svd = of_factors(up, down)
-    gram = torch.linalg.eigvals((up.t() @ up).double() @ (down @ down.t()).double()).real.sort(descending=True).values
+    gram = (
+        torch.linalg.eigvals((up.t() @ up).double() @ (down @ down.t()).double())
+        .real.sort(descending=True)
+        .values
+    )
     assert torch.allclose(svd.s.double().square(), gram, rtol=1e-5)
 
 
 def test_small_singular_values_keep_their_digits():
-    u, v, s = orthonormal(50, 4), orthonormal(40, 4, 1), torch.tensor([1.0, 1e-3, 1e-6, 1e-9], dtype=torch.float64)
+    u, v, s = (
+        orthonormal(50, 4),
+        orthonormal(40, 4, 1),
+        torch.tensor([1.0, 1e-3, 1e-6, 1e-9], dtype=torch.float64),
+    )
     assert torch.allclose(of_factors(u * s, v.t()).s.double(), s, rtol=1e-6, atol=0)
 
 
@@ -87,11 +113,19 @@ def test_advice_states_what_resizing_loses():
     found = pooled([s])
     squares = s.double().square()
     assert found["rank_95"] == effective_rank(s, 0.95)
-    assert found["advised_loss"] == pytest.approx(float(squares[int(found["advised_rank"]) :].sum() / squares.sum()))
-    assert advice(16, found) == f"r=16 was given, {found['rank_95']} hold 95%: resize to {found['advised_rank']} loses " \
-                                f"{found['advised_loss']:.1%} of the energy"  # fmt: skip
+    assert found["advised_loss"] == pytest.approx(
+        float(squares[int(found["advised_rank"]) :].sum() / squares.sum())
+    )
+    assert (
+        advice(16, found)
+        == f"r=16 was given, {found['rank_95']} hold 95%: resize to {found['advised_rank']} loses "
+        f"{found['advised_loss']:.1%} of the energy"
+    )
     assert "more may help" in advice(16, pooled([torch.ones(16)]))
-    assert advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)])) == "r=8 was given, 5 hold 95%: keep it"
+    assert (
+        advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)]))
+        == "r=8 was given, 5 hold 95%: keep it"
+    )
 
 
 def test_pooled_loss_weighs_sites_by_their_energy():
@@ -106,7 +140,9 @@ def test_phi_by_brute_force():
     for i in range(1, 6):
         for j in range(1, 8):
             first, second = a[:, :i] @ a[:, :i].t(), b[:, :j] @ b[:, :j].t()  # projectors
-            assert float(grid[i - 1, j - 1]) == pytest.approx(float((first @ second).trace()) / min(i, j), abs=1e-12)
+            assert float(grid[i - 1, j - 1]) == pytest.approx(
+                float((first @ second).trace()) / min(i, j), abs=1e-12
+            )
 
 
 def test_phi_of_the_same_of_rotated_and_of_orthogonal_subspaces():
@@ -118,7 +154,10 @@ def test_phi_of_the_same_of_rotated_and_of_orthogonal_subspaces():
 
 
 def test_phi_of_unrelated_subspaces_is_what_chance_gives():
-    found = [float(phi(orthonormal(60, 4, 2 * i), orthonormal(60, 9, 2 * i + 1))[-1, -1]) for i in range(200)]
+    found = [
+        float(phi(orthonormal(60, 4, 2 * i), orthonormal(60, 9, 2 * i + 1))[-1, -1])
+        for i in range(200)
+    ]
     assert sum(found) / len(found) == pytest.approx(9 / 60, rel=0.05)
 
 
@@ -128,7 +167,9 @@ def test_similarity_of_two_updates_is_that_of_the_dense_ones():
     mixed = of_factors(both.u * both.s, both.v.t())  # overlaps with either
     for x, y in ((a, b), (a, mixed), (a, a)):
         expected = float((x.dense() * y.dense()).sum() / (x.dense().norm() * y.dense().norm()))
-        assert compared({"m": x}, {"m": y})["sites"]["m"]["cosine"] == pytest.approx(expected, abs=1e-5)
+        assert compared({"m": x}, {"m": y})["sites"]["m"]["cosine"] == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_amplification_of_a_base_s_own_direction():
@@ -149,18 +190,29 @@ def test_projection_by_dense_svd():
     w, update = torch.randn(24, 16), planted(24, 16, [2.0, 1.0, 0.4])
     u, _, vt = torch.linalg.svd(update.dense())
     found = against_base(update, w)
-    assert found["projection"] == pytest.approx(float((u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4)
+    assert found["projection"] == pytest.approx(
+        float((u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4
+    )
     first = against_base(update, w, 1)
     assert first["amplification"] == pytest.approx(2 / abs(float(u[:, 0] @ w @ vt[0])), rel=1e-4)
     assert first["relative_norm"] == found["relative_norm"]
-    assert found["amplification"] == pytest.approx(float(update.dense().norm() / (u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4)
+    assert found["amplification"] == pytest.approx(
+        float(update.dense().norm() / (u[:, :3].t() @ w @ vt[:3].t()).norm()), rel=1e-4
+    )
 
 
 def test_random_directions_have_the_projection_and_the_strength_of_chance():
     w = torch.randn(40, 30, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, -2, 30)
     found = [against_base(planted(40, 30, [1.0] * 4, seed=10 * i + 100), w) for i in range(300)]
-    mean = {name: sum(f[name] ** power for f in found) / len(found) for name, power in
-            (("projection", 2), ("random_projection", 2), ("strength_read", 1), ("strength_written", 1))}  # fmt: skip
+    mean = {
+        name: sum(f[name] ** power for f in found) / len(found)
+        for name, power in (
+            ("projection", 2),
+            ("random_projection", 2),
+            ("strength_read", 1),
+            ("strength_written", 1),
+        )
+    }
     assert mean["projection"] == pytest.approx(mean["random_projection"], rel=0.1)
     assert mean["strength_read"] == pytest.approx(1, rel=0.1)
     assert mean["strength_written"] == pytest.approx(1, rel=0.1)

@@ -1,6 +1,7 @@
 """Files both ways with PEFT as the oracle: what one writes the other reads, and the logits agree.
 
-Logits of two fp32 implementations of one formula differ by rounding in another order: 1e-5 of the largest is asked of both ways.
+Logits of two fp32 implementations of one formula differ by rounding in another order: 1e-5 of the
+largest is asked of both ways.
 """
 
 import json
@@ -23,7 +24,8 @@ CLOSE = 1e-5
 @pytest.fixture(autouse=True)
 def _seeded_and_quiet() -> None:
     torch.manual_seed(0)
-    # PEFT asks transformers under a name that is to go, and warns of tied embeddings; neither concerns the files
+    # PEFT asks transformers under a name that is to go, and warns of tied embeddings; neither
+    # concerns the files
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
@@ -41,7 +43,9 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def noise(a: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root mean square error, relative: in half precision the largest error of a few thousand logits is a matter of luck."""
+    """Root mean square error, relative: in half precision the largest error of a few thousand
+    logits is a matter of luck.
+    """
     return ((a - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
@@ -74,8 +78,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "patterns": (
         "llama",
-        {"spec": lf.LoRA(rank=4, rslora=True, rank_pattern=RANKS, alpha_pattern={"q_proj": 5.5}), "targets": Q},
-        {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": {"q_proj": 5.5}, "target_modules": Q},
+        {
+            "spec": lf.LoRA(rank=4, rslora=True, rank_pattern=RANKS, alpha_pattern={"q_proj": 5.5}),
+            "targets": Q,
+        },
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "use_rslora": True,
+            "rank_pattern": RANKS,
+            "alpha_pattern": {"q_proj": 5.5},
+            "target_modules": Q,
+        },
     ),
     "bias-lora-only": (
         "qwen2",
@@ -90,12 +104,30 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "conv1d-bias-all": (
         "gpt2",
         {"spec": lf.LoRA(rank=4), "targets": ["c_attn", "c_fc"], "bias": "all"},
-        {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_fc"], "bias": "all", "fan_in_fan_out": True},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["c_attn", "c_fc"],
+            "bias": "all",
+            "fan_in_fan_out": True,
+        },
     ),
     "conv1d-norms": (
         "gpt2",
-        {"spec": lf.LoRA(rank=4), "targets": ["c_proj"], "bias": "all", "modules_to_save": ["ln_f", "ln_1"]},
-        {"r": 4, "lora_alpha": 8, "target_modules": ["c_proj"], "bias": "all", "modules_to_save": ["ln_f", "ln_1"], "fan_in_fan_out": True},
+        {
+            "spec": lf.LoRA(rank=4),
+            "targets": ["c_proj"],
+            "bias": "all",
+            "modules_to_save": ["ln_f", "ln_1"],
+        },
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["c_proj"],
+            "bias": "all",
+            "modules_to_save": ["ln_f", "ln_1"],
+            "fan_in_fan_out": True,
+        },
     ),
     "embedding": (
         "llama",
@@ -121,7 +153,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "block-saved": (
         "llama",
         {"spec": lf.LoRA(rank=4), "targets": "all-linear", "modules_to_save": ["layers.1.mlp"]},
-        {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "modules_to_save": ["layers.1.mlp"]},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "modules_to_save": ["layers.1.mlp"],
+        },
     ),
     "regex": (
         "llama",
@@ -131,19 +168,30 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "one-layer": (
         "llama",
         {"spec": lf.LoRA(rank=4), "targets": ["layers.1.self_attn.q_proj"]},
-        {"r": 4, "lora_alpha": 8, "target_modules": Q[:1], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": Q[:1],
+            "layers_to_transform": [1],
+            "layers_pattern": "layers",
+        },
     ),
     "excluded": (
         "llama",
         {"spec": lf.LoRA(rank=4), "targets": r".*layers\.0\..*_proj"},
-        {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "exclude_modules": r".*layers\.1\..*"},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "exclude_modules": r".*layers\.1\..*",
+        },
     ),
     "gemma": (
         "gemma",
         {"spec": lf.LoRA(rank=4), "targets": "all-linear"},
         {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     ),
-}  # fmt: skip
+}
 
 Model = Callable[[str], Any]
 
@@ -157,7 +205,9 @@ def ours(case: str, model: Any) -> lf.Adapter:
 def theirs(case: str, model: Any, **extra: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **CASES[case][2], **extra))
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="CAUSAL_LM", **CASES[case][2], **extra)
+        )
     move(p for p in wrapped.parameters() if p.requires_grad)
     return wrapped
 
@@ -169,7 +219,9 @@ def save_theirs(wrapped: Any, path: Path) -> None:
 
 
 def load_theirs(model: Any, path: Path) -> Any:
-    """PEFT's reading, in which a warning of missing or unexpected keys or unknown config fields is an error."""
+    """PEFT's reading, in which a warning of missing or unexpected keys or unknown config fields is
+    an error.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -212,7 +264,8 @@ def test_saved_again_is_the_same(case: str, tiny_model: Model, tmp_path: Path) -
     lf.load(again, tmp_path / "a").save(tmp_path / "b")
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in "ab")
     assert a.keys() == b.keys()
-    eps = torch.finfo(torch.float32).eps  # a bias is stored absolute: taken apart and put together it is rounded once
+    # a bias is stored absolute: taken apart and put together it is rounded once
+    eps = torch.finfo(torch.float32).eps
     assert all(torch.allclose(a[k], b[k], rtol=2 * eps, atol=2 * eps) for k in a)
     configs = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in "ab"]
     assert configs[0] == configs[1]
@@ -222,14 +275,36 @@ def test_keys_and_config_as_peft_writes_them(tiny_model: Model, tmp_path: Path) 
     for case, (kind, _, _) in CASES.items():
         ours(case, tiny_model(kind)).save(tmp_path / case / "ours")
         save_theirs(theirs(case, tiny_model(kind)), tmp_path / case / "theirs")
-        a, b = (load_file(tmp_path / case / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
-        beyond = {k for k in b if k.endswith("base_layer.weight") or ".original_module." in k or ".modules_to_save." in k}
-        assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items() if k not in beyond}, case
+        a, b = (
+            load_file(tmp_path / case / d / "adapter_model.safetensors") for d in ("ours", "theirs")
+        )
+        beyond = {
+            k
+            for k in b
+            if k.endswith("base_layer.weight")
+            or ".original_module." in k
+            or ".modules_to_save." in k
+        }
+        assert {k: v.shape for k, v in a.items()} == {
+            k: v.shape for k, v in b.items() if k not in beyond
+        }, case
         assert all(v.dtype == torch.float32 for v in a.values())
-        mine, his = (json.loads((tmp_path / case / d / "adapter_config.json").read_text()) for d in ("ours", "theirs"))
+        mine, his = (
+            json.loads((tmp_path / case / d / "adapter_config.json").read_text())
+            for d in ("ours", "theirs")
+        )
         # where the two lists differ they select the same modules, which the other tests show
-        ways = {"target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "lora_dropout"}
-        assert {k: v for k, v in mine.items() if k not in ways} == {k: v for k, v in his.items() if k in mine and k not in ways}, case
+        ways = {
+            "target_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+            "exclude_modules",
+            "lora_dropout",
+        }
+        assert {k: v for k, v in mine.items() if k not in ways} == {
+            k: v for k, v in his.items() if k in mine and k not in ways
+        }, case
 
 
 def test_suffixes_where_they_suffice(tiny_model: Model, tmp_path: Path) -> None:
@@ -239,21 +314,33 @@ def test_suffixes_where_they_suffice(tiny_model: Model, tmp_path: Path) -> None:
 
     every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert targets("all", tiny_model("llama"), "all-linear") == every
-    assert targets("regex", tiny_model("llama"), r".*1\.self_attn\.[qk]_proj") == r".*1\.self_attn\.[qk]_proj"
+    assert (
+        targets("regex", tiny_model("llama"), r".*1\.self_attn\.[qk]_proj")
+        == r".*1\.self_attn\.[qk]_proj"
+    )
     one = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
     assert targets("two", tiny_model("llama"), ["0.self_attn.q_proj", "1.self_attn.k_proj"]) == one
     # a path that is the end of another one has no name in a list
-    twice = nn.ModuleDict({"q": nn.Linear(4, 4), "y": nn.Linear(4, 4), "x": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    twice = nn.ModuleDict(
+        {"q": nn.Linear(4, 4), "y": nn.Linear(4, 4), "x": nn.ModuleDict({"q": nn.Linear(4, 4)})}
+    )
     adapter = lf.attach(twice, lf.LoRA(rank=2), "q|y")
     adapter.save(tmp_path / "end")
-    assert json.loads((tmp_path / "end" / "adapter_config.json").read_text())["target_modules"] == "q|y"
+    assert (
+        json.loads((tmp_path / "end" / "adapter_config.json").read_text())["target_modules"]
+        == "q|y"
+    )
     adapter.detach()
     assert list(lf.load(twice, tmp_path / "end").deltas) == ["q", "y"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base_is_the_same_base(dtype: torch.dtype, tiny_model: Model, tmp_path: Path) -> None:
-    """Trained over fp32, loaded over half precision and the other way round: no complaint, fp32 factors, the same values."""
+def test_half_precision_base_is_the_same_base(
+    dtype: torch.dtype, tiny_model: Model, tmp_path: Path
+) -> None:
+    """Trained over fp32, loaded over half precision and the other way round: no complaint, fp32
+    factors, the same values.
+    """
     model = tiny_model("qwen2")
     adapter = lf.attach(model, lf.LoRA(rank=4), Q, bias="lora_only", modules_to_save=["lm_head"])
     move(adapter.parameters())
@@ -265,7 +352,8 @@ def test_half_precision_base_is_the_same_base(dtype: torch.dtype, tiny_model: Mo
     lf.load(tiny_model("qwen2"), tmp_path / "b")
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in "ab")
     assert all(torch.allclose(a[k], b[k], rtol=1e-6, atol=1e-6) for k in a)
-    # PEFT over the same half-precision base is the measure: it rounds in other places, and keeps its branch in fp32
+    # PEFT over the same half-precision base is the measure: it rounds in other places, and keeps
+    # its branch in fp32
     expected = logits(load_theirs(tiny_model("qwen2").to(dtype), tmp_path / "a"))
     exact = logits(model)
     assert noise(logits(half), exact) <= 2 * noise(expected, exact)
@@ -283,19 +371,29 @@ def test_peft_trained_on_bf16(tiny_model: Model, tmp_path: Path) -> None:
 
 
 def test_classifier_head(tmp_path: Path) -> None:
-    """PEFT names every head there could be among the modules to save, and asks for them when it loads."""
+    """PEFT names every head there could be among the modules to save, and asks for them when it
+    loads.
+    """
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     def classifier() -> Any:
         torch.manual_seed(3)
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, num_labels=3, pad_token_id=0
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=300,
+            num_labels=3,
+            pad_token_id=0,
         )
         return LlamaForSequenceClassification(config)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(classifier(), peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=Q))
+        wrapped = peft.get_peft_model(
+            classifier(), peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=Q)
+        )
     move(p for p in wrapped.parameters() if p.requires_grad)
     save_theirs(wrapped, tmp_path / "theirs")
     model = classifier()
@@ -304,7 +402,8 @@ def test_classifier_head(tmp_path: Path) -> None:
     adapter.save(tmp_path / "ours")
     assert gap(logits(load_theirs(classifier(), tmp_path / "ours")), logits(wrapped)) < CLOSE
 
-    # a fresh head is drawn anew each time: it is the adapter's, and no part of what identifies the base
+    # a fresh head is drawn anew each time: it is the adapter's, and no part of what identifies the
+    # base
     other_head = classifier()
     torch.nn.init.normal_(other_head.score.weight)
     lf.load(other_head, tmp_path / "ours")
@@ -315,18 +414,28 @@ def test_classifier_head(tmp_path: Path) -> None:
     headless = lf.attach(plain, lf.LoRA(rank=4), Q)
     move(headless.parameters())
     headless.save(tmp_path / "headless")
-    assert json.loads((tmp_path / "headless" / "adapter_config.json").read_text())["task_type"] is None
+    assert (
+        json.loads((tmp_path / "headless" / "adapter_config.json").read_text())["task_type"] is None
+    )
     assert gap(logits(load_theirs(classifier(), tmp_path / "headless")), logits(plain)) < CLOSE
 
 
 def test_least_config(tiny_model: Model, tmp_path: Path) -> None:
-    """peft_type and target_modules are all that a config must have: r and alpha are 8 then, as PEFT says."""
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
+    """peft_type and target_modules are all that a config must have: r and alpha are 8 then, as PEFT
+    says.
+    """
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]})
+    )
     generator = torch.Generator().manual_seed(0)
     prefix = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     shapes = {"A": (8, 32), "B": (32, 8)}
     save_file(
-        {prefix.format(i, f): torch.randn(shapes[f], generator=generator) for i in range(2) for f in "AB"},
+        {
+            prefix.format(i, f): torch.randn(shapes[f], generator=generator)
+            for i in range(2)
+            for f in "AB"
+        },
         tmp_path / "adapter_model.safetensors",
     )
     model = tiny_model("llama")
@@ -367,9 +476,14 @@ def test_card_is_ready_for_the_hub(tiny_model: Model, tmp_path: Path) -> None:
     ours("lora", model).save(tmp_path / "a")
     _, front, text = (tmp_path / "a" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "someone/some-base", "library_name": "peft", "tags": ["lora", "lorafold", "base_model:adapter:someone/some-base"],
-    }  # fmt: skip
+        "base_model": "someone/some-base",
+        "library_name": "peft",
+        "tags": ["lora", "lorafold", "base_model:adapter:someone/some-base"],
+    }
     assert "lf.load" in text
     assert "PeftModel" in text
     assert "| rank | 4 |" in text
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/some-base"
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "someone/some-base"
+    )

@@ -1,4 +1,6 @@
-"""Token rows both ways with PEFT, on bases whose vocabulary the user resized and on those that nobody did."""
+"""Token rows both ways with PEFT, on bases whose vocabulary the user resized and on those that
+nobody did.
+"""
 
 import copy
 import json
@@ -45,21 +47,36 @@ def embedding(kind: str) -> str:
 
 
 def at(kind: str, end: str = "embedding") -> str:
-    prefix = "base_model.model.transformer.wte" if kind == "gpt2" else "base_model.model.model.embed_tokens"
-    return f"{prefix if end == 'embedding' else 'base_model.model.lm_head'}.token_adapter.trainable_tokens_delta"
+    prefix = (
+        "base_model.model.transformer.wte"
+        if kind == "gpt2"
+        else "base_model.model.model.embed_tokens"
+    )
+    path = prefix if end == "embedding" else "base_model.model.lm_head"
+    return f"{path}.token_adapter.trainable_tokens_delta"
 
 
 def ours(kind: str, model: Any, **options: Any) -> lf.Adapter:
-    adapter = lf.attach(model, lf.LoRA(rank=4, alpha=8), TARGETS.get(kind, ["q_proj"]), **{"tokens": NEW, **options})
+    adapter = lf.attach(
+        model, lf.LoRA(rank=4, alpha=8), TARGETS.get(kind, ["q_proj"]), **{"tokens": NEW, **options}
+    )
     move(adapter.parameters())
     return adapter
 
 
 def theirs(kind: str, base: Any, indices: Any, **options: Any) -> Any:
-    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS.get(kind, ["q_proj"]), "task_type": "CAUSAL_LM", **options}
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": TARGETS.get(kind, ["q_proj"]),
+        "task_type": "CAUSAL_LM",
+        **options,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(base, peft.LoraConfig(**config, trainable_token_indices=indices))
+        wrapped = peft.get_peft_model(
+            base, peft.LoraConfig(**config, trainable_token_indices=indices)
+        )
     move(p for p in wrapped.parameters() if p.requires_grad)
     return wrapped
 
@@ -78,14 +95,18 @@ def test_peft_reads_ours_on_a_resized_base(kind: str, tiny_model, tmp_path: Path
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     rows = {key: tuple(t.shape) for key, t in tensors.items() if "token" in key.rsplit(".", 2)[1]}
     assert rows == dict.fromkeys([at(kind), *([] if kind in TIED else [at(kind, "head")])], (3, D))
-    indices = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["trainable_token_indices"]
+    indices = json.loads((tmp_path / "a" / "adapter_config.json").read_text())[
+        "trainable_token_indices"
+    ]
     assert indices == (NEW if kind in TIED else {"embed_tokens": NEW, "lm_head": NEW})
     assert gap(logits(load_theirs(resized(tiny_model(kind)), tmp_path / "a")), expected) < CLOSE
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_is_read_on_the_base_resized_or_not(kind: str, tiny_model, tmp_path: Path) -> None:
-    """A resized base is the same base, by its fingerprint too; saved again from either the file is the same."""
+    """A resized base is the same base, by its fingerprint too; saved again from either the file is
+    the same.
+    """
     model = tiny_model(kind)
     ours(kind, model).save(tmp_path / "a")
     for name, base in (("plain", tiny_model(kind)), ("resized", resized(tiny_model(kind)))):
@@ -95,36 +116,65 @@ def test_ours_is_read_on_the_base_resized_or_not(kind: str, tiny_model, tmp_path
         a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("a", name))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
-    configs = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("a", "plain", "resized")]
+    configs = [
+        json.loads((tmp_path / d / "adapter_config.json").read_text())
+        for d in ("a", "plain", "resized")
+    ]
     assert configs[0] == configs[1] == configs[2]
-    assert lf.load(tiny_model(kind), tmp_path / "resized")  # its fingerprint is of the longer matrices
+    # its fingerprint is of the longer matrices
+    assert lf.load(tiny_model(kind), tmp_path / "resized")
 
 
 @pytest.mark.parametrize("matrices", [True, False], ids=["matrices", "rows-only"])
 @pytest.mark.parametrize("form", ["list", "names"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_is_read_on_the_base_resized_or_not(kind: str, form: str, matrices: bool, tiny_model, tmp_path: Path) -> None:
+def test_peft_is_read_on_the_base_resized_or_not(
+    kind: str, form: str, matrices: bool, tiny_model, tmp_path: Path
+) -> None:
     base = resized(tiny_model(kind))
     same = copy.deepcopy(base)
     wrapped = theirs(kind, base, NEW if form == "list" else {embedding(kind): NEW, "lm_head": NEW})
     expected = logits(wrapped)
     tensors = save_theirs(wrapped, tmp_path / "a", matrices)
     assert any(k.endswith("base_layer.weight") for k in tensors) == matrices
-    assert (at(kind, "head") in tensors) == (form == "names" if kind not in TIED else matrices)  # PEFT repeats a tied head's rows
+    # PEFT repeats a tied head's rows
+    assert (at(kind, "head") in tensors) == (form == "names" if kind not in TIED else matrices)
     lf.load(same, tmp_path / "a")
     assert gap(logits(same), expected) < CLOSE
     of_the_head = kind in TIED or form == "names" or matrices
-    for other in (tiny_model(kind), resized(tiny_model(kind))):  # resized once more, it got other rows at random
+    # resized once more, it got other rows at random
+    for other in (tiny_model(kind), resized(tiny_model(kind))):
         grown = other.config.vocab_size > V
         if not of_the_head and not grown:
-            with pytest.raises(lf.LorafoldError, match="embed_tokens would have rows for 302, lm_head would have rows for 300 tokens"):
+            with pytest.raises(
+                lf.LorafoldError,
+                match=(
+                    "embed_tokens would have rows for 302, lm_head would have rows for 300 tokens"
+                ),
+            ):
                 lf.load(other, tmp_path / "a")
             continue
         adapter = lf.load(other, tmp_path / "a")
         found = logits(other)
-        assert gap(found if of_the_head else found[..., :V], expected if of_the_head else expected[..., :V]) < CLOSE
+        assert (
+            gap(
+                found if of_the_head else found[..., :V],
+                expected if of_the_head else expected[..., :V],
+            )
+            < CLOSE
+        )
         adapter.save(tmp_path / f"again-{grown}")
-        assert gap(logits(load_theirs(copy.deepcopy(same_base(other, adapter)), tmp_path / f"again-{grown}")), found) < CLOSE
+        assert (
+            gap(
+                logits(
+                    load_theirs(
+                        copy.deepcopy(same_base(other, adapter)), tmp_path / f"again-{grown}"
+                    )
+                ),
+                found,
+            )
+            < CLOSE
+        )
 
 
 def same_base(model: Any, adapter: lf.Adapter) -> Any:
@@ -147,7 +197,9 @@ def test_rows_of_padding_come_along(kind: str, tiny_model, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_tokens_alone(kind: str, tiny_model, tmp_path: Path) -> None:
-    """No vocabulary is resized: PEFT writes the rows and nothing more, of the embedding alone where the head has a weight of its own."""
+    """No vocabulary is resized: PEFT writes the rows and nothing more, of the embedding alone where
+    the head has a weight of its own.
+    """
     wrapped = theirs(kind, tiny_model(kind), [9, 5])
     short = IDS.masked_fill(IDS >= V, 9)
     with torch.no_grad():
@@ -160,7 +212,11 @@ def test_known_tokens_alone(kind: str, tiny_model, tmp_path: Path) -> None:
 
 
 def test_other_ids_for_a_tied_head(tiny_model, tmp_path: Path) -> None:
-    wrapped = theirs("gemma", resized(tiny_model("gemma")), {"embed_tokens": [300, 301], "lm_head": [301, 300, 7]})
+    wrapped = theirs(
+        "gemma",
+        resized(tiny_model("gemma")),
+        {"embed_tokens": [300, 301], "lm_head": [301, 300, 7]},
+    )
     expected = logits(wrapped)
     save_theirs(wrapped, tmp_path / "a", matrices=False)
     model = tiny_model("gemma")
@@ -168,12 +224,19 @@ def test_other_ids_for_a_tied_head(tiny_model, tmp_path: Path) -> None:
     assert gap(logits(model), expected) < CLOSE
 
 
-BESIDE: list[dict[str, Any]] = [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"modules_to_save": ["model.norm"]}]
+BESIDE: list[dict[str, Any]] = [
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"bias": "all"},
+    {"modules_to_save": ["model.norm"]},
+]
 
 
 @pytest.mark.parametrize("options", BESIDE, ids=str)
 def test_beside_what_else_lora_has(options: dict[str, Any], tiny_model, tmp_path: Path) -> None:
-    wrapped = theirs("qwen2", resized(tiny_model("qwen2")), {"embed_tokens": NEW, "lm_head": NEW}, **options)
+    wrapped = theirs(
+        "qwen2", resized(tiny_model("qwen2")), {"embed_tokens": NEW, "lm_head": NEW}, **options
+    )
     expected = logits(wrapped)
     save_theirs(wrapped, tmp_path / "a", matrices=True)
     model = tiny_model("qwen2")
@@ -187,12 +250,18 @@ def test_a_base_on_the_meta_device(kind: str, tiny_model, tiny_model_dir, tmp_pa
     """A skeleton without data takes the rows as well, and a tied head goes on sharing them."""
     save_theirs(theirs(kind, resized(tiny_model(kind)), NEW), tmp_path / "a", matrices=True)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model_dir(kind)))
+        skeleton = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(tiny_model_dir(kind))
+        )
     adapter = lf.load(skeleton, tmp_path / "a", base=FileWeights(model_files(tiny_model_dir(kind))))
     real = lf.load(tiny_model(kind), tmp_path / "a")
     assert all(p.device.type == "cpu" for p in adapter.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), real.parameters(), strict=True))
-    assert [bool(delta.twin) for delta in adapter.deltas.values()] == [bool(delta.twin) for delta in real.deltas.values()]
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapter.parameters(), real.parameters(), strict=True)
+    )
+    assert [bool(delta.twin) for delta in adapter.deltas.values()] == [
+        bool(delta.twin) for delta in real.deltas.values()
+    ]
 
 
 def test_half_precision_base(tiny_model, tmp_path: Path) -> None:
@@ -211,15 +280,40 @@ def change(path: Path, edit: Any) -> None:
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-ROWS, HEAD, MATRIX = at("llama"), "base_model.model.lm_head.weight", at("llama").replace("trainable_tokens_delta", "base_layer.weight")
+ROWS, HEAD, MATRIX = (
+    at("llama"),
+    "base_model.model.lm_head.weight",
+    at("llama").replace("trainable_tokens_delta", "base_layer.weight"),
+)
 DEFECTS: dict[str, tuple[Any, str]] = {
-    "another base": (lambda t: t[MATRIX].mul_(2), r"base_layer.weight: a base weight of shape \[302, 32\], where this"),
-    "a row too few": (lambda t: t.update({ROWS: t[ROWS][:2]}), r"trainable_tokens_delta: shape \[2, 32\], expected \[3, 32\]"),
-    "too narrow": (lambda t: t.update({ROWS: t[ROWS][:, :16].clone()}), r"shape \[3, 16\], expected \[3, 32\]"),
-    "missing": (lambda t: t.pop(ROWS), "missing key base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
-    "not a number": (lambda t: t[ROWS][0].fill_(float("nan")), "trainable_tokens_delta: 32 of 96 values are not finite"),
-    "elsewhere": (lambda t: t.update({at("gpt2"): torch.zeros(3, D)}), "unknown key base_model.model.transformer.wte.token_adapter"),
-    "not a number in the head": (lambda t: t[HEAD][301].fill_(float("inf")), "lm_head.token_adapter.* 32 of 64 values are not finite"),
+    "another base": (
+        lambda t: t[MATRIX].mul_(2),
+        r"base_layer.weight: a base weight of shape \[302, 32\], where this",
+    ),
+    "a row too few": (
+        lambda t: t.update({ROWS: t[ROWS][:2]}),
+        r"trainable_tokens_delta: shape \[2, 32\], expected \[3, 32\]",
+    ),
+    "too narrow": (
+        lambda t: t.update({ROWS: t[ROWS][:, :16].clone()}),
+        r"shape \[3, 16\], expected \[3, 32\]",
+    ),
+    "missing": (
+        lambda t: t.pop(ROWS),
+        "missing key base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+    ),
+    "not a number": (
+        lambda t: t[ROWS][0].fill_(float("nan")),
+        "trainable_tokens_delta: 32 of 96 values are not finite",
+    ),
+    "elsewhere": (
+        lambda t: t.update({at("gpt2"): torch.zeros(3, D)}),
+        "unknown key base_model.model.transformer.wte.token_adapter",
+    ),
+    "not a number in the head": (
+        lambda t: t[HEAD][301].fill_(float("inf")),
+        "lm_head.token_adapter.* 32 of 64 values are not finite",
+    ),
 }
 
 
@@ -245,10 +339,14 @@ def test_reading_is_strict(defect: str, tiny_model, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense(indices: Any, message: str, tiny_model, tmp_path: Path) -> None:
+def test_a_config_that_makes_no_sense(
+    indices: Any, message: str, tiny_model, tmp_path: Path
+) -> None:
     ours("llama", tiny_model("llama")).save(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": indices}))
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps(config | {"trainable_token_indices": indices})
+    )
     with pytest.raises(lf.LorafoldError, match=message):
         lf.load(tiny_model("llama"), tmp_path / "a")
 

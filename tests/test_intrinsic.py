@@ -1,4 +1,6 @@
-"""The search for a task's intrinsic dimension: what it finds, that it goes on from what is there, and what it refuses."""
+"""The search for a task's intrinsic dimension: what it finds, that it goes on from what is there,
+and what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,18 @@ from lorafold.inspect.intrinsic import Point, search
 from lorafold.train.recipe import Recipe
 from lorafold.train.run import Request
 
-ROWS = [{"prompt": f"say {word}", "completion": f" {word} {word}"} for word in ("one", "two", "three", "four")]
+ROWS = [
+    {"prompt": f"say {word}", "completion": f" {word} {word}"}
+    for word in ("one", "two", "three", "four")
+]
 
 
 @pytest.fixture
 def request_(tiny_model_dir: Any, tmp_path: Path) -> Request:
     recipe = Recipe(steps=4, batch=4, lr=3e-2, base="fp32", max_length=32, warmup=0.0)
-    return Request(str(tiny_model_dir("llama")), tmp_path / "search", recipe, ROWS, "test", eval_rows=ROWS)
+    return Request(
+        str(tiny_model_dir("llama")), tmp_path / "search", recipe, ROWS, "test", eval_rows=ROWS
+    )
 
 
 def test_the_smallest_power_of_two_that_gets_there(request_: Request) -> None:
@@ -29,13 +36,20 @@ def test_the_smallest_power_of_two_that_gets_there(request_: Request) -> None:
     assert found.full_loss < found.base_loss
     assert [p.dimension for p in found.points] == sorted(p.dimension for p in seen)
     for p in found.points:
-        assert p.reached == pytest.approx((found.base_loss - p.loss) / (found.base_loss - found.full_loss))
+        assert p.reached == pytest.approx(
+            (found.base_loss - p.loss) / (found.base_loss - found.full_loss)
+        )
     there = {p.dimension: p.reached >= 1e-6 for p in found.points}
     assert there[64]
     assert found.dimension is not None
     assert there[found.dimension]
     assert found.dimension == 1 or there.get(found.dimension // 2) is False
-    assert {p.name for p in request_.out.iterdir()} == {"search.json", "base.json", "full.json", *(f"{d}.json" for d in there)}
+    assert {p.name for p in request_.out.iterdir()} == {
+        "search.json",
+        "base.json",
+        "full.json",
+        *(f"{d}.json" for d in there),
+    }
 
 
 def test_it_goes_on_from_what_is_there(request_: Request) -> None:

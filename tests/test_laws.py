@@ -59,9 +59,15 @@ def to(root: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 BASES = {
     "linear": (lambda: nn.Linear(16, 32), lambda g: torch.randn(3, 5, 16, generator=g)),
-    "no-bias": (lambda: nn.Linear(16, 32, bias=False), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "no-bias": (
+        lambda: nn.Linear(16, 32, bias=False),
+        lambda g: torch.randn(3, 5, 16, generator=g),
+    ),
     "conv1d": (lambda: Conv1D(32, 16), lambda g: torch.randn(3, 5, 16, generator=g)),
-    "embedding": (lambda: nn.Embedding(16, 32), lambda g: torch.randint(0, 16, (3, 5), generator=g)),
+    "embedding": (
+        lambda: nn.Embedding(16, 32),
+        lambda g: torch.randint(0, 16, (3, 5), generator=g),
+    ),
     "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
 }
@@ -69,10 +75,14 @@ BASES = {
 # (method, base) for which the method is not defined; `attach` refuses them
 NOT_LAID: set[tuple[str, str]] = {("ia3-inputs", "embedding"), ("bitfit", "embedding")}
 
-CASES = [pytest.param(m, b, id=f"{m}-{b}") for m in METHODS for b in BASES if (m, b) not in NOT_LAID]
+CASES = [
+    pytest.param(m, b, id=f"{m}-{b}") for m in METHODS for b in BASES if (m, b) not in NOT_LAID
+]
 
 
-def adapted(method: str, base: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor, lf.Adapter]:
+def adapted(
+    method: str, base: str, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, torch.Tensor, lf.Adapter]:
     torch.manual_seed(0)
     make, inputs = BASES[base]
     root = to(nn.Sequential(make()), dtype)
@@ -159,9 +169,13 @@ def test_compiles_in_one_graph(method: str, base: str) -> None:
 
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
-    """The change of the output along the exact change: an update far under half a unit of bf16 must not be lost in a matrix layer."""
+    """The change of the output along the exact change: an update far under half a unit of bf16 must
+    not be lost in a matrix layer.
+    """
     if base == "embedding":
-        pytest.skip("an embedding's output has nothing beneath the rounding: rows are stored values")
+        pytest.skip(
+            "an embedding's output has nothing beneath the rounding: rows are stored values"
+        )
     torch.manual_seed(0)
     root, x, adapter = adapted(method, base, torch.bfloat16)
     x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -173,15 +187,19 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
         change = exact(x.double()) - bare
         realised = root(x).double() - bare
     kept = ((realised * change).sum() / change.square().sum()).item()
-    roundings = 16 * 32 if isinstance(adapter.deltas["0"], Dense) else change.numel()  # of the weights, or of every output
-    standard_error = ((realised - change).norm() / change.norm() / roundings**0.5).item()  # of a projection, under rounding's noise
+    # of the weights, or of every output
+    roundings = 16 * 32 if isinstance(adapter.deltas["0"], Dense) else change.numel()
+    # of a projection, under rounding's noise
+    standard_error = ((realised - change).norm() / change.norm() / roundings**0.5).item()
     assert standard_error < 0.1
     assert kept == pytest.approx(1, abs=0.05 + 3 * standard_error)
 
 
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:
-    """A dither has three times the variance of rounding to the nearest, a stored row that is looked up no error at all."""
+    """A dither has three times the variance of rounding to the nearest, a stored row that is looked
+    up no error at all.
+    """
     root, x, adapter = adapted(method, base, torch.bfloat16)
     move(adapter)
     exact = to(copy.deepcopy(root), torch.float64)
@@ -192,5 +210,6 @@ def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:
         law = layer_of(folded[0]).op(wide, w)
         assert (law if b is None else law + b).sub(y).norm() <= 1e-10 * y.norm()
         assert root(x).dtype is torch.bfloat16
-        unit = torch.finfo(torch.bfloat16).eps / 12**0.5  # of one rounding to the nearest, relative to the binade's foot
+        # of one rounding to the nearest, relative to the binade's foot
+        unit = torch.finfo(torch.bfloat16).eps / 12**0.5
         assert (root(x).double() - y).norm() <= 3 * unit * y.norm()

@@ -10,7 +10,9 @@ X = torch.randn(32, 12, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(32, 7, generator=torch.Generator().manual_seed(1))
 
 
-def trained(alpha: float, lr: float, lr_b: float, optimizer: type[torch.optim.Optimizer], steps: int) -> tuple[nn.Module, lf.Adapter]:
+def trained(
+    alpha: float, lr: float, lr_b: float, optimizer: type[torch.optim.Optimizer], steps: int
+) -> tuple[nn.Module, lf.Adapter]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 7)).double()
     adapter = lf.attach(model, lf.LoRA(rank=3, alpha=alpha, dropout=0.0), ["0"])
@@ -47,8 +49,12 @@ def test_gradients_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "power"), [(torch.optim.Adam, 1), (torch.optim.SGD, 2)])
-def test_alpha_is_a_scale_of_the_learning_rate_of_B(optimizer: type[torch.optim.Optimizer], power: int) -> None:
-    """alpha times c gives the same model as B's learning rate times c (Adam) or c squared (SGD), and B's value times c."""
+def test_alpha_is_a_scale_of_the_learning_rate_of_B(
+    optimizer: type[torch.optim.Optimizer], power: int
+) -> None:
+    """alpha times c gives the same model as B's learning rate times c (Adam) or c squared (SGD),
+    and B's value times c.
+    """
     c, lr = 4.0, 1e-2
     scaled, _ = trained(alpha=3 * c, lr=lr, lr_b=lr, optimizer=optimizer, steps=5)
     faster, _ = trained(alpha=3, lr=lr, lr_b=lr * c**power, optimizer=optimizer, steps=5)

@@ -1,4 +1,6 @@
-"""Every low-rank method: the fused operation gives the gradients of the plain path, with the same places dropped."""
+"""Every low-rank method: the fused operation gives the gradients of the plain path, with the same
+places dropped.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ LOW_RANK = ["lora", "rslora", "pissa", "olora", "adalora", "vera"]
 MATRICES = [base for base in BASES if base != "embedding"]
 
 
-def step(method: str, base: str, dropout: float, dtype: torch.dtype = torch.float32, wide: bool = False) -> tuple[bool, dict[str, Tensor]]:
-    """Did the fused operation run; output, and gradients of the input and all parameters. wide: in fp64, from the same numbers."""
+def step(
+    method: str, base: str, dropout: float, dtype: torch.dtype = torch.float32, wide: bool = False
+) -> tuple[bool, dict[str, Tensor]]:
+    """Did the fused operation run; output, and gradients of the input and all parameters. wide: in
+    fp64, from the same numbers.
+    """
     torch.manual_seed(0)
     make, inputs = BASES[base]
     root = to(nn.Sequential(make()), dtype).train()
@@ -38,13 +44,19 @@ def step(method: str, base: str, dropout: float, dtype: torch.dtype = torch.floa
 
 
 def graph(node: torch.autograd.graph.Node | None) -> list[torch.autograd.graph.Node]:
-    return [] if node is None else [node, *(n for child, _ in node.next_functions for n in graph(child))]
+    return (
+        []
+        if node is None
+        else [node, *(n for child, _ in node.next_functions for n in graph(child))]
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("base", MATRICES)
 @pytest.mark.parametrize("method", LOW_RANK)
-def test_fused_and_plain_agree(method: str, base: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_and_plain_agree(
+    method: str, base: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, fused = step(method, base, dropout)
     monkeypatch.setattr(Matrix, "low_rank", Layer.low_rank)
     theirs, plain = step(method, base, dropout)
@@ -56,10 +68,17 @@ def test_fused_and_plain_agree(method: str, base: str, dropout: float, monkeypat
 
 @pytest.mark.parametrize("base", ["linear", "no-bias", "conv1d"])
 @pytest.mark.parametrize("method", LOW_RANK)
-def test_in_bf16_the_fused_errs_no_more(method: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_bf16_the_fused_errs_no_more(
+    method: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both against the plain path in fp64, from the same bf16 numbers."""
-    (_, fused) = step(method, base, 0.0, torch.bfloat16)
+    _, fused = step(method, base, 0.0, torch.bfloat16)
     monkeypatch.setattr(Matrix, "low_rank", Layer.low_rank)
-    (_, plain), (_, truth) = (step(method, base, 0.0, torch.bfloat16, wide) for wide in (False, True))
-    error, peer = (sum(((found[name] - true).norm() / true.norm()).square() for name, true in truth.items()) for found in (fused, plain))
+    (_, plain), (_, truth) = (
+        step(method, base, 0.0, torch.bfloat16, wide) for wide in (False, True)
+    )
+    error, peer = (
+        sum(((found[name] - true).norm() / true.norm()).square() for name, true in truth.items())
+        for found in (fused, plain)
+    )
     assert error <= 1.05**2 * peer

@@ -1,4 +1,6 @@
-"""Estimates against what a real step holds, counted at the allocator, over architectures, methods and storages."""
+"""Estimates against what a real step holds, counted at the allocator, over architectures, methods
+and storages.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,25 @@ from lorafold.methods.tokens import Tokens
 from lorafold.train.recipe import Recipe
 
 COMMON = {
-    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 500, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 500,
+    "pad_token_id": 0,
+}
 CONFIGS = {
     "llama": tf.LlamaConfig(**COMMON),
     "qwen2": tf.Qwen2Config(**COMMON, tie_word_embeddings=True),
     "gemma2": tf.Gemma2Config(**COMMON, head_dim=32, sliding_window=32),
-    "bert": tf.BertConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4, vocab_size=500),
+    "bert": tf.BertConfig(
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=500,
+    ),
     "mamba": tf.MambaConfig(hidden_size=128, num_hidden_layers=6, vocab_size=500, pad_token_id=0),
     "gpt2": tf.GPT2Config(n_embd=128, n_layer=6, n_head=4, vocab_size=500),
 }
@@ -46,13 +59,28 @@ BF16 = Storage(torch.bfloat16)
 LORA = Setting(BF16, make_spec("lora"), rows=(128, 128))
 CPU = torch.device("cpu")
 METHODS = [
-    "lora", "dora", "vera", "adalora", "loha", "lokr", "ia3", "bitfit", "houlsby", "prefix", "prompt", "lt-sft", "full", "linear-probe",
-]  # fmt: skip
+    "lora",
+    "dora",
+    "vera",
+    "adalora",
+    "loha",
+    "lokr",
+    "ia3",
+    "bitfit",
+    "houlsby",
+    "prefix",
+    "prompt",
+    "lt-sft",
+    "full",
+    "linear-probe",
+]
 
 
 def close(config: Any, setting: Setting) -> None:
     found, blocks = estimate(config, setting), config.num_hidden_layers
-    measured = measure(lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU)
+    measured = measure(
+        lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU
+    )
     assert found.total == pytest.approx(measured, rel=0.05)
     assert min(found.terms.values()) >= 0
 
@@ -61,7 +89,10 @@ def close(config: Any, setting: Setting) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str, checkpointing: bool) -> None:
     base = Storage(torch.float32) if method == "full" else BF16
-    close(CONFIGS["llama"], replace(LORA, base=base, spec=make_spec(method), checkpointing=checkpointing))
+    close(
+        CONFIGS["llama"],
+        replace(LORA, base=base, spec=make_spec(method), checkpointing=checkpointing),
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
@@ -73,12 +104,18 @@ def test_architectures(name: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "loha"])
 @pytest.mark.parametrize("quantization", PACKERS)
 def test_storages(quantization: str, method: str) -> None:
-    close(CONFIGS["llama"], replace(LORA, base=Storage(torch.bfloat16, quantization), spec=make_spec(method)))
+    close(
+        CONFIGS["llama"],
+        replace(LORA, base=Storage(torch.bfloat16, quantization), spec=make_spec(method)),
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_gradients_that_are_there_already(method: str) -> None:
-    close(CONFIGS["llama"], replace(LORA, base=Storage(torch.float32), spec=make_spec(method), accumulating=True))
+    close(
+        CONFIGS["llama"],
+        replace(LORA, base=Storage(torch.float32), spec=make_spec(method), accumulating=True),
+    )
 
 
 def test_rows_of_many_lengths_few_of_whose_tokens_count() -> None:
@@ -95,7 +132,10 @@ def test_classifiers(name: str, checkpointing: bool) -> None:
     def beside(model: Any) -> dict[str, Any]:
         return {"modules_to_save": head_paths(model)}
 
-    close(CONFIGS[name], replace(LORA, rows=(100, 160, 128), classes=3, beside=beside, checkpointing=checkpointing))
+    close(
+        CONFIGS[name],
+        replace(LORA, rows=(100, 160, 128), classes=3, beside=beside, checkpointing=checkpointing),
+    )
 
 
 class Halves(nn.Module):
@@ -126,7 +166,9 @@ class GainDelta(Delta):
         super().__init__()
         self.g = nn.Parameter(torch.ones(size))
 
-    def forward(self, layer: Any, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, layer: Any, x: torch.Tensor, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
         y = layer(x) * self.g.to(x.dtype)
         return y if onto is None else y + onto
 
@@ -143,10 +185,14 @@ class Gain(Spec):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_storage_and_a_method_that_no_one_here_has_heard_of(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
     monkeypatch.setitem(PACKERS, "halves", Halves)
     monkeypatch.setitem(LAYERS, f"{Halves.__module__}.{Halves.__qualname__}", HalvesLayer)
-    own = replace(LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing)
+    own = replace(
+        LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing
+    )
     close(CONFIGS["llama"], own)
     held, in_bf16 = (estimate(CONFIGS["llama"], s).terms for s in (own, replace(own, base=BF16)))
     assert held["weights"] < 0.6 * in_bf16["weights"]
@@ -161,12 +207,17 @@ def test_what_is_trained_beside_the_method() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_inference(name: str) -> None:
     close(CONFIGS[name], Setting(BF16, rows=(200, 200)))
-    assert estimate(CONFIGS[name], Setting(BF16, rows=(200, 200))).terms["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
+    assert (
+        estimate(CONFIGS[name], Setting(BF16, rows=(200, 200))).terms["kv_cache"]
+        == 2 * 6 * 2 * 32 * 200 * 2 * 2
+    )
 
 
 def test_layers_whose_kinds_their_configuration_works_out() -> None:
     found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(64,), packed=False))
-    assert found.terms["weights"] == 2 * sum(p.numel() for p in skeleton(CONFIGS["mamba"], BF16, 6).parameters())
+    assert found.terms["weights"] == 2 * sum(
+        p.numel() for p in skeleton(CONFIGS["mamba"], BF16, 6).parameters()
+    )
 
 
 def test_a_large_vocabulary_is_held_once() -> None:
@@ -184,17 +235,25 @@ def test_what_is_advised_fits() -> None:
     assert found.length < setting.length
     assert estimate(config, replace(setting, rows=(found.length,) * 8)).total <= memory
     words = dict(found.changes)
-    assert words["gradient checkpointing"] == estimate(config, replace(setting, checkpointing=True)).total
+    assert (
+        words["gradient checkpointing"]
+        == estimate(config, replace(setting, checkpointing=True)).total
+    )
     assert max(words.values()) <= memory
     assert {"batch 4", f"length {found.length}"} <= set(words)
     assert verdict(found, setting)[0].startswith("does not fit: ")
-    assert any(line.startswith("would fit with gradient checkpointing: ") for line in verdict(found, setting))
+    assert any(
+        line.startswith("would fit with gradient checkpointing: ")
+        for line in verdict(found, setting)
+    )
     assert advise(config, replace(LORA, rows=(64, 64)), memory).fits
 
 
 def test_a_model_that_no_machine_here_holds() -> None:
     terms = estimate(llama("70b"), Setting(BF16, rows=(64,))).terms
-    parameters = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 2 * 32000 * 8192 + 8192
+    parameters = (
+        80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 2 * 32000 * 8192 + 8192
+    )
     assert terms["weights"] == pytest.approx(2 * parameters, rel=1e-6)
     assert terms["kv_cache"] == 2 * 80 * 8 * 128 * 64 * 2
 
@@ -218,6 +277,12 @@ def test_labels_are_no_more_than_there_are() -> None:
 
 
 def test_sizes() -> None:
-    assert [size(text) for text in ("24GB", "24 gib", "500MB", "1.5T", "7")] == [24 * 10**9, 24 * 2**30, 5 * 10**8, 15 * 10**11, 7]
+    assert [size(text) for text in ("24GB", "24 gib", "500MB", "1.5T", "7")] == [
+        24 * 10**9,
+        24 * 2**30,
+        5 * 10**8,
+        15 * 10**11,
+        7,
+    ]
     with pytest.raises(LorafoldError, match="expected a size"):
         size("lots")

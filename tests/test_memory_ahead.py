@@ -23,7 +23,12 @@ from lorafold.train.recipe import Recipe
 from lorafold.train.run import Request, train
 
 CONFIG = tf.LlamaConfig(
-    hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, vocab_size=500
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=500,
 )
 SETTING = Setting(Storage(torch.bfloat16), make_spec("lora"), rows=(128,) * 4)
 
@@ -66,26 +71,48 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     examples = [Example(tuple(range(n)), (-100,) * (n - 2) + (1, 2)) for n in (10, 40, 30, 20)]
 
     def plan(**fields: Any) -> Setting:
-        return planned(Recipe(epochs=1, **fields), SETTING.spec, SETTING.base, examples, SETTING.beside)  # type: ignore[arg-type]
+        return planned(
+            Recipe(epochs=1, **fields), SETTING.spec, SETTING.base, examples, SETTING.beside
+        )  # type: ignore[arg-type]
 
     whole = plan(batch=4)
     assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)
     packed = plan(batch=4, max_length=60)
     assert (sum(packed.rows), packed.accumulating) == (60, True)
     padded = plan(batch=4, accumulate=2, packing=False)
-    assert (len(padded.rows), max(padded.rows), padded.packed, padded.accumulating) == (2, 40, False, True)
+    assert (len(padded.rows), max(padded.rows), padded.packed, padded.accumulating) == (
+        2,
+        40,
+        False,
+        True,
+    )
 
 
 @pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (1000, True)])
-def test_a_run_asks_it(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Any, tmp_path: Path, free: int, recomputed: bool) -> None:
+def test_a_run_asks_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model_dir: Any,
+    tmp_path: Path,
+    free: int,
+    recomputed: bool,
+) -> None:
     console = Console(file=io.StringIO(), width=400)
     monkeypatch.setattr("lorafold.train.adamw.free_bytes", lambda device: free)
     seen = []
-    monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", lambda model: seen.append(model))
+    monkeypatch.setattr(
+        PreTrainedModel, "activation_checkpointing_enable", lambda model: seen.append(model)
+    )
     recipe = Recipe(steps=1, batch=2, base="fp32", max_length=32)
     rows = [{"prompt": "a b", "completion": " c"}] * 4
     train(Request(str(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console)
-    assert any(p.device.type == "cpu" and type(p) is torch.nn.Parameter for m in seen for p in m.parameters()) is recomputed
+    assert (
+        any(
+            p.device.type == "cpu" and type(p) is torch.nn.Parameter
+            for m in seen
+            for p in m.parameters()
+        )
+        is recomputed
+    )
     assert "memory: " in console.file.getvalue()  # type: ignore[attr-defined]
 
 

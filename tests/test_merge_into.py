@@ -1,4 +1,6 @@
-"""What a QLoRA adapter is folded into: each target is what it says, and the certificate tells how far it is from what was trained."""
+"""What a QLoRA adapter is folded into: each target is what it says, and the certificate tells how
+far it is from what was trained.
+"""
 
 import json
 
@@ -19,19 +21,26 @@ from lorafold.train.recipe import Recipe
 
 IDS = torch.arange(5, 25)[None]
 METHODS = {
-    "lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), "loha": lf.LoHa(rank=4), "ia3": lf.IA3(),
+    "lora": lf.LoRA(rank=4, dropout=0.0),
+    "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0)),
+    "loha": lf.LoHa(rank=4),
+    "ia3": lf.IA3(),
     "part": lf.LoRA(rank=4, dropout=0.0),
-}  # fmt: skip
+}
 
 
 def trained(base, path, kind="nf4", method="lora"):
-    """An adapter on a packed base, as a run leaves it, and the logits of the model that it is part of."""
+    """An adapter on a packed base, as a run leaves it, and the logits of the model that it is part
+    of.
+    """
     storage = Storage(torch.float32, kind)
     model = load_model(base, storage)
     adapter = lf.attach(model, METHODS[method], ["q_proj", "up_proj"] if method == "part" else None)
     torch.manual_seed(1)
     for p in adapter.parameters():
-        nn.init.normal_(p, mean=1.0 if method in ("dora", "ia3") and p.dim() == 1 else 0.0, std=0.05)
+        nn.init.normal_(
+            p, mean=1.0 if method in ("dora", "ia3") and p.dim() == 1 else 0.0, std=0.05
+        )
     weights = weights_of(resolve_model(base), storage)
     record = {"recipe": Recipe(base=kind).model_dump(mode="json")}
     adapter.save(path, base=weights, record=record)
@@ -48,14 +57,17 @@ def logits(path, storage=torch.float32):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(tiny_model_dir, tmp_path, method, kind):
+def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(
+    tiny_model_dir, tmp_path, method, kind
+):
     base = tiny_model_dir("llama-wide")
     expected = trained(base, tmp_path / "a", kind, method)
     merged = merge(base, [tmp_path / "a"], tmp_path / "out")
     assert (merged.into.target, merged.into.trained_on) == ("dequantized", kind)
     plain = load_model(tmp_path / "out", torch.float32)
     assert not any(isinstance(layer_of(m), Packed) for m in plain.modules())
-    bf16 = torch.finfo(torch.bfloat16).eps  # the unpacked numbers, embeddings and norms are of 16 bits in training
+    # the unpacked numbers, embeddings and norms are of 16 bits in training
+    bf16 = torch.finfo(torch.bfloat16).eps
     assert relative(plain(IDS).logits, expected) < 4 * bf16
     assert merged.gap.kl < 1e-4
 
@@ -63,7 +75,10 @@ def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(tiny_mod
 def test_the_original_and_the_repacked_base_are_what_they_say(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama-wide")
     expected = trained(base, tmp_path / "a")
-    gaps = {into: merge(base, [tmp_path / "a"], tmp_path / into, into=into).gap.kl for into in ("original", "dequantized", "nf4", "int8")}
+    gaps = {
+        into: merge(base, [tmp_path / "a"], tmp_path / into, into=into).gap.kl
+        for into in ("original", "dequantized", "nf4", "int8")
+    }
     assert gaps["dequantized"] < min(gaps["original"], gaps["nf4"], gaps["int8"])
     on_original = load_model(base, torch.float32)
     lf.load(on_original, tmp_path / "a")
@@ -71,18 +86,32 @@ def test_the_original_and_the_repacked_base_are_what_they_say(tiny_model_dir, tm
     assert relative(logits(tmp_path / "original"), expected) > 1e-2
     files = sorted(p.name for p in (tmp_path / "nf4").iterdir() if p.suffix == ".safetensors")
     assert files == ["model.safetensors"]
-    assert json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
-    assert load_file(tmp_path / "nf4" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    assert (
+        json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"][
+            "bnb_4bit_quant_type"
+        ]
+        == "nf4"
+    )
+    assert (
+        load_file(tmp_path / "nf4" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype
+        == torch.uint8
+    )
     again = load_model(tmp_path / "nf4", Storage(torch.float32, "nf4"))
     original = load_model(tmp_path / "original", torch.float32)
     site = "model.layers.1.mlp.gate_proj"
     w, q = original.get_submodule(site).weight, layer_of(again.get_submodule(site)).dense()[0]
     assert 0.01 < relative(q, w) < 0.15
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "nf4").get_submodule(site).weight.dtype == torch.uint8  # without us
+    # without us
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4").get_submodule(site).weight.dtype
+        == torch.uint8
+    )
 
 
 def test_a_small_update_survives_in_the_dequantized_base(tiny_model_dir, tmp_path):
-    """Measured against the unpacked weights: against the original ones the packing itself would pass for the update."""
+    """Measured against the unpacked weights: against the original ones the packing itself would
+    pass for the update.
+    """
     base = tmp_path / "base"
     load_model(tiny_model_dir("llama-wide"), torch.bfloat16).save_pretrained(base)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -91,15 +120,26 @@ def test_a_small_update_survives_in_the_dequantized_base(tiny_model_dir, tmp_pat
     adapter = lf.attach(model, METHODS["lora"])
     for p in adapter.parameters():
         nn.init.normal_(p, std=2e-3)
-    adapter.save(tmp_path / "a", base=weights_of(resolve_model(base), Storage(torch.bfloat16, "nf4")),
-                 record={"recipe": {"base": "nf4"}})  # fmt: skip
-    kept = {how: merge(base, [tmp_path / "a"], tmp_path / how, rounding=how, certificate=False).folded.sums.survival
-            for how in ("auto", "nearest")}  # fmt: skip
+    adapter.save(
+        tmp_path / "a",
+        base=weights_of(resolve_model(base), Storage(torch.bfloat16, "nf4")),
+        record={"recipe": {"base": "nf4"}},
+    )
+    kept = {
+        how: (
+            merge(
+                base, [tmp_path / "a"], tmp_path / how, rounding=how, certificate=False
+            ).folded.sums.survival
+        )
+        for how in ("auto", "nearest")
+    }
     assert kept["auto"] == pytest.approx(1, abs=0.05)
     assert kept["nearest"] < 0.9
 
 
-def test_targets_that_make_no_sense_are_refused_before_anything_is_written(tiny_model_dir, tmp_path):
+def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
+    tiny_model_dir, tmp_path
+):
     base = tiny_model_dir("llama-wide")
     trained(base, tmp_path / "a")
     trained(base, tmp_path / "b", "int8")
@@ -107,7 +147,11 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(tiny_
     lf.attach(plain, METHODS["lora"]).save(tmp_path / "plain")
     for adapters, asked, message in [
         (["a"], {"into": "fp8"}, "into fp8: unknown; expected original, dequantized, nf4, int8"),
-        (["plain"], {"into": "dequantized"}, "no packed base is on their record; expected original, or --base"),
+        (
+            ["plain"],
+            {"into": "dequantized"},
+            "no packed base is on their record; expected original, or --base",
+        ),
         (["a", "b"], {}, "trained on bases that are held differently"),
         (["a"], {"into": "dequantized", "base": "fp32"}, "they were trained on fp32"),
     ]:
@@ -123,7 +167,10 @@ def test_what_it_is_merged_into_is_said_before_it_is_done(tiny_model_dir, tmp_pa
     trained(base, tmp_path / "a")
     console = Console(record=True, width=200)
     merge(base, [tmp_path / "a"], tmp_path / "out", into="nf4", certificate=False, console=console)
-    assert "merging into the original weights (it was trained on nf4), and packed as nf4" in console.export_text()
+    assert (
+        "merging into the original weights (it was trained on nf4), and packed as nf4"
+        in console.export_text()
+    )
 
 
 def test_gpt2_is_unpacked_in_its_own_orientation(tiny_model_dir, tmp_path):

@@ -1,4 +1,6 @@
-"""AdaLoRA's budget: the schedule, that ranks move to where they count, and that a resumed run is the run."""
+"""AdaLoRA's budget: the schedule, that ranks move to where they count, and that a resumed run is
+the run.
+"""
 
 import copy
 
@@ -19,11 +21,19 @@ def setting(spec: lf.AdaLoRA) -> tuple[nn.Sequential, lf.Adapter, torch.optim.Op
     return root, adapter, torch.optim.AdamW(adapter.parameters(), lr=0.02)
 
 
-def run(root: nn.Module, adapter: lf.Adapter, optimizer: torch.optim.Optimizer, steps: range, size: float = 1.0) -> None:
+def run(
+    root: nn.Module,
+    adapter: lf.Adapter,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    size: float = 1.0,
+) -> None:
     for step in steps:
         g = torch.Generator().manual_seed(step)
         x, target = size * torch.randn(64, 24, generator=g), torch.randn(64, 16, generator=g)
-        loss = (root(x) - target).square().mean() + sum(d.penalty() for d in adapter.deltas.values())
+        loss = (root(x) - target).square().mean() + sum(
+            d.penalty() for d in adapter.deltas.values()
+        )
         loss.backward()
         optimizer.step()
         adapter.spec.after_step(adapter.own_deltas, step, TOTAL)
@@ -69,5 +79,7 @@ def test_a_resumed_run_is_the_run() -> None:
 
 
 def test_wrong_values_are_all_named() -> None:
-    with pytest.raises(lf.LorafoldError, match=r"rank 0 .*; dropout 1\.5 .*; delta_t 0 .*; beta1 2, "):
+    with pytest.raises(
+        lf.LorafoldError, match=r"rank 0 .*; dropout 1\.5 .*; delta_t 0 .*; beta1 2, "
+    ):
         lf.AdaLoRA(rank=0, init_rank=4, dropout=1.5, delta_t=0, beta1=2)

@@ -1,4 +1,6 @@
-"""BitFit: every bias there is; where there is none, added ones, which merging switches on in the config of the model."""
+"""BitFit: every bias there is; where there is none, added ones, which merging switches on in the
+config of the model.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def moved(adapter: lf.Adapter) -> lf.Adapter:
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
 def test_it_trains_the_biases_that_there_are(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
-    own = {path: m.bias for path, m in bare_modules(model) if isinstance(getattr(m, "bias", None), nn.Parameter)}
+    own = {
+        path: m.bias
+        for path, m in bare_modules(model)
+        if isinstance(getattr(m, "bias", None), nn.Parameter)
+    }
     adapter = lf.attach(model, lf.BitFit())
     assert set(adapter.sites) == set(own)
     assert any("ln_" in path for path in own) == (kind == "gpt2")  # norms' biases too
@@ -37,11 +43,16 @@ def test_a_model_without_biases_gets_them_on_the_linears_of_its_blocks(tiny_mode
     model = tiny_model("llama")
     adapter = lf.attach(model, lf.BitFit())
     assert set(adapter.sites) == set(lf.attach(tiny_model("llama"), lf.LoRA()).sites)
-    assert all(len(d.offset) == model.get_submodule(path).out_features for path, d in adapter.deltas.items())
+    assert all(
+        len(d.offset) == model.get_submodule(path).out_features
+        for path, d in adapter.deltas.items()
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_merged_in_memory_it_computes_the_same_and_is_saved_whole(kind: str, tiny_model, tmp_path: Path) -> None:
+def test_merged_in_memory_it_computes_the_same_and_is_saved_whole(
+    kind: str, tiny_model, tmp_path: Path
+) -> None:
     model = tiny_model(kind)
     adapter = moved(lf.attach(model, lf.BitFit()))
     with torch.no_grad():
@@ -50,7 +61,9 @@ def test_merged_in_memory_it_computes_the_same_and_is_saved_whole(kind: str, tin
         torch.testing.assert_close(model(IDS).logits, y, rtol=1e-4, atol=1e-6)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, y, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, y, rtol=1e-4, atol=1e-6
+        )
     if kind == "llama":
         assert (model.config.attention_bias, model.config.mlp_bias) == (True, True)
 
@@ -69,7 +82,9 @@ def test_a_bias_that_no_config_gives_is_refused(tiny_model) -> None:
     model = tiny_model("gemma")
     adapter = moved(lf.attach(model, lf.BitFit()))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(lf.NotMergeable, match=r"mlp\.gate_proj.*adds a bias.*GemmaForCausalLM has none there"):
+    with pytest.raises(
+        lf.NotMergeable, match=r"mlp\.gate_proj.*adds a bias.*GemmaForCausalLM has none there"
+    ):
         adapter.merge()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -81,4 +96,6 @@ def test_the_offset_is_exactly_a_bias(tiny_model) -> None:
     model(input_ids=IDS, labels=IDS).loss.backward()
     plain(input_ids=IDS, labels=IDS).loss.backward()
     for path, delta in adapter.deltas.items():
-        torch.testing.assert_close(delta.offset.grad, plain.get_submodule(path).bias.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            delta.offset.grad, plain.get_submodule(path).bias.grad, rtol=1e-4, atol=1e-7
+        )

@@ -1,4 +1,6 @@
-"""Bottleneck adapters: where Houlsby's and Pfeiffer's lie, what they compute, and that they say they can't be folded."""
+"""Bottleneck adapters: where Houlsby's and Pfeiffer's lie, what they compute, and that they say
+they can't be folded.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,18 @@ from lorafold.methods import METHODS, make_spec
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
 ATTENTION = {"llama": "self_attn", "qwen2": "self_attn", "gemma": "self_attn", "gpt2": "attn"}
-BLOCKS = {"llama": "model.layers", "qwen2": "model.layers", "gemma": "model.layers", "gpt2": "transformer.h"}
+BLOCKS = {
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "gemma": "model.layers",
+    "gpt2": "transformer.h",
+}
 
 
 @pytest.mark.parametrize("kind", list(ATTENTION))
-def test_houlsby_lies_after_both_sublayers_and_pfeiffer_after_the_mlp(kind: str, tiny_model) -> None:
+def test_houlsby_lies_after_both_sublayers_and_pfeiffer_after_the_mlp(
+    kind: str, tiny_model
+) -> None:
     model = tiny_model(kind)
     houlsby, pfeiffer = METHODS["houlsby"](size=4), make_spec("pfeiffer", size=4)
     both = {f"{BLOCKS[kind]}.{i}.{part}" for i in range(2) for part in (ATTENTION[kind], "mlp")}
@@ -35,10 +44,14 @@ def test_it_is_its_formula(activation: str, f, sublayer: str, tiny_model) -> Non
     seen = []
     module = model.model.layers[0].get_submodule(sublayer)
     bare = copy.deepcopy(module)
-    delta = lf.attach(model, lf.Bottleneck(size=4, activation=activation)).deltas[f"model.layers.0.{sublayer}"]
+    delta = lf.attach(model, lf.Bottleneck(size=4, activation=activation)).deltas[
+        f"model.layers.0.{sublayer}"
+    ]
     for p in delta.parameters():
         nn.init.normal_(p)
-    module.register_forward_hook(lambda m, args, kwargs, y: seen.append((args, kwargs, y)), with_kwargs=True)
+    module.register_forward_hook(
+        lambda m, args, kwargs, y: seen.append((args, kwargs, y)), with_kwargs=True
+    )
     with torch.no_grad():
         model(IDS, use_cache=False)
         args, kwargs, found = seen[0]
@@ -52,14 +65,18 @@ def test_a_model_whose_blocks_hold_no_mlp_module_is_refused() -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
     sizes = {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16}
-    model = OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=1, num_attention_heads=2, **sizes))
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=50, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    )
     with pytest.raises(lf.LorafoldError, match="'sublayers': OPTForCausalLM has no such place"):
         lf.attach(model, lf.Bottleneck())
 
 
 def test_it_does_not_merge_and_wrong_options_are_listed(tiny_model) -> None:
     adapter = lf.attach(tiny_model("gpt2"), lf.Bottleneck(size=2))
-    with pytest.raises(lf.NotMergeable, match=r"transformer\.h\.0\.attn: .*transformer\.h\.1\.mlp: "):
+    with pytest.raises(
+        lf.NotMergeable, match=r"transformer\.h\.0\.attn: .*transformer\.h\.1\.mlp: "
+    ):
         adapter.merge()
     with pytest.raises(lf.LorafoldError, match=r"size 0 .*activation 'tanh' .*after 'attention'"):
         lf.Bottleneck(size=0, activation="tanh", after="attention")
@@ -69,7 +86,13 @@ def test_a_mixture_of_experts_gives_its_width() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 3,
+    }
     model = MixtralForCausalLM(MixtralConfig(vocab_size=260, num_hidden_layers=1, **sizes)).eval()
     with torch.no_grad():
         bare = model(IDS).logits

@@ -1,4 +1,6 @@
-"""What DoRA promises beyond the laws: small magnitudes that are not lost, one pass through the base, norms without V."""
+"""What DoRA promises beyond the laws: small magnitudes that are not lost, one pass through the
+base, norms without V.
+"""
 
 import copy
 
@@ -27,27 +29,40 @@ def moved(adapter: lf.Adapter, size: float = 0.1) -> DoRADelta:
 
 
 def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float]:
-    """The projection of what happened on what should have, and its standard error under rounding's noise."""
+    """The projection of what happened on what should have, and its standard error under rounding's
+    noise.
+    """
     error = (realised - change).norm() / change.norm() / change.numel() ** 0.5
     return ((realised * change).sum() / change.square().sum()).item(), error.item()
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("spec", [lf.DoRA(lf.LoRA(dropout=0.0)), lf.IA3(feedforward=[]), lf.IA3(feedforward=["0"])], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [lf.DoRA(lf.LoRA(dropout=0.0)), lf.IA3(feedforward=[]), lf.IA3(feedforward=["0"])],
+    ids=str,
+)
 def test_a_small_gain_survives_in_bf16(spec, size: float) -> None:
-    """To the nearest, a gain within 1 +- 2^-9 = 0.002 changes not one output: y lies on the grid that the product is rounded to."""
+    """To the nearest, a gain within 1 +- 2^-9 = 0.002 changes not one output: y lies on the grid
+    that the product is rounded to.
+    """
     root = layer(torch.bfloat16, bias=False)
-    vector = dict(lf.attach(root, spec, ["0"]).named_parameters())["0.magnitude" if isinstance(spec, lf.DoRA) else "0.l"]
+    vector = dict(lf.attach(root, spec, ["0"]).named_parameters())[
+        "0.magnitude" if isinstance(spec, lf.DoRA) else "0.l"
+    ]
     x = torch.randn(8192, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.no_grad():
         bare = root(x).double()
-        vector.mul_(1 + size * torch.randn(vector.shape, generator=torch.Generator().manual_seed(3)))
+        vector.mul_(
+            1 + size * torch.randn(vector.shape, generator=torch.Generator().manual_seed(3))
+        )
         exact = copy.deepcopy(root).double()
         with lf.only(exact):
             start = exact(x.double())
         kept, error = survival(root(x).double() - bare, exact(x.double()) - start)
     assert error < 0.05
-    # below 1 in 128 of a unit the dither is coarser than the change: its bits hold the 128 mantissas of a binade
+    # below 1 in 128 of a unit the dither is coarser than the change: its bits hold the 128
+    # mantissas of a binade
     assert kept == pytest.approx(1, abs=0.05 + 3 * error)
 
 
@@ -58,7 +73,8 @@ def test_a_value_on_the_grid_stays_and_rounding_is_unbiased() -> None:
     unit = 2.0 ** (v.abs().log2().floor() - 7)
     error = (rounded(v, torch.bfloat16).float() - v) / unit
     assert error.abs().max() <= 1
-    assert abs(error.mean().item()) < 4 * (1 / 6) ** 0.5 / v.numel() ** 0.5  # a uniform remainder f has variance f (1 - f): 1/6
+    # a uniform remainder f has variance f (1 - f): 1/6
+    assert abs(error.mean().item()) < 4 * (1 / 6) ** 0.5 / v.numel() ** 0.5
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45])
     kept = rounded(special, torch.bfloat16)
     assert torch.equal(kept[:4].float(), special[:4])
@@ -79,7 +95,9 @@ def test_scale_is_its_specification() -> None:
     for fast, plain in zip(*results, strict=True):
         assert fast.dtype == plain.dtype
         # gradients are rounded to bf16 in both; sums over 150 rows are of numbers so rounded
-        assert (fast.float() - plain.float()).norm() <= torch.finfo(torch.bfloat16).eps * plain.float().norm()
+        assert (fast.float() - plain.float()).norm() <= torch.finfo(
+            torch.bfloat16
+        ).eps * plain.float().norm()
     assert torch.equal(results[0][0], results[1][0])
 
 
@@ -93,14 +111,19 @@ def test_the_base_runs_once_with_dropout() -> None:
     root.train()
     with FlopCounterMode(display=False) as counter:
         root(x)
-    base, low, norms = 2 * 64 * 96 * 128, 2 * 64 * 4 * (96 + 128), 2 * 4 * (128 * 96 + 4 * 96 + 4 * 128)
+    base, low, norms = (
+        2 * 64 * 96 * 128,
+        2 * 64 * 4 * (96 + 128),
+        2 * 4 * (128 * 96 + 4 * 96 + 4 * 128),
+    )
     assert counter.get_total_flops() <= base + low + norms
     torch.manual_seed(1)
     y = root(x)
     torch.manual_seed(1)
     with lf.only(root):
         bare = root(x)
-    branch = delta.inner(root[0].layer(), x) - bare  # drawn anew from the same seed, since the bare layer draws nothing
+    # drawn anew from the same seed, since the bare layer draws nothing
+    branch = delta.inner(root[0].layer(), x) - bare
     with torch.no_grad():
         g = delta.gain(delta.row_norms(root[0].layer()))
     assert torch.allclose(y, g * (bare - root[0].bias + branch) + root[0].bias, atol=1e-5)
@@ -129,7 +152,8 @@ def test_norms_are_kept_only_while_nothing_changes() -> None:
         delta.train()
         assert law_holds()
         assert delta.norms.value is None
-        delta.inner.B.data = delta.inner.B.data + 1  # leaves no version behind, as some optimizers do
+        # leaves no version behind, as some optimizers do
+        delta.inner.B.data = delta.inner.B.data + 1
         assert law_holds()
 
 

@@ -1,4 +1,6 @@
-"""Training in a random subspace: the projection against its definition, and one vector for all matrices."""
+"""Training in a random subspace: the projection against its definition, and one vector for all
+matrices.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from lorafold.ops.walsh import halves, walsh
 
 
 def hadamard(n: int) -> torch.Tensor:
-    return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]) / n**0.5
+    return (
+        torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]) / n**0.5
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64, 128])
@@ -46,8 +50,15 @@ def test_each_update_is_the_projection_of_one_vector(dimension: int) -> None:
     for i in (0, 2):
         delta = root[i].deltas["default"]
         filled = torch.cat([v, torch.zeros(n - dimension)])
-        blocks = [hadamard(n) @ (g.float() * (hadamard(n) @ (signs * filled))[order]) for g in delta.gaussians]
-        expected = delta.scale * torch.cat(blocks)[: delta.delta().numel()] / (len(blocks) * dimension) ** 0.5
+        blocks = [
+            hadamard(n) @ (g.float() * (hadamard(n) @ (signs * filled))[order])
+            for g in delta.gaussians
+        ]
+        expected = (
+            delta.scale
+            * torch.cat(blocks)[: delta.delta().numel()]
+            / (len(blocks) * dimension) ** 0.5
+        )
         assert torch.allclose(delta.delta().flatten(), expected, atol=1e-6)
 
 
@@ -66,7 +77,9 @@ def test_it_keeps_lengths_and_angles_but_for_chance() -> None:
     assert len(list(adapter.parameters())) == 2
 
 
-@pytest.mark.parametrize("change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_has_a_vector_of_its_own_in_all_matrices(change) -> None:
     root, _ = adapted(40)
     twin, x = change(root), torch.randn(3, 24)

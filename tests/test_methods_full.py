@@ -1,4 +1,6 @@
-"""Full fine-tuning: the weights themselves in place, once each, and a model that is whole again afterwards."""
+"""Full fine-tuning: the weights themselves in place, once each, and a model that is whole again
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_part_of_a_model_and_other_adapters_beside_it(tiny_model) -> None:
     trained = {id(p) for a in (lora, norms) for p in a.parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
     norms.detach()
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lora.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in lora.parameters()
+    }
     lora.detach()
     assert all(p.requires_grad for p in model.parameters())
 
@@ -90,7 +94,10 @@ def test_a_second_adapter_does_not_freeze_it(tiny_model) -> None:
 def test_it_says_that_it_trains_the_base_and_refuses_what_has_no_weights(tiny_model) -> None:
     assert lf.Full.trains_base
     assert not lf.LoRA.trains_base
-    with pytest.raises(lf.LorafoldError, match="Full trains floating-point weights in place; LlamaMLP holds no parameters"):
+    with pytest.raises(
+        lf.LorafoldError,
+        match="Full trains floating-point weights in place; LlamaMLP holds no parameters",
+    ):
         lf.attach(tiny_model("llama"), lf.Full(), ["mlp"])
 
 

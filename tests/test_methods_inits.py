@@ -1,4 +1,6 @@
-"""PiSSA and OLoRA start from the weight: the right part of it, the base untouched and nothing of a small step lost."""
+"""PiSSA and OLoRA start from the weight: the right part of it, the base untouched and nothing of a
+small step lost.
+"""
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ def test_olora_starts_from_qr() -> None:
 
 @pytest.mark.parametrize("spec", [lf.PiSSA(rank=5), lf.OLoRA(rank=5)], ids=["pissa", "olora"])
 def test_a_first_step_survives_in_bf16(spec) -> None:
-    """Against B itself, near 0.3, a step of 1e-4 is under half a unit of bf16: only the difference B - B0 can carry it."""
+    """Against B itself, near 0.3, a step of 1e-4 is under half a unit of bf16: only the difference
+    B - B0 can carry it.
+    """
     root, adapter = laid(spec, torch.bfloat16)
     assert torch.equal(root[0].weight, weight().bfloat16())
     delta = adapter.deltas["0"]
@@ -56,9 +60,13 @@ def test_a_first_step_survives_in_bf16(spec) -> None:
     error = (realised - change).norm() / change.norm() / change.numel() ** 0.5
     assert error < 0.05
     assert bare.isfinite().all()
-    assert ((realised * change).sum() / change.square().sum()).item() == pytest.approx(1, abs=0.05 + 3 * error.item())
+    assert ((realised * change).sum() / change.square().sum()).item() == pytest.approx(
+        1, abs=0.05 + 3 * error.item()
+    )
 
 
 def test_a_rank_beyond_the_matrix_is_refused() -> None:
-    with pytest.raises(lf.LorafoldError, match=r"rank 65 of a matrix \(96, 64\); expected at most 64"):
+    with pytest.raises(
+        lf.LorafoldError, match=r"rank 65 of a matrix \(96, 64\); expected at most 64"
+    ):
         laid(lf.PiSSA(rank=65))

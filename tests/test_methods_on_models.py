@@ -2,7 +2,8 @@
 
 start           the model is the base, but for methods that say otherwise
 gradients       every parameter receives one, the same with and without gradient checkpointing
-copies          a deep copy and a pickle compute the same and are independent; the state can be carried over
+copies          a deep copy and a pickle compute the same and are independent; the state can be
+                carried over
 bf16            a bf16 base computes what the fp32 one does, to bf16's precision, and trains
 compile         the whole model compiles in one graph and computes the same
 detach          gives the base back, bit for bit
@@ -23,17 +24,34 @@ from lorafold.core.spec import Spec
 from lorafold.methods import METHODS
 
 OPTIONS = {
-    "lt-sft": {"density": 0.05}, "fish": {"density": 0.05}, "houlsby": {"size": 6}, "pfeiffer": {"size": 6},
-    "prompt": {"tokens": 4}, "prefix": {"tokens": 4}, "lokr": {"rank": 2}, "vera": {"rank": 8},
-}  # fmt: skip
+    "lt-sft": {"density": 0.05},
+    "fish": {"density": 0.05},
+    "houlsby": {"size": 6},
+    "pfeiffer": {"size": 6},
+    "prompt": {"tokens": 4},
+    "prefix": {"tokens": 4},
+    "lokr": {"rank": 2},
+    "vera": {"rank": 8},
+}
 NO_IDENTITY = {"prompt", "prefix"}
 KINDS = ["llama", "gpt2", "qwen2"]
 IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(4))
 
 
 def spec_of(method: str) -> Spec:
-    options = OPTIONS.get(method, {"rank": 3} if method in ("lora", "rslora", "pissa", "olora", "dora", "adalora", "loha") else {})
-    spec = METHODS[method](**options) if method != "dora" else METHODS[method](lf.LoRA(rank=3, dropout=0.0))
+    options = OPTIONS.get(
+        method,
+        (
+            {"rank": 3}
+            if method in ("lora", "rslora", "pissa", "olora", "dora", "adalora", "loha")
+            else {}
+        ),
+    )
+    spec = (
+        METHODS[method](**options)
+        if method != "dora"
+        else METHODS[method](lf.LoRA(rank=3, dropout=0.0))
+    )
     return METHODS[method](**options, dropout=0.0) if hasattr(spec, "dropout") else spec
 
 
@@ -62,17 +80,23 @@ def gradients(adapter: lf.Adapter, model: nn.Module) -> dict[str, Tensor]:
 
 
 def every(kinds: list[str] = KINDS) -> Callable:
-    return pytest.mark.parametrize(("method", "kind"), [pytest.param(m, k, id=f"{m}-{k}") for m in METHODS for k in kinds])
+    return pytest.mark.parametrize(
+        ("method", "kind"), [pytest.param(m, k, id=f"{m}-{k}") for m in METHODS for k in kinds]
+    )
 
 
 @every()
-def test_it_starts_as_the_base_and_detaching_gives_it_back(method: str, kind: str, tiny_model) -> None:
+def test_it_starts_as_the_base_and_detaching_gives_it_back(
+    method: str, kind: str, tiny_model
+) -> None:
     model = tiny_model(kind)
     with torch.no_grad():
         bare = model(IDS).logits
         adapter = attached(model, method)
         start = model(IDS).logits
-        assert torch.equal(start, bare) if method not in NO_IDENTITY else not torch.equal(start, bare)
+        assert (
+            torch.equal(start, bare) if method not in NO_IDENTITY else not torch.equal(start, bare)
+        )
         if method == "full":
             return
         moved(adapter)
@@ -84,7 +108,9 @@ def test_it_starts_as_the_base_and_detaching_gives_it_back(method: str, kind: st
 
 
 @every()
-def test_gradients_are_complete_and_the_same_under_checkpointing(method: str, kind: str, tiny_model) -> None:
+def test_gradients_are_complete_and_the_same_under_checkpointing(
+    method: str, kind: str, tiny_model
+) -> None:
     model = tiny_model(kind).train()
     adapter = moved(attached(model, method))
     for module in model.modules():
@@ -94,7 +120,9 @@ def test_gradients_are_complete_and_the_same_under_checkpointing(method: str, ki
             module.attention_dropout = 0.0
     plain = gradients(adapter, model)
     # a bias of the keys shifts all scores of a query alike, so it has no gradient to receive
-    missing = [name for name, p in adapter.named_parameters() if name not in plain or not plain[name].any()]
+    missing = [
+        name for name, p in adapter.named_parameters() if name not in plain or not plain[name].any()
+    ]
     assert [name for name in missing if "k_proj" not in name] == []
     model.activation_checkpointing_enable()
     checkpointed = gradients(adapter, model)
@@ -104,15 +132,20 @@ def test_gradients_are_complete_and_the_same_under_checkpointing(method: str, ki
 
 
 @every(["llama"])
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_compute_the_same_and_are_independent(method: str, kind: str, twin_of, tiny_model) -> None:
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_compute_the_same_and_are_independent(
+    method: str, kind: str, twin_of, tiny_model
+) -> None:
     model = tiny_model(kind)
     adapter = moved(attached(model, method))
     with torch.no_grad():
         twin = twin_of(model)
         y = model(IDS).logits
         own = twin(IDS).logits
-        torch.testing.assert_close(own, y, rtol=1e-5, atol=1e-6)  # a copy lies elsewhere in memory, where a kernel may sum in another order
+        # a copy lies elsewhere in memory, where a kernel may sum in another order
+        torch.testing.assert_close(own, y, rtol=1e-5, atol=1e-6)
         moved(adapter)
         assert torch.equal(twin(IDS).logits, own)
         assert not torch.equal(model(IDS).logits, y)
@@ -138,7 +171,8 @@ def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> 
     with torch.no_grad():
         exact, found = model(IDS).logits, twin(IDS).logits
         with lf.only(model), lf.only(twin):
-            floor = (twin(IDS).logits.float() - model(IDS).logits).norm()  # what bf16 costs without an adapter
+            # what bf16 costs without an adapter
+            floor = (twin(IDS).logits.float() - model(IDS).logits).norm()
     assert found.dtype == torch.bfloat16
     # the adapter's own products are as many again
     assert (found.float() - exact).norm() <= 3 * max(floor, 4e-3 * exact.norm())

@@ -20,13 +20,22 @@ IDS = torch.arange(24).view(2, 12) % 32
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=32)
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=32,
+        )
     )
 
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=32, n_positions=32))
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=32, n_positions=32)
+    )
 
 
 MODELS = {"llama": llama, "gpt2": gpt2}
@@ -34,29 +43,47 @@ TARGETS = {"llama": ["q_proj", "k_proj", "up_proj", "down_proj"], "gpt2": ["c_at
 
 # what a tensor is called there, and here
 NAMES = {
-    r"lora_A\.default\.weight": "A", r"lora_B\.default\.weight": "B", r"lora_magnitude_vector\.default\.weight": "magnitude",
-    r"lora_A\.default": "Q", r"lora_B\.default": "P", r"lora_E\.default": "E",
-    r"vera_lambda_b\.default": "b", r"vera_lambda_d\.default": "d", r"(?:hada|lokr)_(w\w+)\.default": r"\1", r"ia3_l\.default": "l",
-}  # fmt: skip
+    r"lora_A\.default\.weight": "A",
+    r"lora_B\.default\.weight": "B",
+    r"lora_magnitude_vector\.default\.weight": "magnitude",
+    r"lora_A\.default": "Q",
+    r"lora_B\.default": "P",
+    r"lora_E\.default": "E",
+    r"vera_lambda_b\.default": "b",
+    r"vera_lambda_d\.default": "d",
+    r"(?:hada|lokr)_(w\w+)\.default": r"\1",
+    r"ia3_l\.default": "l",
+}
 
 CASES: dict[str, tuple[Spec, peft.PeftConfig]] = {
-    "dora": (lf.DoRA(lf.LoRA(rank=4, alpha=6, dropout=0.1)), peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_dora=True)),
-    "adalora": (lf.AdaLoRA(rank=3, init_rank=4, alpha=6), peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10)),
+    "dora": (
+        lf.DoRA(lf.LoRA(rank=4, alpha=6, dropout=0.1)),
+        peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_dora=True),
+    ),
+    "adalora": (
+        lf.AdaLoRA(rank=3, init_rank=4, alpha=6),
+        peft.AdaLoraConfig(target_r=3, init_r=4, lora_alpha=6, total_step=10),
+    ),
     "vera": (lf.VeRA(rank=8, projection_prng_key=7), peft.VeraConfig(r=8, projection_prng_key=7)),
     "loha": (lf.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5)),
     "lokr": (lf.LoKr(rank=2, alpha=3), peft.LoKrConfig(r=2, alpha=3)),
     "lokr-whole": (lf.LoKr(rank=8, alpha=3), peft.LoKrConfig(r=8, alpha=3)),
     "lokr-both": (
-        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8), peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
+        lf.LoKr(rank=1, decompose_both=True, decompose_factor=8),
+        peft.LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=8),
     ),
     "ia3": (lf.IA3(), peft.IA3Config()),
-}  # fmt: skip
+}
 
 
 def places(method: str, family: str) -> dict[str, list[str]]:
     if method != "ia3":
         return {"target_modules": TARGETS[family]}
-    return {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]} if family == "llama" else {}
+    return (
+        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+        if family == "llama"
+        else {}
+    )
 
 
 def peft_model(method: str, family: str) -> peft.PeftModel:
@@ -121,7 +148,9 @@ def test_dora_gradients_are_those_of_peft() -> None:
     own = dict(adapter.named_parameters())
     for name, p in theirs.named_parameters():
         if p.requires_grad:
-            ours = name.removeprefix("base_model.model.").replace("lora_magnitude_vector.default.weight", "magnitude")
+            ours = name.removeprefix("base_model.model.").replace(
+                "lora_magnitude_vector.default.weight", "magnitude"
+            )
             ours = re.sub(r"lora_([AB])\.default\.weight", r"inner.\1", ours)
             assert (own[ours].grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
 
@@ -130,7 +159,14 @@ def test_adalora_trains_and_prunes_as_peft_does() -> None:
     """Steps with the same data and optimizer: the same triplets survive, with the same values."""
     total, torch_lr = 12, 0.05
     config = peft.AdaLoraConfig(
-        target_r=2, init_r=4, lora_alpha=6, tinit=2, tfinal=3, deltaT=2, total_step=total, target_modules=TARGETS["llama"]
+        target_r=2,
+        init_r=4,
+        lora_alpha=6,
+        tinit=2,
+        tfinal=3,
+        deltaT=2,
+        total_step=total,
+        target_modules=TARGETS["llama"],
     )
     logging.disable(logging.WARNING)
     theirs = peft.get_peft_model(llama(), config)
@@ -139,11 +175,17 @@ def test_adalora_trains_and_prunes_as_peft_does() -> None:
     spec = lf.AdaLoRA(rank=2, init_rank=4, alpha=6, tinit=2, tfinal=3, delta_t=2)
     adapter = lf.attach(model, spec, TARGETS["llama"])
     carry_over(theirs, adapter)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=torch_lr) for m in (theirs, model)]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=torch_lr)
+        for m in (theirs, model)
+    ]
     for step in range(1, total + 1):
         ids = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(step))
-        theirs.base_model(input_ids=ids, labels=ids).loss.backward()  # the whole PeftModel leaves the penalty out
-        loss = model(input_ids=ids, labels=ids).loss + sum(delta.penalty() for delta in adapter.deltas.values())
+        # the whole PeftModel leaves the penalty out
+        theirs.base_model(input_ids=ids, labels=ids).loss.backward()
+        loss = model(input_ids=ids, labels=ids).loss + sum(
+            delta.penalty() for delta in adapter.deltas.values()
+        )
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -152,7 +194,10 @@ def test_adalora_trains_and_prunes_as_peft_does() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
     kept = {path: delta.kept.tolist() for path, delta in adapter.deltas.items()}
-    assert kept == {f"model.{k.split('.lora_E')[0].removeprefix('model.')}": v for k, v in config.rank_pattern.items()}
+    assert kept == {
+        f"model.{k.split('.lora_E')[0].removeprefix('model.')}": v
+        for k, v in config.rank_pattern.items()
+    }
     assert sum(ranks(adapter.deltas).values()) == 2 * len(kept)
     assert len(set(ranks(adapter.deltas).values())) > 1
     with torch.no_grad():
@@ -170,10 +215,21 @@ def test_matrices_equal_those_of_lycoris(kind: str) -> None:
     root = nn.Sequential(nn.Linear(64, 128))
     factor = {"lokr": 4, "lokr-both": 8}.get(kind)
     spec, theirs = (
-        (lf.LoHa(rank=3, alpha=5), LohaModule("m", root[0], 1.0, lora_dim=3, alpha=5)) if kind == "loha" else
-        (lf.LoKr(rank=1, alpha=3, decompose_factor=factor, decompose_both=kind == "lokr-both"),
-         LokrModule("m", root[0], 1.0, lora_dim=1, alpha=3, factor=factor, decompose_both=kind == "lokr-both"))
-    )  # fmt: skip
+        (lf.LoHa(rank=3, alpha=5), LohaModule("m", root[0], 1.0, lora_dim=3, alpha=5))
+        if kind == "loha"
+        else (
+            lf.LoKr(rank=1, alpha=3, decompose_factor=factor, decompose_both=kind == "lokr-both"),
+            LokrModule(
+                "m",
+                root[0],
+                1.0,
+                lora_dim=1,
+                alpha=3,
+                factor=factor,
+                decompose_both=kind == "lokr-both",
+            ),
+        )
+    )
     delta = lf.attach(root, spec, ["0"]).deltas["0"]
     own = dict(delta.named_parameters())
     with torch.no_grad():

@@ -1,6 +1,8 @@
-"""Virtual tokens, of prompt and of prefix tuning: that they are in front of everything, everywhere, and nowhere else.
+"""Virtual tokens, of prompt and of prefix tuning: that they are in front of everything, everywhere,
+and nowhere else.
 
-PEFT is the oracle for logits (its `generate` ignores them under this transformers); a recomputation without a cache is that of `generate`.
+PEFT is the oracle for logits (its `generate` ignores them under this transformers); a recomputation
+without a cache is that of `generate`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from lorafold.ops.head import labelled_loss
 from lorafold.train.packing import collate, isolates, packed
 
 N = 5
-SPECS = [pytest.param(lf.Prompt(tokens=N), id="prompt"), pytest.param(lf.Prefix(tokens=N), id="prefix")]
+SPECS = [
+    pytest.param(lf.Prompt(tokens=N), id="prompt"),
+    pytest.param(lf.Prefix(tokens=N), id="prefix"),
+]
 KINDS = ["llama", "gpt2", "qwen2", "gemma"]
 IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(4))
 EPS = {"rtol": 1e-4, "atol": 2e-5}  # fp32, two orders of summation
@@ -70,7 +75,9 @@ def test_logits_are_those_of_peft(spec: Any, kind: str, tiny_model) -> None:
     config = {lf.Prompt: peft.PromptTuningConfig, lf.Prefix: peft.PrefixTuningConfig}[type(spec)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = peft.get_peft_model(copy.deepcopy(model), config(task_type="CAUSAL_LM", num_virtual_tokens=N)).eval()
+        other = peft.get_peft_model(
+            copy.deepcopy(model), config(task_type="CAUSAL_LM", num_virtual_tokens=N)
+        ).eval()
         adapter = virtual(model, spec)
         (tensor,) = adapter.parameters()
         assert other.prompt_encoder["default"].embedding.weight.shape == tensor.shape
@@ -102,11 +109,22 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
     virtual(model, spec)
     expected = greedy(model, IDS, 8)
     scores = logits(model, expected)[:, -9:-1]
-    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+    for cache in (
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+    ):
         found = model.generate(
-            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=True, **cache,
-        )  # fmt: skip
+            IDS,
+            attention_mask=torch.ones_like(IDS),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **cache,
+        )
         assert torch.equal(found.sequences, expected)
         torch.testing.assert_close(torch.stack(found.logits, 1), scores, **EPS)
     with lf.only(model):
@@ -114,25 +132,42 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
 
 
 @every(["llama", "gpt2"])
-def test_a_left_padded_batch_generates_what_each_row_does_alone(spec: Any, kind: str, tiny_model, tiny_model_dir) -> None:
+def test_a_left_padded_batch_generates_what_each_row_does_alone(
+    spec: Any, kind: str, tiny_model, tiny_model_dir
+) -> None:
     from lorafold.io.models import load_tokenizer
 
     model, tokenizer = tiny_model(kind), load_tokenizer(str(tiny_model_dir(kind)))
     virtual(model, spec)
-    prompts = ["Book a table", "Remind me to call the plumber tomorrow morning", "The quick brown fox"]
-    alone = [complete(model, tokenizer, [p], 20)[0] for p in prompts]  # more than one round: caches are handed on
+    prompts = [
+        "Book a table",
+        "Remind me to call the plumber tomorrow morning",
+        "The quick brown fox",
+    ]
+    # more than one round: caches are handed on
+    alone = [complete(model, tokenizer, [p], 20)[0] for p in prompts]
     assert complete(model, tokenizer, prompts, 20) == alone
     ids = torch.tensor([tokenizer(prompts[0], add_special_tokens=False).input_ids])
-    assert tokenizer.decode(greedy(model, ids, 20)[0, ids.shape[1] :], skip_special_tokens=True).startswith(alone[0])
+    assert tokenizer.decode(
+        greedy(model, ids, 20)[0, ids.shape[1] :], skip_special_tokens=True
+    ).startswith(alone[0])
 
 
 @every(["llama"])
 def test_beams_reorder_the_cache_and_nothing_else(spec: Any, kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     virtual(model, spec)
-    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     mask = torch.ones_like(IDS)
-    cached, anew = (model.generate(IDS, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    cached, anew = (
+        model.generate(IDS, attention_mask=mask, use_cache=use, **options) for use in (True, False)
+    )
     assert torch.equal(cached, anew)
 
 
@@ -167,9 +202,13 @@ def test_packed_documents_each_see_them(spec: Any, kind: str, tiny_model) -> Non
     with packed(model) as apart:
         assert apart
         batch = collate([Document(d) for d in documents], packed=True, pad_id=0)
-        together = logits(model, batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
+        together = logits(
+            model, batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        )[0]
         torch.testing.assert_close(together, alone, **EPS)
-        torch.testing.assert_close(logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]), **EPS)
+        torch.testing.assert_close(
+            logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]), **EPS
+        )
     torch.testing.assert_close(logits(model, IDS[:1, :4])[0], alone[:4], **EPS)
 
 
@@ -189,18 +228,33 @@ def test_eager_attention_computes_the_same(spec: Any, kind: str, tiny_model) -> 
 def test_a_sliding_window_never_loses_them(spec: Any) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        sliding_window=6, max_position_embeddings=128, attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        max_position_embeddings=128,
+        attn_implementation="eager",
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     model = Gemma2ForCausalLM(config).eval()
     virtual(model, spec)
     expected = greedy(model, IDS, 6)
-    cached = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    cached = model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(cached, expected)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_under_gradient_checkpointing_two_batches_may_wait_for_their_backward(spec: Any, tiny_model) -> None:
+def test_under_gradient_checkpointing_two_batches_may_wait_for_their_backward(
+    spec: Any, tiny_model
+) -> None:
     model = tiny_model("llama").train()
     adapter = virtual(model, spec)
     (p,) = adapter.parameters()
@@ -214,13 +268,23 @@ def test_under_gradient_checkpointing_two_batches_may_wait_for_their_backward(sp
     torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize(("below", "above"), [(a, b) for a in (lf.Prompt, lf.Prefix) for b in (lf.Prompt, lf.Prefix)])
+@pytest.mark.parametrize(
+    ("below", "above"), [(a, b) for a in (lf.Prompt, lf.Prefix) for b in (lf.Prompt, lf.Prefix)]
+)
 def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
     model = tiny_model("llama")
     a, b = virtual(model, below(tokens=2), "a"), virtual(model, above(tokens=3), "b", seed=1)
     both = logits(model, IDS)
-    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, eos_token_id=None),
-                       greedy(model, IDS, 5))  # fmt: skip
+    assert torch.equal(
+        model.generate(
+            IDS,
+            attention_mask=torch.ones_like(IDS),
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=None,
+        ),
+        greedy(model, IDS, 5),
+    )
     with lf.only(model, "a"):
         only_a = logits(model, IDS)
     with lf.only(model, "b"):
@@ -230,17 +294,30 @@ def test_adapters_stack(below: Any, above: Any, tiny_model) -> None:
     if below is above is lf.Prompt:
         one = tiny_model("llama")
         joint = lf.attach(one, lf.Prompt(tokens=5))
-        joint.deltas["model"].embeddings.data.copy_(torch.cat([next(a.parameters()), next(b.parameters())]))
+        joint.deltas["model"].embeddings.data.copy_(
+            torch.cat([next(a.parameters()), next(b.parameters())])
+        )
         torch.testing.assert_close(logits(one, IDS), both, **EPS)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("cls", "config"), [(LlamaForSequenceClassification, LlamaConfig), (GPT2ForSequenceClassification, GPT2Config)])
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [(LlamaForSequenceClassification, LlamaConfig), (GPT2ForSequenceClassification, GPT2Config)],
+)
 def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260, "num_labels": 3}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 260,
+        "num_labels": 3,
+    }
     extra = {"intermediate_size": 48} if config is LlamaConfig else {}
-    model = cls(config(**sizes, **extra, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
+    model = cls(
+        config(**sizes, **extra, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    ).eval()
     bare = logits(model, IDS)
     adapter = virtual(model, spec)
     assert not torch.allclose(logits(model, IDS), bare)
@@ -251,7 +328,9 @@ def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
     model = tiny_model("llama")
-    with pytest.raises(lf.LorafoldError, match=r"lies on a decoder and its attentions .*not on Linear"):
+    with pytest.raises(
+        lf.LorafoldError, match=r"lies on a decoder and its attentions .*not on Linear"
+    ):
         lf.attach(model, spec, ["q_proj"])
     with pytest.raises(lf.LorafoldError, match="has no such place"):
         lf.attach(nn.Sequential(nn.Linear(3, 3)), spec)
@@ -259,7 +338,9 @@ def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
     with pytest.raises(lf.NotMergeable, match=r"PromptDelta|PrefixDelta|no weight"):
         adapter.merge()
     for receiver in [p for p in adapter.sites if p != "model"]:
-        adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(lf.adapter.layer_of(adapter.sites[receiver]))
+        adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(
+            lf.adapter.layer_of(adapter.sites[receiver])
+        )
     with pytest.raises(lf.LorafoldError, match=r"in layers \[0, 1\]"):
         logits(model, IDS)
 
@@ -275,7 +356,11 @@ def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
     for layer, (keys, values) in delta.keys_and_values().items():
         torch.testing.assert_close(keys, cache.layers[layer].keys)
         torch.testing.assert_close(values, cache.layers[layer].values)
-    random = lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random")).deltas["transformer"].prefix
+    random = (
+        lf.attach(tiny_model("gpt2"), lf.Prefix(tokens=4, init="random"))
+        .deltas["transformer"]
+        .prefix
+    )
     assert random.std().item() == pytest.approx(0.02, rel=0.2)  # 512 draws: standard error 3%
 
 

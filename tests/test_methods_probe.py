@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 import lorafold as lf
 
@@ -15,7 +21,13 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 def classifier(cls: type[PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260, "num_labels": 3}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 260,
+        "num_labels": 3,
+    }
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if cls is GPT2ForSequenceClassification:
         return cls(GPT2Config(**sizes, **special)).eval()

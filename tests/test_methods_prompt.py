@@ -1,4 +1,6 @@
-"""Prompt tuning alone: against its definition, embeddings in front of the input; the rest is in test_methods_prefix.py."""
+"""Prompt tuning alone: against its definition, embeddings in front of the input; the rest is in
+test_methods_prefix.py.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,25 @@ def test_it_begins_as_tokens_of_the_vocabulary_or_spread_like_them(tiny_model) -
     vocabulary = lf.attach(model, lf.Prompt(tokens=6), name="a").deltas["model"].embeddings
     torch.manual_seed(3)
     assert torch.equal(vocabulary, weight[torch.randint(len(weight), (6,))])
-    random = lf.attach(model, lf.Prompt(tokens=50, init="random"), name="b").deltas["model"].embeddings
-    assert random.std().item() == pytest.approx(weight.std().item(), rel=0.1)  # 1,600 draws: standard error 2%
+    random = (
+        lf.attach(model, lf.Prompt(tokens=50, init="random"), name="b").deltas["model"].embeddings
+    )
+    # 1,600 draws: standard error 2%
+    assert random.std().item() == pytest.approx(weight.std().item(), rel=0.1)
 
 
 def test_the_prompt_runs_once_for_a_cache_and_lies_with_it(tiny_model) -> None:
     model = tiny_model("llama")
     adapter = lf.attach(model, lf.Prompt(tokens=4))
     lengths: list[int] = []
-    model.model.layers[0].register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    model.model.layers[0].register_forward_pre_hook(
+        lambda m, args: lengths.append(args[0].shape[1])
+    )
     with torch.no_grad():
         output = model(IDS, use_cache=True, cache=None)
         output = model(IDS[:, :1], cache=output.cache)
-        assert lengths == [4, 9, 4, 1]  # a cache that the model made itself comes without: once more
+        # a cache that the model made itself comes without: once more
+        assert lengths == [4, 9, 4, 1]
         twin = copy.deepcopy(output.cache)
         next(adapter.parameters()).zero_()
         a = model(IDS[:, :1], cache=output.cache).logits
@@ -61,4 +69,6 @@ def test_gradients_accumulate_over_the_whole_batch(tiny_model) -> None:
     def gradient(ids: Tensor) -> Tensor:
         return torch.autograd.grad(model(ids).logits.square().sum(), [p])[0]
 
-    torch.testing.assert_close(gradient(IDS), sum(gradient(row[None]) for row in IDS), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(IDS), sum(gradient(row[None]) for row in IDS), rtol=1e-4, atol=1e-6
+    )

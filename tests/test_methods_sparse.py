@@ -1,4 +1,6 @@
-"""Sparse fine-tuning: what is chosen, by LT-SFT's movement and by FISH's squared gradients, against the definitions."""
+"""Sparse fine-tuning: what is chosen, by LT-SFT's movement and by FISH's squared gradients, against
+the definitions.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,15 @@ def test_fish_keeps_the_largest_squared_gradients_of_the_model(kind: str, tiny_m
             score += (grad.T if kind == "gpt2" else grad).square()
     expected = top(scores, 0.02)
     # two entries that tie to rounding may change places
-    same = sum(len(set(at.tolist()) & set(chosen(adapter)[path].tolist())) for path, at in expected.items())
+    same = sum(
+        len(set(at.tolist()) & set(chosen(adapter)[path].tolist())) for path, at in expected.items()
+    )
     total = sum(len(at) for at in expected.values())
-    assert total == sum(p.numel() for p in adapter.parameters()) == round(0.02 * sum(s.numel() for s in scores.values()))
+    assert (
+        total
+        == sum(p.numel() for p in adapter.parameters())
+        == round(0.02 * sum(s.numel() for s in scores.values()))
+    )
     assert same >= 0.995 * total
 
 
@@ -65,18 +73,28 @@ def test_lt_sft_keeps_what_moved_most_and_rewinds(tiny_model) -> None:
     with torch.no_grad():
         assert torch.equal(model(BATCHES[0]).logits, before)
     start = {path: plain.get_submodule(path).weight.detach().clone() for path in adapter.sites}
-    optimizer = AdamW([plain.get_submodule(path).weight for path in start], lr=1e-3, weight_decay=0.0)
+    optimizer = AdamW(
+        [plain.get_submodule(path).weight for path in start], lr=1e-3, weight_decay=0.0
+    )
     for loss in losses_of(plain)(4):
         plain.zero_grad()
         loss.backward()
         optimizer.step()
-    expected = top({path: (plain.get_submodule(path).weight.detach() - w).abs() for path, w in start.items()}, 0.02)
-    same = sum(len(set(at.tolist()) & set(chosen(adapter)[path].tolist())) for path, at in expected.items())
-    # AdamW's first steps are almost +-lr for every entry, so the k-th largest movement has many near equals
+    expected = top(
+        {path: (plain.get_submodule(path).weight.detach() - w).abs() for path, w in start.items()},
+        0.02,
+    )
+    same = sum(
+        len(set(at.tolist()) & set(chosen(adapter)[path].tolist())) for path, at in expected.items()
+    )
+    # AdamW's first steps are almost +-lr for every entry, so the k-th largest movement has many
+    # near equals
     assert same >= 0.95 * sum(len(at) for at in expected.values())
 
 
-@pytest.mark.parametrize("spec", [lf.LTSFT(density=0.01, dense_steps=2), lf.FishMask(density=0.01, samples=2)])
+@pytest.mark.parametrize(
+    "spec", [lf.LTSFT(density=0.01, dense_steps=2), lf.FishMask(density=0.01, samples=2)]
+)
 def test_after_the_choice_only_k_numbers_train_and_merge(spec, tiny_model) -> None:
     model = tiny_model("llama")
     adapter = lf.attach(model, spec, bias="none", modules_to_save=["norm"])
@@ -89,7 +107,11 @@ def test_after_the_choice_only_k_numbers_train_and_merge(spec, tiny_model) -> No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    state = [s for p, s in optimizer.state.items() if any(p is d.values for d in adapter.own_deltas.values())]
+    state = [
+        s
+        for p, s in optimizer.state.items()
+        if any(p is d.values for d in adapter.own_deltas.values())
+    ]
     assert sum(s["exp_avg"].numel() for s in state) <= round(0.01 * weights)
     old = {path: model.get_submodule(path).weight.detach().clone() for path in adapter.own_deltas}
     at = {path: d.at for path, d in adapter.own_deltas.items()}
@@ -105,7 +127,11 @@ def test_after_the_choice_only_k_numbers_train_and_merge(spec, tiny_model) -> No
 def test_without_a_choice_the_entries_are_random_ones(tiny_model) -> None:
     deltas = lf.attach(tiny_model("llama"), lf.FishMask(density=0.05)).deltas.values()
     for delta in deltas:
-        assert len(delta.at) == len(set(delta.at.tolist())) == round(0.05 * delta.shape[0] * delta.shape[1])
+        assert (
+            len(delta.at)
+            == len(set(delta.at.tolist()))
+            == round(0.05 * delta.shape[0] * delta.shape[1])
+        )
         assert delta.at.min() >= 0
         assert delta.at.max() < delta.shape[0] * delta.shape[1]
         assert torch.equal(delta.at, delta.at.sort().values)

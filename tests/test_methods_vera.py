@@ -24,7 +24,11 @@ def projections(root: nn.Sequential) -> set[int]:
     return {id(root[i].deltas["default"].projections) for i in (0, 2)}
 
 
-CHANGES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "double": lambda m: copy.deepcopy(m).double()}
+CHANGES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "double": lambda m: copy.deepcopy(m).double(),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)

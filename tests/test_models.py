@@ -1,4 +1,6 @@
-"""Base models by name: what is accepted, what is refused in one line, and that nothing is lost on the way."""
+"""Base models by name: what is accepted, what is refused in one line, and that nothing is lost on
+the way.
+"""
 
 import json
 import os
@@ -13,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafold.errors import LorafoldError
-from lorafold.io.models import ModelSource, choose_device, choose_storage, load_model, load_tokenizer, resolve_model
+from lorafold.io.models import (
+    ModelSource,
+    choose_device,
+    choose_storage,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 
@@ -73,13 +82,21 @@ def test_weights_that_are_missing_or_broken_are_refused(tmp_path, tiny_model_dir
     path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
     weights = load_file(path / "model.safetensors")
     lost = "model.layers.1.mlp.up_proj.weight"
-    save_file({k: v for k, v in weights.items() if k != lost}, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != lost},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(LorafoldError, match=f"1 weights are not in its files: {lost}"):
         load_model(path, torch.float32)
-    save_file({**weights, lost: torch.zeros(3, 3)}, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**weights, lost: torch.zeros(3, 3)}, path / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(LorafoldError, match="transformers can't load it"):
         load_model(path, torch.float32)
-    (path / "model.safetensors").write_bytes((tiny_model_dir("llama") / "model.safetensors").read_bytes()[:-100])
+    (path / "model.safetensors").write_bytes(
+        (tiny_model_dir("llama") / "model.safetensors").read_bytes()[:-100]
+    )
     with pytest.raises(LorafoldError, match="transformers can't load it"):
         load_model(path, torch.float32)
     (path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"}))
@@ -90,7 +107,13 @@ def test_weights_that_are_missing_or_broken_are_refused(tmp_path, tiny_model_dir
 
 def test_devices_are_checked():
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device() == torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    assert choose_device() == torch.device(
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     for unknown in ("gpu", "cuda:", "cuda:x", "cpu0", ""):
         with pytest.raises(LorafoldError, match="unknown; expected cpu, cuda, cuda:N or mps"):
             choose_device(unknown)
@@ -110,18 +133,26 @@ def test_precision_follows_the_hardware_and_says_why():
     assert choose_storage("fp32", "cpu") == (torch.float32, None, "fp32: as asked")
     for packed in ("nf4", "int8"):
         assert choose_storage(packed, "cpu")[:2] == (dtype, packed)
-    with pytest.raises(LorafoldError, match="base fp8: unknown; expected auto, bf16, fp32, nf4 or int8"):
+    with pytest.raises(
+        LorafoldError, match="base fp8: unknown; expected auto, bf16, fp32, nf4 or int8"
+    ):
         choose_storage("fp8", "cpu")
 
 
 def write_gguf(directory: Path, path: Path) -> None:
-    """The tiny Llama of `directory` as an F32 GGUF, in llama.cpp's names and order of query and key rows."""
+    """The tiny Llama of `directory` as an F32 GGUF, in llama.cpp's names and order of query and key
+    rows.
+    """
     import gguf
 
     config = json.loads((directory / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     backend = json.loads((directory / "tokenizer.json").read_text())
-    heads, kv_heads, layers = config["num_attention_heads"], config["num_key_value_heads"], config["num_hidden_layers"]
+    heads, kv_heads, layers = (
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["num_hidden_layers"],
+    )
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
     writer.add_context_length(config["max_position_embeddings"])
@@ -138,7 +169,12 @@ def write_gguf(directory: Path, path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(vocabulary)
-    writer.add_token_types([gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in vocabulary])
+    writer.add_token_types(
+        [
+            gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL
+            for token in vocabulary
+        ]
+    )
     writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
@@ -147,7 +183,11 @@ def write_gguf(directory: Path, path: Path) -> None:
     for name, weight in model.state_dict().items():
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
             if part in name:
-                weight = weight.view(count, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+                weight = (
+                    weight.view(count, 2, -1, weight.shape[-1])
+                    .transpose(1, 2)
+                    .reshape(weight.shape)
+                )
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -194,12 +234,20 @@ def test_a_cache_that_cannot_be_written_is_one_line(tiny_model_dir, tmp_path, ca
 @pytest.mark.slow
 def test_two_processes_that_unpack_at_once_both_get_the_copy(tiny_model_dir, tmp_path, cache):
     write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf")
-    code = f"from lorafold.io.models import resolve_model; print(resolve_model({str(tmp_path / 'tiny.gguf')!r}).path)"
-    children = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = (
+        "from lorafold.io.models import resolve_model;"
+        f" print(resolve_model({str(tmp_path / 'tiny.gguf')!r}).path)"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     paths = {child.communicate()[0].strip() for child in children}
     assert [child.returncode for child in children] == [0, 0]
     [path] = paths
-    assert sorted(os.listdir(cache / "models")) == sorted([Path(path).name, Path(path).name + ".lock"])
+    assert sorted(os.listdir(cache / "models")) == sorted(
+        [Path(path).name, Path(path).name + ".lock"]
+    )
 
 
 @pytest.mark.slow
@@ -208,12 +256,18 @@ def test_the_embedded_model_answers_and_stops(smollm2):
     assert resolve_model("smollm2") == ModelSource(smollm2, "smollm2")
     assert model.name_or_path == "smollm2"
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert {weight.dtype for weight in load_file(smollm2 / "model.safetensors").values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in load_file(smollm2 / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**inputs, max_new_tokens=40, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
@@ -221,4 +275,5 @@ def test_the_embedded_model_answers_and_stops(smollm2):
 def test_the_embedded_tokenizer_sees_every_digit_alone(smollm2):
     tokenizer = load_tokenizer("smollm2")
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("at:  12").input_ids)
-    assert tokens == ["at", ":", "ĠĠ", "1", "2"]  # "Ġ", "Ġ" under GPT-2's rule: never seen in training
+    # "Ġ", "Ġ" under GPT-2's rule: never seen in training
+    assert tokens == ["at", ":", "ĠĠ", "1", "2"]

@@ -1,4 +1,6 @@
-"""The reference of NF4 is what bitsandbytes stores, byte for byte, and what its closed forms say."""
+"""The reference of NF4 is what bitsandbytes stores, byte for byte, and what its closed forms
+say.
+"""
 
 import pytest
 import torch
@@ -22,9 +24,12 @@ def with_outlier() -> torch.Tensor:
 
 
 def around_ties() -> torch.Tensor:
-    """Whole blocks: absmax c, then c times every midpoint of two levels, and the floats just below and above. Exact ties where c is 1."""
+    """Whole blocks: absmax c, then c times every midpoint of two levels, and the floats just below
+    and above. Exact ties where c is 1.
+    """
     level = nf4.levels()
-    c = torch.cat([torch.ones(1), normal(99).abs()])[:, None]  # where c is no power of two, w * (1 / c) and w / c fall on different sides
+    # where c is no power of two, w * (1 / c) and w / c fall on different sides
+    c = torch.cat([torch.ones(1), normal(99).abs()])[:, None]
     ties = c * (level[:-1] + level[1:]) / 2
     below, above = ties.nextafter(torch.tensor(-9.0)), ties.nextafter(torch.tensor(9.0))
     return torch.cat([c, ties, below, above, c * level, torch.full_like(c, -0.0).expand(-1, 2)], 1)
@@ -54,15 +59,24 @@ def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.Packed, torch.Tensor]:
     """What bitsandbytes stores for w, in the reference's form, and what it makes of it.
 
-    As one row: in version 0.50 the AVX-512 kernel takes the wrong constants if rows are no whole number of blocks.
+    As one row: in version 0.50 the AVX-512 kernel takes the wrong constants if rows are no whole
+    number of blocks.
     """
-    bytes_, state = bnb.quantize_4bit(w.flatten(), blocksize=64, compress_statistics=double, quant_type="nf4")
-    constants = nf4.Constants(state.absmax, state.state2.absmax, state.offset) if double else state.absmax
-    return nf4.Packed(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(bytes_, state).view(w.shape)
+    bytes_, state = bnb.quantize_4bit(
+        w.flatten(), blocksize=64, compress_statistics=double, quant_type="nf4"
+    )
+    constants = (
+        nf4.Constants(state.absmax, state.state2.absmax, state.offset) if double else state.absmax
+    )
+    return nf4.Packed(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
+        bytes_, state
+    ).view(w.shape)
 
 
 def on_grid(y: torch.Tensor) -> torch.Tensor:
-    """y rounded to 65536 points of [-1, 1]: the table by which the CPU kernel of bitsandbytes looks up an 8-bit code."""
+    """y rounded to 65536 points of [-1, 1]: the table by which the CPU kernel of bitsandbytes looks
+    up an 8-bit code.
+    """
     return -1 + 2 * ((y.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).int() / 65535
 
 
@@ -94,14 +108,19 @@ def test_double_quantized_bytes_and_values_are_those_of_bitsandbytes(case, dtype
     c = nf4.quantize(w, double=False).constants
     y, d = nf4.normalized(c - c.mean(), 256)
     if d.any():  # else any code stands for zero: theirs is 0, ours 127
-        assert torch.equal(theirs.constants.codes, nf4.nearest(on_grid(y), nf4.dynamic_map()).flatten()[: len(c)])
-    # a code that is nearest to the grid's point instead is at worst one step of the grid farther away
+        assert torch.equal(
+            theirs.constants.codes, nf4.nearest(on_grid(y), nf4.dynamic_map()).flatten()[: len(c)]
+        )
+    # a code that is nearest to the grid's point instead is at worst one step of the grid farther
+    # away
     worse = (theirs.constants.dense() - c).abs() - (ours.constants.dense() - c).abs()
     assert (worse <= d.repeat_interleave(256)[: len(c)] * 2 / 65535 + 4 * EPS * c.abs().max()).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.layers.17.mlp.down_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.k_proj.weight", "model.layers.17.mlp.down_proj.weight"]
+)
 def test_real_weights_are_stored_as_bitsandbytes_does(smollm2, name):
     from safetensors import safe_open
 
@@ -114,7 +133,8 @@ def test_real_weights_are_stored_as_bitsandbytes_does(smollm2, name):
     ours, (theirs, dense) = nf4.quantize(w), of_bitsandbytes(w, True)
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.equal(nf4.dequantize(theirs, torch.bfloat16), dense)
-    assert (ours.constants.codes != theirs.constants.codes).float().mean() < 0.01  # near a tie, by the grid's rounding
+    # near a tie, by the grid's rounding
+    assert (ours.constants.codes != theirs.constants.codes).float().mean() < 0.01
 
 
 def test_levels_are_quantiles_at_even_steps_on_either_side_of_an_exact_zero():
@@ -124,7 +144,9 @@ def test_levels_are_quantiles_at_even_steps_on_either_side_of_an_exact_zero():
     widest = torch.special.ndtri(torch.tensor(nf4.OFFSET, dtype=torch.float64))
     steps = torch.special.ndtr(level.double() * widest).diff()
     for side, n in ((steps[:7], 7), (steps[7:], 8)):
-        torch.testing.assert_close(side, torch.full_like(side, (nf4.OFFSET - 0.5) / n), rtol=0, atol=4 * EPS)
+        torch.testing.assert_close(
+            side, torch.full_like(side, (nf4.OFFSET - 0.5) / n), rtol=0, atol=4 * EPS
+        )
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -134,7 +156,9 @@ def test_error_is_at_most_half_the_widest_gap(case, double):
     half_gap = nf4.levels().diff().max() / 2  # 0.152, between the two lowest levels
     c = nf4.normalized(w, 64)[1]
     bound = half_gap * c
-    if double:  # the constants are off by half a step of the coarsest part of the map, and so is the lowest, -1 by 0.993
+    # the constants are off by half a step of the coarsest part of the map, and so is the lowest, -1
+    # by 0.993
+    if double:
         d = nf4.normalized(c - c.mean(), 256)[1]
         bound = bound + nf4.dynamic_map().diff().max() / 2 * d.repeat_interleave(256)[: len(c)]
     error = (nf4.dequantize(nf4.quantize(w, double=double), torch.float32) - w).abs()
@@ -162,6 +186,8 @@ def test_bits_per_weight_are_those_that_are_stored(block):
     stored = lambda *tensors: 8 * sum(t.nbytes for t in tensors) / w.numel()  # noqa: E731
     plain, packed = nf4.quantize(w, block, double=False), nf4.quantize(w, block)
     assert stored(plain.codes, plain.constants) == nf4.bits_per_weight(block, double=False)
-    assert stored(packed.codes, packed.constants.codes, packed.constants.absmax) == nf4.bits_per_weight(block)
+    assert stored(
+        packed.codes, packed.constants.codes, packed.constants.absmax
+    ) == nf4.bits_per_weight(block)
     assert nf4.bits_per_weight() == 4 + 8 / 64 + 32 / (64 * 256)
     assert (round(nf4.bits_per_weight(), 3), nf4.bits_per_weight(double=False)) == (4.127, 4.5)

@@ -1,4 +1,6 @@
-"""The optimizers: each trains, 8-bit state is what it says, a run goes on exactly where it stopped, and `auto` decides by the figures."""
+"""The optimizers: each trains, 8-bit state is what it says, a run goes on exactly where it stopped,
+and `auto` decides by the figures.
+"""
 
 import gc
 import sys
@@ -31,8 +33,20 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 def request(model: Path, out: Path, resume: bool = False, **fields) -> Request:
-    # rank 64 on the tiny model: some factors are above the 4,096 elements from which state is 8-bit, some below
-    recipe = Recipe(**{"steps": 12, "batch": 4, "base": "fp32", "rank": 64, "lr": 1e-3, "lr_b": 5e-3, "save_every": 4} | fields)
+    # rank 64 on the tiny model: some factors are above the 4,096 elements from which state is
+    # 8-bit, some below
+    recipe = Recipe(
+        **{
+            "steps": 12,
+            "batch": 4,
+            "base": "fp32",
+            "rank": 64,
+            "lr": 1e-3,
+            "lr_b": 5e-3,
+            "save_every": 4,
+        }
+        | fields
+    )
     return Request(str(model), out, recipe, ROWS, "rows", device="cpu", resume=resume)
 
 
@@ -44,11 +58,16 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
-def made(name: str, sizes: tuple[int, ...] = (5000, 4096, 40, 5000), device: str = "cpu") -> tuple[Optimizer, list[nn.Parameter]]:
+def made(
+    name: str, sizes: tuple[int, ...] = (5000, 4096, 40, 5000), device: str = "cpu"
+) -> tuple[Optimizer, list[nn.Parameter]]:
     """An optimizer over two groups of parameters of these sizes."""
     generator = torch.Generator().manual_seed(0)
     tensors = [nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in sizes]
-    groups = [{"params": tensors[:1], "lr": 1e-2, "peak": 1e-2}, {"params": tensors[1:], "lr": 3e-2, "peak": 3e-2}]
+    groups = [
+        {"params": tensors[:1], "lr": 1e-2, "peak": 1e-2},
+        {"params": tensors[1:], "lr": 3e-2, "peak": 3e-2},
+    ]
     return make_optimizer(name, groups, Recipe(weight_decay=0.1)), tensors
 
 
@@ -67,21 +86,48 @@ def step(optimizer: Optimizer, tensors: list[nn.Parameter], seed: int) -> None:
         (5000 * MB, "mps", 0, "adamw", "MPS has no paging"),
         (40 * MB, "cuda", 70 * GB, "adamw", "within a third of the 70.0 GB free"),
         (1000 * MB, "cuda", 24 * GB, "adamw", "within a third of the 24.0 GB free"),
-        (1001 * MB, "cuda", 24 * GB, PAGED, "fp32 state, 8.0 GB, would be more than a third of the 24.0 GB free"),
-        (7000 * MB, "cuda", 52 * GB, PAGED, "fp32 state, 56.0 GB, would be more than a third of the 52.0 GB free"),
-        (40 * MB, "cuda", 500 * MB, PAGED, "fp32 state, 320.0 MB, would be more than a third of the 500.0 MB free"),
+        (
+            1001 * MB,
+            "cuda",
+            24 * GB,
+            PAGED,
+            "fp32 state, 8.0 GB, would be more than a third of the 24.0 GB free",
+        ),
+        (
+            7000 * MB,
+            "cuda",
+            52 * GB,
+            PAGED,
+            "fp32 state, 56.0 GB, would be more than a third of the 52.0 GB free",
+        ),
+        (
+            40 * MB,
+            "cuda",
+            500 * MB,
+            PAGED,
+            "fp32 state, 320.0 MB, would be more than a third of the 500.0 MB free",
+        ),
     ],
 )
-def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters: int, device: str, free: int, name: str, why: str) -> None:
+def test_auto_is_fp32_unless_memory_is_short_on_cuda(
+    parameters: int, device: str, free: int, name: str, why: str
+) -> None:
     assert choose(parameters, device, free) == (name, why)
 
 
 def test_the_line_says_so_where_all_state_stays_fp32_or_is_not_fp32() -> None:
     def line(name: str, dtype: torch.dtype) -> str:
-        return adamw.described(adamw.Choice(name, "why"), [{"params": [nn.Parameter(torch.zeros(1000, dtype=dtype))]}])
+        return adamw.described(
+            adamw.Choice(name, "why"), [{"params": [nn.Parameter(torch.zeros(1000, dtype=dtype))]}]
+        )
 
-    assert line("adamw8bit", torch.float32) == "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)"
-    assert line("adamw", torch.bfloat16) == "optimizer: adamw with torch.bfloat16 state, 4.0 kB (why)"
+    assert (
+        line("adamw8bit", torch.float32)
+        == "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)"
+    )
+    assert (
+        line("adamw", torch.bfloat16) == "optimizer: adamw with torch.bfloat16 state, 4.0 kB (why)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,13 +136,22 @@ def test_the_line_says_so_where_all_state_stays_fp32_or_is_not_fp32() -> None:
         ("auto", "adamw with fp32 state, 524.3 kB (the CPU has no paging)"),
         ("adamw", "adamw with fp32 state, 524.3 kB"),
         ("adamw8bit", "adamw8bit with 8-bit state, 377.6 kB"),
-        ("paged-adamw8bit", "paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)"),
+        (
+            "paged-adamw8bit",
+            "paged-adamw8bit with 8-bit state, 377.6 kB (not paged: the CPU has no paging)",
+        ),
     ],
 )
-def test_each_trains_and_says_what_it_is(name: str, line: str, tiny_model_dir, tmp_path: Path, capsys) -> None:
+def test_each_trains_and_says_what_it_is(
+    name: str, line: str, tiny_model_dir, tmp_path: Path, capsys
+) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*[Pp]aged.*")  # what bitsandbytes would warn of is in the line
-        result = train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer=name), Console(file=sys.stdout, width=200))
+        # what bitsandbytes would warn of is in the line
+        warnings.filterwarnings("error", message=".*[Pp]aged.*")
+        result = train(
+            request(tiny_model_dir("llama"), tmp_path / "a", optimizer=name),
+            Console(file=sys.stdout, width=200),
+        )
     assert f"optimizer: {line}\n" in capsys.readouterr().out
     assert result.losses[-1] < result.losses[0] - 0.3
 
@@ -106,7 +161,10 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
     for p in tensors:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    found = {id(p): {k: v for k, v in optimizer.state[p].items() if k.startswith(("state", "absmax"))} for p in tensors}
+    found = {
+        id(p): {k: v for k, v in optimizer.state[p].items() if k.startswith(("state", "absmax"))}
+        for p in tensors
+    }
     for p in tensors:
         dtype = torch.uint8 if p.numel() >= 4096 else torch.float32
         assert found[id(p)]["state1"].dtype == found[id(p)]["state2"].dtype == dtype
@@ -116,13 +174,23 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
 
 
 def test_8_bits_follow_the_fp32_trajectory(tiny_model_dir, tmp_path: Path) -> None:
-    """Codes of 8 bits are a few percent apart, and errors of single steps cancel in part: a tenth of the way after 20 steps is a lot."""
+    """Codes of 8 bits are a few percent apart, and errors of single steps cancel in part: a tenth
+    of the way after 20 steps is a lot.
+    """
     losses, found = {}, {}
     for name in ("adamw", "adamw8bit"):
         fields = {"optimizer": name, "rank": 128, "steps": 20, "dropout": 0.0}
-        losses[name] = train(request(tiny_model_dir("llama"), tmp_path / name, **fields), quiet()).losses
+        losses[name] = train(
+            request(tiny_model_dir("llama"), tmp_path / name, **fields), quiet()
+        ).losses
         factors = weights(tmp_path / name)
-        found[name] = torch.cat([(b @ factors[k.replace("lora_B", "lora_A")]).flatten() for k, b in factors.items() if "lora_B" in k])
+        found[name] = torch.cat(
+            [
+                (b @ factors[k.replace("lora_B", "lora_A")]).flatten()
+                for k, b in factors.items()
+                if "lora_B" in k
+            ]
+        )
     fall = losses["adamw"][0] - min(losses["adamw"])
     assert fall > 0.4
     assert max(abs(a - b) for a, b in zip(*losses.values(), strict=True)) < 0.02 * fall
@@ -147,7 +215,9 @@ def test_state_goes_through_a_checkpoint_unchanged(name: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
     assert all(q.grad is None for q in theirs)
     again = optimizer_tensors(other)
-    assert {k: (v.dtype, v.tolist()) for k, v in again.items()} == {k: (v.dtype, v.tolist()) for k, v in stored.items()}
+    assert {k: (v.dtype, v.tolist()) for k, v in again.items()} == {
+        k: (v.dtype, v.tolist()) for k, v in stored.items()
+    }
     for group, mine in zip(other.param_groups, one.param_groups, strict=True):
         group["lr"] = mine["lr"]  # as every step of a run sets it
     for optimizer, tensors in ((one, ours), (other, theirs)):
@@ -159,7 +229,13 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     one, ours = made("adamw")
     step(one, ours, 0)
     other, _ = made("adamw8bit")
-    with pytest.raises(LorafoldError, match=r"of another optimizer: 0.absmax1: expected \(20,\), found none; .*0.exp_avg: expected none"):
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"of another optimizer: 0.absmax1: expected \(20,\), found none; .*0.exp_avg: expected"
+            r" none"
+        ),
+    ):
         restore_optimizer(other, optimizer_tensors(one))
 
 
@@ -179,30 +255,59 @@ def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: Request) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(name: str, tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
-    straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", optimizer=name), quiet())
+def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
+    name: str, tiny_model_dir, tmp_path: Path, monkeypatch
+) -> None:
+    straight = train(
+        request(tiny_model_dir("llama"), tmp_path / "straight", optimizer=name), quiet()
+    )
     stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "stopped", optimizer=name))
     kept = load_file(tmp_path / "stopped.run" / "step-000004" / "optimizer.safetensors")
-    assert any(t.dtype == torch.uint8 for key, t in kept.items() if not key.startswith("rng")) == (name != "adamw")
-    resumed = train(request(tiny_model_dir("llama"), tmp_path / "stopped", resume=True, optimizer=name), quiet())
+    assert any(t.dtype == torch.uint8 for key, t in kept.items() if not key.startswith("rng")) == (
+        name != "adamw"
+    )
+    resumed = train(
+        request(tiny_model_dir("llama"), tmp_path / "stopped", resume=True, optimizer=name), quiet()
+    )
     assert resumed.losses == straight.losses
-    ours, theirs = ((tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("stopped", "straight"))
+    ours, theirs = (
+        (tmp_path / out / "adapter_model.safetensors").read_bytes()
+        for out in ("stopped", "straight")
+    )
     assert ours == theirs
 
 
-def test_auto_keeps_to_its_choice_when_a_run_is_resumed(tiny_model_dir, tmp_path: Path, monkeypatch, capsys) -> None:
-    straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", optimizer="adamw8bit"), quiet())
+def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
+    tiny_model_dir, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    straight = train(
+        request(tiny_model_dir("llama"), tmp_path / "straight", optimizer="adamw8bit"), quiet()
+    )
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
         patch.setattr(adamw, "choose", lambda *_: adamw.Choice("adamw8bit", "short"))
         stopped(monkeypatch, 6, request(tiny_model_dir("llama"), tmp_path / "a"))
-    resumed = train(request(tiny_model_dir("llama"), tmp_path / "a", resume=True), Console(file=sys.stdout, width=200))
-    assert "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n" in capsys.readouterr().out
+    resumed = train(
+        request(tiny_model_dir("llama"), tmp_path / "a", resume=True),
+        Console(file=sys.stdout, width=200),
+    )
+    assert (
+        "optimizer: adamw8bit with 8-bit state, 377.6 kB (as before the stop)\n"
+        in capsys.readouterr().out
+    )
     assert resumed.losses == straight.losses
 
 
-def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
+def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(
+    tiny_model_dir, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(LorafoldError, match=r"optimizer adamw8bit needs bitsandbytes, .*: pip install bitsandbytes, or take .* adamw$"):
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"optimizer adamw8bit needs bitsandbytes, .*: pip install bitsandbytes, or take .*"
+            r" adamw$"
+        ),
+    ):
         train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer="adamw8bit"), quiet())
     assert list(tmp_path.iterdir()) == []
     train(request(tiny_model_dir("llama"), tmp_path / "a", optimizer="adamw", steps=1), quiet())
@@ -225,7 +330,9 @@ def test_paged_state_is_still_paged_after_a_resume() -> None:
     with torch.no_grad():
         for p, q in zip(ours, theirs, strict=True):
             q.copy_(p)
-    restore_optimizer(other, {k: v.detach().cpu().clone() for k, v in optimizer_tensors(one).items()})
+    restore_optimizer(
+        other, {k: v.detach().cpu().clone() for k, v in optimizer_tensors(one).items()}
+    )
     for optimizer, tensors in ((one, ours), (other, theirs)):
         assert getattr(optimizer.state[tensors[0]]["state1"], "is_paged", False)
         for group in optimizer.param_groups:
@@ -236,8 +343,12 @@ def test_paged_state_is_still_paged_after_a_resume() -> None:
 
 @needs_cuda
 def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
-    """Ballast leaves ROOM bytes beside the parameters. Every optimizer's steps fit in it; a spike of all but SLACK fits only where the
-    state moves out of its way: fp32 state is 512 MiB, 8-bit state 130 MiB, and of the paged one 2 MiB of scales stay."""
+    """Ballast leaves ROOM bytes beside the parameters.
+
+    Every optimizer's steps fit in it; a spike of all but SLACK fits only where the state moves out
+    of its way: fp32 state is 512 MiB, 8-bit state 130 MiB, and of the paged one 2 MiB of scales
+    stay.
+    """
     count, room, slack = 1 << 26, 1280 << 20, 64 << 20
     device = torch.device("cuda")
 
@@ -247,10 +358,14 @@ def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
         return torch.cuda.mem_get_info(device)[0]
 
     def run(name: str, spikes: list[int]) -> list[float]:
-        """Three steps, the activations of each a tensor of so many bytes that is gone before the update; the norm after each step."""
+        """Three steps, the activations of each a tensor of so many bytes that is gone before the
+        update; the norm after each step.
+        """
         p = nn.Parameter(torch.zeros(count, device=device))
         p.grad = torch.ones_like(p)  # kept, so that each step needs the same
-        optimizer = make_optimizer(name, [{"params": [p], "lr": 1e-3, "peak": 1e-3}], Recipe(clip=0.0))
+        optimizer = make_optimizer(
+            name, [{"params": [p], "lr": 1e-3, "peak": 1e-3}], Recipe(clip=0.0)
+        )
         norms = []
         ballast = torch.empty(free() - room, dtype=torch.uint8, device=device)
         for spike in spikes:
@@ -259,7 +374,8 @@ def test_paging_carries_a_run_over_a_spike_that_fits_on_average() -> None:
             del activations
             optimizer.step()
             norms.append(p.detach().norm().item())
-            torch.cuda.empty_cache()  # what torch holds in reserve would be the spike's neighbour for good
+            # what torch holds in reserve would be the spike's neighbour for good
+            torch.cuda.empty_cache()
         del ballast
         return norms
 

@@ -1,4 +1,7 @@
-"""Bases packed by bitsandbytes: what is packed, what a step keeps, and that nothing else changes. (The laws: test_laws.py.)"""
+"""Bases packed by bitsandbytes: what is packed, what a step keeps, and that nothing else changes.
+
+(The laws: test_laws.py.)
+"""
 
 import gc
 import json
@@ -41,10 +44,17 @@ def packed_paths(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama-wide", "gpt2-wide"])
 def test_the_linears_of_the_blocks_are_packed_and_nothing_else(tiny_model_dir, name, kind):
-    plain, model = load_model(tiny_model_dir(name), torch.bfloat16), load_model(tiny_model_dir(name), held(kind, torch.bfloat16))
+    plain, model = (
+        load_model(tiny_model_dir(name), torch.bfloat16),
+        load_model(tiny_model_dir(name), held(kind, torch.bfloat16)),
+    )
     inside = list(lf.attach(plain, lf.LoRA()).matches.paths)
     assert packed_paths(model) == inside
-    assert {p.dtype for n, p in model.named_parameters() if n.rsplit(".", 1)[0] not in inside or n.endswith("bias")} == {torch.bfloat16}
+    assert {
+        p.dtype
+        for n, p in model.named_parameters()
+        if n.rsplit(".", 1)[0] not in inside or n.endswith("bias")
+    } == {torch.bfloat16}
     assert parameter_count(model) == parameter_count(plain)
     for path in inside:
         w, q = layer_of(plain.get_submodule(path)).dense()[0], layer_of(model.get_submodule(path))
@@ -58,9 +68,13 @@ def test_the_linears_of_the_blocks_are_packed_and_nothing_else(tiny_model_dir, n
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, method):
-    """bitsandbytes reorders its codes for answers where the CPU has bf16 in AVX512, and gives no gradients from that order."""
+    """bitsandbytes reorders its codes for answers where the CPU has bf16 in AVX512, and gives no
+    gradients from that order.
+    """
     model = load_model(tiny_model_dir("llama-wide"), held("nf4", torch.bfloat16))
-    for p in lf.attach(model, make_spec(method), "attention" if method == "lora" else None).parameters():
+    for p in lf.attach(
+        model, make_spec(method), "attention" if method == "lora" else None
+    ).parameters():
         p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
 
     def gradients() -> torch.Tensor:
@@ -86,33 +100,47 @@ def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, m
 
 
 def test_rows_that_are_no_whole_blocks_stay_in_16_bits(tiny_model_dir):
-    model = load_model(tiny_model_dir("llama"), held("nf4", torch.bfloat16))  # 32 wide, 64 in the MLP
+    # 32 wide, 64 in the MLP
+    model = load_model(tiny_model_dir("llama"), held("nf4", torch.bfloat16))
     assert packed_paths(model) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
 
 
 def test_what_is_computed_is_the_specification(tiny_model_dir):
-    plain, model = load_model(tiny_model_dir("llama-wide"), torch.bfloat16), load_model(tiny_model_dir("llama-wide"), held("nf4"))
+    plain, model = (
+        load_model(tiny_model_dir("llama-wide"), torch.bfloat16),
+        load_model(tiny_model_dir("llama-wide"), held("nf4")),
+    )
     for path in packed_paths(model):
         w = plain.get_submodule(path).weight.detach()
         expected = nf4.dequantize(nf4.quantize(w), torch.bfloat16).float()
         found = layer_of(model.get_submodule(path)).dense()[0]
-        assert (found - expected).norm() <= 1e-3 * expected.norm()  # constants that lie between two of 256 levels
+        # constants that lie between two of 256 levels
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
     unpacked = load_model(tiny_model_dir("llama-wide"), torch.float32)
     for path in packed_paths(model):
-        unpacked.get_submodule(path).weight.data.copy_(layer_of(model.get_submodule(path)).dense()[0])
-    bf16 = torch.finfo(torch.bfloat16).eps  # of the embeddings and norms, which a packed model holds in 16 bits
-    assert (model(IDS).logits - unpacked(IDS).logits).norm() <= 4 * bf16 * unpacked(IDS).logits.norm()
+        unpacked.get_submodule(path).weight.data.copy_(
+            layer_of(model.get_submodule(path)).dense()[0]
+        )
+    # of the embeddings and norms, which a packed model holds in 16 bits
+    bf16 = torch.finfo(torch.bfloat16).eps
+    assert (model(IDS).logits - unpacked(IDS).logits).norm() <= 4 * bf16 * unpacked(
+        IDS
+    ).logits.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):
-    """Of what autograd saves between forward and backward nothing has the shape of a packed weight, but what is the model's own."""
+    """Of what autograd saves between forward and backward nothing has the shape of a packed weight,
+    but what is the model's own.
+    """
     model = load_model(tiny_model_dir("llama-wide"), held(kind, torch.bfloat16)).train()
     small = {name: 3 for name in ("rank", "size") if name in own_options(method)}
     lf.attach(model, make_spec(method, **small))
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    weights = {shape for p in packed_paths(model) for shape in (layer_of(model.get_submodule(p)).shape,)}
+    weights = {
+        shape for p in packed_paths(model) for shape in (layer_of(model.get_submodule(p)).shape,)
+    }
     kept = []
 
     def pack(t):
@@ -139,7 +167,9 @@ def test_merging_in_memory_leaves_a_plain_model(tiny_model_dir, tmp_path, kind):
     assert (model(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
     model.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert (load_model(tmp_path / "plain", torch.float32)(IDS).logits - expected).norm() <= 1e-5 * expected.norm()
+    assert (
+        load_model(tmp_path / "plain", torch.float32)(IDS).logits - expected
+    ).norm() <= 1e-5 * expected.norm()
 
 
 def test_merging_a_part_leaves_the_rest_packed(tiny_model_dir, tmp_path):
@@ -186,11 +216,15 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     plain.save_pretrained(tmp_path / "other")
     other = load_model(tmp_path / "other", held("nf4"))
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
-        lf.load(other, tmp_path / "a", base=weights_of(resolve_model(tmp_path / "other"), held("nf4")))
+        lf.load(
+            other, tmp_path / "a", base=weights_of(resolve_model(tmp_path / "other"), held("nf4"))
+        )
 
 
 def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
-    """With more linears than a fingerprint has room for, none of its weights might be left to compare."""
+    """With more linears than a fingerprint has room for, none of its weights might be left to
+    compare.
+    """
     config = load_model(tiny_model_dir("llama-wide"), torch.float32).config
     config.num_hidden_layers = 8
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "deep")
@@ -208,16 +242,34 @@ def test_weights_that_bitsandbytes_repacked_are_read_all_the_same():
     module = PACKERS["nf4"](torch.randn(64, 128)).eval()
     expected = layer_of(module).dense()[0]
     with torch.no_grad():
-        module(torch.randn(2, 128).bfloat16())  # some CPUs get another layout, with constants in bf16
+        # some CPUs get another layout, with constants in bf16
+        module(torch.randn(2, 128).bfloat16())
     found = layer_of(module).dense()[0]
     assert (found.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
 
 
 def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
-    with pytest.raises(LorafoldError, match="Full trains floating-point weights in place; Linear4bit holds weight as whole numbers"):
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            "Full trains floating-point weights in place; Linear4bit holds weight as whole numbers"
+        ),
+    ):
         lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
-    request = Request(str(tiny_model_dir("llama-wide")), tmp_path / "out", Recipe(method="full", base="nf4"), ROWS, "rows")
-    with pytest.raises(LorafoldError, match="base nf4: full trains the base's own weights, which can't be packed; expected fp32 or bf16"):
+    request = Request(
+        str(tiny_model_dir("llama-wide")),
+        tmp_path / "out",
+        Recipe(method="full", base="nf4"),
+        ROWS,
+        "rows",
+    )
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            "base nf4: full trains the base's own weights, which can't be packed; expected fp32 or"
+            " bf16"
+        ),
+    ):
         train(request, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
@@ -230,10 +282,24 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
     lines = Console(record=True, quiet=True)
     train(Request(model, tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
     assert read_record(tmp_path / "a")["recipe"]["base"] == "nf4"
-    train(Request(model, tmp_path / "b", Recipe(steps=1, batch=4, base="int8"), ROWS, "rows"), lines)
-    train(Request(model, tmp_path / "c", Recipe(steps=1, batch=4), ROWS, "rows", init_adapter=tmp_path / "b"), lines)
+    train(
+        Request(model, tmp_path / "b", Recipe(steps=1, batch=4, base="int8"), ROWS, "rows"), lines
+    )
+    train(
+        Request(
+            model,
+            tmp_path / "c",
+            Recipe(steps=1, batch=4),
+            ROWS,
+            "rows",
+            init_adapter=tmp_path / "b",
+        ),
+        lines,
+    )
     assert read_record(tmp_path / "c")["recipe"]["base"] == "int8"
-    train(Request(model, tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"), lines)
+    train(
+        Request(model, tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"), lines
+    )
     assert read_record(tmp_path / "d")["recipe"]["base"] == "fp32"
 
 
@@ -248,7 +314,8 @@ def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):
     for site, delta in adapter.deltas.items():
         w, q = (layer_of(m.get_submodule(site)).dense()[0] for m in (plain, model))
         values = torch.linalg.svdvals(w - q)
-        assert (w - q - delta.delta()).norm() <= 1.001 * values[4:].norm()  # Eckart and Young: no change of rank 4 comes nearer
+        # Eckart and Young: no change of rank 4 comes nearer
+        assert (w - q - delta.delta()).norm() <= 1.001 * values[4:].norm()
     whole = lf.attach(load_model(path, torch.float32), spec)
     assert all(not delta.delta().any() for delta in whole.deltas.values())
 
@@ -269,7 +336,9 @@ def test_storage_is_named_with_its_reason():
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method):
-    """By the same command, and the merged model is what was trained; or the method says that it has no form in weight space."""
+    """By the same command, and the merged model is what was trained; or the method says that it has
+    no form in weight space.
+    """
     model = str(tiny_model_dir("llama-wide"))
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
     recipe = Recipe(method=method, steps=3, batch=4, options=options)

@@ -1,4 +1,6 @@
-"""Packed documents: the attention op against its specification, and whole models against each document alone."""
+"""Packed documents: the attention op against its specification, and whole models against each
+document alone.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +19,55 @@ from lorafold.ops.head import labelled_loss
 from lorafold.train.packing import NAME, attend, collate, document_mask, isolates, packed
 
 VOCAB = 97
-COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
 GROUPED = COMMON | {"num_key_value_heads": 2}
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (tf.LlamaConfig, GROUPED),
     "qwen2": (tf.Qwen2Config, GROUPED),
-    "gemma2": (tf.Gemma2Config, GROUPED | {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
-    "gemma3": (tf.Gemma3TextConfig, GROUPED | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB} | NO_DROPOUT),
+    "gemma2": (
+        tf.Gemma2Config,
+        GROUPED
+        | {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 8,
+        },
+    ),
+    "gemma3": (
+        tf.Gemma3TextConfig,
+        GROUPED
+        | {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gpt2": (
+        tf.GPT2Config,
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB} | NO_DROPOUT,
+    ),
     "mistral": (tf.MistralConfig, GROUPED | {"sliding_window": 5}),
     "qwen3": (tf.Qwen3Config, GROUPED | {"head_dim": 8}),
     "gemma": (tf.GemmaConfig, GROUPED | {"head_dim": 8}),
     "phi3": (tf.Phi3Config, GROUPED | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     "qwen3-moe": (
         tf.Qwen3MoeConfig,
-        GROUPED | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+        GROUPED
+        | {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "decoder_sparse_step": 1,
+        },
     ),
 }
 LENGTHS = [9, 14, 14, 5]
@@ -45,10 +80,14 @@ class Row:
 
 
 def build(name: str, **changes: Any) -> tf.PreTrainedModel:
-    """A tiny model whose weights are large enough that attention matters: at transformers' 0.02 a leak would drown in rounding."""
+    """A tiny model whose weights are large enough that attention matters: at transformers' 0.02 a
+    leak would drown in rounding.
+    """
     kind, fields = CONFIGS[name]
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(kind(**fields | {"initializer_range": 0.2} | changes))
+    model = tf.AutoModelForCausalLM.from_config(
+        kind(**fields | {"initializer_range": 0.2} | changes)
+    )
     model.config.pad_token_id = 0
     return model.train()
 
@@ -59,7 +98,9 @@ def rows(lengths: list[int] = LENGTHS) -> list[Row]:
     return [Row(i, [-100] * (len(i) // 3) + i[len(i) // 3 :]) for i in ids]
 
 
-def loss_and_gradients(model: tf.PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(
+    model: tf.PreTrainedModel, batches: list[dict[str, Tensor]]
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
@@ -67,27 +108,37 @@ def loss_and_gradients(model: tf.PreTrainedModel, batches: list[dict[str, Tensor
         loss, _ = labelled_loss(model, inputs.pop("labels"), inputs)
         loss.backward()
         total = total + loss.detach()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_close(found: Tensor, expected: Tensor, scale: float | None = None) -> None:
-    """1e-5 of the norm: a few hundred fp32 units, what sums in another order cost in these depths."""
+    """1e-5 of the norm: a few hundred fp32 units, what sums in another order cost in these
+    depths.
+    """
     assert (found - expected).norm() <= 1e-5 * (expected.norm() if scale is None else scale)
 
 
-# --- the op ---------------------------------------------------------------------------------------------------------------------------
+# --- the op --------------------------------------------------------------------------------------
 
 
 def heads(tokens: int, widths: tuple[int, int], queries: int, keys: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(2)
     shapes = [(queries, widths[0]), (keys, widths[0]), (keys, widths[1])]
-    return [torch.randn(tokens, *s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
+    return [
+        torch.randn(tokens, *s, generator=draw, dtype=torch.float64).requires_grad_()
+        for s in shapes
+    ]
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_equals_its_specification_in_fp64(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "TILE", 4)  # the documents below then take one, two and several tiles
+def test_attention_equals_its_specification_in_fp64(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the documents below then take one, two and several tiles
+    monkeypatch.setattr(attention, "TILE", 4)
     lens = (5, 5, 1, 9)
     qkv = heads(20, (3, 5), queries=4, keys=2)
 
@@ -101,11 +152,21 @@ def test_attention_equals_its_specification_in_fp64(window: int | None, softcap:
 
 @pytest.mark.parametrize(
     ("lens", "window", "softcap"),
-    [((214, 180, 118), None, None), ((128,) * 4, None, None), ((1024,), None, None), ((700,), 300, None), ((90, 400), None, 30.0)],
+    [
+        ((214, 180, 118), None, None),
+        ((128,) * 4, None, None),
+        ((1024,), None, None),
+        ((700,), 300, None),
+        ((90, 400), None, 30.0),
+    ],
 )
-def test_attention_in_bf16_errs_no_more_than_its_specification(lens: tuple[int, ...], window: int | None, softcap: float | None) -> None:
+def test_attention_in_bf16_errs_no_more_than_its_specification(
+    lens: tuple[int, ...], window: int | None, softcap: float | None
+) -> None:
     qkv = heads(sum(lens), (32, 32), queries=6, keys=2)
-    g = torch.randn(sum(lens), 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64).bfloat16()
+    g = torch.randn(
+        sum(lens), 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).bfloat16()
 
     def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().bfloat16().to(dtype).requires_grad_() for t in qkv]
@@ -119,7 +180,9 @@ def test_attention_in_bf16_errs_no_more_than_its_specification(lens: tuple[int, 
         return document_attention(q, k, v, Documents(lens, window), 32**-0.5, softcap)
 
     truth = run(spec, torch.float64)
-    for found, peer, true in zip(run(ours, torch.bfloat16), run(spec, torch.bfloat16), truth, strict=True):
+    for found, peer, true in zip(
+        run(ours, torch.bfloat16), run(spec, torch.bfloat16), truth, strict=True
+    ):
         assert (found - true).norm() <= 1.5 * (peer - true).norm()
 
 
@@ -130,11 +193,15 @@ def test_dense_mask_shows_the_documents(window: int | None) -> None:
     for b in range(2):
         for i in range(8):
             for j in range(8):
-                expected = document[b][i] == document[b][j] and j <= i and (window is None or i - j < window)
+                expected = (
+                    document[b][i] == document[b][j]
+                    and j <= i
+                    and (window is None or i - j < window)
+                )
                 assert seen[b, 0, i, j].item() == expected
 
 
-# --- batches --------------------------------------------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_collate_shifts_inside_each_document() -> None:
@@ -153,7 +220,7 @@ def test_collate_shifts_inside_each_document() -> None:
     }
 
 
-# --- models ---------------------------------------------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -161,7 +228,9 @@ def test_collate_shifts_inside_each_document() -> None:
 def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> None:
     model, examples = build(name), rows()
     model.set_attn_implementation("eager")  # softcaps need it, and it is the longest way round
-    expected, gradients = loss_and_gradients(model, [collate([e], packed=False, pad_id=0) for e in examples])
+    expected, gradients = loss_and_gradients(
+        model, [collate([e], packed=False, pad_id=0) for e in examples]
+    )
     with torch.no_grad():
         alone = torch.cat([model(input_ids=torch.tensor([e.ids])).logits[0] for e in examples])
     if checkpointed:
@@ -173,7 +242,14 @@ def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> Non
         assert model.training
         found, packed_gradients = loss_and_gradients(model, [batch])
         with torch.no_grad():
-            assert_close(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0], alone)
+            assert_close(
+                model(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    use_cache=False,
+                ).logits[0],
+                alone,
+            )
     assert model.config._attn_implementation == "eager"
     assert_close(found, expected)
     assert packed_gradients.keys() == gradients.keys()
@@ -216,7 +292,9 @@ def test_generate_goes_on_working(name: str) -> None:
 @pytest.mark.parametrize("mask", ["documents", "boolean", "added"])
 @pytest.mark.parametrize("extra", ["sinks", "position_bias"])
 def test_sinks_and_biases_take_the_general_path(extra: str, mask: str) -> None:
-    """Against the eager attention of models that have them: GPT-OSS passes its sinks as s_aux, Inkling a position_bias."""
+    """Against the eager attention of models that have them: GPT-OSS passes its sinks as s_aux,
+    Inkling a position_bias.
+    """
     draw = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, h, 12, 8, generator=draw) for h in (4, 2, 2))
     docs = Documents((5, 7, 12), window=4)
@@ -231,14 +309,26 @@ def test_sinks_and_biases_take_the_general_path(extra: str, mask: str) -> None:
         given = also = {"position_bias": torch.randn(1, 4, 12, 12, generator=draw)}
         peer = modeling_inkling
     expected, _ = peer.eager_attention_forward(module, q, k, v, added, scaling=0.3, **also)
-    found, _ = attend(module, q, k, v, {"documents": docs, "boolean": seen, "added": added}[mask], scaling=0.3, **given)
+    found, _ = attend(
+        module,
+        q,
+        k,
+        v,
+        {"documents": docs, "boolean": seen, "added": added}[mask],
+        scaling=0.3,
+        **given,
+    )
     assert_close(found, expected)
 
 
 def test_attention_dropout_takes_the_general_path() -> None:
     model = build("gpt2", attn_pdrop=0.5)
     batch = collate(rows(), packed=True, pad_id=0)
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+    }
     with packed(model) as apart:
         assert apart
         first, second = model(**inputs).logits, model(**inputs).logits
@@ -248,14 +338,34 @@ def test_attention_dropout_takes_the_general_path() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        tf.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=VOCAB, init_std=0.2,
-                     word_embed_proj_dim=32, max_position_embeddings=64),
-        tf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
-                        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
-        tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=VOCAB, initializer_range=0.2),
+        tf.OPTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=48,
+            vocab_size=VOCAB,
+            init_std=0.2,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        ),
+        tf.GptOssConfig(
+            **GROUPED,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            initializer_range=0.2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        tf.MambaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=4,
+            vocab_size=VOCAB,
+            initializer_range=0.2,
+        ),
     ],
     ids=["opt", "gpt-oss", "mamba"],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedConfig) -> None:
     torch.manual_seed(0)
@@ -265,14 +375,18 @@ def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedCo
         assert not apart
         assert model.config._attn_implementation == before
     examples = rows()
-    alone, _ = loss_and_gradients(model.eval(), [collate([e], packed=False, pad_id=0) for e in examples])
+    alone, _ = loss_and_gradients(
+        model.eval(), [collate([e], packed=False, pad_id=0) for e in examples]
+    )
     padded, _ = loss_and_gradients(model.eval(), [collate(examples, packed=False, pad_id=0)])
     assert_close(padded, alone)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_a_faint_leak_in_bf16_is_detected(scale: float) -> None:
-    """One so faint that the rounding of bf16 could hide it from a comparison with the documents alone: one layer reads one row back."""
+    """One so faint that the rounding of bf16 could hide it from a comparison with the documents
+    alone: one layer reads one row back.
+    """
     model = build("llama").bfloat16()
     assert isolates(model)
 
@@ -284,7 +398,9 @@ def test_a_faint_leak_in_bf16_is_detected(scale: float) -> None:
 
 
 def test_a_position_counted_over_the_row_is_detected() -> None:
-    """Nothing is read from the neighbour here; a document would only be told that it begins where the neighbour ends."""
+    """Nothing is read from the neighbour here; a document would only be told that it begins where
+    the neighbour ends.
+    """
     model = build("llama")
 
     def count(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -300,9 +416,13 @@ def test_masks_that_are_no_causal_documents_stay_masks() -> None:
 
     causal = masking_utils.causal_mask_function
     assert mask(causal) == Documents((6,))
-    assert mask(masking_utils.and_masks(causal, lambda b, h, i, j: i // 2 == j // 2)) == Documents((2, 2, 2))
+    assert mask(masking_utils.and_masks(causal, lambda b, h, i, j: i // 2 == j // 2)) == Documents(
+        (2, 2, 2)
+    )
     assert mask(masking_utils.bidirectional_mask_function).all()
-    two_ways = masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1, -1, -1]])))
+    two_ways = masking_utils.or_masks(
+        causal, masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1, -1, -1]]))
+    )
     assert mask(two_ways)[0, 0].sum() == 6 * 7 // 2 + 1
 
 

@@ -1,4 +1,6 @@
-"""The quickstart task: strict JSON, deterministic, varied, and a test split made of words that training never shows."""
+"""The quickstart task: strict JSON, deterministic, varied, and a test split made of words that
+training never shows.
+"""
 
 import json
 import re
@@ -9,7 +11,25 @@ from lorafold.quickstart_task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
 
 COPIED = ("place", "task", "to", "text", "title", "artist", "city")
 GLUE = {  # the fixed words of the patterns
-    *("the", "i", "will", "be", "have", "to", "my", "your", "no", "aunt", "uncle", "coach", "mr", "ms", "dr", "dj", "band"),
+    *(
+        "the",
+        "i",
+        "will",
+        "be",
+        "have",
+        "to",
+        "my",
+        "your",
+        "no",
+        "aunt",
+        "uncle",
+        "coach",
+        "mr",
+        "ms",
+        "dr",
+        "dj",
+        "band",
+    ),
     *("cafe", "chez", "port", "lake", "new", "mount", "fort"),
 }
 
@@ -23,7 +43,12 @@ def record(row: Row) -> dict[str, str | int]:
 
 
 def copied(split: Split) -> list[str]:
-    return [str(value) for row in rows(split, 4000, 7) for key, value in record(row).items() if key in COPIED]
+    return [
+        str(value)
+        for row in rows(split, 4000, 7)
+        for key, value in record(row).items()
+        if key in COPIED
+    ]
 
 
 def vocabulary(values: list[str]) -> set[str]:
@@ -72,7 +97,10 @@ def test_intents_are_balanced() -> None:
 
 @pytest.mark.parametrize("key", ["time", "day", "people"])
 def test_every_normalised_value_of_the_test_split_is_taught(key: str) -> None:
-    seen = {split: {record(row)[key] for row in rows(split, 3000, 0) if key in record(row)} for split in ("train", "test")}
+    seen = {
+        split: {record(row)[key] for row in rows(split, 3000, 0) if key in record(row)}
+        for split in ("train", "test")
+    }
     assert seen["test"] <= seen["train"]
 
 
@@ -86,7 +114,10 @@ def test_numbers_and_times_agree_with_what_was_said() -> None:
             assert found["time"] == f"{hour}:{minute or '00'} {half}"
         elif spoken := re.search(r"(half past )?(\w+) in the (morning|evening)", text):
             half, hour, period = spoken.groups()
-            assert found["time"] == f"{numbers.index(hour) + 1}:{'30' if half else '00'} {'pm' if period == 'evening' else 'am'}"
+            assert (
+                found["time"] == f"{numbers.index(hour) + 1}:{'30' if half else '00'}"
+                f" {'pm' if period == 'evening' else 'am'}"
+            )
         else:
             assert "time" not in found
             continue

@@ -32,19 +32,26 @@ def test_file_then_set_then_flags_that_were_given(tmp_path):
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.e-4", "0.3e-3", "+3e-4", "0.0003", ".3e-3"])
 def test_numbers_as_people_write_them(text):
-    assert load_recipe(None, [f"lr={text}", f"options.x={text}"]) == Recipe(lr=3e-4, options={"x": 3e-4})
+    assert load_recipe(None, [f"lr={text}", f"options.x={text}"]) == Recipe(
+        lr=3e-4, options={"x": 3e-4}
+    )
 
 
 def test_dotted_keys_reach_into_mappings_and_add_to_the_file(tmp_path):
     path = written(tmp_path, "options: {init: kaiming}\nrank_pattern: {k_proj: 2}\n")
-    recipe = load_recipe(path, ["options.init=gaussian", "rank_pattern.layers.0.q_proj=8", "alpha_pattern.v_proj=1e1"])
+    recipe = load_recipe(
+        path,
+        ["options.init=gaussian", "rank_pattern.layers.0.q_proj=8", "alpha_pattern.v_proj=1e1"],
+    )
     assert recipe.options == {"init": "gaussian"}
     assert recipe.rank_pattern == {"k_proj": 2, "layers.0.q_proj": 8}
     assert recipe.alpha_pattern == {"v_proj": 10.0}
 
 
 def test_lists_are_yaml():
-    recipe = load_recipe(None, ["targets=[q_proj, v_proj]", "betas=[0.8, 0.95]", "trackers=[tensorboard]"])
+    recipe = load_recipe(
+        None, ["targets=[q_proj, v_proj]", "betas=[0.8, 0.95]", "trackers=[tensorboard]"]
+    )
     assert recipe.targets == ("q_proj", "v_proj")
     assert recipe.betas == (0.8, 0.95)
     assert recipe.trackers == ("tensorboard",)
@@ -55,7 +62,15 @@ def test_lists_are_yaml():
     "recipe",
     [
         Recipe(),
-        Recipe(rank=3, alpha=1 / 3, targets=("a", "b"), options={"init": "gaussian", "n": 1e-7}, rank_pattern={"x.y": 2}, lr=3e-4, steps=5),
+        Recipe(
+            rank=3,
+            alpha=1 / 3,
+            targets=("a", "b"),
+            options={"init": "gaussian", "n": 1e-7},
+            rank_pattern={"x.y": 2},
+            lr=3e-4,
+            steps=5,
+        ),
     ],
 )
 def test_yaml_round_trips(tmp_path, recipe):
@@ -78,19 +93,32 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
 
 
 def test_choices_say_what_is_accepted():
-    assert "base: found 'fp8' (from --base), expected 'nf4', 'int8', 'bf16', 'fp32' or 'auto'" in refused(base="fp8")
+    assert (
+        "base: found 'fp8' (from --base), expected 'nf4', 'int8', 'bf16', 'fp32' or 'auto'"
+        in refused(base="fp8")
+    )
     assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
     words = "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"
-    assert f"optimizer: found 'adamax' (from --optimizer), expected {words}" in refused(optimizer="adamax")
-    said = "gradient_checkpointing: found 'perhaps' (from --gradient-checkpointing), expected on or off"
+    assert f"optimizer: found 'adamax' (from --optimizer), expected {words}" in refused(
+        optimizer="adamax"
+    )
+    said = (
+        "gradient_checkpointing: found 'perhaps' (from --gradient-checkpointing), expected on"
+        " or off"
+    )
     assert said in refused(gradient_checkpointing="perhaps")
 
 
-@pytest.mark.parametrize(("word", "truth"), [("on", True), ("off", False), ("true", True), ("false", False)])
+@pytest.mark.parametrize(
+    ("word", "truth"), [("on", True), ("off", False), ("true", True), ("false", False)]
+)
 def test_on_and_off_are_words_on_the_command_line_and_truth_in_a_recipe(tmp_path, word, truth):
     assert load_recipe(gradient_checkpointing=word).gradient_checkpointing is truth
     assert load_recipe(None, [f"gradient_checkpointing={word}"]).gradient_checkpointing is truth
-    assert load_recipe(written(tmp_path, f"gradient_checkpointing: {word}\n")).gradient_checkpointing is truth
+    assert (
+        load_recipe(written(tmp_path, f"gradient_checkpointing: {word}\n")).gradient_checkpointing
+        is truth
+    )
 
 
 def test_unknown_without_a_near_name_lists_the_known():
@@ -114,7 +142,12 @@ def test_micro_batches_divide_the_batch():
 
 @pytest.mark.parametrize(
     ("pair", "part"),
-    [("rank", "expected key=value"), ("=3", "expected key=value"), ("lr.x=1", "lr has nothing inside"), ("rank=[1", "not YAML")],
+    [
+        ("rank", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("lr.x=1", "lr has nothing inside"),
+        ("rank=[1", "not YAML"),
+    ],
 )
 def test_bad_pairs(pair, part):
     message = refused(None, [pair])
@@ -137,7 +170,12 @@ def test_frozen_and_described():
 
 @pytest.mark.parametrize(
     ("recipe", "rows", "total", "interval"),
-    [(Recipe(), 100, 13, 2), (Recipe(epochs=0.01), 100, 1, 1), (Recipe(steps=40), 3, 40, 4), (Recipe(steps=40, save_every=7), 3, 40, 7)],
+    [
+        (Recipe(), 100, 13, 2),
+        (Recipe(epochs=0.01), 100, 1, 1),
+        (Recipe(steps=40), 3, 40, 4),
+        (Recipe(steps=40, save_every=7), 3, 40, 7),
+    ],
 )
 def test_length_of_a_run(recipe, rows, total, interval):
     assert recipe.total_steps(rows) == total
@@ -145,5 +183,8 @@ def test_length_of_a_run(recipe, rows, total, interval):
 
 
 def test_the_module_imports_no_torch():
-    code = "import sys, lorafold.train.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, lorafold.train.recipe; sys.exit('torch' in sys.modules or 'transformers' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

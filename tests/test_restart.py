@@ -1,4 +1,6 @@
-"""A process that begins again in another environment is the same process: its arguments, its input, its exit code."""
+"""A process that begins again in another environment is the same process: its arguments, its input,
+its exit code.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ import pytest
 
 from lorafold.io.restart import HUGE_PAGES, SWITCH, WISHES
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to set without glibc")
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="there is nothing to set without glibc"
+)
 
 PROGRAM = """
 import os, sys
 from lorafold.io.restart import restart_tuned
 print("begun", flush=True)
 restart_tuned()
-print(os.getpid(), os.environ.get("GOMP_SPINCOUNT"), sys.argv[1:], sys.flags.dev_mode, sys.stdin.readline().strip())
+spins = os.environ.get("GOMP_SPINCOUNT")
+print(os.getpid(), spins, sys.argv[1:], sys.flags.dev_mode, sys.stdin.readline().strip())
 print(os.environ.get("GLIBC_TUNABLES"))
 sys.exit(7)
 """
@@ -30,11 +35,19 @@ TUNED = {*WISHES, *HUGE_PAGES, SWITCH}
 def begin(tmp_path: Path, how: str, **variables: str) -> tuple[int, int, list[str]]:
     """Exit code, process id, and the lines of the program, run as a file, a command or a module."""
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    form = {"file": [str(tmp_path / "program.py")], "command": ["-c", PROGRAM], "module": ["-m", "program"]}[how]
+    form = {
+        "file": [str(tmp_path / "program.py")],
+        "command": ["-c", PROGRAM],
+        "module": ["-m", "program"],
+    }[how]
     environment = {k: v for k, v in os.environ.items() if k not in TUNED} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
     process = subprocess.Popen(
-        [sys.executable, "-X", "dev", *form, *ARGUMENTS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-X", "dev", *form, *ARGUMENTS],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     out, _ = process.communicate("given on stdin\n", timeout=60)
     return process.returncode, process.pid, out.splitlines()
@@ -44,13 +57,24 @@ def begin(tmp_path: Path, how: str, **variables: str) -> tuple[int, int, list[st
 def test_it_begins_again_once_and_keeps_what_it_was_given(how: str, tmp_path: Path) -> None:
     code, pid, lines = begin(tmp_path, how)
     assert code == 7
-    assert lines[:-1] == ["begun", "begun", f"{pid} {WISHES['GOMP_SPINCOUNT']} {ARGUMENTS!r} True given on stdin"]
+    assert lines[:-1] == [
+        "begun",
+        "begun",
+        f"{pid} {WISHES['GOMP_SPINCOUNT']} {ARGUMENTS!r} True given on stdin",
+    ]
 
 
 def test_variables_that_are_set_stay_as_they_are(tmp_path: Path) -> None:
-    code, pid, lines = begin(tmp_path, "file", GOMP_SPINCOUNT="7", GLIBC_TUNABLES="glibc.malloc.check=0")
+    code, pid, lines = begin(
+        tmp_path, "file", GOMP_SPINCOUNT="7", GLIBC_TUNABLES="glibc.malloc.check=0"
+    )
     assert code == 7
-    assert lines == ["begun", "begun", f"{pid} 7 {ARGUMENTS!r} True given on stdin", "glibc.malloc.check=0"]
+    assert lines == [
+        "begun",
+        "begun",
+        f"{pid} 7 {ARGUMENTS!r} True given on stdin",
+        "glibc.malloc.check=0",
+    ]
 
 
 def test_the_switch_turns_it_off(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Rounding folded weights: each kind is right on its own terms, in both 16-bit dtypes, subnormals and boundaries included."""
+"""Rounding folded weights: each kind is right on its own terms, in both 16-bit dtypes, subnormals
+and boundaries included.
+"""
 
 import math
 
@@ -12,10 +14,23 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 def values(dtype: torch.dtype) -> torch.Tensor:
-    """fp32 values of every kind: normal, subnormal, under the least, on the grid, across a power of two, zeros of both signs."""
+    """fp32 values of every kind: normal, subnormal, under the least, on the grid, across a power of
+    two, zeros of both signs.
+    """
     info = torch.finfo(dtype)
-    magnitudes = [0.0, 1.0, 1 + info.eps / 3, 2 - info.eps / 4, 0.0123, 3.3e3, info.smallest_normal, info.smallest_normal * 0.3,
-                  info.smallest_normal * info.eps, info.smallest_normal * info.eps * 0.4, info.max * 0.99]  # fmt: skip
+    magnitudes = [
+        0.0,
+        1.0,
+        1 + info.eps / 3,
+        2 - info.eps / 4,
+        0.0123,
+        3.3e3,
+        info.smallest_normal,
+        info.smallest_normal * 0.3,
+        info.smallest_normal * info.eps,
+        info.smallest_normal * info.eps * 0.4,
+        info.max * 0.99,
+    ]
     return torch.tensor(magnitudes + [-m for m in magnitudes], dtype=torch.float32)
 
 
@@ -23,7 +38,10 @@ def values(dtype: torch.dtype) -> torch.Tensor:
 def test_stochastic_gives_one_of_the_two_neighbours(dtype):
     x, generator = values(dtype), generator_of(0, "x")
     nearest = x.to(dtype).double()
-    unit = (torch.nextafter(nearest.abs().to(dtype), torch.tensor(math.inf, dtype=dtype)).double() - nearest.abs()).abs()
+    unit = (
+        torch.nextafter(nearest.abs().to(dtype), torch.tensor(math.inf, dtype=dtype)).double()
+        - nearest.abs()
+    ).abs()
     for _ in range(100):
         drawn = stochastic(x, dtype, generator).double()
         assert ((drawn - x.double()).abs() < unit).all()
@@ -33,7 +51,10 @@ def test_stochastic_gives_one_of_the_two_neighbours(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stochastic_keeps_what_the_dtype_can_hold(dtype):
     on_grid = values(dtype).to(dtype)
-    assert torch.equal(stochastic(on_grid.float(), dtype, generator_of(1, "x")).view(torch.int16), on_grid.view(torch.int16))
+    assert torch.equal(
+        stochastic(on_grid.float(), dtype, generator_of(1, "x")).view(torch.int16),
+        on_grid.view(torch.int16),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,8 +63,11 @@ def test_stochastic_is_right_on_average(dtype):
     for x in values(dtype):
         many = stochastic(x.expand(draws), dtype, generator).double()
         spread = (many.max() - many.min()).item()  # one unit, or none for a value on the grid
-        # the mean of n draws of two values one unit apart has a standard deviation of at most unit / (2 sqrt n); the rest is fp64's
-        assert abs(many.mean().item() - x.item()) <= 5 * spread / (2 * draws**0.5) + 1e-12 * abs(x.item())
+        # the mean of n draws of two values one unit apart has a standard deviation of at most unit
+        # / (2 sqrt n); the rest is fp64's
+        assert abs(many.mean().item() - x.item()) <= 5 * spread / (2 * draws**0.5) + 1e-12 * abs(
+            x.item()
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +75,10 @@ def test_auto_keeps_a_weak_update_that_nearest_loses(dtype):
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(512, 512, generator=generator).to(dtype)
     dw = torch.randn(512, 512, generator=generator) * torch.finfo(dtype).eps / 20
-    kept = {how: round_to(w.float() + dw, w, how, generator_of(0, "w")) for how in ("nearest", "stochastic", "auto")}
+    kept = {
+        how: round_to(w.float() + dw, w, how, generator_of(0, "w"))
+        for how in ("nearest", "stochastic", "auto")
+    }
     assert kept["nearest"].sums.survival < 0.5
     assert kept["auto"].how == "stochastic"
     assert torch.equal(kept["auto"].tensor, kept["stochastic"].tensor)
@@ -82,10 +109,15 @@ def test_fp32_is_exact_whatever_was_asked():
 def test_sums_are_those_of_the_whole_tensor_over_many_chunks():
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(3, CHUNK // 2 + 7, generator=generator).bfloat16()
-    target = (w.float() + 1e-3 * torch.randn(w.shape, generator=generator)).t()  # not contiguous, as a transposed storage is
+    # not contiguous, as a transposed storage is
+    target = (w.float() + 1e-3 * torch.randn(w.shape, generator=generator)).t()
     result = round_to(target, w.t(), "nearest", generator_of(0, "w"))
     rounded, t, w = result.tensor.double(), target.double(), w.t().double()
-    expected = Sums(((rounded - w) * (t - w)).sum().item(), (t - w).square().sum().item(), (rounded - t).square().sum().item())
+    expected = Sums(
+        ((rounded - w) * (t - w)).sum().item(),
+        (t - w).square().sum().item(),
+        (rounded - t).square().sum().item(),
+    )
     for name in ("kept", "update", "error"):  # sums of fp32 products, pairwise: some units of fp32
         assert getattr(result.sums, name) == pytest.approx(getattr(expected, name), rel=1e-5)
 

@@ -1,4 +1,6 @@
-"""Loading is strict: whatever is wrong with an adapter directory is named, all of it at once, and the model is left as it was."""
+"""Loading is strict: whatever is wrong with an adapter directory is named, all of it at once, and
+the model is left as it was.
+"""
 
 import json
 import shutil
@@ -60,18 +62,32 @@ DEFECTS: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
         ["unknown key base_model.model.nowhere.lora_A"],
     ),
     "missing": (lambda t: t.pop(A), [f"missing key {A}"]),
-    "misshapen": (lambda t: t.update({A: torch.ones(3, 32)}), [f"{A}: shape [3, 32], expected [4, 32]"]),
-    "transposed": (lambda t: t.update({A: torch.ones(32, 4)}), [f"{A}: shape [32, 4], expected [4, 32]"]),
+    "misshapen": (
+        lambda t: t.update({A: torch.ones(3, 32)}),
+        [f"{A}: shape [3, 32], expected [4, 32]"],
+    ),
+    "transposed": (
+        lambda t: t.update({A: torch.ones(32, 4)}),
+        [f"{A}: shape [32, 4], expected [4, 32]"],
+    ),
     "nan": (lambda t: t[B][0].fill_(float("nan")), [f"{B}: 4 of 128 values are not finite"]),
     "inf": (lambda t: t[B][0, :1].fill_(float("inf")), [f"{B}: 1 of 128 values are not finite"]),
-    "whole numbers": (lambda t: t.update({A: torch.ones(4, 32, dtype=torch.int64)}), [f"{A}: int64, expected floating point"]),
+    "whole numbers": (
+        lambda t: t.update({A: torch.ones(4, 32, dtype=torch.int64)}),
+        [f"{A}: int64, expected floating point"],
+    ),
     "other embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(300, 32)}),
         ["base_model.model.model.embed_tokens.weight: a base weight that differs"],
     ),
     "longer embedding": (
-        lambda t: t.update({"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(301, 32)}),
-        ["embed_tokens.base_layer.weight: a base weight of shape [301, 32], where this base has [300, 32]"],
+        lambda t: t.update(
+            {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(301, 32)}
+        ),
+        [
+            "embed_tokens.base_layer.weight: a base weight of shape [301, 32], where this base has"
+            " [300, 32]"
+        ],
     ),
 }
 
@@ -101,24 +117,54 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "another method": ({"peft_type": "OFT"}, ["peft_type 'OFT' is not supported", "LORA"]),
     "no method": ({"peft_type": None}, ["peft_type None is not supported"]),
     "quantization-aware": ({"use_qalora": True}, ["use_qalora=true is not supported"]),
-    "replication": ({"layer_replication": [[0, 2], [1, 2]]}, ["layer_replication=[[0,2],[1,2]] is not supported"]),
-    "parameters": ({"target_parameters": ["experts.gate_up_proj"]}, ['target_parameters=["experts.gate_up_proj"] is not supported']),
-    "tokens without rows": ({"trainable_token_indices": [1, 2]}, ["missing key", "embed_tokens.token_adapter.trainable_tokens_delta"]),
-    "tokens in words": ({"trainable_token_indices": "1, 2"}, ["trainable_token_indices: found '1, 2'; input should be a valid list"]),
+    "replication": (
+        {"layer_replication": [[0, 2], [1, 2]]},
+        ["layer_replication=[[0,2],[1,2]] is not supported"],
+    ),
+    "parameters": (
+        {"target_parameters": ["experts.gate_up_proj"]},
+        ['target_parameters=["experts.gate_up_proj"] is not supported'],
+    ),
+    "tokens without rows": (
+        {"trainable_token_indices": [1, 2]},
+        ["missing key", "embed_tokens.token_adapter.trainable_tokens_delta"],
+    ),
+    "tokens in words": (
+        {"trainable_token_indices": "1, 2"},
+        ["trainable_token_indices: found '1, 2'; input should be a valid list"],
+    ),
     "from the future": ({"use_something_new": 3}, ["use_something_new=3 is not supported"]),
     "lora bias": ({"lora_bias": True}, ["lora_bias=true is not supported"]),
     "tying": ({"ensure_weight_tying": True}, ["ensure_weight_tying=true is not supported"]),
-    "residual base": ({"init_lora_weights": "pissa"}, ["init_lora_weights='pissa' is not supported", "relative to a base"]),
-    "pissa niter": ({"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights='pissa_niter_4' is not supported"]),
+    "residual base": (
+        {"init_lora_weights": "pissa"},
+        ["init_lora_weights='pissa' is not supported", "relative to a base"],
+    ),
+    "pissa niter": (
+        {"init_lora_weights": "pissa_niter_4"},
+        ["init_lora_weights='pissa_niter_4' is not supported"],
+    ),
     "loftq": ({"init_lora_weights": "loftq"}, ["init_lora_weights='loftq' is not supported"]),
     "rank in words": ({"r": "8"}, ["r: found '8'; input should be a valid integer"]),
     "no rank": ({"r": 0}, ["rank 0"]),
     "odd bias": ({"bias": "some"}, ["bias: found 'some'"]),
     "targets missing": ({"target_modules": None}, ["target_modules: found None"]),
-    "targets nowhere": ({"target_modules": ["c_attn"]}, ["target_modules c_attn match no module of this model"]),
-    "targets broken": ({"target_modules": "(q_proj"}, ["target_modules: found '(q_proj'; value error, no regular expression"]),
-    "saved broken": ({"modules_to_save": ["(q_proj"]}, ["modules_to_save: found ['(q_proj']; value error, no regular expression"]),
-    "pattern broken": ({"rank_pattern": {"(q": 4}}, ["rank_pattern: found {'(q': 4}; value error, no regular expression"]),
+    "targets nowhere": (
+        {"target_modules": ["c_attn"]},
+        ["target_modules c_attn match no module of this model"],
+    ),
+    "targets broken": (
+        {"target_modules": "(q_proj"},
+        ["target_modules: found '(q_proj'; value error, no regular expression"],
+    ),
+    "saved broken": (
+        {"modules_to_save": ["(q_proj"]},
+        ["modules_to_save: found ['(q_proj']; value error, no regular expression"],
+    ),
+    "pattern broken": (
+        {"rank_pattern": {"(q": 4}},
+        ["rank_pattern: found {'(q': 4}; value error, no regular expression"],
+    ),
     "rank pattern": ({"rank_pattern": {"q_proj": "x"}}, ["rank_pattern: found"]),
 }
 
@@ -132,15 +178,32 @@ def test_configs_that_ask_for_more(case: str, saved: Path, tiny_model: Model) ->
 
 
 def test_all_of_a_config_at_once(saved: Path, tiny_model: Model) -> None:
-    configure(saved, use_qalora=True, layer_replication=[[0, 1]], r="8", bias="some", init_lora_weights="olora")
+    configure(
+        saved,
+        use_qalora=True,
+        layer_replication=[[0, 1]],
+        r="8",
+        bias="some",
+        init_lora_weights="olora",
+    )
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     message = refusal(tiny_model("llama"), saved)
-    for text in ("use_qalora", "layer_replication", "r: found '8'", "bias: found 'some'", "'olora'", "adapter_model.bin", "convert it to"):
+    for text in (
+        "use_qalora",
+        "layer_replication",
+        "r: found '8'",
+        "bias: found 'some'",
+        "'olora'",
+        "adapter_model.bin",
+        "convert it to",
+    ):
         assert text in message, message
 
 
 def test_dora_names_its_mark_until_it_is_there(saved: Path, tiny_model: Model) -> None:
-    """Either DoRA is understood, then the magnitudes are missing, or it is refused by name; never read as plain LoRA."""
+    """Either DoRA is understood, then the magnitudes are missing, or it is refused by name; never
+    read as plain LoRA.
+    """
     configure(saved, use_dora=True)
     message = refusal(tiny_model("llama"), saved)
     assert "use_dora=true is not supported" in message or "lora_magnitude_vector" in message
@@ -148,9 +211,20 @@ def test_dora_names_its_mark_until_it_is_there(saved: Path, tiny_model: Model) -
 
 def test_neutral_values_and_origins_are_no_obstacle(saved: Path, tiny_model: Model) -> None:
     configure(
-        saved, peft_version="9.9", revision="abc", something_new=None, other_new=False, third={}, fourth=[], megatron_core="megatron.core",
-        qalora_group_size=16, auto_mapping={"parent_library": "x"}, rank_pattern=None, task_type=None, inference_mode=False,
-    )  # fmt: skip
+        saved,
+        peft_version="9.9",
+        revision="abc",
+        something_new=None,
+        other_new=False,
+        third={},
+        fourth=[],
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        auto_mapping={"parent_library": "x"},
+        rank_pattern=None,
+        task_type=None,
+        inference_mode=False,
+    )
     lf.load(tiny_model("llama"), saved)
 
 
@@ -162,7 +236,9 @@ def cut(path: Path, share: float) -> None:
 CUTS = [("adapter_model.safetensors", share) for share in (0, 0.01, 0.5, 0.999)]
 
 
-@pytest.mark.parametrize(("file", "share"), [*CUTS, ("adapter_config.json", 0.5), ("lorafold.json", 0.5)])
+@pytest.mark.parametrize(
+    ("file", "share"), [*CUTS, ("adapter_config.json", 0.5), ("lorafold.json", 0.5)]
+)
 def test_files_cut_short(file: str, share: float, saved: Path, tiny_model: Model) -> None:
     cut(saved / file, share)
     message = refusal(tiny_model("llama"), saved)
@@ -170,12 +246,16 @@ def test_files_cut_short(file: str, share: float, saved: Path, tiny_model: Model
     assert "not readable" in message
 
 
-@pytest.mark.parametrize("edit", [{"shape": [0, 2]}, {"dtype": "int4"}, {"values": "zz"}, {"more": 1}])
+@pytest.mark.parametrize(
+    "edit", [{"shape": [0, 2]}, {"dtype": "int4"}, {"values": "zz"}, {"more": 1}]
+)
 def test_fingerprints_that_are_none(edit: dict[str, Any], saved: Path, tiny_model: Model) -> None:
     record = json.loads((saved / "lorafold.json").read_text())
     record["base"]["lm_head.weight"].update(edit)
     (saved / "lorafold.json").write_text(json.dumps(record))
-    assert "lorafold.json: its fingerprint is not readable (lm_head.weight" in refusal(tiny_model("llama"), saved)
+    assert "lorafold.json: its fingerprint is not readable (lm_head.weight" in refusal(
+        tiny_model("llama"), saved
+    )
 
 
 def test_files_missing(saved: Path, tiny_model: Model, tmp_path: Path) -> None:
@@ -208,7 +288,9 @@ def misshapen(path: Path) -> Path:
     return path
 
 
-def test_another_architecture_is_named_together_with_its_targets(saved: Path, tiny_model: Model) -> None:
+def test_another_architecture_is_named_together_with_its_targets(
+    saved: Path, tiny_model: Model
+) -> None:
     message = refusal(tiny_model("gpt2"), saved)
     assert "fingerprinted weights" in message
     assert "target_modules q_proj match no module" in message
@@ -234,36 +316,62 @@ def test_values_that_are_not_finite_are_not_saved(tiny_model: Model, tmp_path: P
 def test_module_to_save_without_a_name_in_peft(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaModel
 
-    model = LlamaModel(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=300))
+    model = LlamaModel(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=300,
+        )
+    )
     adapter = lf.attach(model, lf.LoRA(rank=4), ["q_proj"], modules_to_save=["norm"])
     with pytest.raises(lf.LorafoldError, match=r"can't name them without .*input_layernorm"):
         adapter.save(tmp_path / "a")
 
 
-def test_fingerprint_of_a_model_and_of_its_files(tiny_model: Model, tiny_model_dir: Callable[[str], Path]) -> None:
+def test_fingerprint_of_a_model_and_of_its_files(
+    tiny_model: Model, tiny_model_dir: Callable[[str], Path]
+) -> None:
     for kind in ("llama", "gpt2", "gemma", "qwen2"):
         model, files = tiny_model(kind), FileWeights(model_files(tiny_model_dir(kind)))
         of_model, of_files = fingerprint.of_model(model), fingerprint.of_files(tiny_model_dir(kind))
         assert 10 < len(of_model) <= fingerprint.TENSORS
-        assert {k: of_model[k] for k in of_model.keys() & of_files.keys()} == {k: of_files[k] for k in of_model.keys() & of_files.keys()}
+        assert {k: of_model[k] for k in of_model.keys() & of_files.keys()} == {
+            k: of_files[k] for k in of_model.keys() & of_files.keys()
+        }
         # tied weights are in the one and absent in the other
         for known in (of_model, of_files):
-            for weights in (ModelWeights(model), files, ModelWeights(tiny_model(kind).bfloat16()), ModelWeights(tiny_model(kind).half())):
+            for weights in (
+                ModelWeights(model),
+                files,
+                ModelWeights(tiny_model(kind).bfloat16()),
+                ModelWeights(tiny_model(kind).half()),
+            ):
                 assert fingerprint.differences(known, weights) == []
         for half in (torch.bfloat16, torch.float16):
             known = fingerprint.of_model(tiny_model(kind).to(half))
-            for weights in (ModelWeights(model), files, ModelWeights(tiny_model(kind).bfloat16()), ModelWeights(tiny_model(kind).half())):
+            for weights in (
+                ModelWeights(model),
+                files,
+                ModelWeights(tiny_model(kind).bfloat16()),
+                ModelWeights(tiny_model(kind).half()),
+            ):
                 assert fingerprint.differences(known, weights) == []
 
 
-def test_fingerprint_under_the_body_s_own_names(tiny_model: Model, tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_fingerprint_under_the_body_s_own_names(
+    tiny_model: Model, tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Files saved from the body alone lack the first word of every name."""
     model = tiny_model("gpt2")
     model.transformer.save_pretrained(tmp_path / "body")
     body = FileWeights(model_files(tmp_path / "body"))
     assert "wte.weight" in body.names
     assert fingerprint.differences(fingerprint.of_model(model), body) == []
-    assert fingerprint.differences(fingerprint.of_files(tmp_path / "body"), ModelWeights(model)) == []
+    assert (
+        fingerprint.differences(fingerprint.of_files(tmp_path / "body"), ModelWeights(model)) == []
+    )
     assert fingerprint.differences(fingerprint.of_model(tiny_model("llama")), body) != []
 
 
@@ -277,20 +385,32 @@ def test_fingerprint_is_the_base_s_under_adapters(tiny_model: Model) -> None:
     assert not any(name.startswith("lm_head") for name in fingerprint.of_model(model, ["lm_head"]))
 
 
-def test_base_on_the_meta_device(saved: Path, tiny_model: Model, tiny_model_dir: Callable[[str], Path]) -> None:
-    """A skeleton without data takes an adapter as well: the base's own numbers come from its files, the factors lie on the CPU."""
+def test_base_on_the_meta_device(
+    saved: Path, tiny_model: Model, tiny_model_dir: Callable[[str], Path]
+) -> None:
+    """A skeleton without data takes an adapter as well: the base's own numbers come from its files,
+    the factors lie on the CPU.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model_dir("llama")))
+        skeleton = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(tiny_model_dir("llama"))
+        )
     files = FileWeights(model_files(tiny_model_dir("llama")))
     adapter = lf.load(skeleton, saved, base=files)
     assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in adapter.parameters())
     real = lf.load(tiny_model("llama"), saved)
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), real.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapter.parameters(), real.parameters(), strict=True)
+    )
     with torch.device("meta"):
-        other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model_dir("llama")))
-    assert "not the base" in refusal_of_files(other, saved, FileWeights(model_files(tiny_model_dir("qwen2"))))
+        other = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(tiny_model_dir("llama"))
+        )
+    assert "not the base" in refusal_of_files(
+        other, saved, FileWeights(model_files(tiny_model_dir("qwen2")))
+    )
 
 
 def refusal_of_files(model: Any, path: Path, base: FileWeights) -> str:
@@ -299,7 +419,9 @@ def refusal_of_files(model: Any, path: Path, base: FileWeights) -> str:
     return str(e.value)
 
 
-def test_trained_biases_over_the_meta_device(tiny_model: Model, tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_trained_biases_over_the_meta_device(
+    tiny_model: Model, tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
     """A file holds a bias whole, a delta the difference: the base's own comes from the files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -308,7 +430,11 @@ def test_trained_biases_over_the_meta_device(tiny_model: Model, tiny_model_dir: 
         torch.nn.init.normal_(p)
     adapter.save(tmp_path / "a")
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model_dir("qwen2")))
-    again = lf.load(skeleton, tmp_path / "a", base=FileWeights(model_files(tiny_model_dir("qwen2"))))
+        skeleton = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(tiny_model_dir("qwen2"))
+        )
+    again = lf.load(
+        skeleton, tmp_path / "a", base=FileWeights(model_files(tiny_model_dir("qwen2")))
+    )
     for a, b in zip(adapter.parameters(), again.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,6 @@
-"""New tokens: rows of embedding and head under the laws of every delta, over a base that is never resized."""
+"""New tokens: rows of embedding and head under the laws of every delta, over a base that is never
+resized.
+"""
 
 import copy
 import itertools
@@ -38,7 +40,10 @@ class Scaled(nn.Embedding):
 
 
 BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Tensor]]] = {
-    "embedding": (lambda: nn.Embedding(11, 6), lambda g: torch.tensor([[0, 2, 11, 12], [12, 1, 4, 2]])),
+    "embedding": (
+        lambda: nn.Embedding(11, 6),
+        lambda g: torch.tensor([[0, 2, 11, 12], [12, 1, 4, 2]]),
+    ),
     "scaled": (lambda: Scaled(11, 6), lambda g: torch.tensor([[0, 2, 11, 12], [12, 1, 4, 2]])),
     "head": (lambda: nn.Linear(6, 11, bias=False), lambda g: torch.randn(3, 5, 6, generator=g)),
     "biased": (lambda: nn.Linear(6, 11), lambda g: torch.randn(3, 5, 6, generator=g)),
@@ -47,13 +52,19 @@ WHICH = {"new": (11, 12), "mixed": (12, 2, 11), "known": (4, 2)}
 CASES = [pytest.param(b, w, id=f"{b}-{w}") for b, w in itertools.product(BASES, WHICH)]
 
 
-def rooted(base: str, ids: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor, lf.Adapter]:
+def rooted(
+    base: str, ids: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Tensor, lf.Adapter]:
     """A layer under its token rows, beside a linear that has the method, and an input."""
     torch.manual_seed(0)
     make, inputs = BASES[base]
     root = nn.ModuleDict({"at": make(), "beside": nn.Linear(6, 6)}).to(dtype)
     x = inputs(torch.Generator().manual_seed(1))
-    x = x.to(dtype) if x.is_floating_point() else torch.where((x > 10) & torch.tensor(max(ids) < 11), 0, x)
+    x = (
+        x.to(dtype)
+        if x.is_floating_point()
+        else torch.where((x > 10) & torch.tensor(max(ids) < 11), 0, x)
+    )
     return root, x, lf.attach(root, lf.LoRA(rank=2), ["beside"], tokens={"at": ids})
 
 
@@ -89,14 +100,18 @@ def test_what_is_not_trained_stays_bit_for_bit(base: str, which: str) -> None:
             assert torch.equal(y[..., others], bare[..., others])
             assert (y[..., list(ids)] - at_start[..., list(ids)]).abs().min() > 0
             known = [i for i in ids if i < 11]
-            assert torch.allclose(at_start[..., known], bare[..., known], atol=1e-6)  # another product sums in another order
-            assert torch.allclose(at_start[..., 11:], bare.mean(-1, keepdim=True), atol=1e-6)  # a new one says what all say on average
+            # another product sums in another order
+            assert torch.allclose(at_start[..., known], bare[..., known], atol=1e-6)
+            # a new one says what all say on average
+            assert torch.allclose(at_start[..., 11:], bare.mean(-1, keepdim=True), atol=1e-6)
         else:
             others = ~torch.isin(x, torch.tensor(ids))
             assert torch.equal(y[others], root["at"](x[others]))
             assert torch.equal(at_start[x < 11], root["at"](x[x < 11]))
             mean = weight.mean(0) * getattr(root["at"], "embed_scale", 1.0)
-            assert torch.allclose(at_start[x >= 11], mean.expand(int((x >= 11).sum()), -1), atol=1e-6)
+            assert torch.allclose(
+                at_start[x >= 11], mean.expand(int((x >= 11).sum()), -1), atol=1e-6
+            )
     assert torch.equal(root["at"].weight, weight)
 
 
@@ -111,10 +126,19 @@ def test_folding_then_calling_equals_calling(base: str, which: str, dtype: torch
     assert len(root["at"].weight) == max(11, *(i + 1 for i in WHICH[which]))
     assert root["at"].weight.dtype is dtype
     merged = root["at"](x)
-    # rows are rounded as the merged weight is: an embedding's are the same numbers, a head's products differ by rounding
-    assert torch.equal(merged, y) if not x.is_floating_point() else relative(merged, y) < 4 * torch.finfo(dtype).eps
+    # rows are rounded as the merged weight is: an embedding's are the same numbers, a head's
+    # products differ by rounding
+    assert (
+        torch.equal(merged, y)
+        if not x.is_floating_point()
+        else relative(merged, y) < 4 * torch.finfo(dtype).eps
+    )
     text = repr(root["at"])
-    assert ("num_embeddings" in text or "out_features" in text or f"({len(root['at'].weight)}, 6)" in text)
+    assert (
+        "num_embeddings" in text
+        or "out_features" in text
+        or f"({len(root['at'].weight)}, 6)" in text
+    )
 
 
 @pytest.mark.parametrize(("base", "which"), CASES)
@@ -191,14 +215,22 @@ def test_over_a_model_the_base_stays_what_it_is(kind: str, tiny_model) -> None:
     assert not any(isinstance(m, Deltas) for m in model.modules())
 
 
-@pytest.mark.parametrize("change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: copy.deepcopy(m).double()])
+@pytest.mark.parametrize(
+    "change",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: copy.deepcopy(m).double()],
+)
 @pytest.mark.parametrize("kind", TIED)
-def test_a_tied_head_shares_the_rows_through_everything(kind: str, change: Callable[[Any], Any], tiny_model) -> None:
+def test_a_tied_head_shares_the_rows_through_everything(
+    kind: str, change: Callable[[Any], Any], tiny_model
+) -> None:
     model = tiny_model(kind)
     move(lf.attach(model, lf.LoRA(rank=2), tokens=NEW))
     twin = change(model)
     assert torch.allclose(logits(twin).float(), logits(model), atol=1e-5)
-    embedding, head = twin.get_input_embeddings().deltas["default"], twin.get_output_embeddings().deltas["default"]
+    embedding, head = (
+        twin.get_input_embeddings().deltas["default"],
+        twin.get_output_embeddings().deltas["default"],
+    )
     assert head.owner is embedding
     assert list(head.parameters()) == []
     assert sum(p is embedding.rows for p in twin.parameters()) == 1
@@ -217,7 +249,9 @@ def test_new_tokens_start_as_the_average(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     lf.attach(model, lf.LoRA(rank=2), tokens=(300, 301))
     z = logits(model)
-    assert torch.allclose(z[..., V:], z[..., :V].mean(-1, keepdim=True).expand(*z.shape[:-1], 2), atol=1e-5)
+    assert torch.allclose(
+        z[..., V:], z[..., :V].mean(-1, keepdim=True).expand(*z.shape[:-1], 2), atol=1e-5
+    )
     assert (z.softmax(-1)[..., V:] <= 1 / V).all()
 
 
@@ -262,7 +296,9 @@ def test_rows_that_the_base_has_grow_nothing(tiny_model) -> None:
 def test_a_tied_head_with_rows_of_its_own_is_untied_by_merging(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     embedding = "wte" if kind == "gpt2" else "embed_tokens"
-    adapter = move(lf.attach(model, lf.LoRA(rank=2), tokens={embedding: [5, 300], "lm_head": [300, 7]}))
+    adapter = move(
+        lf.attach(model, lf.LoRA(rank=2), tokens={embedding: [5, 300], "lm_head": [300, 7]})
+    )
     y = logits(model, IDS.clamp_max(300))
     with pytest.raises(lf.NotMergeable, match="its weight is tied to"):
         adapter.merge()
@@ -278,15 +314,23 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         if not function.is_view:
-            self.shapes |= {tuple(t.shape) for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)}
+            self.shapes |= {
+                tuple(t.shape)
+                for t in (out if isinstance(out, list | tuple) else [out])
+                if isinstance(t, Tensor)
+            }
         return out
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large_as_the_matrix(kind: str, tiny_model) -> None:
+def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large_as_the_matrix(
+    kind: str, tiny_model
+) -> None:
     model = tiny_model(kind)
     adapter = move(lf.attach(model, lf.LoRA(rank=2, dropout=0.0), tokens=NEW))
     labels = torch.cat([IDS[:, 1:], torch.full((1, 1), -100)], 1)
@@ -299,7 +343,9 @@ def test_the_loss_is_plain_autograds_and_no_gradient_is_as_large_as_the_matrix(k
     assert relative(loss.detach(), expected.detach()) < 1e-6
     for (name, p), gradient in zip(adapter.named_parameters(), wanted, strict=True):
         assert relative(p.grad, gradient) < 1e-4, name
-    assert row_losses(model, labels, {"input_ids": IDS}).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert row_losses(model, labels, {"input_ids": IDS}).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
     assert (3, D) in seen.shapes
     assert not seen.shapes & MATRICES
 
@@ -320,7 +366,9 @@ def test_it_stacks_over_another_adapter_and_over_other_rows(kind: str, tiny_mode
     short = IDS.masked_fill(IDS >= V, 0)
     before = logits(model, short)
     first = lf.attach(model, lf.LoRA(rank=2), name="first", tokens=(300, 5))
-    if kind == "llama":  # a known row starts as what the adapter beneath makes of it, where embedding and head are not one
+    # a known row starts as what the adapter beneath makes of it, where embedding and head are not
+    # one
+    if kind == "llama":
         assert relative(logits(model, short)[..., :V], before) < 1e-5
     move(first)
     with lf.only(model, "first"):
@@ -342,20 +390,43 @@ def test_what_lies_over_rows_is_refused(tiny_model) -> None:
         with pytest.raises(lf.LorafoldError, match="carries token rows of another adapter"):
             lf.attach(model, lf.LoRA(rank=2), name="second", **options)
     lf.attach(model, lf.LoRA(rank=2), name="second")  # elsewhere it may lie over that adapter
-    with pytest.raises(lf.LorafoldError, match=r"tokens \[302\] leave a gap: the rows end with 300, and new ones must follow from 301"):
+    with pytest.raises(
+        lf.LorafoldError,
+        match=(
+            r"tokens \[302\] leave a gap: the rows end with 300, and new ones must follow from 301"
+        ),
+    ):
         lf.attach(model, lf.LoRA(rank=2), name="third", tokens=(302,))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "gap": ({"tokens": (300, 302)}, r"model.embed_tokens: tokens \[300, 302\] leave a gap: the rows end with 299, .* from 300 on"),
+    "gap": (
+        {"tokens": (300, 302)},
+        (
+            r"model.embed_tokens: tokens \[300, 302\] leave a gap: the rows end with 299, .* from"
+            r" 300 on"
+        ),
+    ),
     "far": ({"tokens": (310,)}, r"tokens \[310\] leave a gap"),
     "twice": ({"tokens": (300, 300)}, r"tokens \[300, 300\]: expected ids from 0 up, each once"),
     "negative": ({"tokens": (-1,)}, r"tokens \[-1\]: expected ids from 0 up"),
-    "no such module": ({"tokens": {"embed_token": (3,)}}, "'embed_token' matches no module; near names: embed_tokens"),
+    "no such module": (
+        {"tokens": {"embed_token": (3,)}},
+        "'embed_token' matches no module; near names: embed_tokens",
+    ),
     "no rows": ({"tokens": {"norm": (3,)}}, "model.norm: LlamaRMSNorm has no rows for tokens"),
-    "only one end": ({"tokens": {"embed_tokens": (300,)}}, "embed_tokens would have rows for 301, lm_head would have rows for 300 tokens"),
-    "a target too": ({"tokens": (3,), "targets": ["q_proj", "lm_head"]}, "tokens: lm_head is a target or a module to save as well"),
-    "saved too": ({"tokens": (3,), "modules_to_save": ["embed_tokens"]}, "tokens: model.embed_tokens is a target or a module to save"),
+    "only one end": (
+        {"tokens": {"embed_tokens": (300,)}},
+        "embed_tokens would have rows for 301, lm_head would have rows for 300 tokens",
+    ),
+    "a target too": (
+        {"tokens": (3,), "targets": ["q_proj", "lm_head"]},
+        "tokens: lm_head is a target or a module to save as well",
+    ),
+    "saved too": (
+        {"tokens": (3,), "modules_to_save": ["embed_tokens"]},
+        "tokens: model.embed_tokens is a target or a module to save",
+    ),
 }
 
 
@@ -370,8 +441,16 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(case: str, tiny_model) ->
 
 
 def test_a_module_that_says_nothing_of_embeddings_needs_names() -> None:
-    with pytest.raises(lf.LorafoldError, match="ModuleDict does not say where its embeddings are: give the ids by module name"):
-        lf.attach(nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)}), lf.LoRA(rank=2), ["beside"], tokens=(3,))
+    with pytest.raises(
+        lf.LorafoldError,
+        match="ModuleDict does not say where its embeddings are: give the ids by module name",
+    ):
+        lf.attach(
+            nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)}),
+            lf.LoRA(rank=2),
+            ["beside"],
+            tokens=(3,),
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -379,7 +458,11 @@ def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tm
     model, kind = tiny_model("qwen2"), "qwen2"
     spec = METHODS[method]()
     if method in ("full", "linear-probe"):
-        reason = "Full trains the base's own weights" if method == "full" else "lm_head is a target or a module to save as well"
+        reason = (
+            "Full trains the base's own weights"
+            if method == "full"
+            else "lm_head is a target or a module to save as well"
+        )
         with pytest.raises(lf.LorafoldError, match=f"tokens: {reason}"):
             lf.attach(model, spec, tokens=NEW)
         return
@@ -396,7 +479,14 @@ def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tm
 def test_trained_biases_lie_beneath_the_rows() -> None:
     """Phi's head has a bias: known tokens keep theirs, new ones have the mean."""
     torch.manual_seed(0)
-    config = PhiConfig(hidden_size=D, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=V, pad_token_id=0)
+    config = PhiConfig(
+        hidden_size=D,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=V,
+        pad_token_id=0,
+    )
     model = PhiForCausalLM(config).eval()
     nn.init.normal_(model.lm_head.bias)
     short = IDS.masked_fill(IDS >= V, 0)
@@ -413,8 +503,16 @@ def test_trained_biases_lie_beneath_the_rows() -> None:
 def test_a_classifier_trains_the_embeddings_rows_alone(tmp_path) -> None:
     def classifier() -> Any:
         torch.manual_seed(0)
-        sizes = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": V}
-        return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=3, pad_token_id=0)).eval()
+        sizes = {
+            "hidden_size": D,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "vocab_size": V,
+        }
+        return LlamaForSequenceClassification(
+            LlamaConfig(**sizes, num_labels=3, pad_token_id=0)
+        ).eval()
 
     model = classifier()
     adapter = move(lf.attach(model, lf.LoRA(rank=2), modules_to_save=["score"], tokens=NEW))

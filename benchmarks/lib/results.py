@@ -12,20 +12,34 @@ HERE = Path(__file__).parent.parent / "results"
 
 def machine() -> str:
     """Processor, cores and the versions that count."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
+    )
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; {packages}"
 
 
 def markdown(rows: Sequence[dict]) -> str:
     """Rows that may lack columns as a table; floats with three digits."""
     head = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(name, "") for name in head)] for row in rows]
+    cells = [
+        [
+            f"{v:.3g}" if isinstance(v, float) else str(v)
+            for v in (row.get(name, "") for name in head)
+        ]
+        for row in rows
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
 
 
 def keep(name: str, *tables: Sequence[dict]) -> None:
-    """Print tables and write them, with the command, to results/NAME.md: under this machine's heading, beside what others measured."""
+    """Print tables and write them, with the command, to results/NAME.md: under this machine's
+    heading, beside what others measured.
+    """
     text = "\n\n".join(map(markdown, tables))
     print("\n" + text)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
@@ -33,4 +47,9 @@ def keep(name: str, *tables: Sequence[dict]) -> None:
     file, title = HERE / f"{name}.md", machine()
     sections = file.read_text().split("## ")[1:] if file.exists() else []
     others = [section for section in sections if not section.startswith(title.split(";")[0])]
-    file.write_text("\n\n".join(f"## {section.strip()}" for section in (f"{title}\n\n`{command}`\n\n{text}", *others)) + "\n")
+    file.write_text(
+        "\n\n".join(
+            f"## {section.strip()}" for section in (f"{title}\n\n`{command}`\n\n{text}", *others)
+        )
+        + "\n"
+    )

@@ -1,9 +1,11 @@
-"""The two sides of a comparison, each in a process of its own as its users run it, taking steps in turn. Linux only.
+"""The two sides of a comparison, each in a process of its own as its users run it, taking steps in
+turn. Linux only.
 
     with Worker("peft", Case(dropout=0.05)) as peft, Worker("lorafold", Case(dropout=0.05)) as ours:
         ours.step(); peft.step()
 
-`python -m lib.worker PEER CASE` is the process: it builds its model, takes a step for every line on stdin and answers with a JSON object.
+`python -m lib.worker PEER CASE` is the process: it builds its model, takes a step for every line on
+stdin and answers with a JSON object.
 """
 
 import json
@@ -19,7 +21,9 @@ from typing import Any, NamedTuple, Self
 
 
 class Case(NamedTuple):
-    """What both sides train: LoRA or DoRA on every linear of the blocks of the embedded model in bf16, AdamW, every token labelled."""
+    """What both sides train: LoRA or DoRA on every linear of the blocks of the embedded model in
+    bf16, AdamW, every token labelled.
+    """
 
     batch: int = 4
     length: int = 256
@@ -30,7 +34,9 @@ class Case(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Seconds of a step's parts, the most bytes that the process has been resident in until its end, and FLOP/s of a product after it."""
+    """Seconds of a step's parts, the most bytes that the process has been resident in until its
+    end, and FLOP/s of a product after it.
+    """
 
     forward: float
     backward: float
@@ -50,7 +56,9 @@ class Worker:
         command = [sys.executable, "-m", "lib.worker", peer, json.dumps(case._asdict())]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         pipe = subprocess.PIPE
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
+        self.child = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
 
     def step(self) -> Step:
         assert self.child.stdin is not None
@@ -72,7 +80,9 @@ class Worker:
 def ids(case: Case) -> Any:
     import torch
 
-    return torch.randint(1000, 40_000, (case.batch, case.length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        1000, 40_000, (case.batch, case.length), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
@@ -94,10 +104,16 @@ def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     spec = lf.LoRA(rank=case.rank, dropout=case.dropout)
     adapter = lf.attach(model, lf.DoRA(spec) if case.dora else spec)
     stack.enter_context(fused(model))
-    loss = stack.enter_context(Sft().loss(model, load_tokenizer("smollm2"), True, Console(quiet=True)))
-    inputs = loss.collate([Example(tuple(row), tuple(row)) for row in ids(case).tolist()], torch.device("cpu"))
+    loss = stack.enter_context(
+        Sft().loss(model, load_tokenizer("smollm2"), True, Console(quiet=True))
+    )
+    inputs = loss.collate(
+        [Example(tuple(row), tuple(row)) for row in ids(case).tolist()], torch.device("cpu")
+    )
     loss.train()
-    optimizer = make_optimizer("adamw", [{"params": list(adapter.parameters()), "lr": 2e-4}], Recipe())
+    optimizer = make_optimizer(
+        "adamw", [{"params": list(adapter.parameters()), "lr": 2e-4}], Recipe()
+    )
     return lambda: loss(**inputs) / (case.batch * (case.length - 1)), optimizer
 
 
@@ -109,17 +125,34 @@ def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
 
     from lorafold.io.models import resolve_model
 
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
     packing = {"quantization_config": BitsAndBytesConfig(**four)} if case.quantization else {}
-    model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2").path, dtype=torch.bfloat16, **packing)
-    config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, use_dora=case.dora, target_modules="all-linear")
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_model("smollm2").path, dtype=torch.bfloat16, **packing
+    )
+    config = LoraConfig(
+        r=case.rank,
+        lora_alpha=2 * case.rank,
+        lora_dropout=case.dropout,
+        use_dora=case.dora,
+        target_modules="all-linear",
+    )
     tuned, rows = get_peft_model(model, config).train(), ids(case)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)
     return lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer
 
 
 def peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -151,7 +184,12 @@ def serve(peer: str, case: Case) -> None:
             optimizer.step()
             optimizer.zero_grad()
             at.append(time.perf_counter())
-            print(json.dumps(Step(at[1] - at[0], at[2] - at[1], at[3] - at[2], peak(), gemm_rate())._asdict()), flush=True)
+            print(
+                json.dumps(
+                    Step(at[1] - at[0], at[2] - at[1], at[3] - at[2], peak(), gemm_rate())._asdict()
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

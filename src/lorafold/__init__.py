@@ -1,6 +1,7 @@
 """lorafold: low-rank adapters of transformer models, trained, folded, composed and measured.
 
-The public API on one screen. Everything is imported when it is first used, so that `lorafold --help` needs no torch.
+The public API on one screen. Everything is imported when it is first used, so that `lorafold
+--help` needs no torch.
 """
 
 import importlib
@@ -28,17 +29,56 @@ if TYPE_CHECKING:
     from lorafold.methods.vera import VeRA
 
 _HOME = {
-    "Adapter": "adapter", "attach": "adapter", "load": "adapter", "only": "adapter",
-    "AdaLoRA": "methods.adalora", "BitFit": "methods.bitfit", "Bottleneck": "methods.bottleneck", "DoRA": "methods.dora",
-    "Fastfood": "methods.fastfood", "FishMask": "methods.sparse", "Full": "methods.full", "IA3": "methods.ia3", "LTSFT": "methods.sparse",
-    "LinearProbe": "methods.probe", "LoHa": "methods.loha", "LoKr": "methods.lokr", "LoRA": "methods.lora",
-    "OLoRA": "methods.inits", "PiSSA": "methods.inits", "Prefix": "methods.prefix", "Prompt": "methods.prompt", "VeRA": "methods.vera",
-}  # fmt: skip
+    "Adapter": "adapter",
+    "attach": "adapter",
+    "load": "adapter",
+    "only": "adapter",
+    "AdaLoRA": "methods.adalora",
+    "BitFit": "methods.bitfit",
+    "Bottleneck": "methods.bottleneck",
+    "DoRA": "methods.dora",
+    "Fastfood": "methods.fastfood",
+    "FishMask": "methods.sparse",
+    "Full": "methods.full",
+    "IA3": "methods.ia3",
+    "LTSFT": "methods.sparse",
+    "LinearProbe": "methods.probe",
+    "LoHa": "methods.loha",
+    "LoKr": "methods.lokr",
+    "LoRA": "methods.lora",
+    "OLoRA": "methods.inits",
+    "PiSSA": "methods.inits",
+    "Prefix": "methods.prefix",
+    "Prompt": "methods.prompt",
+    "VeRA": "methods.vera",
+}
 
 __all__ = [
-    "IA3", "LTSFT", "AdaLoRA", "Adapter", "BitFit", "Bottleneck", "DoRA", "Fastfood", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr",
-    "LoRA", "LorafoldError", "NotMergeable", "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "attach", "load", "only",
-]  # fmt: skip
+    "IA3",
+    "LTSFT",
+    "AdaLoRA",
+    "Adapter",
+    "BitFit",
+    "Bottleneck",
+    "DoRA",
+    "Fastfood",
+    "FishMask",
+    "Full",
+    "LinearProbe",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LorafoldError",
+    "NotMergeable",
+    "OLoRA",
+    "PiSSA",
+    "Prefix",
+    "Prompt",
+    "VeRA",
+    "attach",
+    "load",
+    "only",
+]
 
 
 def __getattr__(name: str) -> Any:

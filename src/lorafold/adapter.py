@@ -19,7 +19,16 @@ from lorafold.bases.dense import Embedding
 from lorafold.bases.foreign import record_unpacked
 from lorafold.bases.tied import sharers, untie
 from lorafold.bases.vocabulary import declare, grown
-from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, lift, only, selection_of, thaw
+from lorafold.core.attach import (
+    Adapted,
+    adapted_modules,
+    freeze,
+    lay,
+    lift,
+    only,
+    selection_of,
+    thaw,
+)
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, alike, put
 from lorafold.core.presets import bare_modules
@@ -39,7 +48,15 @@ Bias = Literal["none", "lora_only", "all"]
 class Adapter:
     """One named adapter on one model. `deltas` maps module paths to what was laid there."""
 
-    def __init__(self, model: nn.Module, name: str, spec: Spec, matches: Matches, bias: Bias, modules_to_save: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        spec: Spec,
+        matches: Matches,
+        bias: Bias,
+        modules_to_save: tuple[str, ...],
+    ) -> None:
         self.model, self.name, self.spec, self.matches = model, name, spec, matches
         self.bias, self.modules_to_save = bias, modules_to_save
 
@@ -57,7 +74,9 @@ class Adapter:
 
     @property
     def own_deltas(self) -> dict[str, Delta]:
-        """The deltas that the spec built, by module path: without trained biases, modules to save and token rows."""
+        """The deltas that the spec built, by module path: without trained biases, modules to save
+        and token rows.
+        """
         deltas = self.deltas  # a walk over the model each time
         return {path: next(iter(deltas[path].parts())) for path in self.matches.paths}
 
@@ -70,24 +89,40 @@ class Adapter:
     def vocabulary(self) -> int | None:
         """The size of the vocabulary where some tokens are new to the base."""
         rows = {path: len(self.model.get_submodule(path).weight) for path in self.tokens}  # type: ignore[arg-type]
-        return max((max(ids) + 1 for path, ids in self.tokens.items() if max(ids) >= rows[path]), default=None)
+        return max(
+            (max(ids) + 1 for path, ids in self.tokens.items() if max(ids) >= rows[path]),
+            default=None,
+        )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((f"{path}.{n}" if path else n, p) for path, d in self.deltas.items() for n, p in d.named_parameters())
+        return (
+            (f"{path}.{n}" if path else n, p)
+            for path, d in self.deltas.items()
+            for n, p in d.named_parameters()
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return (p for _, p in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter under `<module path>.<name>`; what checkpoints hold."""
-        return {f"{path}.{k}" if path else k: v for path, d in self.deltas.items() for k, v in d.state_dict().items()}
+        return {
+            f"{path}.{k}" if path else k: v
+            for path, d in self.deltas.items()
+            for k, v in d.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`; tensors are taken as they are, so that one may have another size than the fresh one (a pruned
-        rank). LorafoldError lists missing and unknown keys; nothing is loaded then. Make optimizers after it, not before."""
+        """The inverse of `state_dict`; tensors are taken as they are, so that one may have another
+        size than the fresh one (a pruned rank). LorafoldError lists missing and unknown keys;
+        nothing is loaded then. Make optimizers after it, not before.
+        """
         own = set(self.state_dict())
         if own != set(state):
-            raise LorafoldError(f"adapter state: missing {sorted(own - set(state))}, unknown {sorted(set(state) - own)}")
+            raise LorafoldError(
+                f"adapter state: missing {sorted(own - set(state))}, unknown"
+                f" {sorted(set(state) - own)}"
+            )
         for path, delta in self.deltas.items():
             for name, old in delta.state_dict(keep_vars=True).items():
                 put(delta, name, state[f"{path}.{name}" if path else name].to(old.device))
@@ -98,33 +133,61 @@ class Adapter:
         return self
 
     def save(
-        self, path: str | Path, *, overwrite: bool = False, card: str | None = None, record: dict[str, Any] | None = None,
-        tokenizer: Any = None, base: Weights | None = None,
-    ) -> Path:  # fmt: skip
-        """Write the adapter in PEFT's format, or a plain model if it trained the base's own weights; the directory whole or not at all.
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        card: str | None = None,
+        record: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+        base: Weights | None = None,
+    ) -> Path:
+        """Write the adapter in PEFT's format, or a plain model if it trained the base's own
+        weights; the directory whole or not at all.
 
-        `tokenizer` is one that belongs with it and goes into the directory too: a plain model's, or one that has new tokens. `card` is the
-        text of its README.md, and `record` what `lorafold.json` says beside the base's fingerprint; `base` has the base's own weights
-        where the model does not (see `load`).
-        Raises LorafoldError if `path` exists and overwrite is off.
+        `tokenizer` is one that belongs with it and goes into the directory too: a plain model's, or
+        one that has new tokens. `card` is the text of its README.md, and `record` what
+        `lorafold.json` says beside the base's fingerprint; `base` has the base's own weights where
+        the model does not (see `load`). Raises LorafoldError if `path` exists and overwrite is off.
         """
         if self.spec.trains_base:
-            return whole.write(path, self.model, self.spec, tokenizer, overwrite=overwrite, card=card, record=record or {})
+            return whole.write(
+                path,
+                self.model,
+                self.spec,
+                tokenizer,
+                overwrite=overwrite,
+                card=card,
+                record=record or {},
+            )
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
-        return peft.write(path, self.model, self.spec, self.matches, dict(self._parts_by_path()), self.bias, self.modules_to_save,
-                          base or ModelWeights(self.model), tokenizer, overwrite=overwrite, card=card,
-                          record={**(record or {}), **grown})  # fmt: skip
+        return peft.write(
+            path,
+            self.model,
+            self.spec,
+            self.matches,
+            dict(self._parts_by_path()),
+            self.bias,
+            self.modules_to_save,
+            base or ModelWeights(self.model),
+            tokenizer,
+            overwrite=overwrite,
+            card=card,
+            record={**(record or {}), **grown},
+        )
 
     def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
         return ((path, list(delta.parts())) for path, delta in self.deltas.items())
 
     def merge(self, *, untie_weights: bool = False) -> None:
-        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach it. New tokens grow the vocabulary; a
-        packed weight (NF4, int8) becomes a plain one, in the dtype that it is computed with.
+        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach
+        it. New tokens grow the vocabulary; a packed weight (NF4, int8) becomes a plain one, in the
+        dtype that it is computed with.
 
-        NotMergeable, before anything is changed, if a delta has no weight-space form, lies over another adapter's, adds a bias that a
-        plain model could not hold, gives embedding and head different vocabularies, or changes one of two tied weights
-        (`untie_weights=True` gives that module a weight of its own). Weights that are changed alike stay tied.
+        NotMergeable, before anything is changed, if a delta has no weight-space form, lies over
+        another adapter's, adds a bias that a plain model could not hold, gives embedding and head
+        different vocabularies, or changes one of two tied weights (`untie_weights=True` gives that
+        module a weight of its own). Weights that are changed alike stay tied.
         """
         problems, folded, shared = [], {}, dict[str, list[str]]()
         for path, m in self.sites.items():
@@ -135,15 +198,29 @@ class Adapter:
             if (tied := sharers(self.model, m)) and self._change_alike(m, tied):
                 shared[path] = tied
             elif tied and not untie_weights:
-                problems.append(f"{path}: its weight is tied to {', '.join(tied)}; untie_weights=True gives it its own")
+                problems.append(
+                    f"{path}: its weight is tied to {', '.join(tied)}; untie_weights=True gives it"
+                    " its own"
+                )
                 continue
             try:
                 w, b = layer_of(m).dense()
-                folded[path] = m.deltas[self.name].fold(w.detach().float(), None if b is None else b.detach().float())  # type: ignore[operator]
+                folded[path] = m.deltas[self.name].fold(
+                    w.detach().float(), None if b is None else b.detach().float()
+                )  # type: ignore[operator]
             except NotMergeable as e:
                 problems.append(f"{path}: {e}")
-        gained = [path for path, (_, b) in folded.items() if b is not None and not has_bias(self.model.get_submodule(path))]
-        flipped = [path for path in folded if issubclass(layer_class(self.model.get_submodule(path)), Embedding)]  # W (d, V)
+        gained = [
+            path
+            for path, (_, b) in folded.items()
+            if b is not None and not has_bias(self.model.get_submodule(path))
+        ]
+        # W (d, V)
+        flipped = [
+            path
+            for path in folded
+            if issubclass(layer_class(self.model.get_submodule(path)), Embedding)
+        ]
         rows = {path: w.shape[path in flipped] for path, (w, _) in folded.items()}
         try:
             switches = gained_with(self.model, gained)
@@ -170,7 +247,9 @@ class Adapter:
     def _change_alike(self, module: Adapted, others: Sequence[str]) -> bool:
         """Does the adapter make the same change of these modules, which share this one's weight?"""
         found = [self.sites.get(path) for path in others]
-        return all(m is not None and alike(module.deltas[self.name], m.deltas[self.name]) for m in found)  # type: ignore[arg-type]
+        return all(
+            m is not None and alike(module.deltas[self.name], m.deltas[self.name]) for m in found  # type: ignore[arg-type]
+        )
 
     def detach(self) -> None:
         """Take the adapter off; with the last one the model is what it was before the first."""
@@ -187,42 +266,81 @@ class Adapter:
         count = sum(p.numel() for p in self.parameters())
         base = parameter_count(self.model)
         lines = [f"{self.name}: {self.spec}"]
-        lines += [f"  {pattern}: {len(paths)} modules" for pattern, paths in self.matches.by_pattern.items()]
+        lines += [
+            f"  {pattern}: {len(paths)} modules"
+            for pattern, paths in self.matches.by_pattern.items()
+        ]
         lines += [f"  bias: {self.bias}"] * (self.bias != "none")
-        lines += [f"  modules to save: {', '.join(self.modules_to_save)}"] * bool(self.modules_to_save)
+        lines += [f"  modules to save: {', '.join(self.modules_to_save)}"] * bool(
+            self.modules_to_save
+        )
         tokens = [(path, part) for path, part in self.parts() if isinstance(part, TokenRows)]
-        lines += [f"  tokens: {len(t.ids)} rows of {path}" + ", which shares those of the embedding" * bool(t.twin) for path, t in tokens]
-        return "\n".join([*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"])
+        lines += [
+            f"  tokens: {len(t.ids)} rows of {path}"
+            + ", which shares those of the embedding" * bool(t.twin)
+            for path, t in tokens
+        ]
+        return "\n".join(
+            [*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"]
+        )
 
 
 def attach(
-    model: nn.Module, spec: Spec, targets: str | Sequence[str] | Matches | None = None, name: str = "default",
-    *, bias: Bias = "none", modules_to_save: Sequence[str] | Matches = (),
-    tokens: Sequence[int] | Mapping[str, Sequence[int]] | Tokens = (), base: Weights | None = None,
-) -> Adapter:  # fmt: skip
-    """Lay an adapter over a model, freeze the base and make the adapter live, above those that are live already.
+    model: nn.Module,
+    spec: Spec,
+    targets: str | Sequence[str] | Matches | None = None,
+    name: str = "default",
+    *,
+    bias: Bias = "none",
+    modules_to_save: Sequence[str] | Matches = (),
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | Tokens = (),
+    base: Weights | None = None,
+) -> Adapter:
+    """Lay an adapter over a model, freeze the base and make the adapter live, above those that are
+    live already.
 
-    targets: a preset (`lorafold.core.presets`), names or path ends, or one regex over whole paths (None: the method's own).
-    bias: also train the biases of the adapted modules ("lora_only") or of every module ("all").
-    modules_to_save: modules trained whole, such as a fresh head; these are no targets. Both may be matches that are found already.
-    tokens: ids whose rows train, in the embedding and the head (or by module name). Those from the vocabulary's end on are new: the logits
-    have a column more for each while the adapter is live (`config.vocab_size` stays the base's, so leave the loss to lorafold).
-    base: the base's own weights where the model does not have them (see `load`), which some initializations ask for.
-    LorafoldError, with the model untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
+    targets: a preset (`lorafold.core.presets`), names or path ends, or one regex over whole paths
+    (None: the method's own). bias: also train the biases of the adapted modules ("lora_only") or of
+    every module ("all"). modules_to_save: modules trained whole, such as a fresh head; these are no
+    targets. Both may be matches that are found already. tokens: ids whose rows train, in the
+    embedding and the head (or by module name). Those from the vocabulary's end on are new: the
+    logits have a column more for each while the adapter is live (`config.vocab_size` stays the
+    base's, so leave the loss to lorafold). base: the base's own weights where the model does not
+    have them (see `load`), which some initializations ask for. LorafoldError, with the model
+    untouched, for a pattern that matches nothing, a module that can't be adapted or a name in use.
     """
     selection = selection_of(model)
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
-        raise LorafoldError(f"adapter name {name!r} is in use on this model, empty, or holds a dot; choose another")
-    saved = modules_to_save if isinstance(modules_to_save, Matches) else match(model, modules_to_save, is_linear)
+        raise LorafoldError(
+            f"adapter name {name!r} is in use on this model, empty, or holds a dot; choose another"
+        )
+    saved = (
+        modules_to_save
+        if isinstance(modules_to_save, Matches)
+        else match(model, modules_to_save, is_linear)
+    )
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
-    found = targets if isinstance(targets, Matches) else match(model, spec.targets if targets is None else targets, is_linear)
-    matches = Matches({pattern: tuple(p for p in paths if p not in whole) for pattern, paths in found.by_pattern.items()})
+    found = (
+        targets
+        if isinstance(targets, Matches)
+        else match(model, spec.targets if targets is None else targets, is_linear)
+    )
+    matches = Matches(
+        {
+            pattern: tuple(p for p in paths if p not in whole)
+            for pattern, paths in found.by_pattern.items()
+        }
+    )
     if not matches.paths:
         raise LorafoldError(f"modules_to_save takes every target: {', '.join(matches.by_pattern)}")
     laid: dict[str, list[Delta]] = {}
     for path in matches.paths:
         module = model.get_submodule(path)
-        layer = module.layer(*selection.names) if isinstance(module, Adapted) else layer_of(module, stored_at(base, path))
+        layer = (
+            module.layer(*selection.names)
+            if isinstance(module, Adapted)
+            else layer_of(module, stored_at(base, path))
+        )
         try:
             laid[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:
@@ -232,11 +350,19 @@ def attach(
             laid.setdefault(path, []).append(BiasDelta(len(module.bias), module.bias.device))  # type: ignore[arg-type]
     for path in whole:
         laid[path] = [ReplaceDelta(model.get_submodule(path), path)]
-    lay_rows(model, spec, tokens if isinstance(tokens, Tokens) else Tokens(tokens), selection.names, laid)
+    lay_rows(
+        model, spec, tokens if isinstance(tokens, Tokens) else Tokens(tokens), selection.names, laid
+    )
     spec.join({path: laid[path][0] for path in matches.paths})
     for path, deltas in laid.items():
         module = model.get_submodule(path)
-        lay(module, layer_class(module), name, deltas[0] if len(deltas) == 1 else Stack(deltas), selection)
+        lay(
+            module,
+            layer_class(module),
+            name,
+            deltas[0] if len(deltas) == 1 else Stack(deltas),
+            selection,
+        )
     freeze(model, selection)
     selection.names += (name,)
     return Adapter(model, name, spec, matches, bias, tuple(saved.by_pattern))
@@ -248,35 +374,60 @@ def stored_at(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
     return None if base is None or found is None else partial(base.get, found)
 
 
-def lay_rows(model: nn.Module, spec: Spec, tokens: Tokens, live: Sequence[str], laid: dict[str, list[Delta]]) -> None:
-    """Add the token rows to what is laid already. LorafoldError where another change of the same module is in the way."""
+def lay_rows(
+    model: nn.Module, spec: Spec, tokens: Tokens, live: Sequence[str], laid: dict[str, list[Delta]]
+) -> None:
+    """Add the token rows to what is laid already.
+
+    LorafoldError where another change of the same module is in the way.
+    """
     rows = tokens.deltas(model, live)
     if rows and spec.trains_base:
-        raise LorafoldError(f"tokens: {type(spec).__name__} trains the base's own weights, and rows of its own would lie over them")
+        raise LorafoldError(
+            f"tokens: {type(spec).__name__} trains the base's own weights, and rows of its own"
+            " would lie over them"
+        )
     over = [path for path in laid if path not in rows and any(carried(model.get_submodule(path)))]
-    problems = [f"{path} carries token rows of another adapter, so it has no shape of its own; merge that one first" for path in over]
+    problems = [
+        f"{path} carries token rows of another adapter, so it has no shape of its own; merge that"
+        " one first"
+        for path in over
+    ]
     for path, delta in rows.items():
         if any(not isinstance(other, BiasDelta) for other in laid.get(path, ())):
-            problems.append(f"tokens: {path} is a target or a module to save as well; train its rows or the whole of it")
+            problems.append(
+                f"tokens: {path} is a target or a module to save as well; train its rows or the"
+                " whole of it"
+            )
         laid.setdefault(path, []).append(delta)
     if problems:
         raise LorafoldError("; ".join(problems))
 
 
 def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:
-    paths = {"none": (), "lora_only": matches.paths, "all": [path for path, _ in bare_modules(model)]}[bias]
-    return ((p, m) for p in paths if isinstance((m := model.get_submodule(p))._parameters.get("bias"), nn.Parameter))
+    paths = {
+        "none": (),
+        "lora_only": matches.paths,
+        "all": [path for path, _ in bare_modules(model)],
+    }[bias]
+    return (
+        (p, m)
+        for p in paths
+        if isinstance((m := model.get_submodule(p))._parameters.get("bias"), nn.Parameter)
+    )
 
 
 def load(
     model: nn.Module, path: str | Path, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
-    """Lay a saved adapter over a model: strict, so that every key is used and every shape right, or nothing is changed.
+    """Lay a saved adapter over a model: strict, so that every key is used and every shape right, or
+    nothing is changed.
 
-    `base` has the base's own weights where the model does not: it is quantized, or on the meta device.
-    LorafoldError lists all that is wrong: keys unknown or missing, shapes, values that are not finite, options not supported, a base
-    whose fingerprint differs (`allow_other_base=True` overrides that one).
+    `base` has the base's own weights where the model does not: it is quantized, or on the meta
+    device. LorafoldError lists all that is wrong: keys unknown or missing, shapes, values that are
+    not finite, options not supported, a base whose fingerprint differs (`allow_other_base=True`
+    overrides that one).
     """
     stored, base = peft.read(path), base or ModelWeights(model)
     problems = [] if allow_other_base else stored.base_problems(base)
@@ -286,7 +437,9 @@ def load(
     except LorafoldError as e:
         raise LorafoldError(f"{path}: {'; '.join([*problems, str(e)])}") from None
     try:
-        peft.fill(model, dict(adapter._parts_by_path()), adapter.matches.paths, stored, base, problems)
+        peft.fill(
+            model, dict(adapter._parts_by_path()), adapter.matches.paths, stored, base, problems
+        )
     except LorafoldError:
         adapter.detach()
         raise

@@ -1,8 +1,13 @@
-"""What goes wrong because of what was asked or given: the command prints the message as it is and exits with 2."""
+"""What goes wrong because of what was asked or given: the command prints the message as it is and
+exits with 2.
+"""
 
 
 class LorafoldError(Exception):
-    """A request that can't be carried out. The message names the place (file, row, field, site), what was found and what was expected."""
+    """A request that can't be carried out.
+
+    The message names the place (file, row, field, site), what was found and what was expected.
+    """
 
 
 class NotMergeable(LorafoldError):
@@ -10,7 +15,10 @@ class NotMergeable(LorafoldError):
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop, and has. `code` is the shell's exit code for the signal; the message says how to go on."""
+    """A run that was asked to stop, and has.
+
+    `code` is the shell's exit code for the signal; the message says how to go on.
+    """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -1,11 +1,14 @@
 """How good a model is on held-out rows: loss, perplexity and exact match, each with a 95% interval.
 
-    loss = sum_i s_i / sum_i n_i          s_i the summed loss of row i in nats over its n_i labelled tokens; perplexity = exp(loss)
+    loss = sum_i s_i / sum_i n_i          s_i the summed loss of row i in nats over its n_i labelled
+                                          tokens; perplexity = exp(loss)
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
-Tokens of a row hang together, so the row is the unit of the interval (a ratio estimate: Cochran, Sampling Techniques, 1977, ch. 6).
-Exact match is the share of greedy answers that equal the reference, less surrounding whitespace, and for a classifier its accuracy; its
-interval is Wilson's (1927), which holds at 0% and 100% too. `held_out_loss` is the figure alone, for use during training.
+Tokens of a row hang together, so the row is the unit of the interval (a ratio estimate: Cochran,
+Sampling Techniques, 1977, ch. 6). Exact match is the share of greedy answers that equal the
+reference, less surrounding whitespace, and for a classifier its accuracy; its interval is Wilson's
+(1927), which holds at 0% and 100% too. `held_out_loss` is the figure alone, for use during
+training.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ SPARE = 8  # tokens beyond the longest reference, to tell an answer that goes on
 
 @dataclass(frozen=True)
 class Answer:
-    """One row answered: the last message before the answer, the reference and what the model said."""
+    """One row answered: the last message before the answer, the reference and what the model
+    said.
+    """
 
     prompt: str
     reference: str
@@ -77,9 +82,14 @@ class Evaluation:
         def within(interval: Interval | None, form: str) -> str:
             return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
 
-        text = f"{self.n} rows: loss {self.loss:.4f}{within(self.loss_interval, '.4f')}, perplexity {self.perplexity:.3f}"
+        text = (
+            f"{self.n} rows: loss {self.loss:.4f}{within(self.loss_interval, '.4f')}, perplexity"
+            f" {self.perplexity:.3f}"
+        )
         if self.exact_match is not None:
-            text += f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
+            text += (
+                f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
+            )
         return text
 
 
@@ -93,11 +103,13 @@ def evaluate(
     max_new_tokens: int | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure the model, with whatever adapters are live, on rows of one shape; rows longer than max_length tokens are cut for the loss.
+    """Measure the model, with whatever adapters are live, on rows of one shape; rows longer than
+    max_length tokens are cut for the loss.
 
-    On rows of text and label the model is a sequence classifier whose config names the classes (`id2label`).
-    Rows of plain text, and `generate=False`, have no exact match. Answers may be as long as the longest reference unless
-    max_new_tokens says otherwise. Progress and what was cut go to the console. LorafoldError for bad rows and a loss that is not finite.
+    On rows of text and label the model is a sequence classifier whose config names the classes
+    (`id2label`). Rows of plain text, and `generate=False`, have no exact match. Answers may be as
+    long as the longest reference unless max_new_tokens says otherwise. Progress and what was cut go
+    to the console. LorafoldError for bad rows and a loss that is not finite.
     """
     if is_labelled(rows):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
@@ -125,10 +137,18 @@ def evaluate(
 
 
 def evaluate_classifier(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, *, console: Console | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    *,
+    console: Console | None = None,
 ) -> Evaluation:
-    """`evaluate` for rows of text and label. LorafoldError for a label that is none of the model's classes, and a model whose
-    config names no padding token."""
+    """`evaluate` for rows of text and label.
+
+    LorafoldError for a label that is none of the model's classes, and a model whose config names no
+    padding token.
+    """
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
@@ -136,7 +156,10 @@ def evaluate_classifier(
         console.print(str(data.report), highlight=False)
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None:
-        raise LorafoldError("the model's config: field pad_token_id: found null, expected the token that fills short texts up")
+        raise LorafoldError(
+            "the model's config: field pad_token_id: found null, expected the token that fills"
+            " short texts up"
+        )
     loss = Classification(model, pad_id)
     by_row: dict[int, Tensor] = {}
     with _bar(console, "rows") as step, _evaluating(loss) as device:
@@ -145,19 +168,40 @@ def evaluate_classifier(
             arguments.pop("labels")
             by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
             step(len(by_row), len(rows))
-    logits, targets = torch.stack([by_row[i] for i in range(len(rows))]), torch.tensor([e.label for e in data.examples])  # (n, C), (n,)
+    # (n, C), (n,)
+    logits, targets = (
+        torch.stack([by_row[i] for i in range(len(rows))]),
+        torch.tensor([e.label for e in data.examples]),
+    )
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
     chosen = [classes[i] for i in logits.argmax(1).tolist()]
-    answers = tuple(Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True))
+    answers = tuple(
+        Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
+    )
     hits = int((logits.argmax(1) == targets).sum())
-    return Evaluation(_mean(sums), loss_interval(sums), hits / len(rows), wilson(hits, len(rows)), len(rows), answers)
+    return Evaluation(
+        _mean(sums),
+        loss_interval(sums),
+        hits / len(rows),
+        wilson(hits, len(rows)),
+        len(rows),
+        answers,
+    )
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
-    """Mean loss in nats; its model is left in the mode it was in. LorafoldError if it is not finite."""
+    """Mean loss in nats; its model is left in the mode it was in.
+
+    LorafoldError if it is not finite.
+    """
     with _evaluating(loss) as device:
         groups = [[examples[i] for i in group] for group in _batches(examples)]
-        return _mean([(loss(**loss.collate(group, device)).item(), sum(map(loss.count, group))) for group in groups])
+        return _mean(
+            [
+                (loss(**loss.collate(group, device)).item(), sum(map(loss.count, group)))
+                for group in groups
+            ]
+        )
 
 
 def wilson(hits: int, n: int) -> Interval:
@@ -181,7 +225,10 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
 def _mean(sums: Sequence[tuple[float, int]]) -> float:
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     if not math.isfinite(loss):
-        raise LorafoldError(f"held-out loss: found {loss}, expected a finite number: the model or an adapter holds broken weights")
+        raise LorafoldError(
+            f"held-out loss: found {loss}, expected a finite number: the model or an adapter holds"
+            " broken weights"
+        )
     return loss
 
 
@@ -197,7 +244,9 @@ def _batches(examples: Sequence[Any]) -> list[list[int]]:
 
 @contextmanager
 def _evaluating(loss: Loss) -> Iterator[torch.device]:
-    """The device of the loss's model, which is in evaluation mode and without gradients until the block ends."""
+    """The device of the loss's model, which is in evaluation mode and without gradients until the
+    block ends.
+    """
     training = loss.training
     loss.eval()
     try:
@@ -208,17 +257,39 @@ def _evaluating(loss: Loss) -> Iterator[torch.device]:
 
 
 def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_new_tokens: int | None, console: Console | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_new_tokens: int | None,
+    console: Console | None,
 ) -> tuple[Answer, ...]:
-    conversations = [shape.conversation(row).messages for row in rows if (shape := shape_of(row)) and shape.conversation]
+    conversations = [
+        shape.conversation(row).messages
+        for row in rows
+        if (shape := shape_of(row)) and shape.conversation
+    ]
     if not conversations:
         return ()
     pairs = prompts(rows, tokenizer)
-    longest = max(len(tokenizer(reference, add_special_tokens=False).input_ids) for _, reference in pairs)
+    longest = max(
+        len(tokenizer(reference, add_special_tokens=False).input_ids) for _, reference in pairs
+    )
     with _bar(console, "answers") as step:
-        texts = complete(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens or longest + SPARE, progress=step)
-    asked = (messages[max(i for i, m in enumerate(messages) if m["role"] == "assistant") - 1]["content"] for messages in conversations)
-    return tuple(Answer(*parts) for parts in zip(asked, (reference for _, reference in pairs), texts, strict=True))
+        texts = complete(
+            model,
+            tokenizer,
+            [prompt for prompt, _ in pairs],
+            max_new_tokens or longest + SPARE,
+            progress=step,
+        )
+    asked = (
+        messages[max(i for i, m in enumerate(messages) if m["role"] == "assistant") - 1]["content"]
+        for messages in conversations
+    )
+    return tuple(
+        Answer(*parts)
+        for parts in zip(asked, (reference for _, reference in pairs), texts, strict=True)
+    )
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""Answers from a causal language model: `complete` for many prompts (greedy, batched), `stream` for one (token by token).
+"""Answers from a causal language model: `complete` for many prompts (greedy, batched), `stream` for
+one (token by token).
 
-Prompts are text as the chat template rendered it, so no special tokens are added. `complete` runs the longest prompts first, in
-batches of similar length, padded on the left. transformers' own `generate` is called for a few tokens at a time and its cache
-handed on; rows that have finished leave the batch in between, so that a long answer does not keep the short ones computing.
+Prompts are text as the chat template rendered it, so no special tokens are added. `complete` runs
+the longest prompts first, in batches of similar length, padded on the left. transformers' own
+`generate` is called for a few tokens at a time and its cache handed on; rows that have finished
+leave the batch in between, so that a long answer does not keep the short ones computing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +36,10 @@ def complete(
 ) -> list[str]:
     """The greedy answer to each prompt, in the order of the prompts, without special tokens.
 
-    An answer ends before the first end token (the generation config's, the tokenizer's, or the special token with which the chat template
-    closes a turn) or after `max_new_tokens` tokens.
-    `progress(done, total)` is called after each batch. Raises LorafoldError where a prompt has no tokens.
+    An answer ends before the first end token (the generation config's, the tokenizer's, or the
+    special token with which the chat template closes a turn) or after `max_new_tokens` tokens.
+    `progress(done, total)` is called after each batch. Raises LorafoldError where a prompt has no
+    tokens.
     """
     ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
@@ -44,7 +47,9 @@ def complete(
     with _greedy(model, tokenizer, end_tokens(model, tokenizer)):
         for at in range(0, len(order), batch_size or BATCH):
             batch = order[at : at + (batch_size or BATCH)]
-            for i, tokens in zip(batch, _complete_batch(model, [ids[i] for i in batch], max_new_tokens), strict=True):
+            for i, tokens in zip(
+                batch, _complete_batch(model, [ids[i] for i in batch], max_new_tokens), strict=True
+            ):
                 answers[i] = _text(tokenizer, tokens)
             if progress:
                 progress(at + len(batch), len(ids))
@@ -61,8 +66,9 @@ def stream(
 ) -> Iterator[str]:
     """One piece of text per token of the answer; a piece is empty while a character is incomplete.
 
-    Temperature 0 takes the likeliest token, any other samples; the draws depend on `seed` alone and leave torch's global state as it was.
-    Raises LorafoldError for a negative temperature and for a prompt without tokens.
+    Temperature 0 takes the likeliest token, any other samples; the draws depend on `seed` alone and
+    leave torch's global state as it was. Raises LorafoldError for a negative temperature and for a
+    prompt without tokens.
     """
     if temperature < 0:
         raise LorafoldError(f"temperature: found {temperature}, expected 0 or more")
@@ -76,7 +82,9 @@ def stream(
         assert step.logits is not None
         cache, logits_1V = step.cache, step.logits[0].float()
         if temperature:
-            token_11 = torch.multinomial(torch.softmax(logits_1V / temperature, -1), 1, generator=generator)
+            token_11 = torch.multinomial(
+                torch.softmax(logits_1V / temperature, -1), 1, generator=generator
+            )
         else:
             token_11 = logits_1V.argmax(-1, keepdim=True)
         answer.append(int(token_11))
@@ -104,7 +112,9 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """The tokens that end an answer: those that model and tokenizer name, and the special token that closes a turn in the template."""
+    """The tokens that end an answer: those that model and tokenizer name, and the special token
+    that closes a turn in the template.
+    """
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]
     return {end for end in (*ends, tokenizer.eos_token_id, _turn_end(tokenizer)) if end is not None}
@@ -115,7 +125,10 @@ def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
         return None
     word = "answer"
     try:
-        text = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": word}], tokenizer)
+        text = render(
+            [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}],
+            tokenizer,
+        )
     except LorafoldError:  # a template that takes no such conversation tells nothing
         return None
     after = tokenizer(text.rpartition(word)[2], add_special_tokens=False).input_ids[:1]
@@ -124,13 +137,21 @@ def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 @contextmanager
-def _greedy(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stops: set[int]) -> Iterator[None]:
-    """The model in evaluation mode and decoding greedily up to the end tokens, whatever its own generation config asks for."""
+def _greedy(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stops: set[int]
+) -> Iterator[None]:
+    """The model in evaluation mode and decoding greedily up to the end tokens, whatever its own
+    generation config asks for.
+    """
     from transformers import GenerationConfig
 
     own, training = model.generation_config, model.training
-    padding = next((token for token in (tokenizer.pad_token_id, *sorted(stops)) if token is not None), 0)
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=padding)
+    padding = next(
+        (token for token in (tokenizer.pad_token_id, *sorted(stops)) if token is not None), 0
+    )
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=padding
+    )
     model.eval()
     try:
         yield
@@ -139,18 +160,33 @@ def _greedy(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stop
         model.train(training)
 
 
-def _decode(model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: "Cache | None", n: int) -> "GenerateDecoderOnlyOutput":
+def _decode(
+    model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: "Cache | None", n: int
+) -> "GenerateDecoderOnlyOutput":
     """At most n more tokens a row; `cache` holds all of `ids_BT` but the last token."""
-    return model.generate(ids_BT, attention_mask=mask_BT, cache=cache, max_new_tokens=n, return_dict_in_generate=True, output_logits=n == 1)
+    return model.generate(
+        ids_BT,
+        attention_mask=mask_BT,
+        cache=cache,
+        max_new_tokens=n,
+        return_dict_in_generate=True,
+        output_logits=n == 1,
+    )
 
 
-def _complete_batch(model: "PreTrainedModel", prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _complete_batch(
+    model: "PreTrainedModel", prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     """The new tokens of each prompt, up to and without its end token."""
     config = model.generation_config
     stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=model.device)
     width = max(map(len, prompts))
-    ids_BT = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    ids_BT = torch.tensor(
+        [[config.pad_token_id] * (width - len(row)) + row for row in prompts], device=model.device
+    )
+    mask_BT = torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device
+    )
     # a recurrent state can't be cut down to some rows: such models decode in one go
     per_round = max_new_tokens if model._is_stateful else ROUND
     answers: list[list[int]] = [[] for _ in prompts]
@@ -165,7 +201,10 @@ def _complete_batch(model: "PreTrainedModel", prompts: list[list[int]], max_new_
         if not len(keep):
             break
         rows, cache = rows[keep], step.cache
-        ids_BT, mask_BT = step.sequences[keep], torch.cat([mask_BT, torch.ones_like(new_BN)], 1)[keep]
+        ids_BT, mask_BT = (
+            step.sequences[keep],
+            torch.cat([mask_BT, torch.ones_like(new_BN)], 1)[keep],
+        )
         if cache is not None and len(keep) < len(new_BN):
             cache.batch_select_indices(keep)
     return answers

@@ -3,15 +3,18 @@
     "Could you book a table for four at The Copper Lantern on Friday at 8pm"
     -> {"intent":"book","people":4,"place":"The Copper Lantern","day":"Friday","time":"8:00 pm"}
 
-Names, places, errands and messages are copied as they stand; numbers and times are normalised (four -> 4, half past eight in the
-evening -> 8:30 pm). Keys come in a fixed order, without spaces. A small model scores 0% before training, so what it does afterwards it
-has learned from these rows alone.
+Names, places, errands and messages are copied as they stand; numbers and times are normalised (four
+-> 4, half past eight in the evening -> 8:30 pm). Keys come in a fixed order, without spaces. A
+small model scores 0% before training, so what it does afterwards it has learned from these rows
+alone.
 
-Every word list below is cut in two: about every fifth word goes to the test split, the others to the train split. A test value is
-made of held-out words only, so none of its names, places, errands or messages occurs in training, neither whole nor in parts. The lists
-are long on purpose: a model that has seen few words learns the words, one that has seen many learns to copy. Most values begin with a word
-of the pattern ("The", "Aunt", "Lake"): what follows an opening quote is spelled in other tokens than the same word after a space.
-Pure Python, no network, the same rows for the same arguments.
+Every word list below is cut in two: about every fifth word goes to the test split, the others to
+the train split. A test value is made of held-out words only, so none of its names, places, errands
+or messages occurs in training, neither whole nor in parts. The lists are long on purpose: a model
+that has seen few words learns the words, one that has seen many learns to copy. Most values begin
+with a word of the pattern ("The", "Aunt", "Lake"): what follows an opening quote is spelled in
+other tokens than the same word after a space. Pure Python, no network, the same rows for the same
+arguments.
 """
 
 import json
@@ -35,61 +38,70 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 FIRST = _words("""
-    Mara Luigi Nora Tomas Elena Kofi Ingrid Priya Ansel Bianca Omar Greta Hugo Yuki Dalia Felix Amina Ruben Sofia Viktor Leila Marcus
-    Odette Pavel Rosa Stefan Talia Hector Wanda Xavier Zelda Arturo Brigid Cyril Dorothea Emil Farah Gideon Helga Ivan Jasmin Kaspar
-    Lorena Milo Nadia Orson Petra Quentin Renata Simon Tess Ulrich Vera Wesley Yara Zoltan Agnes Boris Carmen Dmitri Alma Bruno Clara
-    Dario Edith Fabian Gloria Henrik Irene Jonas Katya Lionel Miriam Nestor Olga Pablo Rhea Sergio Tamara Victor Wilma Anton Beatrix
-    Conrad Delia Enzo Flora Gustav Hanna Igor Julia Klaus Livia Mateo Noemi Oscar Paula Rafael Selma Tobias Valeria Walter Yvonne Alfred
-    Bertha Cedric Diana
+    Mara Luigi Nora Tomas Elena Kofi Ingrid Priya Ansel Bianca Omar Greta Hugo Yuki Dalia Felix
+    Amina Ruben Sofia Viktor Leila Marcus Odette Pavel Rosa Stefan Talia Hector Wanda Xavier Zelda
+    Arturo Brigid Cyril Dorothea Emil Farah Gideon Helga Ivan Jasmin Kaspar Lorena Milo Nadia Orson
+    Petra Quentin Renata Simon Tess Ulrich Vera Wesley Yara Zoltan Agnes Boris Carmen Dmitri Alma
+    Bruno Clara Dario Edith Fabian Gloria Henrik Irene Jonas Katya Lionel Miriam Nestor Olga Pablo
+    Rhea Sergio Tamara Victor Wilma Anton Beatrix Conrad Delia Enzo Flora Gustav Hanna Igor Julia
+    Klaus Livia Mateo Noemi Oscar Paula Rafael Selma Tobias Valeria Walter Yvonne Alfred Bertha
+    Cedric Diana
 """)
 NAME_START = _words("""
-    Brams Vel Thorn Ald Mar Kess Stone Oak Wil Har Lind Gran Rav Tarn Bel Cald Dun Elm Fair Gold Hazel Iron Kings Lang Mill North Old
-    Pem Rose Salt Ten Ul Wake Yar Ash Black Clay Dray East Fern Glen Holm Ives Jar Kel Lor Mont Nor Os Pres Rad Sand Tor Bran Cor Dor
-    Fal Gar Hol Jor Kor Lam Mer Nel Pal Quin Rom Sel Tal Val Wes Zim Cam Den Ed
+    Brams Vel Thorn Ald Mar Kess Stone Oak Wil Har Lind Gran Rav Tarn Bel Cald Dun Elm Fair Gold
+    Hazel Iron Kings Lang Mill North Old Pem Rose Salt Ten Ul Wake Yar Ash Black Clay Dray East Fern
+    Glen Holm Ives Jar Kel Lor Mont Nor Os Pres Rad Sand Tor Bran Cor Dor Fal Gar Hol Jor Kor Lam
+    Mer Nel Pal Quin Rom Sel Tal Val Wes Zim Cam Den Ed
 """)
 NAME_END = _words("""
-    ford berg wick ton dale stead haven bridge field quist mere gate well worth moor brook cliff ham man sen ova etti ski row land more
-    ley by son
+    ford berg wick ton dale stead haven bridge field quist mere gate well worth moor brook cliff ham
+    man sen ova etti ski row land more ley by son
 """)
 ADJECTIVE = _words("""
-    Copper Golden Quiet Silver Gentle Broken Hidden Wild Winter Bold Electric Frozen Hollow Neon Ancient Burning Early Green Happy
-    Kind Modern Noble Orange Purple Royal Simple Tall Urban Warm Young Blue Bright Deep Empty Famous Grand Iron Little Lost Magic
-    Narrow Open Perfect Quick Rich Round Secret Sharp Silent Smooth Soft Solid Strange Strong Sweet Swift Tiny Yellow Crystal Double
-    Eastern Western Northern Southern Fresh Gray White Black Red Brown Pink Dark Light Cold Hot High Low Long Short Big Small Great
-    Fine Free Full Fair Blind Dry Wet Fast Slow Loud Flat Heavy Holy New Old Rare Real Safe Single Final First Second Third Whole
-    Wide Wise
+    Copper Golden Quiet Silver Gentle Broken Hidden Wild Winter Bold Electric Frozen Hollow Neon
+    Ancient Burning Early Green Happy Kind Modern Noble Orange Purple Royal Simple Tall Urban Warm
+    Young Blue Bright Deep Empty Famous Grand Iron Little Lost Magic Narrow Open Perfect Quick Rich
+    Round Secret Sharp Silent Smooth Soft Solid Strange Strong Sweet Swift Tiny Yellow Crystal
+    Double Eastern Western Northern Southern Fresh Gray White Black Red Brown Pink Dark Light Cold
+    Hot High Low Long Short Big Small Great Fine Free Full Fair Blind Dry Wet Fast Slow Loud Flat
+    Heavy Holy New Old Rare Real Safe Single Final First Second Third Whole Wide Wise
 """)
 NOUN = _words("""
-    Fig Goose Pear Harbor Fox Olive Tiger Garden Raven Table Willow Dragon Falcon Grove Horizon Island Lemon Mirror Pepper River
-    Bridge Desert Eagle Ghost Hammer Iris Jewel Key Ocean Planet Rocket Shadow Temple Valley Window Arrow Button Castle Drum Engine
-    Apple Ball Bear Bell Bird Boat Book Bowl Box Cat Chair Clock Cloud Crow Deer Dog Duck Fire Fish Flag Flower Forest Frog Gate
-    Grass Hat Horse House Lake Lamp Leaf Lion Moon Mountain Mouse Owl Paper Park Pen Pig Pond Pot Rabbit Rain Ring Road Rock Rose
-    Ship Sky Snake Snow Star Stone Storm Street Sun Swan Tower Train Tree Wall Wheel Wind Wolf Angel Beach Branch Brick Cave Circle
-    Coin Crown Diamond Door Dream Drop Eye Farm Field Fountain Glass Heart Hill Honey Hour King Letter Light Maple Market Monkey
-    Night Nut Oak Palace Path Pearl Queen Salt Sand Seed Shell Spring Square Stage Stream Town Turtle Wave Wing Winter Wood
+    Fig Goose Pear Harbor Fox Olive Tiger Garden Raven Table Willow Dragon Falcon Grove Horizon
+    Island Lemon Mirror Pepper River Bridge Desert Eagle Ghost Hammer Iris Jewel Key Ocean Planet
+    Rocket Shadow Temple Valley Window Arrow Button Castle Drum Engine Apple Ball Bear Bell Bird
+    Boat Book Bowl Box Cat Chair Clock Cloud Crow Deer Dog Duck Fire Fish Flag Flower Forest Frog
+    Gate Grass Hat Horse House Lake Lamp Leaf Lion Moon Mountain Mouse Owl Paper Park Pen Pig Pond
+    Pot Rabbit Rain Ring Road Rock Rose Ship Sky Snake Snow Star Stone Storm Street Sun Swan Tower
+    Train Tree Wall Wheel Wind Wolf Angel Beach Branch Brick Cave Circle Coin Crown Diamond Door
+    Dream Drop Eye Farm Field Fountain Glass Heart Hill Honey Hour King Letter Light Maple Market
+    Monkey Night Nut Oak Palace Path Pearl Queen Salt Sand Seed Shell Spring Square Stage Stream
+    Town Turtle Wave Wing Winter Wood
 """)
 CHORE = _words("""
-    water fix clean return collect wash pack repair sell check feed move order print lock sort charge replace measure label renew
-    buy close empty fold hang lift open mail rent scan store test wrap pick book brush cancel change choose compare connect copy
-    count cover cut download dry dust find finish give heat hide install iron knit list load mix mount name oil park pin plug press
+    water fix clean return collect wash pack repair sell check feed move order print lock sort
+    charge replace measure label renew buy close empty fold hang lift open mail rent scan store test
+    wrap pick book brush cancel change choose compare connect copy count cover cut download dry dust
+    find finish give heat hide install iron knit list load mix mount name oil park pin plug press
     remove reset save send set ship show shut sign switch tie trim update wax weed
 """)
 THING = _words("""
-    plants bike parcel keys tickets boiler kitchen laptop curtains car lamp printer tent library books fence camera heater piano
-    garage passport dishes rug boxes projector ladder mattress cat dog door roof phone table chairs bottles letters engine guitar
-    mirror oven jacket shoes window garden shelf ring clock house computer bed bag desk fish gate glass horse machine map mouse net
-    office paper pipe plate pot pump radio ship shop sign sink tree truck tub wall watch wheel wood box bell bench boat bowl bus
-    cake chain coat cup fire fruit ground key knife milk moon
+    plants bike parcel keys tickets boiler kitchen laptop curtains car lamp printer tent library
+    books fence camera heater piano garage passport dishes rug boxes projector ladder mattress cat
+    dog door roof phone table chairs bottles letters engine guitar mirror oven jacket shoes window
+    garden shelf ring clock house computer bed bag desk fish gate glass horse machine map mouse net
+    office paper pipe plate pot pump radio ship shop sign sink tree truck tub wall watch wheel wood
+    box bell bench boat bowl bus cake chain coat cup fire fruit ground key knife milk moon
 """)
 STATE = _words("""
-    ready late broken here gone clean expensive missing lovely open closed heavy fine wet sold stuck noisy empty warm safe tidy
-    cheap loose perfect dirty cold dry full hidden locked new ugly strong soft sharp short long quiet quick rich green blue fresh
-    dead flat fast smart
+    ready late broken here gone clean expensive missing lovely open closed heavy fine wet sold stuck
+    noisy empty warm safe tidy cheap loose perfect dirty cold dry full hidden locked new ugly strong
+    soft sharp short long quiet quick rich green blue fresh dead flat fast smart
 """)
 SIZE = _words("""
-    old new small big spare red blue green second shiny heavy long white black round tiny huge fancy broken wooden purple yellow
-    orange silver smart cheap square pretty dusty dark light clean dirty strange plain empty soft strong thick thin low high fine
-    free fresh flat full fast slow
+    old new small big spare red blue green second shiny heavy long white black round tiny huge fancy
+    broken wooden purple yellow orange silver smart cheap square pretty dusty dark light clean dirty
+    strange plain empty soft strong thick thin low high fine free fresh flat full fast slow
 """)
 
 NUMBERS = _words("one two three four five six seven eight nine")
@@ -97,12 +109,18 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The words of a list that belong to a split: about every fifth to test; a word of several lists is on the same side in all."""
-    return tuple(word for word in words if (zlib.crc32(word.lower().encode()) % 5 == 0) == (split == "test"))
+    """The words of a list that belong to a split: about every fifth to test; a word of several
+    lists is on the same side in all.
+    """
+    return tuple(
+        word for word in words if (zlib.crc32(word.lower().encode()) % 5 == 0) == (split == "test")
+    )
 
 
 def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
-    """A slot copied verbatim: one of the patterns, its `%s` filled from the split's part of each word list."""
+    """A slot copied verbatim: one of the patterns, its `%s` filled from the split's part of each
+    word list.
+    """
 
     def draw(rng: random.Random, split: Split) -> tuple[str, str]:
         pattern, lists = rng.choice(patterns)
@@ -117,7 +135,9 @@ def number(low: int, high: int) -> Slot:
 
     def draw(rng: random.Random, split: Split) -> tuple[str, int]:
         value = rng.randint(low, high)
-        return (NUMBERS[value - 1] if value <= len(NUMBERS) and rng.random() < 0.6 else str(value)), value
+        return (
+            NUMBERS[value - 1] if value <= len(NUMBERS) and rng.random() < 0.6 else str(value)
+        ), value
 
     return draw
 
@@ -129,10 +149,18 @@ def day(rng: random.Random, split: Split) -> tuple[str, str]:
 
 
 def clock(rng: random.Random, split: Split) -> tuple[str, str]:
-    """A time as "8pm", "8:30pm", "eight in the evening" or "half past eight in the evening" -> "8:00 pm", "8:30 pm"."""
-    hour, minutes, half = rng.choice((6, 7, 8, 9)), *rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm")))
+    """A time as "8pm", "8:30pm", "eight in the evening" or "half past eight in the evening" ->
+    "8:00 pm", "8:30 pm".
+    """
+    hour, minutes, half = (
+        rng.choice((6, 7, 8, 9)),
+        *rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm"))),
+    )
     if rng.random() < 0.3:
-        spoken = f"{'half past ' if minutes == '30' else ''}{NUMBERS[hour - 1]} in the {'morning' if half == 'am' else 'evening'}"
+        spoken = (
+            f"{'half past ' if minutes == '30' else ''}{NUMBERS[hour - 1]} in the"
+            f" {'morning' if half == 'am' else 'evening'}"
+        )
     else:
         spoken = f"{hour}{':30' if minutes == '30' else ''}{half}"
     return spoken, f"{hour}:{minutes} {half}"
@@ -140,11 +168,19 @@ def clock(rng: random.Random, split: Split) -> tuple[str, str]:
 
 LAST = (NAME_START, NAME_END)
 PERSON = composed(
-    *((f"{title} %s", (FIRST,)) for title in ("Aunt", "Uncle", "Coach")), *((f"{title} %s%s", LAST) for title in ("Mr", "Ms", "Dr"))
+    *((f"{title} %s", (FIRST,)) for title in ("Aunt", "Uncle", "Coach")),
+    *((f"{title} %s%s", LAST) for title in ("Mr", "Ms", "Dr")),
 )
-PLACE = composed(("The %s %s", (ADJECTIVE, NOUN)), ("The %s %s", (ADJECTIVE, NOUN)), ("Cafe %s", (FIRST,)), ("Chez %s", (FIRST,)))
+PLACE = composed(
+    ("The %s %s", (ADJECTIVE, NOUN)),
+    ("The %s %s", (ADJECTIVE, NOUN)),
+    ("Cafe %s", (FIRST,)),
+    ("Chez %s", (FIRST,)),
+)
 CITY = composed(*((f"{kind} %s%s", LAST) for kind in ("Port", "Lake", "New", "Mount", "Fort")))
-TITLE = composed(("My %s %s", (ADJECTIVE, NOUN)), ("Your %s %s", (ADJECTIVE, NOUN)), ("No %s", (NOUN,)))
+TITLE = composed(
+    ("My %s %s", (ADJECTIVE, NOUN)), ("Your %s %s", (ADJECTIVE, NOUN)), ("No %s", (NOUN,))
+)
 BAND = composed(("The %s %s Band", (ADJECTIVE, NOUN)), ("DJ %s", (FIRST,)))
 TASK = composed(("%s the %s", (CHORE, THING)), ("%s the %s %s", (CHORE, SIZE, THING)))
 NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (CHORE, THING)))
@@ -152,7 +188,9 @@ NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (
 
 @dataclass(frozen=True)
 class Intent:
-    """Slots in the order of the JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` the slot as spoken."""
+    """Slots in the order of the JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` the slot as
+    spoken.
+    """
 
     slots: Mapping[str, Slot]
     requests: tuple[str, ...]  # imperatives, which take an opening
@@ -200,17 +238,25 @@ INTENTS = {
             "(check|tell me|show me|get) the (weather|forecast) (for|in) <city> <day>",
             "(check|tell me) (if|whether) it will (rain|snow) in <city> <day>",
         ),
-        ("(what's|how's|what is) the weather (like |)in <city> <day>", "will it (rain|snow|be warm|be sunny) in <city> <day>"),
+        (
+            "(what's|how's|what is) the weather (like |)in <city> <day>",
+            "will it (rain|snow|be warm|be sunny) in <city> <day>",
+        ),
     ),
     "pay": Intent(
         {"to": PERSON, "amount": number(2, 99)},
-        ("(pay|send|give|transfer) <to> <amount> euros", "(send|transfer|pay) <amount> euros to <to>"),
+        (
+            "(pay|send|give|transfer) <to> <amount> euros",
+            "(send|transfer|pay) <amount> euros to <to>",
+        ),
     ),
 }
 
 
 def rows(split: Split, n: int, seed: int) -> list[Row]:
-    """n different rows {"prompt": [system, user], "completion": [assistant]}, as many of each intent; the same for the same arguments."""
+    """n different rows {"prompt": [system, user], "completion": [assistant]}, as many of each
+    intent; the same for the same arguments.
+    """
     rng = random.Random(f"{split} {seed}")
     drawn: dict[str, Row] = {}
     names = list(INTENTS)
@@ -233,7 +279,10 @@ def _draw(name: str, rng: random.Random, split: Split) -> tuple[str, str]:
     for key, slot in intent.slots.items():
         words, value = slot(rng, split)
         spoken[key], record[key] = words, value
-    phrasing = rng.choice([OPENINGS + request for request in intent.requests] + list(intent.sentences)) + CLOSINGS
+    phrasing = (
+        rng.choice([OPENINGS + request for request in intent.requests] + list(intent.sentences))
+        + CLOSINGS
+    )
     phrasing = re.sub(r"\(([^()]*)\)", lambda choice: rng.choice(choice[1].split("|")), phrasing)
     request = re.sub(r"<(\w+)>", lambda key: spoken[key[1]], phrasing)
     if rng.random() < 0.5:

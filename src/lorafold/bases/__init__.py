@@ -1,4 +1,6 @@
-"""How modules store their matrix: one explicit table from the class that defines a module's forward to its layer."""
+"""How modules store their matrix: one explicit table from the class that defines a module's forward
+to its layer.
+"""
 
 from collections.abc import Callable
 from math import prod

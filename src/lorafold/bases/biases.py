@@ -1,7 +1,7 @@
 """Biases that layers gain, and where a plain model could hold them.
 
-Architectures switch their biases on in the config (Llama: attention_bias, mlp_bias), for several linears at a time. Those that come along
-with a bias that was wanted hold zeros.
+Architectures switch their biases on in the config (Llama: attention_bias, mlp_bias), for several
+linears at a time. Those that come along with a bias that was wanted hold zeros.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from torch import nn
 
 from lorafold.errors import NotMergeable
 
-Switches = dict[str, dict[str, torch.Size]]  # switch of the config -> path of each module that it gives a bias -> its shape
+# switch of the config -> path of each module that it gives a bias -> its shape
+Switches = dict[str, dict[str, torch.Size]]
 
 
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
-    """The config's switches that give the modules at `paths` a bias, each with all modules that it gives one.
+    """The config's switches that give the modules at `paths` a bias, each with all modules that it
+    gives one.
 
-    A model without a config of transformers' has no switches and needs none. NotMergeable where no switch gives a module its bias.
+    A model without a config of transformers' has no switches and needs none. NotMergeable where no
+    switch gives a module its bias.
     """
     config: Any = getattr(model, "config", None)
     if not paths or not hasattr(type(model), "_from_config"):
@@ -34,7 +37,10 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
             left -= gained.keys()
     if left:
         some = ", ".join(sorted(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        raise NotMergeable(f"{some}: the adapter adds a bias, and a plain {type(model).__name__} has none there, whatever its config says")
+        raise NotMergeable(
+            f"{some}: the adapter adds a bias, and a plain {type(model).__name__} has none there,"
+            " whatever its config says"
+        )
     return found
 
 
@@ -43,8 +49,14 @@ def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
     setattr(config.get_text_config(), switch, True)
     with torch.device("meta"):
         switched = type(model)._from_config(config)
-    biases = {path: m._parameters["bias"].shape for path, m in switched.named_modules() if has_bias(m)}
-    return {path: biases[path] for path, m in model.named_modules() if path in biases and not has_bias(m)}
+    biases = {
+        path: m._parameters["bias"].shape for path, m in switched.named_modules() if has_bias(m)
+    }
+    return {
+        path: biases[path]
+        for path, m in model.named_modules()
+        if path in biases and not has_bias(m)
+    }
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -53,9 +65,13 @@ def has_bias(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def switch_on(model: Any, switches: Switches) -> None:
-    """What `gained_with` found: a bias of zeros for every module, and the switches on in the model's config."""
+    """What `gained_with` found: a bias of zeros for every module, and the switches on in the
+    model's config.
+    """
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
             module = model.get_submodule(path)
-            module.bias = nn.Parameter(module.weight.new_zeros(shape), requires_grad=module.weight.requires_grad)
+            module.bias = nn.Parameter(
+                module.weight.new_zeros(shape), requires_grad=module.weight.requires_grad
+            )

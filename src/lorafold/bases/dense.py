@@ -2,7 +2,8 @@
 
     Linear      weight (out, in)
     Conv1D      weight (in, out): GPT-2's linear
-    Embedding   weight (in, out) with a vocabulary of `in` rows; its input is row numbers, its product a look-up
+    Embedding   weight (in, out) with a vocabulary of `in` rows; its input is row numbers, its
+                product a look-up
     Plain       anything else: it can be run; weight and bias, if it has them, are elementwise
 """
 
@@ -24,7 +25,9 @@ from lorafold.ops.lora import low_rank_linear
 
 
 def store(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Round `value` to the parameter's dtype and write it in place; a parameter that is missing or shorter is put there anew."""
+    """Round `value` to the parameter's dtype and write it in place; a parameter that is missing or
+    shorter is put there anew.
+    """
     old: Tensor | None = getattr(module, name, None)
     if value is None:
         return
@@ -33,7 +36,11 @@ def store(module: nn.Module, name: str, value: Tensor | None) -> None:
             old.copy_(value)
         return
     like: Tensor = module.weight if old is None else old  # type: ignore[assignment]
-    setattr(module, name, nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad))
+    setattr(
+        module,
+        name,
+        nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad),
+    )
 
 
 class Matrix(Base):
@@ -70,7 +77,11 @@ class Matrix(Base):
         if onto is None and self.as_is(x):
             return self.run(x)
         flat = x.reshape(-1, x.shape[-1])
-        start = self.bias if onto is None else onto.expand(*x.shape[:-1], self.shape[0]).reshape(-1, self.shape[0])
+        start = (
+            self.bias
+            if onto is None
+            else onto.expand(*x.shape[:-1], self.shape[0]).reshape(-1, self.shape[0])
+        )
         if self.frozen and not torch.compiler.is_compiling():
             y = frozen_linear(flat, start, self.read)
         else:
@@ -87,7 +98,9 @@ class Matrix(Base):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.weight(), self.bias
 
-    def low_rank(self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None) -> Tensor:
+    def low_rank(
+        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
+    ) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
@@ -116,8 +129,11 @@ class Conv1D(Matrix):
 
 class Embedding(Base):
     def _scaled(self, y: Tensor) -> Tensor:
-        scale = getattr(self.module, "embed_scale", None)  # Gemma's and BART's embeddings scale what they look up
-        return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+        # Gemma's and BART's embeddings scale what they look up
+        scale = getattr(self.module, "embed_scale", None)
+        return (
+            y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

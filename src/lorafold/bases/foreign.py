@@ -1,11 +1,14 @@
 """Modules whose matrix bitsandbytes packs into 4 or 8 bits.
 
-    Linear4bit      NF4 or FP4 codes, a constant for every 64 of them, itself in 8 bits: 4.13 bits a weight   (ops.nf4 is the specification)
+    Linear4bit      NF4 or FP4 codes, a constant for every 64 of them, itself in 8 bits: 4.13 bits a
+                    weight   (ops.nf4 is the specification)
     Linear8bit      int8 with one scale a row (LLM.int8)
 
-W is the matrix that unpacking gives, in the dtype it was packed from; it is unpacked once a use and never kept. bitsandbytes' own forwards
-are not used under a delta: the one for int8 rounds activations to 8 bits too, and the one for 4 bits repacks the weights on some CPUs,
-with coarser constants, as soon as it runs without gradients. Packed weights can't hold a change; `unpack` makes the module a plain linear.
+W is the matrix that unpacking gives, in the dtype it was packed from; it is unpacked once a use and
+never kept. bitsandbytes' own forwards are not used under a delta: the one for int8 rounds
+activations to 8 bits too, and the one for 4 bits repacks the weights on some CPUs, with coarser
+constants, as soon as it runs without gradients. Packed weights can't hold a change; `unpack` makes
+the module a plain linear.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from lorafold.errors import LorafoldError, NotMergeable
 
 
 def bitsandbytes() -> ModuleType:
-    """The package, without what it says on import about kernels that could be downloaded; its errors are heard. ImportError without it."""
+    """The package, without what it says on import about kernels that could be downloaded; its
+    errors are heard. ImportError without it.
+    """
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -62,7 +67,9 @@ class Packed(Matrix):
 
     def original(self) -> Tensor:
         if self.stored is None:
-            raise LorafoldError("its weight is packed, and the one that it was packed from is not at hand")
+            raise LorafoldError(
+                "its weight is packed, and the one that it was packed from is not at hand"
+            )
         w = self.stored()
         return w.t() if getattr(self.module, "source_cls", nn.Linear).__name__ == "Conv1D" else w
 
@@ -74,14 +81,19 @@ class Packed(Matrix):
         return False
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        raise NotMergeable(f"{type(self.module).__name__} holds packed numbers that a change would be rounded away in; unpack it first")
+        raise NotMergeable(
+            f"{type(self.module).__name__} holds packed numbers that a change would be rounded away"
+            " in; unpack it first"
+        )
 
     def unpack(self) -> None:
         module, weight = self.module, self.weight()
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         for kept in ("quant_state", "state"):
             module.__dict__.pop(kept, None)
-        module.__class__ = adapted_class(nn.Linear, Linear) if isinstance(module, Adapted) else nn.Linear
+        module.__class__ = (
+            adapted_class(nn.Linear, Linear) if isinstance(module, Adapted) else nn.Linear
+        )
 
 
 class Linear4bit(Packed):
@@ -92,7 +104,9 @@ class Linear4bit(Packed):
 
     @property
     def _state(self) -> Any:
-        """Of the codes in their plain order: in the one that the module takes for answers on a CPU it computes no gradients."""
+        """Of the codes in their plain order: in the one that the module takes for answers on a CPU
+        it computes no gradients.
+        """
         weight: Any = self.module.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
@@ -110,11 +124,19 @@ class Linear4bit(Packed):
         constants = state.absmax
         if state.nested:
             of = state.state2
-            constants = ops.dequantize_blockwise.default(constants, of.absmax, of.code, of.blocksize, of.dtype) + state.offset
-        # as one row where rows end inside a block: the CPU's AVX512 kernel would take the wrong constants there
+            constants = (
+                ops.dequantize_blockwise.default(
+                    constants, of.absmax, of.code, of.blocksize, of.dtype
+                )
+                + state.offset
+            )
+        # as one row where rows end inside a block: the CPU's AVX512 kernel would take the wrong
+        # constants there
         rows = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
         codes = self.module.weight.data
-        unpacked: Tensor = ops.dequantize_4bit.default(codes, constants, state.blocksize, state.quant_type, rows, state.dtype)
+        unpacked: Tensor = ops.dequantize_4bit.default(
+            codes, constants, state.blocksize, state.quant_type, rows, state.dtype
+        )
         return unpacked.view(self.shape)
 
 
@@ -129,13 +151,16 @@ class Linear8bit(Packed):
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
     module: Any = _empty("LinearNF4", w)
-    module.support_avx512bf16_for_cpu = False  # codes in the order of that CPU's kernel give no gradients, and answers no sooner
+    # codes in the order of that CPU's kernel give no gradients, and answers no sooner
+    module.support_avx512bf16_for_cpu = False
     if not valueless(w):
         return _packed(module, w)
     functional = bitsandbytes().functional
     with unset_fake_temporarily():
         functional.quantize_blockwise(torch.zeros(1))  # makes its table, for which it needs values
-    codes, state = functional.quantize_4bit(w.bfloat16(), quant_type="nf4", compress_statistics=True)
+    codes, state = functional.quantize_4bit(
+        w.bfloat16(), quant_type="nf4", compress_statistics=True
+    )
     return _with(module, codes, quant_state=state)
 
 
@@ -149,7 +174,9 @@ def int8(w: Tensor) -> nn.Module:  # (out, in)
 
 def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:
     with unset_fake_temporarily():
-        return getattr(bitsandbytes().nn, cls)(w.shape[1], w.shape[0], bias=False, device="meta", **options)
+        return getattr(bitsandbytes().nn, cls)(
+            w.shape[1], w.shape[0], bias=False, device="meta", **options
+        )
 
 
 def _packed(module: nn.Module, w: Tensor) -> nn.Module:
@@ -166,15 +193,21 @@ def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
     return module
 
 
-PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}  # a linear without bias that holds W, from bf16
+# a linear without bias that holds W, from bf16
+PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}
 
 
 def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
-    """Say in a transformers model what is packed no longer: these modules, or nothing at all once no packed module is left."""
+    """Say in a transformers model what is packed no longer: these modules, or nothing at all once
+    no packed module is left.
+    """
     quantizer, config = getattr(model, "hf_quantizer", None), getattr(model, "config", None)
     if quantizer is None:
         return
-    if any(isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8) for m in model.modules()):
+    if any(
+        isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8)
+        for m in model.modules()
+    ):
         skipped = config.quantization_config.llm_int8_skip_modules or []  # type: ignore[union-attr]
         config.quantization_config.llm_int8_skip_modules = [*skipped, *paths]  # type: ignore[union-attr]
     else:
@@ -184,7 +217,14 @@ def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a packed module compute in that dtype, and never repack itself. Nothing to do for any other."""
+    """Let a packed module compute in that dtype, and never repack itself.
+
+    Nothing to do for any other.
+    """
     if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         settings: Any = module
-        settings.compute_dtype, settings.compute_type_is_set, settings.support_avx512bf16_for_cpu = dtype, True, False
+        (
+            settings.compute_dtype,
+            settings.compute_type_is_set,
+            settings.support_avx512bf16_for_cpu,
+        ) = (dtype, True, False)

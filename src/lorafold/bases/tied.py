@@ -1,4 +1,6 @@
-"""Weights that two modules share (input embedding and head): found, and given a copy of their own where one side changes."""
+"""Weights that two modules share (input embedding and head): found, and given a copy of their own
+where one side changes.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,17 @@ from torch import nn
 def sharers(model: nn.Module, module: nn.Module) -> list[str]:
     """Paths of the other modules that hold this module's very `weight`."""
     weight = module._parameters.get("weight")
-    return [path for path, m in model.named_modules() if m is not module and weight is not None and m._parameters.get("weight") is weight]
+    return [
+        path
+        for path, m in model.named_modules()
+        if m is not module and weight is not None and m._parameters.get("weight") is weight
+    ]
 
 
 def untie(model: nn.Module, module: nn.Module) -> None:
-    """Give the module its own copy of a shared weight, and say in the model's config that embedding and head are tied no longer."""
+    """Give the module its own copy of a shared weight, and say in the model's config that embedding
+    and head are tied no longer.
+    """
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     config = getattr(model, "config", None)

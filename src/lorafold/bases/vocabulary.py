@@ -1,4 +1,6 @@
-"""The vocabulary of a model whose embedding and head have gained rows: what a plain model says of it, and that it has one only."""
+"""The vocabulary of a model whose embedding and head have gained rows: what a plain model says of
+it, and that it has one only.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ from lorafold.errors import NotMergeable
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
-    """The vocabulary of the model once the modules at these paths have that many rows; None where it stays what it is.
+    """The vocabulary of the model once the modules at these paths have that many rows; None where
+    it stays what it is.
 
-    A model that does not say where its embeddings are has none to tell. NotMergeable if embedding and head would differ.
+    A model that does not say where its embeddings are has none to tell. NotMergeable if embedding
+    and head would differ.
     """
     before = {path: len(model.get_submodule(path).weight) for path in vocabulary_ends(model)}
     after = {path: rows.get(path, n) for path, n in before.items()}
@@ -20,7 +24,10 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
         return None
     if len(set(after.values())) > 1:
         sizes = ", ".join(f"{path} has {n} rows" for path, n in after.items())
-        raise NotMergeable(f"embedding and head of a plain model have one vocabulary: {sizes}; train the new tokens' rows in both")
+        raise NotMergeable(
+            f"embedding and head of a plain model have one vocabulary: {sizes}; train the new"
+            " tokens' rows in both"
+        )
     return max(after.values())
 
 

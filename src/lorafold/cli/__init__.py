@@ -1,6 +1,7 @@
 """The `lorafold` command: a table of commands, each in its own module, imported when it is called.
 
-What the user can put right is one line on stderr and exit code 2; Ctrl-C is 130; anything else is a defect and shows its traceback.
+What the user can put right is one line on stderr and exit code 2; Ctrl-C is 130; anything else is a
+defect and shows its traceback.
 """
 
 import importlib
@@ -23,7 +24,9 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
     "compose": "One adapter from many, with the interference between their tasks measured.",
-    "inspect": "What an adapter learnt: its true rank, its place in the base, what it reads and writes.",
+    "inspect": (
+        "What an adapter learnt: its true rank, its place in the base, what it reads and writes."
+    ),
     "resize": "The best adapter of another rank.",
     "extract": "An adapter out of a fully fine-tuned model and its base.",
     "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
@@ -33,11 +36,15 @@ TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 
 
 class Commands(TyperGroup):
-    """Lists the table in --help, and imports a command's module only when that command is called."""
+    """Lists the table in --help, and imports a command's module only when that command is
+    called.
+    """
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands.update({name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()})
+        self.commands.update(
+            {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
+        )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
@@ -51,11 +58,16 @@ def _load(name: str) -> Any:
     return typer.main.get_command(one)
 
 
-app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 @app.callback(invoke_without_command=True)
-def root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
     """Low-rank adapters of transformer models: train, measure, fold.
 
     `lorafold COMMAND --help` tells more about a command.

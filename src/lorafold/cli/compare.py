@@ -5,28 +5,57 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import DeviceOption, JsonOption, ModelOption, emit, messages, rows_or_quickstart
+from lorafold.cli.common import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    emit,
+    messages,
+    rows_or_quickstart,
+)
 from lorafold.train.recipe import load_recipe
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Where rows are kept as they finish; the same command goes on from them.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Where rows are kept as they finish; the same command goes on from them."
+        ),
+    ],
     model: ModelOption = "smollm2",
-    data: Annotated[str | None, typer.Option(help="Training examples; without it the quickstart's task.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Held-out examples; without it a tenth of the data.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated, as in lora,dora; by default all for the objective.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training examples; without it the quickstart's task.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out examples; without it a tenth of the data.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated, as in lora,dora; by default all for the objective."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each method.")] = 1,
-    config: Annotated[Path | None, typer.Option(help="A recipe in YAML for all; without rates in it each method has its own.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="One recipe field for all methods, as in --set steps=40.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page with plots.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A recipe in YAML for all; without rates in it each method has its own."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One recipe field for all methods, as in --set steps=40."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a self-contained page with plots.")
+    ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train every method on the same data with the same budget, and measure what the choice between them turns on.
+    """Train every method on the same data with the same budget, and measure what the choice between
+    them turns on.
 
-    Trainable parameters, adapter bytes, tokens/s, peak memory, held-out loss and exact match, forgetting outside the task, latency over
-    the base's attached and merged, whether it merges (proved by folding), whether it adds modules. Texts with labels are compared with
-    --set objective=classify.
+    Trainable parameters, adapter bytes, tokens/s, peak memory, held-out loss and exact match,
+    forgetting outside the task, latency over the base's attached and merged, whether it merges
+    (proved by folding), whether it adds modules. Texts with labels are compared with --set
+    objective=classify.
     """
     from dataclasses import asdict
 
@@ -39,8 +68,17 @@ def command(
     rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)
     task, console = Task(model, rows, held_out, source, recipe, device), messages()
     names = methods.split(",") if methods else CLASSIFY if recipe.objective == "classify" else SFT
-    found = compare(task, list(names), range(seeds), out, lambda row, done, total: console.print(
-        f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of training", highlight=False))  # fmt: skip
+    found = compare(
+        task,
+        list(names),
+        range(seeds),
+        out,
+        lambda row, done, total: console.print(
+            f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of"
+            " training",
+            highlight=False,
+        ),
+    )
     (out / "table.md").write_text(markdown(found), encoding="utf-8")
     if html:
         page(found, f"Methods on {model}, {source}", html)

@@ -20,12 +20,27 @@ from lorafold.cli.loaded import AllowOtherBaseOption, load_adapted
 
 
 def command(
-    prompt: Annotated[str, typer.Option(help="What to ask; it goes through the model's chat template as the user's message.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What to ask; it goes through the model's chat template as the user's message."
+        ),
+    ],
     model: ModelOption = "smollm2",
     adapter: AdapterOption = None,
-    system: Annotated[str | None, typer.Option(help="A system message before the prompt; the chat template's own without it.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer ends after this many tokens at the latest.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time; higher is more varied.")] = 0.0,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="A system message before the prompt; the chat template's own without it."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The answer ends after this many tokens at the latest.")
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, help="0 takes the likeliest token each time; higher is more varied."),
+    ] = 0.0,
     seed: SeedOption = 0,
     base: BaseOption = "auto",
     device: DeviceOption = None,
@@ -41,7 +56,9 @@ def command(
     from lorafold.train.render import render
 
     console = messages()
-    adapted, tokenizer = load_adapted(model, adapter or (), base, device, revision, trust_remote_code, allow_other_base, console)
+    adapted, tokenizer = load_adapted(
+        model, adapter or (), base, device, revision, trust_remote_code, allow_other_base, console
+    )
     asked = [{"role": "system", "content": system}] if system is not None else []
     text = render([*asked, {"role": "user", "content": prompt}], tokenizer, for_generation=True)
     pieces: list[str] = []
@@ -51,5 +68,6 @@ def command(
         if not json:
             typer.echo(piece, nl=False)
     speed = len(pieces) / (time.perf_counter() - start)
-    emit(json, {"text": "".join(pieces), "tokens_per_second": speed}, "")  # without --json the text is there already, and this its line end
+    # without --json the text is there already, and this its line end
+    emit(json, {"text": "".join(pieces), "tokens_per_second": speed}, "")
     console.print(f"{len(pieces)} tokens, {speed:.1f} tokens/s", highlight=False)

@@ -1,4 +1,6 @@
-"""The model that `eval` and `generate` ask about: a base with any number of saved adapters on it."""
+"""The model that `eval` and `generate` ask about: a base with any number of saved adapters on
+it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AllowOtherBaseOption = Annotated[
-    bool, typer.Option("--allow-other-base", help="Take an adapter although its fingerprint says that it was trained on another base.")
+    bool,
+    typer.Option(
+        "--allow-other-base",
+        help="Take an adapter although its fingerprint says that it was trained on another base.",
+    ),
 ]
 
 
@@ -26,10 +32,11 @@ def load_adapted(
     console: "Console",
     classify: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The base with the adapters stacked in the order given, and its tokenizer or that of the last adapter with one, ready to use.
+    """The base with the adapters stacked in the order given, and its tokenizer or that of the last
+    adapter with one, ready to use.
 
-    `classify` asks for a sequence classifier instead of a language model. LorafoldError as the loaders do, and where the adapters
-    are for the other one.
+    `classify` asks for a sequence classifier instead of a language model. LorafoldError as the
+    loaders do, and where the adapters are for the other one.
     """
     from lorafold.adapter import load
     from lorafold.errors import LorafoldError
@@ -44,7 +51,10 @@ def load_adapted(
     if (classes is not None) != classify:
         found = f"a classifier of {', '.join(classes)}" if classes else "no classifier"
         wanted = "a classifier" if classify else "a language model"
-        raise LorafoldError(f"{', '.join(map(str, adapters)) or model}: found {found}, expected {wanted} for this data or command")
+        raise LorafoldError(
+            f"{', '.join(map(str, adapters)) or model}: found {found}, expected {wanted} for this"
+            " data or command"
+        )
     objective: Objective = Sft() if classes is None else Classify(classes)
     if notice := objective.set_up(tokenizer):
         console.print(notice, highlight=False, markup=False)
@@ -53,5 +63,11 @@ def load_adapted(
     console.print(f"{model} on {where}, {storage.why}", highlight=False, markup=False)
     loaded = objective.load(source, tokenizer, storage, where, 0, trust_remote_code)
     for number, path in enumerate(adapters, 1):
-        load(loaded, path, name=f"adapter{number}", allow_other_base=allow_other_base, base=weights_of(source, storage))
+        load(
+            loaded,
+            path,
+            name=f"adapter{number}",
+            allow_other_base=allow_other_base,
+            base=weights_of(source, storage),
+        )
     return loaded, tokenizer

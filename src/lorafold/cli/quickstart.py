@@ -9,20 +9,30 @@ from lorafold.cli.common import DeviceOption, JsonOption, OverwriteOption, emit,
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Where data, adapter and merged model go.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(help="Where data, adapter and merged model go.")] = Path(
+        "quickstart"
+    ),
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """See it work: a real 135M-parameter model learns a task that it can't do, in minutes on a laptop, without network.
+    """See it work: a real 135M-parameter model learns a task that it can't do, in minutes on a
+    laptop, without network.
 
-    Free text such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON: before and after on unseen examples,
-    the adapter in PEFT's format, and a merged plain model.
+    Free text such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON:
+    before and after on unseen examples, the adapter in PEFT's format, and a merged plain model.
     """
     from dataclasses import asdict
 
     from lorafold.quickstart import quickstart
 
     story = quickstart(out, messages(), overwrite=overwrite, device=device)
-    found = f"exact match on unseen examples: {story.exact_match_before:.1%} before, {story.exact_match_after:.1%} after"
-    emit(json, asdict(story), f"{found}; {story.train_seconds:.0f} s of training, {story.seconds:.0f} s in all")
+    found = (
+        f"exact match on unseen examples: {story.exact_match_before:.1%} before,"
+        f" {story.exact_match_after:.1%} after"
+    )
+    emit(
+        json,
+        asdict(story),
+        f"{found}; {story.train_seconds:.0f} s of training, {story.seconds:.0f} s in all",
+    )

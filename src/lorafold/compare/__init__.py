@@ -1,1 +1,3 @@
-"""Every method on one model and one's own data, measured: quality, forgetting, size, speed and memory in one table."""
+"""Every method on one model and one's own data, measured: quality, forgetting, size, speed and
+memory in one table.
+"""

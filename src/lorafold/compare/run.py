@@ -1,7 +1,8 @@
-"""The table: every method and seed measured one after the other, each row kept as soon as it is done.
+"""The table: every method and seed measured one after the other, each row kept as soon as it is
+done.
 
-An interrupted comparison goes on where it was: rows lie in `<out>/rows/`, named after method, seed and a digest of all that bears on
-them, and what is found there is not measured again.
+An interrupted comparison goes on where it was: rows lie in `<out>/rows/`, named after method, seed
+and a digest of all that bears on them, and what is found there is not measured again.
 """
 
 from __future__ import annotations
@@ -21,21 +22,37 @@ from lorafold.io.atomic import write_json
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.train.run import digest
 
-CLASSIFY = tuple(word for word in METHODS if word != "fastfood")  # that one is to measure a task with, not to learn it
-SFT = tuple(word for word in CLASSIFY if word != "linear-probe")  # that one has labels to learn, not text
+# that one is to measure a task with, not to learn it
+CLASSIFY = tuple(word for word in METHODS if word != "fastfood")
+# that one has labels to learn, not text
+SFT = tuple(word for word in CLASSIFY if word != "linear-probe")
 
 
-def compare(task: Task, methods: Sequence[str], seeds: Sequence[int], out: Path, tell: Callable[[Row, int, int], None]) -> list[Row]:
+def compare(
+    task: Task,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    tell: Callable[[Row, int, int], None],
+) -> list[Row]:
     """All rows, in order; `tell` hears of each with how many are done of how many.
 
-    LorafoldError, at once, for an unknown method, an option that no method has, and new tokens: the base does not know them.
+    LorafoldError, at once, for an unknown method, an option that no method has, and new tokens: the
+    base does not know them.
     """
     if task.recipe.new_tokens:
-        raise LorafoldError("recipe: new_tokens: methods are compared with the base, on words that it knows; train them one by one")
+        raise LorafoldError(
+            "recipe: new_tokens: methods are compared with the base, on words that it knows; train"
+            " them one by one"
+        )
     if unknown := [m for m in methods if m not in METHODS]:
         raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
-    if strange := [o for o in task.recipe.options if not any(o in known_options(m) for m in methods)]:
-        raise LorafoldError(f"recipe: options {', '.join(strange)}: none of {', '.join(methods)} has such an option")
+    if strange := [
+        o for o in task.recipe.options if not any(o in known_options(m) for m in methods)
+    ]:
+        raise LorafoldError(
+            f"recipe: options {', '.join(strange)}: none of {', '.join(methods)} has such an option"
+        )
     plan = [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -55,11 +72,15 @@ def in_own_process(task: Task, method: str, seed: int) -> Row:
 
 
 def key(task: Task, method: str) -> str:
-    """What bears on a row, in twelve letters: the task, the method's own defaults and the version of the code."""
+    """What bears on a row, in twelve letters: the task, the method's own defaults and the version
+    of the code.
+    """
     recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
     spec = make_spec(method)
     own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
-    text = json.dumps([task.model, digest(task.rows), digest(task.held_out), recipe, own], sort_keys=True)
+    text = json.dumps(
+        [task.model, digest(task.rows), digest(task.held_out), recipe, own], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -68,4 +89,7 @@ def read(file: Path) -> Row | None:
         return None
     stored = json.loads(file.read_text(encoding="utf-8"))
     interval = stored["exact_match_interval"]
-    return Row(**{f.name: stored[f.name] for f in fields(Row)} | {"exact_match_interval": interval and tuple(interval)})
+    return Row(
+        **{f.name: stored[f.name] for f in fields(Row)}
+        | {"exact_match_interval": interval and tuple(interval)}
+    )

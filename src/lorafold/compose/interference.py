@@ -1,6 +1,8 @@
-"""Interference, measured: how each task fares under the base, each adapter alone, and each composition.
+"""Interference, measured: how each task fares under the base, each adapter alone, and each
+composition.
 
-    task x (base, adapters, compositions)       loss in nats a token and, where rows have answers, exact match: `lorafold.evaluate`
+    task x (base, adapters, compositions)       loss in nats a token and, where rows have answers,
+                                                exact match: `lorafold.evaluate`
 """
 
 from __future__ import annotations
@@ -17,21 +19,33 @@ from lorafold.evaluate import Evaluation, evaluate
 
 @dataclass(frozen=True)
 class Interference:
-    """`tasks`: by task, then by what was live. `pairs`: how the adapters' updates lie to each other."""
+    """`tasks`: by task, then by what was live.
+
+    `pairs`: how the adapters' updates lie to each other.
+    """
 
     tasks: dict[str, dict[str, Evaluation]]
     pairs: list[Pair]
 
     def as_json(self) -> dict[str, Any]:
-        tasks = {task: {name: found.as_json() for name, found in row.items()} for task, row in self.tasks.items()}
+        tasks = {
+            task: {name: found.as_json() for name, found in row.items()}
+            for task, row in self.tasks.items()
+        }
         return {"tasks": tasks, "geometry": [pair.as_json() for pair in self.pairs]}
 
     def __str__(self) -> str:
         """A table, a line for each thing that was live, and what the geometry says."""
         live = list(next(iter(self.tasks.values())))
-        cells = [["", *self.tasks], *([name, *(_cell(row[name]) for row in self.tasks.values())] for name in live)]
+        cells = [
+            ["", *self.tasks],
+            *([name, *(_cell(row[name]) for row in self.tasks.values())] for name in live),
+        ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+        table = [
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
         return "\n".join([*table, *map(str, self.pairs)])
 
 
@@ -42,7 +56,8 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     for number, name in enumerate(job.updates.names, 1):
         live[name if name != "base" else "base (adapter)"] = (f"adapter{number}",)
     for word, made in composed.items():
-        load(model, made.out, f"composed-{word}", allow_other_base=True)  # its parts were checked when they were read
+        # its parts were checked when they were read
+        load(model, made.out, f"composed-{word}", allow_other_base=True)
         live[word if word not in live else f"{word} (composed)"] = (f"composed-{word}",)
     watched = job.console if job.console.is_terminal else None
     tasks: dict[str, dict[str, Evaluation]] = {}
@@ -52,9 +67,13 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
             job.console.print(f"{task}: {name}", highlight=False, markup=False)
             with only(model, *chosen):
                 length = job.request.recipe.max_length
-                tasks[task][name] = evaluate(model, tokenizer, rows, length, generate=job.request.answers, console=watched)
+                tasks[task][name] = evaluate(
+                    model, tokenizer, rows, length, generate=job.request.answers, console=watched
+                )
     return Interference(tasks, meetings(job.updates, job.console))
 
 
 def _cell(found: Evaluation) -> str:
-    return f"loss {found.loss:.4f}" + ("" if found.exact_match is None else f", exact {found.exact_match:.1%}")
+    return f"loss {found.loss:.4f}" + (
+        "" if found.exact_match is None else f", exact {found.exact_match:.1%}"
+    )

@@ -29,10 +29,13 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass(frozen=True)
 class Request:
-    """Which adapters become one, by which words of the table, and where it goes. No weights, density or rank: each word's own.
+    """Which adapters become one, by which words of the table, and where it goes.
 
-    `tasks` are rows by the name of a task, on which all is measured; `examples` those that lorahub and mixture learn from; `recipe`
-    and `gates` are the mixture's, `evaluations` how often lorahub may try.
+    No weights, density or rank: each word's own.
+
+    `tasks` are rows by the name of a task, on which all is measured; `examples` those that lorahub
+    and mixture learn from; `recipe` and `gates` are the mixture's, `evaluations` how often lorahub
+    may try.
     """
 
     model: str
@@ -59,7 +62,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Composed:
-    """One adapter made. `weights` is None where no fixed numbers say what was done; the error is a share of the update's norm."""
+    """One adapter made.
+
+    `weights` is None where no fixed numbers say what was done; the error is a share of the update's
+    norm.
+    """
 
     weights: tuple[float, ...] | None
     truncation_error: float
@@ -71,7 +78,9 @@ class Composed:
 
 @dataclass(frozen=True)
 class Job:
-    """A request with what it names: the updates are read, the model with the adapters on it (adapter1 ...) is opened when it is needed."""
+    """A request with what it names: the updates are read, the model with the adapters on it
+    (adapter1 ...) is opened when it is needed.
+    """
 
     request: Request
     source: ModelSource
@@ -83,23 +92,48 @@ class Job:
     def examples(self) -> Mapping[str, Sequence[Row]]:
         """LorafoldError where there are none."""
         if not self.request.examples:
-            raise LorafoldError("lorahub and mixture learn from examples: give --examples, or --data, half of which is then set apart")
+            raise LorafoldError(
+                "lorahub and mixture learn from examples: give --examples, or --data, half of which"
+                " is then set apart"
+            )
         return self.request.examples
 
     def targets(self) -> Matches:
         return Matches({site.path: (site.path,) for site in self.updates.sites})
 
-    def save(self, adapter: Adapter, out: Path, about: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
-        """Write an adapter on the skeleton and take it off again. Its record says what it was made of and how the base was held, beside
-        what `record` has. LorafoldError where the adapters' bases were held differently and the request does not say which to take."""
+    def save(
+        self,
+        adapter: Adapter,
+        out: Path,
+        about: Mapping[str, Any],
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write an adapter on the skeleton and take it off again.
+
+        Its record says what it was made of and how the base was held, beside what `record` has.
+        LorafoldError where the adapters' bases were held differently and the request does not say
+        which to take.
+        """
         request = self.request
         paths = request.adapters
         held = base_trained_on(paths) if request.base == "auto" else request.base
-        tokenizer = tokenizer_of(self.source, paths, request.trust_remote_code) if any(map(has_tokenizer, paths)) else None
+        tokenizer = (
+            tokenizer_of(self.source, paths, request.trust_remote_code)
+            if any(map(has_tokenizer, paths))
+            else None
+        )
         trained = {"recipe": {"base": held}} if held else {}
         adapter.save(
-            out, overwrite=request.overwrite, tokenizer=tokenizer,
-            record={**trained, **(record or {}), "composed": {"adapters": [*map(str, paths)], **about}},
-            card=training_card(request.model, {"recipe": {"adapters": ", ".join(self.updates.names), **about}}, {}),
-        )  # fmt: skip
+            out,
+            overwrite=request.overwrite,
+            tokenizer=tokenizer,
+            record={
+                **trained,
+                **(record or {}),
+                "composed": {"adapters": [*map(str, paths)], **about},
+            },
+            card=training_card(
+                request.model, {"recipe": {"adapters": ", ".join(self.updates.names), **about}}, {}
+            ),
+        )
         adapter.detach()

@@ -1,4 +1,5 @@
-"""A composition as one LoRA in PEFT's format: every site has the rank that its change needs, and the error of the cut is stated.
+"""A composition as one LoRA in PEFT's format: every site has the rank that its change needs, and
+the error of the cut is stated.
 
     error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where nothing was cut
 """
@@ -30,13 +31,30 @@ def apply(by: Rule, word: str, weights: tuple[float, ...], job: Job, out: Path) 
     request, density = job.request, by.share(job.request.density)
     factors: dict[str, Factors] = {}
     lost = total = 0.0
-    for site in track(job.updates.sites, word, console=job.console, transient=True, disable=not job.console.is_terminal):
+    for site in track(
+        job.updates.sites,
+        word,
+        console=job.console,
+        transient=True,
+        disable=not job.console.is_terminal,
+    ):
         change = by.at(site, weights, density, request.seed)
         up, down, error = cut(change, by.rank_at(site, request.rank))
         factors[site.path] = (up, down)
         lost, total = lost + error, total + inner(change, change)
     error = (lost / total) ** 0.5 if total else 0.0
-    write(job, factors, out, {"how": word, "weights": weights, "density": density, "seed": request.seed, "truncation_error": error})
+    write(
+        job,
+        factors,
+        out,
+        {
+            "how": word,
+            "weights": weights,
+            "density": density,
+            "seed": request.seed,
+            "truncation_error": error,
+        },
+    )
     return Composed(weights, error, str(out))
 
 

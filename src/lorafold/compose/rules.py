@@ -1,15 +1,18 @@
-"""The compositions that are arithmetic, one table: what is kept of each update, how they become one, and what holds where nobody says.
+"""The compositions that are arithmetic, one table: what is kept of each update, how they become
+one, and what holds where nobody says.
 
     word              keeps                joins            weights    rank
     linear            all                  sum              1/n        all, exactly
-    task-arithmetic   all                  sum              1          all, exactly; a negative weight takes a task away
+    task-arithmetic   all                  sum              1          all, exactly; a negative
+                                                            weight takes a task away
     svd               all                  sum              1/n        the largest of the adapters'
     ties              a fifth, trimmed     disjoint mean    1          the sum of the adapters'
     dare              half, dropped        sum              1/n        the sum of the adapters'
     dare-ties         half, dropped        disjoint mean    1          the sum of the adapters'
     magnitude         a fifth, trimmed     sum              1/n        the sum of the adapters'
 
-n is the number of adapters. TIES keeps a fifth in its paper's default; the others' papers leave the share to the task.
+n is the number of adapters. TIES keeps a fifth in its paper's default; the others' papers leave the
+share to the task.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ def whole(n: int) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """`weight` is each adapter's where none is given, by their number; `rank` a site's, by the ranks of those that change it."""
+    """`weight` is each adapter's where none is given, by their number; `rank` a site's, by the
+    ranks of those that change it.
+    """
 
     joined: Joined
     weight: Callable[[int], float]
@@ -50,7 +55,10 @@ class Rule:
 
     @torch.no_grad()
     def at(self, site: Site, weights: Sequence[float], density: float | None, seed: int) -> Change:
-        """The composition at one site. Randomness depends on the site and the adapter's number, not on what came before."""
+        """The composition at one site.
+
+        Randomness depends on the site and the adapter's number, not on what came before.
+        """
         changes = []
         for i, update in site.there:
             change = change_of(update)
@@ -64,9 +72,14 @@ class Rule:
 
 
 def rank_of(update: Additive, path: str) -> int:
-    """LorafoldError for an update that is no product of factors, so that it has no rank to go by."""
+    """LorafoldError for an update that is no product of factors, so that it has no rank to go
+    by.
+    """
     if (factors := update.factors()) is None:
-        raise LorafoldError(f"{path}: {type(update).__name__} is no product of two factors, so there is no rank to go by; give --rank")
+        raise LorafoldError(
+            f"{path}: {type(update).__name__} is no product of two factors, so there is no rank to"
+            " go by; give --rank"
+        )
     return len(factors[1])
 
 

@@ -1,6 +1,7 @@
 """The updates of several adapters, site by site, over a base whose weights stay in their files.
 
-    dW_i (out, in) of adapter i at a site       as factors where it has them, whatever its method, rank and targets
+    dW_i (out, in) of adapter i at a site       as factors where it has them, whatever its method,
+                                                rank and targets
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Change = Factors | Tensor  # dW as its factors, or as it is
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted module, and the update that each adapter makes there: None where it makes none."""
+    """One adapted module, and the update that each adapter makes there: None where it makes
+    none.
+    """
 
     path: str
     shape: tuple[int, int]  # (out, in)
@@ -50,16 +53,27 @@ class Updates:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         by_adapter = [adapter.own_deltas for adapter in self.adapters]
-        paths = [path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)]
+        paths = [
+            path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
+        ]
         shapes = {path: layer_of(self.model.get_submodule(path)).shape for path in paths}
-        return tuple(Site(path, shapes[path], tuple(own.get(path) for own in by_adapter)) for path in paths)  # type: ignore[misc]
+        return tuple(
+            Site(path, shapes[path], tuple(own.get(path) for own in by_adapter)) for path in paths  # type: ignore[misc]
+        )
 
 
 def read(
-    source: ModelSource, adapters: Sequence[str | Path], *, allow_other_base: bool = False, trust_remote_code: bool = False
+    source: ModelSource,
+    adapters: Sequence[str | Path],
+    *,
+    allow_other_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> Updates:
-    """Lay saved adapters over the skeleton of their base. LorafoldError lists those that are not readable, not of this base, or hold a
-    change that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens): such can't be composed."""
+    """Lay saved adapters over the skeleton of their base.
+
+    LorafoldError lists those that are not readable, not of this base, or hold a change that is not
+    added to a weight (a magnitude, a bias, a whole module, virtual tokens): such can't be composed.
+    """
     model = bones_of(source, trust_remote_code).model
     laid, problems = [], []
     for number, path in enumerate(adapters, 1):
@@ -68,17 +82,26 @@ def read(
         except LorafoldError as e:
             problems.append(str(e))
             continue
-        strange = {type(part).__name__: at for at, part in laid[-1].parts() if not isinstance(part, Additive)}
+        strange = {
+            type(part).__name__: at
+            for at, part in laid[-1].parts()
+            if not isinstance(part, Additive)
+        }
         if strange:
             found = ", ".join(f"{kind} (as at {at or 'the root'})" for kind, at in strange.items())
-            problems.append(f"{path}: found {found}, expected updates that are added to a weight; it can be merged, not composed")
+            problems.append(
+                f"{path}: found {found}, expected updates that are added to a weight; it can be"
+                " merged, not composed"
+            )
     if problems:
         raise LorafoldError("; ".join(problems))
     return Updates(model, tuple(laid), names(adapters))
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """The last part of each path, or the whole path where two end alike, numbered where an adapter is given twice."""
+    """The last part of each path, or the whole path where two end alike, numbered where an adapter
+    is given twice.
+    """
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
     return tuple(n if short.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(short, 1))

@@ -1,7 +1,9 @@
-"""Attachment by class swap: a module's class is replaced by a subclass of itself that runs the live deltas over it.
+"""Attachment by class swap: a module's class is replaced by a subclass of itself that runs the live
+deltas over it.
 
-The module stays what it was: its keys, `isinstance`, `.weight`, its kernel, `generate` and `save_pretrained` go on working, and
-the deltas it carries are parameters of the model but no part of its state dict. One `Selection` a model says which names are live.
+The module stays what it was: its keys, `isinstance`, `.weight`, its kernel, `generate` and
+`save_pretrained` go on working, and the deltas it carries are parameters of the model but no part
+of its state dict. One `Selection` a model says which names are live.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from lorafold.errors import LorafoldError
 
 
 class Selection:
-    """The names that are live in one model, lowest first, and the parameters that attaching froze."""
+    """The names that are live in one model, lowest first, and the parameters that attaching
+    froze.
+    """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
@@ -26,22 +30,32 @@ class Selection:
 
 
 class Deltas(nn.ModuleDict):
-    """One module's deltas by name. They train and move with the model, and are absent from its state dict."""
+    """One module's deltas by name.
+
+    They train and move with the model, and are absent from its state dict.
+    """
 
     _prefix = ""
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._prefix = prefix
 
     def forget_missing(self, _: nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(self._prefix)]
+        incompatible.missing_keys[:] = [
+            k for k in incompatible.missing_keys if not k.startswith(self._prefix)
+        ]
 
 
 class Adapted(nn.Module):
-    """Mixed in front of a module's class. `base_class` is that class, `layer_class` how its matrix is stored."""
+    """Mixed in front of a module's class.
+
+    `base_class` is that class, `layer_class` how its matrix is stored.
+    """
 
     base_class: ClassVar[type[nn.Module]]
     layer_class: ClassVar[type[Base]]
@@ -62,12 +76,18 @@ class Adapted(nn.Module):
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted]:
-    """The subclass of `cls` that modules of that class are swapped to; it keeps the name, which model files record."""
+    """The subclass of `cls` that modules of that class are swapped to; it keeps the name, which
+    model files record.
+    """
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*self.selection.names)(*args, **kwargs)
 
-    body = {"forward": functools.wraps(cls.forward)(forward), "base_class": cls, "layer_class": layer_class}
+    body = {
+        "forward": functools.wraps(cls.forward)(forward),
+        "base_class": cls,
+        "layer_class": layer_class,
+    }
     swapped = type(cls.__name__, (Adapted, cls), body)
     swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
     return swapped
@@ -84,14 +104,20 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The one selection of a model. Parts that were adapted on their own before come under it, in the order they are found."""
+    """The one selection of a model.
+
+    Parts that were adapted on their own before come under it, in the order they are found.
+    """
     found = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
     if not found:
         return Selection()
     first, *others = found
     for other in others:
         if clash := set(first.names) & set(other.names):
-            raise LorafoldError(f"two parts of this model carry adapters of the same name: {', '.join(sorted(clash))}; detach one of them")
+            raise LorafoldError(
+                "two parts of this model carry adapters of the same name:"
+                f" {', '.join(sorted(clash))}; detach one of them"
+            )
         first.names += other.names
         first.frozen += other.frozen
     if others:
@@ -100,7 +126,9 @@ def selection_of(model: nn.Module) -> Selection:
     return first
 
 
-def lay(module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection) -> None:
+def lay(
+    module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection
+) -> None:
     """Lay one delta over a module, above those it carries."""
     if not isinstance(module, Adapted):
         deltas = Deltas()
@@ -135,7 +163,9 @@ def thaw(selection: Selection) -> None:
 
 
 class only:
-    """`with only(model, "sft"): ...`: these adapters and no others, in this order. `only(model)` is the bare base, bit for bit.
+    """`with only(model, "sft"): ...`: these adapters and no others, in this order.
+
+    `only(model)` is the bare base, bit for bit.
 
     Raises LorafoldError for a name that the model does not carry.
     """
@@ -143,7 +173,10 @@ class only:
     def __init__(self, model: nn.Module, *names: str) -> None:
         carried = {name for _, m in adapted_modules(model) for name in m.deltas}
         if unknown := [n for n in names if n not in carried]:
-            raise LorafoldError(f"no adapter {', '.join(unknown)} on this model; it carries: {', '.join(sorted(carried)) or 'none'}")
+            raise LorafoldError(
+                f"no adapter {', '.join(unknown)} on this model; it carries:"
+                f" {', '.join(sorted(carried)) or 'none'}"
+            )
         self.selection, self.names = selection_of(model), names
 
     def __enter__(self) -> None:

@@ -1,11 +1,16 @@
-"""Combinators: deltas made of deltas. They never know which methods they combine, nor how the base stores its weight.
+"""Combinators: deltas made of deltas.
+
+They never know which methods they combine, nor how the base stores its weight.
 
     Stack(d1, d2)           d2 over d1 at one layer, under one name: W -> fold2(fold1(W))
     Mix(ds, gates)          y + sum_i g_i (d_i(x) - y), y what lies beneath: learned gates
-    Rows(ds, slots)         row b of a batch takes ds[slots[b] - 1], or nothing where its slot is 0; any methods
-    Bank(ds, slots)         the same for low-rank deltas, stacked and rank-padded: two batched products, whatever the assignment
+    Rows(ds, slots)         row b of a batch takes ds[slots[b] - 1], or nothing where its slot is 0;
+                            any methods
+    Bank(ds, slots)         the same for low-rank deltas, stacked and rank-padded: two batched
+                            products, whatever the assignment
 
-`Mix`, `Rows` and `Bank` lie on layers that take one tensor and give one. What lies beneath runs once.
+`Mix`, `Rows` and `Bank` lie on layers that take one tensor and give one. What lies beneath runs
+once.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ from lorafold.core.layer import Given, Layer, Over, add
 
 
 class Stack(Delta):
-    """Several deltas at one layer that belong to one adapter (LoRA and a trained bias), the first one lowest."""
+    """Several deltas at one layer that belong to one adapter (LoRA and a trained bias), the first
+    one lowest.
+    """
 
     def __init__(self, deltas: Iterable[Delta]) -> None:
         super().__init__()
@@ -43,7 +50,9 @@ class Stack(Delta):
 
 
 class Slots:
-    """Which delta each row of the next batch takes, for a whole model: `slots.at` (batch,) of whole numbers, 0 for none, i for the i-th."""
+    """Which delta each row of the next batch takes, for a whole model: `slots.at` (batch,) of whole
+    numbers, 0 for none, i for the i-th.
+    """
 
     def __init__(self, at: Tensor) -> None:
         self.at = at
@@ -56,12 +65,15 @@ def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
 
 
 def penalty_in(deltas: Iterable[Any]) -> Tensor | None:
-    terms = [term for delta in deltas for part in delta.parts() if (term := part.penalty()) is not None]
+    terms = [
+        term for delta in deltas for part in delta.parts() if (term := part.penalty()) is not None
+    ]
     return sum(terms[1:], start=terms[0]) if terms else None
 
 
 class Mix(Delta):
-    """Deltas under gates (n,), fp32 and learned; a Parameter given as gates is taken as it is, so that layers can share it.
+    """Deltas under gates (n,), fp32 and learned; a Parameter given as gates is taken as it is, so
+    that layers can share it.
 
     With gates g folding gives W + sum_i g_i (fold_i(W) - W). NotMergeable if one of the deltas is.
     """
@@ -84,13 +96,20 @@ class Mix(Delta):
             return layer.low_rank(x, torch.cat(downs, 0), up, 0.0, onto)
         y = layer(x)
         given = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)))
-        change = sum(gate * (delta(given, x) - given.y) for gate, delta in zip(self.gates, deltas, strict=True))
+        change = sum(
+            gate * (delta(given, x) - given.y)
+            for gate, delta in zip(self.gates, deltas, strict=True)
+        )
         return add(given.y + change, onto).to(y.dtype)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         folded = [delta.fold(w, b) for delta in self.deltas]  # type: ignore[operator]
         w_sum = w + sum(gate * (wi - w) for gate, (wi, _) in zip(self.gates, folded, strict=True))
-        changes = [gate * (bi if b is None else bi - b) for gate, (_, bi) in zip(self.gates, folded, strict=True) if bi is not None]
+        changes = [
+            gate * (bi if b is None else bi - b)
+            for gate, (_, bi) in zip(self.gates, folded, strict=True)
+            if bi is not None
+        ]
         return w_sum, add(sum(changes[1:], start=changes[0]), b) if changes else b
 
 
@@ -113,14 +132,19 @@ class Rows(Opaque):
         for i, delta in enumerate(self.deltas, start=1):
             taken = self.slots.at == i
             if torch.compiler.is_compiling():
-                out = torch.where(taken.view(-1, *(1,) * (y.dim() - 1)), delta(Given(layer, y), x).to(y.dtype), out)
+                out = torch.where(
+                    taken.view(-1, *(1,) * (y.dim() - 1)),
+                    delta(Given(layer, y), x).to(y.dtype),
+                    out,
+                )
             elif len(rows := taken.nonzero()[:, 0]):
                 out = out.index_copy(0, rows, delta(Given(layer, y[rows]), x[rows]).to(y.dtype))
         return add(out, onto).to(y.dtype)
 
 
 class Bank(Opaque):
-    """Low-rank deltas as they are now, frozen: up (n + 1, out, r) and down (n + 1, r, in), r the largest rank, slot 0 all zeros.
+    """Low-rank deltas as they are now, frozen: up (n + 1, out, r) and down (n + 1, r, in), r the
+    largest rank, slot 0 all zeros.
 
     Serves any mixture of rows at two batched products on top of the base; no dropout.
     """

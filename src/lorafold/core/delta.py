@@ -1,10 +1,11 @@
 """A delta is middleware for one layer, and the same change seen in weight space.
 
     delta(layer, x)     what the adapted layer computes; layer(x) runs whatever lies beneath
-    delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the two dtypes
+    delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the two
+                        dtypes
 
-The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises `NotMergeable`.
-Every class here is abstract; every method is a final subclass of one of them.
+The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises
+`NotMergeable`. Every class here is abstract; every method is a final subclass of one of them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from lorafold.errors import NotMergeable
 
 
 class Delta(nn.Module, ABC):
-    """Abstract: a trainable change of one layer. Parameters are fp32 and live on the layer's device."""
+    """Abstract: a trainable change of one layer.
+
+    Parameters are fp32 and live on the layer's device.
+    """
 
     up_names: tuple[str, ...] = ()  # parameters that take the up factor's learning rate (LoRA+)
-    run_names: tuple[str, ...] = ()  # tensors that checkpoints of a run hold and adapter files do not
+    # tensors that checkpoints of a run hold and adapter files do not
+    run_names: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any: ...
@@ -36,7 +41,9 @@ class Delta(nn.Module, ABC):
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """up (out, r), every scale included, and down (r, in), where the change is W + up @ down; None where it has no factors."""
+        """up (out, r), every scale included, and down (r, in), where the change is W + up @ down;
+        None where it has no factors.
+        """
         return None
 
     def change(self, w: Tensor) -> Tensor:  # (out, in)
@@ -44,7 +51,9 @@ class Delta(nn.Module, ABC):
         return self.fold(w, None)[0] - w
 
     def parts(self) -> Iterable[Delta]:
-        """The deltas this one is made of, in the order they apply: itself, unless it is a combinator."""
+        """The deltas this one is made of, in the order they apply: itself, unless it is a
+        combinator.
+        """
         return (self,)
 
     def penalty(self) -> Tensor | None:
@@ -53,11 +62,15 @@ class Delta(nn.Module, ABC):
 
     @property
     def twin(self) -> Delta | None:
-        """The delta that makes the very same change of a module whose weight is this one's too, so that it can stay shared."""
+        """The delta that makes the very same change of a module whose weight is this one's too, so
+        that it can stay shared.
+        """
         return None
 
     def values_at(self) -> Sequence[int]:
-        """The rows of the stored weight that folding gives outright, whatever was there, instead of changing them."""
+        """The rows of the stored weight that folding gives outright, whatever was there, instead of
+        changing them.
+        """
         return ()
 
 
@@ -65,7 +78,9 @@ class Opaque(Delta):
     """Abstract: a change with no weight-space form."""
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise NotMergeable(f"{type(self).__name__} has no form in weight space, so it can't be merged")
+        raise NotMergeable(
+            f"{type(self).__name__} has no form in weight space, so it can't be merged"
+        )
 
 
 class Additive(Delta):
@@ -89,14 +104,17 @@ class Additive(Delta):
 class Dense(Additive):
     """Abstract: dW must be built anyway, so it is added to W and the layer is one matmul.
 
-    In bf16 the sum is rounded with a dither, which keeps changes under half a unit: 3 GEMMs a step, where W x + dW x takes 5. The sum is
-    made again for the backward, so that a step never keeps more than one matrix of the model's size.
+    In bf16 the sum is rounded with a dither, which keeps changes under half a unit: 3 GEMMs a step,
+    where W x + dW x takes 5. The sum is made again for the backward, so that a step never keeps
+    more than one matrix of the model's size.
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self._run(layer, x, onto)
-        y: Tensor = checkpoint(self._run, layer, x, onto, use_reentrant=False, preserve_rng_state=False)
+        y: Tensor = checkpoint(
+            self._run, layer, x, onto, use_reentrant=False, preserve_rng_state=False
+        )
         return y
 
     def _run(self, layer: Layer, x: Tensor, onto: Tensor | None) -> Tensor:
@@ -119,10 +137,13 @@ class LowRank(Additive):
         up, down = self.factors()
         return up @ down
 
-    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
+    # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
+    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:
         up, down = self.factors()
         cross = (w @ down.to(w.dtype).t()).to(up.dtype)  # (out, r)
-        return (own + torch.linalg.vecdot(up, torch.addmm(cross, up, down @ down.t(), beta=2))).clamp_min(0)
+        return (
+            own + torch.linalg.vecdot(up, torch.addmm(cross, up, down @ down.t(), beta=2))
+        ).clamp_min(0)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = self.factors()
@@ -136,7 +157,9 @@ def alike(a: Delta, b: Delta) -> bool:
 
 
 def put(delta: Delta, name: str, value: Tensor) -> None:
-    """Give a delta's tensor, by its dotted name, other values: in place, or anew where the shape is another one."""
+    """Give a delta's tensor, by its dotted name, other values: in place, or anew where the shape is
+    another one.
+    """
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)
     old = getattr(module, leaf)

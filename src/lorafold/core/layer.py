@@ -1,12 +1,15 @@
 """What a delta sees: a layer that can be run on an input and, where it is linear, read as a matrix.
 
-    layer(x)            what lies beneath, with its own kernel                      (..., in) -> (..., out)
-    layer(x, onto=d)    the same, accumulated onto d before the one rounding; a bias is added after it
+    layer(x)            what lies beneath, with its own kernel                      (..., in) ->
+                        (..., out)
+    layer(x, onto=d)    the same, accumulated onto d before the one rounding; a bias is added after
+                        it
     layer.op(x, m)      this layer's input times any m (k, in)                      -> (..., k)
     layer.dense()       W (out, in), b (out,) | None
 
-A layer under a delta is a layer (`Over`) and a layer whose answer is known is a layer (`Given`), so stacks and combinators
-need no case of their own. How a module stores its matrix is the business of `Base`'s subclasses in `lorafold.bases`.
+A layer under a delta is a layer (`Over`) and a layer whose answer is known is a layer (`Given`), so
+stacks and combinators need no case of their own. How a module stores its matrix is the business of
+`Base`'s subclasses in `lorafold.bases`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ def add(a: Tensor, b: Tensor | None) -> Tensor:
 
 
 class Layer(ABC):
-    """Anything a delta can lie on. `shape` is (out, in); `NotMergeable` where there is no matrix."""
+    """Anything a delta can lie on. `shape` is (out, in); `NotMergeable` where there is no
+    matrix.
+    """
 
     __call__: Callable[..., Any]  # (x, onto=None) for a matrix, whatever it takes for anything else
 
@@ -45,7 +50,10 @@ class Layer(ABC):
         return self.dense()[1]
 
     def original(self) -> Tensor:  # (out, in)
-        """W as it was before it was packed; `dense` where it never was. LorafoldError where that is not known."""
+        """W as it was before it was packed; `dense` where it never was.
+
+        LorafoldError where that is not known.
+        """
         return self.dense()[0]
 
     @property
@@ -56,8 +64,12 @@ class Layer(ABC):
     @abstractmethod
     def module(self) -> nn.Module: ...
 
-    def low_rank(self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None) -> Tensor:
-        """self(x) + up down drop(x), the small product first: down (r, in), up (out, r), p the dropout on the branch."""
+    def low_rank(
+        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
+    ) -> Tensor:
+        """self(x) + up down drop(x), the small product first: down (r, in), up (out, r), p the
+        dropout on the branch.
+        """
         u = self.op(self.drop(x, p), down)
         return self(x, onto=add(F.linear(u, up.to(u.dtype)), onto))
 
@@ -81,10 +93,15 @@ class Base(Layer):
 
     @abstractmethod
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        """Store W (out, in) and b (out,) in the module, rounded once to its dtype. NotMergeable if the module can't hold them."""
+        """Store W (out, in) and b (out,) in the module, rounded once to its dtype.
+
+        NotMergeable if the module can't hold them.
+        """
 
     def unpack(self) -> None:
-        """Let the module hold its matrix in plain floating-point numbers, which it can be written in."""
+        """Let the module hold its matrix in plain floating-point numbers, which it can be written
+        in.
+        """
         return None
 
 

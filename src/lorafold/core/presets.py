@@ -26,7 +26,9 @@ IsLinear = Callable[[nn.Module], bool]
 
 
 def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by path, without those of the deltas laid over it; a shared module once."""
+    """The model's own modules by path, without those of the deltas laid over it; a shared module
+    once.
+    """
     seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -44,9 +46,13 @@ def blocks(model: nn.Module) -> list[str]:
     """The paths of the repeated layers: the elements of the outermost ModuleLists."""
     lists: list[str] = []
     for path, module in bare_modules(model):
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+        if isinstance(module, nn.ModuleList) and not any(
+            path.startswith(f"{outer}.") for outer in lists
+        ):
             lists.append(path)
-    return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
+    return [
+        f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()
+    ]
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -69,13 +75,19 @@ def mlp(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The parts of each block that are made of parts themselves; none at all if a block lacks its attention or its MLP as one module."""
+    """The parts of each block that are made of parts themselves; none at all if a block lacks its
+    attention or its MLP as one module.
+    """
     body, _ = decoder_of(model)
     found: list[str] = []
     for block in blocks(model):
         if not f"{block}.".startswith(f"{body}." if body else ""):
             continue
-        parts = [f"{block}.{name}" for name, m in model.get_submodule(block).named_children() if any(True for _ in m.children())]
+        parts = [
+            f"{block}.{name}"
+            for name, m in model.get_submodule(block).named_children()
+            if any(True for _ in m.children())
+        ]
         if {of_attention(part.rsplit(".", 1)[-1]) for part in parts} != {True, False}:
             return []
         found += parts
@@ -83,13 +95,17 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    return [path for path in sublayers(model, is_linear) if not of_attention(path.rsplit(".", 1)[-1])]
+    return [
+        path for path in sublayers(model, is_linear) if not of_attention(path.rsplit(".", 1)[-1])
+    ]
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
     inside = tuple(f"{path}." for path in blocks(model))
     biased = [path for path, m in bare_modules(model) if m._parameters.get("bias") is not None]
-    return biased if any(f"{p}.".startswith(inside) for p in biased) else all_linear(model, is_linear)
+    return (
+        biased if any(f"{p}.".startswith(inside) for p in biased) else all_linear(model, is_linear)
+    )
 
 
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -104,27 +120,45 @@ def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def vocabulary_ends(model: Any) -> list[str]:
-    """The paths of the input embedding and of the output embedding, as far as the model has them and says so."""
-    ends = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)]
+    """The paths of the input embedding and of the output embedding, as far as the model has them
+    and says so.
+    """
+    ends = [
+        getattr(model, name)()
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, name)
+    ]
     paths = {id(m): path for path, m in bare_modules(model)}
     return [paths[id(end)] for end in ends if end is not None]
 
 
 def decoder_of(model: Any) -> tuple[str, nn.Module]:
-    """The module between the token ids and the head, with its path: the model itself where it has no head or no such part."""
+    """The module between the token ids and the head, with its path: the model itself where it has
+    no head or no such part.
+    """
     part = model.get_decoder() if hasattr(model, "get_decoder") else model
     if part is model and hasattr(model, "get_input_embeddings"):
         embedding = model.get_input_embeddings()
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None:
-            around = [m for m in model.children() if m is not head and any(n is embedding for n in m.modules())]
+            around = [
+                m
+                for m in model.children()
+                if m is not head and any(n is embedding for n in m.modules())
+            ]
             part = around[0] if around else model
     return next((path, m) for path, m in bare_modules(model) if m is part)
 
 
 def causal_attentions(body: nn.Module) -> list[str]:
-    """The self-attentions of a decoder: modules that say they are causal and know the layer they belong to."""
-    return [path for path, m in bare_modules(body) if path and getattr(m, "is_causal", False) and hasattr(m, "layer_idx")]
+    """The self-attentions of a decoder: modules that say they are causal and know the layer they
+    belong to.
+    """
+    return [
+        path
+        for path, m in bare_modules(body)
+        if path and getattr(m, "is_causal", False) and hasattr(m, "layer_idx")
+    ]
 
 
 def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -135,7 +169,11 @@ def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
     path, _ = decoder_of(model)
-    return [p for p, m in bare_modules(model) if is_linear(m) and not f"{p}.".startswith(f"{path}.")] if path else []
+    return (
+        [p for p, m in bare_modules(model) if is_linear(m) and not f"{p}.".startswith(f"{path}.")]
+        if path
+        else []
+    )
 
 
 PRESETS: dict[str, Callable[[nn.Module, IsLinear], list[str]]] = {

@@ -1,14 +1,17 @@
 """Rounding to bf16 that loses no small change: dithered, by bits of the value itself.
 
-    round(v) = the bf16 value below or above v, above for a share (v - below) / (above - below) of values
+    round(v) = the bf16 value below or above v, above for a share (v - below) / (above - below) of
+    values
 
-W + dW and g y are sums and products with something that lies on the bf16 grid already, so rounding them to the nearest drops every
-dW and every gain under half a unit. A dither keeps them on average: its bits are the value's own upper half times an odd constant,
-so the same value always rounds the same way (a replayed checkpoint, another place in the batch, decoding and prefill agree), and a
+W + dW and g y are sums and products with something that lies on the bf16 grid already, so rounding
+them to the nearest drops every dW and every gain under half a unit. A dither keeps them on average:
+its bits are the value's own upper half times an odd constant, so the same value always rounds the
+same way (a replayed checkpoint, another place in the batch, decoding and prefill agree), and a
 value on the grid stays what it is.
 
-Elements times a gain 1 + e, survival of the change (projection on it) and noise against rounding to the nearest, 1024 x 1536:
-e near 1e-4: 1.01 (nearest 0.00), noise 6.7e-4 of |y|; e near 1e-2: 1.00 (nearest 1.00), noise 2.3e-3 (nearest 1.7e-3).
+Elements times a gain 1 + e, survival of the change (projection on it) and noise against rounding to
+the nearest, 1024 x 1536: e near 1e-4: 1.01 (nearest 0.00), noise 6.7e-4 of |y|; e near 1e-2: 1.00
+(nearest 1.00), noise 2.3e-3 (nearest 1.7e-3).
 """
 
 from __future__ import annotations
@@ -40,5 +43,9 @@ class _Dithered(Function):
 
 
 def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """v to dtype: dithered from fp32 to bf16, to the nearest otherwise; the gradient passes straight through."""
-    return _Dithered.apply(v) if (v.dtype, dtype) == (torch.float32, torch.bfloat16) else v.to(dtype)
+    """v to dtype: dithered from fp32 to bf16, to the nearest otherwise; the gradient passes
+    straight through.
+    """
+    return (
+        _Dithered.apply(v) if (v.dtype, dtype) == (torch.float32, torch.bfloat16) else v.to(dtype)
+    )

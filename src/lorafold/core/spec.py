@@ -1,4 +1,6 @@
-"""A spec says what to lay down: a frozen dataclass with the method's hyper-parameters and `build(layer) -> Delta`."""
+"""A spec says what to lay down: a frozen dataclass with the method's hyper-parameters and
+`build(layer) -> Delta`.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,21 @@ from torch import Tensor
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 
-Losses = Callable[..., Iterator[Tensor]]  # losses(n, rows=None): n training losses, each a mean over `rows` rows or else a batch
+# losses(n, rows=None): n training losses, each a mean over `rows` rows or else a batch
+Losses = Callable[..., Iterator[Tensor]]
 
 
 class Spec(ABC):
     """Abstract: one method with its hyper-parameters.
 
-    What a method needs beyond one layer goes through the hooks that attach and a run call on any spec: `join`, `prepare`,
-    `after_step` and `report`; its `Delta`s may add a `penalty` to the loss. A spec is frozen, so what they keep lives in the deltas.
+    What a method needs beyond one layer goes through the hooks that attach and a run call on any
+    spec: `join`, `prepare`, `after_step` and `report`; its `Delta`s may add a `penalty` to the
+    loss. A spec is frozen, so what they keep lives in the deltas.
 
-    `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of its parameters, and that of
-    its up factors (None: the same). `trains_base`: it trains the base's own weights, which then must be in fp32.
-    `modifies_architecture`: it adds modules to the forward path.
+    `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of
+    its parameters, and that of its up factors (None: the same). `trains_base`: it trains the base's
+    own weights, which then must be in fp32. `modifies_architecture`: it adds modules to the forward
+    path.
     """
 
     targets: ClassVar[str] = "all-linear"
@@ -39,17 +44,26 @@ class Spec(ABC):
         return self
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        """Called by `attach` once all of the adapter's deltas (by module path) are built: what one layer can't make alone."""
+        """Called by `attach` once all of the adapter's deltas (by module path) are built: what one
+        layer can't make alone.
+        """
         return None
 
     def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
-        """Called once before the first step of a run. What `losses` yields are scalars to call backward() on."""
+        """Called once before the first step of a run.
+
+        What `losses` yields are scalars to call backward() on.
+        """
         return None
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
-        """Called after optimizer step `step` (from 1) of `total`, with the step's gradients still in place."""
+        """Called after optimizer step `step` (from 1) of `total`, with the step's gradients still
+        in place.
+        """
         return None
 
     def report(self, deltas: Mapping[str, Delta]) -> str:
-        """Called at the end of a run: what it decided about the deltas, to be printed; empty if there was nothing to decide."""
+        """Called at the end of a run: what it decided about the deltas, to be printed; empty if
+        there was nothing to decide.
+        """
         return ""

@@ -1,6 +1,7 @@
 """Which modules an adapter is laid on.
 
-    "all-linear"            a preset: a place found by the model's structure (`lorafold.core.presets` has them all)
+    "all-linear"            a preset: a place found by the model's structure
+                            (`lorafold.core.presets` has them all)
     ["q_proj", "h.0.fc"]    modules of these names, or whose path ends in them
     "regex"                 modules whose whole path it matches
 
@@ -32,12 +33,19 @@ class Matches:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: the path, or its end, matches as a regex."""
+    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: the path, or its end, matches
+    as a regex.
+    """
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def match(model: nn.Module, targets: str | Sequence[str], is_linear: Callable[[nn.Module], bool]) -> Matches:
-    """Resolve targets to module paths. LorafoldError lists every pattern that matches nothing, with near names."""
+def match(
+    model: nn.Module, targets: str | Sequence[str], is_linear: Callable[[nn.Module], bool]
+) -> Matches:
+    """Resolve targets to module paths.
+
+    LorafoldError lists every pattern that matches nothing, with near names.
+    """
     paths = [path for path, _ in bare_modules(model) if path]
     if isinstance(targets, str) and targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}
@@ -61,6 +69,12 @@ def match(model: nn.Module, targets: str | Sequence[str], is_linear: Callable[[n
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> str:
-    names = sorted({path.rsplit(".", 1)[-1] for path, m in bare_modules(model) if is_linear(m) or isinstance(m, nn.Embedding)})
+    names = sorted(
+        {
+            path.rsplit(".", 1)[-1]
+            for path, m in bare_modules(model)
+            if is_linear(m) or isinstance(m, nn.Embedding)
+        }
+    )
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
     return f"target {pattern!r} matches no module; near names: {', '.join(near) or 'none'}"

@@ -1,11 +1,13 @@
 """The loss along straight lines in weight space, on the user's data.
 
-    base + t dW                     t from -0.5 to 1.5: how far a step too many, or one back, would cost
+    base + t dW                     t from -0.5 to 1.5: how far a step too many, or one back, would
+                                    cost
     base + (1 - t) dW_a + t dW_b    t from 0 to 1: are two adapters connected without a barrier?
     barrier                         max over t of L(t) - ((1 - t) L(0) + t L(1)), in nats
 
-The weight is scaled, not the factors, so the line is straight for any method that folds: `Mix` gives W + sum_i g_i (fold_i(W) - W).
-Linear mode connectivity: Frankle et al. 2020, arXiv 1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
+The weight is scaled, not the factors, so the line is straight for any method that folds: `Mix`
+gives W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
+1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ Point = tuple[float, float]  # t, loss in nats a labelled token
 
 @contextmanager
 def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence[float]], None]]:
-    """Only a weighted sum of the named adapters is live until the block ends; the function sets the weights, in the order of the names."""
+    """Only a weighted sum of the named adapters is live until the block ends; the function sets the
+    weights, in the order of the names.
+    """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
         if here := [i for i, name in enumerate(names) if name in module.deltas]:
@@ -57,31 +61,48 @@ def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence
             lift(module, LINE)
 
 
-def scaling(model: nn.Module, name: str, loss: Callable[[], float], points: Sequence[float] = SCALES) -> list[Point]:
+def scaling(
+    model: nn.Module, name: str, loss: Callable[[], float], points: Sequence[float] = SCALES
+) -> list[Point]:
     """The loss at base + t dW; `loss` measures the model as it is."""
     with mixed(model, [name]) as weigh:
         return [(t, _at(weigh, [t], loss)) for t in points]
 
 
-def between(model: nn.Module, first: str, second: str, loss: Callable[[], float], points: Sequence[float] = BETWEEN) -> list[Point]:
+def between(
+    model: nn.Module,
+    first: str,
+    second: str,
+    loss: Callable[[], float],
+    points: Sequence[float] = BETWEEN,
+) -> list[Point]:
     """The loss on the line from one adapter to the other."""
     with mixed(model, [first, second]) as weigh:
         return [(t, _at(weigh, [1 - t, t], loss)) for t in points]
 
 
 def barrier(points: Sequence[Point]) -> float:
-    """How far the loss rises above the straight line between the ends. `points`: from t = 0 to t = 1."""
+    """How far the loss rises above the straight line between the ends.
+
+    `points`: from t = 0 to t = 1.
+    """
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 
 
-def _at(weigh: Callable[[Sequence[float]], Any], weights: Sequence[float], loss: Callable[[], float]) -> float:
+def _at(
+    weigh: Callable[[Sequence[float]], Any], weights: Sequence[float], loss: Callable[[], float]
+) -> float:
     weigh(weights)
     return loss()
 
 
-def measured_paths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> dict[str, Any]:
-    """Along the first adapter that a model carries and, where there is a second, from the one to the other, by their names in the JSON."""
+def measured_paths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
+) -> dict[str, Any]:
+    """Along the first adapter that a model carries and, where there is a second, from the one to
+    the other, by their names in the JSON.
+    """
     loss, (first, *others) = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     found: dict[str, Any] = {"rows": len(rows), "scaling": scaling(model, first, loss)}
     if others:

@@ -1,12 +1,21 @@
-"""What a direction of an update reads and writes: the tokens, and the user's own vectors, that lie nearest to it.
+"""What a direction of an update reads and writes: the tokens, and the user's own vectors, that lie
+nearest to it.
 
-    W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h    so g * v, beside the rows of the embedding
-    W writes u to it:                                           logits E' (g' * u)           so g' * u, g' the final norm's gain,
-                                                                                             beside the rows of the unembedding E'
+    W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h    so g *
+                                                                v, beside the rows of the embedding
+    W writes u to it:                                           logits E' (g' * u)           so g' *
+                                                                u, g' the final norm's gain,
+                                                                                             beside
+                                                                                             the
+                                                                                             rows of
+                                                                                             the
+                                                                                             unembedding
+                                                                                             E'
 
-"Beside" is the cosine. The embedding's own inputs and the head's own outputs are tokens already: there the entries of v and u, which
-have norm 1, are shown. u and v are only known up to a sign that they share, so both ends of a direction are: what it reads and writes
-together, and what it reads and writes with the opposite sign. A norm's division by |h| and its mean's removal are passed over.
+"Beside" is the cosine. The embedding's own inputs and the head's own outputs are tokens already:
+there the entries of v and u, which have norm 1, are shown. u and v are only known up to a sign that
+they share, so both ends of a direction are: what it reads and writes together, and what it reads
+and writes with the opposite sign. A norm's division by |h| and its mean's removal are passed over.
 """
 
 from __future__ import annotations
@@ -36,7 +45,9 @@ ROWS = 8192  # of the vocabulary at a time
 
 @dataclass(frozen=True)
 class Near:
-    """The places of the largest and of the smallest values along each direction, and the values: (SHOWN, directions) each."""
+    """The places of the largest and of the smallest values along each direction, and the values:
+    (SHOWN, directions) each.
+    """
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
@@ -51,10 +62,14 @@ class Near:
         return {"positive": end(*self.top), "negative": end(*self.bottom)}
 
 
-def nearest(rows: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V, d), (d, n), any lengths
+# (V, d), (d, n), any lengths
+def nearest(rows: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
     """By cosine. `rows` may be in any dtype; a part of them at a time is brought to fp32."""
     unit = F.normalize(directions, dim=0)
-    near = [extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * ROWS) for i, part in enumerate(rows.split(ROWS))]
+    near = [
+        extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * ROWS)
+        for i, part in enumerate(rows.split(ROWS))
+    ]
 
     def merged(ends: Sequence[tuple[Tensor, Tensor]], sign: int) -> tuple[Tensor, Tensor]:
         values, places = (torch.cat(parts) for parts in zip(*ends, strict=True))
@@ -65,9 +80,15 @@ def nearest(rows: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:  # (V
 
 
 def chance(rows: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
-    """How near the nearest row lies to a random direction on average: a cosine that a direction must beat to be about a token."""
+    """How near the nearest row lies to a random direction on average: a cosine that a direction
+    must beat to be about a token.
+    """
     directions = torch.randn(rows.shape[1], DRAWN, generator=torch.Generator().manual_seed(0))
-    return float(nearest(rows, directions if through is None else through[:, None] * directions, 1).top[0].mean())
+    return float(
+        nearest(rows, directions if through is None else through[:, None] * directions, 1)
+        .top[0]
+        .mean()
+    )
 
 
 def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V, n)
@@ -79,7 +100,9 @@ def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V,
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a module: its singular directions (d, k), in the residual stream's own coordinates or over the vocabulary."""
+    """One side of a module: its singular directions (d, k), in the residual stream's own
+    coordinates or over the vocabulary.
+    """
 
     directions: Tensor
     of_tokens: bool
@@ -91,7 +114,9 @@ def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side
         return Side(svd.v, True)
     if (norm := stream.readers.get(path)) is None:
         return None
-    return Side(gain(model.get_submodule(norm), stream.size)[:, None] * svd.v if norm else svd.v, False)
+    return Side(
+        gain(model.get_submodule(norm), stream.size)[:, None] * svd.v if norm else svd.v, False
+    )
 
 
 def writing(stream: Stream, path: str, svd: Svd) -> Side | None:
@@ -101,15 +126,30 @@ def writing(stream: Stream, path: str, svd: Svd) -> Side | None:
     return Side(svd.u, False) if path in stream.writers else None
 
 
-def tables(sides: Mapping[str, Side], rows: Tensor, through: Tensor | None, name: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
-    """The nearest of `rows` (n, d) to the first directions of each side, by path: all in one pass over the rows. `through` (d,): the gain
-    between a direction and the rows."""
-    found = {path: _named(extremes(side.directions[:, :DIRECTIONS]), name) for path, side in sides.items() if side.of_tokens}
-    streams = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items() if not side.of_tokens}
+def tables(
+    sides: Mapping[str, Side], rows: Tensor, through: Tensor | None, name: Callable[[int], str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The nearest of `rows` (n, d) to the first directions of each side, by path: all in one pass
+    over the rows. `through` (d,): the gain between a direction and the rows.
+    """
+    found = {
+        path: _named(extremes(side.directions[:, :DIRECTIONS]), name)
+        for path, side in sides.items()
+        if side.of_tokens
+    }
+    streams = {
+        path: side.directions[:, :DIRECTIONS] for path, side in sides.items() if not side.of_tokens
+    }
     if streams:
         together = torch.cat(list(streams.values()), 1)
-        named = iter(_named(nearest(rows, together if through is None else through[:, None] * together), name))
-        found |= {path: list(islice(named, directions.shape[1])) for path, directions in streams.items()}
+        named = iter(
+            _named(
+                nearest(rows, together if through is None else through[:, None] * together), name
+            )
+        )
+        found |= {
+            path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
+        }
     return found
 
 
@@ -118,9 +158,16 @@ def _named(near: Near, name: Callable[[int], str]) -> list[dict[str, Any]]:
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
-    """Names and vectors (n, d) of a safetensors file: a tensor (d,) is one, a tensor (n, d) or (d, n) is n, named by number, as an SAE's
-    decoder has them. LorafoldError lists tensors of other shapes."""
-    file, names, found, problems = FileWeights([Path(path)]), list[str](), list[Tensor](), list[str]()
+    """Names and vectors (n, d) of a safetensors file: a tensor (d,) is one, a tensor (n, d) or (d,
+    n) is n, named by number, as an SAE's decoder has them. LorafoldError lists tensors of other
+    shapes.
+    """
+    file, names, found, problems = (
+        FileWeights([Path(path)]),
+        list[str](),
+        list[Tensor](),
+        list[str](),
+    )
     for name in sorted(file.names):
         shape = file.shape(name)
         if not file.is_floating(name) or len(shape) not in (1, 2) or size not in shape:
@@ -136,13 +183,17 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
 
 
 def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (d, k), (k,), (n, d) -> (n,)
-    """The share of an update's energy on each vector: |dW f|^2 / |dW|^2 for one that is read, |f^T dW|^2 / |dW|^2 for one that is written,
-    f the vector at length 1. 1 / d of it lies on any one on average."""
+    """The share of an update's energy on each vector: |dW f|^2 / |dW|^2 for one that is read, |f^T
+    dW|^2 / |dW|^2 for one that is written, f the vector at length 1. 1 / d of it lies on any one on
+    average.
+    """
     along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (along * s).square().sum(1) / s.square().sum()
 
 
-def largest_shares(side: Side, s: Tensor, names: Sequence[str], vectors: Tensor) -> dict[str, float]:
+def largest_shares(
+    side: Side, s: Tensor, names: Sequence[str], vectors: Tensor
+) -> dict[str, float]:
     """The vectors with the largest shares, largest first."""
     found = shares(side, s, vectors)
     values, places = found.topk(min(VECTORS, len(found)))

@@ -1,8 +1,12 @@
-"""Which modules read the residual stream, through which norm, and which write to it: found by running the model, not by its names.
+"""Which modules read the residual stream, through which norm, and which write to it: found by
+running the model, not by its names.
 
-    x = g * h / |h|_rms (+ b)       a norm; what takes exactly its output reads h, a direction v of its inputs being g v of h's
-    x = h                           what takes a block's own input reads h too (where norms come after: OLMo 2)
-    h + W x                         what reads h in neither way and gives vectors of h's size writes to h
+    x = g * h / |h|_rms (+ b)       a norm; what takes exactly its output reads h, a direction v of
+                                    its inputs being g v of h's
+    x = h                           what takes a block's own input reads h too (where norms come
+                                    after: OLMo 2)
+    h + W x                         what reads h in neither way and gives vectors of h's size writes
+                                    to h
 
 The run has no values (`lorafold.memory.skeleton`), so it costs no memory and reads no weight.
 """
@@ -27,8 +31,10 @@ from lorafold.memory.skeleton import no_values, skeleton
 
 @dataclass(frozen=True)
 class Stream:
-    """`readers`: the norm before each module that reads the residual stream, empty where there is none; `writers` write to it;
-    `embedding` and `head` are the vocabulary's two ends, `size` the number of the stream's dimensions."""
+    """`readers`: the norm before each module that reads the residual stream, empty where there is
+    none; `writers` write to it; `embedding` and `head` are the vocabulary's two ends, `size` the
+    number of the stream's dimensions.
+    """
 
     readers: dict[str, str]
     writers: frozenset[str]
@@ -50,9 +56,14 @@ def stream_of(model: PreTrainedModel) -> Stream:
     kept: list[Tensor] = []  # a storage that was given back might be another's soon
     with no_values(), torch.no_grad():
         # in bf16, which mixtures of experts ask for
-        twin = skeleton(config, Storage(torch.bfloat16), config.get_text_config().num_hidden_layers).eval()
+        twin = skeleton(
+            config, Storage(torch.bfloat16), config.get_text_config().num_hidden_layers
+        ).eval()
         names = {id(module): path for path, module in twin.named_modules()}
-        embedding, head = names[id(twin.get_input_embeddings())], names[id(twin.get_output_embeddings())]
+        embedding, head = (
+            names[id(twin.get_input_embeddings())],
+            names[id(twin.get_output_embeddings())],
+        )
         size = twin.get_input_embeddings().weight.shape[1]
 
         def came(path: str, x: Tensor) -> None:
@@ -79,7 +90,11 @@ def stream_of(model: PreTrainedModel) -> Stream:
             twin.get_submodule(path).register_forward_pre_hook(entered)
         with suppress(RuntimeError):  # code that asks for values is followed that far
             twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
-        writers = {path for path in seen - readers.keys() - {head} if layer_of(twin.get_submodule(path)).shape[0] == size}
+        writers = {
+            path
+            for path in seen - readers.keys() - {head}
+            if layer_of(twin.get_submodule(path)).shape[0] == size
+        }
     return Stream(readers, frozenset(writers), embedding, head, size)
 
 
@@ -90,7 +105,9 @@ def is_norm(module: nn.Module, size: int) -> bool:
 
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """g, whatever the module keeps (Gemma's is g - 1): from two inputs of mean zero and size one, between which a bias cancels."""
+    """g, whatever the module keeps (Gemma's is g - 1): from two inputs of mean zero and size one,
+    between which a bias cancels.
+    """
     z = torch.ones(size)
     z[1::2] = -1
     return (norm(z).float() - norm(-z).float()) / 2 * z

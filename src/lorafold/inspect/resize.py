@@ -1,10 +1,12 @@
 """The best adapter of a rank: of another adapter, or of the difference between two models.
 
-    dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in),   U S V^T the r largest singular parts of dW
-    error       |dW - B A| / |dW|, the least that any B A has (Eckart and Young 1936); |.| the Frobenius norm
+    dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in),   U S V^T the r largest singular
+                                                                   parts of dW
+    error       |dW - B A| / |dW|, the least that any B A has (Eckart and Young 1936); |.| the
+                Frobenius norm
 
-What comes out is plain LoRA whose scale is 1 (alpha = r at every site), whatever the method was. Trained biases, modules to save and
-token rows are carried over as they are.
+What comes out is plain LoRA whose scale is 1 (alpha = r at every site), whatever the method was.
+Trained biases, modules to save and token rows are carried over as they are.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ NAME = "resized"
 
 @dataclass(frozen=True)
 class Resized:
-    """`sites`: rank and relative error by module path; `error` is that of all together; `left_out`: tensors that differ between two
-    models and that an adapter of linears doesn't hold, with the relative size of the difference."""
+    """`sites`: rank and relative error by module path; `error` is that of all together; `left_out`:
+    tensors that differ between two models and that an adapter of linears doesn't hold, with the
+    relative size of the difference.
+    """
 
     sites: dict[str, dict[str, float]]
     error: float
@@ -48,17 +52,28 @@ class Resized:
     left_out: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        return {"error": self.error, "sites": self.sites, "left_out": self.left_out, "out": self.out}
+        return {
+            "error": self.error,
+            "sites": self.sites,
+            "left_out": self.left_out,
+            "out": self.out,
+        }
 
     def __str__(self) -> str:
         ranks = [site["rank"] for site in self.sites.values()]
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
-        lines = [f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; error {self.error:.2%} of the update's norm, "
-                 f"at most {self.sites[worst]['error']:.2%} at a site ({worst})"]  # fmt: skip
+        lines = [
+            f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; error"
+            f" {self.error:.2%} of the update's norm, at most {self.sites[worst]['error']:.2%} at a"
+            f" site ({worst})"
+        ]
         if self.left_out:
             largest = sorted(self.left_out, key=lambda name: -self.left_out[name])[:3]
             shown = ", ".join(f"{name} by {self.left_out[name]:.2%}" for name in largest)
-            lines.append(f"  {len(self.left_out)} other tensors differ too and are not in it, most of all {shown}")
+            lines.append(
+                f"  {len(self.left_out)} other tensors differ too and are not in it, most of all"
+                f" {shown}"
+            )
         return "\n".join(lines)
 
 
@@ -78,17 +93,32 @@ class Errors:
 
 
 def resize(
-    source: ModelSource, path: str | Path, out: str | Path, *, rank: int | None = None, energy: float | None = None,
-    overwrite: bool = False, allow_other_base: bool = False, trust_remote_code: bool = False,
-) -> Resized:  # fmt: skip
-    """Write the adapter at a rank, or at each site the least rank that holds a share of the energy. LorafoldError unless one is given."""
+    source: ModelSource,
+    path: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    overwrite: bool = False,
+    allow_other_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Resized:
+    """Write the adapter at a rank, or at each site the least rank that holds a share of the energy.
+
+    LorafoldError unless one is given.
+    """
     if (rank is None) == (energy is None):
         raise LorafoldError("resize: expected either a rank or an energy")
-    adapter = load(bones_of(source, trust_remote_code).model, path, NAME, allow_other_base=allow_other_base)
+    adapter = load(
+        bones_of(source, trust_remote_code).model, path, NAME, allow_other_base=allow_other_base
+    )
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter):
         if site.changes_bias:
-            raise LorafoldError(f"{path}: {type(site.delta).__name__} changes the bias of {site.path} with its weight; LoRA can't")
+            raise LorafoldError(
+                f"{path}: {type(site.delta).__name__} changes the bias of {site.path} with its"
+                " weight; LoRA can't"
+            )
         svd = site.parts()
         s = svd.s
         kept = svd.top(effective_rank(s, energy) if rank is None else rank)  # type: ignore[arg-type]
@@ -97,16 +127,26 @@ def resize(
         errors.add(site.path, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
     found = errors.result(out)
     history = {k: v for k, v in read_record(path).items() if k not in ("base", "lorafold")}
-    record = {**history, "resized": {"from": str(path), "rank": rank, "energy": energy, "error": found.error}}
+    record = {
+        **history,
+        "resized": {"from": str(path), "rank": rank, "energy": energy, "error": found.error},
+    }
     tokenizer = tokenizer_of(source, [path], trust_remote_code) if has_tokenizer(path) else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return found
 
 
 def extract(
-    base: ModelSource, tuned: ModelSource, out: str | Path, *, rank: int, overwrite: bool = False, trust_remote_code: bool = False
+    base: ModelSource,
+    tuned: ModelSource,
+    out: str | Path,
+    *,
+    rank: int,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Resized:
-    """Write an adapter of a rank from a fine-tuned model and its base: every linear of the blocks, a tensor at a time.
+    """Write an adapter of a rank from a fine-tuned model and its base: every linear of the blocks,
+    a tensor at a time.
 
     LorafoldError where the two differ in their modules, or not at all in those.
     """
@@ -114,24 +154,37 @@ def extract(
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))
-    if problems := [f"{name}: shape {_shape(theirs.get(name))}, expected {list(p.shape)}" for name, p in own.items()
-                    if _shape(theirs.get(name)) != list(p.shape)]:  # fmt: skip
+    if problems := [
+        f"{name}: shape {_shape(theirs.get(name))}, expected {list(p.shape)}"
+        for name, p in own.items()
+        if _shape(theirs.get(name)) != list(p.shape)
+    ]:
         raise LorafoldError(f"{tuned.name} is no fine-tuned {base.name}: {'; '.join(problems)}")
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:
-        before, after = (layer_of(bones.model.get_submodule(path)).dense()[0].float() for bones in (one, other))
+        before, after = (
+            layer_of(bones.model.get_submodule(path)).dense()[0].float() for bones in (one, other)
+        )
         dw = after - before
         if whole := _squares(dw):
             b, a = best_of_rank(dw, min(rank, *dw.shape))
             factors[path] = b, a
             errors.add(path, len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole)
     if not factors:
-        raise LorafoldError(f"{tuned.name}: its linears are those of {base.name}, so there is nothing to extract")
+        raise LorafoldError(
+            f"{tuned.name}: its linears are those of {base.name}, so there is nothing to extract"
+        )
     held = {f"{path}.weight" for path in paths}
-    left_out = {name: change for name, p in own.items() if name not in held and (change := _relative(theirs[name], p))}
+    left_out = {
+        name: change
+        for name, p in own.items()
+        if name not in held and (change := _relative(theirs[name], p))
+    }
     adapter = attach(one.model, LoRA(rank=1), Matches({path: (path,) for path in factors}), NAME)
     found = errors.result(out, left_out)
-    record = {"extracted": {"from": tuned.name, "rank": rank, "error": found.error, "left_out": left_out}}
+    record = {
+        "extracted": {"from": tuned.name, "rank": rank, "error": found.error, "left_out": left_out}
+    }
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record)
     return found
 
@@ -149,7 +202,9 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
             put(delta, "A", a)
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
-    return Adapter(adapter.model, adapter.name, spec, adapter.matches, adapter.bias, adapter.modules_to_save)
+    return Adapter(
+        adapter.model, adapter.name, spec, adapter.matches, adapter.bias, adapter.modules_to_save
+    )
 
 
 def _shape(p: Tensor | None) -> list[int] | None:

@@ -2,9 +2,9 @@
 
     dW = U S V^T       U (out, k), S (k,) falling, V (in, k)
 
-Factors are never multiplied out (`ops.svd.svd_of_product`): O((out + in) r^2) instead of O(out in min(out, in)). Where there are none dW
-is built and decomposed whole, one module at a time.
-The base's weights stay in their files, mapped, until a figure needs one.
+Factors are never multiplied out (`ops.svd.svd_of_product`): O((out + in) r^2) instead of O(out in
+min(out, in)). Where there are none dW is built and decomposed whole, one module at a time. The
+base's weights stay in their files, mapped, until a figure needs one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from lorafold.ops.svd import svd_of_product
 
 @dataclass(frozen=True)
 class Svd:
-    """U (out, k), S (k,) falling, V (in, k), fp32; singular values that are only rounding are left out."""
+    """U (out, k), S (k,) falling, V (in, k), fp32; singular values that are only rounding are left
+    out.
+    """
 
     u: Tensor
     s: Tensor
@@ -46,7 +48,10 @@ class Svd:
 
 @dataclass(frozen=True)
 class Site:
-    """One module and what is laid on it. `rank` is the method's nominal rank, None for a method without factors."""
+    """One module and what is laid on it.
+
+    `rank` is the method's nominal rank, None for a method without factors.
+    """
 
     path: str
     delta: Delta
@@ -65,7 +70,11 @@ class Site:
     def changes_bias(self) -> bool:
         """Does folding it change the layer's bias as well?"""
         bias = self.layer.bias
-        return self.delta.factors() is None and bias is not None and self.delta.fold(self.weight, bias)[1] is not bias
+        return (
+            self.delta.factors() is None
+            and bias is not None
+            and self.delta.fold(self.weight, bias)[1] is not bias
+        )
 
     def parts(self) -> Svd:
         """Made anew each time. LorafoldError for an update that has no form in weight space."""
@@ -73,7 +82,8 @@ class Site:
 
 
 def sites(adapter: Adapter) -> Iterator[Site]:
-    """What the method itself laid, by module; trained biases, modules to save and token rows are no part of it.
+    """What the method itself laid, by module; trained biases, modules to save and token rows are no
+    part of it.
 
     LorafoldError where the method has no update of a matrix.
     """
@@ -82,7 +92,9 @@ def sites(adapter: Adapter) -> Iterator[Site]:
         try:
             _ = layer.shape
         except NotMergeable as e:
-            raise LorafoldError(f"{path}: {type(delta).__name__} changes no matrix ({e}), so it has no spectrum") from None
+            raise LorafoldError(
+                f"{path}: {type(delta).__name__} changes no matrix ({e}), so it has no spectrum"
+            ) from None
         yield Site(path, delta, layer)
 
 
@@ -104,8 +116,10 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Thin products gain nothing from threads, which wait for each other: 224 sites of Llama-2-7B at r=16 take 2 s on one and,
-    where other work keeps a processor of two cores busy, from 4 to 49 s on two."""
+    """Thin products gain nothing from threads, which wait for each other: 224 sites of Llama-2-7B
+    at r=16 take 2 s on one and, where other work keeps a processor of two cores busy, from 4 to 49
+    s on two.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -3,9 +3,10 @@
     with atomic_directory("out", overwrite=False) as tmp:
         save_file(tensors, tmp / "model.safetensors")
 
-What is written goes to a temporary sibling on the same file system. On success it gets a manifest (sha256 and size of every file),
-everything is flushed to the disk, and one rename puts it in place; on any failure it is removed. A killed process leaves its
-temporary sibling, which the next attempt at the same target removes. Use it for everything that lorafold writes for good.
+What is written goes to a temporary sibling on the same file system. On success it gets a manifest
+(sha256 and size of every file), everything is flushed to the disk, and one rename puts it in place;
+on any failure it is removed. A killed process leaves its temporary sibling, which the next attempt
+at the same target removes. Use it for everything that lorafold writes for good.
 """
 
 import hashlib
@@ -32,8 +33,9 @@ MANIFEST = "manifest.json"
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty directory that becomes `path` when the block ends without an error.
 
-    `overwrite` replaces a directory that lorafold wrote before; the old one stays until the new one is complete.
-    Raises LorafoldError as `check_out` does, and where the files can't be written (a full disk, no permission).
+    `overwrite` replaces a directory that lorafold wrote before; the old one stays until the new one
+    is complete. Raises LorafoldError as `check_out` does, and where the files can't be written (a
+    full disk, no permission).
     """
     check_out(path, overwrite)
     target = Path(path).resolve()
@@ -51,10 +53,11 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it: call it before any work is done.
+    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it: call it before any
+    work is done.
 
-    Removes what killed runs left beside it. A directory with files in it but without a manifest is not ours to delete, whatever
-    `overwrite` says.
+    Removes what killed runs left beside it. A directory with files in it but without a manifest is
+    not ours to delete, whatever `overwrite` says.
     """
     target = Path(path)
     with _writing(path):
@@ -66,7 +69,10 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     if not target.is_dir():
         raise LorafoldError(f"{path} is not a directory; remove it yourself")
     if not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise LorafoldError(f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it yourself")
+        raise LorafoldError(
+            f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it"
+            " yourself"
+        )
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -90,7 +96,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def verify(path: str | Path) -> list[str]:
-    """What differs from the manifest, a line per file: missing, of another size, of other content. Files that were added don't count."""
+    """What differs from the manifest, a line per file: missing, of another size, of other content.
+
+    Files that were added don't count.
+    """
     root = Path(path)
     try:
         files = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -132,14 +141,20 @@ def _writing(path: str | Path) -> Iterator[None]:
 def _seal(root: Path) -> None:
     """Write the manifest and flush every file and directory under `root`."""
     files = sorted(p for p in root.rglob("*") if p.is_file())
-    entries = {p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size} for p in files}
+    entries = {
+        p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
+        for p in files
+    }
     write_json(root / MANIFEST, {"files": entries})
     for path in [*files, *(p for p in root.rglob("*") if p.is_dir()), root]:
         _sync(path)
 
 
 def _place(tmp: Path, target: Path, overwrite: bool) -> None:
-    """Rename `tmp` to `target`. At every moment `target` is the old directory, absent, or the new one."""
+    """Rename `tmp` to `target`.
+
+    At every moment `target` is the old directory, absent, or the new one.
+    """
     check_out(target, overwrite)
     if not target.exists():
         tmp.rename(target)
@@ -162,7 +177,9 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what dead processes of this machine left beside `target`; the old directory of one killed between two renames returns."""
+    """Remove what dead processes of this machine left beside `target`; the old directory of one
+    killed between two renames returns.
+    """
     beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
     for path in (p for p in beside if _is_leftover(p.name, target.name)):
         if path.suffix == ".old" and not target.exists():

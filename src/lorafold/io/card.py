@@ -1,4 +1,6 @@
-"""The model card (README.md) beside an adapter or a model trained whole: base, figures, recipe, data, how to load it; ready for the Hub."""
+"""The model card (README.md) beside an adapter or a model trained whole: base, figures, recipe,
+data, how to load it; ready for the Hub.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import Any
 import yaml
 
 CLASSES = "classes"  # in an adapter's record: those that a classifier tells apart, by number
-VOCABULARY = "vocabulary"  # in an adapter's record: its size, where the adapter brings tokens that the base lacks
+# in an adapter's record: its size, where the adapter brings tokens that the base lacks
+VOCABULARY = "vocabulary"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOAD = """\
@@ -32,7 +35,9 @@ from peft import PeftModel
 {grown}model = PeftModel.from_pretrained(model, "path/to/this/directory")
 ```
 """
-GROWN = "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer lies here too\n"
+GROWN = (
+    "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer lies here too\n"
+)
 
 LOAD_WHOLE = """\
 ## How to use it
@@ -45,19 +50,39 @@ model = {auto}.from_pretrained("path/to/this/directory")
 """
 
 
-def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, Any], whole: bool = False) -> str:
-    """Markdown with YAML front matter. `base`: a hub id or a directory. Of `record`, the tables "recipe" and "data" are shown; of
-    `figures`, the numbers. `whole`: what lies there is a model with all of its weights, not an adapter."""
+def training_card(
+    base: str, record: Mapping[str, Any], figures: Mapping[str, Any], whole: bool = False
+) -> str:
+    """Markdown with YAML front matter.
+
+    `base`: a hub id or a directory. Of `record`, the tables "recipe" and "data" are shown; of
+    `figures`, the numbers. `whole`: what lies there is a model with all of its weights, not an
+    adapter.
+    """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
     front: dict[str, Any] = {"base_model": base} if on_hub else {}
     relation = "finetune" if whole else "adapter"
-    front |= {"library_name": "transformers" if whole else "peft", "tags": [*["lora"] * (not whole), "lorafold"]}
+    front |= {
+        "library_name": "transformers" if whole else "peft",
+        "tags": [*["lora"] * (not whole), "lorafold"],
+    }
     front["tags"] += [f"base_model:{relation}:{base}"] * on_hub
-    title = f"# {name}, fine-tuned\n\nTrained in place with lorafold: a plain Hugging Face model.\n" if whole else (
-        f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the base model, laid over it.\n")  # fmt: skip
-    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    data = {k: Path(v).name if k == "source" and Path(v).suffix else v for k, v in record.get("data", {}).items()}
+    title = (
+        f"# {name}, fine-tuned\n\nTrained in place with lorafold: a plain Hugging Face model.\n"
+        if whole
+        else (
+            f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the"
+            " base model, laid over it.\n"
+        )
+    )
+    numbers = {
+        k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
+    data = {
+        k: Path(v).name if k == "source" and Path(v).suffix else v
+        for k, v in record.get("data", {}).items()
+    }
     classes = record.get(CLASSES)
     auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     head = f", num_labels={len(classes)}" if classes else ""
@@ -75,7 +100,11 @@ def training_card(base: str, record: Mapping[str, Any], figures: Mapping[str, An
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
     """A section of two columns, or nothing."""
-    lines = [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in rows.items() if value not in (None, "", [], {})]
+    lines = [
+        f"| {key.replace('_', ' ')} | {_cell(value)} |"
+        for key, value in rows.items()
+        if value not in (None, "", [], {})
+    ]
     return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n" if lines else ""
 
 

@@ -1,4 +1,6 @@
-"""The vocabulary of the table: what one method looks like in PEFT's files. The rows themselves are in `table.py`.
+"""The vocabulary of the table: what one method looks like in PEFT's files.
+
+The rows themselves are in `table.py`.
 
     Field      a config key  <->  a field of the spec
     Entry      a key in the tensor file  <->  a tensor of a delta
@@ -39,7 +41,10 @@ Regex = Annotated[str, AfterValidator(compiles)]
 
 @dataclass(frozen=True)
 class Site:
-    """One delta at one module. `target`: the method was laid there, so that PEFT moves the module itself to `base_layer`."""
+    """One delta at one module.
+
+    `target`: the method was laid there, so that PEFT moves the module itself to `base_layer`.
+    """
 
     path: str
     delta: Delta
@@ -71,7 +76,9 @@ def unchanged(tensor: Tensor, site: Site) -> Tensor:
 
 @dataclass(frozen=True)
 class Field:
-    """A config key, the spec's field, what the file may hold (a type for pydantic) and what PEFT assumes where the key is absent."""
+    """A config key, the spec's field, what the file may hold (a type for pydantic) and what PEFT
+    assumes where the key is absent.
+    """
 
     key: str
     attribute: str
@@ -86,14 +93,19 @@ class Field:
         try:
             return self.from_file(TypeAdapter(self.type).validate_python(value, strict=True))
         except ValidationError as e:
-            raise LorafoldError(f"{self.key}: found {value!r}; {e.errors()[0]['msg'].lower()}") from None
+            raise LorafoldError(
+                f"{self.key}: found {value!r}; {e.errors()[0]['msg'].lower()}"
+            ) from None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a delta (a dotted name) and its key, a template over the site's `at` and `under`. The functions change between the
-    delta's tensor and the file's. Where the file and not the spec decides on its shape, `misfit` says what is wrong with a tensor of the
-    file, given all that it holds of the adapter."""
+    """A tensor of a delta (a dotted name) and its key, a template over the site's `at` and `under`.
+
+    The functions change between the delta's tensor and the file's. Where the file and not the spec
+    decides on its shape, `misfit` says what is wrong with a tensor of the file, given all that it
+    holds of the adapter.
+    """
 
     attribute: str
     template: str
@@ -105,19 +117,25 @@ class Entry:
         return self.template.format(at=site.at, under=site.under)
 
 
-Entries = Callable[[Delta, type[Base]], list[Entry]]  # of a delta on a module that stores its matrix that way
+# of a delta on a module that stores its matrix that way
+Entries = Callable[[Delta, type[Base]], list[Entry]]
 
 
 def named(**templates: str) -> Entries:
     """The entries of a delta that is stored in one way whatever it lies on."""
-    return lambda delta, layer: [Entry(attribute, template) for attribute, template in templates.items()]
+    return lambda delta, layer: [
+        Entry(attribute, template) for attribute, template in templates.items()
+    ]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method's config. `marks` are the values that tell it from others of its `peft_type`; `irrelevant` are keys that do not
-    bear on what a saved adapter computes; `derived` gives further keys from the sites. `outer`: a spec that lies `over` this one;
-    `biases`: PEFT's config has a word on biases. `preset`: the method has this one place, so that its files name no target modules."""
+    """One method's config. `marks` are the values that tell it from others of its `peft_type`;
+    `irrelevant` are keys that do not bear on what a saved adapter computes; `derived` gives further
+    keys from the sites. `outer`: a spec that lies `over` this one; `biases`: PEFT's config has a
+    word on biases. `preset`: the method has this one place, so that its files name no target
+    modules.
+    """
 
     spec: type[Spec]
     peft_type: str
@@ -130,7 +148,11 @@ class Method:
     preset: str | None = None
 
     def holds(self, spec: Spec) -> bool:
-        return type(spec) is self.spec if self.outer is None else type(spec) is self.outer and type(self.inner(spec)) is self.spec
+        return (
+            type(spec) is self.spec
+            if self.outer is None
+            else type(spec) is self.outer and type(self.inner(spec)) is self.spec
+        )
 
     def inner(self, spec: Spec) -> Spec:
         return spec if self.outer is None else spec.over  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
 """GGUF files as plain models: unpacked once, kept in the user's cache.
 
-A quantized GGUF can't be trained as it is, and unpacking takes tens of seconds (SmolLM2-135M: 25 s). So the first use writes a bf16
-safetensors copy with tokenizer and generation config to `$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else
-`~/.cache/lorafold`; later uses, and whatever reads safetensors only, take the copy. Its name holds the digest of the GGUF file.
+A quantized GGUF can't be trained as it is, and unpacking takes tens of seconds (SmolLM2-135M: 25
+s). So the first use writes a bf16 safetensors copy with tokenizer and generation config to
+`$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`; later uses, and
+whatever reads safetensors only, take the copy. Its name holds the digest of the GGUF file.
 """
 
 import logging
@@ -32,9 +33,12 @@ def cache_directory() -> Path:
 
 
 def unpacked(gguf: Path) -> Path:
-    """The directory of the bf16 copy of `gguf`, made now if there is none. Processes that ask at the same time make one copy.
+    """The directory of the bf16 copy of `gguf`, made now if there is none.
 
-    Raises LorafoldError where the file is no GGUF that transformers reads, or the cache can't be written.
+    Processes that ask at the same time make one copy.
+
+    Raises LorafoldError where the file is no GGUF that transformers reads, or the cache can't be
+    written.
     """
     copy = cache_directory() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}-{UNPACKING}"
     if (copy / MANIFEST).is_file():
@@ -46,7 +50,10 @@ def unpacked(gguf: Path) -> Path:
                 log.info("unpacking %s to %s (once)", gguf.name, copy)
                 _unpack(gguf, copy)
     except OSError as error:
-        raise LorafoldError(f"{copy}: the copy of {gguf} was not written: {error.strerror or error}; LORAFOLD_CACHE moves it") from error
+        raise LorafoldError(
+            f"{copy}: the copy of {gguf} was not written: {error.strerror or error}; LORAFOLD_CACHE"
+            " moves it"
+        ) from error
     return copy
 
 
@@ -60,7 +67,9 @@ def _unpack(gguf: Path, copy: Path) -> None:
     dense = GgufConfig(dequantize=True)
     with loading(str(gguf)):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.bfloat16
+        )
         _isolate_digits(tokenizer)
         with atomic_directory(copy) as tmp:
             model.save_pretrained(tmp)
@@ -70,13 +79,16 @@ def _unpack(gguf: Path, copy: Path) -> None:
 def _isolate_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Split text at every digit where the vocabulary was learned so (SmolLM's).
 
-    transformers splits a byte-level vocabulary that it has no rule for as GPT-2 does, which gives other tokens than the model was
-    trained on where two spaces come before a digit. Such a vocabulary is known by its having no token with a digit and anything else.
+    transformers splits a byte-level vocabulary that it has no rule for as GPT-2 does, which gives
+    other tokens than the model was trained on where two spaces come before a digit. Such a
+    vocabulary is known by its having no token with a digit and anything else.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     backend = tokenizer.backend_tokenizer
     learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    mixed = any(len(token) > 1 and any(digit in token for digit in "0123456789") for token in learned)
+    mixed = any(
+        len(token) > 1 and any(digit in token for digit in "0123456789") for token in learned
+    )
     if isinstance(backend.pre_tokenizer, ByteLevel) and not mixed:
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])

@@ -1,4 +1,6 @@
-"""transformers, called quietly: while a model or tokenizer loads, no progress bars or notices, and one line for what goes wrong."""
+"""transformers, called quietly: while a model or tokenizer loads, no progress bars or notices, and
+one line for what goes wrong.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +10,9 @@ from lorafold.errors import LorafoldError
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Silence transformers inside the block, and turn its many errors into a LorafoldError that begins with `what`."""
+    """Silence transformers inside the block, and turn its many errors into a LorafoldError that
+    begins with `what`.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -18,7 +22,15 @@ def loading(what: str) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         raise LorafoldError(f"{what}: transformers can't load it: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

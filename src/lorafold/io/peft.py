@@ -1,13 +1,16 @@
 """Adapters as directories in PEFT's format, written and read.
 
     adapter_config.json            method, targets, bias, modules to save
-    adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module path>.lora_A.weight ...
-    lorafold.json                  the base's fingerprint, the version, and a record of how it was made
+    adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module
+                                   path>.lora_A.weight ...
+    lorafold.json                  the base's fingerprint, the version, and a record of how it was
+                                   made
     README.md                      the model card
     tokenizer.json ...             the tokenizer, where the adapter has one of its own
 
-What a method looks like in them is one row of `table.py`. Reading is strict: everything in a directory is used and understood, or
-all that is not is named and nothing is changed. PEFT's own directories are read alike (they have no fingerprint).
+What a method looks like in them is one row of `table.py`. Reading is strict: everything in a
+directory is used and understood, or all that is not is named and nothing is changed. PEFT's own
+directories are read alike (they have no fingerprint).
 """
 
 from __future__ import annotations
@@ -67,38 +70,77 @@ class Place:
         value = tensor.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
         path, _, name = self.entry.attribute.rpartition(".")
         module = self.site.delta.get_submodule(path)
-        setattr(module, name, nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value)
+        setattr(
+            module,
+            name,
+            nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value,
+        )
 
 
-def places(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> dict[str, Place]:
-    """Every tensor of the adapter by its key in the file. A tensor that deltas share has one key."""
-    return {entry.key(site): Place(site, entry) for site in sites(model, parts, targets, base) for entry in entries_of(site)}
+def places(
+    model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
+) -> dict[str, Place]:
+    """Every tensor of the adapter by its key in the file. A tensor that deltas share has one
+    key.
+    """
+    return {
+        entry.key(site): Place(site, entry)
+        for site in sites(model, parts, targets, base)
+        for entry in entries_of(site)
+    }
 
 
 def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> list[Site]:
     layers, aimed = {path: layer_class(model.get_submodule(path)) for path in parts}, set(targets)
-    return [Site(path, delta, layers[path], path in aimed, base) for path, deltas in parts.items() for delta in deltas]
+    return [
+        Site(path, delta, layers[path], path in aimed, base)
+        for path, deltas in parts.items()
+        for delta in deltas
+    ]
 
 
 def write(
-    path: str | Path, model: nn.Module, spec: Spec, matches: Matches, parts: Parts, bias: Bias, modules_to_save: Sequence[str],
-    base: Weights, tokenizer: Any, *, overwrite: bool, card: str | None, record: Mapping[str, Any],
-) -> Path:  # fmt: skip
-    """Write the directory, whole or not at all. `matches` and `modules_to_save` say what the user selected modules by; `base` has the
-    base's own weights; a `tokenizer` goes into it too.
+    path: str | Path,
+    model: nn.Module,
+    spec: Spec,
+    matches: Matches,
+    parts: Parts,
+    bias: Bias,
+    modules_to_save: Sequence[str],
+    base: Weights,
+    tokenizer: Any,
+    *,
+    overwrite: bool,
+    card: str | None,
+    record: Mapping[str, Any],
+) -> Path:
+    """Write the directory, whole or not at all.
 
-    LorafoldError if the path exists and overwrite is off, the format has no place for something, or a value is not finite.
+    `matches` and `modules_to_save` say what the user selected modules by; `base` has the base's own
+    weights; a `tokenizer` goes into it too.
+
+    LorafoldError if the path exists and overwrite is off, the format has no place for something, or
+    a value is not finite.
     """
     targets = matches.paths
-    replaced = [p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)]
+    replaced = [
+        p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)
+    ]
     saved = [p for p in replaced if p not in targets]
-    selection = describe(model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save)
+    selection = describe(
+        model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save
+    )
     config = write_config(model, spec, sites(model, parts, targets, base), selection, bias)
-    tensors = {key: place.encoded().contiguous().cpu() for key, place in places(model, parts, targets, base).items()}
+    tensors = {
+        key: place.encoded().contiguous().cpu()
+        for key, place in places(model, parts, targets, base).items()
+    }
     if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
     about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
-    shown = {k: v for k, v in record.items() if k == VOCABULARY} | {"recipe": {"method": type(spec).__name__, **vars(spec)}}
+    shown = {k: v for k, v in record.items() if k == VOCABULARY} | {
+        "recipe": {"method": type(spec).__name__, **vars(spec)}
+    }
     own_card = training_card(config["base_model_name_or_path"] or "", shown, {})
     with atomic_directory(path, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -129,25 +171,46 @@ class Stored:
 
     def beside(self, model: nn.Module) -> dict[str, Any]:
         """What `attach` takes for this model besides the spec; rows of tokens are left out."""
-        return {"targets": self.targets(model), "bias": self.bias, "modules_to_save": self.modules_to_save(model)}
+        return {
+            "targets": self.targets(model),
+            "bias": self.bias,
+            "modules_to_save": self.modules_to_save(model),
+        }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Stored]:
-        """The ids whose rows it holds, by module path, and itself with exactly those rows in its weights."""
-        ids, weights = tokens.completed(model, tokens.resolve(model, self.selection.tokens), self.weights, base)
+        """The ids whose rows it holds, by module path, and itself with exactly those rows in its
+        weights.
+        """
+        ids, weights = tokens.completed(
+            model, tokens.resolve(model, self.selection.tokens), self.weights, base
+        )
         return ids, replace(self, weights=weights)
 
     def base_problems(self, base: Weights) -> list[str]:
-        """What says that the adapter was trained on another base. An adapter without a fingerprint fits any."""
+        """What says that the adapter was trained on another base.
+
+        An adapter without a fingerprint fits any.
+        """
         found = fingerprint.differences(self.fingerprint, base)
-        return [f"not the base it was trained on ({d}), which --allow-other-base (allow_other_base=True) overrides" for d in found]
+        return [
+            f"not the base it was trained on ({d}), which --allow-other-base"
+            " (allow_other_base=True) overrides"
+            for d in found
+        ]
 
 
 def read(path: str | Path) -> Stored:
-    """Open an adapter directory. LorafoldError lists all that is missing, unreadable or not supported."""
+    """Open an adapter directory.
+
+    LorafoldError lists all that is missing, unreadable or not supported.
+    """
     directory = Path(path)
     if not (directory / CONFIG).is_file():
         inside = sorted(str(p.parent) for p in directory.glob(f"*/{CONFIG}"))
-        raise LorafoldError(f"{path}: no {CONFIG}, so this is no adapter" + f"; there is one in {', '.join(inside)}" * bool(inside))
+        raise LorafoldError(
+            f"{path}: no {CONFIG}, so this is no adapter"
+            + f"; there is one in {', '.join(inside)}" * bool(inside)
+        )
     problems: list[str] = []
     config = _attempt(problems, lambda: read_config(read_object(directory / CONFIG)))
     weights = _attempt(problems, lambda: _open(directory))
@@ -158,18 +221,35 @@ def read(path: str | Path) -> Stored:
     return Stored(directory, spec, bias, selection, weights, base)
 
 
-def fill(model: nn.Module, parts: Parts, targets: Sequence[str], stored: Stored, base: Weights, problems: Sequence[str] = ()) -> None:
-    """Give the laid deltas their values: fp32, on their module's device (the CPU for modules without data).
+def fill(
+    model: nn.Module,
+    parts: Parts,
+    targets: Sequence[str],
+    stored: Stored,
+    base: Weights,
+    problems: Sequence[str] = (),
+) -> None:
+    """Give the laid deltas their values: fp32, on their module's device (the CPU for modules
+    without data).
 
-    LorafoldError lists `problems` and all keys that are unknown, missing, misshapen or not finite; nothing is changed then.
+    LorafoldError lists `problems` and all keys that are unknown, missing, misshapen or not finite;
+    nothing is changed then.
     """
     expected = places(model, parts, targets, base)
     found = set(stored.weights.names)
     loaded = {key: stored.weights.get(key) for key in sorted(found & expected.keys())}
     wrong = list(problems)
-    wrong += [text for key in sorted(found - expected.keys()) if (text := _stray(key, stored.weights, base))]
+    wrong += [
+        text
+        for key in sorted(found - expected.keys())
+        if (text := _stray(key, stored.weights, base))
+    ]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
-    wrong += [text for key, tensor in loaded.items() if (text := _misfit(key, tensor, expected[key], loaded))]
+    wrong += [
+        text
+        for key, tensor in loaded.items()
+        if (text := _misfit(key, tensor, expected[key], loaded))
+    ]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, place in expected.items():
@@ -194,7 +274,9 @@ def _not_finite(key: str, tensor: Tensor) -> str | None:
 
 
 def _stray(key: str, stored: Weights, base: Weights) -> str | None:
-    """What is wrong with a key that no delta has: nothing if it is a copy of what is known, as PEFT keeps of some base weights."""
+    """What is wrong with a key that no delta has: nothing if it is a copy of what is known, as PEFT
+    keeps of some base weights.
+    """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
         return None
@@ -202,8 +284,15 @@ def _stray(key: str, stored: Weights, base: Weights) -> str | None:
     if own is None or not tensor.is_floating_point():
         return f"unknown key {key}"
     if base.shape(own) != tuple(tensor.shape):
-        return f"{key}: a base weight of shape {list(tensor.shape)}, where this base has {list(base.shape(own))}"
-    return None if fingerprint.same(tensor, base.get(own)) else f"{key}: a base weight that differs from this base's"
+        return (
+            f"{key}: a base weight of shape {list(tensor.shape)}, where this base has"
+            f" {list(base.shape(own))}"
+        )
+    return (
+        None
+        if fingerprint.same(tensor, base.get(own))
+        else f"{key}: a base weight that differs from this base's"
+    )
 
 
 def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
@@ -218,12 +307,18 @@ def _open(directory: Path) -> Weights:
     if (directory / WEIGHTS).is_file():
         return FileWeights([directory / WEIGHTS])
     pickles = sorted(p.name for p in directory.glob("adapter_model.*"))
-    reason = f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors" if pickles else "it is missing"
+    reason = (
+        f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"
+        if pickles
+        else "it is missing"
+    )
     raise LorafoldError(f"{WEIGHTS}: {reason}")
 
 
 def _fingerprint(directory: Path) -> Fingerprint:
-    """Of the base that the adapter was made on; empty where nothing says (PEFT's own directories)."""
+    """Of the base that the adapter was made on; empty where nothing says (PEFT's own
+    directories).
+    """
     record = read_record(directory)
     try:
         return fingerprint.parse(record.get("base", {}))

@@ -1,4 +1,7 @@
-"""`lorafold.json`, the record beside an adapter or a trained model: how it was made, and on what. Absent in PEFT's own directories."""
+"""`lorafold.json`, the record beside an adapter or a trained model: how it was made, and on what.
+
+Absent in PEFT's own directories.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,29 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
-    """The record of a directory, empty where there is none. LorafoldError for one that can't be read."""
+    """The record of a directory, empty where there is none.
+
+    LorafoldError for one that can't be read.
+    """
     path = Path(directory) / RECORD
     return read_object(path) if path.is_file() else {}
 
 
 def base_trained_on(adapters: Sequence[str | Path]) -> str | None:
-    """The word for how the base was held while these adapters were trained, as their recipes have it; None where no record says.
+    """The word for how the base was held while these adapters were trained, as their recipes have
+    it; None where no record says.
 
     LorafoldError where they differ.
     """
-    found = {str(path): str(recipe["base"]) for path in adapters if "base" in (recipe := read_record(path).get("recipe") or {})}
+    found = {
+        str(path): str(recipe["base"])
+        for path in adapters
+        if "base" in (recipe := read_record(path).get("recipe") or {})
+    }
     if len(set(found.values())) > 1:
         held = ", ".join(f"{path} on {base}" for path, base in found.items())
-        raise LorafoldError(f"these adapters were trained on bases that are held differently ({held}): say which to use")
+        raise LorafoldError(
+            f"these adapters were trained on bases that are held differently ({held}): say which"
+            " to use"
+        )
     return next(iter(found.values()), None)

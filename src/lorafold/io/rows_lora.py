@@ -1,9 +1,12 @@
 """LoRA and its relatives in PEFT's files: rows for `table.py`.
 
     LoRA            r, lora_alpha ...           lora_A, lora_B
-    PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, the offset [s (B - B0), s B0] [A; A - A0] as it is; read as LoRA
-    AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the triplets that were dropped
-    VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once, if save_projection
+    PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, the offset [s (B - B0), s B0] [A;
+                    A - A0] as it is; read as LoRA
+    AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
+                                                triplets that were dropped
+    VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
+                                                if save_projection
 """
 
 from __future__ import annotations
@@ -25,10 +28,16 @@ from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.vera import VeRA, VeRADelta
 
-# How A was drawn, where the base stayed as it is; once trained, the file holds all there is to know.
+# How A was drawn, where the base stayed as it is; once trained, the file holds all there is to
+# know.
 INITS: dict[bool | str, str] = {
-    True: "kaiming", False: "kaiming", "gaussian": "gaussian", "eva": "kaiming", "orthogonal": "kaiming", "mica": "kaiming",
-}  # fmt: skip
+    True: "kaiming",
+    False: "kaiming",
+    "gaussian": "gaussian",
+    "eva": "kaiming",
+    "orthogonal": "kaiming",
+    "mica": "kaiming",
+}
 
 
 def number(value: float) -> int | float:
@@ -50,8 +59,9 @@ def init_to_file(init: str) -> bool | str:
 def init_from_file(value: bool | str) -> str:
     if value not in INITS:
         raise LorafoldError(
-            f"init_lora_weights={value!r} is not supported: such a file is relative to a base that the initialization changed; "
-            "save it with PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights={value!r} is not supported: such a file is relative to a base that"
+            " the initialization changed; save it with PEFT's"
+            " path_initial_model_for_weight_conversion"
         )
     return INITS[value]
 
@@ -60,10 +70,19 @@ def fan_in_fan_out(sites: Sequence[Site]) -> dict[str, bool]:
     return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
 
 
-# the base's storage decides the first; the others belong to options that are off, or to how A was drawn
-LORA_IRRELEVANT = frozenset({
-    "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-})  # fmt: skip
+# the base's storage decides the first; the others belong to options that are off, or to how A was
+# drawn
+LORA_IRRELEVANT = frozenset(
+    {
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    }
+)
 
 
 LORA = Method(
@@ -115,19 +134,33 @@ def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
-    return {re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()}
+    return {
+        re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()
+    }
 
 
 def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
-    """PEFT asks for a whole schedule even to read a file, and for a list as long as the rank at start of what is left of it."""
+    """PEFT asks for a whole schedule even to read a file, and for a list as long as the rank at
+    start of what is left of it.
+    """
     laid = {site.path: site.delta for site in sites if isinstance(site.delta, AdaLoRADelta)}
-    pattern = {f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n) for p, d in laid.items()}
+    pattern = {
+        f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
+        for p, d in laid.items()
+    }
     whole = all(all(kept) for kept in pattern.values())
-    return {**fan_in_fan_out(sites), "tinit": 0, "tfinal": 0, "total_step": 1, "rank_pattern": None if whole else pattern}
+    return {
+        **fan_in_fan_out(sites),
+        "tinit": 0,
+        "tfinal": 0,
+        "total_step": 1,
+        "rank_pattern": None if whole else pattern,
+    }
 
 
 ADALORA = Method(
-    AdaLoRA, "ADALORA",
+    AdaLoRA,
+    "ADALORA",
     (
         Field("target_r", "rank", int, 8),
         Field("init_r", "init_rank", int, 12),
@@ -137,11 +170,13 @@ ADALORA = Method(
         Field("beta1", "beta1", float, 0.85),
         Field("beta2", "beta2", float, 0.85),
         Field("orth_reg_weight", "orth_reg", float, 0.5),
-        Field("rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, as_is, ranks_from_file),
+        Field(
+            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, as_is, ranks_from_file
+        ),
     ),
     irrelevant=LORA_IRRELEVANT | {"r", "tinit", "tfinal", "total_step", "init_lora_weights"},
     derived=adalora_derived,
-)  # fmt: skip
+)
 
 
 def adalora(delta: Delta, layer: type[Base]) -> list[Entry]:
@@ -171,10 +206,18 @@ VERA = Method(
 
 def vera(delta: Delta, layer: type[Base]) -> list[Entry]:
     own = [Entry("b", "{at}.vera_lambda_b"), Entry("d", "{at}.vera_lambda_d")]
-    shared = [Entry("projections.A", "base_model.vera_A"), Entry("projections.B", "base_model.vera_B")]
+    shared = [
+        Entry("projections.A", "base_model.vera_A"),
+        Entry("projections.B", "base_model.vera_B"),
+    ]
     return own + shared * delta.projections.saved  # type: ignore[operator, union-attr]
 
 
 METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
 
-TENSORS: dict[type[Delta], Entries] = {LoRADelta: lora, OffsetDelta: offset, AdaLoRADelta: adalora, VeRADelta: vera}
+TENSORS: dict[type[Delta], Entries] = {
+    LoRADelta: lora,
+    OffsetDelta: offset,
+    AdaLoRADelta: adalora,
+    VeRADelta: vera,
+}

@@ -22,7 +22,9 @@ from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
 
 # of convolutions, of the start, and of dropouts that PEFT has in training only
-LYCORIS_IRRELEVANT = frozenset({"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"})
+LYCORIS_IRRELEVANT = frozenset(
+    {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
+)
 
 LOHA = Method(
     LoHa, "LOHA",
@@ -45,7 +47,9 @@ LOKR = Method(
 
 
 def prefixed(prefix: str) -> Entries:
-    return lambda delta, layer: [Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()]
+    return lambda delta, layer: [
+        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()
+    ]
 
 
 def feedforward_modules(sites: Sequence[Site]) -> dict[str, Any]:
@@ -54,17 +58,30 @@ def feedforward_modules(sites: Sequence[Site]) -> dict[str, Any]:
     paths = [path for path, of_input in laid.items() if of_input]
     names = sorted({path.rsplit(".", 1)[-1] for path in paths})
     apart = all(of_input == (path.rsplit(".", 1)[-1] in names) for path, of_input in laid.items())
-    regex = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})" if apart else "|".join(map(re.escape, paths))
+    regex = (
+        rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+        if apart
+        else "|".join(map(re.escape, paths))
+    )
     return {**fan_in_fan_out(sites), "feedforward_modules": regex if paths else []}
 
 
 IA3_ROW = Method(
-    IA3, "IA3",
-    (Field("feedforward_modules", "feedforward", Regex | list[str] | None, None, from_file=lambda value: value or ()),),
+    IA3,
+    "IA3",
+    (
+        Field(
+            "feedforward_modules",
+            "feedforward",
+            Regex | list[str] | None,
+            None,
+            from_file=lambda value: value or (),
+        ),
+    ),
     irrelevant=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
     derived=feedforward_modules,
     biases=False,
-)  # fmt: skip
+)
 
 
 def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
@@ -76,4 +93,8 @@ def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 METHODS = (LOHA, LOKR, IA3_ROW)
 
-TENSORS: dict[type[Delta], Entries] = {LoHaDelta: prefixed("hada"), LoKrDelta: prefixed("lokr"), IA3Delta: ia3}
+TENSORS: dict[type[Delta], Entries] = {
+    LoHaDelta: prefixed("hada"),
+    LoKrDelta: prefixed("lokr"),
+    IA3Delta: ia3,
+}

@@ -1,10 +1,13 @@
-"""Methods in PEFT's files: one table, read both ways. A method is a row of each; nothing else in `io` knows which there are.
+"""Methods in PEFT's files: one table, read both ways.
+
+A method is a row of each; nothing else in `io` knows which there are.
 
     METHODS    spec class   <->  adapter_config.json
     TENSORS    delta class  <->  keys of adapter_model.safetensors
 
-The rows stand in `rows_*.py`; here they come together, with those that lie over others (DoRA) and beside them.
-Checked against PEFT 0.21.2, which is the oracle of the tests. A method that PEFT lacks has the same layout under a peft_type of our own.
+The rows stand in `rows_*.py`; here they come together, with those that lie over others (DoRA) and
+beside them. Checked against PEFT 0.21.2, which is the oracle of the tests. A method that PEFT lacks
+has the same layout under a peft_type of our own.
 """
 
 from __future__ import annotations
@@ -44,8 +47,11 @@ def dora_over(method: Method) -> Method:
 
 
 METHODS: tuple[Method, ...] = (
-    *PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3), *rows_virtual.METHODS, *rows_own.METHODS,
-)  # fmt: skip
+    *PLAIN,
+    *(dora_over(method) for method in PLAIN if method.spec is not IA3),
+    *rows_virtual.METHODS,
+    *rows_own.METHODS,
+)
 
 
 def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
@@ -55,7 +61,8 @@ def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
     inner: Delta = delta.inner  # type: ignore[assignment]
     entries = TENSORS[type(inner)](inner, layer)
     return [Entry("magnitude", "{at}.lora_magnitude_vector")] + [
-        Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file)) for e in entries
+        Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
+        for e in entries
     ]
 
 
@@ -79,17 +86,30 @@ TENSORS: dict[type[Delta], Entries] = {
     **rows_virtual.TENSORS,
     **rows_own.TENSORS,
     DoRADelta: dora,
-    BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],  # the file holds the bias itself
-    ReplaceDelta: lambda delta, layer: [Entry(n, f"{{at}}.{n.removeprefix('copy.')}") for n, _ in delta.named_parameters()],
+    # the file holds the bias itself
+    BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],
+    ReplaceDelta: lambda delta, layer: [
+        Entry(n, f"{{at}}.{n.removeprefix('copy.')}") for n, _ in delta.named_parameters()
+    ],
     EmbeddingRows: token_rows,
     HeadRows: token_rows,
 }
 
 
 def entries_of(site: Site) -> list[Entry]:
-    """The tensors of one delta in the file. LorafoldError for a delta with a tensor that the format has no place for."""
+    """The tensors of one delta in the file.
+
+    LorafoldError for a delta with a tensor that the format has no place for.
+    """
     row = TENSORS.get(type(site.delta))
     entries = [] if row is None else row(site.delta, site.layer)
-    if homeless := set(site.delta.state_dict()) - {e.attribute for e in entries} - set(site.delta.run_names):
-        raise LorafoldError(f"{site.path}: {type(site.delta).__name__} has no place in PEFT's format for {', '.join(sorted(homeless))}")
+    if (
+        homeless := set(site.delta.state_dict())
+        - {e.attribute for e in entries}
+        - set(site.delta.run_names)
+    ):
+        raise LorafoldError(
+            f"{site.path}: {type(site.delta).__name__} has no place in PEFT's format for"
+            f" {', '.join(sorted(homeless))}"
+        )
     return entries

@@ -1,4 +1,6 @@
-"""Tensors by name, wherever they lie: in a model or in safetensors files. Nothing is read until it is asked for.
+"""Tensors by name, wherever they lie: in a model or in safetensors files.
+
+Nothing is read until it is asked for.
 
     weights.shape(name)           no data read
     weights.at(name, where)       some elements, where (n, rank)  ->  (n,)
@@ -37,29 +39,43 @@ class Weights(ABC):
     def is_floating(self, name: str) -> bool: ...
 
     @abstractmethod
-    def at(self, name: str, where: Tensor) -> Tensor:  # where (n, rank) -> (n,), on the CPU, in the tensor's own dtype
-        ...
+    # where (n, rank) -> (n,), on the CPU, in the tensor's own dtype
+    def at(self, name: str, where: Tensor) -> Tensor: ...
 
     @abstractmethod
     def get(self, name: str) -> Tensor: ...
 
     def find(self, name: str) -> str | None:
-        """The name here of a tensor called `name` elsewhere: files often lack the model's own first word ("transformer.", "model.")."""
+        """The name here of a tensor called `name` elsewhere: files often lack the model's own first
+        word ("transformer.", "model.").
+        """
         if name in self.names:
             return name
         words = name.split(".")
-        shorter = next((n for i in range(1, len(words) - 1) if (n := ".".join(words[i:])) in self.names), None)
+        shorter = next(
+            (n for i in range(1, len(words) - 1) if (n := ".".join(words[i:])) in self.names), None
+        )
         longer = [n for n in self.names if n.endswith(f".{name}")]
         return shorter or (longer[0] if len(longer) == 1 else None)
 
 
 class ModelWeights(Weights):
-    """The plain base weights of a model, adapters left out; what has no data (the meta device) or is packed counts as absent."""
+    """The plain base weights of a model, adapters left out; what has no data (the meta device) or
+    is packed counts as absent.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         state = model.state_dict()
-        own = [name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)]
-        self._tensors = {k: state[k] for k in own if k in state and state[k].is_floating_point() and not state[k].is_meta}
+        own = [
+            name
+            for named in (model.named_parameters, model.named_buffers)
+            for name, _ in named(remove_duplicate=False)
+        ]
+        self._tensors = {
+            k: state[k]
+            for k in own
+            if k in state and state[k].is_floating_point() and not state[k].is_meta
+        }
 
     @property
     def names(self) -> Iterable[str]:
@@ -80,7 +96,10 @@ class ModelWeights(Weights):
 
 
 class FileWeights(Weights):
-    """Safetensors files, mapped into memory, or else read anew for each tensor. LorafoldError names a file that can't be read."""
+    """Safetensors files, mapped into memory, or else read anew for each tensor.
+
+    LorafoldError names a file that can't be read.
+    """
 
     def __init__(self, files: Iterable[Path], *, mapped: bool = True) -> None:
         self._file: dict[str, Any] = {}
@@ -88,7 +107,10 @@ class FileWeights(Weights):
             try:
                 file = safe_open(path, "pt", backend="mmap" if mapped else "pread")
             except (OSError, SafetensorError) as e:
-                raise LorafoldError(f"{path}: not readable as safetensors, it may have been cut short or damaged ({e})") from None
+                raise LorafoldError(
+                    f"{path}: not readable as safetensors, it may have been cut short or damaged"
+                    f" ({e})"
+                ) from None
             self._file.update(dict.fromkeys(file.keys(), file))
 
     @property
@@ -104,7 +126,9 @@ class FileWeights(Weights):
 
     def at(self, name: str, where: Tensor) -> Tensor:
         lazy = self._file[name].get_slice(name)
-        return torch.cat([lazy[tuple(slice(i, i + 1) for i in index)].flatten() for index in where.tolist()])
+        return torch.cat(
+            [lazy[tuple(slice(i, i + 1) for i in index)].flatten() for index in where.tolist()]
+        )
 
     def get(self, name: str) -> Tensor:
         tensor: Tensor = self._file[name].get_tensor(name)
@@ -118,7 +142,12 @@ class FileWeights(Weights):
 def model_files(directory: Path) -> list[Path]:
     """The weight files of a model directory. LorafoldError where there are none."""
     if (index := directory / INDEX).is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        return [
+            directory / name
+            for name in sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        ]
     if (single := directory / SINGLE).is_file():
         return [single]
     raise LorafoldError(f"{directory}: found neither {SINGLE} nor {INDEX}")

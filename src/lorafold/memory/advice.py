@@ -1,4 +1,6 @@
-"""Will it fit? The verdict, the largest batch and length that do, and the smallest change that would make a setting fit."""
+"""Will it fit? The verdict, the largest batch and length that do, and the smallest change that
+would make a setting fit.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ TRACED = 2**14  # tokens up to which larger settings are traced, and not extrapo
 
 @dataclass(frozen=True)
 class Advice:
-    """fits: with `spare` bytes left (negative: short of). batch, length: the largest that fit, the other left as it is, up to 4096 rows and
-    the model's own context; 0: not even one.
+    """fits: with `spare` bytes left (negative: short of). batch, length: the largest that fit, the
+    other left as it is, up to 4096 rows and the model's own context; 0: not even one.
 
-    changes: what would make it fit, each alone, the least harmful first, with the bytes it then takes.
+    changes: what would make it fit, each alone, the least harmful first, with the bytes it then
+    takes.
     """
 
     fits: bool
@@ -44,13 +47,23 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
 
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or TRACED
     spare = memory - total(setting.batch, setting.length)
-    batch = largest(lambda n: total(n, setting.length), setting.batch, memory, ROWS, TRACED // setting.length)
-    length = largest(lambda n: total(setting.batch, n), setting.length, memory, context, TRACED // setting.batch)
+    batch = largest(
+        lambda n: total(n, setting.length), setting.batch, memory, ROWS, TRACED // setting.length
+    )
+    length = largest(
+        lambda n: total(setting.batch, n), setting.length, memory, context, TRACED // setting.batch
+    )
     changes = []
     if spare < 0:
         smaller = [(word, estimate(config, changed).total) for word, changed in changes_of(setting)]
-        smaller += [(f"batch {batch}", total(batch, setting.length))] if 0 < batch < setting.batch else []
-        smaller += [(f"length {length}", total(setting.batch, length))] if 1 < length < setting.length else []
+        smaller += (
+            [(f"batch {batch}", total(batch, setting.length))] if 0 < batch < setting.batch else []
+        )
+        smaller += (
+            [(f"length {length}", total(setting.batch, length))]
+            if 1 < length < setting.length
+            else []
+        )
         changes = [(word, held) for word, held in smaller if held <= memory]
     return Advice(spare >= 0, spare, batch, length, changes)
 
@@ -67,10 +80,17 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if not setting.spec.trains_base:
         yield from packed(setting)
         if not setting.checkpointing:
-            yield from ((f"{word} and gradient checkpointing", replace(s, checkpointing=True)) for word, s in packed(setting))
+            yield from (
+                (f"{word} and gradient checkpointing", replace(s, checkpointing=True))
+                for word, s in packed(setting)
+            )
     spec: Any = setting.spec
     if "rank" in {field.name for field in fields(spec)}:
-        yield from ((f"rank {r}", replace(setting, spec=replace(spec, rank=r))) for r in (spec.rank // 2, spec.rank // 4) if r)
+        yield from (
+            (f"rank {r}", replace(setting, spec=replace(spec, rank=r)))
+            for r in (spec.rank // 2, spec.rank // 4)
+            if r
+        )
 
 
 def packed(setting: Setting) -> Iterator[tuple[str, Setting]]:
@@ -79,8 +99,11 @@ def packed(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
-    """The largest n up to `most` whose total fits; 0 if not even 1 does. Totals are affine in n but for edges, so it is looked for on the
-    line through two of them; what lies within four times of a traced one is checked, and beyond `traced` the line is trusted."""
+    """The largest n up to `most` whose total fits; 0 if not even 1 does.
+
+    Totals are affine in n but for edges, so it is looked for on the line through two of them; what
+    lies within four times of a traced one is checked, and beyond `traced` the line is trusted.
+    """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:
         slope = (total(high) - total(low)) / (high - low)

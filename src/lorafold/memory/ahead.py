@@ -1,9 +1,11 @@
-"""What a training run will hold, said before it starts, and whether it then recomputes its activations.
+"""What a training run will hold, said before it starts, and whether it then recomputes its
+activations.
 
     memory: 0.97 GB at the peak of a step (activations 0.61 GB, weights 0.27 GB); 21.40 GB free
 
-`gradient_checkpointing: auto` turns it on where a step would not fit without. Where nothing fits the run is warned, with what would help,
-and goes on: an estimate is no verdict on a machine. It follows the CPU's rules also for a GPU, which holds less in attention.
+`gradient_checkpointing: auto` turns it on where a step would not fit without. Where nothing fits
+the run is warned, with what would help, and goes on: an estimate is no verdict on a machine. It
+follows the CPU's rules also for a GPU, which holds less in attention.
 """
 
 from __future__ import annotations
@@ -32,19 +34,45 @@ SHARE = 0.9  # of the free memory that a step may take: the process, kernels and
 
 
 def planned(
-    recipe: Recipe, spec: Spec, storage: Storage, examples: Sequence[Any], beside: Callable[[Any], Mapping[str, Any]],
-    classes: int = 0, processes: int = 1,
-) -> Setting:  # fmt: skip
-    """The part of a step that holds most, of the run's first thousand steps, with the recipe's method and optimizer."""
+    recipe: Recipe,
+    spec: Spec,
+    storage: Storage,
+    examples: Sequence[Any],
+    beside: Callable[[Any], Mapping[str, Any]],
+    classes: int = 0,
+    processes: int = 1,
+) -> Setting:
+    """The part of a step that holds most, of the run's first thousand steps, with the recipe's
+    method and optimizer.
+    """
     packed = recipe.packing and not classes
-    steps = islice(batches(len(examples), recipe.batch, min(STEPS, recipe.total_steps(len(examples))), recipe.seed), STEPS)
-    runs = [parts([examples[i] for i in rows[::processes]], recipe.accumulate, recipe.max_length if packed else None) for rows in steps]
+    steps = islice(
+        batches(
+            len(examples), recipe.batch, min(STEPS, recipe.total_steps(len(examples))), recipe.seed
+        ),
+        STEPS,
+    )
+    runs = [
+        parts(
+            [examples[i] for i in rows[::processes]],
+            recipe.accumulate,
+            recipe.max_length if packed else None,
+        )
+        for rows in steps
+    ]
     heaviest = max((part for run in runs for part in run), key=lambda part: weight(part, packed))
     return Setting(
-        storage, spec, recipe.targets, beside, rows=tuple(len(e.ids) for e in heaviest),
-        labelled=None if classes else sum(labelled(e) for e in heaviest if isinstance(e, Example)), packed=packed, classes=classes,
-        optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer, accumulating=any(len(run) > 1 for run in runs),
-    )  # fmt: skip
+        storage,
+        spec,
+        recipe.targets,
+        beside,
+        rows=tuple(len(e.ids) for e in heaviest),
+        labelled=None if classes else sum(labelled(e) for e in heaviest if isinstance(e, Example)),
+        packed=packed,
+        classes=classes,
+        optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
+        accumulating=any(len(run) > 1 for run in runs),
+    )
 
 
 def weight(part: Sequence[Any], packed: bool) -> int:
@@ -53,8 +81,16 @@ def weight(part: Sequence[Any], packed: bool) -> int:
     return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
-def settle(config: PreTrainedConfig, setting: Setting, asked: bool | Literal["auto"], free: int, console: Console) -> bool:
-    """Print what the setting holds, of so many free bytes, and say whether its activations are to be recomputed."""
+def settle(
+    config: PreTrainedConfig,
+    setting: Setting,
+    asked: bool | Literal["auto"],
+    free: int,
+    console: Console,
+) -> bool:
+    """Print what the setting holds, of so many free bytes, and say whether its activations are to
+    be recomputed.
+    """
 
     def fits(found: Estimate) -> bool:
         return found.total <= SHARE * free
@@ -67,17 +103,32 @@ def settle(config: PreTrainedConfig, setting: Setting, asked: bool | Literal["au
             setting = replace(setting, checkpointing=True)
             why = f"; gradient checkpointing is on, without it it would be {in_words(found.total)}"
             found = estimate(config, setting)
-        console.print(f"memory: {summary(found)}; {in_words(free)} free{why}", highlight=False, soft_wrap=True)
+        console.print(
+            f"memory: {summary(found)}; {in_words(free)} free{why}", highlight=False, soft_wrap=True
+        )
         if not fits(found):
-            words = [word for word, changed in changes_of(setting) if fits(estimate(config, changed))]
-            would = f"it would with {' or '.join(words)}" if words else "a smaller batch, max_length or model would help"
-            console.print(f"warning: a step may not fit in memory; {would}", highlight=False, soft_wrap=True)
+            words = [
+                word for word, changed in changes_of(setting) if fits(estimate(config, changed))
+            ]
+            would = (
+                f"it would with {' or '.join(words)}"
+                if words
+                else "a smaller batch, max_length or model would help"
+            )
+            console.print(
+                f"warning: a step may not fit in memory; {would}", highlight=False, soft_wrap=True
+            )
     except LorafoldError as error:
-        console.print(f"memory: no estimate: {error}", highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            f"memory: no estimate: {error}", highlight=False, soft_wrap=True, markup=False
+        )
         return asked is True
     return setting.checkpointing
 
 
 def summary(found: Estimate) -> str:
     most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
-    return f"{in_words(found.total)} at the peak of a step ({', '.join(f'{name} {in_words(n)}' for name, n in most)})"
+    return (
+        f"{in_words(found.total)} at the peak of a step"
+        f" ({', '.join(f'{name} {in_words(n)}' for name, n in most)})"
+    )

@@ -1,7 +1,8 @@
-"""The memory cheatsheet: rules of thumb as they are passed on, what is estimated in their place, and why the two differ.
+"""The memory cheatsheet: rules of thumb as they are passed on, what is estimated in their place,
+and why the two differ.
 
-The rules are arithmetic under stated assumptions, and as functions they give exactly what the rules say. The estimates are those of
-`memory.model` for Llama's shapes.
+The rules are arithmetic under stated assumptions, and as functions they give exactly what the rules
+say. The estimates are those of `memory.model` for Llama's shapes.
 """
 
 from __future__ import annotations
@@ -20,23 +21,32 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}  # a parameter
 
 
 def weights(parameters: float, base: str) -> float:
-    """Parameters times bytes: constants of packed weights, and what is never packed, are left out."""
+    """Parameters times bytes: constants of packed weights, and what is never packed, are left
+    out.
+    """
     return parameters * BYTES[base]
 
 
 def kv_cache(blocks: int, heads: int, width: int, tokens: int, size: int = 2) -> float:
-    """Keys and values, 2 x blocks x heads x width x tokens x bytes; every head has its own, and the batch is 1."""
+    """Keys and values, 2 x blocks x heads x width x tokens x bytes; every head has its own, and the
+    batch is 1.
+    """
     return 2.0 * blocks * heads * width * tokens * size
 
 
 def trained(parameters: float) -> float:
-    """16 bytes a trained parameter: 4 for itself in fp32, 4 its gradient, 8 AdamW's two moments (or 2, 2, 4 + 4 and 4 of a master copy)."""
+    """16 bytes a trained parameter: 4 for itself in fp32, 4 its gradient, 8 AdamW's two moments (or
+    2, 2, 4 + 4 and 4 of a master copy).
+    """
     return 16.0 * parameters
 
 
 WORKED: dict[str, tuple[str, Callable[[], float]]] = {
     "7B in bf16": ("7.0e9 x 2", lambda: weights(7.0e9, "bf16")),
-    "its KV cache at 4096 tokens": ("2 x 32 x 32 x 128 x 4096 x 2", lambda: kv_cache(32, 32, 128, 4096)),
+    "its KV cache at 4096 tokens": (
+        "2 x 32 x 32 x 128 x 4096 x 2",
+        lambda: kv_cache(32, 32, 128, 4096),
+    ),
     "states of 40M adapter parameters": ("16 x 40e6", lambda: trained(40e6)),
     "full fine-tuning of 7B, without activations": ("16 x 7.0e9", lambda: trained(7.0e9)),
 }
@@ -44,7 +54,10 @@ WORKED: dict[str, tuple[str, Callable[[], float]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a model in a mode, what the rule gives (GB), and why we differ. `recipe` is what the estimate sets beside the mode."""
+    """A row: a model in a mode, what the rule gives (GB), and why we differ.
+
+    `recipe` is what the estimate sets beside the mode.
+    """
 
     size: str
     mode: str
@@ -57,32 +70,115 @@ class Case:
 
 RECOMPUTED = {"gradient_checkpointing": True}
 CASES = (
-    Case("7b", "inference", 1, 2048, 16, "the rule counts 7.0e9 parameters, the model has 6.74e9, and adds a round figure for the rest"),
-    Case("7b", "inference", 1, 32768, 30, "the prompt is read in one piece, and an MLP's inner activations of 32,768 tokens are 3 GB"),
-    Case("7b", "full", 4, 2048, 110, "the rule leaves activations out, which are small then; 6.74e9 x 16 is 107.8", RECOMPUTED),
-    Case("7b", "lora", 4, 2048, 25, "without checkpointing a token keeps 4.4 MB, and not the 0.5 MB that the rule has"),
-    Case("7b", "lora", 4, 2048, 25, "with it 0.26 MB a token, an input of 4096 numbers a block, and one block at a time", RECOMPUTED),
-    Case("7b", "qlora", 4, 2048, 12, "activations are those of LoRA, whatever the weights are packed into"),
-    Case("7b", "qlora", 4, 2048, 12, "the same; packed weights take 0.52 bytes, embedding and head stay at 2", RECOMPUTED),
-    Case("70b", "qlora", 1, 2048, 45, "with checkpointing, which the rule takes for granted", RECOMPUTED),
-    Case("65b", "qlora", 1, 512, 32.5 + 0.6 + 5, "32.5 frozen, 0.6 of states and 5 of activations by the rule; r = 16 on every linear "
-         "trains 200M parameters, not 40M", RECOMPUTED),
-)  # fmt: skip
+    Case(
+        "7b",
+        "inference",
+        1,
+        2048,
+        16,
+        "the rule counts 7.0e9 parameters, the model has 6.74e9, and adds a round figure for the"
+        " rest",
+    ),
+    Case(
+        "7b",
+        "inference",
+        1,
+        32768,
+        30,
+        "the prompt is read in one piece, and an MLP's inner activations of 32,768 tokens are 3 GB",
+    ),
+    Case(
+        "7b",
+        "full",
+        4,
+        2048,
+        110,
+        "the rule leaves activations out, which are small then; 6.74e9 x 16 is 107.8",
+        RECOMPUTED,
+    ),
+    Case(
+        "7b",
+        "lora",
+        4,
+        2048,
+        25,
+        "without checkpointing a token keeps 4.4 MB, and not the 0.5 MB that the rule has",
+    ),
+    Case(
+        "7b",
+        "lora",
+        4,
+        2048,
+        25,
+        "with it 0.26 MB a token, an input of 4096 numbers a block, and one block at a time",
+        RECOMPUTED,
+    ),
+    Case(
+        "7b",
+        "qlora",
+        4,
+        2048,
+        12,
+        "activations are those of LoRA, whatever the weights are packed into",
+    ),
+    Case(
+        "7b",
+        "qlora",
+        4,
+        2048,
+        12,
+        "the same; packed weights take 0.52 bytes, embedding and head stay at 2",
+        RECOMPUTED,
+    ),
+    Case(
+        "70b",
+        "qlora",
+        1,
+        2048,
+        45,
+        "with checkpointing, which the rule takes for granted",
+        RECOMPUTED,
+    ),
+    Case(
+        "65b",
+        "qlora",
+        1,
+        512,
+        32.5 + 0.6 + 5,
+        "32.5 frozen, 0.6 of states and 5 of activations by the rule; r = 16 on every linear "
+        "trains 200M parameters, not 40M",
+        RECOMPUTED,
+    ),
+)
 
 
 def table() -> Iterator[tuple[str, ...]]:
     """The heading, then a row a case."""
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
     for case in CASES:
-        held = estimate(llama(case.size), setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)).total
+        held = estimate(
+            llama(case.size), setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
+        ).total
         mode = case.mode + ", checkpointing" * bool(case.recipe)
         of_rule = f"{held / (case.rule * 1e9):.0%}"
-        yield case.size.upper(), mode, f"{case.batch} x {case.length}", f"{case.rule:.3g} GB", in_words(held), of_rule, case.why
+        yield (
+            case.size.upper(),
+            mode,
+            f"{case.batch} x {case.length}",
+            f"{case.rule:.3g} GB",
+            in_words(held),
+            of_rule,
+            case.why,
+        )
 
 
 def markdown() -> str:
     """Both tables."""
-    worked = [("what", "the rule", "bytes"), *((what, formula, in_words(round(of()))) for what, (formula, of) in WORKED.items())]
+    worked = [
+        ("what", "the rule", "bytes"),
+        *((what, formula, in_words(round(of()))) for what, (formula, of) in WORKED.items()),
+    ]
     return "\n\n".join(
-        "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) for head, *lines in (worked, list(table()))
+        "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+        for head, *lines in (worked, list(table()))
     )

@@ -1,10 +1,13 @@
-"""Bytes that tensors hold, counted where they are allocated: what a step really keeps, whatever the process is resident in.
+"""Bytes that tensors hold, counted where they are allocated: what a step really keeps, whatever the
+process is resident in.
 
     with Ledger() as ledger: ...
-    ledger.now, ledger.peak          bytes of the storages that were made meanwhile and still live; the most there were at once
+    ledger.now, ledger.peak          bytes of the storages that were made meanwhile and still live;
+                                     the most there were at once
 
-It sees every storage that torch makes, through the dispatcher, so it counts tensors without values (`core.valueless`) as well as real
-ones. It does not see what a kernel takes and gives back inside a single operation.
+It sees every storage that torch makes, through the dispatcher, so it counts tensors without values
+(`core.valueless`) as well as real ones. It does not see what a kernel takes and gives back inside a
+single operation.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        before = {
+            t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for t in tree_iter(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:

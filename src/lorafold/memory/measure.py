@@ -1,6 +1,8 @@
-"""What a model and a step of it really hold, counted at the allocator: what an estimate is checked against.
+"""What a model and a step of it really hold, counted at the allocator: what an estimate is checked
+against.
 
-On CUDA that is torch's own count; elsewhere a walk over the tensors that live, and a `Ledger` of those that the step makes.
+On CUDA that is torch's own count; elsewhere a walk over the tensors that live, and a `Ledger` of
+those that the step makes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
-    """Bytes at the peak of the second of two steps on random tokens, or of a prompt and the token after it; the model's own included."""
+    """Bytes at the peak of the second of two steps on random tokens, or of a prompt and the token
+    after it; the model's own included.
+    """
     before = living(device)
     model = load()
     with answering(model, setting) if setting.spec is None else training(model, setting) as step:
@@ -39,11 +43,17 @@ def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch
 
 @contextmanager
 def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
-    """A step of the recipe's own parts; a first one, which makes the optimizer's state, is done already."""
+    """A step of the recipe's own parts; a first one, which makes the optimizer's state, is done
+    already.
+    """
     attach(model, setting.spec, **{"targets": setting.targets, **setting.beside(model)})  # type: ignore[arg-type]
     if setting.checkpointing:
         recompute(model)
-    optimizer = make_optimizer(setting.optimizer, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.0}], Recipe())
+    optimizer = make_optimizer(
+        setting.optimizer,
+        [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.0}],
+        Recipe(),
+    )
     with fused(model), loss_of(model, setting) as loss:
         inputs = loss.collate(examples(model, setting), model.device)
         loss.train()
@@ -60,7 +70,10 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
 
 @contextmanager
 def answering(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
-    prompt, token = (torch.ones(setting.batch, n, dtype=torch.long, device=model.device) for n in (setting.length - 1, 1))
+    prompt, token = (
+        torch.ones(setting.batch, n, dtype=torch.long, device=model.device)
+        for n in (setting.length - 1, 1)
+    )
 
     @torch.no_grad()
     def answer() -> None:
@@ -80,7 +93,9 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
-    """Rows of random tokens. Labels lie on the last ones of each row, as many in one as in another."""
+    """Rows of random tokens. Labels lie on the last ones of each row, as many in one as in
+    another.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
     if setting.classes:
@@ -106,7 +121,9 @@ def _tensors() -> list[Tensor]:
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that tensors hold while the step runs, those that were there before included."""
+    """The most bytes that tensors hold while the step runs, those that were there before
+    included.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()

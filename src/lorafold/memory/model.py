@@ -1,10 +1,12 @@
 """Bytes by term: what a setting holds at its peak, from an architecture's configuration alone.
 
-    found = estimate(config, Setting(Storage(torch.bfloat16, "nf4"), LoRA(rank=16), rows=(2048,) * 4))
+    found = estimate(config, Setting(Storage(torch.bfloat16, "nf4"), LoRA(rank=16), rows=(2048,) *
+    4))
     found.total, found.terms["activations"]
 
-The terms are a table of small functions over what was traced (`memory.trace`); they add up to the peak. What is counted is what torch's
-allocator gives out. The process itself, kernels' own scratch and the allocator's gaps come on top.
+The terms are a table of small functions over what was traced (`memory.trace`); they add up to the
+peak. What is counted is what torch's allocator gives out. The process itself, kernels' own scratch
+and the allocator's gaps come on top.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ if TYPE_CHECKING:
 
 
 def weights(held: Held) -> int:
-    """Every parameter and buffer of the base as it is stored. Packed: codes, constants, constants of constants (QLoRA, sec. 3)."""
+    """Every parameter and buffer of the base as it is stored.
+
+    Packed: codes, constants, constants of constants (QLoRA, sec. 3).
+    """
     return held.weights
 
 
 def adapter(held: Held) -> int:
-    """What the method adds, 4 bytes a parameter: r (in + out) a matrix for LoRA (Hu et al. 2021, sec. 4.1)."""
+    """What the method adds, 4 bytes a parameter: r (in + out) a matrix for LoRA (Hu et al. 2021,
+    sec. 4.1).
+    """
     return held.adapter
 
 
@@ -36,18 +43,24 @@ def gradients(held: Held) -> int:
 
 
 def optimizer(held: Held) -> int:
-    """AdamW's two moments: 8 bytes a trained parameter in fp32, 2.03 in 8 bits (Dettmers et al. 2022)."""
+    """AdamW's two moments: 8 bytes a trained parameter in fp32, 2.03 in 8 bits (Dettmers et al.
+    2022).
+    """
     return held.optimizer
 
 
 def activations(held: Held) -> int:
-    """What the forward keeps for the backward; with checkpointing one input a block (Chen et al. 2016)."""
+    """What the forward keeps for the backward; with checkpointing one input a block (Chen et al.
+    2016).
+    """
     return min(held.kept, held.peak - gradients(held))
 
 
 def logits(held: Held) -> int:
     """What head and loss hold at labelled positions, a chunk at a time, if the peak is there."""
-    return 0 if held.in_backward or held.kv_cache else held.peak - activations(held) - gradients(held)
+    return (
+        0 if held.in_backward or held.kv_cache else held.peak - activations(held) - gradients(held)
+    )
 
 
 def kv_cache(held: Held) -> int:
@@ -61,7 +74,8 @@ def workspace(held: Held) -> int:
 
 
 TERMS: dict[str, Callable[[Held], int]] = {
-    f.__name__: f for f in (weights, adapter, gradients, optimizer, activations, logits, kv_cache, workspace)
+    f.__name__: f
+    for f in (weights, adapter, gradients, optimizer, activations, logits, kv_cache, workspace)
 }
 
 
@@ -77,7 +91,10 @@ class Estimate:
 
 
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
-    """What the model of that configuration holds at its peak. LorafoldError as `attach` and `trace` have it."""
+    """What the model of that configuration holds at its peak.
+
+    LorafoldError as `attach` and `trace` have it.
+    """
     few, blocks = max(2, period(config)), config.get_text_config().num_hidden_layers
     held = trace(config, setting, few)
     if blocks != few:

@@ -1,7 +1,8 @@
 """What people call the ways of holding a model, as settings.
 
     inference    no training; 16 bits unless the base is said
-    full         every weight trained, in fp32 unless the base is said: 16 bytes a parameter with gradients and AdamW's moments
+    full         every weight trained, in fp32 unless the base is said: 16 bytes a parameter with
+                 gradients and AdamW's moments
     lora         LoRA over a base in bf16
     qlora        LoRA over a base in NF4
     any other    a method by its word, over the recipe's own base
@@ -30,20 +31,38 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 READ = {
-    "method", "rank", "alpha", "dropout", "options", "targets", "rank_pattern", "alpha_pattern", "base", "optimizer",
+    "method",
+    "rank",
+    "alpha",
+    "dropout",
+    "options",
+    "targets",
+    "rank_pattern",
+    "alpha_pattern",
+    "base",
+    "optimizer",
     "gradient_checkpointing",
-}  # fmt: skip
+}
 
 
-def setting_of(mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None) -> Setting:
+def setting_of(
+    mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
+) -> Setting:
     """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode.
 
-    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, and for more labels than there are tokens.
+    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, and
+    for more labels than there are tokens.
     """
     if unread := sorted(recipe.model_fields_set - READ):
-        raise LorafoldError(f"estimate: {', '.join(unread)}: not taken into account; expected fields among {', '.join(sorted(READ))}")
+        raise LorafoldError(
+            f"estimate: {', '.join(unread)}: not taken into account; expected fields among"
+            f" {', '.join(sorted(READ))}"
+        )
     if labelled is not None and labelled > batch * (length - 1):
-        raise LorafoldError(f"--labelled {labelled}: expected at most {batch * (length - 1)}, for {batch} rows of {length} tokens")
+        raise LorafoldError(
+            f"--labelled {labelled}: expected at most {batch * (length - 1)}, for {batch} rows of"
+            f" {length} tokens"
+        )
     fields = MODES.get(mode, {"method": mode})
     recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
     if mode == "inference":
@@ -52,9 +71,14 @@ def setting_of(mode: str, recipe: Recipe, batch: int, length: int, labelled: int
     spec = make_spec(recipe.method, **recipe.method_options())
     base = whole_base(recipe) if spec.trains_base else recipe.base
     return Setting(
-        stored(base), spec, recipe.targets, rows=(length,) * batch, labelled=labelled, optimizer=optimizer,
+        stored(base),
+        spec,
+        recipe.targets,
+        rows=(length,) * batch,
+        labelled=labelled,
+        optimizer=optimizer,
         checkpointing=recipe.gradient_checkpointing is True,
-    )  # fmt: skip
+    )
 
 
 def stored(base: str) -> Storage:

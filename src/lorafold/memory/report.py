@@ -12,10 +12,17 @@ from lorafold.memory.trace import Setting
 from lorafold.train.adamw import in_words
 
 WIDTH = 40  # characters of the longest bar
-COLOURS = dict(zip(TERMS, ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d"), strict=True))
+COLOURS = dict(
+    zip(
+        TERMS,
+        ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d"),
+        strict=True,
+    )
+)
 HEAD = '<tr><th>term</th><th>bytes</th><th>share</th><th class="words">what it is</th></tr>'
 STYLE = """
-.stack { display: flex; height: 3.5rem; border: 1px solid #222; background: #f2f2f2; position: relative; }
+.stack { display: flex; height: 3.5rem; position: relative; }
+.stack { border: 1px solid #222; background: #f2f2f2; }
 .stack .limit { position: absolute; top: -.5rem; bottom: -.5rem; border-left: 3px solid #222; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; }
 .words { text-align: left; white-space: normal; min-width: 11rem; }
@@ -29,7 +36,10 @@ def shown(found: Estimate) -> dict[str, int]:
 def bars(found: Estimate) -> list[str]:
     """A bar for every term, and their sum."""
     most = max(found.terms.values())
-    rows = [f"{words(name):<12} {in_words(n):>9}  {'█' * max(1, round(WIDTH * n / most))}" for name, n in shown(found).items()]
+    rows = [
+        f"{words(name):<12} {in_words(n):>9}  {'█' * max(1, round(WIDTH * n / most))}"
+        for name, n in shown(found).items()
+    ]
     return [*rows, f"{'total':<12} {in_words(found.total):>9}"]
 
 
@@ -39,34 +49,62 @@ def words(name: str) -> str:
 
 def verdict(advice: Advice, asked: Setting) -> list[str]:
     """Does it fit, what is the most that does, and which changes would help."""
-    says = f"fits, with {in_words(advice.spare)} to spare" if advice.fits else f"does not fit: {in_words(-advice.spare)} short"
-    most = [f"largest batch at {asked.length} tokens: {advice.batch}", f"largest length at batch {asked.batch}: {advice.length}"]
+    says = (
+        f"fits, with {in_words(advice.spare)} to spare"
+        if advice.fits
+        else f"does not fit: {in_words(-advice.spare)} short"
+    )
+    most = [
+        f"largest batch at {asked.length} tokens: {advice.batch}",
+        f"largest length at batch {asked.batch}: {advice.length}",
+    ]
     changes = [f"would fit with {word}: {in_words(n)}" for word, n in advice.changes]
     return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 
 
 def beside(found: Estimate, measured: int) -> str:
     """The estimate beside what was measured."""
-    return f"measured     {in_words(measured):>9}  the estimate is {found.total / measured - 1:+.1%} off"
+    return (
+        f"measured     {in_words(measured):>9}  the estimate is"
+        f" {found.total / measured - 1:+.1%} off"
+    )
 
 
-def page(found: Estimate, title: str, path: Path, said: list[str], memory: int | None = None) -> None:
-    """Write the stack, to scale with the device's memory if that is given, what was said about it, and the terms with their meaning."""
+def page(
+    found: Estimate, title: str, path: Path, said: list[str], memory: int | None = None
+) -> None:
+    """Write the stack, to scale with the device's memory if that is given, what was said about it,
+    and the terms with their meaning.
+    """
     whole = max(found.total, memory or 0)
     stack = "".join(
-        f'<div style="background:{COLOURS[name]};width:{100 * n / whole:.3f}%" title="{words(name)} {in_words(n)}"></div>'
+        f'<div style="background:{COLOURS[name]};width:{100 * n / whole:.3f}%" title="{words(name)}'
+        f' {in_words(n)}"></div>'
         for name, n in shown(found).items()
     )
     rows = "".join(
-        f'<tr><td><span class="swatch" style="background:{COLOURS[name]}"></span>{words(name)}</td><td>{in_words(n)}</td>'
-        f'<td>{n / found.total:.1%}</td><td class="words">{html.escape(" ".join((TERMS[name].__doc__ or "").split()))}</td></tr>'
+        f'<tr><td><span class="swatch" style="background:{COLOURS[name]}"></span>{words(name)}</td>'
+        f"<td>{in_words(n)}</td><td>{n / found.total:.1%}</td>"
+        f'<td class="words">{html.escape(" ".join((TERMS[name].__doc__ or "").split()))}</td></tr>'
         for name, n in shown(found).items()
     )
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in said)
-    limit = "" if memory is None else f'<div class="limit" style="left:{100 * memory / whole:.3f}%" title="the device"></div>'
+    limit = (
+        ""
+        if memory is None
+        else (
+            f'<div class="limit" style="left:{100 * memory / whole:.3f}%" title="the device"></div>'
+        )
+    )
     of = "" if memory is None else f" of {in_words(memory)}"
-    document(title, f"""<p><strong>{in_words(found.total)}</strong>{of} at the peak, as torch's allocator counts.</p>
+    document(
+        title,
+        f"""<p><strong>{in_words(found.total)}</strong>{of} at the peak,
+as torch's allocator counts.</p>
 <div class="stack" role="img" aria-label="memory by term">{stack}{limit}</div>
 <ul>{lines}</ul>
 <div class="wide"><table><thead>{HEAD}</thead><tbody>{rows}</tbody></table></div>
-<p>The process itself, kernels' scratch and gaps between blocks come on top.</p>""", path, STYLE)  # fmt: skip
+<p>The process itself, kernels' scratch and gaps between blocks come on top.</p>""",
+        path,
+        STYLE,
+    )

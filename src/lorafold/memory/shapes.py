@@ -1,6 +1,8 @@
-"""Architectures to estimate: by a model's name, whose configuration is all that is read, or by a number of parameters.
+"""Architectures to estimate: by a model's name, whose configuration is all that is read, or by a
+number of parameters.
 
-`--params 7b, 13b, 70b` are Llama 2's shapes (Touvron et al. 2023, arXiv 2307.09288), `65b` and `33b` Llama's (arXiv 2302.13971, table 2).
+`--params 7b, 13b, 70b` are Llama 2's shapes (Touvron et al. 2023, arXiv 2307.09288), `65b` and
+`33b` Llama's (arXiv 2302.13971, table 2).
 """
 
 from __future__ import annotations
@@ -32,13 +34,23 @@ def llama(size: str) -> PreTrainedConfig:
         raise LorafoldError(f"params {size}: expected one of {', '.join(LLAMA)}")
     width, mlp, blocks, heads, key_heads, context = LLAMA[size.lower()]
     return LlamaConfig(
-        hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=key_heads,
-        max_position_embeddings=context, vocab_size=32000, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=context,
+        vocab_size=32000,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
 
 
-def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a model by name: smollm2, a directory, a GGUF file (its header is read) or a hub id (one file is fetched).
+def configuration(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The configuration of a model by name: smollm2, a directory, a GGUF file (its header is read)
+    or a hub id (one file is fetched).
 
     LorafoldError where there is none.
     """
@@ -53,6 +65,13 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
         if path.exists() and not (path / "config.json").is_file():
             raise LorafoldError(f"model {name}: no config.json in it; {ACCEPTED}")
         try:
-            return AutoConfig.from_pretrained(path if path.exists() else name, revision=revision, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(
+                path if path.exists() else name,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
         except OSError as error:
-            raise LorafoldError(f"model {name}: not on this machine, and the hub gave no answer: {one_line(error)}; {ACCEPTED}") from error
+            raise LorafoldError(
+                f"model {name}: not on this machine, and the hub gave no answer: {one_line(error)};"
+                f" {ACCEPTED}"
+            ) from error

@@ -1,9 +1,11 @@
-"""Models without values: every module, parameter and packed matrix in its shape and dtype, and no memory behind them.
+"""Models without values: every module, parameter and packed matrix in its shape and dtype, and no
+memory behind them.
 
     with no_values():
         model = skeleton(config, Storage(torch.bfloat16, "nf4"), blocks=2)
 
-It is transformers' own class, so that whatever runs on a model runs on its skeleton; the numbers alone are missing (`core.valueless`).
+It is transformers' own class, so that whatever runs on a model runs on its skeleton; the numbers
+alone are missing (`core.valueless`).
 """
 
 from __future__ import annotations
@@ -33,20 +35,29 @@ def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
-    if kinds := vars(text).get("layer_types"):  # some configurations work it out from the number of blocks
+    # some configurations work it out from the number of blocks
+    if kinds := vars(text).get("layer_types"):
         text.layer_types = [kinds[i % len(kinds)] for i in range(blocks)]
     return short
 
 
 def period(config: PreTrainedConfig) -> int:
-    """After how many blocks their kinds repeat: 1 where all are of a kind, 2 where windows and whole attention take turns."""
+    """After how many blocks their kinds repeat: 1 where all are of a kind, 2 where windows and
+    whole attention take turns.
+    """
     kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
-    return next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return next(
+        n
+        for n in range(1, len(kinds) + 1)
+        if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
+    )
 
 
-def skeleton(config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0) -> PreTrainedModel:
-    """The causal language model, or the classifier of so many classes, its first blocks, held as `storage` says; frozen. Where there are
-    values it has random ones.
+def skeleton(
+    config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0
+) -> PreTrainedModel:
+    """The causal language model, or the classifier of so many classes, its first blocks, held as
+    `storage` says; frozen. Where there are values it has random ones.
 
     LorafoldError where transformers has no such model.
     """
@@ -62,5 +73,9 @@ def skeleton(config: PreTrainedConfig, storage: Storage, blocks: int, classes: i
     if storage.quantization is not None:
         for path in packable(model):
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, PACKERS[storage.quantization](model.get_submodule(path).weight))
+            setattr(
+                model.get_submodule(parent),
+                name,
+                PACKERS[storage.quantization](model.get_submodule(path).weight),
+            )
     return model

@@ -1,6 +1,8 @@
-"""What one step of a model with few blocks holds, traced through the very code that trains: no formula of its own, and no values.
+"""What one step of a model with few blocks holds, traced through the very code that trains: no
+formula of its own, and no values.
 
-Blocks hold alike, so two short models tell of any depth: a + (b - a) (n - n_a) / (n_b - n_a), n blocks, for every figure here.
+Blocks hold alike, so two short models tell of any depth: a + (b - a) (n - n_a) / (n_b - n_a), n
+blocks, for every figure here.
 """
 
 from __future__ import annotations
@@ -41,13 +43,14 @@ def nothing(model: PreTrainedModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be held. base: how the weights are stored; spec: what is trained, None for inference; targets as `attach` takes them, and
-    `beside`, given the model, what else it takes.
+    """What is to be held. base: how the weights are stored; spec: what is trained, None for
+    inference; targets as `attach` takes them, and `beside`, given the model, what else it takes.
 
-    rows: those computed at a time, in tokens, end to end if they are packed and else filled up to the longest; `labelled` of the tokens
-    count in the loss (None: all that can). classes: how many kinds of text the model tells apart, 0 if it says the next token.
-    accumulating: the gradients of an earlier part of the step are there already. Inference reads the rows but for their last token, then
-    that one.
+    rows: those computed at a time, in tokens, end to end if they are packed and else filled up to
+    the longest; `labelled` of the tokens count in the loss (None: all that can). classes: how many
+    kinds of text the model tells apart, 0 if it says the next token. accumulating: the gradients of
+    an earlier part of the step are there already. Inference reads the rows but for their last
+    token, then that one.
     """
 
     base: Storage
@@ -73,8 +76,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes. kept: for later, when the forward is done; ahead: gradients that were there before it; forward, backward: the most that there
-    is in each beyond weights, adapter and optimizer. For inference they are the prompt's forward and that of the token after it."""
+    """Bytes. kept: for later, when the forward is done; ahead: gradients that were there before it;
+    forward, backward: the most that there is in each beyond weights, adapter and optimizer. For
+    inference they are the prompt's forward and that of the token after it.
+    """
 
     weights: int
     adapter: int = 0
@@ -97,24 +102,38 @@ class Held:
     def at(self, other: Held, blocks: tuple[int, int, int]) -> Held:
         """With blocks[2] blocks, where this is with blocks[0] and the other with blocks[1]."""
         a, b, n = blocks
-        return Held(*(x + (y - x) * (n - a) // (b - a) for x, y in zip(astuple(self), astuple(other), strict=True)))
+        return Held(
+            *(
+                x + (y - x) * (n - a) // (b - a)
+                for x, y in zip(astuple(self), astuple(other), strict=True)
+            )
+        )
 
 
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
-    """What the first so many blocks hold, between embedding and head. LorafoldError where a method's code can't do without values."""
+    """What the first so many blocks hold, between embedding and head.
+
+    LorafoldError where a method's code can't do without values.
+    """
     with unswept(), no_values(), Ledger() as ledger:
         step = inference if setting.spec is None else training
         try:
             return step(skeleton(config, setting.base, blocks, setting.classes), setting, ledger)
         except LorafoldError:
             raise
-        except Exception as error:  # whatever a model's own code raises where it finds no values: a run goes on without an estimate
+        except Exception as error:
+            # whatever a model's own code raises where it finds no values: a run goes on without an
+            # estimate
             what = config.model_type if setting.spec is None else type(setting.spec).__name__
-            raise LorafoldError(f"{what}: can't be estimated, its code asks for values: {one_line(error, 80)}") from error
+            raise LorafoldError(
+                f"{what}: can't be estimated, its code asks for values: {one_line(error, 80)}"
+            ) from error
 
 
 def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
-    """A step of the recipe's own parts: fused operations, packed rows, loss at labelled positions."""
+    """A step of the recipe's own parts: fused operations, packed rows, loss at labelled
+    positions.
+    """
     weights = settled(ledger)
     attach(model, setting.spec, **{"targets": setting.targets, **setting.beside(model)})  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -127,7 +146,10 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     ahead = ledger.now - start
     model.train()
     run = classifying if setting.classes else completing
-    with fused(model), laid_out(model, setting.rows) if setting.packed and not setting.classes else nullcontext():
+    with (
+        fused(model),
+        laid_out(model, setting.rows) if setting.packed and not setting.classes else nullcontext(),
+    ):
         ledger.peak = settled(ledger)
         loss = run(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
@@ -145,13 +167,17 @@ def completing(model: PreTrainedModel, setting: Setting) -> Tensor:
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     ids, where = integers(rows, width), integers(rows, width)
     return labelled_loss(
-        model, integers(rows, ceil(n / rows)), {"input_ids": ids, "position_ids" if setting.packed else "attention_mask": where}
+        model,
+        integers(rows, ceil(n / rows)),
+        {"input_ids": ids, "position_ids" if setting.packed else "attention_mask": where},
     )[0]
 
 
 def classifying(model: PreTrainedModel, setting: Setting) -> Tensor:
     ids, mask = integers(setting.batch, setting.length), integers(setting.batch, setting.length)
-    loss: Tensor = Classification(model, 0)(integers(setting.batch), input_ids=ids, attention_mask=mask)
+    loss: Tensor = Classification(model, 0)(
+        integers(setting.batch), input_ids=ids, attention_mask=mask
+    )
     return loss
 
 
@@ -181,7 +207,9 @@ def settled(ledger: Ledger) -> int:
 
 @contextmanager
 def unswept() -> Iterator[None]:
-    """What there is already is no matter for the garbage collector meanwhile: a process with torch in it takes 0.15 s to look through."""
+    """What there is already is no matter for the garbage collector meanwhile: a process with torch
+    in it takes 0.15 s to look through.
+    """
     gc.freeze()
     try:
         yield
@@ -191,12 +219,15 @@ def unswept() -> Iterator[None]:
 
 @contextmanager
 def laid_out(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
-    """Packed attention over documents of these lengths, which the positions, having no values, can't tell: the longest last, as `telling`
-    has it."""
+    """Packed attention over documents of these lengths, which the positions, having no values,
+    can't tell: the longest last, as `telling` has it.
+    """
     with attending(model, partial(_mask, tuple(sorted(lens)))):
         yield
 
 
-def _mask(lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any) -> Documents:
+def _mask(
+    lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
+) -> Documents:
     """Of a run of other tokens than the rows', as a prompt's own is, that it is one document."""
     return Documents(lens if q_length == sum(lens) else (q_length,), local_size)

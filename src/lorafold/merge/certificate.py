@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafold.errors import LorafoldError
 from lorafold.train.data import encode, ensure_chat_template, read_rows
 
-PROBES = Path(__file__).with_name("probes.jsonl")  # prose, questions, code, tables, letters, a few languages
+# prose, questions, code, tables, letters, a few languages
+PROBES = Path(__file__).with_name("probes.jsonl")
 PROBE_LENGTH = 512  # tokens of a probe text that are looked at
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
@@ -42,17 +43,29 @@ class Gap:
     positions: int
 
 
-def probe_ids(tokenizer: PreTrainedTokenizerBase, probe: str | Path | None) -> list[tuple[int, ...]]:
-    """Token ids of the probe texts: the built-in ones, or the rows of a data file in any shape that training takes."""
+def probe_ids(
+    tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
+) -> list[tuple[int, ...]]:
+    """Token ids of the probe texts: the built-in ones, or the rows of a data file in any shape that
+    training takes.
+    """
     ensure_chat_template(tokenizer)
-    return [example.ids for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples]
+    return [
+        example.ids
+        for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples
+    ]
 
 
 def compare(
-    adapted: Callable[[], PreTrainedModel], merged: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]], scratch: Path,
+    adapted: Callable[[], PreTrainedModel],
+    merged: Callable[[], PreTrainedModel],
+    texts: Sequence[tuple[int, ...]],
+    scratch: Path,
     progress: Progress | None = None,
-) -> Gap:  # fmt: skip
-    """The gap between two models that are loaded in turn. `scratch`, a directory, takes 4 bytes a position and vocabulary entry.
+) -> Gap:
+    """The gap between two models that are loaded in turn.
+
+    `scratch`, a directory, takes 4 bytes a position and vocabulary entry.
 
     LorafoldError if a model's logits are not finite.
     """
@@ -72,22 +85,37 @@ def compare(
             kl += (p.exp() * (p - q)).sum().item()
             difference = before - logits
             gap = max(gap, difference.abs().max().item())
-            squares, total = squares + difference.double().square().sum().item(), total + before.double().square().sum().item()
+            squares, total = (
+                squares + difference.double().square().sum().item(),
+                total + before.double().square().sum().item(),
+            )
             agreed += int((before.argmax(-1) == logits.argmax(-1)).sum())
             positions += len(logits)
             done += 1
             if progress is not None:
                 progress(done, 2 * len(texts))
-    return Gap(max(kl / positions, 0.0), gap, (squares / total) ** 0.5, agreed / positions, positions)
+    return Gap(
+        max(kl / positions, 0.0), gap, (squares / total) ** 0.5, agreed / positions, positions
+    )
 
 
-def _logits(build: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:  # each (T, vocabulary), fp32
+# each (T, vocabulary), fp32
+def _logits(
+    build: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]]
+) -> Iterator[Tensor]:
     model = build()
     for ids in texts:
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
+            logits = (
+                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+                .logits[0]
+                .float()
+                .cpu()
+            )
         if not logits.isfinite().all():
-            raise LorafoldError("the model's logits on probe text are not finite, so there is nothing to compare")
+            raise LorafoldError(
+                "the model's logits on probe text are not finite, so there is nothing to compare"
+            )
         yield logits
     del model
     gc.collect()

@@ -2,8 +2,8 @@
 
     8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, end to end
 
-`safetensors.torch.save_file` wants every tensor of a file at once; a fold holds one. Tensors are read through safetensors and stay
-backed by the file: they take no memory of their own.
+`safetensors.torch.save_file` wants every tensor of a file at once; a fold holds one. Tensors are
+read through safetensors and stay backed by the file: they take no memory of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ ALIGNMENT = 8  # of the first tensor, so that readers can map it
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its name and dtype in the file's words, shape, and where its bytes lie."""
+    """One tensor of a file: its name and dtype in the file's words, shape, and where its bytes
+    lie.
+    """
 
     name: str
     dtype: str
@@ -38,7 +40,11 @@ class Entry:
 
     def shaped(self, shape: tuple[int, ...]) -> Entry:
         """The entry of a tensor of that shape."""
-        return self if shape == self.shape else replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
+        return (
+            self
+            if shape == self.shape
+            else replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,16 @@ def read_container(path: Path) -> Container:
     entries = []
     for name, described in header.items():
         start, end = described["data_offsets"]
-        entries.append(Entry(name, described["dtype"], tuple(described["shape"]), path, 8 + length + start, end - start))
+        entries.append(
+            Entry(
+                name,
+                described["dtype"],
+                tuple(described["shape"]),
+                path,
+                8 + length + start,
+                end - start,
+            )
+        )
     return Container({e.name: e for e in sorted(entries, key=lambda e: e.offset)}, metadata)
 
 
@@ -74,18 +89,25 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def write_container(
-    path: Path, layout: Sequence[tuple[str, Entry]], metadata: dict[str, str], changed: Callable[[str], Tensor | None],
+    path: Path,
+    layout: Sequence[tuple[str, Entry]],
+    metadata: dict[str, str],
+    changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
-) -> None:  # fmt: skip
+) -> None:
     """Write a file of tensors that are each like an entry of another file: (name, entry).
 
-    `changed(name)` gives the new values, of the entry's dtype and shape, or None for the entry's own bytes; `written(name, size)` is
-    told of each tensor done.
+    `changed(name)` gives the new values, of the entry's dtype and shape, or None for the entry's
+    own bytes; `written(name, size)` is told of each tensor done.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, entry in layout:
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.size]}
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.size],
+        }
         at += entry.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)

@@ -1,10 +1,12 @@
 """Fold adapters into a checkpoint, shard by shard straight from the safetensors files.
 
-    W' = round(fold_n(... fold_1(W)))       one tensor at a time; each method's own `fold`, so nothing here knows a method
+    W' = round(fold_n(... fold_1(W)))       one tensor at a time; each method's own `fold`, so
+                                            nothing here knows a method
 
-What no adapter changes is copied byte for byte; names, dtypes and the division into files are kept. A weight that two modules share
-and an adapter changes in one of them is untied: each gets its own. Memory: the factors and at most three times the largest
-changed tensor in fp32, whatever the size of the model.
+What no adapter changes is copied byte for byte; names, dtypes and the division into files are kept.
+A weight that two modules share and an adapter changes in one of them is untied: each gets its own.
+Memory: the factors and at most three times the largest changed tensor in fp32, whatever the size of
+the model.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 @dataclass(frozen=True)
 class Folded:
-    """What was done: the update's inner products, tensors by the way they were rounded, tensors that had to be added to untie, biases
-    that the model had not, and the size of the vocabulary if it grew."""
+    """What was done: the update's inner products, tensors by the way they were rounded, tensors
+    that had to be added to untie, biases that the model had not, and the size of the vocabulary if
+    it grew.
+    """
 
     sums: Sums
     rounded: dict[str, int]
@@ -44,7 +48,14 @@ class Folded:
     vocabulary: int | None
 
 
-def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0, progress: Progress | None = None) -> Folded:
+def execute(
+    plan: Plan,
+    out: Path,
+    *,
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Folded:
     """Write the merged model to the empty directory `out`.
 
     LorafoldError if the disk has no room for it, or a folded value does not fit its dtype.
@@ -61,7 +72,12 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
         path, parameter = plan.changed[name]
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
         before, after = fold(module, plan.adapters, parameter)
-        values = [i for delta in deltas_of(module, plan.adapters) for part in delta.parts() for i in part.values_at()]
+        values = [
+            i
+            for delta in deltas_of(module, plan.adapters)
+            for part in delta.parts()
+            for i in part.values_at()
+        ]
         target, original = settled(after, before, values if parameter == "weight" else ())
         try:
             result = round_to(target, original, rounding, generator_of(seed, name))
@@ -88,13 +104,20 @@ def execute(plan: Plan, out: Path, *, rounding: Rounding = "auto", seed: int = 0
         metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}
         write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
     biases = tuple(name for name, like in plan.added.items() if like.name == name)
-    return Folded(sums, dict(rounded), tuple(name for name in plan.added if name not in biases), biases, plan.vocabulary)
+    return Folded(
+        sums,
+        dict(rounded),
+        tuple(name for name in plan.added if name not in biases),
+        biases,
+        plan.vocabulary,
+    )
 
 
 @torch.no_grad()
 def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> tuple[Tensor, Tensor]:
-    """The module's weight or bias as it stores them: what the named adapters are added to, in its own dtype, and what comes of it, in fp32
-    or wider."""
+    """The module's weight or bias as it stores them: what the named adapters are added to, in its
+    own dtype, and what comes of it, in fp32 or wider.
+    """
     before: Tensor = getattr(module, parameter)
     w, b = layer_of(module).dense()
     for delta in deltas_of(module, [PACKING]):
@@ -108,4 +131,7 @@ def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> tuple[Tens
 def need_space(directory: Path, size: int) -> None:
     """LorafoldError unless the disk that `directory` lies on has room for `size` bytes."""
     if (free := shutil.disk_usage(directory).free) < size:
-        raise LorafoldError(f"the merged model takes {size / 1e9:.1f} GB, and {directory.parent} has {free / 1e9:.1f} GB left")
+        raise LorafoldError(
+            f"the merged model takes {size / 1e9:.1f} GB, and {directory.parent} has"
+            f" {free / 1e9:.1f} GB left"
+        )

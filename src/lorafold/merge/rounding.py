@@ -3,13 +3,16 @@
     T = W + dW (fp32)  ->  W' in the dtype of W
 
     nearest         drops every change under half a unit in the last place: a weak update is lost
-    stochastic      rounds up with the probability of the remainder, so that E[W'] = T (Gupta et al. 2015, arXiv 1502.02551)
+    stochastic      rounds up with the probability of the remainder, so that E[W'] = T (Gupta et al.
+                    2015, arXiv 1502.02551)
     auto            nearest where the update survives it, stochastic where it would not
 
-    survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, projected on the update
+    survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, projected on
+                                                the update
     noise           |W' - T| / |dW|             what the rounding added, in units of the update
 
-A weight stored in fp32 is kept as it is. Works in chunks of rows: its temporaries are a few times `CHUNK` elements.
+A weight stored in fp32 is kept as it is. Works in chunks of rows: its temporaries are a few times
+`CHUNK` elements.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ SURVIVES = 0.98  # the least survival at which auto rounds to nearest
 
 @dataclass(frozen=True)
 class Sums:
-    """Inner products over any number of tensors: kept <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
+    """Inner products over any number of tensors: kept <W' - W, dW>, update <dW, dW>, error |W' -
+    T|^2.
+    """
 
     kept: float = 0.0
     update: float = 0.0
@@ -50,7 +55,9 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The weight to store, what became of the update, and how it was rounded: nearest, stochastic, or exact where nothing was."""
+    """The weight to store, what became of the update, and how it was rounded: nearest, stochastic,
+    or exact where nothing was.
+    """
 
     tensor: Tensor
     sums: Sums
@@ -64,13 +71,15 @@ def generator_of(seed: int, name: str) -> torch.Generator:
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x (fp32 or fp64, finite) to a narrower dtype: one of its two neighbours there, right in expectation.
+    """x (fp32 or fp64, finite) to a narrower dtype: one of its two neighbours there, right in
+    expectation.
 
     Exact also among the subnormals of `dtype`, where the unit no longer shrinks with x.
     """
     info = torch.finfo(dtype)
     x = x.float()
-    binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or under |x|
+    # the power of two at or under |x|
+    binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
     unit = binade.clamp_min_(info.smallest_normal).mul_(info.eps)
     steps = x.abs().div_(unit)  # exact: unit is a power of two
     lower = steps.floor()
@@ -78,18 +87,27 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     return lower.add_(up).mul_(unit).copysign_(x).to(dtype)
 
 
-def round_to(target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator) -> Rounded:
-    """Round `target`, the changed weight in fp32 or wider, to the dtype of `original`, the weight before the change. Same shapes.
+def round_to(
+    target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
+) -> Rounded:
+    """Round `target`, the changed weight in fp32 or wider, to the dtype of `original`, the weight
+    before the change. Same shapes.
 
     Raises LorafoldError for values that the dtype can't hold.
     """
     if how != "auto":
         return _rounded(target, original, how, generator)
     nearest = _rounded(target, original, "nearest", generator)
-    return nearest if nearest.sums.survival >= SURVIVES else _rounded(target, original, "stochastic", generator)
+    return (
+        nearest
+        if nearest.sums.survival >= SURVIVES
+        else _rounded(target, original, "stochastic", generator)
+    )
 
 
-def _rounded(target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator) -> Rounded:
+def _rounded(
+    target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
+) -> Rounded:
     dtype = original.dtype
     narrower = torch.finfo(dtype).bits < torch.finfo(target.dtype).bits
     out = torch.empty(target.shape, dtype=dtype)
@@ -99,7 +117,14 @@ def _rounded(target: Tensor, original: Tensor, how: Rounding, generator: torch.G
         o.copy_(stochastic(t, dtype, generator) if narrower and how == "stochastic" else t)
         wide = o.to(t.dtype)
         if not wide.isfinite().all():
-            raise LorafoldError(f"folded values up to {t.abs().max().item():g} don't fit {str(dtype).removeprefix('torch.')}")
+            raise LorafoldError(
+                f"folded values up to {t.abs().max().item():g} don't fit"
+                f" {str(dtype).removeprefix('torch.')}"
+            )
         change, update = wide - w, t - w
-        sums += Sums(torch.sum(change * update).item(), torch.sum(update * update).item(), torch.sum((wide - t) ** 2).item())
+        sums += Sums(
+            torch.sum(change * update).item(),
+            torch.sum(update * update).item(),
+            torch.sum((wide - t) ** 2).item(),
+        )
     return Rounded(out, sums, how if narrower else "exact")

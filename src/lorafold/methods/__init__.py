@@ -1,4 +1,6 @@
-"""The methods: one a file, one table from the command's word to a spec that can be built without arguments."""
+"""The methods: one a file, one table from the command's word to a spec that can be built without
+arguments.
+"""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -56,15 +58,20 @@ def own_options(method: str) -> list[str]:
 
 
 def known_options(method: str) -> list[str]:
-    """What `make_spec` takes for a method: its own fields, and those of lora where it lies over another."""
+    """What `make_spec` takes for a method: its own fields, and those of lora where it lies over
+    another.
+    """
     own = own_options(method)
     return [*own, *own_options("lora")] if "over" in own else own
 
 
 def make_spec(method: str, **options: Any) -> Spec:
-    """The spec of a method by its word. LorafoldError for an unknown word, or fields that the method does not have.
+    """The spec of a method by its word.
 
-    A method that lies over another (`dora`) takes that one's word as `over` (lora), and its options with its own.
+    LorafoldError for an unknown word, or fields that the method does not have.
+
+    A method that lies over another (`dora`) takes that one's word as `over` (lora), and its options
+    with its own.
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
@@ -73,7 +80,10 @@ def make_spec(method: str, **options: Any) -> Spec:
         own = {k: options.pop(k) for k in known if k in options}
         options = {**own, "over": make_spec(own.get("over", "lora"), **options)}
     if unknown := [k for k in options if k not in known]:
-        raise LorafoldError(f"method {method} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+        raise LorafoldError(
+            f"method {method} has no option {', '.join(unknown)}; it has:"
+            f" {', '.join(known) or 'none'}"
+        )
     try:
         return maker(**options)
     except TypeError as e:
@@ -81,6 +91,25 @@ def make_spec(method: str, **options: Any) -> Spec:
 
 
 __all__ = [
-    "IA3", "LTSFT", "METHODS", "AdaLoRA", "BitFit", "Bottleneck", "DoRA", "Fastfood", "FishMask", "Full", "LinearProbe", "LoHa", "LoKr",
-    "LoRA", "OLoRA", "PiSSA", "Prefix", "Prompt", "VeRA", "known_options", "make_spec",
-]  # fmt: skip
+    "IA3",
+    "LTSFT",
+    "METHODS",
+    "AdaLoRA",
+    "BitFit",
+    "Bottleneck",
+    "DoRA",
+    "Fastfood",
+    "FishMask",
+    "Full",
+    "LinearProbe",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "OLoRA",
+    "PiSSA",
+    "Prefix",
+    "Prompt",
+    "VeRA",
+    "known_options",
+    "make_spec",
+]

@@ -2,10 +2,11 @@
 
     y = layer(x) + c                c (out,), zero at start
 
-Zaken et al. 2021, arXiv 2106.10199. The fewest parameters of all methods that fold; for small data. Every bias of the model is trained,
-those of norms too. A model whose blocks have none gets them added on the blocks' linears; merging switches them on in the model's config
-(Llama: attention_bias, mlp_bias), and is refused where the architecture has no such switch. The offset is small where the bias may be
-large, so it is summed before the layer's rounding and the bias itself after it.
+Zaken et al. 2021, arXiv 2106.10199. The fewest parameters of all methods that fold; for small data.
+Every bias of the model is trained, those of norms too. A model whose blocks have none gets them
+added on the blocks' linears; merging switches them on in the model's config (Llama: attention_bias,
+mlp_bias), and is refused where the architecture has no such switch. The offset is small where the
+bias may be large, so it is summed before the layer's rounding and the bias itself after it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class BiasDelta(Delta):
 
 @dataclass(frozen=True)
 class BitFit(Spec):
-    """No options. `targets` other than its own puts an offset on those modules, whether they have a bias or not."""
+    """No options.
+
+    `targets` other than its own puts an offset on those modules, whether they have a bias or not.
+    """
 
     targets: ClassVar[str] = "biases"
     lr: ClassVar[float] = 5e-3
@@ -45,4 +49,6 @@ class BitFit(Spec):
     def build(self, layer: Layer) -> BiasDelta:
         module = layer.module
         bias = module._parameters.get("bias")
-        return BiasDelta(layer.shape[0] if bias is None else len(bias), next(module.parameters()).device)
+        return BiasDelta(
+            layer.shape[0] if bias is None else len(bias), next(module.parameters()).device
+        )

@@ -1,10 +1,12 @@
 """Bottleneck adapters: a small network after the attention and after the MLP of every block.
 
-    y = sublayer(x) + U f(D sublayer(x) + d) + u        D (m, d), U (d, m) zero at start, f = GELU or ReLU
+    y = sublayer(x) + U f(D sublayer(x) + d) + u        D (m, d), U (d, m) zero at start, f = GELU
+                                                        or ReLU
 
-Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1 (after both); Pfeiffer et al. 2021, arXiv 2005.00247 (after the MLP only: half the cost).
-The change passes through a nonlinearity, so it can't be folded and every token pays for it; use it as the yardstick it has been for
-LoRA, or where a frozen base must be shared by hooks alone.
+Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1 (after both); Pfeiffer et al. 2021, arXiv 2005.00247
+(after the MLP only: half the cost). The change passes through a nonlinearity, so it can't be folded
+and every token pays for it; use it as the yardstick it has been for LoRA, or where a frozen base
+must be shared by hooks alone.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ Activation = Literal["gelu", "relu"]
 
 
 class BottleneckDelta(Opaque):
-    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32; they run in the activations' dtype.
+    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32; they run in the activations'
+    dtype.
 
     A sublayer that returns a tuple (attention and its weights) has its first element changed.
     """
@@ -49,14 +52,17 @@ class BottleneckDelta(Opaque):
         return self.adapt(output)
 
     def adapt(self, y: Tensor) -> Tensor:  # (..., d)
-        down, down_bias, up, up_bias = (p.to(y.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias))
+        down, down_bias, up, up_bias = (
+            p.to(y.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)
+        )
         h = F.linear(y, down, down_bias)
         return y + F.linear(F.gelu(h) if self.activation == "gelu" else F.relu(h), up, up_bias)
 
 
 @dataclass(frozen=True)
 class Bottleneck(Spec):
-    """size m of the bottleneck; activation gelu or relu; after "both" sublayers of a block (Houlsby) or its "mlp" only (Pfeiffer).
+    """size m of the bottleneck; activation gelu or relu; after "both" sublayers of a block
+    (Houlsby) or its "mlp" only (Pfeiffer).
 
     Raises LorafoldError for values out of range.
     """
@@ -84,11 +90,14 @@ class Bottleneck(Spec):
         return "sublayers" if self.after == "both" else "mlp-sublayers"
 
     def build(self, layer: Layer) -> BottleneckDelta:
-        return BottleneckDelta(width(layer.module), self.size, self.activation, next(layer.module.parameters()).device)
+        return BottleneckDelta(
+            width(layer.module), self.size, self.activation, next(layer.module.parameters()).device
+        )
 
 
 def width(module: nn.Module) -> int:
-    """d, the size of what a sublayer takes and gives: as its configuration says, or as its first linear takes.
+    """d, the size of what a sublayer takes and gives: as its configuration says, or as its first
+    linear takes.
 
     Raises LorafoldError where there is neither.
     """

@@ -1,13 +1,16 @@
 """DoRA: a trained magnitude for every output, over any additive change of the direction.
 
     V = W + dW                      (out, in)
-    y = g (V x) + b                 g = m / |V|, m (out,) starting at |W|, |.| the norm of each row, taken as a constant
+    y = g (V x) + b                 g = m / |V|, m (out,) starting at |W|, |.| the norm of each row,
+                                    taken as a constant
 
-Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). dW is any additive method: LoRA in the paper, LoHa, LoKr,
-PiSSA and VeRA as well. Use it where LoRA at a small rank falls short of full fine-tuning; it merges to zero cost, as LoRA does.
+Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). dW is any additive
+method: LoRA in the paper, LoHa, LoKr, PiSSA and VeRA as well. Use it where LoRA at a small rank
+falls short of full fine-tuning; it merges to zero cost, as LoRA does.
 
-The norms come from the factors, |w|^2 + 2 b.(A w) + b (A A^T) b with |w|^2 kept: one skinny GEMM a step, where building V takes r / T of
-the layer's own cost and memory for a matrix. The base runs once: y = g (z - b) + b from z = V x + b, dropout included.
+The norms come from the factors, |w|^2 + 2 b.(A w) + b (A A^T) b with |w|^2 kept: one skinny GEMM a
+step, where building V takes r / T of the layer's own cost and memory for a matrix. The base runs
+once: y = g (z - b) + b from z = V x + b, dropout included.
 """
 
 from __future__ import annotations
@@ -29,11 +32,15 @@ from lorafold.ops.scale import scale
 
 
 def squares(w: Tensor) -> Tensor:  # (out, in) -> (out,)
-    return torch.linalg.vector_norm(w, dim=1, dtype=torch.promote_types(w.dtype, torch.float32)).square()
+    return torch.linalg.vector_norm(
+        w, dim=1, dtype=torch.promote_types(w.dtype, torch.float32)
+    ).square()
 
 
 class Kept:
-    """A value and the tensors it was made from, made again once one of them was replaced, moved or written to."""
+    """A value and the tensors it was made from, made again once one of them was replaced, moved or
+    written to.
+    """
 
     def __init__(self) -> None:
         self.sources: tuple[Tensor, ...] = ()
@@ -42,7 +49,9 @@ class Kept:
 
     def get(self, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         state = [(s._version, s.device, s.dtype) for s in sources]
-        same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
+        same = len(sources) == len(self.sources) and all(
+            a is b for a, b in zip(sources, self.sources, strict=True)
+        )
         if self.value is None or not same or state != self.state:
             self.sources, self.state, self.value = tuple(sources), state, make()
         return self.value
@@ -67,7 +76,11 @@ class DoRADelta(Delta):
 
     @torch.no_grad()
     def row_norms(self, layer: Layer) -> Tensor:  # (out,), fp32 or wider
-        """|V|. What is frozen, |w|^2, is kept while it is; the norms themselves outside training, where nothing changes between steps."""
+        """|V|.
+
+        What is frozen, |w|^2, is kept while it is; the norms themselves outside training, where
+        nothing changes between steps.
+        """
         if torch.compiler.is_compiling() or not isinstance(layer, Base):
             return self.inner.row_squares(w := layer.dense()[0], squares(w)).sqrt()
         base = [p for p in layer.module._parameters.values() if p is not None]
@@ -95,10 +108,12 @@ class DoRADelta(Delta):
 
 @dataclass(frozen=True)
 class DoRA(Spec):
-    """over: the spec of the change that the magnitude lies over, any whose delta is additive (LoRA, LoHa, LoKr, PiSSA, VeRA ...).
+    """over: the spec of the change that the magnitude lies over, any whose delta is additive (LoRA,
+    LoHa, LoKr, PiSSA, VeRA ...).
 
-    By the method's word, options that are not `over` are those of what lies beneath: `make_spec("dora", rank=8)`,
-    `make_spec("dora", over="loha", rank=8)`. LorafoldError if `over` builds a delta that is not additive.
+    By the method's word, options that are not `over` are those of what lies beneath:
+    `make_spec("dora", rank=8)`, `make_spec("dora", over="loha", rank=8)`. LorafoldError if `over`
+    builds a delta that is not additive.
     """
 
     over: Spec = field(default_factory=LoRA)
@@ -111,7 +126,10 @@ class DoRA(Spec):
     def build(self, layer: Layer) -> DoRADelta:
         inner = self.over.build(layer)
         if not isinstance(inner, Additive):
-            raise LorafoldError(f"DoRA: over {type(self.over).__name__}; expected an additive method, such as LoRA or LoHa")
+            raise LorafoldError(
+                f"DoRA: over {type(self.over).__name__}; expected an additive method, such as LoRA"
+                " or LoHa"
+            )
         return DoRADelta(inner, layer)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:

@@ -1,13 +1,16 @@
 """Training in a random subspace: how few numbers does a task take?
 
-    dW_i = l_i P_i v / sqrt(d)          v (d,) zero at start, one for all matrices; l_i one at start, one a matrix
-    P_i v = H G_i Q H B v               B random signs, Q a random order, G_i Gaussian numbers, H Walsh-Hadamard, v filled up to 2^k
+    dW_i = l_i P_i v / sqrt(d)          v (d,) zero at start, one for all matrices; l_i one at
+                                        start, one a matrix
+    P_i v = H G_i Q H B v               B random signs, Q a random order, G_i Gaussian numbers, H
+                                        Walsh-Hadamard, v filled up to 2^k
 
-The smallest d that reaches 90% of what full training reaches is the task's intrinsic dimension: Li et al. 2018, arXiv 1804.08838; with the
-Fastfood projection (Le et al. 2013) and a learned scale for every matrix, Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2. B and Q are
-shared, since fresh Gaussians already make matrices and blocks independent. Divided by sqrt(d), a step of AdamW moves the weights equally
-far whatever d is, so one learning rate serves all. Everything random comes from `seed`. To measure with, not to deploy: dW is built in
-every step.
+The smallest d that reaches 90% of what full training reaches is the task's intrinsic dimension: Li
+et al. 2018, arXiv 1804.08838; with the Fastfood projection (Le et al. 2013) and a learned scale for
+every matrix, Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2. B and Q are shared, since fresh
+Gaussians already make matrices and blocks independent. Divided by sqrt(d), a step of AdamW moves
+the weights equally far whatever d is, so one learning rate serves all. Everything random comes from
+`seed`. To measure with, not to deploy: dW is built in every step.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class Subspace(nn.Module):
         self.vector = nn.Parameter(vector)
         signs = torch.randint(0, 2, (length,), generator=generator) * 2.0 - 1
         self.register_buffer("signs", signs.to(device), persistent=False)
-        self.register_buffer("order", torch.randperm(length, generator=generator).to(device), persistent=False)
+        self.register_buffer(
+            "order", torch.randperm(length, generator=generator).to(device), persistent=False
+        )
         for name, half in zip(("left", "right"), halves(length), strict=True):
             self.register_buffer(name, half.to(device), persistent=False)
 
@@ -55,7 +60,10 @@ class Subspace(nn.Module):
 
 
 class FastfoodDelta(Dense):
-    """l (), fp32, and G (blocks, L), bf16. The first delta of an adapter has the subspace, the others know it."""
+    """l (), fp32, and G (blocks, L), bf16.
+
+    The first delta of an adapter has the subspace, the others know it.
+    """
 
     gaussians: Tensor
     subspace: Subspace | None
@@ -69,19 +77,25 @@ class FastfoodDelta(Dense):
     def join(self, first: FastfoodDelta, generator: torch.Generator, device: torch.device) -> None:
         self._first = (first,)  # not as a module: it would be a part of every delta
         length = len(first.subspace.signs)  # type: ignore[union-attr]
-        gaussians = torch.randn(ceil(prod(self.shape) / length), length, generator=generator).bfloat16()
+        gaussians = torch.randn(
+            ceil(prod(self.shape) / length), length, generator=generator
+        ).bfloat16()
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
     def delta(self) -> Tensor:  # (out, in)
         subspace: Any = self._first[0].subspace
         spread = subspace.spread().to(self.gaussians.device)
-        blocks: Tensor = subspace.transformed(self.gaussians * (spread * self.scale / len(self.gaussians) ** 0.5))
+        blocks: Tensor = subspace.transformed(
+            self.gaussians * (spread * self.scale / len(self.gaussians) ** 0.5)
+        )
         return blocks.flatten()[: prod(self.shape)].view(self.shape)
 
 
 @dataclass(frozen=True)
 class Fastfood(Spec):
-    """dimension d of the subspace; seed of its directions. LorafoldError for a dimension below 1."""
+    """dimension d of the subspace; seed of its directions. LorafoldError for a dimension below
+    1.
+    """
 
     dimension: int = 1024
     seed: int = 0
@@ -100,7 +114,10 @@ class Fastfood(Spec):
         laid: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
         generator, first = torch.Generator().manual_seed(self.seed), laid[0]
         for delta in laid:
-            device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device  # made from a seed: nothing will fill them
+            # made from a seed: nothing will fill them
+            device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device
             if delta is first:
-                first.subspace = Subspace(torch.zeros(self.dimension, device=first.scale.device), generator, device)
+                first.subspace = Subspace(
+                    torch.zeros(self.dimension, device=first.scale.device), generator, device
+                )
             delta.join(first, generator, device)

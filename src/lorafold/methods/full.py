@@ -1,10 +1,12 @@
 """Full fine-tuning: the weights themselves, trained in place.
 
-    y = layer(x)                    W itself is the parameter; there is no second copy and nothing to fold
+    y = layer(x)                    W itself is the parameter; there is no second copy and nothing
+                                    to fold
 
-The yardstick of every other method, at 16 bytes a parameter in fp32 with AdamW. As an adapter it is the exception to two rules:
-`only(model)` is the model as trained so far, since the old weights are gone, and `detach` keeps what was learned. What it saves is a
-plain model (`write_model`). It needs a base in fp32: at its learning rate most updates are under half a unit of a bf16 weight.
+The yardstick of every other method, at 16 bytes a parameter in fp32 with AdamW. As an adapter it is
+the exception to two rules: `only(model)` is the model as trained so far, since the old weights are
+gone, and `detach` keeps what was learned. What it saves is a plain model (`write_model`). It needs
+a base in fp32: at its learning rate most updates are under half a unit of a bf16 weight.
 """
 
 from __future__ import annotations
@@ -50,10 +52,17 @@ class Full(Spec):
 
     def build(self, layer: Layer) -> FullDelta:
         module = layer.module
-        fixed = [name for name, p in module._parameters.items() if p is not None and not p.is_floating_point()]
+        fixed = [
+            name
+            for name, p in module._parameters.items()
+            if p is not None and not p.is_floating_point()
+        ]
         if fixed or not any(p is not None for p in module._parameters.values()):
             found = f"{', '.join(fixed)} as whole numbers" if fixed else "no parameters"
-            raise LorafoldError(f"Full trains floating-point weights in place; {type(module).__name__} holds {found}")
+            raise LorafoldError(
+                f"Full trains floating-point weights in place; {type(module).__name__} holds"
+                f" {found}"
+            )
         return FullDelta(module)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
@@ -62,5 +71,8 @@ class Full(Spec):
 
 
 def write_model(model: Any, directory: Path) -> None:
-    """Write a transformers model as a plain one, with the weights as trained, into the directory. Other adapters on it are not written."""
+    """Write a transformers model as a plain one, with the weights as trained, into the directory.
+
+    Other adapters on it are not written.
+    """
     model.save_pretrained(directory)

@@ -3,11 +3,13 @@
     keys, values    y = l * (W x + b)       l (out,) one at start
     MLP, last       y = W (l * x) + b       l (in,) one at start
 
-Liu et al. 2022, arXiv 2205.05638, sec. 3.3. The smallest of the methods, for few examples; it merges to zero cost.
+Liu et al. 2022, arXiv 2205.05638, sec. 3.3. The smallest of the methods, for few examples; it
+merges to zero cost.
 
-Default places, by the names that transformers gives such matrices: in attention, a module named for keys, values or a fused
-projection that holds them (k_proj, value, qkv_proj, c_attn ...); elsewhere, the matrix back to the hidden size (down_proj, fc2, wo,
-mlp.c_proj ...). PEFT has a table by architecture; it trains queries in place of keys in some of them, the paper never does.
+Default places, by the names that transformers gives such matrices: in attention, a module named for
+keys, values or a fused projection that holds them (k_proj, value, qkv_proj, c_attn ...); elsewhere,
+the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...). PEFT has a table by
+architecture; it trains queries in place of keys in some of them, the paper never does.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ class IA3Delta(Delta):
         self.l = nn.Parameter(torch.ones(size, device=device, dtype=torch.float32))
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return layer(scale(x, self.l), onto=onto) if self.of_input else scale(layer(x), self.l, onto=onto)
+        return (
+            layer(scale(x, self.l), onto=onto)
+            if self.of_input
+            else scale(layer(x), self.l, onto=onto)
+        )
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.of_input:
@@ -50,14 +56,17 @@ class IA3Delta(Delta):
 
 @dataclass(frozen=True)
 class IA3(Spec):
-    """feedforward: modules whose inputs are scaled, by name or path end, or by a regex over whole paths (None: those outside attention).
+    """feedforward: modules whose inputs are scaled, by name or path end, or by a regex over whole
+    paths (None: those outside attention).
 
     LorafoldError for an embedding among them: its inputs are row numbers.
     """
 
     feedforward: str | Sequence[str] | None = None
 
-    targets: ClassVar[str] = rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
+    targets: ClassVar[str] = (
+        rf".*{ATTENTION}.*\.(?:{KEYS_VALUES})|(?!.*{ATTENTION}).*\.(?:{MLP_LAST})"
+    )
     lr: ClassVar[float] = 1e-2
 
     def at(self, path: str) -> Self:
@@ -72,5 +81,12 @@ class IA3(Spec):
     def build(self, layer: Layer) -> IA3Delta:
         out, inn = layer.shape
         if self.feedforward and isinstance(layer.module, nn.Embedding):
-            raise LorafoldError("IA3: an embedding among the feedforward modules; its inputs are row numbers, which can't be scaled")
-        return IA3Delta(inn if self.feedforward else out, bool(self.feedforward), next(layer.module.parameters()).device)
+            raise LorafoldError(
+                "IA3: an embedding among the feedforward modules; its inputs are row numbers, which"
+                " can't be scaled"
+            )
+        return IA3Delta(
+            inn if self.feedforward else out,
+            bool(self.feedforward),
+            next(layer.module.parameters()).device,
+        )

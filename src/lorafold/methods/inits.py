@@ -1,12 +1,17 @@
-"""PiSSA and OLoRA: LoRA that starts from a part of W instead of from zero, as an offset that leaves W where it is.
+"""PiSSA and OLoRA: LoRA that starts from a part of W instead of from zero, as an offset that leaves
+W where it is.
 
-    y = W x + s (B A - B0 A0) drop(x)       A (r, in), B (out, r) trained; A0, B0 their values at start
-    s (B A - B0 A0) = [s (B - B0), s B0] [A; A - A0]        rank 2 r; both differences are taken in fp32
+    y = W x + s (B A - B0 A0) drop(x)       A (r, in), B (out, r) trained; A0, B0 their values at
+                                            start
+    s (B A - B0 A0) = [s (B - B0), s B0] [A; A - A0]        rank 2 r; both differences are taken in
+                                                            fp32
 
-PiSSA: Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4: W ~ U S V^T, s B0 A0 its r largest singular parts, U sqrt(S) and sqrt(S) V^T.
-OLoRA: Bueyuekakyuez 2024, arXiv 2406.01775: W = Q R, B0 the first r columns of Q, A0 the first r rows of R.
-Use them where LoRA's first steps are too slow. The papers train on the residual W - s B0 A0; as an offset the base is not touched, so
-it stays quantizable and shared, and at step 0 the model is the base, bit for bit, as the second form shows. Saved as LoRA of rank 2 r.
+PiSSA: Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4: W ~ U S V^T, s B0 A0 its r largest singular
+parts, U sqrt(S) and sqrt(S) V^T. OLoRA: Bueyuekakyuez 2024, arXiv 2406.01775: W = Q R, B0 the first
+r columns of Q, A0 the first r rows of R. Use them where LoRA's first steps are too slow. The papers
+train on the residual W - s B0 A0; as an offset the base is not touched, so it stays quantizable and
+shared, and at step 0 the model is the base, bit for bit, as the second form shows. Saved as LoRA of
+rank 2 r.
 """
 
 from __future__ import annotations
@@ -41,7 +46,9 @@ class OffsetDelta(LowRank):
         self.register_buffer("B0", b.clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:  # up (out, 2 r), down (2 r, in)
-        return self.scale * torch.cat([self.B - self.B0, self.B0], 1), torch.cat([self.A, self.A - self.A0], 0)
+        return self.scale * torch.cat([self.B - self.B0, self.B0], 1), torch.cat(
+            [self.A, self.A - self.A0], 0
+        )
 
 
 class FromWeight(Spec):
@@ -52,7 +59,9 @@ class FromWeight(Spec):
     dropout: float
 
     def __post_init__(self) -> None:
-        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (not (isinstance(self.rank, int) and self.rank >= 1))
+        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (
+            not (isinstance(self.rank, int) and self.rank >= 1)
+        )
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
         if wrong:
@@ -69,14 +78,18 @@ class FromWeight(Spec):
 
     def build(self, layer: Layer) -> OffsetDelta:
         if self.rank > min(layer.shape):
-            raise LorafoldError(f"{type(self).__name__}: rank {self.rank} of a matrix {layer.shape}; expected at most {min(layer.shape)}")
+            raise LorafoldError(
+                f"{type(self).__name__}: rank {self.rank} of a matrix {layer.shape}; expected at"
+                f" most {min(layer.shape)}"
+            )
         with torch.no_grad():
             return OffsetDelta(*self.start(layer.dense()[0].float()), self.scale, self.dropout)
 
 
 @dataclass(frozen=True)
 class PiSSA(FromWeight):
-    """rank r; alpha (None: r); dropout on the branch; niter: subspace iterations of the randomized SVD (0: the whole SVD).
+    """rank r; alpha (None: r); dropout on the branch; niter: subspace iterations of the randomized
+    SVD (0: the whole SVD).
 
     LorafoldError for values out of range.
     """

@@ -1,9 +1,11 @@
 """LoHa: the product, element by element, of two low-rank changes.
 
-    y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero at start
+    y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero
+                                    at start
 
-Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv 2309.14859. Rank up to r^2 from twice the
-parameters of LoRA at rank r. dW has to be built at every step, so it costs more than LoRA; use it where the rank is what is missing.
+Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv
+2309.14859. Rank up to r^2 from twice the parameters of LoRA at rank r. dW has to be built at every
+step, so it costs more than LoRA; use it where the rank is what is missing.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ class LoHaDelta(Dense):
 
 @dataclass(frozen=True)
 class LoHa(Spec):
-    """rank r of each of the two changes; alpha (None: r), the scale is alpha / r. LorafoldError for a rank below 1."""
+    """rank r of each of the two changes; alpha (None: r), the scale is alpha / r.
+
+    LorafoldError for a rank below 1.
+    """
 
     rank: int = 8
     alpha: float | None = None
@@ -54,4 +59,6 @@ class LoHa(Spec):
 
     def build(self, layer: Layer) -> LoHaDelta:
         out, inn = layer.shape
-        return LoHaDelta(out, inn, self.rank, self.alpha / self.rank, next(layer.module.parameters()).device)  # type: ignore[operator]
+        return LoHaDelta(
+            out, inn, self.rank, self.alpha / self.rank, next(layer.module.parameters()).device  # type: ignore[operator]
+        )

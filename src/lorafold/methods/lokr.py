@@ -1,11 +1,13 @@
 """LoKr: a Kronecker product of two small matrices.
 
-    y = W x + dW x + b              dW = alpha / r kron(C, D), C (o1, i1) zero at start, D (o2, i2), o1 o2 = out, i1 i2 = in
+    y = W x + dW x + b              dW = alpha / r kron(C, D), C (o1, i1) zero at start, D (o2, i2),
+                                    o1 o2 = out, i1 i2 = in
     dW x = D X C^T                  for x folded to X (i2, i1)
 
-Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, sec. 3; Edalati et al. 2022 (KronA), arXiv 2212.10650. A full-rank change from very few
-parameters. dW is never built: at 1536 x 576 the folded form takes 7% of the layer's own multiplications. D is itself a product
-D1 D2 of rank r where r is under half its larger side, C likewise if `decompose_both`.
+Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, sec. 3; Edalati et al. 2022 (KronA), arXiv 2212.10650.
+A full-rank change from very few parameters. dW is never built: at 1536 x 576 the folded form takes
+7% of the layer's own multiplications. D is itself a product D1 D2 of rank r where r is under half
+its larger side, C likewise if `decompose_both`.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from lorafold.errors import LorafoldError
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """size as a product (m, n), m <= n: m the largest divisor up to the root of size and up to `factor` (-1: any).
+    """size as a product (m, n), m <= n: m the largest divisor up to the root of size and up to
+    `factor` (-1: any).
 
-    A factor that divides size is taken as m as it is, even above the root, as PEFT does; LyCORIS swaps the two there.
+    A factor that divides size is taken as m as it is, even above the root, as PEFT does; LyCORIS
+    swaps the two there.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -37,11 +41,20 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 
 class LoKrDelta(Additive):
-    """C: w1 (o1, i1), or w1_a (o1, r), w1_b (r, i1). D: w2 (o2, i2), or w2_a (o2, r), w2_b (r, i2). fp32."""
+    """C: w1 (o1, i1), or w1_a (o1, r), w1_b (r, i1).
+
+    D: w2 (o2, i2), or w2_a (o2, r), w2_b (r, i2). fp32.
+    """
 
     def __init__(
-        self, outs: tuple[int, int], ins: tuple[int, int], rank: int, scale: float, split: tuple[bool, bool], device: torch.device
-    ) -> None:  # fmt: skip
+        self,
+        outs: tuple[int, int],
+        ins: tuple[int, int],
+        rank: int,
+        scale: float,
+        split: tuple[bool, bool],
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.scale = scale
         shapes: dict[str, tuple[int, int]] = {}
@@ -49,10 +62,19 @@ class LoKrDelta(Additive):
             shapes |= {f"{name}_a": (o, rank), f"{name}_b": (rank, i)} if low else {name: (o, i)}
         for name, shape in shapes.items():
             p = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
-            setattr(self, name, p if name in ("w1", "w1_a") else nn.init.kaiming_uniform_(p, a=5**0.5))
+            setattr(
+                self, name, p if name in ("w1", "w1_a") else nn.init.kaiming_uniform_(p, a=5**0.5)
+            )
 
     def pair(self) -> tuple[Tensor, Tensor]:  # scale C (o1, i1), D (o2, i2)
-        c, d = (getattr(self, n) if hasattr(self, n) else getattr(self, f"{n}_a") @ getattr(self, f"{n}_b") for n in ("w1", "w2"))
+        c, d = (
+            (
+                getattr(self, n)
+                if hasattr(self, n)
+                else getattr(self, f"{n}_a") @ getattr(self, f"{n}_b")
+            )
+            for n in ("w1", "w2")
+        )
         return self.scale * c, d
 
     def delta(self) -> Tensor:
@@ -68,8 +90,9 @@ class LoKrDelta(Additive):
 
 @dataclass(frozen=True)
 class LoKr(Spec):
-    """rank r; alpha (None: r), the scale is alpha / r, also where nothing is of rank r; how sides are split into two factors:
-    decompose_factor the smaller one (-1: near the root); decompose_both: C too may be of rank r.
+    """rank r; alpha (None: r), the scale is alpha / r, also where nothing is of rank r; how sides
+    are split into two factors: decompose_factor the smaller one (-1: near the root);
+    decompose_both: C too may be of rank r.
 
     LorafoldError for values out of range.
     """
@@ -82,9 +105,13 @@ class LoKr(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (not (isinstance(self.rank, int) and self.rank >= 1))
+        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (
+            not (isinstance(self.rank, int) and self.rank >= 1)
+        )
         if not (self.decompose_factor == -1 or self.decompose_factor >= 1):
-            wrong.append(f"decompose_factor {self.decompose_factor!r} (a whole number from 1, or -1)")
+            wrong.append(
+                f"decompose_factor {self.decompose_factor!r} (a whole number from 1, or -1)"
+            )
         if wrong:
             raise LorafoldError(f"LoKr: {'; '.join(wrong)}")
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
@@ -93,4 +120,11 @@ class LoKr(Spec):
         outs, ins = (factorization(size, self.decompose_factor) for size in layer.shape)
         low = [self.rank < max(o, i) / 2 for o, i in zip(outs, ins, strict=True)]
         device = next(layer.module.parameters()).device
-        return LoKrDelta(outs, ins, self.rank, self.alpha / self.rank, (low[0] and self.decompose_both, low[1]), device)  # type: ignore[operator]
+        return LoKrDelta(
+            outs,
+            ins,
+            self.rank,
+            self.alpha / self.rank,  # type: ignore[operator]
+            (low[0] and self.decompose_both, low[1]),
+            device,
+        )

@@ -1,13 +1,16 @@
 """LoRA: a low-rank change of a frozen matrix.
 
-    y = W x + s B A drop(x)         A (r, in) random, B (out, r) zero, s = alpha / r, or alpha / sqrt(r) (rsLoRA)
+    y = W x + s B A drop(x)         A (r, in) random, B (out, r) zero, s = alpha / r, or alpha /
+                                    sqrt(r) (rsLoRA)
 
-Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv 2312.03732. The default choice: it
-merges to zero cost, and r (out + in) parameters a matrix. At step 0 the model is the base, and A's first gradient is exactly zero;
-or, with LoftQ's init (Li et al. 2023, arXiv 2310.08659, eq. 6), s B A is the best change of rank r from what a packed base holds to the
-weights that it was packed from. LoftQ goes on to pack W - s B A and so forth, which makes a base of its own for every adapter; here it
-stops at the first round, and the base stays what all adapters share.
-The learning rate of B is the larger one (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv
+2312.03732. The default choice: it merges to zero cost, and r (out + in) parameters a matrix. At
+step 0 the model is the base, and A's first gradient is exactly zero; or, with LoftQ's init (Li et
+al. 2023, arXiv 2310.08659, eq. 6), s B A is the best change of rank r from what a packed base holds
+to the weights that it was packed from. LoftQ goes on to pack W - s B A and so forth, which makes a
+base of its own for every adapter; here it stops at the first round, and the base stays what all
+adapters share. The learning rate of B is the larger one (LoRA+, Hayou et al. 2024, arXiv
+2402.12354).
 """
 
 from __future__ import annotations
@@ -32,11 +35,22 @@ Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
-    """A (r, in), B (out, r), fp32; the scale s is applied to B in fp32 before anything is rounded."""
+    """A (r, in), B (out, r), fp32; the scale s is applied to B in fp32 before anything is
+    rounded.
+    """
 
     up_names = ("B",)
 
-    def __init__(self, out: int, inn: int, rank: int, scale: float, dropout: float, init: Init, device: torch.device) -> None:
+    def __init__(
+        self,
+        out: int,
+        inn: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        init: Init,
+        device: torch.device,
+    ) -> None:
         super().__init__(dropout)
         self.scale = scale
         self.A = nn.Parameter(torch.empty(rank, inn, device=device, dtype=torch.float32))
@@ -52,11 +66,12 @@ class LoRADelta(LowRank):
 
 @dataclass(frozen=True)
 class LoRA(Spec):
-    """rank r; alpha (None: 2 r); dropout on the branch; rslora: scale by sqrt(r); init: of A, kaiming (uniform, as PEFT) or gaussian; or
-    loftq, of both (see above; then merge into the dequantized base, for the change undoes its rounding).
+    """rank r; alpha (None: 2 r); dropout on the branch; rslora: scale by sqrt(r); init: of A,
+    kaiming (uniform, as PEFT) or gaussian; or loftq, of both (see above; then merge into the
+    dequantized base, for the change undoes its rounding).
 
-    `rank_pattern` and `alpha_pattern` override both at the modules whose path ends in the key (a regex); the first that matches counts.
-    Raises LorafoldError for values out of range.
+    `rank_pattern` and `alpha_pattern` override both at the modules whose path ends in the key (a
+    regex); the first that matches counts. Raises LorafoldError for values out of range.
     """
 
     rank: int = 16
@@ -70,9 +85,15 @@ class LoRA(Spec):
     lr_b: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha))
+        object.__setattr__(
+            self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha)
+        )
         ranks = (self.rank, *self.rank_pattern.values())
-        wrong = [f"rank {r!r} (a whole number from 1)" for r in ranks if not (isinstance(r, int) and r >= 1)]
+        wrong = [
+            f"rank {r!r} (a whole number from 1)"
+            for r in ranks
+            if not (isinstance(r, int) and r >= 1)
+        ]
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
         if self.init not in get_args(Init):
@@ -85,8 +106,12 @@ class LoRA(Spec):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
 
     def at(self, path: str) -> Self:
-        rank = next((r for key, r in self.rank_pattern.items() if pattern_matches(key, path)), self.rank)
-        alpha = next((a for key, a in self.alpha_pattern.items() if pattern_matches(key, path)), self.alpha)
+        rank = next(
+            (r for key, r in self.rank_pattern.items() if pattern_matches(key, path)), self.rank
+        )
+        alpha = next(
+            (a for key, a in self.alpha_pattern.items() if pattern_matches(key, path)), self.alpha
+        )
         return replace(self, rank=rank, alpha=alpha)
 
     def build(self, layer: Layer) -> LoRADelta:
@@ -95,16 +120,25 @@ class LoRA(Spec):
         delta = LoRADelta(out, inn, self.rank, self.scale, self.dropout, self.init, device)
         if self.init == "loftq":
             if self.rank > min(out, inn):
-                raise LorafoldError(f"init loftq: rank {self.rank} of a matrix {layer.shape}; expected at most {min(out, inn)}")
+                raise LorafoldError(
+                    f"init loftq: rank {self.rank} of a matrix {layer.shape}; expected at most"
+                    f" {min(out, inn)}"
+                )
             with torch.no_grad():
-                b, a = best_of_rank(layer.original().to(device).float() - layer.dense()[0].float(), self.rank, self.scale)
+                b, a = best_of_rank(
+                    layer.original().to(device).float() - layer.dense()[0].float(),
+                    self.rank,
+                    self.scale,
+                )
                 delta.B.copy_(b)
                 delta.A.copy_(a)
         return delta
 
 
 def of_ranks(ranks: Mapping[str, int]) -> LoRA:
-    """LoRA of these ranks by module path, its scale 1 everywhere: the commonest rank is the rule, the others are exceptions to it."""
+    """LoRA of these ranks by module path, its scale 1 everywhere: the commonest rank is the rule,
+    the others are exceptions to it.
+    """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
     return LoRA(rank=usual, alpha=usual, dropout=0.0, rank_pattern=others, alpha_pattern=others)

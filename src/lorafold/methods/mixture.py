@@ -1,13 +1,17 @@
 """A mixture of frozen adapters under learned gates.
 
-    y = W x + sum_i g_i B_i A_i x       B_i (out, r_i), A_i (r_i, in) frozen and laid end to end; g (n,) learned, 1/n at start
+    y = W x + sum_i g_i B_i A_i x       B_i (out, r_i), A_i (r_i, in) frozen and laid end to end; g
+                                        (n,) learned, 1/n at start
 
     global      one g for the whole adapter, as LoRAHub has it (Huang et al. 2023, arXiv 2307.13269)
-    layer       a g for every adapted layer, as MoLE has it for every block (Wu et al. 2024, arXiv 2404.13628)
-    token       g = softmax(R x), R (n, in) zero at start: every adapted layer routes every token by its own input
+    layer       a g for every adapted layer, as MoLE has it for every block (Wu et al. 2024, arXiv
+                2404.13628)
+    token       g = softmax(R x), R (n, in) zero at start: every adapted layer routes every token by
+                its own input
 
-Under global and layer gates it is a low-rank change as any other, which folds and composes; routed by tokens it has no form in weight
-space. An adapter that has nothing at a layer has no columns there. Made by `lorafold compose --how mixture`, which then trains the gates.
+Under global and layer gates it is a low-rank change as any other, which folds and composes; routed
+by tokens it has no form in weight space. An adapter that has nothing at a layer has no columns
+there. Made by `lorafold compose --how mixture`, which then trains the gates.
 """
 
 from __future__ import annotations
@@ -25,12 +29,16 @@ from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 
-GATES = "base_model.mixture_gates"  # the key, in the file, of the gates that an adapter has for all its layers
+# the key, in the file, of the gates that an adapter has for all its layers
+GATES = "base_model.mixture_gates"
 Gating = Literal["global", "layer", "token"]
 
 
 class Gates(nn.Module):
-    """values (n,), fp32: a module, so that the deltas of an adapter can have one and the same. `shared`: they do."""
+    """values (n,), fp32: a module, so that the deltas of an adapter can have one and the same.
+
+    `shared`: they do.
+    """
 
     def __init__(self, n: int, shared: bool, device: torch.device) -> None:
         super().__init__()
@@ -39,14 +47,19 @@ class Gates(nn.Module):
 
 
 def lay_frozen(delta: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
-    """Room for the factors: up (out, R), down (R, in), fp32, and owner (R,) int64, the adapter that each column is of."""
+    """Room for the factors: up (out, R), down (R, in), fp32, and owner (R,) int64, the adapter that
+    each column is of.
+    """
     delta.register_buffer("up", torch.zeros(shape[0], 0, device=device, dtype=torch.float32))
     delta.register_buffer("down", torch.zeros(0, shape[1], device=device, dtype=torch.float32))
     delta.register_buffer("owner", torch.zeros(0, device=device, dtype=torch.int64))
 
 
 class MixtureDelta(LowRank):
-    """The factors under gates that hold for all tokens. `gates` are its own, or those of the delta that they are shared with."""
+    """The factors under gates that hold for all tokens.
+
+    `gates` are its own, or those of the delta that they are shared with.
+    """
 
     gates: Gates
     up: Tensor
@@ -60,7 +73,10 @@ class MixtureDelta(LowRank):
         lay_frozen(self, shape, device)
 
     def share(self, gates: Gates) -> None:
-        """Take another delta's gates. They stay that one's parameters, so that they are trained, counted and saved once."""
+        """Take another delta's gates.
+
+        They stay that one's parameters, so that they are trained, counted and saved once.
+        """
         del self.gates
         object.__setattr__(self, "gates", gates)
 
@@ -90,9 +106,11 @@ class RoutedDelta(Opaque):
 
 @dataclass(frozen=True)
 class Mixture(Spec):
-    """adapters: the names of those that are mixed, in the order of their gates; gates: global, layer or token.
+    """adapters: the names of those that are mixed, in the order of their gates; gates: global,
+    layer or token.
 
-    What it builds is empty until it is filled: by `compose`, or from a file. LorafoldError for no adapters or unknown gates.
+    What it builds is empty until it is filled: by `compose`, or from a file. LorafoldError for no
+    adapters or unknown gates.
     """
 
     adapters: tuple[str, ...]

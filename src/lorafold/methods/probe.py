@@ -1,9 +1,11 @@
 """Linear probe: a trained head over a frozen body.
 
-    logits = W h + b                W (classes, d) and b (classes,) start as the model's own head; h (T, d) is never changed
+    logits = W h + b                W (classes, d) and b (classes,) start as the model's own head; h
+                                    (T, d) is never changed
 
-Alain & Bengio 2016, arXiv 1610.01644. It asks what the base knows already: whatever beats it has changed the representation. For sequence
-classification; the head of `AutoModelForSequenceClassification` is found under any name.
+Alain & Bengio 2016, arXiv 1610.01644. It asks what the base knows already: whatever beats it has
+changed the representation. For sequence classification; the head of
+`AutoModelForSequenceClassification` is found under any name.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
     model([E, embed(ids)])          E (n, d)
 
-Lester et al. 2021, arXiv 2104.08691. A causal decoder computes the same for E whatever follows, so E runs through it once for a whole
-batch, and its keys and values lie in front of every attention (`lorafold.methods.virtual`); where there is a cache they are kept with it,
-so that decoding computes them once. Nothing is folded and no start is the identity. Use it where an adapter must be tiny (n d numbers)
-and the base is large: the gap to full fine-tuning closes with size only (the paper's figure 1).
+Lester et al. 2021, arXiv 2104.08691. A causal decoder computes the same for E whatever follows, so
+E runs through it once for a whole batch, and its keys and values lie in front of every attention
+(`lorafold.methods.virtual`); where there is a cache they are kept with it, so that decoding
+computes them once. Nothing is folded and no start is the identity. Use it where an adapter must be
+tiny (n d numbers) and the base is large: the gap to full fine-tuning closes with size only (the
+paper's figure 1).
 """
 
 from __future__ import annotations
@@ -36,15 +38,25 @@ class PromptDelta(Sender):
         """What the attentions of the decoder make of the embeddings at positions 0 to n - 1."""
         seen: Seen = {}
         dtype = layer.module.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        self.send(layer, {"inputs_embeds": self.embeddings.to(dtype)[None], "use_cache": False}, None, 0, seen)
+        self.send(
+            layer,
+            {"inputs_embeds": self.embeddings.to(dtype)[None], "use_cache": False},
+            None,
+            0,
+            seen,
+        )
         return seen
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        return self.send(layer, inputs, self.kept_with(inputs.get("cache"), layer), len(self.embeddings))
+        return self.send(
+            layer, inputs, self.kept_with(inputs.get("cache"), layer), len(self.embeddings)
+        )
 
     def kept_with(self, cache: Any, layer: Layer) -> KeysAndValues:
-        """The keys and values that lie with a cache since its first token; computed where there are none."""
+        """The keys and values that lie with a cache since its first token; computed where there are
+        none.
+        """
         if cache is None:
             return self.keys_and_values(layer)
         kept = getattr(cache, "virtual_tokens", {})
@@ -55,7 +67,8 @@ class PromptDelta(Sender):
 
 @dataclass(frozen=True)
 class Prompt(Spec):
-    """tokens n; init: embeddings of n random tokens of the vocabulary, or random (normal, as spread as the vocabulary's).
+    """tokens n; init: embeddings of n random tokens of the vocabulary, or random (normal, as spread
+    as the vocabulary's).
 
     Raises LorafoldError for values out of range.
     """
@@ -72,14 +85,26 @@ class Prompt(Spec):
     def build(self, layer: Layer) -> PromptDelta | Receiver:
         if is_attention(layer.module):
             return Receiver(layer.module)
-        body, attentions = layer.module, [layer.module.get_submodule(path) for path in causal_attentions(layer.module)]
+        body, attentions = (
+            layer.module,
+            [layer.module.get_submodule(path) for path in causal_attentions(layer.module)],
+        )
         if not attentions:
-            raise LorafoldError(f"Prompt lies on a decoder and its attentions (targets 'decoder'), not on {type(body).__name__}")
-        return PromptDelta(body, self.start(body.get_input_embeddings()), [m.layer_idx for m in attentions])  # type: ignore[misc, operator]
+            raise LorafoldError(
+                "Prompt lies on a decoder and its attentions (targets 'decoder'), not on"
+                f" {type(body).__name__}"
+            )
+        return PromptDelta(
+            body, self.start(body.get_input_embeddings()), [m.layer_idx for m in attentions]  # type: ignore[misc, operator]
+        )
 
     @torch.no_grad()
     def start(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
         weight = embedding.weight
         if self.init == "vocabulary":
-            return embedding(torch.randint(embedding.num_embeddings, (self.tokens,)).to(weight.device))
-        return torch.randn(self.tokens, weight.shape[1], device=weight.device) * weight.float().std()
+            return embedding(
+                torch.randint(embedding.num_embeddings, (self.tokens,)).to(weight.device)
+            )
+        return (
+            torch.randn(self.tokens, weight.shape[1], device=weight.device) * weight.float().std()
+        )

@@ -1,8 +1,10 @@
 """Modules trained whole: a copy takes the module's place (PEFT's `modules_to_save`).
 
-    y = copy(x)                     the copy starts as the module; the module itself is never touched
+    y = copy(x)                     the copy starts as the module; the module itself is never
+                                    touched
 
-For a fresh head, or norms, beside a low-rank change elsewhere. As a delta it goes when the adapter goes.
+For a fresh head, or norms, beside a low-rank change elsewhere. As a delta it goes when the adapter
+goes.
 """
 
 from __future__ import annotations
@@ -32,9 +34,14 @@ class ReplaceDelta(Delta):
     def __init__(self, module: nn.Module, path: str) -> None:
         super().__init__()
         if isinstance(module, Adapted):
-            raise LorafoldError(f"{path} carries another adapter already; a module to save must be bare")
+            raise LorafoldError(
+                f"{path} carries another adapter already; a module to save must be bare"
+            )
         if others := [n for n in module._parameters if n not in ("weight", "bias")]:
-            raise LorafoldError(f"{path} can't be a module to save: it holds {', '.join(others)}; expected only weight and bias")
+            raise LorafoldError(
+                f"{path} can't be a module to save: it holds {', '.join(others)}; expected only"
+                " weight and bias"
+            )
         self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
         layer_of(self.copy).unpack()
         self.dtype = next(self.copy.parameters()).dtype
@@ -43,7 +50,9 @@ class ReplaceDelta(Delta):
                 setattr(owner, name, nn.Parameter(p.detach().to(torch.float32, copy=True)))
 
     def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
-        y = functional_call(self.copy, {n: p.to(self.dtype) for n, p in self.copy.named_parameters()}, args, kwargs)
+        y = functional_call(
+            self.copy, {n: p.to(self.dtype) for n, p in self.copy.named_parameters()}, args, kwargs
+        )
         return y if onto is None else y + onto
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,12 +1,15 @@
 """Sparse fine-tuning: k entries of the weights, chosen first and trained then.
 
-    W' = W + scatter(values, at)    at (k_i,) positions in row-major W (out, in), values (k_i,) zero at start; sum of k_i = density * |W|
+    W' = W + scatter(values, at)    at (k_i,) positions in row-major W (out, in), values (k_i,) zero
+                                    at start; sum of k_i = density * |W|
 
-LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3): train all entries for a while, keep the k that moved most in the whole model, rewind.
-FISH mask (Sung et al. 2021, arXiv 2111.09839, eq. 6): the k with the largest mean squared gradient over n losses.
-Both choose in `prepare`, which holds one dense fp32 change and its gradient (LT-SFT: two moments more) for as long as it runs; after
-it, values, optimizer state and files are of size k. Before it, and without it, the entries are random ones. Use them where the changes
-of several tasks shall be added up: they rarely touch the same entry.
+LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3): train all entries for a while, keep the k
+that moved most in the whole model, rewind. FISH mask (Sung et al. 2021, arXiv 2111.09839, eq. 6):
+the k with the largest mean squared gradient over n losses. Both choose in `prepare`, which holds
+one dense fp32 change and its gradient (LT-SFT: two moments more) for as long as it runs; after it,
+values, optimizer state and files are of size k. Before it, and without it, the entries are random
+ones. Use them where the changes of several tasks shall be added up: they rarely touch the same
+entry.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ from lorafold.errors import LorafoldError
 
 
 class SparseDelta(Dense):
-    """at (k,) int64, ascending, and values (k,) fp32. While a choice is being made `at` is None and values are all of W's."""
+    """at (k,) int64, ascending, and values (k,) fp32.
+
+    While a choice is being made `at` is None and values are all of W's.
+    """
 
     at: Tensor | None
 
@@ -44,7 +50,10 @@ class SparseDelta(Dense):
         return self.values.new_zeros(size).index_put((self.at,), self.values).view(self.shape)
 
     def select(self, at: Tensor | None) -> None:
-        """Take these entries (None: all of them), with values of zero. Optimizers made before know nothing of the new parameter."""
+        """Take these entries (None: all of them), with values of zero.
+
+        Optimizers made before know nothing of the new parameter.
+        """
         size = self.shape[0] * self.shape[1] if at is None else len(at)
         self.at, self.values = at, nn.Parameter(self.values.new_zeros(size))
 
@@ -79,12 +88,15 @@ class _Sparse(Spec):
 
     @abstractmethod
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
-        """How much each entry of each weight matters: (out * in,) for each delta, whose values are dense while this runs."""
+        """How much each entry of each weight matters: (out * in,) for each delta, whose values are
+        dense while this runs.
+        """
 
 
 @dataclass(frozen=True)
 class LTSFT(_Sparse):
-    """density: the share of entries kept; dense_steps and dense_lr of the first phase, whose AdamW is its own.
+    """density: the share of entries kept; dense_steps and dense_lr of the first phase, whose AdamW
+    is its own.
 
     Raises LorafoldError for values out of range.
     """
@@ -114,7 +126,8 @@ class LTSFT(_Sparse):
 
 @dataclass(frozen=True)
 class FishMask(_Sparse):
-    """density: the share of entries kept; samples: the number of rows whose squared gradients are summed.
+    """density: the share of entries kept; samples: the number of rows whose squared gradients are
+    summed.
 
     Raises LorafoldError for values out of range.
     """
@@ -123,7 +136,9 @@ class FishMask(_Sparse):
 
     def wrong(self) -> list[str]:
         fine = isinstance(self.samples, int) and self.samples >= 1
-        return super().wrong() + ([] if fine else [f"samples {self.samples!r} (a whole number from 1)"])
+        return super().wrong() + (
+            [] if fine else [f"samples {self.samples!r} (a whole number from 1)"]
+        )
 
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]
@@ -138,9 +153,14 @@ class FishMask(_Sparse):
 
 
 def largest(scores: list[Tensor], density: float) -> list[Tensor]:
-    """The positions, ascending, of the density * sum(sizes) largest scores over all weights: to each weight its own, maybe none."""
+    """The positions, ascending, of the density * sum(sizes) largest scores over all weights: to
+    each weight its own, maybe none.
+    """
     sizes = [len(s) for s in scores]
     keep = max(1, round(density * sum(sizes)))
     at = torch.cat(scores).topk(keep, sorted=False).indices.sort().values
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [at[(at >= start) & (at < start + size)] - start for start, size in zip(starts, sizes, strict=True)]
+    return [
+        at[(at >= start) & (at < start + size)] - start
+        for start, size in zip(starts, sizes, strict=True)
+    ]

@@ -1,17 +1,25 @@
-"""New tokens: the rows of a few ids are trained, in the embedding and in the head, beside any method.
+"""New tokens: the rows of a few ids are trained, in the embedding and in the head, beside any
+method.
 
-    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else what lies beneath          rows (k, d), ids (k,)
-    head        z[t, id_i] = x[t] . rows[i], else what lies beneath                               z (T, V + m)
-    fold        the matrix (V, d) with these rows in the places of its own, and those of ids from V on appended: (V + m, d)
+    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else what lies beneath
+                rows (k, d), ids (k,)
+    head        z[t, id_i] = x[t] . rows[i], else what lies beneath                               z
+                (T, V + m)
+    fold        the matrix (V, d) with these rows in the places of its own, and those of ids from V
+                on appended: (V + m, d)
 
-For words that a tokenizer gains (roles of a conversation, say), and for known ones that shall mean something else. The base is never
-resized: the m rows that it lacks belong to the delta, so the vocabulary is V + m while the adapter is live and V without it. A head that
-shares the embedding's weight shares its rows: they are parameters of the embedding's delta alone, and the head's is its `twin`.
+For words that a tokenizer gains (roles of a conversation, say), and for known ones that shall mean
+something else. The base is never resized: the m rows that it lacks belong to the delta, so the
+vocabulary is V + m while the adapter is live and V without it. A head that shares the embedding's
+weight shares its rows: they are parameters of the embedding's delta alone, and the head's is its
+`twin`.
 
-A row that the base has starts as it is. One that it lacks starts as the mean of all rows, so that a new token's logit is the mean of the
-others' whatever the text, and takes no more than an average one's share of the probability (Hewitt 2021, "Initializing New Word Embeddings
-for Pretrained Language Models"); rows that start alike part by what the data says about each. The new entries of a head's bias are the
-mean of the bias, and stay it. Rows are fp32, and rounded to the nearest before use: what is trained on is what a merged model stores.
+A row that the base has starts as it is. One that it lacks starts as the mean of all rows, so that a
+new token's logit is the mean of the others' whatever the text, and takes no more than an average
+one's share of the probability (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
+Language Models"); rows that start alike part by what the data says about each. The new entries of a
+head's bias are the mean of the bias, and stay it. Rows are fp32, and rounded to the nearest before
+use: what is trained on is what a merged model stores.
 """
 
 from __future__ import annotations
@@ -36,7 +44,9 @@ from lorafold.errors import LorafoldError
 
 
 class TokenRows(Delta):
-    """Abstract: rows (k, d) of the ids (k,), in the order given; its own, fp32, or those of the delta whose twin it is."""
+    """Abstract: rows (k, d) of the ids (k,), in the order given; its own, fp32, or those of the
+    delta whose twin it is.
+    """
 
     order: Tensor  # (k,), which row belongs to the first, second, ... of the ids in ascending order
     ascending: Tensor  # (k,)
@@ -49,9 +59,14 @@ class TokenRows(Delta):
         if isinstance(rows, Tensor):
             self.rows = nn.Parameter(rows.detach().to(torch.float32, copy=True))
         where = self.owner.rows.device
-        order = torch.tensor(sorted(range(len(ids)), key=self.ids.__getitem__), device="cpu" if where.type == "meta" else where)
+        order = torch.tensor(
+            sorted(range(len(ids)), key=self.ids.__getitem__),
+            device="cpu" if where.type == "meta" else where,
+        )
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("ascending", torch.tensor(self.ids, device=order.device)[order], persistent=False)
+        self.register_buffer(
+            "ascending", torch.tensor(self.ids, device=order.device)[order], persistent=False
+        )
 
     @property
     def owner(self) -> TokenRows:
@@ -69,7 +84,10 @@ class TokenRows(Delta):
         return self.owner.rows.to(device)[self.order.to(device)]
 
     def beyond(self, size: int) -> int:
-        """How many of the ids a matrix of `size` rows lacks. LorafoldError if appending them would leave a gap."""
+        """How many of the ids a matrix of `size` rows lacks.
+
+        LorafoldError if appending them would leave a gap.
+        """
         missing = sum(i >= size for i in self.ids)
         if missing and max(self.ids) != size + missing - 1:
             raise LorafoldError(gap(self.ids, size))
@@ -127,20 +145,28 @@ class HeadRows(TokenRows):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which rows train: `ids` of the embedding and the head over it, or by module name. `fresh` are those that start as the mean although
-    the base has a row for them: matrices are often longer than the vocabulary, and those rows mean nothing yet."""
+    """Which rows train: `ids` of the embedding and the head over it, or by module name. `fresh` are
+    those that start as the mean although the base has a row for them: matrices are often longer
+    than the vocabulary, and those rows mean nothing yet.
+    """
 
     ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
     fresh: frozenset[int] = frozenset()
 
     def deltas(self, model: nn.Module, live: Sequence[str]) -> dict[str, TokenRows]:
-        """The deltas by module path, to lie over the adapters that are live. LorafoldError lists all that is wrong."""
+        """The deltas by module path, to lie over the adapters that are live.
+
+        LorafoldError lists all that is wrong.
+        """
         by_path, problems = self._by_path(model)
         found: dict[str, TokenRows] = {}
         for path, ids in by_path.items():
             module = model.get_submodule(path)
             if not (is_linear(module) or _is_embedding(module)):
-                problems.append(f"{path}: {type(module).__name__} has no rows for tokens; expected an embedding or the head over it")
+                problems.append(
+                    f"{path}: {type(module).__name__} has no rows for tokens; expected an embedding"
+                    " or the head over it"
+                )
                 continue
             w = _rows_of(module.layer(*live) if isinstance(module, Adapted) else layer_of(module))
             if wrong := self._wrong(ids, len(w)):
@@ -153,7 +179,9 @@ class Tokens:
         return found
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """Embeddings first, each followed by the modules that share its weight, unless the user gave these other ids."""
+        """Embeddings first, each followed by the modules that share its weight, unless the user
+        gave these other ids.
+        """
         problems: list[str] = []
         if isinstance(self.ids, Mapping):
             paths = [path for path, _ in bare_modules(model)]
@@ -165,12 +193,19 @@ class Tokens:
         else:
             named = dict.fromkeys(vocabulary_ends(model) if self.ids else (), tuple(self.ids))
             if self.ids and not named:
-                problems.append(f"{type(model).__name__} does not say where its embeddings are: give the ids by module name")
+                problems.append(
+                    f"{type(model).__name__} does not say where its embeddings are: give the ids by"
+                    " module name"
+                )
         by_path: dict[str, tuple[int, ...]] = {}
         for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
             by_path.setdefault(path, named[path])
             if _is_embedding(module := model.get_submodule(path)):
-                by_path |= {other: named.get(other, named[path]) for other in sharers(model, module) if other not in by_path}
+                by_path |= {
+                    other: named.get(other, named[path])
+                    for other in sharers(model, module)
+                    if other not in by_path
+                }
         return by_path, problems
 
     @staticmethod
@@ -181,9 +216,21 @@ class Tokens:
         return gap(ids, size) if beyond and max(beyond) != size + len(beyond) - 1 else None
 
     @staticmethod
-    def _owner(model: nn.Module, path: str, ids: Mapping[str, Sequence[int]], found: Mapping[str, TokenRows]) -> TokenRows | None:
+    def _owner(
+        model: nn.Module,
+        path: str,
+        ids: Mapping[str, Sequence[int]],
+        found: Mapping[str, TokenRows],
+    ) -> TokenRows | None:
         shared = sharers(model, model.get_submodule(path))
-        return next((d.owner for p, d in found.items() if p in shared and isinstance(d, EmbeddingRows) and ids[p] == ids[path]), None)
+        return next(
+            (
+                d.owner
+                for p, d in found.items()
+                if p in shared and isinstance(d, EmbeddingRows) and ids[p] == ids[path]
+            ),
+            None,
+        )
 
     @staticmethod
     def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
@@ -196,18 +243,31 @@ class Tokens:
         if sizes == rows or len(set(sizes.values())) == 1:
             return []
         have = ", ".join(f"{path} would have rows for {n}" for path, n in sizes.items())
-        return [f"new tokens belong in the embedding and the head alike: {have} tokens; give both, or resize the base first"]
+        return [
+            f"new tokens belong in the embedding and the head alike: {have} tokens; give both, or"
+            " resize the base first"
+        ]
 
     @torch.no_grad()
     def _start(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
-        mean = w.mean(0, dtype=torch.float32) if any(i >= len(w) or i in self.fresh for i in ids) else None
-        rows = [mean if mean is not None and (i >= len(w) or i in self.fresh) else w[i].float() for i in ids]
+        mean = (
+            w.mean(0, dtype=torch.float32)
+            if any(i >= len(w) or i in self.fresh for i in ids)
+            else None
+        )
+        rows = [
+            mean if mean is not None and (i >= len(w) or i in self.fresh) else w[i].float()
+            for i in ids
+        ]
         return torch.stack(rows)
 
 
 def gap(ids: Sequence[int], size: int) -> str:
     beyond = sorted(i for i in ids if i >= size)
-    return f"tokens {beyond} leave a gap: the rows end with {size - 1}, and new ones must follow from {size} on without one left out"
+    return (
+        f"tokens {beyond} leave a gap: the rows end with {size - 1}, and new ones must follow from"
+        f" {size} on without one left out"
+    )
 
 
 def carried(module: nn.Module) -> Iterator[TokenRows]:

@@ -1,10 +1,14 @@
-"""VeRA: one pair of frozen random projections for the whole adapter, and two learned vectors a matrix.
+"""VeRA: one pair of frozen random projections for the whole adapter, and two learned vectors a
+matrix.
 
-    y = W x + diag(b) B[:out] diag(d) A[:, :in] drop(x)     A (r, in), B (out, r) frozen; b (out,) zero, d (r,) 0.1 at start
+    y = W x + diag(b) B[:out] diag(d) A[:, :in] drop(x)     A (r, in), B (out, r) frozen; b (out,)
+                                                            zero, d (r,) 0.1 at start
 
-Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. Parameters by the hundred where LoRA has thousands: for very many adapters of one base.
-The rank is large (256) and costs nothing to store, yet every product of the branch is of that rank. A and B are as large as the
-largest matrix asks, kaiming-uniform from a CPU generator seeded with `projection_prng_key`, A first: PEFT's own numbers, bit for bit.
+Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. Parameters by the hundred where LoRA has thousands:
+for very many adapters of one base. The rank is large (256) and costs nothing to store, yet every
+product of the branch is of that rank. A and B are as large as the largest matrix asks,
+kaiming-uniform from a CPU generator seeded with `projection_prng_key`, A first: PEFT's own numbers,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from lorafold.errors import LorafoldError
 
 
 class Projections(nn.Module):
-    """A (r, in), B (out, r), frozen, fp32. One module in all deltas of an adapter: shared through `.to`, deepcopy and pickle.
+    """A (r, in), B (out, r), frozen, fp32.
+
+    One module in all deltas of an adapter: shared through `.to`, deepcopy and pickle.
 
     `saved`: adapter files hold them.
     """
@@ -31,13 +37,18 @@ class Projections(nn.Module):
     A: Tensor
     B: Tensor
 
-    def __init__(self, out: int, inn: int, rank: int, key: int, saved: bool, device: torch.device) -> None:
+    def __init__(
+        self, out: int, inn: int, rank: int, key: int, saved: bool, device: torch.device
+    ) -> None:
         super().__init__()
         self.saved = saved
         generator = torch.Generator("cpu").manual_seed(key)
         for name, shape in {"A": (rank, inn), "B": (out, rank)}.items():
-            bound = (6 / shape[1]) ** 0.5  # kaiming: gain sqrt(2), uniform sqrt(3), over the root of the fan-in
-            values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            # kaiming: gain sqrt(2), uniform sqrt(3), over the root of the fan-in
+            bound = (6 / shape[1]) ** 0.5
+            values = torch.empty(shape, dtype=torch.float32).uniform_(
+                -bound, bound, generator=generator
+            )
             self.register_buffer(name, values.to(device), persistent=False)
 
 
@@ -46,7 +57,9 @@ class VeRADelta(LowRank):
 
     projections: Projections
 
-    def __init__(self, out: int, inn: int, rank: int, d_initial: float, dropout: float, device: torch.device) -> None:
+    def __init__(
+        self, out: int, inn: int, rank: int, d_initial: float, dropout: float, device: torch.device
+    ) -> None:
         super().__init__(dropout)
         self.shape = (out, inn)
         self.d = nn.Parameter(torch.full((rank,), d_initial, device=device, dtype=torch.float32))
@@ -54,13 +67,17 @@ class VeRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         out, inn = self.shape
-        return self.b[:, None] * self.projections.B[:out], self.d[:, None] * self.projections.A[:, :inn]
+        return (
+            self.b[:, None] * self.projections.B[:out],
+            self.d[:, None] * self.projections.A[:, :inn],
+        )
 
 
 @dataclass(frozen=True)
 class VeRA(Spec):
-    """rank r of the projections; dropout on the branch; d_initial, d at start; projection_prng_key, the projections' seed;
-    save_projection: store them with the adapter, so that a file does not depend on torch's generator.
+    """rank r of the projections; dropout on the branch; d_initial, d at start; projection_prng_key,
+    the projections' seed; save_projection: store them with the adapter, so that a file does not
+    depend on torch's generator.
 
     LorafoldError for values out of range.
     """
@@ -74,7 +91,9 @@ class VeRA(Spec):
     lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
-        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (not (isinstance(self.rank, int) and self.rank >= 1))
+        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (
+            not (isinstance(self.rank, int) and self.rank >= 1)
+        )
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
         if wrong:
@@ -82,14 +101,24 @@ class VeRA(Spec):
 
     def build(self, layer: Layer) -> VeRADelta:
         out, inn = layer.shape
-        return VeRADelta(out, inn, self.rank, self.d_initial, self.dropout, next(layer.module.parameters()).device)
+        return VeRADelta(
+            out,
+            inn,
+            self.rank,
+            self.d_initial,
+            self.dropout,
+            next(layer.module.parameters()).device,
+        )
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         laid: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
         out, inn = (max(delta.shape[i] for delta in laid) for i in (0, 1))
         by_device: dict[torch.device, Projections] = {}
         for delta in laid:
-            device = torch.device("cpu") if delta.b.is_meta else delta.b.device  # made from a seed, they have no place to be filled from
+            # made from a seed, they have no place to be filled from
+            device = torch.device("cpu") if delta.b.is_meta else delta.b.device
             if device not in by_device:
-                by_device[device] = Projections(out, inn, self.rank, self.projection_prng_key, self.save_projection, device)
+                by_device[device] = Projections(
+                    out, inn, self.rank, self.projection_prng_key, self.save_projection, device
+                )
             delta.projections = by_device[device]

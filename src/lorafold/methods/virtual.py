@@ -1,15 +1,18 @@
 """Virtual tokens at the attention level: what prompt and prefix tuning have in common.
 
-    attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen by every query
+    attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
+                                                        by every query
 
-A delta on the decoder (the sender) gives every attention the keys and values of n virtual tokens that come before the first real one;
-positions shift by n. They travel as one keyword argument, which transformers' decoders hand on to their attentions, and a receiver laid
-on each attention takes it there: it gives the attention a view of its cache that answers with the virtual columns in front, and widens
-the mask by as many. So the real cache holds real tokens only: lengths, reordering, cropping and resuming mean what they always mean,
-packed documents each see the virtual tokens, and under gradient checkpointing the recomputation is handed the same tensors again.
+A delta on the decoder (the sender) gives every attention the keys and values of n virtual tokens
+that come before the first real one; positions shift by n. They travel as one keyword argument,
+which transformers' decoders hand on to their attentions, and a receiver laid on each attention
+takes it there: it gives the attention a view of its cache that answers with the virtual columns in
+front, and widens the mask by as many. So the real cache holds real tokens only: lengths,
+reordering, cropping and resuming mean what they always mean, packed documents each see the virtual
+tokens, and under gradient checkpointing the recomputation is handed the same tensors again.
 
-The virtual tokens never age out of a sliding window. A model without attention layers, or whose decoder keeps such arguments to itself,
-is refused.
+The virtual tokens never age out of a sliding window. A model without attention layers, or whose
+decoder keeps such arguments to itself, is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
 from lorafold.ops.attention import Documents
 
-KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]  # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
+# by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
+KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
 Seen = dict[int, tuple[Tensor, Tensor]]
 
 _KEYWORD = "virtual_tokens"
@@ -36,7 +40,11 @@ _CACHE_NAMES = ("cache", "layer_past")  # what attentions call their cache
 
 def check(method: str, tokens: int, init: str, inits: tuple[str, ...]) -> None:
     """LorafoldError lists the options of a virtual-token method that are out of range."""
-    wrong = [] if isinstance(tokens, int) and tokens >= 1 else [f"tokens {tokens!r} (a whole number from 1)"]
+    wrong = (
+        []
+        if isinstance(tokens, int) and tokens >= 1
+        else [f"tokens {tokens!r} (a whole number from 1)"]
+    )
     if init not in inits:
         wrong.append(f"init {init!r} ({' or '.join(inits)})")
     if wrong:
@@ -44,7 +52,9 @@ def check(method: str, tokens: int, init: str, inits: tuple[str, ...]) -> None:
 
 
 class Virtual:
-    """What a sender hands down: the virtual tokens of every sender so far, and where to note a layer's own keys and values, if anywhere."""
+    """What a sender hands down: the virtual tokens of every sender so far, and where to note a
+    layer's own keys and values, if anywhere.
+    """
 
     def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
         self.before, self.seen = before, seen
@@ -56,15 +66,21 @@ class Virtual:
 
 
 class _Prepended:
-    """An attention's cache, seen with the virtual tokens in front; `cache` None where there is none.
+    """An attention's cache, seen with the virtual tokens in front; `cache` None where there is
+    none.
 
-    Without a mask attention is causal over its own `tokens`: columns that a cache of fixed size holds in reserve are left out then.
+    Without a mask attention is causal over its own `tokens`: columns that a cache of fixed size
+    holds in reserve are left out then.
     """
 
-    def __init__(self, cache: Any, virtual: Virtual, before: list[tuple[Tensor, Tensor]], tokens: int | None) -> None:
+    def __init__(
+        self, cache: Any, virtual: Virtual, before: list[tuple[Tensor, Tensor]], tokens: int | None
+    ) -> None:
         self._cache, self._virtual, self._before, self._tokens = cache, virtual, before, tokens
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self._virtual.seen is not None:
             self._virtual.seen[layer_idx] = key, value
         if self._cache is not None:
@@ -72,7 +88,9 @@ class _Prepended:
         keys = [k.to(key.dtype).expand(len(key), -1, -1, -1) for k, _ in self._before]
         values = [v.to(value.dtype).expand(len(value), -1, -1, -1) for _, v in self._before]
         own = slice(self._tokens)
-        return torch.cat([*keys, key[..., own, :]], -2), torch.cat([*values, value[..., own, :]], -2)
+        return torch.cat([*keys, key[..., own, :]], -2), torch.cat(
+            [*values, value[..., own, :]], -2
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -85,7 +103,9 @@ class Receiver(Opaque):
         super().__init__()
         self.names = argument_names(attention)
         if not any(name in self.names for name in _CACHE_NAMES):
-            raise LorafoldError(f"{type(attention).__name__} takes no cache, so it can't be given virtual tokens")
+            raise LorafoldError(
+                f"{type(attention).__name__} takes no cache, so it can't be given virtual tokens"
+            )
         self.cache_name = next(name for name in _CACHE_NAMES if name in self.names)
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -103,14 +123,24 @@ class Receiver(Opaque):
 
 
 def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | None:
-    """The mask of an attention over x (B, T, d) with n columns in front that every query sees: (B, 1, T, n + Tk), boolean or added."""
+    """The mask of an attention over x (B, T, d) with n columns in front that every query sees: (B,
+    1, T, n + Tk), boolean or added.
+    """
     if isinstance(mask, Documents):
         mask = mask.dense(len(x), x.device)
     if mask is None:
-        t = x.shape[1]  # without a mask attention is causal over T keys, or has a single query that sees all
-        return None if t == 1 else torch.ones(t, n + t, dtype=torch.bool, device=x.device).tril(n)[None, None]
+        # without a mask attention is causal over T keys, or has a single query that sees all
+        t = x.shape[1]
+        return (
+            None
+            if t == 1
+            else torch.ones(t, n + t, dtype=torch.bool, device=x.device).tril(n)[None, None]
+        )
     if not isinstance(mask, Tensor) or mask.dim() != 4:
-        raise LorafoldError(f"virtual tokens need attention with a mask of its own (sdpa or eager), found a mask of {type(mask).__name__}")
+        raise LorafoldError(
+            "virtual tokens need attention with a mask of its own (sdpa or eager), found a mask of"
+            f" {type(mask).__name__}"
+        )
     return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
@@ -131,22 +161,36 @@ class Sender(Opaque):
         super().__init__()
         self.names, self.layers = argument_names(body), layers
 
-    def send(self, run: Callable[..., Any], inputs: dict[str, Any], virtual: KeysAndValues | None, n: int, seen: Seen | None = None) -> Any:
-        """Run the decoder on `inputs` with n virtual tokens in front; with `seen` given, note each layer's own keys and values there."""
+    def send(
+        self,
+        run: Callable[..., Any],
+        inputs: dict[str, Any],
+        virtual: KeysAndValues | None,
+        n: int,
+        seen: Seen | None = None,
+    ) -> Any:
+        """Run the decoder on `inputs` with n virtual tokens in front; with `seen` given, note each
+        layer's own keys and values there.
+        """
         above: Virtual | None = inputs.get(_KEYWORD)
         before = () if above is None else above.before
         seen = above.seen if seen is None and above is not None else seen
         own = Virtual((*before, virtual) if virtual is not None else before, seen)
         output = run(**(inputs | {_KEYWORD: own, "position_ids": positions(inputs) + n}))
         if missed := [i for i in self.layers if i not in own.reached]:
-            raise LorafoldError(f"the decoder hands no keyword arguments on to attention in layers {missed}: no virtual token gets there")
+            raise LorafoldError(
+                f"the decoder hands no keyword arguments on to attention in layers {missed}: no"
+                " virtual token gets there"
+            )
         if above is not None:
             above.reached |= own.reached
         return output
 
 
 def positions(inputs: dict[str, Any]) -> Tensor:
-    """The positions (B or 1, T) that a decoder gives its input: what it is told, or on from what its cache holds."""
+    """The positions (B or 1, T) that a decoder gives its input: what it is told, or on from what
+    its cache holds.
+    """
     if (told := inputs.get("position_ids")) is not None:
         return told
     x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]

@@ -1,13 +1,18 @@
-"""The numbers in which 16-bit matrices are multiplied: those that the processor at hand is faster with.
+"""The numbers in which 16-bit matrices are multiplied: those that the processor at hand is faster
+with.
 
-    x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is rounded once
+    x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is
+                                            rounded once
 
-A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at twice fp32's rate and more. Intel's
-without AMX has half of fp32's rate, and one without an instruction for it a tenth or less; there, a pass over memory to widen both matrices
-is soon paid back. What the processor is decides, not a stopwatch, so that a run repeats itself on a busy machine too.
+A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at
+twice fp32's rate and more. Intel's without AMX has half of fp32's rate, and one without an
+instruction for it a tenth or less; there, a pass over memory to widen both matrices is soon paid
+back. What the processor is decides, not a stopwatch, so that a run repeats itself on a busy machine
+too.
 
-1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16 but without AMX 165 and 300, its gradient
-165 and 280; the same held to AVX2 27 and 280, its gradient 5 and 285. AMD EPYC with AVX512-BF16: bf16 400, fp32 140 to 180.
+1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
+but without AMX 165 and 300, its gradient 165 and 280; the same held to AVX2 27 and 280, its
+gradient 5 and 285. AMD EPYC with AVX512-BF16: bf16 400, fp32 140 to 180.
 """
 
 from __future__ import annotations
@@ -27,8 +32,14 @@ ROWS = 64  # below, reading W is what takes the time, and it is half as long in 
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype to multiply x (..., in) in: its own, or fp32 where that is clearly faster with the conversions counted."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu" or torch.compiler.is_compiling():
+    """The dtype to multiply x (..., in) in: its own, or fp32 where that is clearly faster with the
+    conversions counted.
+    """
+    if (
+        x.dtype not in (torch.bfloat16, torch.float16)
+        or x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+    ):
         return x.dtype
     return torch.float32 if x.numel() >= ROWS * x.shape[-1] and widening_pays(x.dtype) else x.dtype
 
@@ -39,7 +50,9 @@ def widening_pays(dtype: torch.dtype) -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
-    words = set((info.read_text() if info.exists() else platform.processor()).replace(",", " ").split())
+    words = set(
+        (info.read_text() if info.exists() else platform.processor()).replace(",", " ").split()
+    )
     if dtype is torch.float16:
         return "avx512_fp16" not in words
     return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in words)

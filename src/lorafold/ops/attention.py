@@ -1,15 +1,20 @@
 """Causal attention over documents that lie end to end in one row, each blind to the others.
 
-    o_i = sum_j p_ij v_j,   p_i = softmax_j(cap * tanh(scale * q_i k_j / cap)),   j in document(i), i - window < j <= i
+    o_i = sum_j p_ij v_j,   p_i = softmax_j(cap * tanh(scale * q_i k_j / cap)),   j in document(i),
+                            i - window < j <= i
 
-q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk) (grouped-query attention, Ainslie et al.
-2023). Documents are worked off in tiles of at most TILE queries; nothing of size T x T exists, and the backward computes the probabilities
-again instead of keeping them. On CUDA, in half precision, the tiles are flash attention's (Dao 2023, arXiv 2307.08691), which torch brings.
-Use it where documents are packed without padding. The specification is `reference.document_attention`.
+q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
+(grouped-query attention, Ainslie et al. 2023). Documents are worked off in tiles of at most TILE
+queries; nothing of size T x T exists, and the backward computes the probabilities again instead of
+keeping them. On CUDA, in half precision, the tiles are flash attention's (Dao 2023, arXiv
+2307.08691), which torch brings. Use it where documents are packed without padding. The
+specification is `reference.document_attention`.
 
-At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and backward: five documents of 140 to 260 tokens in
-0.4 of the time of torch's causal kernel over the whole row, one document of 1024 in 0.9 of it. Smaller tiles skip more of what is hidden,
-larger ones make fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256 and 1.03 for the five.
+At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
+backward: five documents of 140 to 260 tokens in 0.4 of the time of torch's causal kernel over the
+whole row, one document of 1024 in 0.9 of it. Smaller tiles skip more of what is hidden, larger ones
+make fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256 and 1.03 for
+the five.
 """
 
 from __future__ import annotations
@@ -36,7 +41,9 @@ TILE = 128
 
 
 class Tile(NamedTuple):
-    """Queries lo:hi against keys first:hi of each of n neighbouring documents of one length, the first of which begins at row `at`."""
+    """Queries lo:hi against keys first:hi of each of n neighbouring documents of one length, the
+    first of which begins at row `at`.
+    """
 
     at: int
     n: int
@@ -47,22 +54,35 @@ class Tile(NamedTuple):
 
     def cut(self, x_THD: Tensor, lo: int) -> Tensor:
         """The view (n, hi - lo, H, D) of rows lo:hi of each document."""
-        return x_THD[self.at : self.at + self.n * self.length].unflatten(0, (self.n, self.length))[:, lo : self.hi]
+        return x_THD[self.at : self.at + self.n * self.length].unflatten(0, (self.n, self.length))[
+            :, lo : self.hi
+        ]
 
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, G * rows, D) in that dtype: the G heads that share a key head lie under each other."""
+        """A copy (n * Hk, G * rows, D) in that dtype: the G heads that share a key head lie under
+        each other.
+        """
         by_group = self.cut(x_THD, self.lo).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(self.n * kv_heads, -1, x_THD.shape[-1])
+        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
+            self.n * kv_heads, -1, x_THD.shape[-1]
+        )
 
     def keys(self, x_THD: Tensor, dtype: torch.dtype) -> Tensor:
         """(n * Hk, columns, D) in that dtype"""
-        return self.cut(x_THD, self.first).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        return (
+            self.cut(x_THD, self.first)
+            .transpose(1, 2)
+            .to(dtype, memory_format=torch.contiguous_format)
+            .flatten(0, 1)
+        )
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
         """Writes (n * Hk, G * rows, D) to its place: what `queries` took apart."""
         rows, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
         by_group = part.view(self.n, -1, heads * self.n // len(part), rows, width)
-        self.cut(x_THD, self.lo).copy_(by_group.permute(0, 3, 1, 2, 4).reshape(self.n, rows, heads, width))
+        self.cut(x_THD, self.lo).copy_(
+            by_group.permute(0, 3, 1, 2, 4).reshape(self.n, rows, heads, width)
+        )
 
     def add_keys(self, x_THD: Tensor, part: Tensor) -> None:
         """Adds (n * Hk, columns, D) to its place: a key is read by several tiles."""
@@ -72,22 +92,47 @@ class Tile(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Documents:
-    """Where documents lie: `lens` in tokens, row after row over the batch, sum B * T. With a window query i sees (i - window, i]."""
+    """Where documents lie: `lens` in tokens, row after row over the batch, sum B * T. With a window
+    query i sees (i - window, i].
+    """
 
     lens: tuple[int, ...]
     window: int | None = None
-    _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _masks: dict[tuple[Any, ...], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The attention by flash attention's kernel: q (T, H, D), k, v (T, Hk, D), fp16 or bf16 on CUDA."""
-        starts = torch.tensor([0, *self.lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(q.device, non_blocking=True)
+        """The attention by flash attention's kernel: q (T, H, D), k, v (T, Hk, D), fp16 or bf16 on
+        CUDA.
+        """
+        starts = (
+            torch.tensor([0, *self.lens], dtype=torch.int32)
+            .cumsum(0, dtype=torch.int32)
+            .to(q.device, non_blocking=True)
+        )
         longest, back = max(self.lens), -1 if self.window is None else self.window - 1
         gqa = q.shape[1] != k.shape[1]
-        found = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(back, 0), enable_gqa=gqa)
+        found = varlen_attn(
+            q,
+            k,
+            v,
+            starts,
+            starts,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(back, 0),
+            enable_gqa=gqa,
+        )
         return found  # type: ignore[return-value]
 
     def tiles(self) -> Iterator[Tile]:
-        """Every query once. Neighbours of equal length share their tiles, so that a batch of equal rows is one batched product."""
+        """Every query once.
+
+        Neighbours of equal length share their tiles, so that a batch of equal rows is one batched
+        product.
+        """
         at = 0
         for length, equal in groupby(self.lens):
             n = len(list(equal))
@@ -99,29 +144,46 @@ class Documents:
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
         """What is added to a tile's scores, (G * rows, columns): 0 or -inf.
 
-        Counted back from a tile's last column all tiles of as many rows have the same mask, so the widest is kept and the others are its
-        last columns: every layer of a model asks for them again.
+        Counted back from a tile's last column all tiles of as many rows have the same mask, so the
+        widest is kept and the others are its last columns: every layer of a model asks for them
+        again.
         """
-        rows, columns, key = tile.hi - tile.lo, tile.hi - tile.first, (tile.hi - tile.lo, groups, like.dtype, like.device)
+        rows, columns, key = (
+            tile.hi - tile.lo,
+            tile.hi - tile.first,
+            (tile.hi - tile.lo, groups, like.dtype, like.device),
+        )
         if key not in self._masks or self._masks[key].shape[1] < columns:
-            widest = tile.length if self.window is None else min(tile.length, rows + self.window - 1)
+            widest = (
+                tile.length if self.window is None else min(tile.length, rows + self.window - 1)
+            )
             i = torch.arange(widest - rows, widest, device=like.device)[:, None]
             j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
-            self._masks[key] = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+            self._masks[key] = (
+                like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+            )
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
         """The same as a boolean mask, True where a query sees a key: (B, 1, T, T)."""
         lens = torch.tensor(self.lens, device=device)
-        document = torch.arange(len(self.lens), device=device).repeat_interleave(lens, output_size=sum(self.lens)).view(batch, 1, -1)
+        document = (
+            torch.arange(len(self.lens), device=device)
+            .repeat_interleave(lens, output_size=sum(self.lens))
+            .view(batch, 1, -1)
+        )
         i = torch.arange(document.shape[-1], device=device)
         seen = (document[..., :, None] == document[..., None, :]) & (i[:, None] >= i)
         return seen if self.window is None else seen & (i[:, None] - self.window < i)
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """q (b, G * rows, D), k (b, columns, D) -> p (b, G * rows, columns), and the tanh that a cap needs again in the backward."""
+def _probabilities(
+    q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """q (b, G * rows, D), k (b, columns, D) -> p (b, G * rows, columns), and the tanh that a cap
+    needs again in the backward.
+    """
     if cap is None:
         return torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=scale), -1), None
     t = torch.bmm(q, k.mT).mul_(scale / cap).tanh_()
@@ -130,7 +192,9 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float 
 
 class _DocumentAttention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
         kv_heads, dtype = k.shape[1], arithmetic(q)
@@ -146,14 +210,28 @@ class _DocumentAttention(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
         kv_heads, dtype = k.shape[1], arithmetic(q)
-        wide = torch.promote_types(k.dtype, torch.float32)  # in bf16 a key's gradient would lose to rounding with every tile it adds
-        gq, gk, gv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        # in bf16 a key's gradient would lose to rounding with every tile it adds
+        wide = torch.promote_types(k.dtype, torch.float32)
+        gq, gk, gv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=wide),
+            torch.zeros_like(v, dtype=wide),
+        )
         for tile in telling(ctx.docs.tiles(), q):
-            qi, gi, ki, vi = tile.queries(q, kv_heads, dtype), tile.queries(g, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
-            p, t = _probabilities(qi, ki, ctx.docs.mask(tile, q.shape[1] // kv_heads, qi), ctx.scale, ctx.cap)
+            qi, gi, ki, vi = (
+                tile.queries(q, kv_heads, dtype),
+                tile.queries(g, kv_heads, dtype),
+                tile.keys(k, dtype),
+                tile.keys(v, dtype),
+            )
+            p, t = _probabilities(
+                qi, ki, ctx.docs.mask(tile, q.shape[1] // kv_heads, qi), ctx.scale, ctx.cap
+            )
             tile.add_keys(gv, torch.bmm(p.mT, gi))
             # (gp - sum(gp * p)) * p in one pass, the sum in fp32
-            gs = torch.ops.aten._softmax_backward_data(torch.bmm(gi, vi.mT), p, -1, p.dtype).mul_(ctx.scale)
+            gs = torch.ops.aten._softmax_backward_data(torch.bmm(gi, vi.mT), p, -1, p.dtype).mul_(
+                ctx.scale
+            )
             if t is not None:
                 gs.mul_(1 - t * t)
             tile.put_queries(gq, torch.bmm(gs, ki))
@@ -161,8 +239,13 @@ class _DocumentAttention(Function):
         return gq, gk.to(k.dtype), gv.to(v.dtype), None, None, None
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None) -> Tensor:
-    """q (T, H, D), k (T, Hk, D), v (T, Hk, Dv), Hk dividing H and sum(docs.lens) = T -> (T, H, Dv). Differentiable once."""
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
+) -> Tensor:
+    """q (T, H, D), k (T, Hk, D), v (T, Hk, Dv), Hk dividing H and sum(docs.lens) = T -> (T, H, Dv).
+
+    Differentiable once.
+    """
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if half and varlen_attn is not None and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
         return docs.flash(q, k, v, scale)

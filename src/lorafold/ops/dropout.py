@@ -1,16 +1,19 @@
 """Dropout by the places that it empties.
 
-    dropout(x)[i] = 0 at every place i that is dropped, x[i] / (1 - p) at the others; each is dropped with probability p, independently
-    gap = 1 + floor(log(1 - u) / log(1 - p)),  u uniform in [0, 1): the way from one dropped place to the next is geometric
+    dropout(x)[i] = 0 at every place i that is dropped, x[i] / (1 - p) at the others; each is
+    dropped with probability p, independently
+    gap = 1 + floor(log(1 - u) / log(1 - p)),  u uniform in [0, 1): the way from one dropped place
+    to the next is geometric
 
-So n p random numbers are drawn instead of n, and n p places are kept for the backward instead of a mask. The factor 1 / (1 - p) is a Python
-float, to be folded into an fp32 factor where there is one: in bf16 1 / 0.95 alone would round from 1.0526 to 1.0547. Numbers come from
-torch's default generator of x's device: a checkpoint that replays its segment, or a run that resumes, drops the same places. Where a
-tensor's size must not depend on chance (accelerators, compiled code), the places are a boolean mask. Use `shared` inside a fused operation,
-`dropout` anywhere else.
+So n p random numbers are drawn instead of n, and n p places are kept for the backward instead of a
+mask. The factor 1 / (1 - p) is a Python float, to be folded into an fp32 factor where there is one:
+in bf16 1 / 0.95 alone would round from 1.0526 to 1.0547. Numbers come from torch's default
+generator of x's device: a checkpoint that replays its segment, or a run that resumes, drops the
+same places. Where a tensor's size must not depend on chance (accelerators, compiled code), the
+places are a boolean mask. Use `shared` inside a fused operation, `dropout` anywhere else.
 
-1024 x 576 in bf16, p = 0.05: places drawn in 0.17 ms and emptied in 0.05; a mask from 16 random bits an element takes 0.54 and 0.06,
-`torch.nn.functional.dropout` 5.5.
+1024 x 576 in bf16, p = 0.05: places drawn in 0.17 ms and emptied in 0.05; a mask from 16 random
+bits an element takes 0.54 and 0.06, `torch.nn.functional.dropout` 5.5.
 """
 
 from __future__ import annotations
@@ -26,14 +29,18 @@ from lorafold.core.valueless import valueless
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p): what the kept elements are multiplied by to preserve the mean. ValueError for p outside [0, 1)."""
+    """1 / (1 - p): what the kept elements are multiplied by to preserve the mean.
+
+    ValueError for p outside [0, 1).
+    """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: found {p!r}, expected 0 or more and below 1")
     return 1 / (1 - p)
 
 
 def dropped(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """The places that are dropped: (m,) int32, ascending, in the flattened x; or a boolean mask in x's shape, True for them.
+    """The places that are dropped: (m,) int32, ascending, in the flattened x; or a boolean mask in
+    x's shape, True for them.
 
     Without a generator the device's default one is advanced. ValueError for p outside [0, 1).
     """
@@ -60,7 +67,11 @@ def _places(n: int, p: float, generator: torch.Generator | None) -> Tensor:
 
 def emptied(x: Tensor, where: Tensor) -> Tensor:
     """A copy of x with zeros where `dropped` says."""
-    return x.masked_fill(where, 0) if where.dtype is torch.bool else x.flatten().index_fill(0, where.long(), 0).view(x.shape)
+    return (
+        x.masked_fill(where, 0)
+        if where.dtype is torch.bool
+        else x.flatten().index_fill(0, where.long(), 0).view(x.shape)
+    )
 
 
 def empty_(x: Tensor, where: Tensor) -> Tensor:
@@ -74,7 +85,9 @@ def empty_(x: Tensor, where: Tensor) -> Tensor:
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped places; which they are; and the version of the input, the segment and the readers they are for."""
+    """An input (..., in) with dropped places; which they are; and the version of the input, the
+    segment and the readers they are for.
+    """
 
     x: Tensor
     where: Tensor
@@ -84,21 +97,31 @@ class Dropped(NamedTuple):
 
 
 def _segment() -> ReferenceType[Any] | None:
-    """The checkpointed segment that runs, told by the hooks that keep its tensors; None outside of any."""
+    """The checkpointed segment that runs, told by the hooks that keep its tensors; None outside of
+    any.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else ref(hooks[0])
 
 
 def shared(x: Tensor, p: float, reader: int) -> Dropped:
-    """x with places emptied, drawn once for all that read this tensor: q, k and v, or gate and up, which know nothing of each other.
+    """x with places emptied, drawn once for all that read this tensor: q, k and v, or gate and up,
+    which know nothing of each other.
 
-    It is kept on x itself. A reader (any number that stands for it) never gets the same places twice, and a checkpointed segment shares
-    with no other: it is replayed alone, and must then draw what it drew. No gradient; ValueError for p outside [0, 1).
+    It is kept on x itself. A reader (any number that stands for it) never gets the same places
+    twice, and a checkpointed segment shares with no other: it is replayed alone, and must then draw
+    what it drew. No gradient; ValueError for p outside [0, 1).
     """
-    segment, version = _segment(), None if x.is_inference() else x._version  # inference tensors do not count their changes
+    # inference tensors do not count their changes
+    segment, version = _segment(), None if x.is_inference() else x._version
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
     found = known.get(p)
-    if found is None or version is None or (found.version, found.segment) != (version, segment) or reader in found.readers:
+    if (
+        found is None
+        or version is None
+        or (found.version, found.segment) != (version, segment)
+        or reader in found.readers
+    ):
         where = dropped(x, p)
         known[p] = found = Dropped(emptied(x.detach(), where), where, version, segment, set())
     found.readers.add(reader)
@@ -106,5 +129,8 @@ def shared(x: Tensor, p: float, reader: int) -> Dropped:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """x with dropped elements, in x's shape and dtype; the gradient keeps their places and not x. ValueError for p outside [0, 1)."""
+    """x with dropped elements, in x's shape and dtype; the gradient keeps their places and not x.
+
+    ValueError for p outside [0, 1).
+    """
     return emptied(x, dropped(x, p)) * keep_scale(p)

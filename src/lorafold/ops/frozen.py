@@ -1,10 +1,13 @@
-"""A frozen linear whose matrix is read anew for the backward, instead of being kept from the forward.
+"""A frozen linear whose matrix is read anew for the backward, instead of being kept from the
+forward.
 
-    y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the GEMM's fp32 accumulator, rounded once
+    y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the
+                                    GEMM's fp32 accumulator, rounded once
     gx = g W,  gonto = g
 
-`read` gives W in a dtype. A matrix that is stored as it is costs nothing to read; one that is stored in other numbers (NF4, int8) is
-unpacked once a use, so that a step never holds more than one of them.
+`read` gives W in a dtype. A matrix that is stored as it is costs nothing to read; one that is
+stored in other numbers (NF4, int8) is unpacked once a use, so that a step never holds more than one
+of them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ class _FrozenLinear(Function):
         ctx.read, ctx.onto = read, None if onto is None else (onto.shape, onto.dtype)
         ctx.dtype = dtype = arithmetic(x)
         wide, w = x.to(dtype), read(dtype)
-        return (wide @ w.t() if onto is None else torch.addmm(onto.to(dtype), wide, w.t())).to(x.dtype)
+        return (wide @ w.t() if onto is None else torch.addmm(onto.to(dtype), wide, w.t())).to(
+            x.dtype
+        )
 
     @staticmethod
     @once_differentiable

@@ -1,8 +1,11 @@
-"""A gated activation that keeps its two inputs: what it makes of the gate is made again for the backward.
+"""A gated activation that keeps its two inputs: what it makes of the gate is made again for the
+backward.
 
-    y = act(gate) * up                                               Shazeer 2020, arXiv 2002.05202: SwiGLU for silu, GEGLU for gelu
+    y = act(gate) * up                                               Shazeer 2020, arXiv 2002.05202:
+                                                                     SwiGLU for silu, GEGLU for gelu
 
-gate, up (..., k). Written out in torch, the same keeps act(gate) as a third. The specification is `reference.gated`.
+gate, up (..., k). Written out in torch, the same keeps act(gate) as a third. The specification is
+`reference.gated`.
 """
 
 from __future__ import annotations
@@ -20,13 +23,17 @@ from torch.autograd.function import once_differentiable
 
 class Activation(NamedTuple):
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]  # gradient of the output, input -> gradient of the input
+    # gradient of the output, input -> gradient of the input
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
 ACTIVATIONS = {
     "silu": Activation(F.silu, torch.ops.aten.silu_backward),
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
 }
 
 

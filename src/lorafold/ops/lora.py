@@ -1,12 +1,14 @@
 """A linear under a low-rank change with one rounding, forward and backward.
 
     u  = drop(x) A^T                         (T, r)
-    y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32 accumulator and rounds once
+    y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32
+                                            accumulator and rounds once
     gx = addmm(drop((g k B) A), g, W)       the mirror image, with the same places emptied
 
-W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets places of (T, in) to 0 and k = 1 / (1 - p). Only
-drop(x), u, those places and the small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
-`reference.low_rank_linear`; over any other layer it is `Layer.low_rank`.
+W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets places of
+(T, in) to 0 and k = 1 / (1 - p). Only drop(x), u, those places and the small factors are kept for
+the backward; W is read again (`frozen.Read`). The specification is `reference.low_rank_linear`;
+over any other layer it is `Layer.low_rank`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,16 @@ from lorafold.ops.frozen import Read
 
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, xd: Tensor, where: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        read: Read,
+        down: Tensor,
+        up: Tensor,
+        xd: Tensor,
+        where: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         dtype = arithmetic(x)
         a, b = down.to(dtype), (up * scale).to(dtype)
         wide = x.to(dtype)
@@ -43,16 +54,24 @@ class _LowRankLinear(Function):
         gx = gdown = gup = None
         if need_x:
             gx = v @ a
-            gx = (gx if where is None else empty_(gx, where)).addmm_(wide, ctx.read(wide.dtype)).to(g.dtype)
+            gx = (
+                (gx if where is None else empty_(gx, where))
+                .addmm_(wide, ctx.read(wide.dtype))
+                .to(g.dtype)
+            )
         if need_down:
             gdown = (v.t() @ xd.to(v.dtype)).to(ctx.dtype)
         if need_up:
-            gup = (u.t() @ wide).t().to(ctx.dtype).mul_(ctx.scale)  # a product with r rows runs faster than one with r columns
+            # a product with r rows runs faster than one with r columns
+            gup = (u.t() @ wide).t().to(ctx.dtype).mul_(ctx.scale)
         return gx, None, gdown, gup, None, None, None
 
 
-def low_rank_linear(x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, scale: float = 1.0) -> Tensor:
-    """x (..., in), a frozen W (out, in) to be read, down (r, in), up (out, r), times scale -> (..., out) in x's dtype.
+def low_rank_linear(
+    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, scale: float = 1.0
+) -> Tensor:
+    """x (..., in), a frozen W (out, in) to be read, down (r, in), up (out, r), times scale -> (...,
+    out) in x's dtype.
 
     drop: what the branch sees of x, in its place.
     """

@@ -1,19 +1,26 @@
-"""4-bit NormalFloat (NF4) in plain torch: what the storage of a 4-bit base must hold, byte for byte.
+"""4-bit NormalFloat (NF4) in plain torch: what the storage of a 4-bit base must hold, byte for
+byte.
 
     W (out, in), flattened row by row into blocks of 64:    c = max |w| of a block (fp32)
-    code = the k with level[k] nearest to w / c, the lower one on a tie;  two codes a byte, the first in the high nibble
-    double quantization, of the constants in blocks of 256: c ~ m + d map[e]     m = mean c, d = max |c - m|, e 8 bits
-    W ~ level[code] * c                                     4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight
+    code = the k with level[k] nearest to w / c, the lower one on a tie;  two codes a byte, the
+    first in the high nibble
+    double quantization, of the constants in blocks of 256: c ~ m + d map[e]     m = mean c, d = max
+    |c - m|, e 8 bits
+    W ~ level[code] * c                                     4 + 8/64 + 32/(64 * 256) = 4.127 bits a
+                                                            weight
 
-The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them around an exact zero can't be symmetric, so
-7 lie below it and 8 above, each side at even steps of probability between 1/2 and 0.9677083. That is the mean of 1 - 1/32 and 1 - 1/30, the
-middles of the outermost of 16 and of 15 bins of equal mass: the ends themselves would be infinite.
+The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them
+around an exact zero can't be symmetric, so 7 lie below it and 8 above, each side at even steps of
+probability between 1/2 and 0.9677083. That is the mean of 1 - 1/32 and 1 - 1/30, the middles of the
+outermost of 16 and of 15 bins of equal mass: the ends themselves would be infinite.
 
-Paper: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E. Its equation 4 averages neighbouring quantiles; the levels
-that its appendix lists, which implementations have, are quantiles, and so are these. The 8-bit levels: Dettmers et al. 2021, 8-bit
-Optimizers via Block-wise Quantization, arXiv 2110.02861.
+Paper: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E. Its equation 4
+averages neighbouring quantiles; the levels that its appendix lists, which implementations have, are
+quantiles, and so are these. The 8-bit levels: Dettmers et al. 2021, 8-bit Optimizers via Block-wise
+Quantization, arXiv 2110.02861.
 
-Use it to read what NF4 is, and as the oracle of faster storages (bitsandbytes). It keeps every intermediate tensor.
+Use it to read what NF4 is, and as the oracle of faster storages (bitsandbytes). It keeps every
+intermediate tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +37,8 @@ BLOCK, BLOCK_OF_CONSTANTS = 64, 256
 def levels() -> Tensor:
     """The 16 levels, ascending, fp32: level[0] = -1, level[7] = 0, level[15] = 1."""
 
-    def above_zero(n: int) -> Tensor:  # the probabilities are rounded to fp32, as in the published table: it is met to the last bit
+    # the probabilities are rounded to fp32, as in the published table: it is met to the last bit
+    def above_zero(n: int) -> Tensor:
         return torch.special.ndtri(torch.linspace(OFFSET, 0.5, n + 1)[:-1].double()).float()
 
     level = torch.cat([-above_zero(7), torch.zeros(1), above_zero(8).flip(0)])
@@ -38,25 +46,33 @@ def levels() -> Tensor:
 
 
 def dynamic_map() -> Tensor:
-    """The 256 levels of the 8-bit code, ascending, fp32: 0, 1 and, for e = 0 .. 6, +- 10^(e - 6) times the centres of 2^e bins of [0.1, 1].
+    """The 256 levels of the 8-bit code, ascending, fp32: 0, 1 and, for e = 0 .. 6, +- 10^(e - 6)
+    times the centres of 2^e bins of [0.1, 1].
 
     Fine near zero and coarse at the ends; 1 has no counterpart, the lowest level is -0.993.
     """
     edges = [torch.linspace(0.1, 1, 2**e + 1) for e in range(7)]
-    positive = torch.cat([10.0 ** (e - 6) * ((edge[:-1] + edge[1:]) / 2) for e, edge in enumerate(edges)])
+    positive = torch.cat(
+        [10.0 ** (e - 6) * ((edge[:-1] + edge[1:]) / 2) for e, edge in enumerate(edges)]
+    )
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
 def normalized(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """w, any shape -> w / c (blocks, block) in fp32, the last block filled up with zeros, and c (blocks,)."""
+    """w, any shape -> w / c (blocks, block) in fp32, the last block filled up with zeros, and c
+    (blocks,).
+    """
     flat = w.flatten().float()
     x = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
     c = x.abs().amax(1)
-    return x * (1 / c.clamp(min=1e-38))[:, None], c  # a block of zeros stays one; kernels multiply by the reciprocal, so does this
+    # a block of zeros stays one; kernels multiply by the reciprocal, so does this
+    return x * (1 / c.clamp(min=1e-38))[:, None], c
 
 
 def nearest(x: Tensor, level: Tensor) -> Tensor:
-    """The index (uint8) of the nearest of ascending levels, the lower of two that are equally near."""
+    """The index (uint8) of the nearest of ascending levels, the lower of two that are equally
+    near.
+    """
     return torch.bucketize(x, ((level[:-1] + level[1:]) / 2).to(x.device)).to(torch.uint8)
 
 
@@ -84,9 +100,12 @@ class Packed:
 
 
 def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> Packed:
-    """w, any shape, finite, in blocks of an even number -> its NF4 form; `double` quantizes the block constants too."""
+    """w, any shape, finite, in blocks of an even number -> its NF4 form; `double` quantizes the
+    block constants too.
+    """
     x, c = normalized(w, block)
-    code = nearest(x, levels()).flatten()[: w.numel() + w.numel() % 2]  # an odd last byte is filled up with the code of zero
+    # an odd last byte is filled up with the code of zero
+    code = nearest(x, levels()).flatten()[: w.numel() + w.numel() % 2]
     constants: Constants | Tensor = c
     if double:
         y, d = normalized(c - c.mean(), BLOCK_OF_CONSTANTS)
@@ -95,7 +114,9 @@ def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> Packed:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The tensor of `packed.shape` that the codes stand for: the product in fp32, rounded once to dtype."""
+    """The tensor of `packed.shape` that the codes stand for: the product in fp32, rounded once to
+    dtype.
+    """
     code = torch.stack([packed.codes >> 4, packed.codes & 15], 1).flatten()[: packed.shape.numel()]
     c = packed.constants.dense() if isinstance(packed.constants, Constants) else packed.constants
     level = levels().to(code.device)[code.int()]

@@ -1,9 +1,11 @@
 """Rotary position embedding, without a rotated copy of its input.
 
-    y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]            Su et al. 2021, arXiv 2104.09864, in the layout of transformers
+    y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]            Su et al. 2021, arXiv
+                                                                     2104.09864, in the layout of
+                                                                     transformers
 
-x (..., T, D) with halves a and b (..., T, D / 2); cos and sin broadcast to x. The backward is the transpose of the same map, and keeps
-cos and sin alone. The specification is `reference.rotary`.
+x (..., T, D) with halves a and b (..., T, D / 2); cos and sin broadcast to x. The backward is the
+transpose of the same map, and keeps cos and sin alone. The specification is `reference.rotary`.
 """
 
 from __future__ import annotations
@@ -40,5 +42,7 @@ class _Rotary(Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, D), D even; cos, sin constants that broadcast to it -> x's shape, dtype and layout. Differentiable once, in x."""
+    """x (..., T, D), D even; cos, sin constants that broadcast to it -> x's shape, dtype and
+    layout. Differentiable once, in x.
+    """
     return _Rotary.apply(x, cos, sin)

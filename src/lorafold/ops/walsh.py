@@ -1,9 +1,11 @@
 """The Walsh-Hadamard transform, as two products with small Hadamard matrices.
 
-    y = H x / sqrt(n),  H[i, j] = (-1)^(number of ones that i and j share in binary)        n a power of 2;  y y = x y's transform: x
+    y = H x / sqrt(n),  H[i, j] = (-1)^(number of ones that i and j share in binary)        n a
+    power of 2;  y y = x y's transform: x
 
-H of n = a b is the Kronecker product of those of a and b, so with x as a matrix (a, b) it is H_a X H_b: n (a + b) multiplications where the
-fast transform has n log n additions, which a processor's matrix product does sooner than passes over memory.
+H of n = a b is the Kronecker product of those of a and b, so with x as a matrix (a, b) it is H_a X
+H_b: n (a + b) multiplications where the fast transform has n log n additions, which a processor's
+matrix product does sooner than passes over memory.
 """
 
 from __future__ import annotations

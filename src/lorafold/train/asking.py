@@ -11,7 +11,9 @@ from torch import nn
 
 @contextmanager
 def asking(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module's own mode comes back when the `with` ends."""
+    """In evaluation mode and without gradients; each module's own mode comes back when the `with`
+    ends.
+    """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,9 @@
 """From rows to token ids with a loss mask, and the order in which a run sees them.
 
-The text of a row is tokenized once, with offsets; tokens inside a trained span keep their label, all others get -100. Where
-joining prompt and completion would merge characters across their border, the text is cut there, so that the ids before a
-completion are those that generation sees. `batches` is a pure function of the seed: step i is found again without any state.
+The text of a row is tokenized once, with offsets; tokens inside a trained span keep their label,
+all others get -100. Where joining prompt and completion would merge characters across their border,
+the text is cut there, so that the ids before a completion are those that generation sees. `batches`
+is a pure function of the seed: step i is found again without any state.
 """
 
 import random
@@ -20,14 +21,27 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoded", "Example", "Report", "batches", "encode", "ensure_chat_template", "preview", "prompts", "read_rows", "split"]
+__all__ = [
+    "Encoded",
+    "Example",
+    "Report",
+    "batches",
+    "encode",
+    "ensure_chat_template",
+    "preview",
+    "prompts",
+    "read_rows",
+    "split",
+]
 
 NO_LOSS = -100  # torch's ignore_index
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: `ids` (T,) and `labels` (T,), unshifted: labels[t] is ids[t] or -100. The first is -100, for nothing comes before it."""
+    """One row: `ids` (T,) and `labels` (T,), unshifted: labels[t] is ids[t] or -100. The first is
+    -100, for nothing comes before it.
+    """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -35,7 +49,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows. Lengths in tokens; `longest` before cutting, `tokens` and `labelled` after."""
+    """What became of the rows.
+
+    Lengths in tokens; `longest` before cutting, `tokens` and `labelled` after.
+    """
 
     rows: int
     tokens: int
@@ -47,19 +64,27 @@ class Report:
     turns_left_out: int
 
     def __str__(self) -> str:
-        text = f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the longest row has {self.longest}"
+        text = (
+            f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the"
+            f" longest row has {self.longest}"
+        )
         if self.truncated:
             text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
         if self.unlabelled:
             text += f"\n{self.unlabelled} rows have no token to train on and are left out"
         if self.turns_left_out:
-            text += f"\n{self.turns_left_out} assistant turns are not trained: the chat template shows them differently at generation"
+            text += (
+                f"\n{self.turns_left_out} assistant turns are not trained: the chat template shows"
+                " them differently at generation"
+            )
         return text
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples that have something to learn, in the order of their rows, and the report over all rows."""
+    """The examples that have something to learn, in the order of their rows, and the report over
+    all rows.
+    """
 
     examples: list[Example]
     report: Report
@@ -68,11 +93,13 @@ class Encoded:
 def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
     """Token ids and labels of every row, at most `max_length` tokens each (the end is cut).
 
-    Conversations need a chat template: call `ensure_chat_template` before.
-    Raises LorafoldError for bad rows, for rows which the template refuses, and where no row has a token to train on.
+    Conversations need a chat template: call `ensure_chat_template` before. Raises LorafoldError for
+    bad rows, for rows which the template refuses, and where no row has a token to train on.
     """
     if not tokenizer.is_fast:
-        raise LorafoldError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
+        raise LorafoldError(
+            f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed"
+        )
     rows = check_rows(enumerate(rows, 1), "data")
     check_objective(rows, "sft")
     examples: list[Example] = []
@@ -84,36 +111,65 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
         except LorafoldError as error:
             bad.append(f"row {number}: {error}")
             continue
-        longest, truncated, left_out = max(longest, len(example.ids)), truncated + (len(example.ids) > max_length), left_out + skipped
+        longest, truncated, left_out = (
+            max(longest, len(example.ids)),
+            truncated + (len(example.ids) > max_length),
+            left_out + skipped,
+        )
         example = Example(example.ids[:max_length], example.labels[:max_length])
         if any(label != NO_LOSS for label in example.labels):
             examples.append(example)
     if bad:
-        raise LorafoldError("; ".join(bad[:LISTED]) + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""))
+        raise LorafoldError(
+            "; ".join(bad[:LISTED])
+            + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
+        )
     tokens = sum(len(example.ids) for example in examples)
     labelled = sum(label != NO_LOSS for example in examples for label in example.labels)
-    report = Report(len(rows), tokens, labelled, longest, max_length, truncated, len(rows) - len(examples), left_out)
+    report = Report(
+        len(rows),
+        tokens,
+        labelled,
+        longest,
+        max_length,
+        truncated,
+        len(rows) - len(examples),
+        left_out,
+    )
     if not examples:
         raise LorafoldError(
-            f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at max_length {max_length} (longest {longest}), "
-            f"{left_out} assistant turns are left out by the chat template; expected assistant turns or completions within max_length"
+            f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
+            f" max_length {max_length} (longest {longest}), {left_out} assistant turns are left out"
+            " by the chat template; expected assistant turns or completions within max_length"
         )
     return Encoded(examples, report)
 
 
 def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
-    """The row as the model sees it; what is trained on is bold and stands in ⟦ ⟧, to be told apart without colour."""
+    """The row as the model sees it; what is trained on is bold and stands in ⟦ ⟧, to be told apart
+    without colour.
+    """
     from rich.text import Text
 
     text = Text()
-    for trained, run in groupby(zip(example.ids, example.labels, strict=True), key=lambda pair: pair[1] != NO_LOSS):
-        piece = str(tokenizer.decode([token for token, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    for trained, run in groupby(
+        zip(example.ids, example.labels, strict=True), key=lambda pair: pair[1] != NO_LOSS
+    ):
+        piece = str(
+            tokenizer.decode(
+                [token for token, _ in run],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+        )
         text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
     return text
 
 
 def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Row indices of each optimizer step, (steps, batch): one shuffle per epoch, laid end to end, so every step is full."""
+    """Row indices of each optimizer step, (steps, batch): one shuffle per epoch, laid end to end,
+    so every step is full.
+    """
     if n_rows < 1:
         raise LorafoldError("found no rows to train on, expected at least one")
     epochs = (random.Random(f"{seed}/{epoch}").sample(range(n_rows), n_rows) for epoch in count())
@@ -122,11 +178,15 @@ def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, evaluation rows), each in the order given; at least one of each unless `fraction` is 0."""
+    """(training rows, evaluation rows), each in the order given; at least one of each unless
+    `fraction` is 0.
+    """
     if not fraction:
         return list(rows), []
     if len(rows) < 2:
-        raise LorafoldError(f"found {len(rows)} rows, expected at least 2 to hold out a share of {fraction}")
+        raise LorafoldError(
+            f"found {len(rows)} rows, expected at least 2 to hold out a share of {fraction}"
+        )
     size = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     held = set(random.Random(f"{seed}/split").sample(range(len(rows)), size))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
@@ -152,8 +212,12 @@ def _example(ids: Iterable[int], labels: Iterable[int]) -> Example:
     return Example(tuple(ids), (NO_LOSS, *islice(labels, 1, None)))
 
 
-def _tokens(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Token ids and the characters where they start; cut before a span whose prompt would otherwise be tokenized differently."""
+def _tokens(
+    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[int]]:
+    """Token ids and the characters where they start; cut before a span whose prompt would otherwise
+    be tokenized differently.
+    """
     ids: list[int] = []
     starts: list[int] = []
     at = 0
@@ -166,6 +230,10 @@ def _tokens(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[l
     return ids + rest, starts + rest_starts
 
 
-def _tokenize(text: str, start: int, end: int | None, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    encoded: Any = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+def _tokenize(
+    text: str, start: int, end: int | None, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[int]]:
+    encoded: Any = tokenizer(
+        text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     return encoded.input_ids, [start + begin for begin, _ in encoded.offset_mapping]

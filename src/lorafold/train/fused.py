@@ -1,10 +1,12 @@
-"""A model's norms, rotary embeddings, gated MLPs and frozen linears, run by fused operations while it trains.
+"""A model's norms, rotary embeddings, gated MLPs and frozen linears, run by fused operations while
+it trains.
 
     with fused(model) as found:
         print(found)                        # fast path: 30 of 30 blocks
 
-Nothing is known by a model's name. A part is taken over if it has the structure and, given random numbers, answers as the fused operation
-does; any other runs as it is, and so does one that carries a delta or whose weight is trained. When the `with` ends the model is as it was.
+Nothing is known by a model's name. A part is taken over if it has the structure and, given random
+numbers, answers as the fused operation does; any other runs as it is, and so does one that carries
+a delta or whose weight is trained. When the `with` ends the model is as it was.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class FastPath:
-    """How many blocks run norms, MLP and rotary embedding fused, and which of these the others lack."""
+    """How many blocks run norms, MLP and rotary embedding fused, and which of these the others
+    lack.
+    """
 
     fast: int
     blocks: int
@@ -50,16 +54,27 @@ class FastPath:
 @contextmanager
 def fused(model: nn.Module) -> Iterator[FastPath]:
     """Fuse what can be fused until the `with` ends."""
-    inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)]
+    inside = [
+        [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
+    ]
     with ExitStack() as stack:
         with asking(model):
-            found = [{part for module in block if _free(module) for part in _fuse(stack, module)} for block in inside]
+            found = [
+                {part for module in block if _free(module) for part in _fuse(stack, module)}
+                for block in inside
+            ]
             files = {_file(module) for block in inside for module in block}
             for module in (module for block in inside for module in block if _free(module)):
                 _put(stack, module, "forward", _frozen_linear(module))
-            rotated = {file for file in files if _put(stack, file, ROTARY, _fused_rotary(getattr(file, ROTARY, None)))}
+            rotated = {
+                file
+                for file in files
+                if _put(stack, file, ROTARY, _fused_rotary(getattr(file, ROTARY, None)))
+            }
         for parts, block in zip(found, inside, strict=True):
-            parts |= {"rotary embedding"} if any(_file(module) in rotated for module in block) else set()
+            parts |= (
+                {"rotary embedding"} if any(_file(module) in rotated for module in block) else set()
+            )
         wanted = {*PARTS, "rotary embedding"}
         lacking = set[str]().union(*(wanted - parts for parts in found))
         yield FastPath(sum(parts == wanted for parts in found), len(found), tuple(sorted(lacking)))
@@ -73,7 +88,8 @@ def _free(module: nn.Module) -> bool:
     """Does it run its class's own forward, on one input, with a weight that stays?"""
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
     own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
-    return own and len(inspect.signature(module.forward).parameters) == 1  # some norms take a gate too
+    # some norms take a gate too
+    return own and len(inspect.signature(module.forward).parameters) == 1
 
 
 def _fuse(stack: ExitStack, module: nn.Module) -> Iterator[str]:
@@ -92,12 +108,17 @@ def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bo
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Do they answer alike, up to the roundings of a few operations? Without values they are taken to: such a model is what it seems."""
+    """Do they answer alike, up to the roundings of a few operations? Without values they are taken
+    to: such a model is what it seems.
+    """
     if valueless(inputs[0]):
         return True
     answers = (f(*inputs) for f in (forward, plain))
     found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in answers)
-    close = found.shape == expected.shape and (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm()
+    close = (
+        found.shape == expected.shape
+        and (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm()
+    )
     return bool(close)
 
 
@@ -106,16 +127,27 @@ def _random(*shape: int, like: Tensor) -> Tensor:
 
 
 def _frozen_linear(module: nn.Module) -> Forward | None:
-    """The forward of a linear that no delta lies on: in the numbers that this processor multiplies faster, and from packed ones as well."""
+    """The forward of a linear that no delta lies on: in the numbers that this processor multiplies
+    faster, and from packed ones as well.
+    """
     return layer_of(module) if is_linear(module) else None
 
 
 def _fused_norm(module: nn.Module) -> Forward | None:
     """The forward of a root mean square norm, whose gain is its weight or 1 + its weight."""
-    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if len(module._parameters) != 1 or weight is None or weight.dim() != 1 or not isinstance(eps, float):
+    weight, eps = (
+        module._parameters.get("weight"),
+        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+    )
+    if (
+        len(module._parameters) != 1
+        or weight is None
+        or weight.dim() != 1
+        or not isinstance(eps, float)
+    ):
         return None
-    x = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)  # in the second row eps counts
+    # in the second row eps counts
+    x = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)
     for gain in (lambda: weight, lambda: 1 + weight.float()):
         forward = partial(_normed, gain, eps)
         if all(_agree(forward, module, row) for row in x):
@@ -144,16 +176,28 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
 
     # a packed MLP may hold no number to take the dtype of: its activations have 16 bits
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
-    x = _random(1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
+    x = _random(
+        1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device)
+    )
     return forward if _agree(forward, module, x) else None
 
 
 def _fused_rotary(plain: Forward | None) -> Forward | None:
-    """The function that rotates queries and keys, (B, H, T, D) or with H and T exchanged, by the halves of D."""
-    if plain is None or [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+    """The function that rotates queries and keys, (B, H, T, D) or with H and T exchanged, by the
+    halves of D.
+    """
+    if plain is None or [*inspect.signature(plain).parameters] != [
+        "q",
+        "k",
+        "cos",
+        "sin",
+        "unsqueeze_dim",
+    ]:
         return None
 
-    def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
         if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
             return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)

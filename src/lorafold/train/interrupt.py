@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM during a run: asked once, it ends after the step it is in; Ctrl-C again ends it at once."""
+"""Ctrl-C and SIGTERM during a run: asked once, it ends after the step it is in; Ctrl-C again ends
+it at once.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,11 @@ class StopRequest:
         self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -1,7 +1,8 @@
 """The training loop: one adapter, one objective, one plan of batches.
 
-It knows no method: what a method needs comes through `penalty` and `after_step` of its deltas. Step i's rows, learning rates and
-randomness follow from the recipe, i and the checkpoint, so a run that is killed and resumed gives the bytes of one that was not.
+It knows no method: what a method needs comes through `penalty` and `after_step` of its deltas. Step
+i's rows, learning rates and randomness follow from the recipe, i and the checkpoint, so a run that
+is killed and resumed gives the bytes of one that was not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from lorafold.train.recipe import Recipe
 
 @dataclass
 class Job:
-    """Everything the loop turns over. `wrapped` is the loss as accelerate wraps it; `held_out` gives the held-out loss."""
+    """Everything the loop turns over.
+
+    `wrapped` is the loss as accelerate wraps it; `held_out` gives the held-out loss.
+    """
 
     adapter: Adapter
     loss: Loss
@@ -48,7 +52,8 @@ class Job:
 def fit(job: Job, progress: Progress, display: Display) -> Progress:
     """Train from `progress` to the last step.
 
-    Raises LorafoldError on a loss that is not finite or an adapter without gradient, Interrupted after SIGINT or SIGTERM.
+    Raises LorafoldError on a loss that is not finite or an adapter without gradient, Interrupted
+    after SIGINT or SIGTERM.
     """
     plan = batches(len(job.examples), job.recipe.batch, job.steps, job.recipe.seed)
     save_every = job.recipe.checkpoint_interval(job.steps)
@@ -62,25 +67,36 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             progress.tokens += sum(len(e.ids) for e in rows)
             progress.seconds += time.perf_counter() - start
             display.step(progress.step, loss, progress.tokens / progress.seconds)
-            job.accelerator.log({"loss": loss, "lr": job.optimizer.param_groups[0]["lr"]}, step=progress.step)
+            job.accelerator.log(
+                {"loss": loss, "lr": job.optimizer.param_groups[0]["lr"]}, step=progress.step
+            )
             last = progress.step == job.steps
             due = progress.step % save_every == 0 or last or stop.signal is not None
             evaluate = progress.step % (job.recipe.eval_every or save_every) == 0 or last
             if job.held_out is not None and evaluate:
                 progress.evals[progress.step] = job.held_out()
-                job.accelerator.log({"eval_loss": progress.evals[progress.step]}, step=progress.step)
-                display.note(f"step {progress.step}: held-out loss {progress.evals[progress.step]:.4f}")
+                job.accelerator.log(
+                    {"eval_loss": progress.evals[progress.step]}, step=progress.step
+                )
+                display.note(
+                    f"step {progress.step}: held-out loss {progress.evals[progress.step]:.4f}"
+                )
             if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
             if stop.signal is not None and not last:
                 where = job.run.checkpoints()[progress.step]
-                message = f"stopped after step {progress.step}; {where} is complete; the same command with --resume goes on from it"
+                message = (
+                    f"stopped after step {progress.step}; {where} is complete; the same command"
+                    " with --resume goes on from it"
+                )
                 raise Interrupted(message, 128 + stop.signal)
     return progress
 
 
 def train_step(job: Job, rows: Sequence[Any], step: int) -> float:
-    """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over what counts in them."""
+    """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over
+    what counts in them.
+    """
     accelerator, world = job.accelerator, job.accelerator.num_processes
     own = rows[accelerator.process_index :: world]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length)
@@ -100,8 +116,15 @@ def train_step(job: Job, rows: Sequence[Any], step: int) -> float:
     mean = accelerator.reduce(seen).item() / total
     if not math.isfinite(mean):
         good = job.run.checkpoints()
-        where = f"the last good checkpoint is {good[max(good)]}" if good else "no checkpoint was written yet"
-        raise LorafoldError(f"step {step + 1}: the loss is {mean}; {where}. Try a lower learning rate (lr, lr_b), clip or alpha")
+        where = (
+            f"the last good checkpoint is {good[max(good)]}"
+            if good
+            else "no checkpoint was written yet"
+        )
+        raise LorafoldError(
+            f"step {step + 1}: the loss is {mean}; {where}. Try a lower learning rate (lr, lr_b),"
+            " clip or alpha"
+        )
     if step == 0:
         check_gradients(job.adapter)
     if job.recipe.clip:
@@ -117,14 +140,24 @@ def penalty(adapter: Adapter) -> Tensor | float:
 
 
 def check_gradients(adapter: Adapter) -> None:
-    """LorafoldError if nothing of the adapter received a gradient: a trap that otherwise looks like a run that does not learn."""
+    """LorafoldError if nothing of the adapter received a gradient: a trap that otherwise looks like
+    a run that does not learn.
+    """
     if any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
         return
     graph = any(p.grad is not None for p in adapter.parameters())
-    cause = "every one is exactly zero: the rows of the first step may hold no labelled token" if graph else (
-        "no adapted module lies on the way to the loss: check the targets, and that the model's own code does not detach them"
-    )  # fmt: skip
-    raise LorafoldError(f"the adapter received no gradient in the first step; {cause} (adapted: {', '.join(list(adapter.sites)[:4])}, ...)")
+    cause = (
+        "every one is exactly zero: the rows of the first step may hold no labelled token"
+        if graph
+        else (
+            "no adapted module lies on the way to the loss: check the targets, and that the model's"
+            " own code does not detach them"
+        )
+    )
+    raise LorafoldError(
+        f"the adapter received no gradient in the first step; {cause} (adapted:"
+        f" {', '.join(list(adapter.sites)[:4])}, ...)"
+    )
 
 
 def save(job: Job, progress: Progress) -> None:

@@ -1,4 +1,6 @@
-"""Losses as modules over a model, so that what accelerate wraps is the whole step: inputs in, summed loss out."""
+"""Losses as modules over a model, so that what accelerate wraps is the whole step: inputs in,
+summed loss out.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from lorafold.train.packing import best_fit, collate
 
 
 class Loss(nn.Module, ABC):
-    """Abstract: a sum over what `count` counts, so that micro-batches add up to the batch exactly. It starts in its model's mode."""
+    """Abstract: a sum over what `count` counts, so that micro-batches add up to the batch exactly.
+
+    It starts in its model's mode.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,7 +34,9 @@ class Loss(nn.Module, ABC):
         """By how much the example weighs in the mean."""
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
-        """The examples of a step in the parts that are computed at a time: n of them, or more where a part would exceed `tokens`."""
+        """The examples of a step in the parts that are computed at a time: n of them, or more where
+        a part would exceed `tokens`.
+        """
         return parts(examples, n)
 
     @abstractmethod
@@ -53,18 +60,24 @@ class Completions(Loss):
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         return {k: v.to(device) for k, v in collate(examples, self.packed, self.pad_id).items()}
 
-    def micro_batches(self, examples: Sequence[Example], n: int, tokens: int) -> list[Sequence[Example]]:
+    def micro_batches(
+        self, examples: Sequence[Example], n: int, tokens: int
+    ) -> list[Sequence[Example]]:
         return parts(examples, n, tokens if self.packed else None)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
 
-    def by_row(self, labels: Tensor, **inputs: Tensor) -> Tensor:  # (B,), padded rows; without gradients
+    # (B,), padded rows; without gradients
+    def by_row(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return row_losses(self.model, labels, inputs)
 
 
 class Classification(Loss):
-    """Cross entropy of the class, in nats, one a row. The model: anything that answers with `.logits` (B, classes)."""
+    """Cross entropy of the class, in nats, one a row.
+
+    The model: anything that answers with `.logits` (B, classes).
+    """
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
         super().__init__(model)
@@ -73,12 +86,18 @@ class Classification(Loss):
     def count(self, example: LabelledExample) -> int:
         return 1
 
-    def collate(self, examples: Sequence[LabelledExample], device: torch.device) -> dict[str, Tensor]:
+    def collate(
+        self, examples: Sequence[LabelledExample], device: torch.device
+    ) -> dict[str, Tensor]:
         """input_ids, attention_mask (B, T), padded at the right, and labels (B,)."""
         ids = [torch.tensor(e.ids, device=device) for e in examples]
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
-        return {"input_ids": padded, "attention_mask": mask, "labels": torch.tensor([e.label for e in examples], device=device)}
+        return {
+            "input_ids": padded,
+            "attention_mask": mask,
+            "labels": torch.tensor([e.label for e in examples], device=device),
+        }
 
     def logits(self, **inputs: Tensor) -> Tensor:  # (B, classes), fp32
         logits: Tensor = self.model(**inputs).logits
@@ -92,9 +111,19 @@ def parts(examples: Sequence[Any], n: int, tokens: int | None = None) -> list[Se
     """The examples in n runs, and these, packed, in rows of at most so many tokens."""
     size = ceil(len(examples) / n)
     runs = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return runs if tokens is None else [[run[i] for i in row] for run in runs for row in best_fit([len(e.ids) for e in run], tokens)]
+    return (
+        runs
+        if tokens is None
+        else [
+            [run[i] for i in row]
+            for run in runs
+            for row in best_fit([len(e.ids) for e in run], tokens)
+        ]
+    )
 
 
 def labelled(example: Example) -> int:
-    """Tokens of the example that count in the loss; the first token of a row has nothing to be predicted from."""
+    """Tokens of the example that count in the loss; the first token of a row has nothing to be
+    predicted from.
+    """
     return sum(label != -100 for label in example.labels[1:])

@@ -1,4 +1,5 @@
-"""The objectives, one table: what each makes of rows, which model it needs, and which loss it lays over it.
+"""The objectives, one table: what each makes of rows, which model it needs, and which loss it lays
+over it.
 
     objective = OBJECTIVES["classify"](rows, source, adapters)
     data = objective.encode(rows, tokenizer, max_length);  model = objective.load(...)
@@ -22,7 +23,13 @@ from lorafold.core.targets import match
 from lorafold.errors import LorafoldError
 from lorafold.io.classifier import CLASSES, head_paths, known_classes, load_classifier, padding_id
 from lorafold.io.models import ModelSource, Storage, load_model
-from lorafold.train.classify import LabelledData, LabelledExample, classes_of, encode_labelled, preview_labelled
+from lorafold.train.classify import (
+    LabelledData,
+    LabelledExample,
+    classes_of,
+    encode_labelled,
+    preview_labelled,
+)
 from lorafold.train.data import Encoded, Example, encode, preview
 from lorafold.train.losses import Classification, Completions, Loss
 from lorafold.train.packing import packed
@@ -44,7 +51,9 @@ class Objective(ABC):
     classes: tuple[str, ...] = ()  # of texts, where it tells them apart
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Data:
         """Examples with a report. LorafoldError for rows that are not for this objective."""
 
     @abstractmethod
@@ -52,18 +61,29 @@ class Objective(ABC):
 
     @abstractmethod
     def load(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, storage: Storage, device: torch.device, seed: int,
+        self,
+        source: ModelSource,
+        tokenizer: PreTrainedTokenizerBase,
+        storage: Storage,
+        device: torch.device,
+        seed: int,
         trust_remote_code: bool,
-    ) -> PreTrainedModel: ...  # fmt: skip
+    ) -> PreTrainedModel: ...
 
     @abstractmethod
     def loss(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: bool, console: Console
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        packing: bool,
+        console: Console,
     ) -> Any:  # a context manager that gives a Loss
         ...
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Give the tokenizer what it lacks for this objective; the notice to print, if something was done."""
+        """Give the tokenizer what it lacks for this objective; the notice to print, if something
+        was done.
+        """
         return None
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
@@ -81,55 +101,96 @@ class Sft(Objective):
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
 
-    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Encoded:
         return encode(rows, tokenizer, max_length)
 
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
 
     def load(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, storage: Storage, device: torch.device, seed: int,
+        self,
+        source: ModelSource,
+        tokenizer: PreTrainedTokenizerBase,
+        storage: Storage,
+        device: torch.device,
+        seed: int,
         trust_remote_code: bool,
-    ) -> PreTrainedModel:  # fmt: skip
+    ) -> PreTrainedModel:
         return load_model(source, storage, device, trust_remote_code=trust_remote_code)
 
     @contextmanager
-    def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: bool, console: Console) -> Iterator[Loss]:
+    def loss(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        packing: bool,
+        console: Console,
+    ) -> Iterator[Loss]:
         if not packing:
             yield Completions(model, False, tokenizer.pad_token_id or 0)
             return
         with packed(model) as apart:
             if not apart:
-                console.print("packing: this model mixes documents that share a row, so rows are padded instead", highlight=False)
+                console.print(
+                    "packing: this model mixes documents that share a row, so rows are padded"
+                    " instead",
+                    highlight=False,
+                )
             yield Completions(model, apart, tokenizer.pad_token_id or 0)
 
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """The class of a text, by a head over the body; the head is trained whole whatever the method."""
+    """The class of a text, by a head over the body; the head is trained whole whatever the
+    method.
+    """
 
     classes: tuple[str, ...]
 
-    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> LabelledData:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> LabelledData:
         return encode_labelled(rows, tokenizer, max_length, self.classes)
 
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)
 
     def load(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, storage: Storage, device: torch.device, seed: int,
+        self,
+        source: ModelSource,
+        tokenizer: PreTrainedTokenizerBase,
+        storage: Storage,
+        device: torch.device,
+        seed: int,
         trust_remote_code: bool,
-    ) -> PreTrainedModel:  # fmt: skip
-        return load_classifier(source, self.classes, padding_id(tokenizer), storage, device, seed=seed, trust_remote_code=trust_remote_code)
+    ) -> PreTrainedModel:
+        return load_classifier(
+            source,
+            self.classes,
+            padding_id(tokenizer),
+            storage,
+            device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
 
     @contextmanager
-    def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: bool, console: Console) -> Iterator[Loss]:
+    def loss(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        packing: bool,
+        console: Console,
+    ) -> Iterator[Loss]:
         yield Classification(model, padding_id(tokenizer))
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         heads = set(head_paths(model))
         found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
-        trained = found <= heads or (spec.trains_base and heads <= found)  # the method is about the head, or trains it in place
+        # the method is about the head, or trains it in place
+        trained = found <= heads or (spec.trains_base and heads <= found)
         return () if trained else head_paths(model)
 
     def record(self) -> dict[str, Any]:
@@ -137,12 +198,17 @@ class Classify(Objective):
 
 
 def classify(rows: Sequence[Row], source: ModelSource, adapters: Sequence[Path]) -> Classify:
-    """With the classes that the model or adapter was trained on, where it was, else those of the rows."""
+    """With the classes that the model or adapter was trained on, where it was, else those of the
+    rows.
+    """
     found = classes_of(rows)
     classes = known_classes(source, adapters) or found
     if strange := [name for name in found if name not in classes]:
         owner = ", ".join(map(str, adapters)) or source.name
-        raise LorafoldError(f"data: found labels {', '.join(strange)}, expected the classes of {owner}: {', '.join(classes)}")
+        raise LorafoldError(
+            f"data: found labels {', '.join(strange)}, expected the classes of {owner}:"
+            f" {', '.join(classes)}"
+        )
     return Classify(classes)
 
 

@@ -1,6 +1,8 @@
-"""What any optimizer of an adapter is given and gives back: groups with a learning rate each, the schedule, and its state in a checkpoint.
+"""What any optimizer of an adapter is given and gives back: groups with a learning rate each, the
+schedule, and its state in a checkpoint.
 
-LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lambda = 16 times as fast as A, for every low-rank method.
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lambda = 16 times as fast as A, for every
+low-rank method.
 """
 
 from __future__ import annotations
@@ -18,25 +20,32 @@ from lorafold.train.recipe import Recipe
 
 
 def param_groups(parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float) -> list[dict]:
-    """Two groups, by the role that each delta gives its own parameters: up factors, and everything else."""
+    """Two groups, by the role that each delta gives its own parameters: up factors, and everything
+    else.
+    """
     up: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for _, delta in parts:
         for name, p in delta.named_parameters():
-            if p.requires_grad and p.numel():  # a choice of entries may leave a matrix none, and CUDA launches no kernel over nothing
+            # a choice of entries may leave a matrix none, and CUDA launches no kernel over nothing
+            if p.requires_grad and p.numel():
                 (up if name in delta.up_names else rest).append(p)
     groups = ({"params": rest, "lr": lr, "peak": lr}, {"params": up, "lr": lr_up, "peak": lr_up})
     return [g for g in groups if g["params"]]
 
 
 def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: int) -> None:
-    """Each group's peak rate times the schedule at `step` (from 0) of `steps`: a function of the step, so nothing to resume.
+    """Each group's peak rate times the schedule at `step` (from 0) of `steps`: a function of the
+    step, so nothing to resume.
 
-    Linear warm-up over the first `warmup` share of the steps (rounded up), then cosine or linear to zero, or constant.
+    Linear warm-up over the first `warmup` share of the steps (rounded up), then cosine or linear to
+    zero, or constant.
     """
     warm = math.ceil(recipe.warmup * steps)
     done = (step - warm) / max(1, steps - warm)
-    after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[recipe.schedule]
+    after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
+        recipe.schedule
+    ]
     factor = (step + 1) / (warm + 1) if step < warm else after
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -45,7 +54,8 @@ def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: i
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors `<parameter number>.<name>`: what a checkpoint holds.
 
-    A number is a tensor without dimensions, and a tensor that parameters share is there once, with the first of them.
+    A number is a tensor without dimensions, and a tensor that parameters share is there once, with
+    the first of them.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -60,11 +70,13 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters that has made no step.
+    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters that has made
+    no step.
 
-    It first makes a state of its own, by a step that changes nothing since rates and gradients are zero; that one is filled. So every
-    tensor lies where this optimizer puts it: load_state_dict would cast it, or take it out of paged memory.
-    LorafoldError if the tensors are those of another optimizer.
+    It first makes a state of its own, by a step that changes nothing since rates and gradients are
+    zero; that one is filled. So every tensor lies where this optimizer puts it: load_state_dict
+    would cast it, or take it out of paged memory. LorafoldError if the tensors are those of another
+    optimizer.
     """
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:
@@ -75,8 +87,13 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     optimizer.zero_grad()
     own = optimizer_tensors(optimizer)
     shapes, found = ({key: tuple(t.shape) for key, t in of.items()} for of in (own, tensors))
-    if wrong := [key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)]:
-        listed = "; ".join(f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}" for key in wrong)
+    if wrong := [
+        key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)
+    ]:
+        listed = "; ".join(
+            f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}"
+            for key in wrong
+        )
         raise LorafoldError(f"the checkpoint's optimizer state is of another optimizer: {listed}")
     for i, p in enumerate(parameters(optimizer)):
         state = optimizer.state.get(p, {})

@@ -3,12 +3,13 @@
 | shape | row |
 |---|---|
 | conversation | `{"messages": [{"role": ..., "content": ...}, ...]}` |
-| prompt and completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
+| prompt, completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-Further keys are ignored. Whatever is wrong is told in one message with file, row (the line of a JSONL file, from 1), field,
-found and expected. `SHAPES` is the one table: a new shape is a new entry.
+Further keys are ignored. Whatever is wrong is told in one message with file, row (the line of a
+JSONL file, from 1), field, found and expected. `SHAPES` is the one table: a new shape is a new
+entry.
 """
 
 import json
@@ -27,7 +28,9 @@ LISTED = 10  # bad rows told in one message
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of one row; assistant turns from index `trained` on are what the model shall learn."""
+    """Messages of one row; assistant turns from index `trained` on are what the model shall
+    learn.
+    """
 
     messages: list[Message]
     trained: int = 0
@@ -35,8 +38,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """One form of a row: the keys that mark it, the objective that trains on it, what is wrong with a row, and its messages (None: it
-    has none)."""
+    """One form of a row: the keys that mark it, the objective that trains on it, what is wrong with
+    a row, and its messages (None: it has none).
+    """
 
     keys: tuple[str, ...]
     objective: str
@@ -48,9 +52,11 @@ class Shape:
 
 
 def read_rows(source: str) -> list[Row]:
-    """Rows of a .jsonl or .json file, a .parquet file, a directory, or a hub dataset id (its train split).
+    """Rows of a .jsonl or .json file, a .parquet file, a directory, or a hub dataset id (its train
+    split).
 
-    Raises LorafoldError where the source can't be read, holds no row, or holds bad rows (all counted, the first ten listed).
+    Raises LorafoldError where the source can't be read, holds no row, or holds bad rows (all
+    counted, the first ten listed).
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
@@ -59,7 +65,10 @@ def read_rows(source: str) -> list[Row]:
 
 
 def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[Row]:
-    """The rows, all of one shape. A text in the place of a row is the reason why it could not be read."""
+    """The rows, all of one shape.
+
+    A text in the place of a row is the reason why it could not be read.
+    """
     rows: list[Row] = []
     bad: list[str] = []
     first: tuple[int, Shape] | None = None
@@ -70,7 +79,9 @@ def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[R
         shape = shape_of(row)
         if shape is None:
             keys = ", ".join(repr(key) for key in row) or "none"
-            bad.append(f"row {number}: keys found: {keys}; expected one of {', '.join(map(str, SHAPES))}")
+            bad.append(
+                f"row {number}: keys found: {keys}; expected one of {', '.join(map(str, SHAPES))}"
+            )
             continue
         first = first or (number, shape)
         problems = list(shape.problems(row))
@@ -88,7 +99,9 @@ def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[R
 
 def shape_of(row: Row) -> Shape | None:
     """The first shape whose keys the row has (a key that holds null counts as absent)."""
-    return next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape.keys)), None)
+    return next(
+        (shape for shape in SHAPES if all(row.get(key) is not None for key in shape.keys)), None
+    )
 
 
 def is_labelled(rows: Sequence[Row]) -> bool:
@@ -102,7 +115,9 @@ def check_objective(rows: Sequence[Row], objective: str) -> None:
     if shape is None or shape.objective != objective:
         takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
         other = f", which are for --objective {shape.objective}" if shape else ""
-        raise LorafoldError(f"data: found rows of {shape}{other}; --objective {objective} takes rows of {takes}")
+        raise LorafoldError(
+            f"data: found rows of {shape}{other}; --objective {objective} takes rows of {takes}"
+        )
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -118,7 +133,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise LorafoldError(f"{path}: line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+        raise LorafoldError(
+            f"{path}: line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
+        ) from error
 
 
 def _parse(line: bytes) -> Row | str:
@@ -136,28 +153,41 @@ def _an_object(value: Any) -> Row | str:
 
 def _dataset(source: str, path: Path) -> Iterable[Row]:
     local = path.exists()
-    if not local and (path.suffix == ".parquet" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
-        raise LorafoldError(f"{source}: no such file or directory, expected .jsonl, .json, .parquet, a directory or a hub dataset id")
+    if not local and (
+        path.suffix == ".parquet" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
+    ):
+        raise LorafoldError(
+            f"{source}: no such file or directory, expected .jsonl, .json, .parquet, a directory or"
+            " a hub dataset id"
+        )
     if path.is_file() and path.suffix != ".parquet":
-        raise LorafoldError(f"{source}: found a {path.suffix or 'nameless'} file, expected .jsonl, .json or .parquet")
+        raise LorafoldError(
+            f"{source}: found a {path.suffix or 'nameless'} file, expected .jsonl, .json or"
+            " .parquet"
+        )
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     try:
         if path.is_file():
             found = load_dataset("parquet", data_files=source)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk leaves
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            # what save_to_disk leaves
             found = load_from_disk(source)
         else:
             found = load_dataset(source)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = "can't be read" if local else "is no file here, and as a hub dataset it can't be loaded"
+        what = (
+            "can't be read" if local else "is no file here, and as a hub dataset it can't be loaded"
+        )
         raise LorafoldError(f"{source}: {what}: {reason}") from error
     if not isinstance(found, DatasetDict):
         return found
     if "train" not in found and len(found) != 1:
-        raise LorafoldError(f"{source}: splits found: {', '.join(found)}; expected one, or one named train")
+        raise LorafoldError(
+            f"{source}: splits found: {', '.join(found)}; expected one, or one named train"
+        )
     return found["train"] if "train" in found else next(iter(found.values()))
 
 
@@ -175,11 +205,17 @@ def _text(name: str, value: Any) -> Iterator[str]:
 
 def _messages(name: str, value: Any) -> Iterator[str]:
     if not isinstance(value, list) or not value:
-        yield f"field {name}: found {'an empty list' if value == [] else _kind(value)}, expected a list of messages"
+        yield (
+            f"field {name}: found {'an empty list' if value == [] else _kind(value)}, expected a"
+            " list of messages"
+        )
         return
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            yield f"field {name}[{index}]: found {_kind(message)}, expected an object with role and content"
+            yield (
+                f"field {name}[{index}]: found {_kind(message)}, expected an object with role and"
+                " content"
+            )
             continue
         for key in ("role", "content"):
             yield from _text(f"{name}[{index}].{key}", message.get(key))
@@ -188,8 +224,15 @@ def _messages(name: str, value: Any) -> Iterator[str]:
 def _pair(row: Row) -> Iterator[str]:
     prompt, completion = row["prompt"], row["completion"]
     check = _messages if isinstance(prompt, list) else _text
-    if isinstance(prompt, str | list) and isinstance(completion, str | list) and type(prompt) is not type(completion):
-        yield f"fields prompt and completion: found {_kind(prompt)} and {_kind(completion)}, expected both text or both lists of messages"
+    if (
+        isinstance(prompt, str | list)
+        and isinstance(completion, str | list)
+        and type(prompt) is not type(completion)
+    ):
+        yield (
+            f"fields prompt and completion: found {_kind(prompt)} and {_kind(completion)}, expected"
+            " both text or both lists of messages"
+        )
         return
     yield from check("prompt", prompt)
     yield from check("completion", completion)
@@ -204,12 +247,20 @@ def _labelled(row: Row) -> Iterator[str]:
 def _pair_conversation(row: Row) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
-        prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
+        prompt, completion = (
+            [{"role": "user", "content": prompt}],
+            [{"role": "assistant", "content": completion}],
+        )
     return Conversation([*prompt, *completion], trained=len(prompt))
 
 
 SHAPES = (
-    Shape(("messages",), "sft", lambda row: _messages("messages", row["messages"]), lambda row: Conversation(row["messages"])),
+    Shape(
+        ("messages",),
+        "sft",
+        lambda row: _messages("messages", row["messages"]),
+        lambda row: Conversation(row["messages"]),
+    ),
     Shape(("prompt", "completion"), "sft", _pair, _pair_conversation),
     Shape(("text", "label"), "classify", _labelled),
     Shape(("text",), "sft", lambda row: _text("text", row["text"])),

@@ -1,4 +1,6 @@
-"""One training run from names to an adapter on disk: model, data, recipe in; a directory in PEFT's format out."""
+"""One training run from names to an adapter on disk: model, data, recipe in; a directory in PEFT's
+format out.
+"""
 
 from __future__ import annotations
 
@@ -51,15 +53,29 @@ if TYPE_CHECKING:
 
 # Fields that an adapter to start from brings along.
 _OF_THE_ADAPTER = {
-    "method", "rank", "alpha", "dropout", "options", "targets", "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "new_tokens",
-}  # fmt: skip
-# Fields that change what is watched or kept and not what is learned: a resumed run may differ in them.
+    "method",
+    "rank",
+    "alpha",
+    "dropout",
+    "options",
+    "targets",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "modules_to_save",
+    "new_tokens",
+}
+# Fields that change what is watched or kept and not what is learned: a resumed run may differ in
+# them.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, on what, and where to put it. `out` must not exist unless overwrite or resume is on."""
+    """What to train, on what, and where to put it.
+
+    `out` must not exist unless overwrite or resume is on.
+    """
 
     model: str
     out: Path
@@ -77,7 +93,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a run. Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes are bytes."""
+    """What came of a run.
+
+    Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes
+    are bytes.
+    """
 
     train_loss: float
     eval_loss: float | None
@@ -91,7 +111,9 @@ class Trained:
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """sha256 over the rows as JSON: the same data gives the same digest whatever file format it came in."""
+    """sha256 over the rows as JSON: the same data gives the same digest whatever file format it
+    came in.
+    """
     h = hashlib.sha256()
     for row in rows:
         h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
@@ -108,7 +130,9 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
 def tokenizer_for(
     request: Request, source: ModelSource, objective: Objective, console: Console
 ) -> tuple[PreTrainedTokenizerBase, Words]:
-    """The tokenizer with the recipe's chat template and new tokens, and what is to be known of these. What was done is printed."""
+    """The tokenizer with the recipe's chat template and new tokens, and what is to be known of
+    these. What was done is printed.
+    """
     adapters = [request.init_adapter] if request.init_adapter else []
     tokenizer = tokenizer_of(source, adapters, request.trust_remote_code)
     if request.recipe.chat_template is not None:
@@ -137,7 +161,9 @@ def tokenized(
 
 
 def show(request: Request, console: Console, rows: int = 3) -> None:
-    """Print the first rows as the model will see them, with the tokens that count in the loss marked."""
+    """Print the first rows as the model will see them, with the tokens that count in the loss
+    marked.
+    """
     source, objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, source, objective, console)
     train, _ = tokenized(request, tokenizer, objective, console)
@@ -149,46 +175,76 @@ def show(request: Request, console: Console, rows: int = 3) -> None:
 def train(request: Request, console: Console) -> Trained:
     """Train one adapter and write it to `request.out`.
 
-    Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is written) after SIGINT or SIGTERM.
+    Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is
+    written) after SIGINT or SIGTERM.
     """
     for path in (request.out, best_path(request.out)):
         check_out(path, request.overwrite or request.resume)
     RunDirectory(request.out).check_free(request.overwrite or request.resume)
     check_available(request.recipe.optimizer)
     spec = make_spec(request.recipe.method, **request.recipe.method_options())
-    if request.init_adapter and (fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)):
-        raise LorafoldError(f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't be set beside it")
+    if request.init_adapter and (
+        fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)
+    ):
+        raise LorafoldError(
+            f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't"
+            " be set beside it"
+        )
     source, objective = objective_of(request)
-    recipe = request.recipe.model_copy(update={"base": settled_base(request.recipe, spec, source, request.init_adapter)})
+    recipe = request.recipe.model_copy(
+        update={"base": settled_base(request.recipe, spec, source, request.init_adapter)}
+    )
     request = replace(request, recipe=recipe)
     tokenizer, words = tokenizer_for(request, source, objective, console)
     data, held_out = tokenized(request, tokenizer, objective, console)
     device = choose_device(request.device)
     storage = choose_storage(recipe.base, device)
     console.print(f"base: {storage.why}", highlight=False)
-    logs = str(request.out.with_name(request.out.name + ".logs"))  # trackers' own; they outlive the checkpoints
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs)
+    # trackers' own; they outlive the checkpoints
+    logs = str(request.out.with_name(request.out.name + ".logs"))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs
+    )
     if recipe.batch % accelerator.num_processes:
-        raise LorafoldError(f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes")
+        raise LorafoldError(
+            f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes"
+        )
     stored = peft.read(request.init_adapter) if request.init_adapter else None
     beside = stored.beside if stored else partial(extras, recipe, spec, objective, words)
     laid = stored.spec if stored else spec
-    plan = planned(recipe, laid, storage, data.examples, beside, len(objective.classes), accelerator.num_processes)
+    plan = planned(
+        recipe,
+        laid,
+        storage,
+        data.examples,
+        beside,
+        len(objective.classes),
+        accelerator.num_processes,
+    )
     config = configuration(str(source.path), trust_remote_code=request.trust_remote_code)
-    checkpointing = settle(config, plan, recipe.gradient_checkpointing, free_everywhere(accelerator), console)
-    model = objective.load(source, tokenizer, storage, device, recipe.seed, request.trust_remote_code)
+    checkpointing = settle(
+        config, plan, recipe.gradient_checkpointing, free_everywhere(accelerator), console
+    )
+    model = objective.load(
+        source, tokenizer, storage, device, recipe.seed, request.trust_remote_code
+    )
     keep_freed_blocks()
     torch.manual_seed(recipe.seed)
     weights = weights_of(source, storage)
-    adapter = (load(model, request.init_adapter, trainable=True, base=weights) if request.init_adapter
-               else attach(model, spec, recipe.targets, base=weights, **beside(model)))  # fmt: skip
+    adapter = (
+        load(model, request.init_adapter, trainable=True, base=weights)
+        if request.init_adapter
+        else attach(model, spec, recipe.targets, base=weights, **beside(model))
+    )
     console.print(repr(adapter), highlight=False, markup=False)
     if checkpointing:
         recompute(model)
     with ExitStack() as stack:
         console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
-        job, progress = prepare(request, adapter, loss, accelerator, data, held_out, tokenizer, console)
+        job, progress = prepare(
+            request, adapter, loss, accelerator, data, held_out, tokenizer, console
+        )
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)
@@ -197,11 +253,24 @@ def train(request: Request, console: Console) -> Trained:
     if report := adapter.spec.report(adapter.own_deltas):
         console.print(report, highlight=False)
     inherited = request.init_adapter is not None and has_tokenizer(request.init_adapter)
-    own = tokenizer if words.ids or recipe.chat_template or inherited or adapter.spec.trains_base else None
-    return finish(request, job, progress, own, objective.record() | ({"new_tokens": words.ids} if words.ids else {}), weights)
+    own = (
+        tokenizer
+        if words.ids or recipe.chat_template or inherited or adapter.spec.trains_base
+        else None
+    )
+    return finish(
+        request,
+        job,
+        progress,
+        own,
+        objective.record() | ({"new_tokens": words.ids} if words.ids else {}),
+        weights,
+    )
 
 
-def extras(recipe: Recipe, spec: Spec, objective: Objective, words: Words, model: PreTrainedModel) -> dict[str, Any]:
+def extras(
+    recipe: Recipe, spec: Spec, objective: Objective, words: Words, model: PreTrainedModel
+) -> dict[str, Any]:
     """What is trained on this model beside the method: biases, whole modules, rows of tokens."""
     saved = (*recipe.modules_to_save, *objective.modules_to_save(model, spec, recipe.targets))
     tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
@@ -209,13 +278,27 @@ def extras(recipe: Recipe, spec: Spec, objective: Objective, words: Words, model
 
 
 def prepare(
-    request: Request, adapter: Adapter, loss: Loss, accelerator: Accelerator, data: Data, held_out: Data | None,
-    tokenizer: PreTrainedTokenizerBase, console: Console,
-) -> tuple[Job, Progress]:  # fmt: skip
-    """The job, and how far it is: a fresh run is prepared by its method, one that is resumed takes up the tensors it had."""
+    request: Request,
+    adapter: Adapter,
+    loss: Loss,
+    accelerator: Accelerator,
+    data: Data,
+    held_out: Data | None,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> tuple[Job, Progress]:
+    """The job, and how far it is: a fresh run is prepared by its method, one that is resumed takes
+    up the tensors it had.
+    """
     recipe, run = request.recipe, RunDirectory(request.out)
-    identity: dict[str, Any] = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME}
-    identity |= {"model": request.model, "data": digest(request.rows), "init_adapter": str(request.init_adapter or "")}
+    identity: dict[str, Any] = {
+        k: v for k, v in recipe.model_dump(mode="json").items() if k not in _FREE_ON_RESUME
+    }
+    identity |= {
+        "model": request.model,
+        "data": digest(request.rows),
+        "init_adapter": str(request.init_adapter or ""),
+    }
     if recipe.chat_template is not None:
         identity["chat_template"] = str(tokenizer.chat_template)  # what it says, not where it lies
     progress, state = Progress(), None
@@ -237,9 +320,14 @@ def prepare(
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
         restore_rng(state)
-    accelerator.init_trackers("lorafold", config={k: str(v) for k, v in recipe.model_dump().items()})
+    accelerator.init_trackers(
+        "lorafold", config={k: str(v) for k, v in recipe.model_dump().items()}
+    )
     if request.resume:
-        console.print(f"resuming after step {progress.step} of {recipe.total_steps(len(data.examples))}", highlight=False)
+        console.print(
+            f"resuming after step {progress.step} of {recipe.total_steps(len(data.examples))}",
+            highlight=False,
+        )
     return Job(
         adapter, loss, wrapped, optimizer, accelerator, data.examples,
         None if held_out is None else lambda: held_out_loss(loss, held_out.examples),
@@ -247,8 +335,12 @@ def prepare(
     ), progress  # fmt: skip
 
 
-def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | None = None) -> Iterator[Tensor]:
-    """n mean losses, each of `rows` rows or else a batch, drawn as training draws them, with a seed of their own."""
+def sample_losses(
+    loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | None = None
+) -> Iterator[Tensor]:
+    """n mean losses, each of `rows` rows or else a batch, drawn as training draws them, with a seed
+    of their own.
+    """
     loss.train()
     device = next(loss.parameters()).device
     for drawn in batches(len(data.examples), rows or recipe.batch, n, recipe.seed + 1):
@@ -257,29 +349,51 @@ def sample_losses(loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | No
 
 
 def finish(
-    request: Request, job: Job, progress: Progress, tokenizer: PreTrainedTokenizerBase | None, about: Mapping[str, Any],
+    request: Request,
+    job: Job,
+    progress: Progress,
+    tokenizer: PreTrainedTokenizerBase | None,
+    about: Mapping[str, Any],
     base: Weights | None,
-) -> Trained:  # fmt: skip
-    """Write the adapter, with `about` in its record and the `tokenizer` beside it if it has its own, and the best one to `<out>.best` if
-    that was an earlier step; drop the checkpoints. `base` has the base's own weights where the model does not."""
+) -> Trained:
+    """Write the adapter, with `about` in its record and the `tokenizer` beside it if it has its
+    own, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints. `base`
+    has the base's own weights where the model does not.
+    """
     tail = progress.losses[-10:]
     result = Trained(
-        train_loss=sum(tail) / len(tail), eval_loss=progress.evals.get(progress.step),
-        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9), peak_bytes=peak_bytes(job.accelerator.device),
-        trainable_parameters=sum(p.numel() for p in job.adapter.parameters()), steps=progress.step, seconds=progress.seconds,
-        adapter=str(request.out), losses=progress.losses,
-    )  # fmt: skip
+        train_loss=sum(tail) / len(tail),
+        eval_loss=progress.evals.get(progress.step),
+        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+        peak_bytes=peak_bytes(job.accelerator.device),
+        trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
+        steps=progress.step,
+        seconds=progress.seconds,
+        adapter=str(request.out),
+        losses=progress.losses,
+    )
     if not job.accelerator.is_main_process:
         return result
-    record = {"recipe": request.recipe.model_dump(mode="json"), "losses": progress.losses, "evals": progress.evals,
-              "data": {"source": request.source, "rows": len(request.rows), "sha256": digest(request.rows)}, **about}  # fmt: skip
+    record = {
+        "recipe": request.recipe.model_dump(mode="json"),
+        "losses": progress.losses,
+        "evals": progress.evals,
+        "data": {
+            "source": request.source,
+            "rows": len(request.rows),
+            "sha256": digest(request.rows),
+        },
+        **about,
+    }
     if (size := job.adapter.vocabulary) is not None:
         record |= {VOCABULARY: size}
     card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
 
     def write(path: Path, record: dict[str, Any]) -> None:
         overwrite = request.overwrite or request.resume
-        job.adapter.save(path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base)
+        job.adapter.save(
+            path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
+        )
 
     write(request.out, record)
     if progress.best not in (None, progress.step):
@@ -291,5 +405,7 @@ def finish(
 
 
 def best_path(out: Path) -> Path:
-    """Where the adapter of the step with the lowest held-out loss goes, if that is not the last step."""
+    """Where the adapter of the step with the lowest held-out loss goes, if that is not the last
+    step.
+    """
     return out.with_name(out.name + ".best")
