@@ -30,13 +30,13 @@ from rich.console import Console
 from torch import nn
 
 import lorafold as lf
-from lorafold.evaluate import held_out_loss
-from lorafold.io.models import Storage, load_model, load_tokenizer
-from lorafold.quickstart_task import rows as quickstart_rows
-from lorafold.train.data import Example, batches, encode
-from lorafold.train.fused import fused
-from lorafold.train.losses import Completions, labelled
-from lorafold.train.objectives import Sft
+from lorafold.data.examples import Example, batches, encode
+from lorafold.evaluation import held_out_loss
+from lorafold.models.loading import Storage, load_model, load_tokenizer
+from lorafold.quickstart.task import rows as quickstart_rows
+from lorafold.step.fused import fused
+from lorafold.step.losses import Completions, labelled
+from lorafold.training.objectives import Sft
 
 ROWS, HELD_OUT = 4, 32
 STORAGES = {

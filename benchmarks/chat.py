@@ -25,7 +25,7 @@ from pathlib import Path
 from lib.results import keep
 from reasoning_gym import create_dataset
 
-from lorafold.io.models import load_tokenizer, resolve_model
+from lorafold.models.loading import load_tokenizer, resolve_model
 
 TRL = """
 import json, sys, torch

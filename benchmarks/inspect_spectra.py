@@ -22,9 +22,9 @@ import torch
 from lib.results import keep
 
 import lorafold as lf
-from lorafold.inspect.spectra import advice, pooled, spectrum
-from lorafold.inspect.updates import bones_of, of_factors
-from lorafold.io.models import resolve_model
+from lorafold.inspecting.spectra import advice, pooled, spectrum
+from lorafold.inspecting.updates import bones_of, of_factors
+from lorafold.models.loading import resolve_model
 
 LAYERS, HIDDEN, MLP = 32, 4096, 11008
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(MLP, HIDDEN)] * 2 + [(HIDDEN, MLP)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lib.results import keep
 
-from lorafold.quickstart_task import rows
+from lorafold.quickstart.task import rows
 
 HOWS = (
     "linear",

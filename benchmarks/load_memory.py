@@ -16,8 +16,8 @@ import torch
 from lib.child import watch
 from merge_memory import synthetic
 
-from lorafold.io.models import resolve_model
-from lorafold.merge.checkpoint import open_checkpoint
+from lorafold.models.checkpoint import open_checkpoint
+from lorafold.models.loading import resolve_model
 
 WORK = """
 storage = Storage(torch.bfloat16, sys.argv[2] if sys.argv[2] != "bf16" else None)
@@ -26,8 +26,8 @@ kept = {s.data_ptr(): s.nbytes() for s in storages}
 print(sum(kept.values()))
 """
 IMPORTS = """
-from lorafold.io.models import Storage, load_model
-from lorafold.bases.foreign import bitsandbytes
+from lorafold.models.loading import Storage, load_model
+from lorafold.bases.quantized import bitsandbytes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 bitsandbytes()
 """

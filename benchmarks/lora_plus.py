@@ -17,9 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from rich.console import Console
 
-from lorafold.quickstart import RECIPE
-from lorafold.quickstart_task import rows
-from lorafold.train.run import Request, train
+from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.task import rows
+from lorafold.training.run import Request, train
 
 HELD_OUT, EVERY = 40, 5  # rows, steps
 

@@ -18,15 +18,15 @@ import torch
 import transformers as tf
 from lib.results import keep
 
-from lorafold.io.classifier import head_paths
-from lorafold.io.models import load_model
 from lorafold.memory.measure import measure
-from lorafold.memory.model import estimate
 from lorafold.memory.modes import setting_of
-from lorafold.memory.shapes import configuration
-from lorafold.memory.skeleton import skeleton
+from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, nothing
-from lorafold.train.recipe import Recipe
+from lorafold.models.classifier import head_paths
+from lorafold.models.fake import skeleton
+from lorafold.models.loading import load_model
+from lorafold.models.shapes import configuration
+from lorafold.step.recipe import Recipe
 
 ON = {"gradient_checkpointing": True}
 SHAPE = {

@@ -20,8 +20,8 @@ from lib.child import watch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
-from lorafold.io.models import resolve_model
-from lorafold.merge.checkpoint import build, open_checkpoint
+from lorafold.models.checkpoint import build, open_checkpoint
+from lorafold.models.loading import resolve_model
 
 SHAPE = {
     "hidden_size": 2048,
@@ -101,7 +101,7 @@ def measure(label: str, model: Path, work: Path) -> None:
     largest = 4 * max(torch.Size(e.shape).numel() for e in entries)
     adapter = random_adapter(model, work / f"{label}-adapter")
     work_of = (str(model), str(adapter), str(work / f"{label}-merged"))
-    done = watch("from lorafold.merge.run import merge", WORK, *work_of)
+    done = watch("from lorafold.merging.run import merge", WORK, *work_of)
     bound = 3 * largest + 300 * 10**6
     row = {
         "model": label,

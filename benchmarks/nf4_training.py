@@ -21,12 +21,12 @@ from rich.console import Console
 import lorafold as lf
 from lorafold.bases import is_linear
 from lorafold.core.targets import match
-from lorafold.io.allocator import keep_freed_blocks
-from lorafold.io.models import Storage, load_model, load_tokenizer
-from lorafold.quickstart_task import rows
-from lorafold.train.data import Example, encode
-from lorafold.train.losses import Completions
-from lorafold.train.objectives import Sft
+from lorafold.data.examples import Example, encode
+from lorafold.machine.allocator import keep_freed_blocks
+from lorafold.models.loading import Storage, load_model, load_tokenizer
+from lorafold.quickstart.task import rows
+from lorafold.step.losses import Completions
+from lorafold.training.objectives import Sft
 
 BASES = {"bf16": Storage(torch.bfloat16), "nf4": Storage(torch.bfloat16, "nf4")}
 

@@ -22,7 +22,7 @@ from lib.worker import Case, Step, Worker
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.targets import match
-from lorafold.io.models import load_model
+from lorafold.models.loading import load_model
 
 SETTINGS = {
     "lora-dropout": {"dropout": 0.05},

@@ -40,8 +40,8 @@ from bitsandbytes.functional import get_4bit_type
 from torch import Tensor, nn
 
 from lorafold.core.presets import all_linear
-from lorafold.io.models import load_model, load_tokenizer
-from lorafold.merge.certificate import probe_ids
+from lorafold.merging.certificate import probe_ids
+from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.ops import nf4
 
 BINS = 1 << 16  # of the histogram over [-1, 1] in which levels are fitted

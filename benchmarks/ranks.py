@@ -6,7 +6,7 @@ ranks and seeds, inspected.
 LoRA on all linears of the embedded model, an fp32 base, the recipe's rates. What is there in OUT is
 not done again, so a run that was stopped goes on. Effective ranks are means over 210 matrices;
 `loss` is that of 60 held-out rows. phi is of the directions that two updates read, and write
-(`lorafold.inspect.subspaces`), `chance` what unrelated ones come to.
+(`lorafold.inspecting.subspaces`), `chance` what unrelated ones come to.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from statistics import fmean
 
 from lib.results import keep
 
-from lorafold.quickstart_task import rows
+from lorafold.quickstart.task import rows
 
 RANKS, SEEDS = (4, 8, 16, 64), (0, 1)
 SIZES = (

@@ -135,7 +135,7 @@ def tiny_model(tiny_model_dir):
     """A fresh fp32 copy, on every call, of the tiny random model of a kind."""
     import torch
 
-    from lorafold.io.models import load_model
+    from lorafold.models.loading import load_model
 
     return lambda kind: load_model(tiny_model_dir(kind), torch.float32)
 
@@ -143,6 +143,6 @@ def tiny_model(tiny_model_dir):
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of the embedded model."""
-    from lorafold.io.models import resolve_model
+    from lorafold.models.loading import resolve_model
 
     return resolve_model("smollm2").path

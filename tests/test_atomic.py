@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorafold.errors import LorafoldError
-from lorafold.io import atomic
-from lorafold.io.atomic import MANIFEST, atomic_directory, check_out, verify, write_json
+from lorafold.files import atomic
+from lorafold.files.atomic import MANIFEST, atomic_directory, check_out, verify, write_json
 
 
 def write(path: Path, text: str, overwrite: bool = False) -> None:
@@ -152,7 +152,7 @@ def test_tensors_that_find_no_room_are_one_line(tmp_path):
     code = f"""
 import resource, numpy, safetensors.numpy
 from lorafold.errors import LorafoldError
-from lorafold.io.atomic import atomic_directory
+from lorafold.files.atomic import atomic_directory
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with atomic_directory({str(tmp_path / "out")!r}) as tmp:
@@ -175,7 +175,7 @@ def test_a_killed_process_leaves_nothing_at_the_path_and_its_leftover_goes_with_
     out = tmp_path / "out"
     code = f"""
 import time
-from lorafold.io.atomic import atomic_directory
+from lorafold.files.atomic import atomic_directory
 with atomic_directory({str(out)!r}) as tmp:
     (tmp / "weights").write_text("half")
     print("writing", flush=True)

@@ -20,15 +20,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lorafold as lf
+from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
-from lorafold.io.models import load_tokenizer
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.train.activations import recompute
-from lorafold.train.data import encode
-from lorafold.train.loop import penalty
-from lorafold.train.objectives import Sft
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request, sample_losses, train
+from lorafold.models.loading import load_tokenizer
+from lorafold.step.activations import recompute
+from lorafold.step.recipe import Recipe
+from lorafold.training.loop import penalty
+from lorafold.training.objectives import Sft
+from lorafold.training.run import Request, sample_losses, train
 
 ROWS = [
     {"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'}

@@ -21,17 +21,17 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from lorafold.cli import app
+from lorafold.data.labelled import classes_of, encode_labelled
+from lorafold.data.rows import check_rows
 from lorafold.errors import LorafoldError
-from lorafold.evaluate import evaluate, held_out_loss, wilson
-from lorafold.io.classifier import head_paths, load_classifier
-from lorafold.io.models import load_tokenizer, resolve_model
-from lorafold.merge.run import merge
-from lorafold.train.classify import classes_of, encode_labelled
-from lorafold.train.losses import Classification
-from lorafold.train.objectives import OBJECTIVES
-from lorafold.train.recipe import Recipe
-from lorafold.train.rows import check_rows
-from lorafold.train.run import Request, show, train
+from lorafold.evaluation import evaluate, held_out_loss, wilson
+from lorafold.merging.run import merge
+from lorafold.models.classifier import head_paths, load_classifier
+from lorafold.models.loading import load_tokenizer, resolve_model
+from lorafold.step.losses import Classification
+from lorafold.step.recipe import Recipe
+from lorafold.training.objectives import OBJECTIVES
+from lorafold.training.run import Request, show, train
 
 TEXTS = {
     "booking": ["Book a table for {}", "A table for {} please", "Book the corner for {} tonight"],
@@ -230,7 +230,7 @@ def killing(job, rows, i):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(job, rows, i)
 loop.train_step = killing
-from lorafold.train.run import train
+from lorafold.training.run import train
 train(request(Path(sys.argv[1]), Path(sys.argv[2]), steps=12, save_every=4), quiet())
 """
 

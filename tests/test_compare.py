@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from lorafold.compare.measure import Task
-from lorafold.compare.report import markdown, page
-from lorafold.compare.run import compare
+from lorafold.comparing.measure import Task
+from lorafold.comparing.report import markdown, page
+from lorafold.comparing.run import compare
 from lorafold.methods import LoRA
-from lorafold.train.fitting import fitting
-from lorafold.train.recipe import Recipe
+from lorafold.step.fitting import fitting
+from lorafold.step.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 
@@ -71,7 +71,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     def never(*_: object) -> None:
         raise AssertionError
 
-    import lorafold.compare.run as run
+    import lorafold.comparing.run as run
 
     measured, run.in_own_process = run.in_own_process, never
     try:

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lorafold as lf
-from lorafold.compose.arithmetic import cut, disjoint_mean, drop, inner, trim
-from lorafold.compose.job import Request
-from lorafold.compose.rules import RULES
-from lorafold.compose.run import compose
+from lorafold.composing.arithmetic import cut, disjoint_mean, drop, inner, trim
+from lorafold.composing.job import Request
+from lorafold.composing.rules import RULES
+from lorafold.composing.run import compose
 from lorafold.errors import LorafoldError
-from lorafold.io.models import load_model
-from lorafold.merge.rounding import generator_of
+from lorafold.fold.rounding import generator_of
+from lorafold.models.loading import load_model
 from lorafold.ops.svd import svd_of_product
 from test_merge import adapted_logits, logits, make_adapter, relative
 

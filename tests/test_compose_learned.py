@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from lorafold.cli import app
-from lorafold.compose import mixture
-from lorafold.compose.geometry import meetings, overlap
-from lorafold.compose.job import Job, Request
-from lorafold.compose.lorahub import BOUND, minimized
-from lorafold.compose.updates import names, read
+from lorafold.composing import mixture
+from lorafold.composing.geometry import meetings, overlap
+from lorafold.composing.job import Job, Request
+from lorafold.composing.lorahub import BOUND, minimized
+from lorafold.composing.updates import names, read
+from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.evaluate import evaluate
-from lorafold.io.models import load_model, load_tokenizer, resolve_model
-from lorafold.merge.run import merge
-from lorafold.train.rows import read_rows
+from lorafold.evaluation import evaluate
+from lorafold.merging.run import merge
+from lorafold.models.loading import load_model, load_tokenizer, resolve_model
 from test_compose import ROUNDING, Q, run, same, updates, weighted
 from test_merge import adapted_logits, logits, make_adapter, relative
 

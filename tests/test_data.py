@@ -9,8 +9,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lorafold.errors import LorafoldError
-from lorafold.train.data import (
+from lorafold.data.examples import (
     NO_LOSS,
     batches,
     encode,
@@ -20,6 +19,7 @@ from lorafold.train.data import (
     read_rows,
     split,
 )
+from lorafold.errors import LorafoldError
 
 CHAT = {
     "messages": [

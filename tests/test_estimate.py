@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lorafold.io.models import _embedded_gguf
 from lorafold.memory import cheatsheet
-from lorafold.memory.model import TERMS
-from lorafold.memory.shapes import configuration
+from lorafold.memory.terms import TERMS
+from lorafold.models.loading import _embedded_gguf
+from lorafold.models.shapes import configuration
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 

@@ -14,13 +14,13 @@ import torch
 import lorafold as lf
 from lorafold.cli.eval import command as eval_command
 from lorafold.cli.generate import command as generate_command
+from lorafold.data.examples import encode, prompts
 from lorafold.errors import LorafoldError
-from lorafold.evaluate import Evaluation, Z, evaluate, held_out_loss, loss_interval, wilson
-from lorafold.generate import complete
-from lorafold.io.models import load_tokenizer
-from lorafold.train.data import encode, prompts
-from lorafold.train.losses import Completions
-from lorafold.train.packing import packed
+from lorafold.evaluation import Evaluation, Z, evaluate, held_out_loss, loss_interval, wilson
+from lorafold.generation import complete
+from lorafold.models.loading import load_tokenizer
+from lorafold.step.documents import packed
+from lorafold.step.losses import Completions
 
 ASKED = [
     "a table for four",

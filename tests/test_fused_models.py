@@ -16,11 +16,11 @@ import transformers as tf
 from torch import Tensor, nn
 
 import lorafold as lf
-from lorafold.io.models import Storage, load_model
 from lorafold.methods import METHODS, make_spec
-from lorafold.train.activations import recompute
-from lorafold.train.fused import ROTARY, fused
-from lorafold.train.packing import packed
+from lorafold.models.loading import Storage, load_model
+from lorafold.step.activations import recompute
+from lorafold.step.documents import packed
+from lorafold.step.fused import ROTARY, fused
 from test_packing import VOCAB, build, collate, loss_and_gradients, rows
 
 ALL = ("MLP", "norms", "rotary embedding")

@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lorafold as lf
 from lorafold.methods import make_spec
-from lorafold.train.fused import ROTARY, fused
-from lorafold.train.packing import packed
+from lorafold.step.documents import packed
+from lorafold.step.fused import ROTARY, fused
 from test_fused_models import adapted, assert_same_step, model_of, seeded_step, together
 from test_packing import COMMON, VOCAB, loss_and_gradients
 

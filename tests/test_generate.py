@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lorafold.errors import LorafoldError
-from lorafold.generate import complete, stream
+from lorafold.generation import complete, stream
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 EOS = len(ALPHABET)

@@ -38,7 +38,7 @@ def room(path: Path) -> str:
 
 def imported(path: Path) -> Iterator[str]:
     """Every module that the file imports, wherever in it: `from lorafold.io import peft` counts as
-    lorafold.io.peft.
+    lorafold.peft.directory.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import lorafold as lf
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
-from lorafold.inspect import base_svd
-from lorafold.inspect.report import MAPS
-from lorafold.inspect.run import inspect
-from lorafold.inspect.updates import Svd, of_dense
-from lorafold.io.models import load_model, resolve_model
+from lorafold.inspecting import base_svd
+from lorafold.inspecting.report import MAPS
+from lorafold.inspecting.run import inspect
+from lorafold.inspecting.updates import Svd, of_dense
+from lorafold.models.loading import load_model, resolve_model
 from test_inspect_updates import orthonormal
 from test_merge import make_adapter
 

@@ -6,10 +6,10 @@ import torch
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules, selection_of
-from lorafold.inspect.loss import loss_on, losses_of
-from lorafold.inspect.paths import barrier, between, measured_paths, scaling
-from lorafold.io.models import load_tokenizer
+from lorafold.inspecting.loss import loss_on, losses_of
+from lorafold.inspecting.paths import barrier, between, measured_paths, scaling
 from lorafold.methods import make_spec
+from lorafold.models.loading import load_tokenizer
 
 ROWS = [
     {"text": "Book a table for four at the Copper Lantern"},

@@ -10,12 +10,12 @@ from transformers import MixtralConfig, Olmo2Config
 import lorafold as lf
 from lorafold.core.delta import put
 from lorafold.errors import LorafoldError
-from lorafold.inspect.reads import Side, chance, largest_shares, nearest, read_vectors, shares
-from lorafold.inspect.residual import gain, stream_of
-from lorafold.inspect.run import inspect
-from lorafold.inspect.updates import of_factors
-from lorafold.io.models import load_tokenizer, resolve_model
-from lorafold.merge.checkpoint import build
+from lorafold.inspecting.reads import Side, chance, largest_shares, nearest, read_vectors, shares
+from lorafold.inspecting.residual import gain, stream_of
+from lorafold.inspecting.run import inspect
+from lorafold.inspecting.updates import of_factors
+from lorafold.models.checkpoint import build
+from lorafold.models.loading import load_tokenizer, resolve_model
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm",

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
-from lorafold.inspect.resize import extract, resize
-from lorafold.io.models import load_model, resolve_model
+from lorafold.inspecting.resize import extract, resize
+from lorafold.models.loading import load_model, resolve_model
 from test_merge import adapted_logits, logits, make_adapter, relative
 
 SPECS = {

@@ -7,8 +7,8 @@ import torch
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.inspect.against import compared
-from lorafold.inspect.spectra import (
+from lorafold.inspecting.against import compared
+from lorafold.inspecting.spectra import (
     advice,
     effective_rank,
     entropy_rank,
@@ -16,8 +16,8 @@ from lorafold.inspect.spectra import (
     spectrum,
     stable_rank,
 )
-from lorafold.inspect.subspaces import against_base, phi
-from lorafold.inspect.updates import Svd, of_dense, of_factors, sites
+from lorafold.inspecting.subspaces import against_base, phi
+from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
 from test_laws import move
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.io.weights import FileWeights, model_files
+from lorafold.models.weights import FileWeights, model_files
 from test_interop_peft import CLOSE, gap, load_theirs, move, noise
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]

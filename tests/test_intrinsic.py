@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lorafold.errors import LorafoldError
-from lorafold.inspect.intrinsic import Point, search
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request
+from lorafold.inspecting.intrinsic import Point, search
+from lorafold.step.recipe import Recipe
+from lorafold.training.run import Request
 
 ROWS = [
     {"prompt": f"say {word}", "completion": f" {word} {word}"}

@@ -13,24 +13,24 @@ import transformers as tf
 from torch import nn
 
 from lorafold.bases import LAYERS
-from lorafold.bases.foreign import PACKERS, Packed
+from lorafold.bases.quantized import PACKERS, Packed
 from lorafold.cli.estimate import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.io.classifier import head_paths
-from lorafold.io.models import Storage
 from lorafold.memory.advice import advise
 from lorafold.memory.measure import measure
-from lorafold.memory.model import estimate
 from lorafold.memory.modes import setting_of
 from lorafold.memory.report import verdict
-from lorafold.memory.shapes import llama
-from lorafold.memory.skeleton import period, skeleton
+from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.methods.tokens import Tokens
-from lorafold.train.recipe import Recipe
+from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.classifier import head_paths
+from lorafold.models.fake import period, skeleton
+from lorafold.models.loading import Storage
+from lorafold.models.shapes import llama
+from lorafold.step.recipe import Recipe
 
 COMMON = {
     "hidden_size": 128,

@@ -12,15 +12,15 @@ import transformers as tf
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from lorafold.io.models import Storage
-from lorafold.io.room import limited
+from lorafold.data.examples import Example
+from lorafold.machine.room import limited
 from lorafold.memory.ahead import planned, settle
-from lorafold.memory.model import estimate
+from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.train.data import Example
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request, train
+from lorafold.models.loading import Storage
+from lorafold.step.recipe import Recipe
+from lorafold.training.run import Request, train
 
 CONFIG = tf.LlamaConfig(
     hidden_size=128,
@@ -97,7 +97,7 @@ def test_a_run_asks_it(
     recomputed: bool,
 ) -> None:
     console = Console(file=io.StringIO(), width=400)
-    monkeypatch.setattr("lorafold.train.adamw.free_bytes", lambda device: free)
+    monkeypatch.setattr("lorafold.step.adamw.free_bytes", lambda device: free)
     seen = []
     monkeypatch.setattr(
         PreTrainedModel, "activation_checkpointing_enable", lambda model: seen.append(model)

@@ -17,12 +17,12 @@ import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.io.atomic import verify
-from lorafold.io.models import load_model, load_tokenizer
-from lorafold.merge.fold import fold, need_space
-from lorafold.merge.plan import changes
-from lorafold.merge.run import merge
+from lorafold.files.atomic import verify
+from lorafold.merging.plan import changes
+from lorafold.merging.run import merge
+from lorafold.merging.shards import fold, need_space
 from lorafold.methods import METHODS
+from lorafold.models.loading import load_model, load_tokenizer
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]

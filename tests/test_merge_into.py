@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.bases.foreign import Packed
+from lorafold.bases.quantized import Packed
 from lorafold.errors import LorafoldError
-from lorafold.io.models import Storage, load_model, resolve_model, weights_of
-from lorafold.merge.run import merge
-from lorafold.train.recipe import Recipe
+from lorafold.merging.run import merge
+from lorafold.models.loading import Storage, load_model, resolve_model, weights_of
+from lorafold.step.recipe import Recipe
 
 IDS = torch.arange(5, 25)[None]
 METHODS = {

@@ -19,11 +19,12 @@ from torch.optim import Optimizer
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.methods import LoRA
-from lorafold.train import adamw, loop
-from lorafold.train.adamw import PAGED, choose, make_optimizer, state_bytes
-from lorafold.train.optim import optimizer_tensors, param_groups, restore_optimizer
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request, train
+from lorafold.step import adamw
+from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
+from lorafold.step.optim import optimizer_tensors, param_groups, restore_optimizer
+from lorafold.step.recipe import Recipe
+from lorafold.training import loop
+from lorafold.training.run import Request, train
 
 NAMES = [name for name in get_args(Recipe.model_fields["optimizer"].annotation) if name != "auto"]
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]

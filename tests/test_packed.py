@@ -17,17 +17,17 @@ from transformers import LlamaForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.foreign import PACKERS, Packed
+from lorafold.bases.quantized import PACKERS, Packed
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.io import fingerprint
-from lorafold.io.models import Storage, choose_storage, load_model, resolve_model, weights_of
-from lorafold.io.record import read_record
-from lorafold.merge.run import merge
+from lorafold.files.record import read_record
+from lorafold.merging.run import merge
 from lorafold.methods import METHODS, make_spec, own_options
+from lorafold.models import fingerprint
+from lorafold.models.loading import Storage, choose_storage, load_model, resolve_model, weights_of
 from lorafold.ops import nf4
-from lorafold.train.fused import fused
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request, train
+from lorafold.step.fused import fused
+from lorafold.step.recipe import Recipe
+from lorafold.training.run import Request, train
 
 KINDS = ["nf4", "int8"]
 IDS = torch.arange(5, 25)[None]

@@ -16,7 +16,7 @@ from transformers.models.inkling import modeling_inkling
 from lorafold.ops import attention, reference
 from lorafold.ops.attention import Documents, document_attention
 from lorafold.ops.head import labelled_loss
-from lorafold.train.packing import NAME, attend, collate, document_mask, isolates, packed
+from lorafold.step.documents import NAME, attend, collate, document_mask, isolates, packed
 
 VOCAB = 97
 COMMON = {

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lorafold.quickstart_task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
+from lorafold.quickstart.task import INTENTS, NUMBERS, SYSTEM, Row, Split, rows
 
 COPIED = ("place", "task", "to", "text", "title", "artist", "city")
 GLUE = {  # the fixed words of the patterns

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.train.recipe import Recipe, load_recipe
+from lorafold.step.recipe import Recipe, load_recipe
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -184,7 +184,7 @@ def test_length_of_a_run(recipe, rows, total, interval):
 
 def test_the_module_imports_no_torch():
     code = (
-        "import sys, lorafold.train.recipe; sys.exit('torch' in sys.modules or 'transformers' in"
+        "import sys, lorafold.step.recipe; sys.exit('torch' in sys.modules or 'transformers' in"
         " sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

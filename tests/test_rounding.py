@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorafold.errors import LorafoldError
-from lorafold.merge.rounding import CHUNK, Sums, generator_of, round_to, stochastic
+from lorafold.fold.rounding import CHUNK, Sums, generator_of, round_to, stochastic
 
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
-from lorafold.io import fingerprint
-from lorafold.io.weights import FileWeights, ModelWeights, model_files
+from lorafold.models import fingerprint
+from lorafold.models.weights import FileWeights, ModelWeights, model_files
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"

@@ -18,7 +18,7 @@ import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.core.attach import Deltas
 from lorafold.methods import METHODS
-from lorafold.methods.tokens import Tokens
+from lorafold.methods.parts.token_rows import Tokens
 from lorafold.ops import reference
 from lorafold.ops.head import labelled_loss, row_losses
 

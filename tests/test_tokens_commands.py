@@ -18,20 +18,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lorafold as lf
-from lorafold.bases.vocabulary import declared
 from lorafold.cli import app
-from lorafold.compare.measure import Task
-from lorafold.compare.run import compare
+from lorafold.comparing.measure import Task
+from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
-from lorafold.evaluate import evaluate
-from lorafold.generate import complete, end_tokens
-from lorafold.io.models import load_model, load_tokenizer, resolve_model
-from lorafold.io.tokenizer import add_words, set_template, tokenizer_of
-from lorafold.merge.run import merge
-from lorafold.methods.tokens import Tokens
-from lorafold.train import loop
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request, show, train
+from lorafold.evaluation import evaluate
+from lorafold.fold.vocabulary import declared
+from lorafold.generation import complete, end_tokens
+from lorafold.merging.run import merge
+from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.loading import load_model, load_tokenizer, resolve_model
+from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
+from lorafold.step.recipe import Recipe
+from lorafold.training import loop
+from lorafold.training.run import Request, show, train
 
 ROLES = "<|user|>,<|assistant|>"
 TEMPLATE = (

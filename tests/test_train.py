@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
-from lorafold.io.models import load_model, load_tokenizer
-from lorafold.train.recipe import Recipe
-from lorafold.train.run import Request, train
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.step.recipe import Recipe
+from lorafold.training.run import Request, train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 
@@ -114,7 +114,7 @@ def killing(job, rows, i):
     return step(job, rows, i)
 loop.train_step = killing
 loop.fit.__globals__["train_step"] = killing
-from lorafold.train.run import train
+from lorafold.training.run import train
 train(request(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])), quiet())
 """
 

@@ -91,13 +91,13 @@ def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     from rich.console import Console
 
     import lorafold as lf
-    from lorafold.io.allocator import keep_freed_blocks
-    from lorafold.io.models import Storage, load_model, load_tokenizer
-    from lorafold.train.adamw import make_optimizer
-    from lorafold.train.data import Example
-    from lorafold.train.fused import fused
-    from lorafold.train.objectives import Sft
-    from lorafold.train.recipe import Recipe
+    from lorafold.data.examples import Example
+    from lorafold.machine.allocator import keep_freed_blocks
+    from lorafold.models.loading import Storage, load_model, load_tokenizer
+    from lorafold.step.adamw import make_optimizer
+    from lorafold.step.fused import fused
+    from lorafold.step.recipe import Recipe
+    from lorafold.training.objectives import Sft
 
     model = load_model("smollm2", Storage(torch.bfloat16, case.quantization))
     keep_freed_blocks()
@@ -123,7 +123,7 @@ def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from lorafold.io.models import resolve_model
+    from lorafold.models.loading import resolve_model
 
     four = {
         "load_in_4bit": True,
@@ -194,7 +194,7 @@ def serve(peer: str, case: Case) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "lorafold":
-        from lorafold.io.restart import restart_tuned
+        from lorafold.machine.restart import restart_tuned
 
         restart_tuned()  # as the command does
     serve(sys.argv[1], Case(**json.loads(sys.argv[2])))

@@ -14,11 +14,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
-from lorafold.bases.biases import gained_with, has_bias, switch_on
 from lorafold.bases.dense import Embedding
-from lorafold.bases.foreign import record_unpacked
-from lorafold.bases.tied import sharers, untie
-from lorafold.bases.vocabulary import declare, grown
+from lorafold.bases.quantized import record_unpacked
 from lorafold.core.attach import (
     Adapted,
     adapted_modules,
@@ -35,12 +32,16 @@ from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.io import peft, whole
-from lorafold.io.card import VOCABULARY
-from lorafold.io.weights import ModelWeights, Weights
+from lorafold.files.card import VOCABULARY
+from lorafold.fold.biases import gained_with, has_bias, switch_on
+from lorafold.fold.ties import sharers, untie
+from lorafold.fold.vocabulary import declare, grown
 from lorafold.methods.bitfit import BiasDelta
-from lorafold.methods.replace import ReplaceDelta, leaves
-from lorafold.methods.tokens import TokenRows, Tokens, carried
+from lorafold.methods.parts.replace import ReplaceDelta, leaves
+from lorafold.methods.parts.token_rows import TokenRows, Tokens, carried
+from lorafold.models import whole
+from lorafold.models.weights import ModelWeights, Weights
+from lorafold.peft import directory as peft
 
 Bias = Literal["none", "lora_only", "all"]
 

@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor, nn
 
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
-from lorafold.bases.foreign import Linear4bit, Linear8bit, Packed
+from lorafold.bases.quantized import Linear4bit, Linear8bit, Packed
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Base
 from lorafold.core.presets import bare_modules

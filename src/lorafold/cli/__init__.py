@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.io.restart import restart_tuned
+from lorafold.machine.restart import restart_tuned
 
 COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
     "quickstart": "The whole story on the embedded model: train, before and after, inspect, merge.",

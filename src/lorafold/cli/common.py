@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.train.recipe import Recipe
+    from lorafold.step.recipe import Recipe
 
 ModelOption = Annotated[
     str,
@@ -102,9 +102,9 @@ def rows_or_quickstart(
     """Training rows, held-out rows and where they are from: files, a tenth held out if there is but
     one, or the quickstart's task.
     """
-    from lorafold.quickstart_task import rows
-    from lorafold.train.data import split
-    from lorafold.train.rows import read_rows
+    from lorafold.data.examples import split
+    from lorafold.data.rows import read_rows
+    from lorafold.quickstart.task import rows
 
     if data is None:
         return (

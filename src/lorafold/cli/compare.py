@@ -13,7 +13,7 @@ from lorafold.cli.common import (
     messages,
     rows_or_quickstart,
 )
-from lorafold.train.recipe import load_recipe
+from lorafold.step.recipe import load_recipe
 
 
 def command(
@@ -59,10 +59,10 @@ def command(
     """
     from dataclasses import asdict
 
-    from lorafold.compare.measure import Task
-    from lorafold.compare.report import markdown, page, table
-    from lorafold.compare.run import CLASSIFY, SFT, compare
-    from lorafold.quickstart import RECIPE
+    from lorafold.comparing.measure import Task
+    from lorafold.comparing.report import markdown, page, table
+    from lorafold.comparing.run import CLASSIFY, SFT, compare
+    from lorafold.quickstart.story import RECIPE
 
     recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
     rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)

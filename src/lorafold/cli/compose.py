@@ -22,7 +22,7 @@ from lorafold.cli.common import (
 from lorafold.cli.loaded import AllowOtherBaseOption, load_adapted
 
 if TYPE_CHECKING:
-    from lorafold.train.rows import Row
+    from lorafold.data.rows import Row
 
 EPILOG = """Ways to compose: linear (weighted average, exact); task-arithmetic (weighted sum, exact;
 a negative weight takes a task away); svd (the average, cut to the largest rank); ties (keep each
@@ -118,10 +118,10 @@ def command(
     composition are evaluated on every task, and the geometry of the updates (cosine, shared
     subspaces, sign conflict) says where the tasks collide.
     """
-    from lorafold.compose.job import Request
-    from lorafold.compose.mixture import RECIPE
-    from lorafold.compose.run import compose
-    from lorafold.train.recipe import load_recipe
+    from lorafold.composing.job import Request
+    from lorafold.composing.mixture import RECIPE
+    from lorafold.composing.run import compose
+    from lorafold.step.recipe import load_recipe
 
     console = messages()
     request = Request(
@@ -158,7 +158,7 @@ def command(
 
 def rows_by_name(sources: list[str] | None) -> "dict[str, list[Row]]":
     """The rows of each file, by its short name."""
-    from lorafold.compose.updates import names
-    from lorafold.train.rows import read_rows
+    from lorafold.composing.updates import names
+    from lorafold.data.rows import read_rows
 
     return dict(zip(names(sources or []), map(read_rows, sources or []), strict=True))

@@ -16,7 +16,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.errors import LorafoldError
-from lorafold.train.recipe import load_recipe
+from lorafold.step.recipe import load_recipe
 
 UNITS = {
     "": 1,
@@ -119,13 +119,13 @@ def command(
     )
     from dataclasses import asdict
 
-    from lorafold.io.models import choose_device, load_model
     from lorafold.memory.advice import advise
     from lorafold.memory.measure import measure as measured
-    from lorafold.memory.model import estimate
     from lorafold.memory.modes import setting_of
     from lorafold.memory.report import bars, beside, page, verdict
-    from lorafold.memory.shapes import configuration, llama
+    from lorafold.memory.terms import estimate
+    from lorafold.models.loading import choose_device, load_model
+    from lorafold.models.shapes import configuration, llama
 
     config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
     asked = setting_of(mode, recipe, batch, seq, labelled)

@@ -46,8 +46,8 @@ def command(
     reference, surrounding whitespace aside; rows of plain text have none. On rows of text and label
     the model is a classifier, and exact match is its accuracy.
     """
-    from lorafold.evaluate import evaluate
-    from lorafold.train.rows import is_labelled, read_rows
+    from lorafold.data.rows import is_labelled, read_rows
+    from lorafold.evaluation import evaluate
 
     console, rows = messages(), read_rows(data)
     adapted, tokenizer = load_adapted(

@@ -27,8 +27,8 @@ def command(
     Works tensor by tensor, so that models larger than the memory will do. What else differs (norms,
     embeddings) is named and left out.
     """
-    from lorafold.inspect.resize import extract
-    from lorafold.io.models import resolve_model
+    from lorafold.inspecting.resize import extract
+    from lorafold.models.loading import resolve_model
 
     result = extract(
         resolve_model(base),

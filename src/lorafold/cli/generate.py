@@ -52,8 +52,8 @@ def command(
     """One answer to one prompt: the text streams to stdout, the speed goes to stderr."""
     import time
 
-    from lorafold.generate import stream
-    from lorafold.train.render import render
+    from lorafold.data.render import render
+    from lorafold.generation import stream
 
     console = messages()
     adapted, tokenizer = load_adapted(

@@ -87,12 +87,12 @@ def command(
     Works from the adapter's factors and the base's files; the model itself is loaded for --data
     only.
     """
-    from lorafold.inspect.paths import measured_paths
-    from lorafold.inspect.report import page, table
-    from lorafold.inspect.run import inspect
-    from lorafold.inspect.words import of_paths
-    from lorafold.io.models import resolve_model
-    from lorafold.train.rows import read_rows
+    from lorafold.data.rows import read_rows
+    from lorafold.inspecting.paths import measured_paths
+    from lorafold.inspecting.report import page, table
+    from lorafold.inspecting.run import inspect
+    from lorafold.inspecting.words import of_paths
+    from lorafold.models.loading import resolve_model
 
     console, examples = messages(), None if data is None else read_rows(data)[:rows]
     with console.status("sites") as status:

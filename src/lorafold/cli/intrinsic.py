@@ -14,7 +14,7 @@ from lorafold.cli.common import (
     rows_or_quickstart,
 )
 from lorafold.errors import LorafoldError
-from lorafold.train.recipe import load_recipe
+from lorafold.step.recipe import load_recipe
 
 
 def command(
@@ -61,9 +61,9 @@ def command(
         raise LorafoldError(f"--smallest {smallest}: expected at most --largest, {largest}")
     from dataclasses import asdict
 
-    from lorafold.inspect.intrinsic import search
-    from lorafold.quickstart import RECIPE
-    from lorafold.train.run import Request
+    from lorafold.inspecting.intrinsic import search
+    from lorafold.quickstart.story import RECIPE
+    from lorafold.training.run import Request
 
     recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
     rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)

@@ -40,10 +40,16 @@ def load_adapted(
     """
     from lorafold.adapter import load
     from lorafold.errors import LorafoldError
-    from lorafold.io.classifier import known_classes
-    from lorafold.io.models import choose_device, choose_storage, held_as, resolve_model, weights_of
-    from lorafold.io.tokenizer import tokenizer_of
-    from lorafold.train.objectives import Classify, Objective, Sft
+    from lorafold.models.classifier import known_classes
+    from lorafold.models.loading import (
+        choose_device,
+        choose_storage,
+        held_as,
+        resolve_model,
+        weights_of,
+    )
+    from lorafold.models.tokenizer import tokenizer_of
+    from lorafold.training.objectives import Classify, Objective, Sft
 
     source = resolve_model(model, revision)
     tokenizer = tokenizer_of(source, adapters, trust_remote_code)

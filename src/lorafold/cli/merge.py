@@ -89,7 +89,7 @@ def command(
     --no-certificate). OUT/merge.json holds the certificate: how far the merged model's answers lie
     from the adapted one's, and what the rounding did to the update.
     """
-    from lorafold.merge.run import merge
+    from lorafold.merging.run import merge
 
     result = merge(
         model,

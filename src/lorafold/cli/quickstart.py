@@ -24,7 +24,7 @@ def command(
     """
     from dataclasses import asdict
 
-    from lorafold.quickstart import quickstart
+    from lorafold.quickstart.story import quickstart
 
     story = quickstart(out, messages(), overwrite=overwrite, device=device)
     found = (

@@ -59,11 +59,11 @@ def command(
     The result is plain LoRA in PEFT's format, from whatever method. Error: the share of the
     update's (Frobenius) norm that is lost. `lorafold inspect` tells which rank would do.
     """
+    from lorafold.data.rows import read_rows
     from lorafold.errors import LorafoldError
-    from lorafold.inspect.loss import losses_of
-    from lorafold.inspect.resize import resize
-    from lorafold.io.models import resolve_model
-    from lorafold.train.rows import read_rows
+    from lorafold.inspecting.loss import losses_of
+    from lorafold.inspecting.resize import resize
+    from lorafold.models.loading import resolve_model
 
     if (rank is None) == (energy is None):
         raise LorafoldError("expected either --rank or --energy")

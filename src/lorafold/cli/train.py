@@ -16,7 +16,7 @@ from lorafold.cli.common import (
     emit,
     messages,
 )  # fmt: skip
-from lorafold.train.recipe import Recipe, load_recipe
+from lorafold.step.recipe import Recipe, load_recipe
 
 FIELDS = "\n\n".join(
     f"{name} ({field.get_default()!r}): {field.description}"
@@ -145,8 +145,8 @@ def command(
     )
     from dataclasses import asdict
 
-    from lorafold.train.rows import read_rows
-    from lorafold.train.run import Request, show, train
+    from lorafold.data.rows import read_rows
+    from lorafold.training.run import Request, show, train
 
     console = messages()
     request = Request(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.io.models import Storage
-from lorafold.memory.model import estimate
+from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
+from lorafold.models.loading import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

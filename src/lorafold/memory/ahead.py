@@ -19,15 +19,15 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
+from lorafold.data.examples import Example, batches
 from lorafold.errors import LorafoldError
-from lorafold.io.models import Storage
 from lorafold.memory.advice import changes_of
-from lorafold.memory.model import Estimate, estimate
+from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
-from lorafold.train.adamw import in_words
-from lorafold.train.data import Example, batches
-from lorafold.train.losses import labelled, parts
-from lorafold.train.recipe import Recipe
+from lorafold.models.loading import Storage
+from lorafold.step.adamw import in_words
+from lorafold.step.losses import labelled, parts
+from lorafold.step.recipe import Recipe
 
 STEPS = 1000  # of a run, looked through for the one that holds most
 SHARE = 0.9  # of the free memory that a step may take: the process, kernels and gaps have the rest

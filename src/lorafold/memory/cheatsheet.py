@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafold.memory.model import estimate
 from lorafold.memory.modes import setting_of
-from lorafold.memory.shapes import llama
-from lorafold.train.adamw import in_words
-from lorafold.train.recipe import Recipe
+from lorafold.memory.terms import estimate
+from lorafold.models.shapes import llama
+from lorafold.step.adamw import in_words
+from lorafold.step.recipe import Recipe
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}  # a parameter
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from lorafold.adapter import attach
+from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.labelled import LabelledExample
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.memory.trace import Setting
-from lorafold.train.activations import recompute
-from lorafold.train.adamw import make_optimizer
-from lorafold.train.classify import LabelledExample
-from lorafold.train.data import NO_LOSS, Example
-from lorafold.train.fused import fused
-from lorafold.train.losses import Classification, Completions, Loss
-from lorafold.train.packing import packed
-from lorafold.train.recipe import Recipe
+from lorafold.step.activations import recompute
+from lorafold.step.adamw import make_optimizer
+from lorafold.step.documents import packed
+from lorafold.step.fused import fused
+from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

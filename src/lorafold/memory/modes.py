@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from lorafold.errors import LorafoldError
-from lorafold.io.models import Storage
-from lorafold.io.quantized import QUANTIZATIONS
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.train.base import whole_base
-from lorafold.train.recipe import Recipe
+from lorafold.models.loading import Storage
+from lorafold.models.quantized import QUANTIZATIONS
+from lorafold.step.base import whole_base
+from lorafold.step.recipe import Recipe
 
 MODES: dict[str, dict[str, Any]] = {
     "inference": {"base": "bf16"},

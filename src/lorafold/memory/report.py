@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from lorafold.io.page import document
+from lorafold.files.page import document
 from lorafold.memory.advice import Advice
-from lorafold.memory.model import TERMS, Estimate
+from lorafold.memory.terms import TERMS, Estimate
 from lorafold.memory.trace import Setting
-from lorafold.train.adamw import in_words
+from lorafold.step.adamw import in_words
 
 WIDTH = 40  # characters of the longest bar
 COLOURS = dict(

@@ -21,17 +21,17 @@ from torch import Tensor
 from lorafold.adapter import attach
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.io.loading import one_line
-from lorafold.io.models import Storage
 from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.skeleton import no_values, skeleton
+from lorafold.models.fake import no_values, skeleton
+from lorafold.models.loading import Storage
+from lorafold.models.quietly import one_line
 from lorafold.ops.attention import Documents
 from lorafold.ops.head import labelled_loss
-from lorafold.train.activations import recompute
-from lorafold.train.adamw import state_bytes
-from lorafold.train.fused import fused
-from lorafold.train.losses import Classification
-from lorafold.train.packing import attending
+from lorafold.step.activations import recompute
+from lorafold.step.adamw import state_bytes
+from lorafold.step.documents import attending
+from lorafold.step.fused import fused
+from lorafold.step.losses import Classification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -22,7 +22,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.presets import causal_attentions
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.virtual import KeysAndValues, Receiver, Sender, check, is_attention
+from lorafold.methods.parts.virtual import KeysAndValues, Receiver, Sender, check, is_attention
 
 Init = Literal["activations", "random"]
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
-from lorafold.methods.replace import ReplaceDelta
+from lorafold.methods.parts.replace import ReplaceDelta
 
 
 @dataclass(frozen=True)

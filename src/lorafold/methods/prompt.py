@@ -4,7 +4,7 @@
 
 Lester et al. 2021, arXiv 2104.08691. A causal decoder computes the same for E whatever follows, so
 E runs through it once for a whole batch, and its keys and values lie in front of every attention
-(`lorafold.methods.virtual`); where there is a cache they are kept with it, so that decoding
+(`lorafold.methods.parts.virtual`); where there is a cache they are kept with it, so that decoding
 computes them once. Nothing is folded and no start is the identity. Use it where an adapter must be
 tiny (n d numbers) and the base is large: the gap to full fine-tuning closes with size only (the
 paper's figure 1).
@@ -22,7 +22,14 @@ from lorafold.core.layer import Layer
 from lorafold.core.presets import causal_attentions
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.virtual import KeysAndValues, Receiver, Seen, Sender, check, is_attention
+from lorafold.methods.parts.virtual import (
+    KeysAndValues,
+    Receiver,
+    Seen,
+    Sender,
+    check,
+    is_attention,
+)
 
 Init = Literal["vocabulary", "random"]
 

@@ -1,0 +1,252 @@
+"""One row of the comparison: a method trained, evaluated and timed, in a process of its own so that
+its peak memory is its own.
+
+    quality      held-out loss and exact match
+    forgetting   KL(base || tuned) and the change of loss on text outside the task, both in nats a
+                 token
+    latency      seconds over the base's, prefill and decode at batch 1, base, attached and merged
+                 timed in turn; medians of ratios
+                 (a classifier has only a prefill, and no words to forget)
+    mergeable    proved: folded in fp32, the model gives the attached one's logits
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from lorafold.adapter import Adapter, load
+from lorafold.bases import parameter_count
+from lorafold.data.rows import Row as DataRow
+from lorafold.errors import NotMergeable
+from lorafold.evaluation import Interval, evaluate
+from lorafold.merging.certificate import probe_ids
+from lorafold.methods import make_spec
+from lorafold.models.loading import Storage, choose_device, choose_storage, resolve_model
+from lorafold.models.tokenizer import tokenizer_of
+from lorafold.step.base import settled_base
+from lorafold.step.fitting import fitting
+from lorafold.step.recipe import Recipe
+from lorafold.training.run import Request, objective_of, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# tokens prefilled, tokens decoded, timings of each: short ones in turn even out a noisy machine
+PROMPT, NEW, ROUNDS = 128, 8, 11
+# of the logits' norm, in fp32: far above rounding over some dozen layers, far below what an adapter
+# changes
+EXACT = 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """Shares are of the base's parameters; latencies are ratios to the base's; None where there is
+    nothing to measure.
+    """
+
+    method: str
+    seed: int
+    trainable_parameters: int
+    trainable_share: float
+    adapter_bytes: int
+    tokens_per_second: float
+    peak_bytes: int
+    train_seconds: float
+    loss: float
+    exact_match: float | None
+    exact_match_interval: Interval | None
+    forgetting_kl: float | None
+    forgetting_loss: float | None
+    latency_attached: float | None
+    prefill_attached: float
+    latency_merged: float | None
+    prefill_merged: float | None
+    mergeable: bool
+    modifies_architecture: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every row has in common: model, data, and a recipe whose method is each row's own."""
+
+    model: str
+    rows: Sequence[DataRow]
+    held_out: Sequence[DataRow]
+    source: str
+    recipe: Recipe
+    device: str | None
+
+
+def measure(task: Task, method: str, seed: int) -> Row:
+    """Train one method and measure it. LorafoldError as `train`."""
+    recipe = fitting(task.recipe, method).model_copy(update={"method": method, "seed": seed})
+    device = choose_device(task.device)
+    with tempfile.TemporaryDirectory() as folder:
+        request = Request(
+            task.model, Path(folder) / "adapter", recipe, task.rows, task.source, device=task.device
+        )
+        models = Models(request, device)
+        held = choose_storage(settled_base(recipe, make_spec(method), models.source), device)
+        trained = train(request, Console(quiet=True))
+        base = models.base(held)
+        tuned, adapter = models.tuned(held)
+        found = evaluate(tuned, models.tokenizer, task.held_out, recipe.max_length)
+        writes = base.get_output_embeddings() is not None
+        kl, change = (
+            forgetting(base, tuned, probe_ids(models.tokenizer, None)) if writes else (None, None)
+        )
+        merged = merge_proved(models, held)
+        attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if writes else 0)
+        size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
+    count = parameter_count(base)
+    return Row(
+        method=method,
+        seed=seed,
+        trainable_parameters=trained.trainable_parameters,
+        trainable_share=trained.trainable_parameters / count,
+        adapter_bytes=size,
+        tokens_per_second=trained.tokens_per_second,
+        peak_bytes=trained.peak_bytes,
+        train_seconds=trained.seconds,
+        loss=found.loss,
+        exact_match=found.exact_match,
+        exact_match_interval=found.exact_match_interval,
+        forgetting_kl=kl,
+        forgetting_loss=change,
+        latency_attached=attached_ratio.decode,
+        prefill_attached=attached_ratio.prefill,
+        latency_merged=merged_ratio and merged_ratio.decode,
+        prefill_merged=merged_ratio and merged_ratio.prefill,
+        mergeable=merged is not None,
+        modifies_architecture=adapter is not None and adapter.spec.modifies_architecture,
+    )
+
+
+class Models:
+    """The models of one row, each loaded anew: the base, and what was trained on it."""
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        self.request, self.device = request, device
+        self.source, self.objective = objective_of(request)
+        self.tokenizer = tokenizer_of(self.source, [request.out])
+        self.objective.set_up(self.tokenizer)
+
+    def base(self, held: Storage) -> PreTrainedModel:
+        return self.objective.load(
+            self.source, self.tokenizer, held, self.device, self.request.recipe.seed, False
+        )
+
+    def tuned(self, held: Storage) -> tuple[PreTrainedModel, Adapter | None]:
+        """The base with its adapter, or the model that was trained whole and saved in its place."""
+        out = self.request.out
+        if not (out / "adapter_config.json").is_file():
+            return (
+                self.objective.load(
+                    resolve_model(str(out)), self.tokenizer, held, self.device, 0, False
+                ),
+                None,
+            )
+        tuned = self.base(held)
+        return tuned, load(tuned, out)
+
+
+def merge_proved(models: Models, held: Storage) -> PreTrainedModel | None:
+    """The merged model, in the dtype of the others.
+
+    None where folding is refused, or its logits in fp32 are not the attached model's.
+    """
+    tuned, adapter = models.tuned(held._replace(dtype=torch.float32))
+    ids = torch.arange(100, 164, device=models.device)[None]
+    with torch.no_grad():
+        before = tuned(ids).logits
+        try:
+            if adapter is not None:
+                adapter.merge(untie_weights=True)
+        except NotMergeable:
+            return None
+        after = tuned(ids).logits
+    nn.Module.to(tuned, held.dtype)
+    return tuned if (after - before).norm() <= EXACT * before.norm() else None
+
+
+@torch.no_grad()
+def forgetting(
+    base: nn.Module, tuned: nn.Module, texts: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+    """(KL(base || tuned), loss(tuned) - loss(base)), means over the tokens of texts outside the
+    task.
+    """
+    kl = change = tokens = 0.0
+    for text in texts:
+        ids = torch.tensor([text], device=next(base.parameters()).device)
+        p, q = (model(ids).logits[0, :-1].float().log_softmax(-1) for model in (base, tuned))
+        kl += (p.exp() * (p - q)).sum().item()
+        target = ids[0, 1:, None]
+        change += (p.gather(1, target) - q.gather(1, target)).sum().item()
+        tokens += len(target)
+    return kl / tokens, change / tokens
+
+
+class Latency(NamedTuple):
+    """Seconds, or times the base's."""
+
+    prefill: float
+    decode: float | None
+
+
+def latencies(
+    base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
+) -> tuple[Latency, Latency | None]:
+    """Times over the base's of the attached and the merged model; all are timed in turn, so that
+    noise falls on all alike.
+    """
+    models = [m for m in (base, tuned, merged) if m is not None]
+    for model in models:
+        timed(model, new)  # warms up
+    rounds = [[timed(model, new) for model in models] for _ in range(ROUNDS)]
+
+    def over_base(i: int) -> Latency:
+        prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
+        return Latency(
+            prefill,
+            (
+                statistics.median(times[i].decode / times[0].decode for times in rounds)  # type: ignore[operator]
+                if new
+                else None
+            ),
+        )
+
+    return over_base(1), over_base(2) if merged is not None else None
+
+
+@torch.no_grad()
+def timed(model: PreTrainedModel, new: int) -> Latency:
+    """A prefill of PROMPT tokens and `new` decoded tokens, at batch 1; in seconds."""
+    ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
+    output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
+
+    def decode() -> None:
+        for _ in range(new):
+            model(ids[:, -1:], cache=output.past_key_values, use_cache=True)
+
+    return Latency(prefill, clock(decode, model.device)[1] if new else None)
+
+
+def clock(do: Callable, device: torch.device) -> tuple:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = do()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start

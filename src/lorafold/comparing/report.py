@@ -1,0 +1,211 @@
+"""The comparison to look at: a table on the terminal, in Markdown, and a page that needs nothing
+beside itself.
+
+One line a method. Of several seeds it shows the mean, and the lowest and the highest in brackets.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from lorafold.comparing.measure import Row
+from lorafold.files.page import document, drawing
+
+COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: value, format
+    "trainable": (lambda r: r.trainable_parameters, ",.0f"),
+    "share": (lambda r: r.trainable_share, ".3%"),
+    "adapter MB": (lambda r: r.adapter_bytes / 1e6, ".2f"),
+    "tokens/s": (lambda r: r.tokens_per_second, ",.0f"),
+    "peak GB": (lambda r: r.peak_bytes / 1e9, ".2f"),
+    "loss": (lambda r: r.loss, ".4f"),
+    "exact": (lambda r: r.exact_match, ".1%"),
+    "forgetting KL": (lambda r: r.forgetting_kl, ".3f"),
+    "outside loss": (lambda r: r.forgetting_loss, "+.3f"),
+    "decode ×": (lambda r: r.latency_attached, ".2f"),
+    "prefill ×": (lambda r: r.prefill_attached, ".2f"),
+    "merged decode ×": (lambda r: r.latency_merged, ".2f"),
+    "merged prefill ×": (lambda r: r.prefill_merged, ".2f"),
+}
+FLAGS: dict[str, Callable[[Row], bool]] = {
+    "mergeable": lambda r: r.mergeable,
+    "new modules": lambda r: r.modifies_architecture,
+}
+HEADINGS = ("method", *COLUMNS, *FLAGS)
+
+
+def by_method(rows: Sequence[Row]) -> list[list[Row]]:
+    return [list(seeds) for _, seeds in groupby(rows, lambda row: row.method)]
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells under HEADINGS, a line a method."""
+    return [
+        [
+            seeds[0].method,
+            *(cell([value(r) for r in seeds], form) for value, form in COLUMNS.values()),
+            *("yes" if all(map(flag, seeds)) else "no" for flag in FLAGS.values()),
+        ]
+        for seeds in by_method(rows)
+    ]
+
+
+def cell(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    lowest, mean, highest = (f"{value:{form}}" for value in (min(known), fmean(known), max(known)))
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
+
+
+def table(rows: Sequence[Row]) -> Table:
+    shown = Table(*HEADINGS)
+    for line in lines(rows):
+        shown.add_row(*line)
+    return shown
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    return (
+        "\n".join(
+            "| " + " | ".join(line) + " |"
+            for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(rows)]
+        )
+        + "\n"
+    )
+
+
+ABOUT = """Every method had the same rows, steps and model, and learning rates of its own. Loss and
+exact match are of held-out rows; forgetting is measured on text outside the task, in nats a token:
+KL from the base, and by how much the loss rose. Latencies are times over the bare base's at batch
+1, all models timed in turn. Mergeable was proved: folded, the model gave the same logits. New
+modules stay in the forward path."""
+
+
+def page(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Write the table and its plots as one HTML file."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
+        for line in lines(rows)
+    )
+
+    def means(value: Callable[[Row], float | None]) -> list[float | None]:
+        return [
+            fmean(known) if (known := [v for r in seeds if (v := value(r)) is not None]) else None
+            for seeds in by_method(rows)
+        ]
+
+    names, mergeable = (
+        [seeds[0].method for seeds in by_method(rows)],
+        [all(r.mergeable for r in seeds) for seeds in by_method(rows)],
+    )
+    loss, forgotten = (
+        means(lambda r: r.loss),
+        means(lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, 1e-6)),
+    )
+    plots = [
+        scatter(
+            "Quality against parameters",
+            "trainable parameters",
+            means(lambda r: r.trainable_parameters),
+            loss,
+            names,
+            mergeable,
+        )
+    ]
+    if None not in forgotten:
+        across = "forgotten: KL from the base on text outside the task, nats a token"
+        plots.append(
+            scatter("Learned against forgotten", across, forgotten, loss, names, mergeable)
+        )
+    for what, attached, merged in (
+        ("Decode", means(lambda r: r.latency_attached), means(lambda r: r.latency_merged)),
+        ("Prefill", means(lambda r: r.prefill_attached), means(lambda r: r.prefill_merged)),
+    ):
+        if any(attached):
+            plots.append(bars(f"{what} latency over the base's", names, attached, merged))
+    table = (
+        "<div"
+        f' class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+    document(title, f"<p>{ABOUT}</p>\n{table}\n{''.join(plots)}", path)
+
+
+def scatter(
+    title: str,
+    across: str,
+    x: Sequence[float | None],
+    loss: Sequence[float | None],
+    names: Sequence[str],
+    mergeable: Sequence[bool],
+) -> str:
+    def draw(axes: Any) -> None:
+        for wanted, marker, label in ((True, "o", "mergeable"), (False, "^", "not mergeable")):
+            if chosen := [i for i, merges in enumerate(mergeable) if merges is wanted]:
+                axes.scatter(
+                    [x[i] for i in chosen], [loss[i] for i in chosen], marker=marker, label=label
+                )
+        axes.set(
+            xlabel=across, ylabel="held-out loss (lower is better)", xscale="log", yscale="log"
+        )
+        axes.legend()
+        for name, x_at, y_at, lift in zip(names, x, loss, lifts(x, loss), strict=True):
+            line = {"arrowstyle": "-", "linewidth": 0.4}
+            axes.annotate(
+                name,
+                (x_at, y_at),
+                xytext=(6, 3 + lift),
+                textcoords="offset points",
+                fontsize=8,
+                arrowprops=line,
+            )
+
+    return drawing(draw, title)
+
+
+def lifts(x: Sequence[float | None], y: Sequence[float | None]) -> list[float]:
+    """How many points each label must rise so that none covers another, on two logarithmic axes of
+    about 550 by 250 points.
+    """
+
+    def spread(values: Sequence[float | None], length: float) -> list[float]:
+        logs = [math.log(value or 1) for value in values]
+        return [length * (v - min(logs)) / ((max(logs) - min(logs)) or 1) for v in logs]
+
+    across, up = spread(x, 550), spread(y, 250)
+    taken: list[tuple[float, float]] = []
+    found = dict.fromkeys(range(len(up)), 0.0)
+    for i in sorted(found, key=lambda i: up[i]):
+        while any(abs(across[i] - a) < 50 and abs(up[i] + found[i] - b) < 9 for a, b in taken):
+            found[i] += 3
+        taken.append((across[i], up[i] + found[i]))
+    return list(found.values())
+
+
+def bars(
+    title: str,
+    names: Sequence[str],
+    attached: Sequence[float | None],
+    merged: Sequence[float | None],
+) -> str:
+    def draw(axes: Any) -> None:
+        for shift, label, values in ((-0.2, "attached", attached), (0.2, "merged", merged)):
+            axes.bar(
+                [i + shift for i in range(len(names))],
+                [value or 0 for value in values],
+                0.4,
+                label=label,
+            )
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.legend()
+
+    return drawing(draw, title)

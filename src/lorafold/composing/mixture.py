@@ -1,0 +1,95 @@
+"""A mixture of adapters: their factors, frozen, under gates that a run of `lorafold train` learns.
+
+The factors go into one adapter whose gates are all 1/n, and the training starts from that; so a
+mixture is trained, saved, evaluated, merged and trained on as any adapter is. See
+`lorafold.methods.parts.mixture` for what it computes.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from lorafold.adapter import attach, load
+from lorafold.composing.arithmetic import cut, inner
+from lorafold.composing.job import Composed, Job
+from lorafold.composing.rules import rank_of
+from lorafold.composing.updates import change_of
+from lorafold.errors import Interrupted
+from lorafold.files.record import read_record
+from lorafold.methods.parts.mixture import Gating, Mixture
+from lorafold.models.loading import held_as
+from lorafold.step.recipe import Recipe
+from lorafold.training import run
+
+RECIPE = Recipe(steps=50)  # a few numbers to learn, or a few rows
+
+
+def compose(job: Job, out: Path) -> Composed:
+    """Train the gates on all examples and write the mixture.
+
+    LorafoldError as `train`, Interrupted with nothing written.
+    """
+    request, rows = job.request, list(chain.from_iterable(job.examples.values()))
+    held = held_as(job.source, request.adapters) if request.base == "auto" else request.base
+    recipe = request.recipe.model_copy(update={"base": held, "seed": request.seed})
+    with TemporaryDirectory() as folder:
+        start, trained = Path(folder) / "start", Path(folder) / "trained"
+        error = write(job, start, request.gates)
+        asked = run.Request(
+            request.model,
+            trained,
+            recipe,
+            rows,
+            ", ".join(job.examples),
+            init_adapter=start,
+            device=request.device,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
+        )
+        try:
+            run.train(asked, job.console)
+        except Interrupted as stop:
+            raise Interrupted(
+                "stopped while the gates were trained; nothing was written", stop.code
+            ) from None
+        # checked when its parts were read
+        adapter = load(job.updates.model, trained, "mixture", allow_other_base=True)
+        weights = tuple(next(adapter.parameters()).tolist()) if request.gates == "global" else None
+        about = {
+            "how": "mixture",
+            "gates": request.gates,
+            "weights": weights,
+            "truncation_error": error,
+        }
+        job.save(adapter, out, about, read_record(trained))
+    return Composed(weights, error, str(out))
+
+
+def write(job: Job, out: Path, gates: Gating) -> float:
+    """Write the mixture as it starts, and say by how much of their norm the updates had to be cut
+    to become factors.
+    """
+    updates = job.updates
+    adapter = attach(updates.model, Mixture(updates.names, gates), job.targets(), "mixture")
+    sites = {site.path: site for site in updates.sites}
+    lost = total = 0.0
+    for path, delta in adapter.own_deltas.items():
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i, update in sites[path].there:
+            change = change_of(update)
+            up, down, error = cut(change, job.request.rank or rank_of(update, path))
+            lost, total = lost + error, total + inner(change, change)
+            parts.append((up, down, torch.full((len(down),), i)))
+        ups, downs, owners = zip(*parts, strict=True)
+        delta.up, delta.down, delta.owner = (
+            torch.cat(ups, 1),
+            torch.cat(downs, 0),
+            torch.cat(owners),
+        )
+    job.save(adapter, out, {"how": "mixture", "gates": gates})
+    return (lost / total) ** 0.5 if total else 0.0

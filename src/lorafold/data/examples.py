@@ -1,0 +1,239 @@
+"""From rows to token ids with a loss mask, and the order in which a run sees them.
+
+The text of a row is tokenized once, with offsets; tokens inside a trained span keep their label,
+all others get -100. Where joining prompt and completion would merge characters across their border,
+the text is cut there, so that the ids before a completion are those that generation sees. `batches`
+is a pure function of the seed: step i is found again without any state.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, groupby, islice
+from typing import TYPE_CHECKING, Any
+
+from lorafold.data.render import Rendered, ensure_chat_template, prompts, render_trained
+from lorafold.data.rows import LISTED, Row, check_objective, check_rows, read_rows, shape_of
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Encoded",
+    "Example",
+    "Report",
+    "batches",
+    "encode",
+    "ensure_chat_template",
+    "preview",
+    "prompts",
+    "read_rows",
+    "split",
+]
+
+NO_LOSS = -100  # torch's ignore_index
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: `ids` (T,) and `labels` (T,), unshifted: labels[t] is ids[t] or -100. The first is
+    -100, for nothing comes before it.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows.
+
+    Lengths in tokens; `longest` before cutting, `tokens` and `labelled` after.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+    longest: int
+    max_length: int
+    truncated: int
+    unlabelled: int
+    turns_left_out: int
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the"
+            f" longest row has {self.longest}"
+        )
+        if self.truncated:
+            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
+        if self.unlabelled:
+            text += f"\n{self.unlabelled} rows have no token to train on and are left out"
+        if self.turns_left_out:
+            text += (
+                f"\n{self.turns_left_out} assistant turns are not trained: the chat template shows"
+                " them differently at generation"
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples that have something to learn, in the order of their rows, and the report over
+    all rows.
+    """
+
+    examples: list[Example]
+    report: Report
+
+
+def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
+    """Token ids and labels of every row, at most `max_length` tokens each (the end is cut).
+
+    Conversations need a chat template: call `ensure_chat_template` before. Raises LorafoldError for
+    bad rows, for rows which the template refuses, and where no row has a token to train on.
+    """
+    if not tokenizer.is_fast:
+        raise LorafoldError(
+            f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed"
+        )
+    rows = check_rows(enumerate(rows, 1), "data")
+    check_objective(rows, "sft")
+    examples: list[Example] = []
+    bad: list[str] = []
+    longest = truncated = left_out = 0
+    for number, row in enumerate(rows, 1):
+        try:
+            example, skipped = _encode_row(row, tokenizer)
+        except LorafoldError as error:
+            bad.append(f"row {number}: {error}")
+            continue
+        longest, truncated, left_out = (
+            max(longest, len(example.ids)),
+            truncated + (len(example.ids) > max_length),
+            left_out + skipped,
+        )
+        example = Example(example.ids[:max_length], example.labels[:max_length])
+        if any(label != NO_LOSS for label in example.labels):
+            examples.append(example)
+    if bad:
+        raise LorafoldError(
+            "; ".join(bad[:LISTED])
+            + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
+        )
+    tokens = sum(len(example.ids) for example in examples)
+    labelled = sum(label != NO_LOSS for example in examples for label in example.labels)
+    report = Report(
+        len(rows),
+        tokens,
+        labelled,
+        longest,
+        max_length,
+        truncated,
+        len(rows) - len(examples),
+        left_out,
+    )
+    if not examples:
+        raise LorafoldError(
+            f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
+            f" max_length {max_length} (longest {longest}), {left_out} assistant turns are left out"
+            " by the chat template; expected assistant turns or completions within max_length"
+        )
+    return Encoded(examples, report)
+
+
+def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
+    """The row as the model sees it; what is trained on is bold and stands in ⟦ ⟧, to be told apart
+    without colour.
+    """
+    from rich.text import Text
+
+    text = Text()
+    for trained, run in groupby(
+        zip(example.ids, example.labels, strict=True), key=lambda pair: pair[1] != NO_LOSS
+    ):
+        piece = str(
+            tokenizer.decode(
+                [token for token, _ in run],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+        text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
+    return text
+
+
+def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
+    """Row indices of each optimizer step, (steps, batch): one shuffle per epoch, laid end to end,
+    so every step is full.
+    """
+    if n_rows < 1:
+        raise LorafoldError("found no rows to train on, expected at least one")
+    epochs = (random.Random(f"{seed}/{epoch}").sample(range(n_rows), n_rows) for epoch in count())
+    order = chain.from_iterable(epochs)
+    return [list(islice(order, batch)) for _ in range(steps)]
+
+
+def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, evaluation rows), each in the order given; at least one of each unless
+    `fraction` is 0.
+    """
+    if not fraction:
+        return list(rows), []
+    if len(rows) < 2:
+        raise LorafoldError(
+            f"found {len(rows)} rows, expected at least 2 to hold out a share of {fraction}"
+        )
+    size = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    held = set(random.Random(f"{seed}/split").sample(range(len(rows)), size))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Example, int]:
+    shape = shape_of(row)
+    if shape is None or shape.conversation is None:
+        ids = list(tokenizer(row["text"], verbose=False).input_ids)
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        return _example(ids, ids), 0
+    rendered = render_trained(shape.conversation(row), tokenizer)
+    ids, starts = _tokens(rendered, tokenizer)
+    labels = [NO_LOSS] * len(ids)
+    for start, end in rendered.spans:
+        inside = slice(bisect_left(starts, start), bisect_left(starts, end))
+        labels[inside] = ids[inside]
+    return _example(ids, labels), rendered.left_out
+
+
+def _example(ids: Iterable[int], labels: Iterable[int]) -> Example:
+    return Example(tuple(ids), (NO_LOSS, *islice(labels, 1, None)))
+
+
+def _tokens(
+    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[int]]:
+    """Token ids and the characters where they start; cut before a span whose prompt would otherwise
+    be tokenized differently.
+    """
+    ids: list[int] = []
+    starts: list[int] = []
+    at = 0
+    rest, rest_starts = _tokenize(rendered.text, at, None, tokenizer)
+    for border, _ in rendered.spans:
+        head, head_starts = _tokenize(rendered.text, at, border, tokenizer)
+        if rest[: len(head)] != head:
+            ids, starts, at = ids + head, starts + head_starts, border
+            rest, rest_starts = _tokenize(rendered.text, at, None, tokenizer)
+    return ids + rest, starts + rest_starts
+
+
+def _tokenize(
+    text: str, start: int, end: int | None, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[int]]:
+    encoded: Any = tokenizer(
+        text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return encoded.input_ids, [start + begin for begin, _ in encoded.offset_mapping]

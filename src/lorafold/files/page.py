@@ -1,0 +1,55 @@
+"""A page to look at that needs nothing beside itself: one HTML file, its plots inline as SVG,
+readable on a phone.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorafold.files.atomic import write_text
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; }
+body { margin: 2rem auto; max-width: 1200px; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+td, th { border-bottom: 1px solid #ddd; }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+p { max-width: 70ch; } figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; }
+"""
+
+
+def document(title: str, body: str, path: str | Path, style: str = "") -> None:
+    """Write the page; `body` is HTML."""
+    write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{STYLE}{style}</style>
+<h1>{html.escape(title)}</h1>
+{body}
+</html>
+""",
+    )
+
+
+def drawing(draw: Callable[[Any], None], title: str, size: tuple[float, float] = (9, 4.5)) -> str:
+    """An SVG drawn by `draw(axes)`, to stand in a page. `size` in inches."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=size, layout="constrained")
+    axes = plot.add_subplot()
+    axes.set_title(title)
+    draw(axes)
+    text = io.StringIO()
+    FigureCanvasSVG(plot).print_svg(text)
+    _, tag, rest = text.getvalue().partition("<svg")
+    return f"<figure>{tag}{rest}</figure>"

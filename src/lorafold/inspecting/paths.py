@@ -1,0 +1,111 @@
+"""The loss along straight lines in weight space, on the user's data.
+
+    base + t dW                     t from -0.5 to 1.5: how far a step too many, or one back, would
+                                    cost
+    base + (1 - t) dW_a + t dW_b    t from 0 to 1: are two adapters connected without a barrier?
+    barrier                         max over t of L(t) - ((1 - t) L(0) + t L(1)), in nats
+
+The weight is scaled, not the factors, so the line is straight for any method that folds: `Mix`
+gives W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
+1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorafold.bases import layer_class
+from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
+from lorafold.core.combine import Mix
+from lorafold.data.rows import Row
+from lorafold.inspecting.loss import loss_on
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCALES = tuple(i / 4 for i in range(-2, 7))
+BETWEEN = tuple(i / 10 for i in range(11))
+LINE = "line"  # the name that the mixture of adapters has on the model
+
+Point = tuple[float, float]  # t, loss in nats a labelled token
+
+
+@contextmanager
+def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence[float]], None]]:
+    """Only a weighted sum of the named adapters is live until the block ends; the function sets the
+    weights, in the order of the names.
+    """
+    selection, mixes = selection_of(model), []
+    for _, module in list(adapted_modules(model)):
+        if here := [i for i, name in enumerate(names) if name in module.deltas]:
+            gates = torch.ones(len(here), device=next(module.parameters()).device)
+            mix = Mix([module.deltas[names[i]] for i in here], gates)  # type: ignore[misc]
+            lay(module, layer_class(module), LINE, mix, selection)
+            mixes.append((module, mix, here))
+
+    @torch.no_grad()
+    def weigh(weights: Sequence[float]) -> None:
+        for _, mix, here in mixes:
+            mix.gates.copy_(torch.tensor([weights[i] for i in here]))
+
+    try:
+        with only(model, LINE):
+            yield weigh
+    finally:
+        for module, _, _ in mixes:
+            lift(module, LINE)
+
+
+def scaling(
+    model: nn.Module, name: str, loss: Callable[[], float], points: Sequence[float] = SCALES
+) -> list[Point]:
+    """The loss at base + t dW; `loss` measures the model as it is."""
+    with mixed(model, [name]) as weigh:
+        return [(t, _at(weigh, [t], loss)) for t in points]
+
+
+def between(
+    model: nn.Module,
+    first: str,
+    second: str,
+    loss: Callable[[], float],
+    points: Sequence[float] = BETWEEN,
+) -> list[Point]:
+    """The loss on the line from one adapter to the other."""
+    with mixed(model, [first, second]) as weigh:
+        return [(t, _at(weigh, [1 - t, t], loss)) for t in points]
+
+
+def barrier(points: Sequence[Point]) -> float:
+    """How far the loss rises above the straight line between the ends.
+
+    `points`: from t = 0 to t = 1.
+    """
+    start, end = points[0][1], points[-1][1]
+    return max(loss - ((1 - t) * start + t * end) for t, loss in points)
+
+
+def _at(
+    weigh: Callable[[Sequence[float]], Any], weights: Sequence[float], loss: Callable[[], float]
+) -> float:
+    weigh(weights)
+    return loss()
+
+
+def measured_paths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
+) -> dict[str, Any]:
+    """Along the first adapter that a model carries and, where there is a second, from the one to
+    the other, by their names in the JSON.
+    """
+    loss, (first, *others) = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
+    found: dict[str, Any] = {"rows": len(rows), "scaling": scaling(model, first, loss)}
+    if others:
+        found["between"] = between(model, first, others[0], loss)
+        found["barrier"] = barrier(found["between"])
+    return found

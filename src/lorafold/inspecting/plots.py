@@ -1,0 +1,110 @@
+"""The drawings of the page: each a small SVG, so that as many stand side by side as the screen is
+wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorafold.files.page import drawing
+from lorafold.inspecting.against import kind_of
+
+SMALL = (3.6, 2.9)
+SCALE = "viridis"
+
+Grid = Sequence[Sequence[float]]
+
+
+def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) -> str:
+    """Singular values of one kind of module over the largest, a line a block, dark at the bottom of
+    the model.
+    """
+    from matplotlib import colormaps
+
+    def draw(axes: Any) -> None:
+        for path, s in spectra_by_path.items():
+            layer = kind_of(path)[1] or 0
+            axes.plot(
+                range(1, len(s) + 1),
+                [x / s[0] for x in s],
+                color=colormaps[SCALE](layer / max(depth, 1)),
+                linewidth=0.9,
+            )
+        axes.set(xlabel="direction", ylabel="s / s₁", yscale="log")
+        axes.minorticks_off()  # a third of the drawing's time
+
+    return drawing(draw, kind, SMALL)
+
+
+def heat(title: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
+    """Values from 0 to 1 in colour; rows and columns are numbered from `first`."""
+
+    def draw(axes: Any) -> None:
+        rows, columns = len(grid), len(grid[0])
+        extent = (first - 0.5, first + columns - 0.5, first + rows - 0.5, first - 0.5)
+        shown = axes.imshow(
+            grid, vmin=0, vmax=1, cmap=SCALE, extent=extent, aspect="auto", interpolation="nearest"
+        )
+        axes.set(xlabel=across, ylabel=down)
+        axes.figure.colorbar(shown, ax=axes)
+
+    return drawing(draw, title, SMALL)
+
+
+def line(
+    title: str, points: Sequence[tuple[float, float]], across: str, marked: dict[float, str]
+) -> str:
+    """Loss along a path, with names at some places."""
+
+    def draw(axes: Any) -> None:
+        axes.plot(*zip(*points, strict=True), marker=".")
+        losses = dict(points)
+        for t, name in marked.items():
+            axes.annotate(
+                name,
+                (t, losses[t]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+        axes.set(xlabel=across, ylabel="loss, nats a token")
+
+    return drawing(draw, title, (5.4, 3.4))
+
+
+def position(
+    title: str, read: Sequence[float], written: Sequence[float], shape: tuple[int, int]
+) -> str:
+    """An update's energy over tenths of the base's singular directions, the strongest first; last,
+    what lies outside them. Dashed: what no preference would give.
+    """
+
+    def draw(axes: Any) -> None:
+        places = range(len(read))
+        for word, heights, shift, n in (
+            ("read", read, -0.2, shape[1]),
+            ("written", written, 0.2, shape[0]),
+        ):
+            bars = axes.bar([i + shift for i in places], heights, 0.4, label=word)
+            axes.axhline(
+                min(shape) / n / (len(read) - 1),
+                color=bars[0].get_facecolor(),
+                linewidth=0.8,
+                linestyle="--",
+            )
+        axes.set_xticks(list(places), [*(str(i + 1) for i in places[:-1]), "out"])
+        axes.set(xlabel="tenth of W0's directions, strongest first", ylabel="share of the energy")
+        axes.legend(fontsize=8)
+
+    return drawing(draw, title, (5.4, 3.4))
+
+
+def shade(share: float) -> tuple[str, str]:
+    """A background and an ink to read on it, for a share from 0 to 1."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    r, g, b, _ = colour = colormaps[SCALE](min(max(share, 0.0), 1.0))
+    return to_hex(colour), "#000" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "#fff"

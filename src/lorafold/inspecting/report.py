@@ -1,0 +1,314 @@
+"""The page a person reads: the advice, then what it rests on.
+
+Made of the JSON's figures alone, so that it shows none that is not there.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Column, Table
+
+from lorafold.files.page import document
+from lorafold.inspecting import plots
+from lorafold.inspecting.against import by_kind, kind_of
+
+Figures = Mapping[str, Any]
+
+STYLE = """
+.advice { border-left: 4px solid #2a788e; padding: .1rem 1rem .1rem 2rem; background: #f4f8f9; }
+.advice li { margin: .5rem 0; max-width: 75ch; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; }
+.cards div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; }
+.cards b { display: block; font-size: 1.4rem; } h2 { margin-top: 2.5rem; }
+.grid { display: grid; gap: .6rem; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(270px, 100%), 1fr)); }
+.maps { grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
+.grid figure { margin: 0; }
+.two { grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
+table.map { font-size: 13px; } .map td, .map th { padding: .15rem .45rem; text-align: center; }
+.map th { writing-mode: vertical-rl; transform: rotate(180deg); }
+.map th { text-align: left; position: static; }
+.tokens td { white-space: normal; text-align: left; vertical-align: top; min-width: 8rem; }
+.tokens td:first-child { min-width: 3rem; }
+.tokens { font-size: 13px; }
+code { background: #eef2f4; border-radius: 3px; padding: 0 .25rem; white-space: pre-wrap; }
+summary { cursor: pointer; padding: .3rem 0; font-weight: 600; } body { overflow-wrap: anywhere; }
+"""
+MAPS = {  # figure: heading, format
+    "effective_rank_95": ("Effective rank: directions for 95%", ".0f"),
+    "relative_norm": ("Size: |dW| over |W0|", ".1%"),
+    "amplification": ("Amplification: |dW| over |Uᵀ W0 V|", ".2f"),
+    "intruders": ("Intruder dimensions in the top 10", ".0f"),
+}
+
+
+def table(found: Figures) -> Table:
+    """Means by kind of module, for the terminal."""
+    shown = Table(
+        Column("module", no_wrap=True),
+        "rank",
+        Column("for 90, 95, 99%", no_wrap=True),
+        "stable",
+        "|dW|/|W0|",
+        "amplified",
+    )
+    for kind, paths in by_kind(list(found["sites"])).items():
+        sites = [found["sites"][path] for path in paths]
+
+        def mean(name: str, form: str, sites: Sequence[Figures] = sites) -> str:
+            known = [site[name] for site in sites if site[name] is not None]
+            return f"{fmean(known):{form}}" if known else "–"
+
+        ranks = ", ".join(mean(f"effective_rank_{share}", ".1f") for share in (90, 95, 99))
+        shown.add_row(
+            kind,
+            mean("rank", ".3g"),
+            ranks,
+            mean("stable_rank", ".2f"),
+            mean("relative_norm", ".2%"),
+            mean("amplification", ".2f"),
+        )
+    return shown
+
+
+def page(found: Figures, path: str | Path) -> None:
+    """Write everything that was measured as one HTML file."""
+    document(f"Inside {Path(found['adapter']).name}", "".join(sections(found)), path, STYLE)
+
+
+def sections(found: Figures) -> Iterator[str]:
+    whole, sites = found["whole"], found["sites"]
+    beside = "".join(
+        f"; {count} × {kind} beside it, not measured" for kind, count in found["beside"].items()
+    )
+    yield f"<p>{html.escape(found['method'])} over {html.escape(found['model'])}{beside}.</p>"
+    yield (
+        '<ul class="advice">'
+        + "".join(f"<li>{html.escape(text)}</li>" for text in found["advice"])
+        + "</ul>"
+    )
+    yield cards(
+        {
+            "sites": f"{whole['sites']}",
+            "nominal rank": "–" if whole["rank"] is None else f"{whole['rank']}",
+            "mean rank for 90%": f"{whole['effective_rank_90']:.1f}",
+            "for 95%": f"{whole['effective_rank_95']:.1f}",
+            "for 99%": f"{whole['effective_rank_99']:.1f}",
+            "mean stable rank": f"{whole['stable_rank']:.2f}",
+            "mean entropy rank": f"{whole['entropy_rank']:.1f}",
+            "|dW| over |W0|": shown(whole["relative_norm"], ".2%"),
+            "median amplification": shown(whole["amplification"], ".2f"),
+        }
+    )
+    yield "<h2>Where it learnt</h2><p>A row a block, a column a kind of module.</p>"
+    measured = {
+        name: how for name, how in MAPS.items() if any(name in site for site in sites.values())
+    }
+    yield grid(
+        [
+            f"<details open><summary>{heading}</summary>{layer_map(sites, name, form)}</details>"
+            for name, (heading, form) in measured.items()
+        ],
+        "grid maps",
+    )
+    yield (
+        "<h2>Spectra</h2><p>Singular values over the largest; dark lines are early blocks, bright"
+        " ones late. Where they fall steeply, a "
+    )
+    yield "few carry the update.</p>" + grid(spectra(sites))
+    if "paths" in found:
+        yield from paths(found["paths"])
+    if "against" in found:
+        yield from against(found["against"])
+    if any("position_read" in site for site in sites.values()):
+        yield from positions(sites)
+    if found["layers"]:
+        yield (
+            "<h2>The same at every depth?</h2><p>phi of the four strongest directions that each two"
+            " blocks read from the residual "
+        )
+        yield "stream, or write to it: 1 is the same subspace, 0 has nothing in common.</p>"
+        yield grid(
+            [
+                plots.heat(f"{kind}, {of['side']}", of["phi"], "block", "block", 0)
+                for kind, of in found["layers"].items()
+            ]
+        )
+    yield from words(sites, found["chance_cosine"])
+    yield from shares(sites)
+
+
+def cards(figures: Mapping[str, str]) -> str:
+    return (
+        '<div class="cards">'
+        + "".join(f"<div><b>{value}</b>{name}</div>" for name, value in figures.items())
+        + "</div>"
+    )
+
+
+def grid(drawings: Sequence[str], style: str = "grid") -> str:
+    return f'<div class="{style}">{"".join(drawings)}</div>'
+
+
+def shown(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
+    kinds = by_kind(list(sites))
+    values = {kind_of(path): site.get(name) for path, site in sites.items()}
+    most = max((value for value in values.values() if value is not None), default=0) or 1
+    layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
+
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "<td></td>"
+        background, ink = plots.shade(value / most)
+        return f'<td style="background:{background};color:{ink}">{value:{form}}</td>'
+
+    head = "".join(f"<th>{html.escape(kind)}</th>" for kind in kinds)
+    rows = "".join(
+        f"<tr><td>{'' if layer is None else layer}</td>"
+        f"{''.join(cell(values.get((kind, layer))) for kind in kinds)}</tr>"
+        for layer in layers
+    )
+    return f'<div class="wide"><table class="map"><tr><th></th>{head}</tr>{rows}</table></div>'
+
+
+def spectra(sites: Mapping[str, Figures]) -> list[str]:
+    depth = max((kind_of(path)[1] or 0 for path in sites), default=0)
+    kinds = {
+        kind: {p: s for p in paths if (s := sites[p]["singular_values"])}
+        for kind, paths in by_kind(list(sites)).items()
+    }
+    return [plots.spectra(kind, lines, depth) for kind, lines in kinds.items() if lines]
+
+
+def paths(found: Figures) -> Iterator[str]:
+    yield (
+        f"<h2>The loss along the way</h2><p>On {found['rows']} rows. t scales the whole update: 0"
+        " is the base, 1 the adapter.</p>"
+    )
+    drawn = [plots.line("base + t dW", found["scaling"], "t", {0.0: "base", 1.0: "adapter"})]
+    if "between" in found:
+        drawn.append(
+            plots.line(
+                f"from this adapter to the other: barrier {found['barrier']:.4f}",
+                found["between"],
+                "t",
+                {},
+            )
+        )
+    yield grid(drawn, "grid two")
+
+
+def against(found: Figures) -> Iterator[str]:
+    yield (
+        f"<h2>Beside {html.escape(found['adapter'])}</h2><p>phi(i, j): the share of the smaller"
+        " subspace that lies in the larger: "
+    )
+    yield "those of this adapter's top i directions and the other's top j; means over blocks.</p>"
+    for word, name in (("read", "phi_read"), ("written", "phi_written")):
+        yield f"<h3>What is {word}</h3>"
+        yield grid(
+            [
+                plots.heat(kind, grids[name], "i, this one", "j, the other")
+                for kind, grids in found["kinds"].items()
+            ]
+        )
+
+
+def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
+    yield (
+        "<h2>Where in the base's spectrum</h2><p>The update's energy over the base's singular"
+        " directions; the dashed lines are what "
+    )
+    yield "no preference would give.</p>"
+    drawn = []
+    for kind, of_kind in by_kind(
+        [path for path, site in sites.items() if "position_read" in site]
+    ).items():
+        read, written = (
+            [
+                fmean(tenth)
+                for tenth in zip(*(sites[p][f"position_{side}"] for p in of_kind), strict=True)
+            ]
+            for side in ("read", "written")
+        )
+        drawn.append(plots.position(kind, read, written, sites[of_kind[0]]["shape"]))
+    yield grid(drawn, "grid two")
+
+
+def words(sites: Mapping[str, Figures], chance: Figures) -> Iterator[str]:
+    yield (
+        "<h2>What it reads and writes</h2><p>The tokens nearest to each module's strongest"
+        " directions, by cosine. What is read on the + "
+    )
+    yield (
+        "side is written on the + side. A module whose inputs or outputs stay inside its block has"
+        " no tokens for them. "
+    )
+    yield (
+        f"The token nearest to a random direction has a cosine of {chance['reads']:.2f} for what is"
+        f" read, of {chance['writes']:.2f} for "
+    )
+    yield "what is written: what lies no nearer says little.</p>"
+    for verb, names in (
+        ("reads", "tokens"),
+        ("reads_vectors", "your vectors"),
+        ("writes", "tokens"),
+        ("writes_vectors", "your vectors"),
+    ):
+        kinds = by_kind([path for path, site in sites.items() if site.get(verb)])
+        for kind, of_kind in kinds.items():
+            head = (
+                f"<tr><th>block</th><th>direction</th><th>{verb.split('_')[0]}"
+                f" +</th><th>{verb.split('_')[0]} −</th></tr>"
+            )
+            rows = "".join(
+                row(kind_of(path)[1], i, sites[path], ends)
+                for path in of_kind
+                for i, ends in enumerate(sites[path][verb])
+            )
+            yield f"<details><summary>{html.escape(kind)} {verb.split('_')[0]}: {names}</summary>"
+            yield f'<div class="wide"><table class="tokens">{head}{rows}</table></div></details>'
+
+
+def row(layer: int | None, i: int, site: Figures, ends: Figures) -> str:
+    def end(entries: Sequence[Figures]) -> str:
+        return " ".join(
+            f"<code>{html.escape(repr(e['name'])[1:-1])}</code> {e['cosine']:+.2f}" for e in entries
+        )
+
+    share = site["singular_values"][i] ** 2 / sum(s**2 for s in site["singular_values"])
+    name = f"{i + 1}: {share:.0%} of the energy"
+    cells = (
+        "" if layer is None else str(layer),
+        name,
+        end(ends["positive"]),
+        end(ends["negative"]),
+    )
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def shares(sites: Mapping[str, Figures]) -> Iterator[str]:
+    sides = [(path, verb) for path in sites for verb in ("reads", "writes")]
+    found = {
+        (path, verb): top for path, verb in sides if (top := sites[path].get(f"{verb}_shares"))
+    }
+    if not found:
+        return
+    yield (
+        "<h2>Your vectors</h2><p>The share of each update's energy that lies on a vector, the"
+        " largest first.</p><div class='wide'>"
+    )
+    yield "<table class='tokens'><tr><th>module</th><th></th><th>vectors</th></tr>"
+    for (path, verb), vectors in found.items():
+        text = ", ".join(f"{html.escape(name)} {share:.1%}" for name, share in vectors.items())
+        yield f"<tr><td>{html.escape(path)}</td><td>{verb}</td><td>{text}</td></tr>"
+    yield "</table></div>"

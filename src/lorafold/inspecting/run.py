@@ -1,0 +1,210 @@
+"""The whole of `lorafold inspect` but the loss: one adapter over its base's files, a module at a
+time, as figures ready for JSON.
+
+    sites        spectrum, size beside the base, tokens, by module path
+    whole        the same for all together
+    layers       phi of the top directions of each two blocks
+    against      a second adapter beside it
+    advice       the conclusions in words
+
+A base weight is read when its module's turn comes and let go after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lorafold.adapter import Adapter, load
+from lorafold.bases import layer_of
+from lorafold.inspecting import base_svd, reads, words
+from lorafold.inspecting.against import SHOWN, across_layers, compared
+from lorafold.inspecting.residual import Stream, gain, stream_of
+from lorafold.inspecting.spectra import advice, pooled, spectrum
+from lorafold.inspecting.subspaces import against_base
+from lorafold.inspecting.updates import Site, Svd, sites
+from lorafold.models import fingerprint
+from lorafold.models.checkpoint import Skeleton, bones_of
+from lorafold.models.loading import ModelSource
+from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.weights import ModelWeights
+
+Progress = Callable[[int, int], None]  # sites done, sites in all
+Figures = dict[str, Any]
+WHOLE = (
+    "effective_rank_90",
+    "effective_rank_95",
+    "effective_rank_99",
+    "stable_rank",
+    "entropy_rank",
+)
+
+
+@torch.no_grad()
+def inspect(
+    source: ModelSource,
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    directions: str | Path | None = None,
+    full: bool = False,
+    allow_other_base: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Figures:
+    """Measure a saved adapter of any method that folds.
+
+    LorafoldError as `load` does, and for a method without updates of matrices.
+    """
+    bones = bones_of(source, trust_remote_code)
+    adapter = load(bones.model, path, "inspected", allow_other_base=allow_other_base)
+    other = (
+        None
+        if against is None
+        else load(bones.model, against, "against", allow_other_base=allow_other_base)
+    )
+    base = fingerprint.of(ModelWeights(bones.model)) if full else None
+    laid, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
+    for done, site in enumerate(laid, 1):
+        svds[site.path], figures[site.path] = of_site(site, base)
+        if progress is not None:
+            progress(done, len(laid))
+    tokenizer = tokenizer_of(source, [path], trust_remote_code)
+    vectors = (
+        None if directions is None else reads.read_vectors(directions, ends_of(bones)[0].shape[1])
+    )
+    stream = stream_of(bones.model)
+    chance = {
+        "reads": reads.chance(ends_of(bones)[0], None),
+        "writes": reads.chance(ends_of(bones)[1], final_gain(bones, stream)),
+    }
+    for at, found in words_of(bones, stream, svds, tokenizer, vectors).items():
+        figures[at] |= found
+    result: Figures = {
+        "adapter": str(path),
+        "model": source.name,
+        "method": str(adapter.spec),
+        "beside": beside(adapter),
+        "whole": of_whole(figures),
+        "sites": figures,
+        "layers": across_layers(svds, stream),
+        "chance_cosine": chance,
+    }
+    if other is not None:
+        result["against"] = {
+            "adapter": str(against),
+            **compared(svds, {site.path: kept_of(site, site.parts()) for site in sites(other)}),
+        }
+    return {**result, "advice": words.conclusions(result)}
+
+
+def of_site(site: Site, base: Mapping[str, Any] | None) -> tuple[Svd, Figures]:
+    """The parts of one module's update that are kept, and its figures; with the base's fingerprint
+    those too that need W0's spectrum.
+    """
+    svd, w = site.parts(), site.weight
+    figures = spectrum(svd.s, site.rank)
+    directions = len(svd.s) if figures["factored"] else int(figures["effective_rank_95"])
+    found = {**figures, **against_base(svd, w, directions), "directions": directions}
+    if base is not None:
+        found |= base_svd.figures(base, site.path, w, svd, directions)
+    about = {
+        "shape": list(w.shape),
+        "singular_values": svd.s.tolist(),
+        "advice": advice(site.rank, pooled([svd.s])),
+    }
+    return kept_of(site, svd), {**found, **about}
+
+
+def of_whole(sites: Mapping[str, Figures]) -> Figures:
+    """Means and medians over the sites, and what one rank for all would lose."""
+    size, own = (
+        math.hypot(*(site[name] for site in sites.values())) for name in ("norm", "base_norm")
+    )
+    ranks = {name: fmean(site[name] for site in sites.values()) for name in WHOLE}
+    given = {site["rank"] if site["factored"] else None for site in sites.values()}
+    known = [site["amplification"] for site in sites.values() if site["amplification"] is not None]
+    return {
+        "sites": len(sites),
+        "rank": given.pop() if len(given) == 1 else None,
+        **ranks,
+        "norm": size,
+        "relative_norm": size / own if own else None,
+        "amplification": median(known) if known else None,
+        **pooled([torch.tensor(site["singular_values"]) for site in sites.values()]),
+    }
+
+
+def kept_of(site: Site, svd: Svd) -> Svd:
+    """Memory for the singular vectors of every site: not of all of a matrix's directions."""
+    return svd if site.rank is not None else svd.top(SHOWN).copied()
+
+
+def words_of(
+    bones: Skeleton, stream: Stream, svds: Mapping[str, Svd], tokenizer: PreTrainedTokenizerBase,
+    vectors: tuple[list[str], torch.Tensor] | None,
+) -> dict[str, Figures]:  # fmt: skip
+    """What the modules' directions read and write, by path: tokens, and the user's own vectors."""
+    model = bones.model
+    reading = {
+        path: side
+        for path, svd in svds.items()
+        if len(svd.s) and (side := reads.reading(model, stream, path, svd))
+    }
+    writing = {
+        path: side
+        for path, svd in svds.items()
+        if len(svd.s) and (side := reads.writing(stream, path, svd))
+    }
+    final = final_gain(bones, stream)
+
+    rows_in, rows_out = ends_of(bones)
+
+    def token(number: int) -> str:
+        return str(tokenizer.decode([number]))
+
+    found: dict[str, Figures] = {path: {} for path in {**reading, **writing}}
+    for verb, sides, rows, through in (
+        ("reads", reading, rows_in, None),
+        ("writes", writing, rows_out, final),
+    ):
+        for path, table in reads.tables(sides, rows, through, token).items():
+            found[path][verb] = table
+        if vectors is not None:
+            names, matrix = vectors
+            streams = {path: side for path, side in sides.items() if not side.of_tokens}
+            for path, table in reads.tables(streams, matrix, None, names.__getitem__).items():
+                found[path][f"{verb}_vectors"] = table
+                found[path][f"{verb}_shares"] = reads.largest_shares(
+                    streams[path], svds[path].s, names, matrix
+                )
+    return found
+
+
+def final_gain(bones: Skeleton, stream: Stream) -> torch.Tensor | None:
+    """The gain between the residual stream and the unembedding."""
+    return (
+        None
+        if stream.final_norm is None
+        else gain(bones.model.get_submodule(stream.final_norm), stream.size)
+    )
+
+
+def ends_of(bones: Skeleton) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the embedding and of the unembedding, (V, d) each."""
+    ends = bones.model.get_input_embeddings(), bones.model.get_output_embeddings()
+    embedding, unembedding = (layer_of(end).dense()[0] for end in ends)
+    return embedding.t(), unembedding
+
+
+def beside(adapter: Adapter) -> dict[str, int]:
+    """What the adapter holds beside its method's updates, counted: none of it is in the figures."""
+    own = {id(delta) for delta in adapter.own_deltas.values()}
+    kinds = [type(part).__name__ for _, part in adapter.parts() if id(part) not in own]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

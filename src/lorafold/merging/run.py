@@ -1,0 +1,229 @@
+"""From a model and its adapters to a plain Hugging Face directory with its certificate: the whole
+of `lorafold merge`.
+
+    plan -> fold -> certify         the fold holds one tensor, the certificate one model at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafold.adapter import load
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.fold.rounding import Rounding
+from lorafold.merging.certificate import Gap, compare, probe_ids
+from lorafold.merging.into import Into, choose_into
+from lorafold.merging.plan import plan
+from lorafold.merging.shards import Folded, execute
+from lorafold.models.classifier import known_classes
+from lorafold.models.loading import Storage, choose_device, load_model, resolve_model, weights_of
+from lorafold.models.quietly import loading
+from lorafold.models.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+CERTIFICATE = "merge.json"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model: what `merge.json` says. `gap` is None without the certificate."""
+
+    gap: Gap | None
+    folded: Folded
+    into: Into
+    rounding: Rounding
+    seed: int
+    model: str
+    adapters: tuple[str, ...]
+    out: str
+
+    @property
+    def kl(self) -> float | None:
+        return None if self.gap is None else self.gap.kl
+
+    def as_json(self) -> dict[str, Any]:
+        """update_survival and rounding_noise are shares of the update's norm; `rounded` counts the
+        changed tensors.
+        """
+        gap: dict[str, Any] = (
+            asdict(self.gap) if self.gap else dict.fromkeys(f.name for f in fields(Gap))
+        )
+        folded = {
+            "update_survival": self.folded.sums.survival,
+            "rounding_noise": self.folded.sums.noise,
+        }
+        done = {
+            "rounded": self.folded.rounded,
+            "untied": list(self.folded.untied),
+            "biases": list(self.folded.biases),
+        }
+        grown = {"vocabulary": self.folded.vocabulary}
+        asked = {
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "model": self.model,
+            "adapters": list(self.adapters),
+            "out": self.out,
+        }
+        into = {"into": self.into.target, "trained_on": self.into.trained_on}
+        return {**gap, **folded, **done, **grown, **into, **asked}
+
+    def summary(self) -> str:
+        """A few lines to read."""
+        words = {
+            "exact": "kept as computed",
+            "nearest": "rounded to nearest",
+            "stochastic": f"rounded stochastically, seed {self.seed}",
+        }
+        how = ", ".join(
+            f"{count} tensors {words[word]}" for word, count in self.folded.rounded.items()
+        )
+        sums = self.folded.sums
+        lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
+        lines.append(
+            f"  {sums.survival:.2%} of the update survives; rounding added noise of"
+            f" {sums.noise:.2%} of its norm"
+        )
+        if self.folded.untied:
+            lines.append(
+                "  embedding and head share their weight no longer:"
+                f" {', '.join(self.folded.untied)} was added"
+            )
+        if self.folded.biases:
+            lines.append(
+                f"  {len(self.folded.biases)} biases were added, and switched on in config.json"
+            )
+        if self.folded.vocabulary:
+            lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
+        if self.gap:
+            lines.append(
+                f"  against the adapted model, {self.gap.positions:,} positions in fp32: KL"
+                f" {self.gap.kl:.2e}, same token at {self.gap.argmax_agreement:.2%}, logits at most"
+                f" {self.gap.max_logit_gap:.3g} apart"
+            )
+        return "\n".join(lines)
+
+
+def merge(
+    model: str,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    into: str | None = None,
+    base: str = "auto",
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    certificate: bool = True,
+    probe: str | Path | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    console: Console | None = None,
+) -> Merged:
+    """Fold adapters, in the order given, into a model and write a plain Hugging Face directory,
+    which appears whole or not at all.
+
+    `into` says what they are folded into and `base` how it was held in training
+    (`lorafold.merging.into`; by default both as the adapters' records say). `probe` is a data file
+    whose rows the certificate is measured on (None: built-in texts); `device` computes it. Raises
+    LorafoldError, with nothing left behind, listing what is wrong with the model, an adapter, the
+    probe or `out`.
+    """
+    if not adapters:
+        raise LorafoldError("nothing to merge: found no adapter, expected at least one")
+    where, target = choose_device(device), choose_into(into, adapters, base)
+    if console is not None and target.trained_on is not None:
+        console.print(f"merging into {target}", highlight=False)
+    with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
+        source = resolve_model(model, revision)
+        if classes := known_classes(source, adapters):
+            found = f"{', '.join(map(str, adapters))}: found a classifier of {', '.join(classes)}"
+            raise LorafoldError(
+                f"{found}, expected a language model's adapter; in Python: adapter.merge(),"
+                " model.save_pretrained(out)"
+            )
+        own = any(map(has_tokenizer, adapters))
+        tokenizer = (
+            tokenizer_of(source, adapters, trust_remote_code) if own or certificate else None
+        )
+        texts = probe_ids(tokenizer, probe) if tokenizer is not None and certificate else []
+        planned = plan(
+            source.path,
+            adapters,
+            packing=target.packing,
+            allow_other_base=allow_other_base,
+            trust_remote_code=trust_remote_code,
+        )
+        folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
+        if own and tokenizer is not None:
+            write_tokenizer(tokenizer, tmp)
+        del planned
+        if target.repacked is not None:
+            repack(tmp, target.repacked, trust_remote_code)
+        trained = Storage(torch.float32, target.trained_on)
+
+        def adapted() -> PreTrainedModel:
+            base = load_model(source, trained, where, trust_remote_code=trust_remote_code)
+            for i, path in enumerate(adapters):
+                load(
+                    base,
+                    path,
+                    f"adapter{i}",
+                    allow_other_base=allow_other_base,
+                    base=weights_of(source, trained),
+                )
+            return base
+
+        def merged() -> PreTrainedModel:
+            return load_model(
+                tmp,
+                Storage(torch.float32, target.repacked),
+                where,
+                trust_remote_code=trust_remote_code,
+            )
+
+        gap = compare(adapted, merged, texts, tmp, bar("comparing")) if certificate else None
+        result = Merged(
+            gap, folded, target, rounding, seed, source.name, tuple(map(str, adapters)), str(out)
+        )
+        write_json(tmp / CERTIFICATE, result.as_json())
+    return result
+
+
+def repack(directory: Path, kind: str, trust_remote_code: bool) -> None:
+    """Pack a plain model in its place, a tensor at a time."""
+    model = load_model(
+        directory, Storage(torch.bfloat16, kind), trust_remote_code=trust_remote_code
+    )
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    with loading(f"the model packed as {kind}"):
+        model.save_pretrained(directory)
+
+
+@contextmanager
+def _bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Makes progress bars, one a stage, on a terminal; without one, progress goes nowhere."""
+    from rich.progress import Progress
+
+    with Progress(
+        console=console, disable=console is None or not console.is_terminal, transient=True
+    ) as bars:
+
+        def bar(stage: str) -> Callable[[int, int], None]:
+            task = bars.add_task(stage, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar

@@ -1,0 +1,286 @@
+"""New tokens: the rows of a few ids are trained, in the embedding and in the head, beside any
+method.
+
+    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else what lies beneath
+                rows (k, d), ids (k,)
+    head        z[t, id_i] = x[t] . rows[i], else what lies beneath                               z
+                (T, V + m)
+    fold        the matrix (V, d) with these rows in the places of its own, and those of ids from V
+                on appended: (V + m, d)
+
+For words that a tokenizer gains (roles of a conversation, say), and for known ones that shall mean
+something else. The base is never resized: the m rows that it lacks belong to the delta, so the
+vocabulary is V + m while the adapter is live and V without it. A head that shares the embedding's
+weight shares its rows: they are parameters of the embedding's delta alone, and the head's is its
+`twin`.
+
+A row that the base has starts as it is. One that it lacks starts as the mean of all rows, so that a
+new token's logit is the mean of the others' whatever the text, and takes no more than an average
+one's share of the probability (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
+Language Models"); rows that start alike part by what the data says about each. The new entries of a
+head's bias are the mean of the bias, and stay it. Rows are fp32, and rounded to the nearest before
+use: what is trained on is what a merged model stores.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import is_linear, layer_class, layer_of
+from lorafold.bases.dense import Embedding
+from lorafold.core.attach import Adapted
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer, add
+from lorafold.core.presets import bare_modules, vocabulary_ends
+from lorafold.core.targets import no_match
+from lorafold.errors import LorafoldError
+from lorafold.fold.ties import sharers
+
+
+class TokenRows(Delta):
+    """Abstract: rows (k, d) of the ids (k,), in the order given; its own, fp32, or those of the
+    delta whose twin it is.
+    """
+
+    order: Tensor  # (k,), which row belongs to the first, second, ... of the ids in ascending order
+    ascending: Tensor  # (k,)
+
+    def __init__(self, ids: Sequence[int], rows: Tensor | TokenRows) -> None:
+        super().__init__()
+        self.ids = tuple(ids)
+        # in a tuple, where torch does not look for submodules: the rows are one delta's parameters
+        self._owner = (rows,) if isinstance(rows, TokenRows) else ()
+        if isinstance(rows, Tensor):
+            self.rows = nn.Parameter(rows.detach().to(torch.float32, copy=True))
+        where = self.owner.rows.device
+        order = torch.tensor(
+            sorted(range(len(ids)), key=self.ids.__getitem__),
+            device="cpu" if where.type == "meta" else where,
+        )
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer(
+            "ascending", torch.tensor(self.ids, device=order.device)[order], persistent=False
+        )
+
+    @property
+    def owner(self) -> TokenRows:
+        """The delta whose parameters the rows are."""
+        return self._owner[0] if self._owner else self
+
+    @property
+    def twin(self) -> Delta | None:
+        return self._owner[0] if self._owner else None
+
+    def values_at(self) -> Sequence[int]:
+        return self.ids
+
+    def sorted_rows(self, device: torch.device) -> Tensor:  # (k, d), by ascending id
+        return self.owner.rows.to(device)[self.order.to(device)]
+
+    def beyond(self, size: int) -> int:
+        """How many of the ids a matrix of `size` rows lacks.
+
+        LorafoldError if appending them would leave a gap.
+        """
+        missing = sum(i >= size for i in self.ids)
+        if missing and max(self.ids) != size + missing - 1:
+            raise LorafoldError(gap(self.ids, size))
+        return missing
+
+    def placed(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d), in the wider of the two dtypes
+        rows = self.sorted_rows(w.device)
+        dtype, old = torch.promote_types(w.dtype, rows.dtype), len(rows) - self.beyond(len(w))
+        w = torch.cat([w.to(dtype), rows[old:].to(dtype)])
+        return w.index_copy(0, self.ascending[:old].to(w.device), rows[:old].to(dtype))
+
+    @abstractmethod
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class EmbeddingRows(TokenRows):
+    """On an embedding, W (d, V)."""
+
+    def forward(self, layer: Layer, ids: Tensor, onto: Tensor | None = None) -> Tensor:
+        ascending = self.ascending.to(ids.dtype)
+        at = torch.searchsorted(ascending, ids).clamp_max(len(self.ids) - 1)
+        ours = ascending[at] == ids
+        y: Tensor = layer(torch.where(ours, 0, ids), onto=onto)
+        rows = layer.op(at, self.sorted_rows(y.device).to(y.dtype).t())
+        return torch.where(ours[..., None], add(rows, onto).to(y.dtype), y)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.placed(w.t()).t(), b
+
+
+class HeadRows(TokenRows):
+    """On an output embedding, W (V, d)."""
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        z: Tensor = layer(x)
+        old = len(self.ids) - self.beyond(z.shape[-1])
+        ours = layer.op(x, self.sorted_rows(x.device))
+        if layer.module._parameters.get("bias") is not None:
+            b = layer.dense()[1]
+            assert b is not None
+            ours = ours + torch.cat([b[self.ascending[:old]], b.mean().expand(len(self.ids) - old)])
+        ours = ours.to(z.dtype)
+        if old < len(self.ids):
+            z = torch.cat([z, ours[..., old:]], -1)
+        if old:
+            z = z.index_copy(-1, self.ascending[:old], ours[..., :old])
+        return add(z, onto).to(z.dtype)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        missing = self.beyond(len(w))
+        if b is not None and missing:
+            b = torch.cat([b, b.mean().expand(missing)])
+        return self.placed(w), b
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which rows train: `ids` of the embedding and the head over it, or by module name. `fresh` are
+    those that start as the mean although the base has a row for them: matrices are often longer
+    than the vocabulary, and those rows mean nothing yet.
+    """
+
+    ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    fresh: frozenset[int] = frozenset()
+
+    def deltas(self, model: nn.Module, live: Sequence[str]) -> dict[str, TokenRows]:
+        """The deltas by module path, to lie over the adapters that are live.
+
+        LorafoldError lists all that is wrong.
+        """
+        by_path, problems = self._by_path(model)
+        found: dict[str, TokenRows] = {}
+        for path, ids in by_path.items():
+            module = model.get_submodule(path)
+            if not (is_linear(module) or _is_embedding(module)):
+                problems.append(
+                    f"{path}: {type(module).__name__} has no rows for tokens; expected an embedding"
+                    " or the head over it"
+                )
+                continue
+            w = _rows_of(module.layer(*live) if isinstance(module, Adapted) else layer_of(module))
+            if wrong := self._wrong(ids, len(w)):
+                problems.append(f"{path}: {wrong}")
+                continue
+            kind = EmbeddingRows if _is_embedding(module) else HeadRows
+            found[path] = kind(ids, self._owner(model, path, by_path, found) or self._start(w, ids))
+        if problems := problems or self._one_sided(model, found):
+            raise LorafoldError("; ".join(problems))
+        return found
+
+    def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """Embeddings first, each followed by the modules that share its weight, unless the user
+        gave these other ids.
+        """
+        problems: list[str] = []
+        if isinstance(self.ids, Mapping):
+            paths = [path for path, _ in bare_modules(model)]
+            named: dict[str, tuple[int, ...]] = {}
+            for name, ids in self.ids.items():
+                hits = [p for p in paths if p == name or p.endswith(f".{name}")]
+                problems += [] if hits else [no_match(name, model, is_linear)]
+                named |= dict.fromkeys(hits, tuple(ids))
+        else:
+            named = dict.fromkeys(vocabulary_ends(model) if self.ids else (), tuple(self.ids))
+            if self.ids and not named:
+                problems.append(
+                    f"{type(model).__name__} does not say where its embeddings are: give the ids by"
+                    " module name"
+                )
+        by_path: dict[str, tuple[int, ...]] = {}
+        for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
+            by_path.setdefault(path, named[path])
+            if _is_embedding(module := model.get_submodule(path)):
+                by_path |= {
+                    other: named.get(other, named[path])
+                    for other in sharers(model, module)
+                    if other not in by_path
+                }
+        return by_path, problems
+
+    @staticmethod
+    def _wrong(ids: Sequence[int], size: int) -> str | None:
+        if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+            return f"tokens {list(ids)}: expected ids from 0 up, each once"
+        beyond = [i for i in ids if i >= size]
+        return gap(ids, size) if beyond and max(beyond) != size + len(beyond) - 1 else None
+
+    @staticmethod
+    def _owner(
+        model: nn.Module,
+        path: str,
+        ids: Mapping[str, Sequence[int]],
+        found: Mapping[str, TokenRows],
+    ) -> TokenRows | None:
+        shared = sharers(model, model.get_submodule(path))
+        return next(
+            (
+                d.owner
+                for p, d in found.items()
+                if p in shared and isinstance(d, EmbeddingRows) and ids[p] == ids[path]
+            ),
+            None,
+        )
+
+    @staticmethod
+    def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
+        """What is wrong where only one of embedding and head would get rows for new tokens."""
+        rows = {path: len(model.get_submodule(path).weight) for path in vocabulary_ends(model)}  # type: ignore[arg-type]
+        sizes = dict(rows)
+        for path in rows:
+            held = [*carried(model.get_submodule(path)), *([found[path]] if path in found else [])]
+            sizes[path] = max([rows[path], *(i + 1 for delta in held for i in delta.ids)])
+        if sizes == rows or len(set(sizes.values())) == 1:
+            return []
+        have = ", ".join(f"{path} would have rows for {n}" for path, n in sizes.items())
+        return [
+            f"new tokens belong in the embedding and the head alike: {have} tokens; give both, or"
+            " resize the base first"
+        ]
+
+    @torch.no_grad()
+    def _start(self, w: Tensor, ids: Sequence[int]) -> Tensor:  # (V, d) -> (k, d)
+        mean = (
+            w.mean(0, dtype=torch.float32)
+            if any(i >= len(w) or i in self.fresh for i in ids)
+            else None
+        )
+        rows = [
+            mean if mean is not None and (i >= len(w) or i in self.fresh) else w[i].float()
+            for i in ids
+        ]
+        return torch.stack(rows)
+
+
+def gap(ids: Sequence[int], size: int) -> str:
+    beyond = sorted(i for i in ids if i >= size)
+    return (
+        f"tokens {beyond} leave a gap: the rows end with {size - 1}, and new ones must follow from"
+        f" {size} on without one left out"
+    )
+
+
+def carried(module: nn.Module) -> Iterator[TokenRows]:
+    """The rows that the adapters on a module hold."""
+    deltas: Any = module.deltas.values() if isinstance(module, Adapted) else ()
+    return (part for delta in deltas for part in delta.parts() if isinstance(part, TokenRows))
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return issubclass(layer_class(module), Embedding)
+
+
+@torch.no_grad()
+def _rows_of(layer: Layer) -> Tensor:  # (V, d)
+    w, _ = layer.dense()
+    return w.detach().t() if _is_embedding(layer.module) else w.detach()

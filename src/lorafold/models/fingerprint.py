@@ -1,0 +1,168 @@
+"""A model's fingerprint: shapes and a few sampled values of some of its weights, taken before any
+quantization.
+
+    {name: {"shape": [out, in], "dtype": "bfloat16", "values": "<16 fp32 numbers in hex>"}}
+    up to 32 tensors
+
+An adapter means nothing on another base than its own, and nothing in its shapes tells. The
+fingerprint does, whether the base is loaded in fp32, bf16 or fp16: two values agree if they are
+equal once both are rounded to the narrower of their dtypes. A base whose vocabulary was resized is
+the same base. Taking it reads 512 numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, PositiveInt, StringConstraints, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from lorafold.errors import LorafoldError
+from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
+
+Fingerprint = dict[str, dict[str, Any]]
+
+TENSORS, VECTORS, VALUES = 32, 7, 16
+# a prime far from any row length, so that positions spread over rows and columns
+STRIDE = 2_654_435_761
+
+
+class Sample(BaseModel, extra="forbid"):
+    """What a file may hold for one tensor."""
+
+    shape: list[PositiveInt]
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+    values: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{8 * VALUES}}}$")]
+
+
+def parse(value: Any) -> Fingerprint:
+    """A fingerprint from JSON. LorafoldError if it is none."""
+    try:
+        TypeAdapter(dict[str, Sample]).validate_python(value, strict=True)
+    except ValidationError as e:
+        place = ".".join(map(str, e.errors()[0]["loc"]))
+        raise LorafoldError(
+            f"its fingerprint is not readable ({place}: {e.errors()[0]['msg'].lower()})"
+        ) from None
+    fingerprint: Fingerprint = value
+    return fingerprint
+
+
+def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
+    """Of the model's base weights, adapters left out.
+
+    `without`: paths of modules that are not the base's own, such as a fresh head.
+    """
+    return of(ModelWeights(model), without)
+
+
+def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
+    """The same from the safetensors files of a model directory.
+
+    LorafoldError where there are none, or one can't be read.
+    """
+    return of(FileWeights(model_files(Path(directory))), without)
+
+
+def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
+    inside = tuple(f"{path}." for path in without)
+    names = [
+        n
+        for n in weights.names
+        if weights.is_floating(n) and 0 not in weights.shape(n) and not n.startswith(inside)
+    ]
+    # an order that mixes kinds and depths
+    names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
+    matrices = [n for n in names if len(weights.shape(n)) > 1]
+    # few of them: norms and biases may be all ones and zeros
+    vectors = [n for n in names if n not in matrices]
+    # a packed base has no linear left to compare: the largest matrix, the embedding as a rule, and
+    # the vectors stay plain there
+    largest = sorted(matrices, key=lambda n: math.prod(weights.shape(n)))[-1:]
+    chosen = dict.fromkeys(
+        [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
+    )
+    return {name: _sample(weights, name) for name in list(chosen)[:TENSORS]}
+
+
+def differences(expected: Fingerprint, weights: Weights) -> list[str]:
+    """What says that these weights are another base: one line, or none.
+
+    Tensors absent here (tied, or named otherwise) don't count, unless all are.
+    """
+    here = {name: found for name in expected if (found := weights.find(name)) is not None}
+    if expected and not here:
+        return [
+            f"none of its {len(expected)} fingerprinted weights is here:"
+            f" {', '.join(list(expected)[:3])}, ..."
+        ]
+    wrong = [
+        text
+        for name, found in here.items()
+        if (text := _difference(expected[name], weights, found))
+    ]
+    if not wrong:
+        return []
+    return [
+        f"{len(wrong)} of {len(here)} fingerprinted weights differ:"
+        f" {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+    ]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two floating-point tensors of one shape hold the same numbers, as far as the narrower
+    of their dtypes tells.
+    """
+    return bool(equal(a, b).all())
+
+
+def equal(a: Tensor, b: Tensor) -> Tensor:
+    """The same, number by number."""
+    narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
+    # bf16 and fp16 from one fp32 number: the fp16 one may lie past a bf16 tie (one unit), or among
+    # fp16's subnormals
+    rtol, atol = (
+        (2**-7, 2**-24) if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16} else (0.0, 0.0)
+    )
+    return torch.isclose(
+        a.to(narrow).float(),
+        b.to(a.device).to(narrow).float(),
+        rtol=rtol,
+        atol=atol,
+        equal_nan=True,
+    )
+
+
+def _sample(weights: Weights, name: str) -> dict[str, Any]:
+    shape = weights.shape(name)
+    values = weights.at(name, _positions(shape))
+    return {
+        "shape": list(shape),
+        "dtype": str(values.dtype).removeprefix("torch."),
+        "values": values.float().numpy().tobytes().hex(),
+    }
+
+
+def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
+    flat = [(k * STRIDE + 1) % math.prod(shape) for k in range(VALUES)]
+    return torch.tensor(np.array(np.unravel_index(flat, shape))).T.reshape(VALUES, len(shape))
+
+
+def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | None:
+    shape, asked = list(weights.shape(name)), expected["shape"]
+    if shape[1:] != asked[1:] or len(shape) != len(asked) or (shape != asked and len(shape) < 2):
+        return f"{name} (shape {shape}, expected {asked})"
+    positions = _positions(asked)
+    both = positions[:, 0] < shape[0]  # a vocabulary that was resized is compared as far as both go
+    wanted = torch.frombuffer(bytearray.fromhex(expected["values"]), dtype=torch.float32).to(
+        getattr(torch, expected["dtype"])
+    )
+    return (
+        None if same(weights.at(name, positions[both]), wanted[both]) else f"{name} (other values)"
+    )

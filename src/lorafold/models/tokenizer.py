@@ -1,0 +1,160 @@
+"""Tokenizers that belong to adapters: a model's own with words added to it or another chat
+template, saved beside the adapter.
+
+    words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        ids by word; those that are new
+                                                                    are special tokens, one id each
+    set_template(tokenizer, "chat.jinja")
+    tokenizer_of(source, adapters)                                  the last adapter's that has one,
+                                                                    or the model's
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.errors import LorafoldError
+from lorafold.models.loading import ModelSource, load_tokenizer
+from lorafold.models.quietly import loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG = "tokenizer_config.json"
+# what a tokenizer may have written, whatever its class names its vocabulary
+FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    CONFIG,
+)
+TEMPLATES = "additional_chat_templates"
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words whose rows are to be trained: their ids, and which of them the tokenizer did not
+    know.
+    """
+
+    ids: dict[str, int]
+    new: frozenset[str]
+
+    def __str__(self) -> str:
+        """One line, or nothing without words."""
+        new = ", ".join(f"{word} {i}" for word, i in self.ids.items() if word in self.new)
+        known = [
+            f"{word} is known ({i}): its row trains too"
+            for word, i in self.ids.items()
+            if word not in self.new
+        ]
+        return "; ".join([*([f"new tokens: {new}"] if new else []), *known])
+
+
+def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
+    """Make each word one token of the tokenizer; one that it does not know becomes a special token,
+    left out of answers.
+    """
+    from transformers import AddedToken
+
+    if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
+        raise LorafoldError(
+            f"new_tokens: found {', '.join(map(repr, dict.fromkeys(wrong)))}, expected words, each"
+            " once"
+        )
+    vocabulary = tokenizer.get_vocab()
+    new = [word for word in words if word not in vocabulary]
+    tokenizer.add_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in new], special_tokens=True
+    )
+    return Words(
+        {word: int(tokenizer.convert_tokens_to_ids(word)) for word in words}, frozenset(new)  # type: ignore[arg-type]
+    )
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Give the tokenizer the Jinja chat template of a file.
+
+    LorafoldError if it can't be read or is no template.
+    """
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafoldError(
+            f"chat template {path}: can't be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    if not text.strip():
+        raise LorafoldError(f"chat template {path}: it is empty")
+    tokenizer.chat_template = text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise LorafoldError(
+            f"chat template {path}: line {error.lineno}: {error.message}"
+        ) from error
+    except TemplateError:
+        pass  # it refuses this conversation, which is its right
+
+
+def has_tokenizer(adapter: str | Path) -> bool:
+    return (Path(adapter) / CONFIG).is_file()
+
+
+def tokenizer_of(
+    source: ModelSource, adapters: Sequence[str | Path], trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with its chat template, of the last adapter that has one, or else the model's.
+
+    It knows the words of all of them. LorafoldError where two give one id different words, as
+    adapters that were trained apart may.
+    """
+    own = [path for path in adapters if has_tokenizer(path)]
+    if not own:
+        return load_tokenizer(source, trust_remote_code=trust_remote_code)
+    *earlier, last = (_load(path, trust_remote_code) for path in own)
+    words = _by_id(last)
+    for path, other in zip(own, earlier, strict=False):
+        theirs = _by_id(other)
+        if differing := [i for i in sorted(theirs.keys() & words.keys()) if theirs[i] != words[i]]:
+            some = ", ".join(f"{i} is {theirs[i]} and {words[i]}" for i in differing[:SHOWN])
+            more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+            raise LorafoldError(
+                f"{path} and {own[-1]}: their tokenizers differ: {some}{more}; these adapters can't"
+                " be used together"
+            )
+        if missing := sorted(theirs.keys() - words.keys()):  # the last one may know fewer words
+            last.add_tokens([other.added_tokens_decoder.get(i, theirs[i]) for i in missing])
+            words = _by_id(last)
+            if any(words.get(i) != theirs[i] for i in missing):
+                raise LorafoldError(
+                    f"{path} and {own[-1]}: words of the one's tokenizer have no place in the"
+                    " other's"
+                )
+    return last
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the tokenizer into a model's directory in the place of the one that lies there."""
+    for name in {*FILES, *(getattr(tokenizer, "vocab_files_names", None) or {}).values()}:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+    tokenizer.save_pretrained(directory)
+
+
+def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {i: word for word, i in tokenizer.get_vocab().items()}
+
+
+def _load(path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with loading(f"tokenizer of {path}"):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

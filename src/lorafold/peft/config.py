@@ -1,0 +1,187 @@
+"""adapter_config.json, both ways: the method's fields by its row of the table, and those that all
+methods share.
+
+A field that is not understood must be neutral (null, false, empty): anything else would change what
+the adapter computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+from torch import nn
+
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.peft.format import Field, Method, Regex, Site
+from lorafold.peft.selection import Patterns, Selection, saved_leaves
+from lorafold.peft.table import METHODS
+from lorafold.peft.tokens import INDICES, Ids, describe
+
+CONFIG = "adapter_config.json"
+
+Bias = Literal["none", "lora_only", "all"]
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+
+
+def as_patterns(value: str | list[str] | None) -> Patterns:
+    return value if isinstance(value, str) else as_tuple(value)
+
+
+def as_targets(value: str | list[str]) -> Patterns:
+    return (
+        value.lower()
+        if isinstance(value, str) and value.lower() == "all-linear"
+        else as_patterns(value)
+    )
+
+
+def as_ids(value: list[int] | dict[str, list[int]] | None) -> Ids:
+    return (
+        {name: tuple(ids) for name, ids in value.items()}
+        if isinstance(value, dict)
+        else tuple(value or ())
+    )
+
+
+SELECTION = (
+    Field("target_modules", "target_modules", Regex | list[str], None, from_file=as_targets),
+    Field("modules_to_save", "modules_to_save", list[Regex] | None, None, from_file=as_tuple),
+    Field(
+        "exclude_modules", "exclude_modules", Regex | list[str] | None, None, from_file=as_patterns
+    ),
+    Field(
+        "layers_to_transform",
+        "layers_to_transform",
+        int | list[int] | None,
+        None,
+        from_file=as_tuple,
+    ),
+    Field("layers_pattern", "layers_pattern", Regex | list[Regex] | None, None, from_file=as_tuple),
+    Field(INDICES, "tokens", list[int] | dict[str, list[int]] | None, None, from_file=as_ids),
+)
+BIAS = Field("bias", "bias", Bias, "none")
+# what says where an adapter came from, not what it computes
+ABOUT = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "runtime_config",
+    }
+)
+
+# By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
+# modules to save.
+TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("ForCausalLM", "CAUSAL_LM", ()),
+    ("LMHeadModel", "CAUSAL_LM", ()),
+    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
+    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
+    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+)
+
+
+def write_config(
+    model: nn.Module, spec: Spec, sites: Sequence[Site], selection: Selection, bias: Bias
+) -> dict[str, Any]:
+    """The config of an adapter on `model`, ready for JSON.
+
+    LorafoldError for a method without a row in the table.
+    """
+    method = next((m for m in METHODS if m.holds(spec)), None)
+    if method is None:
+        raise LorafoldError(f"{type(spec).__name__} has no place in PEFT's format")
+    config = method.config(spec, sites) | {
+        "base_model_name_or_path": (
+            getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        ),
+        "inference_mode": True,
+        "modules_to_save": list(selection.modules_to_save) or None,
+        "revision": None,
+        "task_type": _task(model, selection),
+    }
+    if method.preset is None:
+        targets = selection.target_modules
+        config["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    if method.biases or bias != BIAS.default:
+        config[BIAS.key] = bias
+    config |= describe(model, sites)
+    return dict(sorted(config.items()))
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
+    """LorafoldError lists every field that has a wrong value or is not supported."""
+    method = _method(config)
+    spec, problems = method.read(config)
+    shared: dict[str, Any] = (
+        {} if method.preset is None else {"target_modules": (), "preset": method.preset}
+    )
+    fields = (
+        *(f for f in SELECTION if method.preset is None or f.key in ("modules_to_save", INDICES)),
+        BIAS,
+    )
+    for field in fields:
+        try:
+            shared[field.attribute] = field.read(config)
+        except LorafoldError as e:
+            problems.append(str(e))
+    known = ABOUT | {f.key for f in fields} | method.known
+    unknown = {
+        k: v for k, v in sorted(config.items()) if k not in known and not _neutral(k, v, method)
+    }
+    problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
+    if problems or spec is None:
+        raise LorafoldError(f"{CONFIG}: {'; '.join(problems)}")
+    bias: Bias = shared.pop("bias")
+    return spec, Selection(**shared), bias
+
+
+def _method(config: Mapping[str, Any]) -> Method:
+    kind = config.get("peft_type")
+    of_kind = [m for m in METHODS if m.peft_type == kind]
+    if not of_kind:
+        expected = ", ".join(sorted({m.peft_type for m in METHODS}))
+        raise LorafoldError(
+            f"{CONFIG}: peft_type {kind!r} is not supported; expected one of {expected}"
+        )
+    return next(
+        (m for m in of_kind if all(config.get(k, False) == mark for k, mark in m.marks.items())),
+        of_kind[0],
+    )
+
+
+def _neutral(key: str, value: Any, method: Method) -> bool:
+    return (
+        value is None
+        or value is False
+        or value in ("", [], {})
+        or (key in method.marks and value == method.marks[key])
+    )
+
+
+def _task(model: nn.Module, selection: Selection) -> str | None:
+    """PEFT's task for the model, or None where PEFT would look for heads that this adapter does not
+    hold.
+    """
+    names = selection.modules_to_save
+    for end, task, heads in TASKS:
+        if type(model).__name__.endswith(end) and set(saved_leaves(model, (*names, *heads))) == set(
+            saved_leaves(model, names)
+        ):
+            return task
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = TypeAdapter(Any).dump_json(value).decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,223 @@
+"""LoRA and its relatives in PEFT's files: rows for `table.py`.
+
+    LoRA            r, lora_alpha ...           lora_A, lora_B
+    PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, the offset [s (B - B0), s B0] [A;
+                    A - A0] as it is; read as LoRA
+    AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
+                                                triplets that were dropped
+    VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
+                                                if save_projection
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lorafold.bases.dense import Conv1D, Embedding
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
+from lorafold.errors import LorafoldError
+from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
+from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
+from lorafold.methods.lora import LoRA, LoRADelta
+from lorafold.methods.vera import VeRA, VeRADelta
+from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_is
+
+# How A was drawn, where the base stayed as it is; once trained, the file holds all there is to
+# know.
+INITS: dict[bool | str, str] = {
+    True: "kaiming",
+    False: "kaiming",
+    "gaussian": "gaussian",
+    "eva": "kaiming",
+    "orthogonal": "kaiming",
+    "mica": "kaiming",
+}
+
+
+def number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def numbers(values: Mapping[str, float]) -> dict[str, int | float]:
+    return {key: number(value) for key, value in values.items()}
+
+
+def or_empty(values: dict[str, Any] | None) -> dict[str, Any]:
+    return values or {}
+
+
+def init_to_file(init: str) -> bool | str:
+    return next((value for value, name in INITS.items() if name == init), True)
+
+
+def init_from_file(value: bool | str) -> str:
+    if value not in INITS:
+        raise LorafoldError(
+            f"init_lora_weights={value!r} is not supported: such a file is relative to a base that"
+            " the initialization changed; save it with PEFT's"
+            " path_initial_model_for_weight_conversion"
+        )
+    return INITS[value]
+
+
+def fan_in_fan_out(sites: Sequence[Site]) -> dict[str, bool]:
+    return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
+
+
+# the base's storage decides the first; the others belong to options that are off, or to how A was
+# drawn
+LORA_IRRELEVANT = frozenset(
+    {
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    }
+)
+
+
+LORA = Method(
+    LoRA, "LORA",
+    (
+        Field("r", "rank", int, 8),
+        Field("lora_alpha", "alpha", float, 8, number),
+        Field("lora_dropout", "dropout", float, 0.0),
+        Field("use_rslora", "rslora", bool, False),
+        Field("init_lora_weights", "init", bool | str, True, init_to_file, init_from_file),
+        Field("rank_pattern", "rank_pattern", dict[Regex, int] | None, {}, dict, or_empty),
+        Field("alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {}, numbers, or_empty),
+    ),
+    marks={"use_dora": False},
+    irrelevant=LORA_IRRELEVANT,
+    derived=fan_in_fan_out,
+)  # fmt: skip
+
+
+def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
+    if issubclass(layer, Embedding):
+        return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
+    return [Entry("A", "{at}.lora_A.weight"), Entry("B", "{at}.lora_B.weight")]
+
+
+def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
+    """Written only: a config of LoRA is read as LoRA."""
+    return Method(
+        spec, "LORA",
+        (
+            Field("r", "rank", int, 8, lambda rank: 2 * rank),
+            Field("lora_alpha", "alpha", float, 8, lambda alpha: number(2 * alpha)),
+            Field("lora_dropout", "dropout", float, 0.0),
+        ),
+        marks={"use_dora": False, "use_rslora": False, "init_lora_weights": True},
+        derived=fan_in_fan_out,
+    )  # fmt: skip
+
+
+def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
+    def up(b: Tensor, site: Site) -> Tensor:  # (out, 2 r)
+        return site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
+
+    def down(a: Tensor, site: Site) -> Tensor:  # (2 r, in)
+        return site.delta.factors()[1]  # type: ignore[index]
+
+    a, b = lora(delta, layer)
+    return [replace(a, to_file=down), replace(b, to_file=up)]
+
+
+def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
+    return {
+        re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()
+    }
+
+
+def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
+    """PEFT asks for a whole schedule even to read a file, and for a list as long as the rank at
+    start of what is left of it.
+    """
+    laid = {site.path: site.delta for site in sites if isinstance(site.delta, AdaLoRADelta)}
+    pattern = {
+        f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
+        for p, d in laid.items()
+    }
+    whole = all(all(kept) for kept in pattern.values())
+    return {
+        **fan_in_fan_out(sites),
+        "tinit": 0,
+        "tfinal": 0,
+        "total_step": 1,
+        "rank_pattern": None if whole else pattern,
+    }
+
+
+ADALORA = Method(
+    AdaLoRA,
+    "ADALORA",
+    (
+        Field("target_r", "rank", int, 8),
+        Field("init_r", "init_rank", int, 12),
+        Field("lora_alpha", "alpha", float, 8, number),
+        Field("lora_dropout", "dropout", float, 0.0),
+        Field("deltaT", "delta_t", int, 1),
+        Field("beta1", "beta1", float, 0.85),
+        Field("beta2", "beta2", float, 0.85),
+        Field("orth_reg_weight", "orth_reg", float, 0.5),
+        Field(
+            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, as_is, ranks_from_file
+        ),
+    ),
+    irrelevant=LORA_IRRELEVANT | {"r", "tinit", "tfinal", "total_step", "init_lora_weights"},
+    derived=adalora_derived,
+)
+
+
+def adalora(delta: Delta, layer: type[Base]) -> list[Entry]:
+    def kept(site: Site) -> Tensor:
+        return site.delta.kept  # type: ignore[return-value]
+
+    return [
+        Entry("P", "{at}.lora_B", lambda p, site: p[:, kept(site)]),
+        Entry("E", "{at}.lora_E", lambda e, site: e[kept(site), None], lambda e, site: e[:, 0]),
+        Entry("Q", "{at}.lora_A", lambda q, site: q[kept(site)]),
+    ]
+
+
+VERA = Method(
+    VeRA, "VERA",
+    (
+        Field("r", "rank", int, 256),
+        Field("vera_dropout", "dropout", float, 0.0),
+        Field("d_initial", "d_initial", float, 0.1),
+        Field("projection_prng_key", "projection_prng_key", int, 0),
+        Field("save_projection", "save_projection", bool, True),
+    ),
+    irrelevant=frozenset({"fan_in_fan_out", "init_weights"}),
+    derived=fan_in_fan_out,
+)  # fmt: skip
+
+
+def vera(delta: Delta, layer: type[Base]) -> list[Entry]:
+    own = [Entry("b", "{at}.vera_lambda_b"), Entry("d", "{at}.vera_lambda_d")]
+    shared = [
+        Entry("projections.A", "base_model.vera_A"),
+        Entry("projections.B", "base_model.vera_B"),
+    ]
+    return own + shared * delta.projections.saved  # type: ignore[operator, union-attr]
+
+
+METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
+
+TENSORS: dict[type[Delta], Entries] = {
+    LoRADelta: lora,
+    OffsetDelta: offset,
+    AdaLoRADelta: adalora,
+    VeRADelta: vera,
+}

@@ -1,0 +1,100 @@
+"""LoHa, LoKr and IA3 in PEFT's files: rows for `table.py`.
+
+    LoHa    r, alpha                        hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b
+    LoKr    r, alpha, decompose_factor ...  lokr_w1 or lokr_w1_a and lokr_w1_b, lokr_w2 likewise
+    IA3     feedforward_modules             ia3_l, (out, 1), or (1, in) for feedforward modules
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
+from lorafold.methods.ia3 import IA3, IA3Delta
+from lorafold.methods.loha import LoHa, LoHaDelta
+from lorafold.methods.lokr import LoKr, LoKrDelta
+from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site
+from lorafold.peft.rows_lora import fan_in_fan_out, number
+
+# of convolutions, of the start, and of dropouts that PEFT has in training only
+LYCORIS_IRRELEVANT = frozenset(
+    {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
+)
+
+LOHA = Method(
+    LoHa, "LOHA",
+    (Field("r", "rank", int, 8), Field("alpha", "alpha", float, 8, number)),
+    irrelevant=LYCORIS_IRRELEVANT,
+    biases=False,
+)  # fmt: skip
+
+LOKR = Method(
+    LoKr, "LOKR",
+    (
+        Field("r", "rank", int, 8),
+        Field("alpha", "alpha", float, 8, number),
+        Field("decompose_both", "decompose_both", bool, False),
+        Field("decompose_factor", "decompose_factor", int, -1),
+    ),
+    irrelevant=LYCORIS_IRRELEVANT,
+    biases=False,
+)  # fmt: skip
+
+
+def prefixed(prefix: str) -> Entries:
+    return lambda delta, layer: [
+        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()
+    ]
+
+
+def feedforward_modules(sites: Sequence[Site]) -> dict[str, Any]:
+    """One regex, of the last names where these tell the modules apart from the others."""
+    laid = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
+    paths = [path for path, of_input in laid.items() if of_input]
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    apart = all(of_input == (path.rsplit(".", 1)[-1] in names) for path, of_input in laid.items())
+    regex = (
+        rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+        if apart
+        else "|".join(map(re.escape, paths))
+    )
+    return {**fan_in_fan_out(sites), "feedforward_modules": regex if paths else []}
+
+
+IA3_ROW = Method(
+    IA3,
+    "IA3",
+    (
+        Field(
+            "feedforward_modules",
+            "feedforward",
+            Regex | list[str] | None,
+            None,
+            from_file=lambda value: value or (),
+        ),
+    ),
+    irrelevant=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
+    derived=feedforward_modules,
+    biases=False,
+)
+
+
+def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
+    def to_file(v: Tensor, site: Site) -> Tensor:
+        return v[None, :] if site.delta.of_input else v[:, None]
+
+    return [Entry("l", "{at}.ia3_l", to_file, lambda v, site: v.flatten())]
+
+
+METHODS = (LOHA, LOKR, IA3_ROW)
+
+TENSORS: dict[type[Delta], Entries] = {
+    LoHaDelta: prefixed("hada"),
+    LoKrDelta: prefixed("lokr"),
+    IA3Delta: ia3,
+}

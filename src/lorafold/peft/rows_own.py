@@ -1,0 +1,169 @@
+"""Rows of the table: methods that PEFT lacks, in its layout under a peft_type of our own.
+
+    BOTTLENECK               {at}.bottleneck_down.weight (m, d), .bias (m,),
+                             {at}.bottleneck_up.weight (d, m), .bias (d,)
+    LT_SFT, FISH_MASK        {at}.sparse_at (k,) int64, ascending in row-major W (out, in),
+                             {at}.sparse_values (k,)
+    FASTFOOD                 {at}.fastfood_scale (), and with the first module {at}.fastfood_vector
+                             (d,)
+    MIXTURE                  {at}.mixture_up (out, R), .mixture_down (R, in), .mixture_owner (R,)
+                             int64; {at}.mixture_gates (n,), or
+                             once base_model.mixture_gates, or {at}.mixture_router (n, in)
+    BITFIT, LINEAR_PROBE     the biases, and the head, under the base's own names
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
+from lorafold.methods.bitfit import BitFit
+from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
+from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
+from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
+from lorafold.methods.probe import LinearProbe
+from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
+from lorafold.peft.format import Entries, Entry, Field, Method, Site, named
+
+DENSITY = Field("density", "density", float, 0.005)
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        Bottleneck,
+        "BOTTLENECK",
+        (
+            Field("size", "size", int, 64),
+            Field("activation", "activation", str, "gelu"),
+            Field("after", "after", str, "both"),
+        ),
+    ),
+    Method(
+        LTSFT,
+        "LT_SFT",
+        (
+            DENSITY,
+            Field("dense_steps", "dense_steps", int, 50),
+            Field("dense_lr", "dense_lr", float, 5e-5),
+        ),
+    ),
+    Method(FishMask, "FISH_MASK", (DENSITY, Field("samples", "samples", int, 128))),
+    Method(
+        Fastfood,
+        "FASTFOOD",
+        (Field("dimension", "dimension", int, 1024), Field("seed", "seed", int, 0)),
+    ),
+    Method(
+        Mixture,
+        "MIXTURE",
+        (
+            Field("adapters", "adapters", list[str], [], list, tuple),
+            Field("gates", "gates", Literal["global", "layer", "token"], "global"),
+        ),
+    ),
+    Method(BitFit, "BITFIT", ()),
+    Method(LinearProbe, "LINEAR_PROBE", ()),
+)
+
+
+def not_positions(at: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the positions of a sparse delta's entries; how many there are is for the
+    file to say.
+    """
+    out, inn = site.delta.shape  # type: ignore[misc]
+    fine = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
+    if fine and (not len(at) or (at[0] >= 0 and at[-1] < out * inn)):
+        return None
+    return f"expected ascending int64 positions in a weight of {out} x {inn}"
+
+
+def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    at = file.get(f"{site.at}.sparse_at")
+    if not values.is_floating_point() or at is None or values.shape != at.shape:
+        return f"shape {list(values.shape)}, expected a number for each position of sparse_at"
+    return None
+
+
+def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
+    return [
+        Entry("at", "{at}.sparse_at", misfit=not_positions),
+        Entry("values", "{at}.sparse_values", misfit=not_values),
+    ]
+
+
+def subspace(delta: Delta, layer: type[Base]) -> list[Entry]:
+    vector = (
+        [Entry("subspace.vector", "{at}.fastfood_vector")]
+        if isinstance(delta.subspace, Subspace)
+        else []
+    )
+    return [Entry("scale", "{at}.fastfood_scale"), *vector]
+
+
+def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the numbers of the adapters that a mixture's columns are of; how many
+    there are is for the file to say.
+    """
+    n: int = site.delta.n  # type: ignore[assignment]
+    if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
+        return None
+    return f"expected int64 numbers of {n} adapters, from 0"
+
+
+def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str | None]:
+    """The check of a mixture's factors, which have a side of the layer and one, `dim`, of as many
+    columns as have owners.
+    """
+
+    def misfit(factor: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+        owner = file.get(f"{site.at}.mixture_owner")
+        laid: Any = site.delta
+        side = (laid.up.shape[0], laid.down.shape[1])[1 - dim]
+        fine = (
+            factor.is_floating_point()
+            and factor.dim() == 2
+            and owner is not None
+            and factor.shape[dim] == owner.numel()
+        )
+        if fine and factor.shape[1 - dim] == side:
+            return None
+        return (
+            f"shape {list(factor.shape)}, expected a factor with {side} in dimension {1 - dim} and"
+            " the owners' number in the other"
+        )
+
+    return misfit
+
+
+def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
+    return [
+        Entry("up", "{at}.mixture_up", misfit=not_frozen(1)),
+        Entry("down", "{at}.mixture_down", misfit=not_frozen(0)),
+        Entry("owner", "{at}.mixture_owner", misfit=not_owners),
+    ]
+
+
+def gated(delta: Delta, layer: type[Base]) -> list[Entry]:
+    key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
+    # shared ones are there once
+    return [*mixture(delta, layer), *[Entry("gates.values", key)] * ("gates" in delta._modules)]
+
+
+def routed(delta: Delta, layer: type[Base]) -> list[Entry]:
+    return [*mixture(delta, layer), Entry("router", "{at}.mixture_router")]
+
+
+TENSORS: dict[type[Delta], Entries] = {
+    BottleneckDelta: named(
+        down="{at}.bottleneck_down.weight", down_bias="{at}.bottleneck_down.bias",
+        up="{at}.bottleneck_up.weight", up_bias="{at}.bottleneck_up.bias",
+    ),
+    SparseDelta: sparse,
+    FastfoodDelta: subspace,
+    MixtureDelta: gated,
+    RoutedDelta: routed,
+}  # fmt: skip

@@ -1,0 +1,108 @@
+"""Rows of the table: prompt and prefix tuning, as PEFT stores them.
+
+One tensor, `prompt_embeddings`: (n, d), or (n, 2 L Hk D) with a token's keys and values of layer
+after layer; no target modules. A prefix that PEFT made by a projection is stored as what came out
+of it, so that it is read like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorafold.core.delta import Delta
+from lorafold.methods.prefix import Prefix, PrefixDelta
+from lorafold.methods.prompt import Prompt, PromptDelta
+from lorafold.peft.format import Entries, Field, Method, Site, named
+
+PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
+# of encoder-decoders, of how the values came about, and sizes that the tensor has anyway
+IRRELEVANT = frozenset(
+    {
+        "encoder_hidden_size",
+        "init_weights",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "prefix_projection",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    }
+)
+
+
+def sender(sites: Sequence[Site]) -> Any:
+    return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
+
+
+def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
+    delta: PromptDelta = sender(sites)
+    width = delta.embeddings.shape[1]
+    return {
+        "token_dim": width,
+        "num_layers": len(delta.layers),
+        "num_attention_heads": 1,
+        "num_transformer_submodules": 1,
+    }
+
+
+def of_prefix(sites: Sequence[Site]) -> Mapping[str, Any]:
+    delta: PrefixDelta = sender(sites)
+    heads, size = delta.shape
+    return {
+        "token_dim": heads * size,
+        "num_layers": len(delta.layers),
+        "num_attention_heads": heads,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": heads * size,
+        "prefix_projection": False,
+    }
+
+
+def read_as_random(_: Any) -> str:
+    return "random"  # the file brings the values: no need to draw real ones first
+
+
+TOKENS = Field("num_virtual_tokens", "tokens", int, None)
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        Prompt,
+        "PROMPT_TUNING",
+        (
+            TOKENS,
+            Field(
+                "prompt_tuning_init",
+                "init",
+                str,
+                "RANDOM",
+                PROMPT_INITS.__getitem__,
+                read_as_random,
+            ),
+        ),
+        irrelevant=IRRELEVANT,
+        derived=of_prompt,
+        biases=False,
+        preset=Prompt.targets,
+    ),
+    Method(
+        Prefix,
+        "PREFIX_TUNING",
+        (
+            TOKENS,
+            Field("init_weights", "init", str | None, None, lambda init: None, read_as_random),
+        ),
+        irrelevant=IRRELEVANT,
+        derived=of_prefix,
+        biases=False,
+        preset=Prefix.targets,
+    ),
+)
+
+TENSORS: dict[type[Delta], Entries] = {
+    PromptDelta: named(embeddings="prompt_embeddings"),
+    PrefixDelta: named(prefix="prompt_embeddings"),
+}

@@ -1,0 +1,115 @@
+"""Methods in PEFT's files: one table, read both ways.
+
+A method is a row of each; nothing else in `io` knows which there are.
+
+    METHODS    spec class   <->  adapter_config.json
+    TENSORS    delta class  <->  keys of adapter_model.safetensors
+
+The rows stand in `rows_*.py`; here they come together, with those that lie over others (DoRA) and
+beside them. Checked against PEFT 0.21.2, which is the oracle of the tests. A method that PEFT lacks
+has the same layout under a peft_type of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
+from lorafold.errors import LorafoldError
+from lorafold.methods.bitfit import BiasDelta
+from lorafold.methods.dora import DoRA, DoRADelta
+from lorafold.methods.ia3 import IA3
+from lorafold.methods.parts.replace import ReplaceDelta
+from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
+from lorafold.peft import rows_lora, rows_others, rows_own, rows_virtual
+from lorafold.peft.format import Entries, Entry, Method, Site
+from lorafold.peft.tokens import ROWS
+
+PLAIN = (*rows_lora.METHODS, *rows_others.METHODS)
+
+
+def inside(site: Site) -> Site:
+    return replace(site, delta=site.delta.inner) if isinstance(site.delta, DoRADelta) else site
+
+
+def dora_over(method: Method) -> Method:
+    """PEFT has a flag for DoRA over LoRA; over anything else the peft_type is our own."""
+    of_peft = "use_dora" in method.marks
+    return replace(
+        method, outer=DoRA, derived=lambda sites: method.derived([inside(site) for site in sites]),
+        peft_type=method.peft_type if of_peft else f"DORA_{method.peft_type}",
+        marks={**method.marks, "use_dora": True} if of_peft else method.marks,
+    )  # fmt: skip
+
+
+METHODS: tuple[Method, ...] = (
+    *PLAIN,
+    *(dora_over(method) for method in PLAIN if method.spec is not IA3),
+    *rows_virtual.METHODS,
+    *rows_own.METHODS,
+)
+
+
+def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
+    def of_inner(change: Callable[[Tensor, Site], Tensor]) -> Callable[[Tensor, Site], Tensor]:
+        return lambda tensor, site: change(tensor, inside(site))
+
+    inner: Delta = delta.inner  # type: ignore[assignment]
+    entries = TENSORS[type(inner)](inner, layer)
+    return [Entry("magnitude", "{at}.lora_magnitude_vector")] + [
+        Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
+        for e in entries
+    ]
+
+
+def with_bias(offset: Tensor, site: Site) -> Tensor:
+    own = site.own("bias")
+    return offset if own is None else offset + own.to(offset)
+
+
+def without_bias(bias: Tensor, site: Site) -> Tensor:
+    own = site.own("bias")
+    return bias.float() if own is None else bias.float() - own.to(bias.device).float()
+
+
+def token_rows(delta: Delta, layer: type[Base]) -> list[Entry]:
+    return [Entry("rows", f"{{at}}.{ROWS}")] * (delta.twin is None)
+
+
+TENSORS: dict[type[Delta], Entries] = {
+    **rows_lora.TENSORS,
+    **rows_others.TENSORS,
+    **rows_virtual.TENSORS,
+    **rows_own.TENSORS,
+    DoRADelta: dora,
+    # the file holds the bias itself
+    BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],
+    ReplaceDelta: lambda delta, layer: [
+        Entry(n, f"{{at}}.{n.removeprefix('copy.')}") for n, _ in delta.named_parameters()
+    ],
+    EmbeddingRows: token_rows,
+    HeadRows: token_rows,
+}
+
+
+def entries_of(site: Site) -> list[Entry]:
+    """The tensors of one delta in the file.
+
+    LorafoldError for a delta with a tensor that the format has no place for.
+    """
+    row = TENSORS.get(type(site.delta))
+    entries = [] if row is None else row(site.delta, site.layer)
+    if (
+        homeless := set(site.delta.state_dict())
+        - {e.attribute for e in entries}
+        - set(site.delta.run_names)
+    ):
+        raise LorafoldError(
+            f"{site.path}: {type(site.delta).__name__} has no place in PEFT's format for"
+            f" {', '.join(sorted(homeless))}"
+        )
+    return entries

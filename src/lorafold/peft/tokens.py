@@ -1,0 +1,178 @@
+"""Token rows in PEFT's files.
+
+    trainable_token_indices                        ids of the input embedding and what shares its
+                                                   weight, or ids by module name
+    {at}.token_adapter.trainable_tokens_delta      (k, d), the rows themselves despite the name, in
+                                                   the order of the ids
+
+Where the vocabulary was resized, PEFT also writes both matrices whole, and a tied head's rows once
+more. The rows of such a matrix that this base lacks or holds otherwise are new ones too, trained or
+not: they are read as rows of the adapter, and the rest must be the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import layer_class
+from lorafold.bases.dense import Embedding
+from lorafold.core.presets import bare_modules, vocabulary_ends
+from lorafold.errors import LorafoldError
+from lorafold.fold.ties import sharers
+from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.models import fingerprint
+from lorafold.models.weights import Weights
+from lorafold.peft.format import ROOT, Site
+
+INDICES = "trainable_token_indices"
+ROWS = "token_adapter.trainable_tokens_delta"
+
+ByPath = Mapping[str, tuple[int, ...]]
+Ids = tuple[int, ...] | ByPath
+
+
+def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
+    """The config's word on the rows at these sites: a list where the input embedding alone has rows
+    of its own, else lists by name.
+    """
+    own = {
+        site.path: list(site.delta.ids)
+        for site in sites
+        if isinstance(site.delta, TokenRows) and site.delta.twin is None
+    }
+    if not own:
+        return {}
+    if [*own] == vocabulary_ends(model)[:1]:
+        return {INDICES: next(iter(own.values()))}
+    return {INDICES: {_name(model, path): ids for path, ids in own.items()}}
+
+
+def resolve(model: nn.Module, ids: Ids) -> ByPath:
+    """The config's ids by module path. LorafoldError where a name matches no module."""
+    if not isinstance(ids, Mapping):
+        # the last is what PEFT looks for where a model does not say
+        embedding, *_ = *vocabulary_ends(model), "embed_tokens"
+        ids = {embedding: ids} if ids else {}
+    paths = [path for path, _ in bare_modules(model) if path]
+    found = {name: [p for p in paths if p.endswith(name)] for name in ids}
+    if missing := [name for name, hits in found.items() if not hits]:
+        raise LorafoldError(f"{INDICES}: no module {', '.join(missing)} in this model")
+    return {path: ids[name] for name, hits in found.items() for path in hits}
+
+
+class Completed(Weights):
+    """A file's tensors without those that are `hidden`, and with token rows that were put together
+    from more than one.
+    """
+
+    def __init__(self, file: Weights, hidden: set[str], rows: Mapping[str, Tensor]) -> None:
+        self._file, self._rows = file, rows
+        self._names = dict.fromkeys([*(n for n in file.names if n not in hidden), *rows])
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._rows[name].shape) if name in self._rows else self._file.shape(name)
+
+    def is_floating(self, name: str) -> bool:
+        return (
+            self._rows[name].is_floating_point()
+            if name in self._rows
+            else self._file.is_floating(name)
+        )
+
+    def at(self, name: str, where: Tensor) -> Tensor:
+        return (
+            self._rows[name][tuple(where.unbind(1))]
+            if name in self._rows
+            else self._file.at(name, where)
+        )
+
+    def get(self, name: str) -> Tensor:
+        return self._rows[name] if name in self._rows else self._file.get(name)
+
+
+def completed(
+    model: nn.Module, ids: ByPath, file: Weights, base: Weights
+) -> tuple[ByPath, Weights]:
+    """The ids by module path and the file's tensors, once the rows that resized matrices bring are
+    among them.
+    """
+    if not ids:
+        return {}, file
+    found, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
+    trained = {i for some in ids.values() for i in some}
+    for path in dict.fromkeys([*ids, *vocabulary_ends(model)]):
+        owner, key = _owner(model, path, ids), f"{ROOT}.{path}.{ROWS}"
+        if (
+            owner is not None
+            and key in file.names
+            and torch.equal(file.get(key), file.get(f"{ROOT}.{owner}.{ROWS}"))
+        ):
+            hidden.add(key)
+        matrix = next((n for n in file.names if plain(n) == f"{ROOT}.{path}.weight"), None)
+        own = base.find(f"{path}.weight") or (
+            base.find(f"{owner}.weight") if owner is not None else None
+        )
+        new = (
+            None
+            if matrix is None or own is None
+            else _new_rows(file.get(matrix), base.get(own), trained)
+        )
+        if matrix is None or new is None:
+            continue
+        hidden.add(matrix)
+        more, given = (
+            [i for i in new if i not in ids.get(path, ())],
+            [file.get(key)] if path in ids and key in file.names else [],
+        )
+        if more and owner is None and all(t.shape[1:] == file.shape(matrix)[1:] for t in given):
+            found[path] = (*ids.get(path, ()), *more)
+            rows[key] = torch.cat([t.float() for t in (*given, file.get(matrix)[more])])
+    return found, Completed(file, hidden, rows)
+
+
+def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
+    """The embedding whose rows a module shares with its weight."""
+    if issubclass(layer_class(model.get_submodule(path)), Embedding):
+        return None
+    shared = sharers(model, model.get_submodule(path))
+    return next((o for o in shared if o in ids and ids.get(path, ids[o]) == ids[o]), None)
+
+
+def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | None:
+    """The rows of the file's matrix that the base's own lacks or has otherwise; None if it is no
+    such matrix grown for these tokens.
+    """
+    if (
+        matrix.dim() != 2
+        or matrix.shape[1:] != own.shape[1:]
+        or len(matrix) < len(own)
+        or not matrix.is_floating_point()
+    ):
+        return None
+    differs = ~fingerprint.equal(matrix[: len(own)], own).all(1)
+    new = [*differs.nonzero()[:, 0].tolist(), *range(len(own), len(matrix))]
+    return new if not new or (new[0] in trained and 2 * len(new) < len(matrix)) else None
+
+
+def plain(key: str) -> str:
+    """The key of a base weight that PEFT moved under one of its wrappers."""
+    for wrapper in ("token_adapter", "base_layer", "original_module"):
+        key = key.replace(f".{wrapper}.", ".")
+    return key
+
+
+def _name(model: nn.Module, path: str) -> str:
+    """The shortest end of the path, by whole words, that no other module's path ends with: PEFT
+    matches ends of paths.
+    """
+    paths, words = [p for p, _ in bare_modules(model)], path.split(".")
+    ends = (".".join(words[-n:]) for n in range(1, len(words) + 1))
+    return next((end for end in ends if sum(p.endswith(end) for p in paths) == 1), path)

@@ -1,0 +1,164 @@
+"""The whole story on the embedded model: a task it can't do, an adapter that learns it, a plain
+model that does it.
+
+    before -> train -> after -> inside -> merge           no network, no GPU; everything lands in
+                                                          one directory
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from lorafold.adapter import load
+from lorafold.errors import LorafoldError
+from lorafold.evaluation import Evaluation, evaluate
+from lorafold.files.atomic import check_out
+from lorafold.inspecting.report import page
+from lorafold.inspecting.run import inspect
+from lorafold.merging.run import merge
+from lorafold.models.loading import (
+    choose_device,
+    choose_storage,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from lorafold.quickstart.task import rows
+from lorafold.step.recipe import Recipe
+from lorafold.training.run import Request, train
+
+PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
+MODEL = "smollm2"
+UNSEEN = 200
+RECIPE = Recipe(steps=100, batch=4, dropout=0.0, base="fp32", max_length=256)
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the quickstart found.
+
+    Exact matches are shares of unseen examples; seconds are seconds, bytes are bytes.
+    """
+
+    exact_match_before: float
+    exact_match_after: float
+    train_seconds: float
+    seconds: float
+    adapter: str
+    merged: str
+    adapter_bytes: int
+    model_bytes: int
+    kl: float | None
+
+
+def quickstart(
+    out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
+) -> Story:
+    """Tell the story and leave `train.jsonl`, `test.jsonl`, `adapter/`, `inside.html` and `merged/`
+    in `out`.
+
+    Raises LorafoldError if `out` exists and overwrite is off.
+    """
+    start = time.perf_counter()
+    if out.exists() and not overwrite:
+        raise LorafoldError(
+            f"{out} exists; pass --overwrite to replace what a quickstart wrote there"
+        )
+    for part in ("adapter", "merged"):
+        check_out(out / part, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    train_rows, test_rows = (
+        rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0),
+        rows("test", UNSEEN, seed=0),
+    )
+    for name, data in (("train", train_rows), ("test", test_rows)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+
+    console.rule("1  before: the model as it is")
+    before = measure(test_rows, None, device, console)
+    console.rule("2  training: LoRA on every linear layer of the blocks")
+    request = Request(
+        MODEL,
+        out / "adapter",
+        RECIPE,
+        train_rows,
+        str(out / "train.jsonl"),
+        device=device,
+        overwrite=overwrite,
+    )
+    trained = train(request, console)
+    console.rule("3  after: the same unseen examples")
+    after = measure(test_rows, out / "adapter", device, console)
+    side_by_side(before, after, console)
+    console.rule("4  inside: how much of the update is real")
+    found = inspect(resolve_model(MODEL), out / "adapter")
+    page(found, out / "inside.html")
+    for sentence in found["advice"]:
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"all of it as a page: {out / 'inside.html'}", highlight=False, markup=False)
+    console.rule("5  merge: a plain model, no adapter left")
+    merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
+    console.print(merged.summary(), highlight=False)
+
+    adapter_bytes, model_bytes = (
+        sum(f.stat().st_size for f in (out / p).glob("*.safetensors"))
+        for p in ("adapter", "merged")
+    )
+    sizes = (
+        f"adapter {adapter_bytes / 1e6:.1f} MB, model {model_bytes / 1e6:.1f} MB:"
+        f" {adapter_bytes / model_bytes:.1%}"
+    )
+    console.print(sizes, highlight=False)
+    console.print(
+        f"""Go on with
+  lorafold generate --model {out}/merged --system JSON --prompt "{PROMPT}"
+  lorafold eval --model {MODEL} --adapter {out}/adapter --data {out}/test.jsonl
+  lorafold train --model {MODEL} --data {out}/train.jsonl --out my-adapter --set rank=8
+  lorafold train --data your.jsonl --out yours --preview""",
+        highlight=False,
+        markup=False,
+    )
+    return Story(
+        before.exact_match or 0.0,
+        after.exact_match or 0.0,
+        trained.seconds,
+        time.perf_counter() - start,
+        str(out / "adapter"),
+        str(out / "merged"),
+        adapter_bytes,
+        model_bytes,
+        merged.kl,
+    )
+
+
+def measure(
+    test_rows: list[dict], adapter: Path | None, device: str | None, console: Console
+) -> Evaluation:
+    where = choose_device(device)
+    model, tokenizer = (
+        load_model(MODEL, choose_storage(RECIPE.base, where), device=where),
+        load_tokenizer(MODEL),
+    )
+    if adapter is not None:
+        load(model, adapter)
+    result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)
+    console.print(str(result), highlight=False)
+    return result
+
+
+def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
+    table = Table(
+        *(Column(name, overflow="fold") for name in ("asked", "before", "after")), show_lines=True
+    )
+    for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:
+        table.add_row(first.prompt, first.answer, second.answer)
+    console.print(table)
+
+
+__all__ = ["RECIPE", "Story", "quickstart"]
