@@ -30,12 +30,14 @@ from rich.console import Console
 from torch import nn
 
 import lorafold as lf
-from lorafold.data.examples import Example, batches, encode
+from lorafold.data.batches import batches, labelled
+from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
-from lorafold.models.loading import Storage, load_model, load_tokenizer
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.storage import Storage
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.step.fused import fused
-from lorafold.step.losses import Completions, labelled
+from lorafold.step.losses import Completions
 from lorafold.training.objectives import Sft
 
 ROWS, HELD_OUT = 4, 32

@@ -25,7 +25,8 @@ from pathlib import Path
 from lib.results import keep
 from reasoning_gym import create_dataset
 
-from lorafold.models.loading import load_tokenizer, resolve_model
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
 
 TRL = """
 import json, sys, torch

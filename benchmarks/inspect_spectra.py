@@ -24,7 +24,7 @@ from lib.results import keep
 import lorafold as lf
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.updates import bones_of, of_factors
-from lorafold.models.loading import resolve_model
+from lorafold.models.sources import resolve_model
 
 LAYERS, HIDDEN, MLP = 32, 4096, 11008
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(MLP, HIDDEN)] * 2 + [(HIDDEN, MLP)]

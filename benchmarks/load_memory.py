@@ -17,7 +17,7 @@ from lib.child import watch
 from merge_memory import synthetic
 
 from lorafold.models.checkpoint import open_checkpoint
-from lorafold.models.loading import resolve_model
+from lorafold.models.sources import resolve_model
 
 WORK = """
 storage = Storage(torch.bfloat16, sys.argv[2] if sys.argv[2] != "bf16" else None)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from lorafold.models.checkpoint import build, open_checkpoint
-from lorafold.models.loading import resolve_model
+from lorafold.models.sources import resolve_model
 
 SHAPE = {
     "hidden_size": 2048,

@@ -23,7 +23,8 @@ from lorafold.bases import is_linear
 from lorafold.core.targets import match
 from lorafold.data.examples import Example, encode
 from lorafold.machine.allocator import keep_freed_blocks
-from lorafold.models.loading import Storage, load_model, load_tokenizer
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.storage import Storage
 from lorafold.quickstart.task import rows
 from lorafold.step.losses import Completions
 from lorafold.training.objectives import Sft

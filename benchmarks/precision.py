@@ -34,14 +34,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import lorafold as lf
+from lorafold.data.batches import collate, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.ops import reference
 from lorafold.ops.attention import Documents, document_attention
 from lorafold.quickstart.task import rows
-from lorafold.step.documents import attend, collate, document_mask, packed
+from lorafold.step.documents import attend, document_mask, packed
 from lorafold.step.fused import fused
-from lorafold.step.losses import Completions, labelled
+from lorafold.step.losses import Completions
 from lorafold.training.objectives import Sft
 
 # B, and its size

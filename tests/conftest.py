@@ -143,6 +143,6 @@ def tiny_model(tiny_model_dir):
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of the embedded model."""
-    from lorafold.models.loading import resolve_model
+    from lorafold.models.sources import resolve_model
 
     return resolve_model("smollm2").path

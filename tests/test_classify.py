@@ -27,7 +27,8 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate, held_out_loss, wilson
 from lorafold.merging.run import merge
 from lorafold.models.classifier import head_paths, load_classifier
-from lorafold.models.loading import load_tokenizer, resolve_model
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
 from lorafold.step.losses import Classification
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES

@@ -17,8 +17,8 @@ from lorafold.bases.dense import Linear
 from lorafold.core.attach import Selection, lay
 from lorafold.core.combine import Bank, Mix, Rows, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
-from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.bottleneck import BottleneckDelta
+from lorafold.methods.parts.bias import BiasDelta
 
 OUT, IN, BATCH, TIME = 12, 8, 6, 5
 X = torch.randn(BATCH, TIME, IN, generator=torch.Generator().manual_seed(7))

@@ -28,7 +28,8 @@ from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluation import evaluate
 from lorafold.merging.run import merge
-from lorafold.models.loading import load_model, load_tokenizer, resolve_model
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import resolve_model
 from test_compose import ROUNDING, Q, run, same, updates, weighted
 from test_merge import adapted_logits, logits, make_adapter, relative
 

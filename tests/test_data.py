@@ -9,16 +9,10 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lorafold.data.examples import (
-    NO_LOSS,
-    batches,
-    encode,
-    ensure_chat_template,
-    preview,
-    prompts,
-    read_rows,
-    split,
-)
+from lorafold.data.batches import batches, split
+from lorafold.data.examples import NO_LOSS, encode, preview
+from lorafold.data.render import ensure_chat_template, prompts
+from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 
 CHAT = {

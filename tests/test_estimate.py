@@ -14,8 +14,8 @@ import pytest
 
 from lorafold.memory import cheatsheet
 from lorafold.memory.terms import TERMS
-from lorafold.models.loading import _embedded_gguf
 from lorafold.models.shapes import configuration
+from lorafold.models.sources import _embedded_gguf
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 

@@ -14,7 +14,8 @@ import torch
 import lorafold as lf
 from lorafold.cli.eval import command as eval_command
 from lorafold.cli.generate import command as generate_command
-from lorafold.data.examples import encode, prompts
+from lorafold.data.examples import encode
+from lorafold.data.render import prompts
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Z, evaluate, held_out_loss, loss_interval, wilson
 from lorafold.generation import complete

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import lorafold as lf
 from lorafold.methods import METHODS, make_spec
-from lorafold.models.loading import Storage, load_model
+from lorafold.models.loading import load_model
+from lorafold.models.storage import Storage
 from lorafold.step.activations import recompute
 from lorafold.step.documents import packed
 from lorafold.step.fused import ROTARY, fused

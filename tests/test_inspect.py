@@ -17,7 +17,8 @@ from lorafold.inspecting import base_svd
 from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
-from lorafold.models.loading import load_model, resolve_model
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
 from test_inspect_updates import orthonormal
 from test_merge import make_adapter
 

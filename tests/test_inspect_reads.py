@@ -15,7 +15,8 @@ from lorafold.inspecting.residual import gain, stream_of
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import build
-from lorafold.models.loading import load_tokenizer, resolve_model
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm",

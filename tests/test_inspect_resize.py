@@ -13,7 +13,8 @@ import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
-from lorafold.models.loading import load_model, resolve_model
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
 from test_merge import adapted_logits, logits, make_adapter, relative
 
 SPECS = {

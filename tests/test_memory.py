@@ -28,8 +28,8 @@ from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import period, skeleton
-from lorafold.models.loading import Storage
 from lorafold.models.shapes import llama
+from lorafold.models.storage import Storage
 from lorafold.step.recipe import Recipe
 
 COMMON = {

@@ -18,7 +18,7 @@ from lorafold.memory.ahead import planned, settle
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.models.loading import Storage
+from lorafold.models.storage import Storage
 from lorafold.step.recipe import Recipe
 from lorafold.training.run import Request, train
 

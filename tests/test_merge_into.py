@@ -16,7 +16,9 @@ from lorafold.bases import layer_of
 from lorafold.bases.quantized import Packed
 from lorafold.errors import LorafoldError
 from lorafold.merging.run import merge
-from lorafold.models.loading import Storage, load_model, resolve_model, weights_of
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import Storage, weights_of
 from lorafold.step.recipe import Recipe
 
 IDS = torch.arange(5, 25)[None]

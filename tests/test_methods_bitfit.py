@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.core.presets import bare_modules
+from lorafold.core.anatomy import bare_modules
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
 

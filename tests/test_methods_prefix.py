@@ -26,9 +26,10 @@ from transformers import (
 )
 
 import lorafold as lf
+from lorafold.data.batches import collate
 from lorafold.generation import complete
 from lorafold.ops.head import labelled_loss
-from lorafold.step.documents import collate, isolates, packed
+from lorafold.step.documents import isolates, packed
 
 N = 5
 SPECS = [

@@ -15,14 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import (
-    ModelSource,
-    choose_device,
-    choose_storage,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from lorafold.machine.devices import choose_device
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.models.storage import choose_storage
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 

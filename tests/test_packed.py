@@ -23,7 +23,9 @@ from lorafold.files.record import read_record
 from lorafold.merging.run import merge
 from lorafold.methods import METHODS, make_spec, own_options
 from lorafold.models import fingerprint
-from lorafold.models.loading import Storage, choose_storage, load_model, resolve_model, weights_of
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.ops import nf4
 from lorafold.step.fused import fused
 from lorafold.step.recipe import Recipe

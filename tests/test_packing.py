@@ -13,10 +13,11 @@ from transformers import masking_utils
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.inkling import modeling_inkling
 
+from lorafold.data.batches import collate
 from lorafold.ops import attention, reference
 from lorafold.ops.attention import Documents, document_attention
 from lorafold.ops.head import labelled_loss
-from lorafold.step.documents import NAME, attend, collate, document_mask, isolates, packed
+from lorafold.step.documents import NAME, attend, document_mask, isolates, packed
 
 VOCAB = 97
 COMMON = {

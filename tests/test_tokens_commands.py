@@ -27,7 +27,8 @@ from lorafold.fold.vocabulary import declared
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.run import merge
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.loading import load_model, load_tokenizer, resolve_model
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop

@@ -93,7 +93,8 @@ def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     import lorafold as lf
     from lorafold.data.examples import Example
     from lorafold.machine.allocator import keep_freed_blocks
-    from lorafold.models.loading import Storage, load_model, load_tokenizer
+    from lorafold.models.loading import load_model, load_tokenizer
+    from lorafold.models.storage import Storage
     from lorafold.step.adamw import make_optimizer
     from lorafold.step.fused import fused
     from lorafold.step.recipe import Recipe
@@ -123,7 +124,7 @@ def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from lorafold.models.loading import resolve_model
+    from lorafold.models.sources import resolve_model
 
     four = {
         "load_in_4bit": True,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
 from lorafold.bases.dense import Embedding
 from lorafold.bases.quantized import record_unpacked
+from lorafold.core.anatomy import bare_modules, sharers
 from lorafold.core.attach import (
     Adapted,
     adapted_modules,
@@ -28,15 +29,14 @@ from lorafold.core.attach import (
 )
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, alike, put
-from lorafold.core.presets import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.card import VOCABULARY
 from lorafold.fold.biases import gained_with, has_bias, switch_on
-from lorafold.fold.ties import sharers, untie
+from lorafold.fold.ties import untie
 from lorafold.fold.vocabulary import declare, grown
-from lorafold.methods.bitfit import BiasDelta
+from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import TokenRows, Tokens, carried
 from lorafold.models import whole

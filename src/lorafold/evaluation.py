@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.data.examples import encode, prompts
+from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
+from lorafold.data.render import prompts
 from lorafold.data.rows import Row, is_labelled, shape_of
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.bases.quantized import Linear4bit, Linear8bit, Packed
+from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Base
-from lorafold.core.presets import bare_modules
 
 # Names, not classes: nothing is imported for a storage that a model does not use.
 LAYERS: dict[str, type[Base]] = {

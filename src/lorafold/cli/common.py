@@ -102,7 +102,7 @@ def rows_or_quickstart(
     """Training rows, held-out rows and where they are from: files, a tenth held out if there is but
     one, or the quickstart's task.
     """
-    from lorafold.data.examples import split
+    from lorafold.data.batches import split
     from lorafold.data.rows import read_rows
     from lorafold.quickstart.task import rows
 

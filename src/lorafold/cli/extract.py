@@ -28,7 +28,7 @@ def command(
     embeddings) is named and left out.
     """
     from lorafold.inspecting.resize import extract
-    from lorafold.models.loading import resolve_model
+    from lorafold.models.sources import resolve_model
 
     result = extract(
         resolve_model(base),

@@ -92,7 +92,7 @@ def command(
     from lorafold.inspecting.report import page, table
     from lorafold.inspecting.run import inspect
     from lorafold.inspecting.words import of_paths
-    from lorafold.models.loading import resolve_model
+    from lorafold.models.sources import resolve_model
 
     console, examples = messages(), None if data is None else read_rows(data)[:rows]
     with console.status("sites") as status:

@@ -40,14 +40,10 @@ def load_adapted(
     """
     from lorafold.adapter import load
     from lorafold.errors import LorafoldError
+    from lorafold.machine.devices import choose_device
     from lorafold.models.classifier import known_classes
-    from lorafold.models.loading import (
-        choose_device,
-        choose_storage,
-        held_as,
-        resolve_model,
-        weights_of,
-    )
+    from lorafold.models.sources import resolve_model
+    from lorafold.models.storage import choose_storage, held_as, weights_of
     from lorafold.models.tokenizer import tokenizer_of
     from lorafold.training.objectives import Classify, Objective, Sft
 

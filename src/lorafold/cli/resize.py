@@ -63,7 +63,7 @@ def command(
     from lorafold.errors import LorafoldError
     from lorafold.inspecting.loss import losses_of
     from lorafold.inspecting.resize import resize
-    from lorafold.models.loading import resolve_model
+    from lorafold.models.sources import resolve_model
 
     if (rank is None) == (energy is None):
         raise LorafoldError("expected either --rank or --energy")

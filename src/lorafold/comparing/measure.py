@@ -29,9 +29,11 @@ from lorafold.bases import parameter_count
 from lorafold.data.rows import Row as DataRow
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
+from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import probe_ids
 from lorafold.methods import make_spec
-from lorafold.models.loading import Storage, choose_device, choose_storage, resolve_model
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import Storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.step.base import settled_base
 from lorafold.step.fitting import fitting

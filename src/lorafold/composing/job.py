@@ -14,7 +14,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
 from lorafold.files.record import base_trained_on
 from lorafold.methods.parts.mixture import Gating
-from lorafold.models.loading import ModelSource
+from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.step.recipe import Recipe
 

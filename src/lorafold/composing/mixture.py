@@ -22,7 +22,7 @@ from lorafold.composing.updates import change_of
 from lorafold.errors import Interrupted
 from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
-from lorafold.models.loading import held_as
+from lorafold.models.storage import held_as
 from lorafold.step.recipe import Recipe
 from lorafold.training import run
 

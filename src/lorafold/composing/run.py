@@ -20,10 +20,10 @@ from lorafold.composing.interference import Interference, measure
 from lorafold.composing.job import Composed, Job, Opened, Request
 from lorafold.composing.rules import RULES
 from lorafold.composing.updates import read
-from lorafold.data.examples import split
+from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
-from lorafold.models.loading import resolve_model
+from lorafold.models.sources import resolve_model
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
+from lorafold.core.anatomy import bare_modules
 from lorafold.core.delta import Additive
-from lorafold.core.presets import bare_modules
 from lorafold.errors import LorafoldError
 from lorafold.models.checkpoint import bones_of
-from lorafold.models.loading import ModelSource
+from lorafold.models.sources import ModelSource
 
 Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
 Change = Factors | Tensor  # dW as its factors, or as it is

@@ -14,45 +14,13 @@ Each is a function from a model to paths; an empty answer means that the model h
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from torch import nn
 
-from lorafold.core.attach import Deltas
+from lorafold.core.anatomy import bare_modules, blocks, causal_attentions, decoder_of, of_attention
 
 IsLinear = Callable[[nn.Module], bool]
-
-
-def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by path, without those of the deltas laid over it; a shared module
-    once.
-    """
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in seen or isinstance(module, Deltas):
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in module.named_children():
-            yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, path)
-
-
-def blocks(model: nn.Module) -> list[str]:
-    """The paths of the repeated layers: the elements of the outermost ModuleLists."""
-    lists: list[str] = []
-    for path, module in bare_modules(model):
-        if isinstance(module, nn.ModuleList) and not any(
-            path.startswith(f"{outer}.") for outer in lists
-        ):
-            lists.append(path)
-    return [
-        f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()
-    ]
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -60,10 +28,6 @@ def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
     inside = tuple(f"{path}." for path in blocks(model))
     linears = [path for path, m in bare_modules(model) if is_linear(m)]
     return [p for p in linears if f"{p}.".startswith(inside)] if inside else linears
-
-
-def of_attention(path: str) -> bool:
-    return re.search(r"attn|attention", path) is not None
 
 
 def attention(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -117,48 +81,6 @@ def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
             found.append(path)
         seen |= own
     return found
-
-
-def vocabulary_ends(model: Any) -> list[str]:
-    """The paths of the input embedding and of the output embedding, as far as the model has them
-    and says so.
-    """
-    ends = [
-        getattr(model, name)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, name)
-    ]
-    paths = {id(m): path for path, m in bare_modules(model)}
-    return [paths[id(end)] for end in ends if end is not None]
-
-
-def decoder_of(model: Any) -> tuple[str, nn.Module]:
-    """The module between the token ids and the head, with its path: the model itself where it has
-    no head or no such part.
-    """
-    part = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if part is model and hasattr(model, "get_input_embeddings"):
-        embedding = model.get_input_embeddings()
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is not None:
-            around = [
-                m
-                for m in model.children()
-                if m is not head and any(n is embedding for n in m.modules())
-            ]
-            part = around[0] if around else model
-    return next((path, m) for path, m in bare_modules(model) if m is part)
-
-
-def causal_attentions(body: nn.Module) -> list[str]:
-    """The self-attentions of a decoder: modules that say they are causal and know the layer they
-    belong to.
-    """
-    return [
-        path
-        for path, m in bare_modules(body)
-        if path and getattr(m, "is_causal", False) and hasattr(m, "layer_idx")
-    ]
 
 
 def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:

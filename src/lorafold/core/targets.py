@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorafold.core.presets import PRESETS, bare_modules
+from lorafold.core.anatomy import bare_modules
+from lorafold.core.presets import PRESETS
 from lorafold.errors import LorafoldError
 
 

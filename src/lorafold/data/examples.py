@@ -1,38 +1,23 @@
-"""From rows to token ids with a loss mask, and the order in which a run sees them.
+"""From rows to token ids with a loss mask.
 
 The text of a row is tokenized once, with offsets; tokens inside a trained span keep their label,
 all others get -100. Where joining prompt and completion would merge characters across their border,
-the text is cut there, so that the ids before a completion are those that generation sees. `batches`
-is a pure function of the seed: step i is found again without any state.
+the text is cut there, so that the ids before a completion are those that generation sees.
 """
 
-import random
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, groupby, islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.render import Rendered, ensure_chat_template, prompts, render_trained
-from lorafold.data.rows import LISTED, Row, check_objective, check_rows, read_rows, shape_of
+from lorafold.data.render import Rendered, render_trained
+from lorafold.data.rows import LISTED, Row, check_objective, check_rows, shape_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "Encoded",
-    "Example",
-    "Report",
-    "batches",
-    "encode",
-    "ensure_chat_template",
-    "preview",
-    "prompts",
-    "read_rows",
-    "split",
-]
 
 NO_LOSS = -100  # torch's ignore_index
 
@@ -164,32 +149,6 @@ def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
         )
         text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
     return text
-
-
-def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Row indices of each optimizer step, (steps, batch): one shuffle per epoch, laid end to end,
-    so every step is full.
-    """
-    if n_rows < 1:
-        raise LorafoldError("found no rows to train on, expected at least one")
-    epochs = (random.Random(f"{seed}/{epoch}").sample(range(n_rows), n_rows) for epoch in count())
-    order = chain.from_iterable(epochs)
-    return [list(islice(order, batch)) for _ in range(steps)]
-
-
-def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, evaluation rows), each in the order given; at least one of each unless
-    `fraction` is 0.
-    """
-    if not fraction:
-        return list(rows), []
-    if len(rows) < 2:
-        raise LorafoldError(
-            f"found {len(rows)} rows, expected at least 2 to hold out a share of {fraction}"
-        )
-    size = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    held = set(random.Random(f"{seed}/split").sample(range(len(rows)), size))
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
 def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Example, int]:

@@ -7,16 +7,6 @@ from __future__ import annotations
 from torch import nn
 
 
-def sharers(model: nn.Module, module: nn.Module) -> list[str]:
-    """Paths of the other modules that hold this module's very `weight`."""
-    weight = module._parameters.get("weight")
-    return [
-        path
-        for path, m in model.named_modules()
-        if m is not module and weight is not None and m._parameters.get("weight") is weight
-    ]
-
-
 def untie(model: nn.Module, module: nn.Module) -> None:
     """Give the module its own copy of a shared weight, and say in the model's config that embedding
     and head are tied no longer.

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorafold.core.presets import vocabulary_ends
+from lorafold.core.anatomy import vocabulary_ends
 from lorafold.errors import NotMergeable
 
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafold.files.atomic import MANIFEST, atomic_directory
+from lorafold.files.cache import cache_directory
 from lorafold.inspecting.updates import Svd, of_dense
-from lorafold.models.gguf import cache_directory
 
 BINS = 10
 TOP, COSINE = 10, 0.5

@@ -23,14 +23,11 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import evaluate
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
+from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
-from lorafold.models.loading import (
-    choose_device,
-    choose_storage,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold.bases import layer_of
-from lorafold.core.presets import blocks
+from lorafold.core.anatomy import blocks
 from lorafold.errors import NotMergeable
 from lorafold.models.fake import no_values, skeleton
-from lorafold.models.loading import Storage
+from lorafold.models.storage import Storage
 
 
 @dataclass(frozen=True)

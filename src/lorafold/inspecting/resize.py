@@ -31,7 +31,7 @@ from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import sites
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.models.checkpoint import bones_of
-from lorafold.models.loading import ModelSource
+from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.ops.svd import best_of_rank
 

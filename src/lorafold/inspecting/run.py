@@ -31,7 +31,7 @@ from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, sites
 from lorafold.models import fingerprint
 from lorafold.models.checkpoint import Skeleton, bones_of
-from lorafold.models.loading import ModelSource
+from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.models.weights import ModelWeights
 

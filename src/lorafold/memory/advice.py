@@ -13,7 +13,7 @@ import torch
 
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
-from lorafold.models.loading import Storage
+from lorafold.models.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -19,14 +19,14 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
-from lorafold.data.examples import Example, batches
+from lorafold.data.batches import batches, labelled, parts
+from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
-from lorafold.models.loading import Storage
+from lorafold.models.storage import Storage
 from lorafold.step.adamw import in_words
-from lorafold.step.losses import labelled, parts
 from lorafold.step.recipe import Recipe
 
 STEPS = 1000  # of a run, looked through for the one that holds most

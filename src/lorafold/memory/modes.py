@@ -17,8 +17,8 @@ import torch
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.models.loading import Storage
 from lorafold.models.quantized import QUANTIZATIONS
+from lorafold.models.storage import Storage
 from lorafold.step.base import whole_base
 from lorafold.step.recipe import Recipe
 

@@ -23,8 +23,8 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.models.fake import no_values, skeleton
-from lorafold.models.loading import Storage
 from lorafold.models.quietly import one_line
+from lorafold.models.storage import Storage
 from lorafold.ops.attention import Documents
 from lorafold.ops.head import labelled_loss
 from lorafold.step.activations import recompute

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafold.data.examples import encode, ensure_chat_template, read_rows
+from lorafold.data.examples import encode
+from lorafold.data.render import ensure_chat_template
+from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 
 # prose, questions, code, tables, letters, a few languages

@@ -18,13 +18,16 @@ from lorafold.adapter import load
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.fold.rounding import Rounding
+from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import Gap, compare, probe_ids
 from lorafold.merging.into import Into, choose_into
 from lorafold.merging.plan import plan
 from lorafold.merging.shards import Folded, execute
 from lorafold.models.classifier import known_classes
-from lorafold.models.loading import Storage, choose_device, load_model, resolve_model, weights_of
+from lorafold.models.loading import load_model
 from lorafold.models.quietly import loading
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import Storage, weights_of
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.anatomy import causal_attentions
 from lorafold.core.layer import Layer
-from lorafold.core.presets import causal_attentions
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.virtual import KeysAndValues, Receiver, Sender, check, is_attention

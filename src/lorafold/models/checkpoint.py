@@ -26,8 +26,8 @@ from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import MANIFEST
 from lorafold.fold.biases import gained_with, has_bias, switch_on
 from lorafold.models.container import Container, Entry, read_container, read_tensors
-from lorafold.models.loading import ModelSource
 from lorafold.models.quietly import loading
+from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, model_files
 
 WEIGHTS = (

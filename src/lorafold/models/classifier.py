@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorafold.core.presets import bare_modules, decoder_of
+from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.files.record import RECORD, read_record
-from lorafold.models.loading import ModelSource, Storage, check_complete, read_weights
+from lorafold.models.loading import check_complete, read_weights
 from lorafold.models.quietly import loading
+from lorafold.models.sources import ModelSource
+from lorafold.models.storage import Storage
 
 if TYPE_CHECKING:
     import torch

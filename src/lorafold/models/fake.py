@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafold.bases.quantized import PACKERS
-from lorafold.models.loading import Storage
 from lorafold.models.quantized import packable
 from lorafold.models.quietly import loading
+from lorafold.models.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

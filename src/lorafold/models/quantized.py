@@ -19,7 +19,8 @@ import torch
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.bases.quantized import bitsandbytes, set_compute_dtype
-from lorafold.core.presets import all_linear, bare_modules, decoder_of
+from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.presets import all_linear
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import return_freed_blocks
 from lorafold.models.weights import FileWeights, model_files

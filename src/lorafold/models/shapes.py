@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import ACCEPTED, EMBEDDED, resolve_model
 from lorafold.models.quietly import loading, one_line
+from lorafold.models.sources import ACCEPTED, EMBEDDED, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

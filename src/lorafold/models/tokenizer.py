@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import ModelSource, load_tokenizer
+from lorafold.models.loading import load_tokenizer
 from lorafold.models.quietly import loading
+from lorafold.models.sources import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.presets import decoder_of
+from lorafold.core.anatomy import decoder_of
 from lorafold.core.valueless import telling, valueless
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import arithmetic

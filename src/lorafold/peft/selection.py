@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorafold.bases import is_linear
-from lorafold.core.presets import bare_modules
+from lorafold.core.anatomy import bare_modules
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.peft.tokens import Ids

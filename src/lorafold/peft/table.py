@@ -20,9 +20,9 @@ from torch import Tensor
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
-from lorafold.methods.bitfit import BiasDelta
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
+from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
 from lorafold.peft import rows_lora, rows_others, rows_own, rows_virtual

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_class
 from lorafold.bases.dense import Embedding
-from lorafold.core.presets import bare_modules, vocabulary_ends
+from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.errors import LorafoldError
-from lorafold.fold.ties import sharers
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import fingerprint
 from lorafold.models.weights import Weights

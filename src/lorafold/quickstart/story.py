@@ -21,14 +21,11 @@ from lorafold.evaluation import Evaluation, evaluate
 from lorafold.files.atomic import check_out
 from lorafold.inspecting.report import page
 from lorafold.inspecting.run import inspect
+from lorafold.machine.devices import choose_device
 from lorafold.merging.run import merge
-from lorafold.models.loading import (
-    choose_device,
-    choose_storage,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import choose_storage
 from lorafold.quickstart.task import rows
 from lorafold.step.recipe import Recipe
 from lorafold.training.run import Request, train

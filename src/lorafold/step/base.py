@@ -10,8 +10,9 @@ from pathlib import Path
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
-from lorafold.models.loading import ModelSource, held_as
 from lorafold.models.quantized import QUANTIZATIONS
+from lorafold.models.sources import ModelSource
+from lorafold.models.storage import held_as
 from lorafold.step.recipe import Recipe
 
 

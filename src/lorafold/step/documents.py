@@ -17,10 +17,10 @@ must train padded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,60 +37,6 @@ from lorafold.ops.attention import Documents, document_attention
 
 NAME = "lorafold_documents"
 NO_LOSS = -100  # torch's ignore_index
-
-
-class Tokens(Protocol):
-    """One document: ids (T,) and labels (T,), unshifted; -100 where a token is not to be learnt."""
-
-    @property
-    def ids(self) -> Sequence[int]: ...
-
-    @property
-    def labels(self) -> Sequence[int]: ...
-
-
-def collate(examples: Sequence[Tokens], packed: bool, pad_id: int) -> dict[str, Tensor]:
-    """Packed: input_ids, position_ids, labels (1, T), T the tokens of all.
-
-    Padded at the right: input_ids, attention_mask, labels (B, T).
-
-    labels[b, t] is the target of position t, the token after it, or -100: no document's last
-    position has one.
-    """
-    ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
-    targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
-    if packed:
-        positions = torch.cat([torch.arange(len(i)) for i in ids])
-        return {
-            "input_ids": torch.cat(ids)[None],
-            "position_ids": positions[None],
-            "labels": torch.cat(targets)[None],
-        }
-
-    def pad(rows: list[Tensor], value: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    mask = pad([torch.ones_like(i) for i in ids], 0)
-    return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": pad(targets, NO_LOSS)}
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which documents share a row of at most `capacity` tokens: the longest first, each where it
-    leaves the least room.
-
-    Indices, ascending in every row. A document that is longer has a row of its own.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row, left in enumerate(room) if left >= lengths[i]]
-        if not fitting:
-            rows.append([])
-            room.append(capacity)
-        row = min(fitting, key=room.__getitem__) if fitting else -1
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return [sorted(row) for row in rows]
 
 
 @contextmanager

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
+from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.asking import asking
 from lorafold.core.attach import Adapted
-from lorafold.core.presets import bare_modules, blocks
 from lorafold.core.valueless import valueless
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import ceil
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafold.data.batches import collate, labelled, parts
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.ops.head import labelled_loss, row_losses
-from lorafold.step.documents import best_fit, collate
 
 
 class Loss(nn.Module, ABC):
@@ -107,23 +106,3 @@ class Classification(Loss):
         return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
 
 
-def parts(examples: Sequence[Any], n: int, tokens: int | None = None) -> list[Sequence[Any]]:
-    """The examples in n runs, and these, packed, in rows of at most so many tokens."""
-    size = ceil(len(examples) / n)
-    runs = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return (
-        runs
-        if tokens is None
-        else [
-            [run[i] for i in row]
-            for run in runs
-            for row in best_fit([len(e.ids) for e in run], tokens)
-        ]
-    )
-
-
-def labelled(example: Example) -> int:
-    """Tokens of the example that count in the loss; the first token of a row has nothing to be
-    predicted from.
-    """
-    return sum(label != -100 for label in example.labels[1:])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
-from lorafold.data.examples import batches
+from lorafold.data.batches import batches
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates

@@ -38,7 +38,9 @@ from lorafold.models.classifier import (
     load_classifier,
     padding_id,
 )
-from lorafold.models.loading import ModelSource, Storage, load_model
+from lorafold.models.loading import load_model
+from lorafold.models.sources import ModelSource
+from lorafold.models.storage import Storage
 from lorafold.step.documents import packed
 from lorafold.step.losses import Classification, Completions, Loss
 

@@ -20,25 +20,21 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter, attach, load
 from lorafold.core.spec import Spec
-from lorafold.data.examples import batches, split
+from lorafold.data.batches import batches, split
 from lorafold.data.rows import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
 from lorafold.files.atomic import check_out
 from lorafold.files.card import VOCABULARY, training_card
 from lorafold.machine.allocator import keep_freed_blocks
+from lorafold.machine.devices import choose_device
 from lorafold.machine.room import peak_bytes
 from lorafold.memory.ahead import planned, settle
 from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.loading import (
-    ModelSource,
-    choose_device,
-    choose_storage,
-    resolve_model,
-    weights_of,
-)
 from lorafold.models.shapes import configuration
+from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.models.storage import choose_storage, weights_of
 from lorafold.models.tokenizer import Words, add_words, has_tokenizer, set_template, tokenizer_of
 from lorafold.models.weights import Weights
 from lorafold.peft import directory as peft

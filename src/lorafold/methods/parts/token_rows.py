@@ -34,13 +34,12 @@ from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of
 from lorafold.bases.dense import Embedding
+from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
-from lorafold.core.presets import bare_modules, vocabulary_ends
 from lorafold.core.targets import no_match
 from lorafold.errors import LorafoldError
-from lorafold.fold.ties import sharers
 
 
 class TokenRows(Delta):

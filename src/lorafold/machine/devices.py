@@ -1,0 +1,62 @@
+"""Which device a model runs on, and whether that device multiplies bf16 by an instruction of its
+own.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(name: str | None = None) -> "torch.device":
+    """The device of that name (cpu, cuda, cuda:1, mps); without a name the fastest kind there is.
+
+    LorafoldError if it isn't there.
+    """
+    import torch
+
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name is None:
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind, _, index = name.partition(":")
+    if kind not in present or not re.fullmatch(r"(:\d+)?", name.removeprefix(kind), re.ASCII):
+        raise LorafoldError(f"device {name}: unknown; expected cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
+    if int(index or 0) >= count:
+        raise LorafoldError(
+            f"device {name}: not on this machine, which has"
+            f" {', '.join(k for k, there in present.items() if there)}"
+        )
+    return torch.device(name)
+
+
+def native_bf16(device: "torch.device") -> tuple[bool, str]:
+    import torch
+
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            major >= 8,
+            (
+                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; bf16"
+                " is native from 8.0"
+            ),
+        )
+    if device.type == "cpu":
+        # get_capabilities knows more, ARM too, but only from torch 2.13 on
+        supported = {
+            "AMX": torch.cpu._is_amx_tile_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        }
+        found = [name for name, there in supported.items() if there]
+        return bool(found), (
+            f"this CPU has {found[0]}" if found else "this CPU has neither AMX nor avx512_bf16"
+        )
+    return False, f"bf16 is not native on every {device.type} device"

@@ -1,0 +1,31 @@
+"""An offset on a layer's output: a trained bias.
+
+    y = layer(x) + c                c (out,), zero at start
+
+The offset is small where the bias may be large, so it is summed before the layer's rounding and the
+bias itself after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer, add
+
+
+class BiasDelta(Delta):
+    """c (out,), fp32. Folding adds it to the bias, or becomes the bias of a layer that has none."""
+
+    def __init__(self, out: int, device: torch.device) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(out, device=device, dtype=torch.float32))
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
+        return layer(x, onto=add(self.offset, onto))
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w, add(self.offset, b)
