@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafold.bases import layer_of
 from lorafold.ops import arithmetic as module
-from lorafold.ops import head as head_module
+from lorafold.ops import cross_entropy
 from lorafold.ops.arithmetic import ROWS, arithmetic, linear
 from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.cross_entropy import LinearHead, linear_cross_entropy
 from lorafold.ops.dropout import Dropped, emptied, keep_scale
 from lorafold.ops.frozen import frozen_linear
-from lorafold.ops.head import _LinearHead
 from lorafold.ops.lora import low_rank_linear
 
 T, IN, OUT, R = 2 * ROWS, 48, 40, 4
@@ -62,10 +62,18 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
         (Q, K, V.expand(T, 2, 8)),
         lambda q, k, v: document_attention(q, k, v, Documents((T - 9, 9)), 0.3),
     ),
-    "head": ((X,), lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), None, 1.0, None) / T),
+    "head": (
+        (X,),
+        lambda x: linear_cross_entropy(x, TARGETS, LinearHead(W.to(x.dtype), None, 1.0, None)) / T,
+    ),
     "head-biased": (
         (X,),
-        lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0) / T,
+        lambda x: (
+            linear_cross_entropy(
+                x, TARGETS, LinearHead(W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0)
+            )
+            / T
+        ),
     ),
     "layer": ((X,), lambda x: layer_of(plain(x.dtype))(x)),
 }
@@ -86,6 +94,9 @@ class Products(TorchDispatchMode):
             "baddbmm",
         ):
             self.dtypes.add(args[-1].dtype)
+        if func is torch.ops.lorafold.linear_cross_entropy.default:
+            with self:  # what it multiplies is inside
+                return cross_entropy._kernel(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -108,9 +119,9 @@ def run(op: str, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "SLAB", 16 * IN)  # three runs of W's rows
+    monkeypatch.setattr(cross_entropy, "SLAB", 16 * IN)  # three runs of W's rows
     # the last chunk is too short to be widened for its own sake
-    monkeypatch.setattr(head_module, "CHUNK", T - 10)
+    monkeypatch.setattr(cross_entropy, "CHUNK", T - 10)
     truth = run(op, torch.float64)
     found = {}
     for pays, dtype in ((False, torch.bfloat16), (True, torch.float32)):

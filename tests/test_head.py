@@ -12,9 +12,10 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
-from lorafold.ops import head as head_module
-from lorafold.ops import reference
-from lorafold.ops.head import labelled_loss, row_losses
+from lorafold.ops import cross_entropy, reference
+from lorafold.ops.cross_entropy import LinearHead, chunks, head_cross_entropy, linear_cross_entropy
+from lorafold.step import head as head_of_step
+from lorafold.step.head import labelled_loss, row_losses
 
 VOCAB, B, T = 97, 2, 11
 COMMON = {
@@ -49,7 +50,7 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     # the 13 labelled positions below then take several chunks, the last one short
-    monkeypatch.setattr(head_module, "CHUNK", 4)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 4)
 
 
 class Adapted(nn.Linear):
@@ -144,10 +145,10 @@ def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
     _, inputs = batch()
     h = model.get_decoder()(**inputs).last_hidden_state[0, -1:]
     logits = model(**inputs).logits[0, -1:]
-    assert head_module._linear_form(model, logits, h) is not None
-    assert head_module._linear_form(model, logits * 1.01, h) is None
+    assert head_of_step._linear_form(model, logits, h) is not None
+    assert head_of_step._linear_form(model, logits * 1.01, h) is None
     model.get_output_embeddings().__class__ = Adapted
-    assert head_module._linear_form(model, logits, h) is None
+    assert head_of_step._linear_form(model, logits, h) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])
@@ -157,16 +158,29 @@ def test_fp64_gradcheck_of_both_ways(name: str) -> None:
         getattr(model, "logit_scale", 1.0),
         getattr(model.config, "final_logit_softcapping", None),
     )
-    linear = head_module._Linear(model.get_output_embeddings().weight, None, scale, cap)
+    linear = LinearHead(model.get_output_embeddings().weight, None, scale, cap)
     h = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(VOCAB, (6,))
-    assert torch.autograd.gradcheck(lambda h: head_module._LinearHead.apply(h, targets, *linear), h)
-    with head_module._short_circuit(model) as head:
-        assert torch.autograd.gradcheck(lambda h: head_module._ModelHead.apply(h, targets, head), h)
-        torch.testing.assert_close(
-            head_module._LinearHead.apply(h, targets, *linear),
-            head_module._ModelHead.apply(h, targets, head),
-        )
+
+    def short(h: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(h, targets, linear)
+
+    def long(h: torch.Tensor) -> torch.Tensor:
+        return head_cross_entropy(h, targets, head, [], chunks(len(h)))
+
+    assert torch.autograd.gradcheck(short, h)
+    with head_of_step._short_circuit(model) as head:
+        assert torch.autograd.gradcheck(long, h)
+        torch.testing.assert_close(short(h), long(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_finds_no_fault_with_the_linear_heads_operation(dtype: torch.dtype) -> None:
+    h, w = torch.randn(6, 32, dtype=dtype), torch.randn(VOCAB, 32, dtype=dtype)
+    logits, block = torch.empty(4, VOCAB, dtype=dtype), torch.empty(4, VOCAB)
+    workspace = (torch.empty_like(h), logits, block, logits.new_empty(0, 32))
+    arguments = (h, torch.randint(VOCAB, (6,)), w, None, 0.5, 3.0, *workspace)
+    torch.library.opcheck(torch.ops.lorafold.linear_cross_entropy.default, arguments)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

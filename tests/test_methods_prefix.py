@@ -28,8 +28,8 @@ from transformers import (
 import lorafold as lf
 from lorafold.data.batches import collate
 from lorafold.generation import complete
-from lorafold.ops.head import labelled_loss
 from lorafold.step.documents import isolates, packed
+from lorafold.step.head import labelled_loss
 
 N = 5
 SPECS = [

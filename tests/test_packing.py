@@ -16,8 +16,8 @@ from transformers.models.inkling import modeling_inkling
 from lorafold.data.batches import collate
 from lorafold.ops import attention, reference
 from lorafold.ops.attention import Documents, document_attention
-from lorafold.ops.head import labelled_loss
 from lorafold.step.documents import NAME, attend, document_mask, isolates, packed
+from lorafold.step.head import labelled_loss
 
 VOCAB = 97
 COMMON = {

@@ -20,7 +20,7 @@ from lorafold.core.attach import Deltas
 from lorafold.methods import METHODS
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.ops import reference
-from lorafold.ops.head import labelled_loss, row_losses
+from lorafold.step.head import labelled_loss, row_losses
 
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
 TIED = ["gemma", "gpt2"]

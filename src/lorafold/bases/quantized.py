@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
-from lorafold.core.valueless import valueless
+from lorafold.core.fake import is_fake
 from lorafold.errors import LorafoldError, NotMergeable
 
 
@@ -153,7 +153,7 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
     module: Any = _empty("LinearNF4", w)
     # codes in the order of that CPU's kernel give no gradients, and answers no sooner
     module.support_avx512bf16_for_cpu = False
-    if not valueless(w):
+    if not is_fake(w):
         return _packed(module, w)
     functional = bitsandbytes().functional
     with unset_fake_temporarily():
@@ -166,7 +166,7 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
     module = _empty("Linear8bitLt", w, has_fp16_weights=False)
-    if not valueless(w):
+    if not is_fake(w):
         return _packed(module, w)
     codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(w.half())
     return _with(module, codes, SCB=scales)

@@ -6,7 +6,7 @@ process is resident in.
                                      the most there were at once
 
 It sees every storage that torch makes, through the dispatcher, so it counts tensors without values
-(`core.valueless`) as well as real ones. It does not see what a kernel takes and gives back inside a
+(`core.fake`) as well as real ones. It does not see what a kernel takes and gives back inside a
 single operation.
 """
 

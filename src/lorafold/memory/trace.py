@@ -25,12 +25,12 @@ from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.models.fake import no_values, skeleton
 from lorafold.models.quietly import one_line
 from lorafold.models.storage import Storage
-from lorafold.ops.attention import Documents
-from lorafold.ops.head import labelled_loss
+from lorafold.ops.attention import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
 from lorafold.step.documents import attending
 from lorafold.step.fused import fused
+from lorafold.step.head import labelled_loss
 from lorafold.step.losses import Classification
 
 if TYPE_CHECKING:
@@ -217,10 +217,19 @@ def unswept() -> Iterator[None]:
         gc.unfreeze()
 
 
+class LastTiles(Documents):
+    """Documents of which the last three tiles are computed. They tell what all of them hold: every
+    tile holds what the one before it does, or more, and the last may be cut short.
+    """
+
+    def tiles(self) -> Iterator[Tile]:
+        yield from [*super().tiles()][-3:]
+
+
 @contextmanager
 def laid_out(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
     """Packed attention over documents of these lengths, which the positions, having no values,
-    can't tell: the longest last, as `telling` has it.
+    can't tell: the longest last.
     """
     with attending(model, partial(_mask, tuple(sorted(lens)))):
         yield
@@ -230,4 +239,4 @@ def _mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
     """Of a run of other tokens than the rows', as a prompt's own is, that it is one document."""
-    return Documents(lens if q_length == sum(lens) else (q_length,), local_size)
+    return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)

@@ -5,7 +5,7 @@ memory behind them.
         model = skeleton(config, Storage(torch.bfloat16, "nf4"), blocks=2)
 
 It is transformers' own class, so that whatever runs on a model runs on its skeleton; the numbers
-alone are missing (`core.valueless`).
+alone are missing (`core.fake`).
 """
 
 from __future__ import annotations

@@ -22,14 +22,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.valueless import telling
 from lorafold.ops.arithmetic import arithmetic
 
 try:
@@ -89,7 +88,6 @@ class Tile(NamedTuple):
         self.cut(x_THD, self.first).add_(part.unflatten(0, (self.n, -1)).transpose(1, 2))
 
 
-@final
 @dataclass(frozen=True)
 class Documents:
     """Where documents lie: `lens` in tokens, row after row over the batch, sum B * T. With a window
@@ -199,7 +197,7 @@ class _DocumentAttention(Function):
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
         kv_heads, dtype = k.shape[1], arithmetic(q)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for tile in telling(docs.tiles(), q):
+        for tile in docs.tiles():
             qi, ki, vi = tile.queries(q, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
             p, _ = _probabilities(qi, ki, docs.mask(tile, q.shape[1] // kv_heads, qi), scale, cap)
             tile.put_queries(out, torch.bmm(p, vi))
@@ -217,7 +215,7 @@ class _DocumentAttention(Function):
             torch.zeros_like(k, dtype=wide),
             torch.zeros_like(v, dtype=wide),
         )
-        for tile in telling(ctx.docs.tiles(), q):
+        for tile in ctx.docs.tiles():
             qi, gi, ki, vi = (
                 tile.queries(q, kv_heads, dtype),
                 tile.queries(g, kv_heads, dtype),

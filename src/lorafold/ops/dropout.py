@@ -25,8 +25,6 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from lorafold.core.valueless import valueless
-
 
 def keep_scale(p: float) -> float:
     """1 / (1 - p): what the kept elements are multiplied by to preserve the mean.
@@ -47,9 +45,25 @@ def dropped(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     keep_scale(p)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device, generator=generator) < p
-    if valueless(x):
-        return x.new_empty(round(x.numel() * p), dtype=torch.int32)  # as many as are expected
+    if generator is not None:
+        return _drawn(x, p, generator)
+    places: Tensor = torch.ops.lorafold.dropped_places.default(x, p)
+    return places
+
+
+def _drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     return _places(x.numel(), p, generator).to(torch.int32 if x.numel() < 2**31 else torch.int64)
+
+
+def _fake(x: Tensor, p: float) -> Tensor:
+    return x.new_empty(round(x.numel() * p), dtype=torch.int32)  # as many as are expected
+
+
+# an operation of torch's, so that tensors without values have as many places as real ones
+LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
+LIBRARY.define("dropped_places(Tensor x, float p) -> Tensor")
+LIBRARY.impl("dropped_places", _drawn, "CPU")
+torch.library.register_fake("lorafold::dropped_places", _fake, lib=LIBRARY)
 
 
 def _places(n: int, p: float, generator: torch.Generator | None) -> Tensor:

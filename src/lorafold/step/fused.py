@@ -27,7 +27,7 @@ from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.asking import asking
 from lorafold.core.attach import Adapted
-from lorafold.core.valueless import valueless
+from lorafold.core.fake import is_fake
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
@@ -111,7 +111,7 @@ def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
     """Do they answer alike, up to the roundings of a few operations? Without values they are taken
     to: such a model is what it seems.
     """
-    if valueless(inputs[0]):
+    if is_fake(inputs[0]):
         return True
     answers = (f(*inputs) for f in (forward, plain))
     found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in answers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafold.data.batches import collate, labelled, parts
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
-from lorafold.ops.head import labelled_loss, row_losses
+from lorafold.step.head import labelled_loss, row_losses
 
 
 class Loss(nn.Module, ABC):

@@ -1,0 +1,243 @@
+"""Cross-entropy over a large vocabulary, summed, in chunks whose gradients are computed as they go.
+
+    loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) hidden states, f a head, y (n,) targets
+
+Each chunk of CHUNK rows is differentiated on the spot, so logits never exist for more rows than
+that, and the backward is one multiplication. `head_cross_entropy` takes any head f, as a function;
+`linear_cross_entropy` a frozen linear one, without an autograd graph.
+
+The kernel of the linear form, `torch.ops.lorafold.linear_cross_entropy`, is handed the memory that
+it works in: tensors without values (torch's fake tensors) hold as much there as real ones.
+
+1024 rows of SmolLM2-135M's head (V 49,152) in bf16: 31 MB of buffers where whole logits and their
+gradients take 600, in 0.8 of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorafold.ops.arithmetic import arithmetic
+
+CHUNK = 256  # rows whose logits exist at a time
+SLAB = 2**22  # elements of W that exist in another dtype at a time: 16 MB
+BLOCK = 32  # rows whose probabilities exist in fp32 at a time: 32 x 49,152 of them stay in cache
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that losses and their sums are computed in: fp32, or the wider one given."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunks(n: int) -> list[slice]:
+    """The rows 0 to n - 1 in runs of CHUNK."""
+    return [slice(at, at + CHUNK) for at in range(0, n, CHUNK)]
+
+
+def _scaled(kept: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """kept * g, multiplied in g's precision: in bf16 the step's 1 / n would be off by up to 0.4%
+    for every gradient alike.
+    """
+    return (kept.to(g.dtype) * g).to(dtype)
+
+
+class _HeadCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        targets: Tensor,
+        head: Callable[[Tensor], Tensor],
+        runs: Sequence[slice],
+        *leaves: Tensor,
+    ) -> Tensor:
+        into_h = ctx.needs_input_grad[0]
+        total = h.new_zeros((), dtype=widened(h.dtype))
+        found = (h, *leaves) if into_h else leaves
+        grads = [torch.zeros_like(t, dtype=widened(t.dtype)) for t in found]
+        for rows in runs:
+            with torch.set_grad_enabled(bool(grads)):
+                x = h[rows].detach().requires_grad_(into_h)
+                loss = F.cross_entropy(head(x).to(total.dtype), targets[rows], reduction="sum")
+            total += loss.detach()
+            if not grads:
+                continue
+            inputs = (x, *leaves) if into_h else leaves
+            own = [grads[0][rows], *grads[1:]] if into_h else grads
+            chunk = torch.autograd.grad(loss, inputs, allow_unused=True)
+            for grad, g in zip(own, chunk, strict=True):
+                if g is not None:
+                    grad += g
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [t.dtype for t in (h, *leaves)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        grads = list(ctx.saved_tensors)
+        gh = _scaled(grads.pop(0), g, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        of_leaves = zip(grads, ctx.dtypes[1:], strict=True)
+        return gh, None, None, None, *(_scaled(p, g, dtype) for p, dtype in of_leaves)
+
+
+def head_cross_entropy(
+    h: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    leaves: Sequence[Tensor],
+    runs: Sequence[slice],
+) -> Tensor:
+    """h (n, d), targets (n,), head: (m, d) -> logits (m, V) -> the sum, () in fp32 or wider.
+
+    Gradients reach h and the leaves, which are the trained tensors that the head reads. runs: the
+    rows that are computed at a time, as `chunks` gives them. Differentiable once.
+    """
+    loss: Tensor = _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
+    return loss
+
+
+class LinearHead(NamedTuple):
+    """f(h) = cap * tanh(scale * (W h + b) / cap), W (V, d) and b (V,) frozen."""
+
+    w: Tensor
+    b: Tensor | None
+    scale: float
+    cap: float | None
+
+    def logits(self, h: Tensor, out: Tensor | None = None, slab: Tensor | None = None) -> Tensor:
+        """h (n, d) -> (n, V), in the dtype that the product is computed in.
+
+        out (at least n, V): written to instead of a new tensor, in its dtype; slab: as `slabs` has.
+        """
+        wide = h.to(arithmetic(h) if out is None else out.dtype)
+        z = wide.new_empty(len(h), len(self.w)) if out is None else out[: len(h)]
+        slab = self.new_slab(wide) if slab is None else slab
+        for rows, w in self.slabs(slab):
+            torch.mm(wide, w.t(), out=z[:, rows])
+        if self.b is not None:
+            z.add_(self.b)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
+
+    def back(self, gz: Tensor, slab: Tensor) -> Tensor:
+        """The gradient (n, V) of W h + b -> that of h (n, d)."""
+        gh = gz.new_zeros(len(gz), self.w.shape[1])
+        for rows, w in self.slabs(slab):
+            gh.addmm_(gz[:, rows], w)
+        return gh
+
+    def new_slab(self, like: Tensor) -> Tensor:
+        """Room for the rows of W that exist in another dtype at a time; none where W has it."""
+        size = 0 if like.dtype is self.w.dtype else max(1, SLAB // self.w.shape[1])
+        return like.new_empty(size, self.w.shape[1])
+
+    def slabs(self, slab: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of W's rows and these rows in the slab's dtype; all at once where that takes no
+        copy. Each run is written over the one before it.
+        """
+        if not len(slab):
+            yield slice(0, len(self.w)), self.w
+            return
+        for at in range(0, len(self.w), len(slab)):
+            w = self.w[at : at + len(slab)]
+            yield slice(at, at + len(w)), slab[: len(w)].copy_(w)
+
+
+def _kernel(
+    h: Tensor,
+    targets: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: float,
+    cap: float | None,
+    gradient: Tensor,
+    logits: Tensor,
+    block: Tensor,
+    slab: Tensor,
+) -> Tensor:
+    """The sum, (); `gradient` (n, d), or (0, d) where none is asked for, is that of h.
+
+    logits (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab are written over: probabilities
+    and their gradient share the memory of the logits.
+    """
+    linear = LinearHead(w, b, scale, cap)
+    total = h.new_zeros((), dtype=block.dtype)
+    for rows in chunks(len(h)):
+        z = linear.logits(h[rows], logits, slab)
+        for z_block, y in zip(z.split(BLOCK), targets[rows, None].split(BLOCK), strict=True):
+            p = z_block if z.dtype is total.dtype else block[: len(z_block)].copy_(z_block)
+            top, z_y = p.amax(-1), p.gather(1, y)[:, 0]
+            # of the cap, 1 - (z / cap)^2
+            slope = None if cap is None else (p / -cap).mul_(p).div_(cap).add_(1)
+            torch.softmax(p, -1, out=p)
+            # log sum exp(z) = top - log p(top), without another pass of exp
+            total += (top - p.amax(-1).log() - z_y).sum()
+            if not len(gradient):
+                continue
+            p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+            if slope is not None:
+                p.mul_(slope)
+            if scale != 1.0:
+                p.mul_(scale)
+            if p is not z_block:
+                z_block.copy_(p)
+        if len(gradient):
+            gradient[rows] = linear.back(z, slab)
+    return total
+
+
+def _fake(h: Tensor, *args: Any) -> Tensor:
+    return h.new_empty((), dtype=widened(h.dtype))
+
+
+# torch.library.custom_op would say the same in fewer words and take 20 us more a call than this 3
+LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
+LIBRARY.define(
+    "linear_cross_entropy(Tensor h, Tensor targets, Tensor w, Tensor? b, float scale, float? cap,"
+    " Tensor(a!) gradient, Tensor(b!) logits, Tensor(c!) block, Tensor(d!) slab) -> Tensor"
+)
+LIBRARY.impl("linear_cross_entropy", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafold::linear_cross_entropy", _fake, lib=LIBRARY)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        targets: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        scale: float,
+        cap: float | None,
+    ) -> Tensor:
+        gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
+        logits = h.new_empty(min(CHUNK, len(h)), len(w), dtype=arithmetic(h))
+        block = h.new_empty(min(BLOCK, len(h)), len(w), dtype=widened(h.dtype))
+        slab = LinearHead(w, b, scale, cap).new_slab(logits)
+        ctx.save_for_backward(gradient)
+        total: Tensor = torch.ops.lorafold.linear_cross_entropy.default(
+            h, targets, w, b, scale, cap, gradient, logits, block, slab
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return _scaled(gradient, g, gradient.dtype), None, None, None, None, None
+
+
+def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
+    """h (n, d), targets (n,) -> the sum, () in fp32 or wider. Differentiable once, in h."""
+    loss: Tensor = _LinearCrossEntropy.apply(h, targets, *head)
+    return loss

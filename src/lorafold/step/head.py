@@ -1,0 +1,231 @@
+"""Next-token loss at labelled positions only, summed, in chunks whose gradients are computed as
+they go.
+
+    loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
+                                              positions, f the model's head, y (n,)
+
+f is the model's own business: Gemma caps its logits, Cohere and Granite scale them, a head may be
+tied, biased, quantized or adapted. So the model runs as it is. What its decoder returns is caught
+on the way to the head, which sees a single row; then the model is its own head, with the decoder's
+work replaced by given hidden states, a chunk of them at a time. A frozen linear head that agrees
+with the model on that single row takes a shorter way without a graph (`ops.cross_entropy` has
+both). Use it wherever a causal language model is trained or its loss measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafold.core.anatomy import decoder_of
+from lorafold.core.fake import is_fake
+from lorafold.data.examples import NO_LOSS
+from lorafold.errors import LorafoldError
+from lorafold.ops.cross_entropy import (
+    LinearHead,
+    chunks,
+    head_cross_entropy,
+    linear_cross_entropy,
+    widened,
+)
+
+
+def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The loss in nats summed over the labelled positions, and their number n.
+
+    Differentiable once; n = 0 gives 0 with gradients of 0.
+
+    labels (B, T): the target of each position (already shifted), -100 for none. inputs: keyword
+    arguments of the model, input_ids (B, T) among them. model: anything shaped like a transformers
+    causal language model. Where config.output_router_logits is set, the model's load-balancing
+    loss, times its coefficient and n, is part of the sum. LorafoldError where the model offers no
+    decoder or no such loss. To train under DDP or FSDP, wrap a module whose forward calls this
+    function.
+    """
+    h, targets, linear, output = _until_head(model, labels, inputs)
+    if linear is not None:
+        loss = linear_cross_entropy(h, targets, linear)
+    else:
+        with _short_circuit(model) as head:
+            loss = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
+    return loss + len(targets) * _router_loss(model, output), len(targets)
+
+
+@torch.no_grad()
+def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The loss in nats of each row, summed over its labelled positions: (B,). Arguments and errors
+    of `labelled_loss`; no router's loss.
+    """
+    h, targets, linear, _ = _until_head(model, labels, inputs)
+    with nullcontext(linear.logits) if linear is not None else _short_circuit(model) as head:
+        losses = [
+            F.cross_entropy(head(h[run]).to(widened(h.dtype)), targets[run], reduction="none")
+            for run in chunks(len(h))
+        ]
+    rows = (labels != NO_LOSS).nonzero()[:, 0].to(h.device)  # (n,)
+    return (
+        h.new_zeros(len(labels), dtype=widened(h.dtype)).index_add_(0, rows, torch.cat(losses))
+        if losses
+        else h.new_zeros(len(labels))
+    )
+
+
+def _until_head(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
+    """Hidden states (n, d) and targets (n,) of the labelled positions, the head's linear form if it
+    has one, and the model's output.
+    """
+    with _caught(_decoder(model)) as caught:
+        output = model(**inputs, use_cache=False)
+    labels = labels.to(caught[0].device)
+    h, targets = caught[0][:, -labels.shape[1] :].flatten(0, 1), labels.flatten()
+    if not is_fake(labels):  # which are all taken for labels
+        labelled = targets != NO_LOSS
+        h, targets = h[labelled], targets[labelled]
+    return h, targets, _linear_form(model, output.logits[0], _last(caught[0])[0]), output
+
+
+def _runs(h: Tensor) -> list[slice]:
+    """The rows whose logits exist at a time. Without values the last ones tell what all hold: every
+    run holds what the one before it does, and the last may be cut short.
+    """
+    return chunks(len(h))[-3:] if is_fake(h) else chunks(len(h))
+
+
+def _decoder(model: Any) -> Any:
+    """The module between the token ids and the head."""
+    _, decoder = decoder_of(model)
+    if decoder is model or model.get_output_embeddings() is None:
+        raise LorafoldError(
+            f"{type(model).__name__}: found no decoder with a head over it, expected a causal"
+            " language model"
+        )
+    return decoder
+
+
+@contextmanager
+def _caught(decoder: Any) -> Iterator[list[Tensor]]:
+    """A list that receives the decoder's hidden states (B, T, d), while the model goes on with the
+    last row of them.
+    """
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> Any:
+        caught.append(output.last_hidden_state)
+        output.last_hidden_state = _last(output.last_hidden_state)
+        return output
+
+    handle = decoder.register_forward_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _last(h: Tensor) -> Tensor:
+    """One position of h (B, T, d), (1, 1, d) with the strides of a tensor of its own: with others
+    torch copies the whole head.
+    """
+    return h.detach()[0, -1].view(1, 1, -1)
+
+
+class _Given:
+    """A decoder's output that holds hidden states and answers None to everything else."""
+
+    def __init__(self, h: Tensor) -> None:
+        self.last_hidden_state = h
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
+    given: list[Tensor] = []
+    decoder = _decoder(model)
+
+    def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _Given:
+        h = given.pop()
+        # a model that puts soft prompts before its input may cut as many rows from its output
+        prompts = 0 if inputs_embeds is None else inputs_embeds.shape[1] - len(h)
+        return _Given(F.pad(h, (0, 0, prompts, 0))[None])
+
+    def head(h: Tensor) -> Tensor:
+        given.append(h)
+        return model(inputs_embeds=h[None], use_cache=False).logits[0, -len(h) :]
+
+    replaced = decoder.__dict__.get("forward")  # accelerate's hooks live there
+    decoder.forward = forward
+    try:
+        yield head
+    finally:
+        del decoder.forward
+        if replaced is not None:
+            decoder.forward = replaced
+
+
+def _leaves(y: Tensor) -> list[Tensor]:
+    """The tensors behind y that collect gradients: whatever of the head is trained, wherever it is
+    kept.
+    """
+    found, seen, ahead = [], set(), [y.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        ahead.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
+    """The head in linear form if it is frozen and has one: if that form's logits for h (1, d) are
+    those that the model computed.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    plain = type(layer) is nn.Linear and isinstance(w := layer.weight, nn.Parameter)
+    if logits.requires_grad or not plain:
+        return None
+    if (w.dtype, w.device, layer.in_features) != (h.dtype, h.device, h.shape[-1]):
+        return None
+    scale = getattr(model, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+    linear = LinearHead(w, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    with torch.no_grad():
+        expected, found = (z.to(widened(h.dtype)) for z in (logits, linear.logits(h)))
+    if expected.shape != found.shape:
+        return None
+    off = 4 * torch.finfo(h.dtype).eps
+    alike = is_fake(h) or bool((found - expected).norm() <= off * expected.norm())
+    return linear if alike else None
+
+
+def _router_loss(model: Any, output: Any) -> Tensor | float:
+    """The load-balancing loss of a mixture of experts as the model itself would add it; 0 where it
+    adds none.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    aux, coefficient = (
+        getattr(output, "aux_loss", None),
+        getattr(config, "router_aux_loss_coef", None),
+    )
+    if aux is None or coefficient is None:
+        raise LorafoldError(
+            f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"
+            f" router_aux_loss_coef {coefficient}; expected both. Set output_router_logits to false"
+            " to train without the router's loss"
+        )
+    return coefficient * aux
