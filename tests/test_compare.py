@@ -8,7 +8,7 @@ from lorafold.comparing.measure import Task
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare
 from lorafold.methods import LoRA
-from lorafold.step.fitting import fitting
+from lorafold.step.fitting import fitting, spec_of, without
 from lorafold.step.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -45,7 +45,16 @@ def test_options_reach_the_methods_that_have_them() -> None:
         4,
         {"init": "gaussian"},
     )
-    assert fitting(recipe, "bitfit") == Recipe(steps=7)
+    assert fitting(recipe, "bitfit") == Recipe(steps=7, method="bitfit")
+
+
+@pytest.mark.parametrize(("over", "dropout"), [("loha", None), ("lora", 0.1), (None, 0.1)])
+def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout: Any) -> None:
+    recipe = Recipe(method="dora", dropout=0.1, options={} if over is None else {"over": over})
+    assert getattr(spec_of(recipe).over, "dropout", None) == dropout
+    assert fitting(recipe, "dora").dropout == dropout
+    said = None if dropout else "dropout left out: dora over loha has no such option"
+    assert without(recipe) == said
 
 
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:

@@ -21,7 +21,7 @@ from lorafold.bases.quantized import PACKERS, Packed
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.record import read_record
 from lorafold.merging.run import merge
-from lorafold.methods import METHODS, make_spec, own_options
+from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
@@ -137,7 +137,7 @@ def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):
     but what is the model's own.
     """
     model = load_model(tiny_model_dir("llama-wide"), held(kind, torch.bfloat16)).train()
-    small = {name: 3 for name in ("rank", "size") if name in own_options(method)}
+    small = {name: 3 for name in ("rank", "size") if name in known_options(method)}
     lf.attach(model, make_spec(method, **small))
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     weights = {

@@ -61,13 +61,17 @@ def command(
 
     from lorafold.comparing.measure import Task
     from lorafold.comparing.report import markdown, page, table
-    from lorafold.comparing.run import CLASSIFY, SFT, compare
+    from lorafold.comparing.run import compare, known_methods, methods_for
     from lorafold.quickstart.story import RECIPE
+    from lorafold.step.fitting import without
 
     recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
     rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)
     task, console = Task(model, rows, held_out, source, recipe, device), messages()
-    names = methods.split(",") if methods else CLASSIFY if recipe.objective == "classify" else SFT
+    names = known_methods(methods.split(",")) if methods else methods_for(recipe.objective)
+    for name in names:
+        if notice := without(recipe.model_copy(update={"method": name})):
+            console.print(notice, highlight=False)
     found = compare(
         task,
         list(names),

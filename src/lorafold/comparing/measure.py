@@ -31,12 +31,10 @@ from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import probe_ids
-from lorafold.methods import make_spec
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.step.base import settled_base
-from lorafold.step.fitting import fitting
+from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.step.recipe import Recipe
 from lorafold.training.run import Request, objective_of, train
 
@@ -91,14 +89,14 @@ class Task:
 
 def measure(task: Task, method: str, seed: int) -> Row:
     """Train one method and measure it. LorafoldError as `train`."""
-    recipe = fitting(task.recipe, method).model_copy(update={"method": method, "seed": seed})
+    recipe = fitting(task.recipe, method).model_copy(update={"seed": seed})
     device = choose_device(task.device)
     with tempfile.TemporaryDirectory() as folder:
         request = Request(
             task.model, Path(folder) / "adapter", recipe, task.rows, task.source, device=task.device
         )
         models = Models(request, device)
-        held = choose_storage(settled_base(recipe, make_spec(method), models.source), device)
+        held = choose_storage(settled_base(recipe, spec_of(recipe), models.source), device)
         trained = train(request, Console(quiet=True))
         base = models.base(held)
         tuned, adapter = models.tuned(held)

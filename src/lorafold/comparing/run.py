@@ -22,10 +22,18 @@ from lorafold.files.atomic import write_json
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.training.run import digest
 
-# that one is to measure a task with, not to learn it
-CLASSIFY = tuple(word for word in METHODS if word != "fastfood")
-# that one has labels to learn, not text
-SFT = tuple(word for word in CLASSIFY if word != "linear-probe")
+
+def known_methods(names: Sequence[str]) -> Sequence[str]:
+    """The names. LorafoldError where one is no method's."""
+    if unknown := [name for name in names if name not in METHODS]:
+        raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
+    return names
+
+
+def methods_for(objective: str) -> list[str]:
+    """The methods that are there to learn this objective, by name, in the order of the table."""
+    specs = {name: make_spec(name) for name in METHODS}
+    return [n for n, spec in specs.items() if objective in spec.objectives and not spec.diagnostic]
 
 
 def compare(
@@ -45,10 +53,11 @@ def compare(
             "recipe: new_tokens: methods are compared with the base, on words that it knows; train"
             " them one by one"
         )
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
+    known_methods(methods)
     if strange := [
-        o for o in task.recipe.options if not any(o in known_options(m) for m in methods)
+        option
+        for option in task.recipe.options
+        if not any(option in known_options(m, task.recipe.options.get("over")) for m in methods)
     ]:
         raise LorafoldError(
             f"recipe: options {', '.join(strange)}: none of {', '.join(methods)} has such an option"

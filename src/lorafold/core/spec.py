@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import ClassVar, Self
 
 from torch import Tensor
@@ -25,19 +26,26 @@ class Spec(ABC):
     loss. A spec is frozen, so what they keep lives in the deltas.
 
     `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of
-    its parameters, and that of its up factors (None: the same). `trains_base`: it trains the base's
-    own weights, which then must be in fp32. `modifies_architecture`: it adds modules to the forward
-    path.
+    its parameters, and that of its up factors (None: the same). `objectives`: those that it is for.
+    `diagnostic`: it measures a task and is not there to learn it. `trains_base`: it trains the
+    base's own weights, which then can't be quantized. `modifies_architecture`: it adds modules to
+    the forward path.
     """
 
     targets: ClassVar[str] = "all-linear"
     lr: ClassVar[float] = 2e-4
     lr_b: ClassVar[float | None] = None
+    objectives: ClassVar[tuple[str, ...]] = ("sft", "classify")
+    diagnostic: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
     modifies_architecture: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta: ...
+
+    def options(self) -> tuple[str, ...]:
+        """The names of its options, with those of a spec that it lies over."""
+        return tuple(field.name for field in fields(self))  # type: ignore[arg-type]
 
     def at(self, path: str) -> Self:
         """The spec as it holds at one module path: per-pattern overrides applied."""

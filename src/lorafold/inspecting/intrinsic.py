@@ -135,7 +135,7 @@ def kept(file: Path, measure: Callable[[], float]) -> float:
 
 def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int) -> float:
     """The held-out loss at the end of a run, which leaves nothing but that."""
-    recipe = fitting(recipe, method).model_copy(update={"method": method, "options": options})
+    recipe = fitting(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
         trained = train(

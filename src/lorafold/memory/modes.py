@@ -16,10 +16,9 @@ import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
-from lorafold.methods import make_spec
 from lorafold.models.quantized import QUANTIZATIONS
 from lorafold.models.storage import Storage
-from lorafold.step.base import whole_base
+from lorafold.step.fitting import spec_of, whole_base
 from lorafold.step.recipe import Recipe
 
 MODES: dict[str, dict[str, Any]] = {
@@ -68,7 +67,7 @@ def setting_of(
     if mode == "inference":
         return Setting(stored(recipe.base), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
-    spec = make_spec(recipe.method, **recipe.method_options())
+    spec = spec_of(recipe)
     base = whole_base(recipe) if spec.trains_base else recipe.base
     return Setting(
         stored(base),

@@ -2,7 +2,7 @@
 arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -50,36 +50,33 @@ METHODS: dict[str, Callable[..., Spec]] = {
 }
 
 
-def own_options(method: str) -> list[str]:
-    """The fields of a method's own spec."""
-    maker = METHODS[method]
-    cls: Any = maker.func if isinstance(maker, partial) else maker
-    return [f.name for f in fields(cls)]
-
-
-def known_options(method: str) -> list[str]:
-    """What `make_spec` takes for a method: its own fields, and those of lora where it lies over
-    another.
+def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
+    """The names of the options that `make_spec` takes for a method, where it lies over another one
+    (`over`, a name; None: the method's own choice) those of that one too.
     """
-    own = own_options(method)
-    return [*own, *own_options("lora")] if "over" in own else own
+    return make_spec(method, **({} if over is None else {"over": over})).options()
 
 
 def make_spec(method: str, **options: Any) -> Spec:
-    """The spec of a method by its word.
+    """The spec of a method by its name.
 
-    LorafoldError for an unknown word, or fields that the method does not have.
+    LorafoldError for an unknown name, or options that the method does not have.
 
-    A method that lies over another (`dora`) takes that one's word as `over` (lora), and its options
-    with its own.
+    A method that lies over another (`dora`) takes that one's name as `over`, and its options with
+    its own.
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
-    maker, known = METHODS[method], own_options(method)
-    if "over" in known and not isinstance(options.get("over"), Spec):
-        own = {k: options.pop(k) for k in known if k in options}
-        options = {**own, "over": make_spec(own.get("over", "lora"), **options)}
-    if unknown := [k for k in options if k not in known]:
+    maker, default = METHODS[method], METHODS[method]()
+    own = [field.name for field in fields(default)]  # type: ignore[arg-type]
+    known: Sequence[str] = own
+    if "over" in own and not isinstance(options.get("over"), Spec):
+        name = options.pop("over", None)
+        lower: Spec = default.over if name is None else make_spec(name)  # type: ignore[attr-defined]
+        known = (*own, *lower.options())
+        given = {option: options.pop(option) for option in lower.options() if option in options}
+        options["over"] = type(lower)(**given) if name is None else make_spec(name, **given)
+    if unknown := [option for option in options if option not in known]:
         raise LorafoldError(
             f"method {method} has no option {', '.join(unknown)}; it has:"
             f" {', '.join(known) or 'none'}"

@@ -120,6 +120,9 @@ class DoRA(Spec):
 
     lr_b: ClassVar[float] = 3e-3
 
+    def options(self) -> tuple[str, ...]:
+        return (*super().options(), *self.over.options())
+
     def at(self, path: str) -> Self:
         return replace(self, over=self.over.at(path))
 

@@ -101,6 +101,7 @@ class Fastfood(Spec):
     seed: int = 0
 
     lr: ClassVar[float] = 0.3
+    diagnostic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dimension, int) and self.dimension >= 1):

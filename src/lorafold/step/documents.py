@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lorafold.core.asking import asking
+from lorafold.core.evaluating import evaluating
 from lorafold.ops.attention import Documents, document_attention
 
 NAME = "lorafold_documents"
@@ -81,7 +81,7 @@ def isolates(model: PreTrainedModel) -> bool:
         )
 
     try:
-        with asking(model):
+        with evaluating(model):
             alone = torch.cat([logits(first), logits(second)])
             with attending(model, document_mask):
                 together, changed = logits(first, second), logits(other, second)

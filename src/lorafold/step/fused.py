@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules, blocks
-from lorafold.core.asking import asking
 from lorafold.core.attach import Adapted
+from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
@@ -58,7 +58,7 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
         [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
     ]
     with ExitStack() as stack:
-        with asking(model):
+        with evaluating(model):
             found = [
                 {part for module in block if _free(module) for part in _fuse(stack, module)}
                 for block in inside

@@ -182,15 +182,10 @@ class Recipe(BaseModel):
             )
         return self
 
-    def method_options(self) -> dict[str, Any]:
-        """The fields of the method's spec that are set; the others are the method's own."""
-        named = {k: getattr(self, k) for k in ("rank", "alpha", "dropout")}
-        patterns = {k: getattr(self, k) for k in ("rank_pattern", "alpha_pattern")}
-        return (
-            {k: v for k, v in named.items() if v is not None}
-            | {k: v for k, v in patterns.items() if v}
-            | self.options
-        )
+    def for_method(self) -> dict[str, Any]:
+        """What is set of the fields that are options of methods; `options` holds the others."""
+        names = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, {})}
 
     def total_steps(self, n_rows: int) -> int:
         """Optimizer steps of a run over `n_rows` training rows."""

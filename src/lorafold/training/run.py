@@ -30,7 +30,6 @@ from lorafold.machine.allocator import keep_freed_blocks
 from lorafold.machine.devices import choose_device
 from lorafold.machine.room import peak_bytes
 from lorafold.memory.ahead import planned, settle
-from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.shapes import configuration
 from lorafold.models.sources import ModelSource, resolve_model
@@ -40,7 +39,7 @@ from lorafold.models.weights import Weights
 from lorafold.peft import directory as peft
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import check_available, described, free_everywhere, make_optimizer, pick
-from lorafold.step.base import settled_base
+from lorafold.step.fitting import settled_base, spec_of, without
 from lorafold.step.fused import fused
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, restore_optimizer, restore_rng
@@ -184,7 +183,9 @@ def train(request: Request, console: Console) -> Trained:
         check_out(path, request.overwrite or request.resume)
     RunDirectory(request.out).check_free(request.overwrite or request.resume)
     check_available(request.recipe.optimizer)
-    spec = make_spec(request.recipe.method, **request.recipe.method_options())
+    spec = spec_of(request.recipe)
+    if notice := without(request.recipe):
+        console.print(notice, highlight=False)
     if request.init_adapter and (
         fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)
     ):

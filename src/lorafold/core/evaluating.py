@@ -1,4 +1,4 @@
-"""A model that is asked for an answer, and notices nothing of it."""
+"""A model in evaluation mode, for as long as it is asked for outputs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 @contextmanager
-def asking(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module's own mode comes back when the `with`
-    ends.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients until the `with` ends; then each of its
+    modules has its own mode again.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
