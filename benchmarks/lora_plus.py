@@ -19,7 +19,8 @@ from rich.console import Console
 
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
-from lorafold.training.run import Request, train
+from lorafold.training.request import Request
+from lorafold.training.run import train
 
 HELD_OUT, EVERY = 40, 5  # rows, steps
 

@@ -3,6 +3,9 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from lorafold.comparing.measure import Task
 from lorafold.comparing.report import markdown, page

@@ -14,7 +14,7 @@ import pytest
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.intrinsic import Point, search
 from lorafold.step.recipe import Recipe
-from lorafold.training.run import Request
+from lorafold.training.request import Request
 
 ROWS = [
     {"prompt": f"say {word}", "completion": f" {word} {word}"}

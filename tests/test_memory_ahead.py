@@ -20,7 +20,8 @@ from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.storage import Storage
 from lorafold.step.recipe import Recipe
-from lorafold.training.run import Request, train
+from lorafold.training.request import Request
+from lorafold.training.run import train
 
 CONFIG = tf.LlamaConfig(
     hidden_size=128,

@@ -24,7 +24,8 @@ from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.step.optim import optimizer_tensors, param_groups, restore_optimizer
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop
-from lorafold.training.run import Request, train
+from lorafold.training.request import Request
+from lorafold.training.run import train
 
 NAMES = [name for name in get_args(Recipe.model_fields["optimizer"].annotation) if name != "auto"]
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]

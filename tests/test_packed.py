@@ -29,7 +29,8 @@ from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.ops import nf4
 from lorafold.step.fused import fused
 from lorafold.step.recipe import Recipe
-from lorafold.training.run import Request, train
+from lorafold.training.request import Request
+from lorafold.training.run import train
 
 KINDS = ["nf4", "int8"]
 IDS = torch.arange(5, 25)[None]

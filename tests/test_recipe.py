@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.step.recipe import Recipe, load_recipe
+from lorafold.step.reading import load_recipe
+from lorafold.step.recipe import Recipe
 
 
 def written(tmp_path: Path, text: str) -> Path:

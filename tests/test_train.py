@@ -19,7 +19,8 @@ import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.step.recipe import Recipe
-from lorafold.training.run import Request, train
+from lorafold.training.request import Request
+from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 

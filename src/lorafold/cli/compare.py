@@ -13,7 +13,7 @@ from lorafold.cli.common import (
     messages,
     rows_or_quickstart,
 )
-from lorafold.step.recipe import load_recipe
+from lorafold.step.reading import load_recipe
 
 
 def command(

@@ -121,7 +121,7 @@ def command(
     from lorafold.composing.job import Request
     from lorafold.composing.mixture import RECIPE
     from lorafold.composing.run import compose
-    from lorafold.step.recipe import load_recipe
+    from lorafold.step.reading import load_recipe
 
     console = messages()
     request = Request(

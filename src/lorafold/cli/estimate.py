@@ -16,7 +16,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.errors import LorafoldError
-from lorafold.step.recipe import load_recipe
+from lorafold.step.reading import load_recipe
 
 UNITS = {
     "": 1,

@@ -14,7 +14,7 @@ from lorafold.cli.common import (
     rows_or_quickstart,
 )
 from lorafold.errors import LorafoldError
-from lorafold.step.recipe import load_recipe
+from lorafold.step.reading import load_recipe
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
 
     from lorafold.inspecting.intrinsic import search
     from lorafold.quickstart.story import RECIPE
-    from lorafold.training.run import Request
+    from lorafold.training.request import Request
 
     recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
     rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)

@@ -16,7 +16,8 @@ from lorafold.cli.common import (
     emit,
     messages,
 )  # fmt: skip
-from lorafold.step.recipe import Recipe, load_recipe
+from lorafold.step.reading import load_recipe
+from lorafold.step.recipe import Recipe
 
 FIELDS = "\n\n".join(
     f"{name} ({field.get_default()!r}): {field.description}"
@@ -146,7 +147,8 @@ def command(
     from dataclasses import asdict
 
     from lorafold.data.rows import read_rows
-    from lorafold.training.run import Request, show, train
+    from lorafold.training.request import Request, show
+    from lorafold.training.run import train
 
     console = messages()
     request = Request(

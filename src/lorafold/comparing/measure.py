@@ -36,7 +36,8 @@ from lorafold.models.storage import Storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.step.recipe import Recipe
-from lorafold.training.run import Request, objective_of, train
+from lorafold.training.request import Request, objective_of
+from lorafold.training.run import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ from lorafold.comparing.measure import Row, Task, measure
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.training.run import digest
+from lorafold.training.request import digest
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:

@@ -31,7 +31,8 @@ from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.run import Request, digest, train
+from lorafold.training.request import Request, digest
+from lorafold.training.run import train
 
 
 @dataclass(frozen=True)

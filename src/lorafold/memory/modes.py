@@ -19,7 +19,7 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantized import QUANTIZATIONS
 from lorafold.models.storage import Storage
 from lorafold.step.fitting import spec_of, whole_base
-from lorafold.step.recipe import Recipe
+from lorafold.step.recipe import OF_METHOD, Recipe
 
 MODES: dict[str, dict[str, Any]] = {
     "inference": {"base": "bf16"},
@@ -29,19 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-READ = {
-    "method",
-    "rank",
-    "alpha",
-    "dropout",
-    "options",
-    "targets",
-    "rank_pattern",
-    "alpha_pattern",
-    "base",
-    "optimizer",
-    "gradient_checkpointing",
-}
+READ = {"method", "options", "targets", "base", "optimizer", "gradient_checkpointing", *OF_METHOD}
 
 
 def setting_of(

@@ -28,7 +28,8 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage
 from lorafold.quickstart.task import rows
 from lorafold.step.recipe import Recipe
-from lorafold.training.run import Request, train
+from lorafold.training.request import Request
+from lorafold.training.run import train
 
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"

@@ -7,30 +7,21 @@ where each value came from. A field that is None asks for the method's own defau
 file knows no method. Use `load_recipe` from commands and `Recipe(...)` from Python.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from math import ceil
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-
-from lorafold.errors import LorafoldError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+# fields that are options of methods, and those that an adapter to start from brings along
+OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
+OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
 
 
 class Recipe(BaseModel):
@@ -184,8 +175,8 @@ class Recipe(BaseModel):
 
     def for_method(self) -> dict[str, Any]:
         """What is set of the fields that are options of methods; `options` holds the others."""
-        names = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
-        return {name: value for name in names if (value := getattr(self, name)) not in (None, {})}
+        values = {name: getattr(self, name) for name in OF_METHOD}
+        return {name: value for name, value in values.items() if value not in (None, {})}
 
     def total_steps(self, n_rows: int) -> int:
         """Optimizer steps of a run over `n_rows` training rows."""
@@ -198,127 +189,3 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """The whole recipe, defaults included; `load_recipe` reads it back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_recipe(
-    config: Path | None = None,
-    sets: Sequence[str] = (),
-    defaults: Recipe | None = None,
-    **flags: Any,
-) -> Recipe:
-    """The recipe that a YAML file, `--set key=value` pairs and flags ask for; a flag that is None
-    was not given.
-
-    Where none of them speaks, `defaults` holds.
-
-    The value of a pair is YAML. A key may reach into options, rank_pattern and alpha_pattern at its
-    first dot (`options.init=gaussian`, `rank_pattern.0.q_proj=8`); the rest of it is taken as it
-    is. Raises LorafoldError with every bad field: its source, what was found and what is expected.
-    """
-    values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
-    sources: dict[str, str] = dict.fromkeys(values, "the defaults")
-    problems: list[str] = []
-    for key, value in _read(config).items() if config is not None else ():
-        values[key], sources[key] = value, str(config)
-    for pair in sets:
-        key, equals, text = pair.partition("=")
-        field, dot, inner = key.strip().partition(".")
-        value = _parse(text, f"--set {pair}")
-        if not equals or not field:
-            problems.append(f"--set {pair}: expected key=value")
-        elif not dot:
-            values[field], sources[field] = value, "--set"
-        elif field in Recipe.model_fields and Recipe.model_fields[field].default != {}:
-            problems.append(
-                f"--set {pair}: {field} has nothing inside; dotted keys reach into options,"
-                " rank_pattern and alpha_pattern"
-            )
-        else:
-            below = values.get(field)
-            values[field] = (below if isinstance(below, dict) else {}) | {inner: value}
-            sources[field] = (
-                f"{sources[field]} and --set"
-                if below and sources[field] not in ("--set", "the defaults")
-                else "--set"
-            )
-    for field, value in flags.items():
-        if value is not None:
-            values[field], sources[field] = value, "--" + field.replace("_", "-")
-    try:
-        recipe = Recipe(**values)
-    except ValidationError as error:
-        problems += _explain(error, values, sources)
-    if problems:
-        raise LorafoldError("recipe: " + "; ".join(problems))
-    return recipe
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with 3e-4 a number (1.1 asks for a dot and a sign)."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Yaml)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise LorafoldError(
-            f"{where}: not YAML{place}: {getattr(error, 'problem', None) or 'unreadable'}"
-        ) from error
-
-
-def _read(config: Path) -> Mapping[str, Any]:
-    try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(
-            f"{config}: can't be read as a recipe: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    found = _parse(text, str(config))
-    if found is None:
-        return {}
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise LorafoldError(
-            f"{config}: expected recipe fields as `name: value` lines, found {type(found).__name__}"
-        )
-    return found
-
-
-def _explain(
-    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]
-) -> Iterator[str]:
-    # (field, key inside) -> what would do, in order, once
-    expected: dict[tuple[str, str], dict[str, None]] = {}
-    for problem in error.errors(include_url=False):
-        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if not problem["loc"]:
-            yield message
-            continue
-        if problem["type"] == "missing":
-            message = "one more value"
-        elif problem["type"].startswith("bool_"):
-            message = "on or off"
-        field, *inner = map(str, problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = get_close_matches(field, Recipe.model_fields, n=3)
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"known are {', '.join(Recipe.model_fields)}"
-            )
-            yield f"{field} (from {sources[field]}) is no field of a recipe: {hint}"
-            continue
-        deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
-        expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
-    for (field, key), messages in expected.items():
-        found = values[field][key] if key else values[field]
-        name = f"{field}.{key}" if key else field
-        yield f"{name}: found {found!r} (from {sources[field]}), expected {' or '.join(messages)}"

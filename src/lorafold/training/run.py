@@ -4,13 +4,10 @@ format out.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +17,17 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter, attach, load
 from lorafold.core.spec import Spec
-from lorafold.data.batches import batches, split
-from lorafold.data.rows import Row
+from lorafold.data.batches import batches
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
 from lorafold.files.atomic import check_out
-from lorafold.files.card import VOCABULARY, training_card
 from lorafold.machine.allocator import keep_freed_blocks
 from lorafold.machine.devices import choose_device
-from lorafold.machine.room import peak_bytes
 from lorafold.memory.ahead import planned, settle
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.shapes import configuration
-from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import choose_storage, weights_of
-from lorafold.models.tokenizer import Words, add_words, has_tokenizer, set_template, tokenizer_of
-from lorafold.models.weights import Weights
+from lorafold.models.tokenizer import Words, has_tokenizer
 from lorafold.peft import directory as peft
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import check_available, described, free_everywhere, make_optimizer, pick
@@ -43,134 +35,20 @@ from lorafold.step.fitting import settled_base, spec_of, without
 from lorafold.step.fused import fused
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, restore_optimizer, restore_rng
-from lorafold.step.recipe import Recipe
+from lorafold.step.recipe import OF_ADAPTER, Recipe
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.display import Display
+from lorafold.training.finish import Trained, best_path, finish
 from lorafold.training.loop import Job, fit
-from lorafold.training.objectives import OBJECTIVES, Data, Objective
+from lorafold.training.objectives import Data, Objective
+from lorafold.training.request import Request, digest, objective_of, tokenized, tokenizer_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Fields that an adapter to start from brings along.
-_OF_THE_ADAPTER = {
-    "method",
-    "rank",
-    "alpha",
-    "dropout",
-    "options",
-    "targets",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-    "new_tokens",
-}
 # Fields that change what is watched or kept and not what is learned: a resumed run may differ in
 # them.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to train, on what, and where to put it.
-
-    `out` must not exist unless overwrite or resume is on.
-    """
-
-    model: str
-    out: Path
-    recipe: Recipe
-    rows: Sequence[Row]
-    source: str  # where the rows came from, for the record
-    eval_rows: Sequence[Row] | None = None
-    init_adapter: Path | None = None
-    device: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    resume: bool = False
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What came of a run.
-
-    Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes
-    are bytes.
-    """
-
-    train_loss: float
-    eval_loss: float | None
-    tokens_per_second: float
-    peak_bytes: int
-    trainable_parameters: int
-    steps: int
-    seconds: float
-    adapter: str
-    losses: list[float]
-
-
-def digest(rows: Sequence[Row]) -> str:
-    """sha256 over the rows as JSON: the same data gives the same digest whatever file format it
-    came in.
-    """
-    h = hashlib.sha256()
-    for row in rows:
-        h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-    return h.hexdigest()
-
-
-def objective_of(request: Request) -> tuple[ModelSource, Objective]:
-    """Where the model lies, and the objective of the run on it."""
-    source = resolve_model(request.model, request.revision)
-    adapters = [request.init_adapter] if request.init_adapter else []
-    return source, OBJECTIVES[request.recipe.objective](request.rows, source, adapters)
-
-
-def tokenizer_for(
-    request: Request, source: ModelSource, objective: Objective, console: Console
-) -> tuple[PreTrainedTokenizerBase, Words]:
-    """The tokenizer with the recipe's chat template and new tokens, and what is to be known of
-    these. What was done is printed.
-    """
-    adapters = [request.init_adapter] if request.init_adapter else []
-    tokenizer = tokenizer_of(source, adapters, request.trust_remote_code)
-    if request.recipe.chat_template is not None:
-        set_template(tokenizer, request.recipe.chat_template)
-    words = add_words(tokenizer, request.recipe.new_tokens)
-    for notice in (str(words), objective.set_up(tokenizer)):
-        if notice:
-            console.print(notice, highlight=False, markup=False)
-    return tokenizer, words
-
-
-def tokenized(
-    request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
-) -> tuple[Data, Data | None]:
-    """The training rows and the held-out rows, with what there is to say about them."""
-    rows, held_out = list(request.rows), request.eval_rows
-    if held_out is None and request.recipe.eval_fraction:
-        rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
-    train = objective.encode(rows, tokenizer, request.recipe.max_length)
-    console.print(f"data: {train.report}", highlight=False)
-    if not held_out:
-        return train, None
-    evaluation = objective.encode(held_out, tokenizer, request.recipe.max_length)
-    console.print(f"held out: {evaluation.report}", highlight=False)
-    return train, evaluation
-
-
-def show(request: Request, console: Console, rows: int = 3) -> None:
-    """Print the first rows as the model will see them, with the tokens that count in the loss
-    marked.
-    """
-    source, objective = objective_of(request)
-    tokenizer, _ = tokenizer_for(request, source, objective, console)
-    train, _ = tokenized(request, tokenizer, objective, console)
-    for example in train.examples[:rows]:
-        console.rule()
-        console.print(objective.preview(example, tokenizer))
 
 
 def train(request: Request, console: Console) -> Trained:
@@ -187,7 +65,7 @@ def train(request: Request, console: Console) -> Trained:
     if notice := without(request.recipe):
         console.print(notice, highlight=False)
     if request.init_adapter and (
-        fixed := sorted(_OF_THE_ADAPTER & request.recipe.model_fields_set)
+        fixed := sorted(OF_ADAPTER & request.recipe.model_fields_set)
     ):
         raise LorafoldError(
             f"{', '.join(fixed)}: these come with the adapter that --init-adapter names, and can't"
@@ -351,64 +229,3 @@ def sample_losses(
         yield loss(**loss.collate(chosen, device)) / max(1, sum(map(loss.count, chosen)))
 
 
-def finish(
-    request: Request,
-    job: Job,
-    progress: Progress,
-    tokenizer: PreTrainedTokenizerBase | None,
-    about: Mapping[str, Any],
-    base: Weights | None,
-) -> Trained:
-    """Write the adapter, with `about` in its record and the `tokenizer` beside it if it has its
-    own, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints. `base`
-    has the base's own weights where the model does not.
-    """
-    tail = progress.losses[-10:]
-    result = Trained(
-        train_loss=sum(tail) / len(tail),
-        eval_loss=progress.evals.get(progress.step),
-        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        peak_bytes=peak_bytes(job.accelerator.device),
-        trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
-        steps=progress.step,
-        seconds=progress.seconds,
-        adapter=str(request.out),
-        losses=progress.losses,
-    )
-    if not job.accelerator.is_main_process:
-        return result
-    record = {
-        "recipe": request.recipe.model_dump(mode="json"),
-        "losses": progress.losses,
-        "evals": progress.evals,
-        "data": {
-            "source": request.source,
-            "rows": len(request.rows),
-            "sha256": digest(request.rows),
-        },
-        **about,
-    }
-    if (size := job.adapter.vocabulary) is not None:
-        record |= {VOCABULARY: size}
-    card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
-
-    def write(path: Path, record: dict[str, Any]) -> None:
-        overwrite = request.overwrite or request.resume
-        job.adapter.save(
-            path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
-        )
-
-    write(request.out, record)
-    if progress.best not in (None, progress.step):
-        _, tensors, _ = job.run.load(job.run.checkpoints()[progress.best])
-        job.adapter.load_state_dict(tensors)
-        write(best_path(request.out), record | {"step": progress.best})
-    job.run.remove()
-    return result
-
-
-def best_path(out: Path) -> Path:
-    """Where the adapter of the step with the lowest held-out loss goes, if that is not the last
-    step.
-    """
-    return out.with_name(out.name + ".best")

@@ -1,0 +1,139 @@
+"""A recipe from a YAML file, `--set key=value` pairs and flags, with every bad field told: its
+source, what was found and what is expected.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lorafold.errors import LorafoldError
+from lorafold.step.recipe import Recipe
+
+
+def load_recipe(
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    defaults: Recipe | None = None,
+    **flags: Any,
+) -> Recipe:
+    """The recipe that a YAML file, `--set key=value` pairs and flags ask for; a flag that is None
+    was not given.
+
+    Where none of them speaks, `defaults` holds.
+
+    The value of a pair is YAML. A key may reach into options, rank_pattern and alpha_pattern at its
+    first dot (`options.init=gaussian`, `rank_pattern.0.q_proj=8`); the rest of it is taken as it
+    is. Raises LorafoldError with every bad field: its source, what was found and what is expected.
+    """
+    values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
+    sources: dict[str, str] = dict.fromkeys(values, "the defaults")
+    problems: list[str] = []
+    for key, value in _read(config).items() if config is not None else ():
+        values[key], sources[key] = value, str(config)
+    for pair in sets:
+        key, equals, text = pair.partition("=")
+        field, dot, inner = key.strip().partition(".")
+        value = _parse(text, f"--set {pair}")
+        if not equals or not field:
+            problems.append(f"--set {pair}: expected key=value")
+        elif not dot:
+            values[field], sources[field] = value, "--set"
+        elif field in Recipe.model_fields and Recipe.model_fields[field].default != {}:
+            problems.append(
+                f"--set {pair}: {field} has nothing inside; dotted keys reach into options,"
+                " rank_pattern and alpha_pattern"
+            )
+        else:
+            below = values.get(field)
+            values[field] = (below if isinstance(below, dict) else {}) | {inner: value}
+            sources[field] = (
+                f"{sources[field]} and --set"
+                if below and sources[field] not in ("--set", "the defaults")
+                else "--set"
+            )
+    for field, value in flags.items():
+        if value is not None:
+            values[field], sources[field] = value, "--" + field.replace("_", "-")
+    try:
+        recipe = Recipe(**values)
+    except ValidationError as error:
+        problems += _explain(error, values, sources)
+    if problems:
+        raise LorafoldError("recipe: " + "; ".join(problems))
+    return recipe
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, with 3e-4 a number (1.1 asks for a dot and a sign)."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Yaml)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise LorafoldError(
+            f"{where}: not YAML{place}: {getattr(error, 'problem', None) or 'unreadable'}"
+        ) from error
+
+
+def _read(config: Path) -> Mapping[str, Any]:
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafoldError(
+            f"{config}: can't be read as a recipe: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    found = _parse(text, str(config))
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise LorafoldError(
+            f"{config}: expected recipe fields as `name: value` lines, found {type(found).__name__}"
+        )
+    return found
+
+
+def _explain(
+    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]
+) -> Iterator[str]:
+    # (field, key inside) -> what would do, in order, once
+    expected: dict[tuple[str, str], dict[str, None]] = {}
+    for problem in error.errors(include_url=False):
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if not problem["loc"]:
+            yield message
+            continue
+        if problem["type"] == "missing":
+            message = "one more value"
+        elif problem["type"].startswith("bool_"):
+            message = "on or off"
+        field, *inner = map(str, problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = get_close_matches(field, Recipe.model_fields, n=3)
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"known are {', '.join(Recipe.model_fields)}"
+            )
+            yield f"{field} (from {sources[field]}) is no field of a recipe: {hint}"
+            continue
+        deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
+        expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
+    for (field, key), messages in expected.items():
+        found = values[field][key] if key else values[field]
+        name = f"{field}.{key}" if key else field
+        yield f"{name}: found {found!r} (from {sources[field]}), expected {' or '.join(messages)}"

@@ -1,0 +1,107 @@
+"""What a run leaves: the adapter, the best one beside it if that was of an earlier step, and the
+record of how both were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.files.card import VOCABULARY, training_card
+from lorafold.machine.room import peak_bytes
+from lorafold.models.weights import Weights
+from lorafold.training.checkpoint import Progress
+from lorafold.training.loop import Job
+from lorafold.training.request import Request, digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def finish(
+    request: Request,
+    job: Job,
+    progress: Progress,
+    tokenizer: PreTrainedTokenizerBase | None,
+    about: Mapping[str, Any],
+    base: Weights | None,
+) -> Trained:
+    """Write the adapter, with `about` in its record and the `tokenizer` beside it if it has its
+    own, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints. `base`
+    has the base's own weights where the model does not.
+    """
+    tail = progress.losses[-10:]
+    result = Trained(
+        train_loss=sum(tail) / len(tail),
+        eval_loss=progress.evals.get(progress.step),
+        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+        peak_bytes=peak_bytes(job.accelerator.device),
+        trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
+        steps=progress.step,
+        seconds=progress.seconds,
+        adapter=str(request.out),
+        losses=progress.losses,
+    )
+    if not job.accelerator.is_main_process:
+        return result
+    record = {
+        "recipe": request.recipe.model_dump(mode="json"),
+        "losses": progress.losses,
+        "evals": progress.evals,
+        "data": {
+            "source": request.source,
+            "rows": len(request.rows),
+            "sha256": digest(request.rows),
+        },
+        **about,
+    }
+    if (size := job.adapter.vocabulary) is not None:
+        record |= {VOCABULARY: size}
+    card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
+
+    def write(path: Path, record: dict[str, Any]) -> None:
+        overwrite = request.overwrite or request.resume
+        job.adapter.save(
+            path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
+        )
+
+    write(request.out, record)
+    if progress.best not in (None, progress.step):
+        _, tensors, _ = job.run.load(job.run.checkpoints()[progress.best])
+        job.adapter.load_state_dict(tensors)
+        write(best_path(request.out), record | {"step": progress.best})
+    job.run.remove()
+    return result
+
+
+def best_path(out: Path) -> Path:
+    """Where the adapter of the step with the lowest held-out loss goes, if that is not the last
+    step.
+    """
+    return out.with_name(out.name + ".best")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run.
+
+    Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes
+    are bytes.
+    """
+
+    train_loss: float
+    eval_loss: float | None
+    tokens_per_second: float
+    peak_bytes: int
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    adapter: str
+    losses: list[float]
