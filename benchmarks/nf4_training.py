@@ -22,7 +22,7 @@ import lorafold as lf
 from lorafold.bases import is_linear
 from lorafold.core.targets import match
 from lorafold.data.examples import Example, encode
-from lorafold.machine.allocator import keep_freed_blocks
+from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage
 from lorafold.quickstart.task import rows
@@ -75,7 +75,6 @@ def main() -> None:
     tokenizer = load_tokenizer("smollm2")
     shapes = batches(tokenizer)
     models = {base: load_model("smollm2", storage).train() for base, storage in BASES.items()}
-    keep_freed_blocks()
     inside = match(models["bf16"], "all-linear", is_linear).paths
     (matrices, everything), (packed, whole) = (held(model, inside) for model in models.values())
     print(
@@ -91,6 +90,7 @@ def main() -> None:
     for dropout in (0.05, 0.0):
         adapters = [lf.attach(model, lf.LoRA(dropout=dropout)) for model in models.values()]
         with ExitStack() as stack:
+            stack.enter_context(freed_blocks_kept())
             quiet = Console(quiet=True)
             losses = {
                 b: stack.enter_context(Sft().loss(model, tokenizer, True, quiet))

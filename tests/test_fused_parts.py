@@ -57,8 +57,19 @@ def test_a_module_that_carries_a_delta(word: str) -> None:
     with packed(model):
         expected = seeded_step(model, together())
         with fused(model) as found:
-            assert (found.fast, found.plain) == (0, ("MLP",))
+            lacking = ("MLP",) if word == "pfeiffer" else ("MLP", "rotary embedding")
+            assert (found.fast, found.plain) == (0, lacking)
             assert_same_step(seeded_step(model, together()), expected)
+
+
+def test_another_model_of_the_same_family_is_left_alone() -> None:
+    ours, other = (model_of("llama").requires_grad_(False) for _ in range(2))
+    plain = modeling_llama.apply_rotary_pos_emb
+    with fused(ours) as found:
+        assert found.plain == ()
+        assert modeling_llama.apply_rotary_pos_emb is plain
+        assert not any("forward" in vars(module) for module in other.modules())
+    assert not any("forward" in vars(module) for module in ours.modules())
 
 
 class Shifted(LlamaRMSNorm):
@@ -127,7 +138,7 @@ def test_a_delta_that_changes_nothing_yet() -> None:
     model = model_of("llama")
     lf.attach(model, make_spec("houlsby"), modules_to_save=["input_layernorm"])
     with fused(model) as found:
-        assert (found.fast, found.plain) == (0, ("MLP",))
+        assert (found.fast, found.plain) == (0, ("MLP", "rotary embedding"))
         assert not any(
             "forward" in vars(m)
             for layer in model.model.layers

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,32 +16,63 @@ import lorafold
 SRC = Path(lorafold.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
-# A file may import from its own level and from those below it.
-LEVELS = [
-    {"errors"},
-    {"core"},
-    {"ops"},
-    {"bases"},
-    {"methods"},
-    {"io"},
-    {"adapter"},
-    {"train", "evaluate", "generate", "merge", "inspect", "memory", "compose"},
-    {"compare", "quickstart", "quickstart_task"},
-    {"cli"},
-    {"__init__", "__main__"},
+# From the top down: a package imports from the floors below its own, and no two share one.
+FLOORS = [
+    "__main__",
+    "cli",
+    "quickstart",
+    "comparing",
+    "composing",
+    "inspecting",
+    "merging",
+    "training",
+    "evaluation",
+    "generation",
+    "memory",
+    "step",
+    "data",
+    "adapter",
+    "fold",
+    "peft",
+    "models",
+    "files",
+    "methods",
+    "methods.parts",
+    "bases",
+    "ops",
+    "core",
+    "machine",
+    "errors",
 ]
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+HEIGHT = {name: height for height, name in enumerate(reversed(FLOORS))}
+# Names that the public surface has or will have, which no module may take.
+RESERVED = {
+    "train", "evaluate", "generate", "merge", "estimate", "inspect", "compose", "compare",
+    "load_model", "load_tokenizer", "Recipe",
+}  # fmt: skip
+
+
+def floor(module: str) -> str:
+    """The floor of a module, named as within the package: `methods.parts.bias`."""
+    return max((f for f in FLOORS if f"{module}.".startswith(f"{f}.")), key=len, default=module)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
 
 
 def room(path: Path) -> str:
     return path.relative_to(SRC).with_suffix("").parts[0]
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Every module that the file imports, wherever in it: `from lorafold.io import peft` counts as
-    lorafold.peft.directory.
+def imported(path: Path, for_checkers: bool = True) -> Iterator[str]:
+    """Every module that the file imports, wherever in it: `from lorafold.ops import norm` counts as
+    lorafold.ops.norm. `for_checkers`: those under TYPE_CHECKING too.
     """
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not for_checkers:
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,24 +80,60 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_there_is_something_to_check():
-    assert {"core", "io", "cli"} <= {room(path) for path in FILES}
+def test_every_room_has_a_floor_and_says_what_it_is() -> None:
+    rooms = {floor(name_of(path)) for path in FILES} - {"__init__"}
+    assert rooms == set(FLOORS)
+    for name in FLOORS:
+        module = importlib.import_module(f"lorafold.{name}") if name != "__main__" else lorafold
+        print(f"{HEIGHT[name]:>2}  {name:<14} {(inspect.getdoc(module) or '').splitlines()[0]}")
+        assert inspect.getdoc(module), name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
 def test_files_are_short_and_say_what_they_are(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 300
-    if text:
-        assert ast.get_docstring(ast.parse(text)), "no docstring"
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
-def test_arrows_point_down(path):
-    mine = LEVEL[room(path)]
-    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("lorafold.")}
-    up = {name for name in rooms if LEVEL.get(name, LEVEL["__init__"]) > mine}
+def test_arrows_point_down(path: Path) -> None:
+    own = floor(name_of(path))
+    if own == "__init__":
+        return
+    floors = {floor(name.removeprefix("lorafold.")) for name in imported(path) if ours(name)}
+    up = {other for other in floors - {own} if HEIGHT.get(other, len(FLOORS)) >= HEIGHT[own]}
     assert up == set()
+
+
+def ours(name: str) -> bool:
+    return name.startswith("lorafold.")
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Not at the call of a function either; names for type checkers alone don't count."""
+    files = {name_of(path): path for path in FILES}
+
+    def beneath(path: Path) -> set[str]:
+        found = set()
+        for name in imported(path, for_checkers=False):
+            parts = name.removeprefix("lorafold.").split(".") if ours(name) else []
+            whole = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            found |= {next((m for m in whole if m in files), "")} - {""}
+        return found
+
+    graph = {name: beneath(path) for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+def test_no_public_name_is_a_module_and_importing_all_changes_none() -> None:
+    names = {path.name.removesuffix(".py") for path in SRC.iterdir()}
+    assert names & (RESERVED | set(lorafold.__all__)) == set()
+    before = {name: getattr(lorafold, name) for name in lorafold.__all__}
+    for path in FILES:
+        if path.name != "__main__.py":
+            importlib.import_module(f"lorafold.{name_of(path)}" if name_of(path) else "lorafold")
+    assert {name: getattr(lorafold, name) for name in lorafold.__all__} == before
 
 
 @pytest.mark.parametrize(
@@ -79,12 +147,8 @@ def test_core_and_ops_know_torch_alone(path):
 
 
 def modules(*rooms: str) -> list:
-    names = [
-        ".".join(("lorafold", *p.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__")
-        for p in FILES
-        if room(p) in rooms
-    ]
-    return [importlib.import_module(name) for name in names]
+    names = [name_of(path) for path in FILES if room(path) in rooms]
+    return [importlib.import_module(f"lorafold.{name}") for name in names]
 
 
 def test_a_class_is_abstract_or_final_never_both():

@@ -92,7 +92,7 @@ def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
 
     import lorafold as lf
     from lorafold.data.examples import Example
-    from lorafold.machine.allocator import keep_freed_blocks
+    from lorafold.machine.allocator import freed_blocks_kept
     from lorafold.models.loading import load_model, load_tokenizer
     from lorafold.models.storage import Storage
     from lorafold.step.adamw import make_optimizer
@@ -101,7 +101,7 @@ def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     from lorafold.training.objectives import Sft
 
     model = load_model("smollm2", Storage(torch.bfloat16, case.quantization))
-    keep_freed_blocks()
+    stack.enter_context(freed_blocks_kept())
     spec = lf.LoRA(rank=case.rank, dropout=case.dropout)
     adapter = lf.attach(model, lf.DoRA(spec) if case.dora else spec)
     stack.enter_context(fused(model))

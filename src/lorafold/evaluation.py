@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafold.core.evaluating import evaluating
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import prompts
@@ -119,9 +120,9 @@ def evaluate(
         console.print(str(data.report), highlight=False)
     loss = Completions(model, packed=False, pad_id=0)
     by_row: dict[int, float] = {}
-    with _bar(console, "loss") as step, _evaluating(loss) as device:
+    with _bar(console, "loss") as step, evaluating(loss):
         for group in _batches(data.examples):
-            found = loss.by_row(**loss.collate([data.examples[i] for i in group], device))
+            found = loss.by_row(**loss.collate([data.examples[i] for i in group], loss.device))
             by_row |= dict(zip(group, found.tolist(), strict=True))
             step(len(by_row), len(rows))
     sums = [(by_row[i], loss.count(example)) for i, example in enumerate(data.examples)]
@@ -163,9 +164,9 @@ def evaluate_classifier(
         )
     loss = Classification(model, pad_id)
     by_row: dict[int, Tensor] = {}
-    with _bar(console, "rows") as step, _evaluating(loss) as device:
+    with _bar(console, "rows") as step, evaluating(loss):
         for group in _batches(data.examples):
-            arguments = loss.collate([data.examples[i] for i in group], device)
+            arguments = loss.collate([data.examples[i] for i in group], loss.device)
             arguments.pop("labels")
             by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
             step(len(by_row), len(rows))
@@ -195,11 +196,11 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
 
     LorafoldError if it is not finite.
     """
-    with _evaluating(loss) as device:
+    with evaluating(loss):
         groups = [[examples[i] for i in group] for group in _batches(examples)]
         return _mean(
             [
-                (loss(**loss.collate(group, device)).item(), sum(map(loss.count, group)))
+                (loss(**loss.collate(group, loss.device)).item(), sum(map(loss.count, group)))
                 for group in groups
             ]
         )
@@ -241,20 +242,6 @@ def _batches(examples: Sequence[Any]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
-
-
-@contextmanager
-def _evaluating(loss: Loss) -> Iterator[torch.device]:
-    """The device of the loss's model, which is in evaluation mode and without gradients until the
-    block ends.
-    """
-    training = loss.training
-    loss.eval()
-    try:
-        with torch.no_grad():
-            yield next(loss.parameters()).device
-    finally:
-        loss.train(training)
 
 
 def _answers(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorafold.core.evaluating import evaluating
 from lorafold.data.render import render
 from lorafold.errors import LorafoldError
 
@@ -145,19 +146,18 @@ def _greedy(
     """
     from transformers import GenerationConfig
 
-    own, training = model.generation_config, model.training
+    own = model.generation_config
     padding = next(
         (token for token in (tokenizer.pad_token_id, *sorted(stops)) if token is not None), 0
     )
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=padding
     )
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = own
-        model.train(training)
 
 
 def _decode(

@@ -1,3 +1,1 @@
-"""Every method on one model and one's own data, measured: quality, forgetting, size, speed and
-memory in one table.
-"""
+"""Every method on one's own model and data, measured."""

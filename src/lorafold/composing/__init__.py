@@ -1,0 +1,1 @@
+"""One adapter from many, and what their tasks do to each other."""

@@ -1,0 +1,1 @@
+"""A user's rows, to conversations, to tokens, to batches."""

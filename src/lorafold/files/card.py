@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+CARD = "README.md"
 CLASSES = "classes"  # in an adapter's record: those that a classifier tells apart, by number
 # in an adapter's record: its size, where the adapter brings tokens that the base lacks
 VOCABULARY = "vocabulary"

@@ -1,0 +1,2 @@
+"""Folding an adapter into weights: planned once (ties, biases, vocabulary, refusals), and rounded.
+"""

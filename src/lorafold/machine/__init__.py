@@ -1,0 +1,3 @@
+"""The machine at hand: its devices, free memory, allocator, and the environment that suits
+training.
+"""

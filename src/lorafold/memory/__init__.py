@@ -1,0 +1,1 @@
+"""Will it fit? The training step traced without values, by term."""

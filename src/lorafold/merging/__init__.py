@@ -1,0 +1,1 @@
+"""`lorafold merge`: into which target, shard by shard, with a certificate."""

@@ -22,7 +22,7 @@ from lorafold.bases.quantized import bitsandbytes, set_compute_dtype
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import all_linear
 from lorafold.errors import LorafoldError
-from lorafold.machine.allocator import return_freed_blocks
+from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
 
@@ -105,16 +105,16 @@ def read_quantized(
         }
     )
     weights = FileWeights(model_files(path), mapped=False)
-    return_freed_blocks()
-    model, info = type(bones).from_pretrained(
-        None,
-        config=found,
-        state_dict={n: weights.slice(n) for n in weights.names},
-        dtype=torch.bfloat16,
-        device_map={"": device},
-        output_loading_info=True,
-        **how,
-    )
+    with freed_blocks_returned():
+        model, info = type(bones).from_pretrained(
+            None,
+            config=found,
+            state_dict={n: weights.slice(n) for n in weights.names},
+            dtype=torch.bfloat16,
+            device_map={"": device},
+            output_loading_info=True,
+            **how,
+        )
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), info

@@ -20,10 +20,9 @@ from torch import nn
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.card import training_card
+from lorafold.files.card import CARD, training_card
 from lorafold.files.record import RECORD
 from lorafold.methods.full import write_model
-from lorafold.peft.directory import CARD
 
 
 def write(

@@ -1,0 +1,2 @@
+"""Tensor operations, fused; `reference` and `nf4` are their specifications. No model is known here.
+"""

@@ -29,7 +29,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.card import VOCABULARY, training_card
+from lorafold.files.card import CARD, VOCABULARY, training_card
 from lorafold.files.record import RECORD, read_object, read_record
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
@@ -41,7 +41,7 @@ from lorafold.peft.format import ROOT
 from lorafold.peft.places import Parts, Place, places, sites
 from lorafold.peft.selection import Selection, describe
 
-WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
+WEIGHTS = "adapter_model.safetensors"
 
 T = TypeVar("T")
 

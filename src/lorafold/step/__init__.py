@@ -1,0 +1,1 @@
+"""What one training step computes: recipe, losses, packed attention, fused parts, optimizer."""

@@ -12,12 +12,11 @@ a delta or whose weight is trained. When the `with` ends the model is as it was.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from types import ModuleType
+from functools import cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -63,25 +62,15 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
                 {part for module in block if _free(module) for part in _fuse(stack, module)}
                 for block in inside
             ]
-            files = {_file(module) for block in inside for module in block}
             for module in (module for block in inside for module in block if _free(module)):
                 _put(stack, module, "forward", _frozen_linear(module))
-            rotated = {
-                file
-                for file in files
-                if _put(stack, file, ROTARY, _fused_rotary(getattr(file, ROTARY, None)))
-            }
-        for parts, block in zip(found, inside, strict=True):
-            parts |= (
-                {"rotary embedding"} if any(_file(module) in rotated for module in block) else set()
-            )
+            rotation = cache(_fused_rotary)  # by the function that it stands for
+            for parts, block in zip(found, inside, strict=True):
+                if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
+                    parts.add("rotary embedding")
         wanted = {*PARTS, "rotary embedding"}
         lacking = set[str]().union(*(wanted - parts for parts in found))
         yield FastPath(sum(parts == wanted for parts in found), len(found), tuple(sorted(lacking)))
-
-
-def _file(module: nn.Module) -> ModuleType:
-    return sys.modules[type(module).__module__]
 
 
 def _free(module: nn.Module) -> bool:
@@ -182,17 +171,27 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
     return forward if _agree(forward, module, x) else None
 
 
-def _fused_rotary(plain: Forward | None) -> Forward | None:
+def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -> Forward | None:
+    """An attention's own forward in which the fused rotation has the place of its file's function,
+    for this module alone.
+    """
+    if isinstance(module, Adapted) or "forward" in vars(module):
+        return None
+    plain = inspect.unwrap(type(module).forward)  # wrappers translate what older callers pass
+    known = isinstance(plain, FunctionType) and ROTARY in plain.__code__.co_names
+    if not known or (fused := rotation(plain.__globals__[ROTARY])) is None:
+        return None
+    places = {**plain.__globals__, ROTARY: fused}
+    own = FunctionType(plain.__code__, places, "forward", plain.__defaults__, plain.__closure__)
+    own.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(own, module)
+
+
+def _fused_rotary(plain: Forward) -> Forward | None:
     """The function that rotates queries and keys, (B, H, T, D) or with H and T exchanged, by the
     halves of D.
     """
-    if plain is None or [*inspect.signature(plain).parameters] != [
-        "q",
-        "k",
-        "cos",
-        "sin",
-        "unsqueeze_dim",
-    ]:
+    if [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
 
     def forward(

@@ -28,6 +28,11 @@ class Loss(nn.Module, ABC):
         super().__init__()
         self.model, self.training = model, model.training
 
+    @property
+    def device(self) -> torch.device:
+        """Where its model lies."""
+        return next(self.parameters()).device
+
     @abstractmethod
     def count(self, example: Any) -> int:
         """By how much the example weighs in the mean."""

@@ -1,0 +1,1 @@
+"""A run: request, loop, checkpoints, objectives, what it shows and leaves."""

@@ -21,7 +21,7 @@ from lorafold.data.batches import batches
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import held_out_loss
 from lorafold.files.atomic import check_out
-from lorafold.machine.allocator import keep_freed_blocks
+from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.machine.devices import choose_device
 from lorafold.memory.ahead import planned, settle
 from lorafold.methods.parts.token_rows import Tokens
@@ -109,7 +109,6 @@ def train(request: Request, console: Console) -> Trained:
     model = objective.load(
         source, tokenizer, storage, device, recipe.seed, request.trust_remote_code
     )
-    keep_freed_blocks()
     torch.manual_seed(recipe.seed)
     weights = weights_of(source, storage)
     adapter = (
@@ -121,6 +120,7 @@ def train(request: Request, console: Console) -> Trained:
     if checkpointing:
         recompute(model)
     with ExitStack() as stack:
+        stack.enter_context(freed_blocks_kept())
         console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, console))
         job, progress = prepare(
@@ -223,9 +223,8 @@ def sample_losses(
     of their own.
     """
     loss.train()
-    device = next(loss.parameters()).device
     for drawn in batches(len(data.examples), rows or recipe.batch, n, recipe.seed + 1):
         chosen = [data.examples[i] for i in drawn]
-        yield loss(**loss.collate(chosen, device)) / max(1, sum(map(loss.count, chosen)))
+        yield loss(**loss.collate(chosen, loss.device)) / max(1, sum(map(loss.count, chosen)))
 
 
