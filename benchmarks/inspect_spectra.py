@@ -23,7 +23,8 @@ from lib.results import keep
 
 import lorafold as lf
 from lorafold.inspecting.spectra import advice, pooled, spectrum
-from lorafold.inspecting.updates import bones_of, of_factors
+from lorafold.inspecting.updates import of_factors
+from lorafold.models.checkpoint import bones_of
 from lorafold.models.sources import resolve_model
 
 LAYERS, HIDDEN, MLP = 32, 4096, 11008

@@ -23,9 +23,9 @@ from lorafold.memory.modes import setting_of
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, nothing
 from lorafold.models.classifier import head_paths
+from lorafold.models.configuration import configuration
 from lorafold.models.fake import skeleton
 from lorafold.models.loading import load_model
-from lorafold.models.shapes import configuration
 from lorafold.step.recipe import Recipe
 
 ON = {"gradient_checkpointing": True}

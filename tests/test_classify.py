@@ -225,7 +225,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from test_classify import quiet, request
-from lorafold.train import loop
+from lorafold.training import loop
 step = loop.train_step
 def killing(job, rows, i):
     if i == 6:

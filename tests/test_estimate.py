@@ -14,7 +14,7 @@ import pytest
 
 from lorafold.memory import cheatsheet
 from lorafold.memory.terms import TERMS
-from lorafold.models.shapes import configuration
+from lorafold.models.configuration import configuration
 from lorafold.models.sources import _embedded_gguf
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"

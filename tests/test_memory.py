@@ -20,7 +20,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import advise
 from lorafold.memory.measure import measure
-from lorafold.memory.modes import setting_of
+from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.report import verdict
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
@@ -28,7 +28,6 @@ from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import period, skeleton
-from lorafold.models.shapes import llama
 from lorafold.models.storage import Storage
 from lorafold.step.recipe import Recipe
 

@@ -231,7 +231,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tiny_model_dir, tmp_path, ca
 def test_two_processes_that_unpack_at_once_both_get_the_copy(tiny_model_dir, tmp_path, cache):
     write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf")
     code = (
-        "from lorafold.models.loading import resolve_model;"
+        "from lorafold.models.sources import resolve_model;"
         f" print(resolve_model({str(tmp_path / 'tiny.gguf')!r}).path)"
     )
     children = [

@@ -107,7 +107,7 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_train import quiet, request
-from lorafold.train import loop
+from lorafold.training import loop
 step = loop.train_step
 def killing(job, rows, i):
     if i == 12:

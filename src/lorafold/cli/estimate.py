@@ -122,11 +122,11 @@ def command(
     from lorafold.machine.devices import choose_device
     from lorafold.memory.advice import advise
     from lorafold.memory.measure import measure as measured
-    from lorafold.memory.modes import setting_of
+    from lorafold.memory.modes import llama, setting_of
     from lorafold.memory.report import bars, beside, page, verdict
     from lorafold.memory.terms import estimate
+    from lorafold.models.configuration import configuration
     from lorafold.models.loading import load_model
-    from lorafold.models.shapes import configuration, llama
 
     config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
     asked = setting_of(mode, recipe, batch, seq, labelled)

@@ -2,7 +2,7 @@
 and why the two differ.
 
 The rules are arithmetic under stated assumptions, and as functions they give exactly what the rules
-say. The estimates are those of `memory.model` for Llama's shapes.
+say. The estimates are those of `memory.terms` for Llama's shapes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafold.memory.modes import setting_of
+from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.terms import estimate
-from lorafold.models.shapes import llama
 from lorafold.step.adamw import in_words
 from lorafold.step.recipe import Recipe
 

@@ -1,16 +1,19 @@
-"""What people call the ways of holding a model, as settings.
+"""Settings by the names that people give them: the modes of holding a model, and Llama's sizes.
 
     inference    no training; 16 bits unless the base is said
     full         every weight trained, in fp32 unless the base is said: 16 bytes a parameter with
                  gradients and AdamW's moments
     lora         LoRA over a base in bf16
     qlora        LoRA over a base in NF4
-    any other    a method by its word, over the recipe's own base
+    any other    a method by its name, over the recipe's own base
+
+`--params 7b, 13b, 70b` are Llama 2's shapes (Touvron et al. 2023, arXiv 2307.09288), `65b` and
+`33b` Llama's (arXiv 2302.13971, table 2).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +23,9 @@ from lorafold.models.quantized import QUANTIZATIONS
 from lorafold.models.storage import Storage
 from lorafold.step.fitting import spec_of, whole_base
 from lorafold.step.recipe import OF_METHOD, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MODES: dict[str, dict[str, Any]] = {
     "inference": {"base": "bf16"},
@@ -72,3 +78,32 @@ def stored(base: str) -> Storage:
     """The storage of that word; packed weights are computed with in bf16, and auto is bf16."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     return Storage(dtype, base if base in QUANTIZATIONS else None)
+
+
+LLAMA = {  # width, of the MLP, blocks, heads, key heads, context
+    "7b": (4096, 11008, 32, 32, 32, 4096),
+    "13b": (5120, 13824, 40, 40, 40, 4096),
+    "33b": (6656, 17920, 60, 52, 52, 2048),
+    "65b": (8192, 22016, 80, 64, 64, 2048),
+    "70b": (8192, 28672, 80, 64, 8, 4096),
+}
+
+
+def llama(size: str) -> PreTrainedConfig:
+    """The configuration of the Llama of that size. LorafoldError for another word."""
+    from transformers import LlamaConfig
+
+    if size.lower() not in LLAMA:
+        raise LorafoldError(f"params {size}: expected one of {', '.join(LLAMA)}")
+    width, mlp, blocks, heads, key_heads, context = LLAMA[size.lower()]
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=context,
+        vocab_size=32000,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )

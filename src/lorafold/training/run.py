@@ -25,7 +25,7 @@ from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.machine.devices import choose_device
 from lorafold.memory.ahead import planned, settle
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.shapes import configuration
+from lorafold.models.configuration import configuration
 from lorafold.models.storage import choose_storage, weights_of
 from lorafold.models.tokenizer import Words, has_tokenizer
 from lorafold.peft import directory as peft
