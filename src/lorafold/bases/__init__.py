@@ -12,6 +12,7 @@ from lorafold.bases.quantized import Linear4bit, Linear8bit, Packed
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Base
+from lorafold.errors import LorafoldError
 
 # Names, not classes: nothing is imported for a storage that a model does not use.
 LAYERS: dict[str, type[Base]] = {
@@ -53,4 +54,16 @@ def parameter_count(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-__all__ = ["LAYERS", "is_linear", "layer_class", "layer_of", "parameter_count"]
+def output_width(module: nn.Module) -> int:
+    """The size of what a part of a block gives: as its configuration says, or as its first linear
+    takes. LorafoldError where there is neither.
+    """
+    for m in module.modules():
+        if hasattr(m, "config"):
+            return int(m.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        if is_linear(m):
+            return layer_of(m).shape[1]
+    raise LorafoldError(f"{type(module).__name__} says nowhere how wide its output is")
+
+
+__all__ = ["LAYERS", "is_linear", "layer_class", "layer_of", "output_width", "parameter_count"]

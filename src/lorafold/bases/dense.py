@@ -128,6 +128,8 @@ class Conv1D(Matrix):
 
 
 class Embedding(Base):
+    takes_ids = True
+
     def _scaled(self, y: Tensor) -> Tensor:
         # Gemma's and BART's embeddings scale what they look up
         scale = getattr(self.module, "embed_scale", None)

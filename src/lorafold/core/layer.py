@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,6 +65,25 @@ class Layer(ABC):
     @abstractmethod
     def module(self) -> nn.Module: ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters lie, and what is laid on it belongs."""
+        return next(self.module.parameters()).device
+
+    @property
+    @abstractmethod
+    def takes_ids(self) -> bool:
+        """Are its inputs row numbers, and not activations?"""
+
+    @property
+    @abstractmethod
+    def has_bias(self) -> bool:
+        """Does the module have a bias of its own?"""
+
+    @abstractmethod
+    def sources(self) -> list[Tensor] | None:
+        """The tensors that `dense` is read from; None where a delta beneath bears on it too."""
+
     def low_rank(
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
     ) -> Tensor:
@@ -78,6 +98,7 @@ class Base(Layer):
     """Abstract: the frozen module itself. One final subclass a storage, in `lorafold.bases`."""
 
     linear = False  # a matrix applied to activations: what "all-linear" means
+    takes_ids = False
 
     def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
         self._module, self.stored = module, stored  # `stored`: the weight as plain files hold it
@@ -85,6 +106,13 @@ class Base(Layer):
     @property
     def module(self) -> nn.Module:
         return self._module
+
+    @property
+    def has_bias(self) -> bool:
+        return self._module._parameters.get("bias") is not None
+
+    def sources(self) -> list[Tensor] | None:
+        return [p for p in self._module._parameters.values() if p is not None]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, as if nothing lay over it."""
@@ -124,6 +152,14 @@ class Upon(Layer):
         return self.under.shape
 
     @property
+    def takes_ids(self) -> bool:
+        return self.under.takes_ids
+
+    @property
+    def has_bias(self) -> bool:
+        return self.under.has_bias
+
+    @property
     def module(self) -> nn.Module:
         return self.under.module
 
@@ -140,6 +176,9 @@ class Over(Upon):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.delta.fold(*self.under.dense())
 
+    def sources(self) -> list[Tensor] | None:
+        return None
+
 
 class Given(Upon):
     """A layer whose answer is already known, so that a combinator runs what lies beneath once."""
@@ -152,3 +191,6 @@ class Given(Upon):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.under.dense()
+
+    def sources(self) -> list[Tensor] | None:
+        return self.under.sources()

@@ -177,7 +177,7 @@ class AdaLoRA(Spec):
         out, inn = layer.shape
         first: int = self.init_rank  # type: ignore[assignment]
         rank = next(iter(self.rank_pattern.values()), first)
-        device = next(layer.module.parameters()).device
+        device = layer.device
         return AdaLoRADelta(out, inn, rank, first, self.alpha, self.dropout, self.orth_reg, device)  # type: ignore[arg-type]
 
     def join(self, deltas: Mapping[str, Delta]) -> None:

@@ -30,8 +30,5 @@ class BitFit(Spec):
     lr: ClassVar[float] = 5e-3
 
     def build(self, layer: Layer) -> BiasDelta:
-        module = layer.module
-        bias = module._parameters.get("bias")
-        return BiasDelta(
-            layer.shape[0] if bias is None else len(bias), next(module.parameters()).device
-        )
+        bias = layer.module._parameters.get("bias")
+        return BiasDelta(layer.shape[0] if bias is None else len(bias), layer.device)

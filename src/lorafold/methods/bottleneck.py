@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.bases import is_linear, layer_of
+from lorafold.bases import output_width
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -91,19 +91,5 @@ class Bottleneck(Spec):
 
     def build(self, layer: Layer) -> BottleneckDelta:
         return BottleneckDelta(
-            width(layer.module), self.size, self.activation, next(layer.module.parameters()).device
+            output_width(layer.module), self.size, self.activation, layer.device
         )
-
-
-def width(module: nn.Module) -> int:
-    """d, the size of what a sublayer takes and gives: as its configuration says, or as its first
-    linear takes.
-
-    Raises LorafoldError where there is neither.
-    """
-    for m in module.modules():
-        if hasattr(m, "config"):
-            return int(m.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        if is_linear(m):
-            return layer_of(m).shape[1]
-    raise LorafoldError(f"Bottleneck: {type(module).__name__} says nowhere how wide its output is")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorafold.core.combine import up_names_in
 from lorafold.core.delta import Additive, Delta
-from lorafold.core.layer import Base, Layer
+from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
@@ -81,9 +81,9 @@ class DoRADelta(Delta):
         What is frozen, |w|^2, is kept while it is; the norms themselves outside training, where
         nothing changes between steps.
         """
-        if torch.compiler.is_compiling() or not isinstance(layer, Base):
+        base = layer.sources()
+        if torch.compiler.is_compiling() or base is None:
             return self.inner.row_squares(w := layer.dense()[0], squares(w)).sqrt()
-        base = [p for p in layer.module._parameters.values() if p is not None]
 
         def make() -> Tensor:
             w = layer.dense()[0]

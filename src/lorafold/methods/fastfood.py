@@ -109,7 +109,7 @@ class Fastfood(Spec):
 
     def build(self, layer: Layer) -> FastfoodDelta:
         out, inn = layer.shape
-        return FastfoodDelta(out, inn, next(layer.module.parameters()).device)
+        return FastfoodDelta(out, inn, layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         laid: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]

@@ -80,7 +80,7 @@ class IA3(Spec):
 
     def build(self, layer: Layer) -> IA3Delta:
         out, inn = layer.shape
-        if self.feedforward and isinstance(layer.module, nn.Embedding):
+        if self.feedforward and layer.takes_ids:
             raise LorafoldError(
                 "IA3: an embedding among the feedforward modules; its inputs are row numbers, which"
                 " can't be scaled"
@@ -88,5 +88,5 @@ class IA3(Spec):
         return IA3Delta(
             inn if self.feedforward else out,
             bool(self.feedforward),
-            next(layer.module.parameters()).device,
+            layer.device,
         )

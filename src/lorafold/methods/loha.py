@@ -60,5 +60,5 @@ class LoHa(Spec):
     def build(self, layer: Layer) -> LoHaDelta:
         out, inn = layer.shape
         return LoHaDelta(
-            out, inn, self.rank, self.alpha / self.rank, next(layer.module.parameters()).device  # type: ignore[operator]
+            out, inn, self.rank, self.alpha / self.rank, layer.device  # type: ignore[operator]
         )

@@ -81,7 +81,7 @@ class LoKrDelta(Additive):
         return torch.kron(*self.pair())
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if not x.is_floating_point():  # row numbers do not fold
+        if layer.takes_ids:  # row numbers do not fold
             return layer(x, onto=add(layer.op(x, self.delta()), onto))
         c, d = (m.to(x.dtype) for m in self.pair())
         u = F.linear(x.unflatten(-1, (c.shape[1], d.shape[1])), d)  # (..., i1, o2)
@@ -119,7 +119,7 @@ class LoKr(Spec):
     def build(self, layer: Layer) -> LoKrDelta:
         outs, ins = (factorization(size, self.decompose_factor) for size in layer.shape)
         low = [self.rank < max(o, i) / 2 for o, i in zip(outs, ins, strict=True)]
-        device = next(layer.module.parameters()).device
+        device = layer.device
         return LoKrDelta(
             outs,
             ins,

@@ -116,7 +116,7 @@ class LoRA(Spec):
 
     def build(self, layer: Layer) -> LoRADelta:
         out, inn = layer.shape
-        device = next(layer.module.parameters()).device
+        device = layer.device
         delta = LoRADelta(out, inn, self.rank, self.scale, self.dropout, self.init, device)
         if self.init == "loftq":
             if self.rank > min(out, inn):

@@ -76,7 +76,7 @@ class _Sparse(Spec):
     def build(self, layer: Layer) -> SparseDelta:
         out, inn = layer.shape
         at = torch.randperm(out * inn)[: max(1, round(self.density * out * inn))].sort().values
-        return SparseDelta((out, inn), at.to(next(layer.module.parameters()).device))
+        return SparseDelta((out, inn), at.to(layer.device))
 
     def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
         sparse = [d for d in deltas.values() if isinstance(d, SparseDelta)]

@@ -107,7 +107,7 @@ class VeRA(Spec):
             self.rank,
             self.d_initial,
             self.dropout,
-            next(layer.module.parameters()).device,
+            layer.device,
         )
 
     def join(self, deltas: Mapping[str, Delta]) -> None:

@@ -1,4 +1,4 @@
-"""A model's configuration by its name: no weight is read, and of a hub model one file is fetched."""
+"""A model's configuration by its name: no weight is read, of a hub model one file is fetched."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafold.bases.dense import Conv1D, Embedding
+from lorafold.bases.dense import Conv1D
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
@@ -103,7 +103,7 @@ LORA = Method(
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
-    if issubclass(layer, Embedding):
+    if layer.takes_ids:
         return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
     return [Entry("A", "{at}.lora_A.weight"), Entry("B", "{at}.lora_B.weight")]
 

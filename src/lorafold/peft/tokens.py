@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_class
-from lorafold.bases.dense import Embedding
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.token_rows import TokenRows
@@ -139,7 +138,7 @@ def completed(
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
     """The embedding whose rows a module shares with its weight."""
-    if issubclass(layer_class(model.get_submodule(path)), Embedding):
+    if layer_class(model.get_submodule(path)).takes_ids:
         return None
     shared = sharers(model, model.get_submodule(path))
     return next((o for o in shared if o in ids and ids.get(path, ids[o]) == ids[o]), None)

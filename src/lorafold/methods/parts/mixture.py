@@ -126,7 +126,7 @@ class Mixture(Spec):
             raise LorafoldError(f"Mixture: {'; '.join(wrong)}")
 
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
-        n, device = len(self.adapters), next(layer.module.parameters()).device
+        n, device = len(self.adapters), layer.device
         if self.gates == "token":
             return RoutedDelta(layer.shape, n, device)
         return MixtureDelta(layer.shape, n, self.gates == "global", device)

@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of
-from lorafold.bases.dense import Embedding
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
@@ -276,10 +275,10 @@ def carried(module: nn.Module) -> Iterator[TokenRows]:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    return issubclass(layer_class(module), Embedding)
+    return layer_class(module).takes_ids
 
 
 @torch.no_grad()
 def _rows_of(layer: Layer) -> Tensor:  # (V, d)
     w, _ = layer.dense()
-    return w.detach().t() if _is_embedding(layer.module) else w.detach()
+    return w.detach().t() if layer.takes_ids else w.detach()
