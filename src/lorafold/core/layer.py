@@ -34,7 +34,7 @@ def bare(module: nn.Module) -> nn.Module:
     whose `weight` and `bias` are those that are stored (`lorafold.core.served`).
     """
     cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
-    if cls is None or module._parameters.keys().isdisjoint(("weight", "bias")):
+    if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
         return module
     twin: nn.Module = object.__new__(cls)
     object.__setattr__(twin, "__dict__", module.__dict__)

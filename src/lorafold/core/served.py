@@ -9,9 +9,9 @@ gradients reach the deltas: the law holds for any model, whatever its modules ar
 that has no form in weight space can't be served: NotMergeable, once something is computed.
 
 The stand-in has shape, dtype and device, and nothing is computed to tell them. Any other torch
-function is given the folded tensor in its place (`lorafold.core.reading`). That costs the fold, with
-a dense dW, at every use; the module's own forward multiplies by the small factors. What takes a
-tensor past those functions (a custom autograd function, an operator called from C++) finds the
+function is given the folded tensor in its place (`lorafold.core.reading`). That costs the fold,
+with a dense dW, at every use; the module's own forward multiplies by the small factors. What takes
+a tensor past those functions (a custom autograd function, an operator called from C++) finds the
 folded one beneath them, and its gradient folds once more.
 
 Writing goes to the parameter that is stored: in place, by `.data`, as the weight of another module
