@@ -29,6 +29,7 @@ from lorafold.core.attach import (
 )
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, alike, put
+from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, NotMergeable
@@ -89,7 +90,7 @@ class Adapter:
     @property
     def vocabulary(self) -> int | None:
         """The size of the vocabulary where some tokens are new to the base."""
-        rows = {path: len(self.model.get_submodule(path).weight) for path in self.tokens}  # type: ignore[arg-type]
+        rows = {path: len(bare(self.model.get_submodule(path)).weight) for path in self.tokens}  # type: ignore[arg-type]
         return max(
             (max(ids) + 1 for path, ids in self.tokens.items() if max(ids) >= rows[path]),
             default=None,
@@ -241,7 +242,8 @@ class Adapter:
             layer_of(module).write(w, b)
         for path, others in shared.items():  # those that grew have new parameters
             for other in others:
-                self.model.get_submodule(other).weight = self.model.get_submodule(path).weight
+                module = self.model.get_submodule(path)
+                self.model.get_submodule(other).weight = bare(module).weight
         self.detach()
         record_unpacked(self.model, folded)
 
@@ -348,7 +350,8 @@ def attach(
             raise LorafoldError(f"{path}: {type(spec).__name__} can't be laid on it: {e}") from None
     for path, module in biased(model, matches, bias):
         if path not in whole:
-            laid.setdefault(path, []).append(BiasDelta(len(module.bias), module.bias.device))  # type: ignore[arg-type]
+            own: nn.Parameter = module._parameters["bias"]  # type: ignore[assignment]
+            laid.setdefault(path, []).append(BiasDelta(len(own), own.device))
     for path in whole:
         laid[path] = [ReplaceDelta(model.get_submodule(path), path)]
     lay_rows(
@@ -363,6 +366,7 @@ def attach(
             name,
             deltas[0] if len(deltas) == 1 else Stack(deltas),
             selection,
+            path,
         )
     freeze(model, selection)
     selection.names += (name,)

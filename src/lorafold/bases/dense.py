@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.layer import Base, add
+from lorafold.core.layer import Base, add, bare
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.dropout import dropout, keep_scale, shared
@@ -24,23 +24,31 @@ from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
 
 
-def store(module: nn.Module, name: str, value: Tensor | None) -> None:
+def store(module: nn.Module, name: str, value: Tensor) -> None:
     """Round `value` to the parameter's dtype and write it in place; a parameter that is missing or
     shorter is put there anew.
     """
-    old: Tensor | None = getattr(module, name, None)
-    if value is None:
-        return
+    own = bare(module)
+    old: Tensor | None = getattr(own, name, None)
     if old is not None and old.shape == value.shape:
         with torch.no_grad():
             old.copy_(value)
         return
-    like: Tensor = module.weight if old is None else old  # type: ignore[assignment]
+    like: Tensor = own.weight if old is None else old  # type: ignore[assignment]
     setattr(
         module,
         name,
         nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad),
     )
+
+
+def store_all(layer: Base, w: Tensor, b: Tensor | None) -> None:
+    for name, value in layer.encode(w, b).items():
+        store(layer.module, name, value)
+
+
+def named(w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+    return {"weight": w} if b is None else {"weight": w, "bias": b}
 
 
 class Matrix(Base):
@@ -62,7 +70,7 @@ class Matrix(Base):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias  # type: ignore[return-value]
+        return self.bare.bias
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,22 +117,26 @@ class Matrix(Base):
 
 class Linear(Matrix):
     def weight(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+        return self.bare.weight
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        return named(w, b)
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        store(self.module, "weight", w)
-        store(self.module, "bias", b)
+        store_all(self, w, b)
         if hasattr(self.module, "out_features"):  # a head may have gained rows
             self.module.out_features = len(w)  # type: ignore[assignment]
 
 
 class Conv1D(Matrix):
     def weight(self) -> Tensor:
-        return self.module.weight.t()  # type: ignore[operator]
+        return self.bare.weight.t()
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        return named(w.t(), b)
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        store(self.module, "weight", w.t())
-        store(self.module, "bias", b)
+        store_all(self, w, b)
 
 
 class Embedding(Base):
@@ -139,7 +151,7 @@ class Embedding(Base):
 
     @property
     def shape(self) -> tuple[int, int]:
-        vocabulary, dim = self.module.weight.shape  # type: ignore[misc]
+        vocabulary, dim = self.bare.weight.shape
         return dim, vocabulary
 
     def __call__(self, ids: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -153,12 +165,15 @@ class Embedding(Base):
         return ids
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.module.weight.t(), None  # type: ignore[operator]
+        return self.bare.weight.t(), None
 
-    def write(self, w: Tensor, b: Tensor | None) -> None:
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         if b is not None:
             raise NotMergeable("an embedding can't hold a bias")
-        store(self.module, "weight", w.t())
+        return {"weight": w.t()}
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        store_all(self, w, b)
         if hasattr(self.module, "num_embeddings"):  # it may have gained rows
             self.module.num_embeddings = w.shape[1]  # type: ignore[assignment]
 
@@ -179,11 +194,13 @@ class Plain(Base):
         return dropout(x, p) if p else x
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        weight = getattr(self.module, "weight", None)
+        weight = getattr(self.bare, "weight", None)
         if weight is None:
             raise NotMergeable(f"{type(self.module).__name__} holds no weight")
-        return weight, getattr(self.module, "bias", None)
+        return weight, getattr(self.bare, "bias", None)
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        return named(w, b)
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        store(self.module, "weight", w)
-        store(self.module, "bias", b)
+        store_all(self, w, b)

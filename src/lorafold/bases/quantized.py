@@ -80,11 +80,14 @@ class Packed(Matrix):
     def as_is(self, x: Tensor) -> bool:
         return False
 
-    def write(self, w: Tensor, b: Tensor | None) -> None:
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         raise NotMergeable(
             f"{type(self.module).__name__} holds packed numbers that a change would be rounded away"
             " in; unpack it first"
         )
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        self.encode(w, b)
 
     def unpack(self) -> None:
         module, weight = self.module, self.weight()
@@ -107,7 +110,7 @@ class Linear4bit(Packed):
         """Of the codes in their plain order: in the one that the module takes for answers on a CPU
         it computes no gradients.
         """
-        weight: Any = self.module.weight
+        weight: Any = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             back = bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
             weight.data, weight.quant_state = back(weight.data, weight.quant_state)
@@ -133,7 +136,7 @@ class Linear4bit(Packed):
         # as one row where rows end inside a block: the CPU's AVX512 kernel would take the wrong
         # constants there
         rows = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
-        codes = self.module.weight.data
+        codes = self.bare.weight.data
         unpacked: Tensor = ops.dequantize_4bit.default(
             codes, constants, state.blocksize, state.quant_type, rows, state.dtype
         )
@@ -144,7 +147,7 @@ class Linear8bit(Packed):
     dtype = torch.bfloat16  # bitsandbytes does not record it
 
     def unpacked(self) -> Tensor:
-        module: Any = self.module
+        module = self.bare
         scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
         return (module.weight.data * (scale / 127)[:, None]).to(self.dtype)
 

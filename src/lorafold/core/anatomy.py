@@ -51,7 +51,7 @@ def of_attention(path: str) -> bool:
 
 def vocabulary_ends(model: Any) -> list[str]:
     """The paths of the input embedding and of the output embedding, as far as the model has them
-    and says so.
+    and says so. What has no weight of its own (a vision model's patches) is no vocabulary.
     """
     ends = [
         getattr(model, name)()
@@ -59,7 +59,11 @@ def vocabulary_ends(model: Any) -> list[str]:
         if hasattr(model, name)
     ]
     paths = {id(m): path for path, m in bare_modules(model)}
-    return [paths[id(end)] for end in ends if end is not None]
+    return [
+        paths[id(end)]
+        for end in ends
+        if end is not None and end._parameters.get("weight") is not None
+    ]
 
 
 def decoder_of(model: Any) -> tuple[str, nn.Module]:

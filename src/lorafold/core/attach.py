@@ -1,9 +1,10 @@
 """Attachment by class swap: a module's class is replaced by a subclass of itself that runs the live
 deltas over it.
 
-The module stays what it was: its keys, `isinstance`, `.weight`, its kernel, `generate` and
-`save_pretrained` go on working, and the deltas it carries are parameters of the model but no part
-of its state dict. One `Selection` a model says which names are live.
+The module stays what it was: its keys, `isinstance`, its kernel, `generate` and `save_pretrained`
+go on working, and who reads its `.weight` reads the folded one (`lorafold.core.served`). The deltas
+it carries are parameters of the model but no part of its state dict. One `Selection` a model says
+which names are live.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import nn
 
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Base, Layer, Over
+from lorafold.core.reading import NAMES
+from lorafold.core.served import Read
 from lorafold.errors import LorafoldError
 
 
@@ -61,6 +64,7 @@ class Adapted(nn.Module):
     layer_class: ClassVar[type[Base]]
     deltas: Deltas
     selection: Selection
+    site: str
 
     def layer(self, *names: str) -> Layer:
         """The module under the named deltas, those that it carries."""
@@ -87,6 +91,7 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
         "forward": functools.wraps(cls.forward)(forward),
         "base_class": cls,
         "layer_class": layer_class,
+        **{name: Read(name) for name in NAMES if not hasattr(cls, name)},
     }
     swapped = type(cls.__name__, (Adapted, cls), body)
     swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
@@ -127,15 +132,16 @@ def selection_of(model: nn.Module) -> Selection:
 
 
 def lay(
-    module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection
-) -> None:
-    """Lay one delta over a module, above those it carries."""
+    module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection,
+    site: str = "",
+) -> None:  # fmt: skip
+    """Lay one delta over the module at `site`, above those it carries."""
     if not isinstance(module, Adapted):
         deltas = Deltas()
         deltas.register_load_state_dict_post_hook(deltas.forget_missing)
         module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
         assert isinstance(module, Adapted)
-        module.deltas, module.selection = deltas, selection
+        module.deltas, module.selection, module.site = deltas, selection, site
     module.deltas[name] = delta.train(module.training)
 
 
@@ -143,7 +149,7 @@ def lift(module: Adapted, name: str) -> None:
     """Take a delta off a module; with the last one its own class returns."""
     del module.deltas[name]
     if not len(module.deltas):
-        del module.deltas, module.selection
+        del module.deltas, module.selection, module.site
         module.__class__ = module.base_class  # type: ignore[assignment]
 
 

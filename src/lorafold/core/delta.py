@@ -10,6 +10,7 @@ The law: folding then calling equals calling. Where a change has no weight-space
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -59,6 +60,10 @@ class Delta(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """A term the training loss gains at each step, or None."""
         return None
+
+    def borrowed(self) -> Iterable[nn.Parameter]:
+        """Parameters of other deltas that this one computes with."""
+        return ()
 
     @property
     def twin(self) -> Delta | None:
@@ -154,6 +159,14 @@ def alike(a: Delta, b: Delta) -> bool:
     """Do the deltas of two modules that share a weight make the same change of it?"""
     pairs = zip_longest(a.parts(), b.parts())
     return all(x is not None and y is not None and (x.twin is y or y.twin is x) for x, y in pairs)
+
+
+def on_meta(delta: Delta) -> Delta:
+    """A copy of the delta without its values."""
+    tensors = [*delta.parameters(), *delta.buffers()]
+    return copy.deepcopy(
+        delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors}
+    )
 
 
 def put(delta: Delta, name: str, value: Tensor) -> None:

@@ -30,6 +30,18 @@ def add(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else a + b
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The module as nothing lies over it: another object of its own class with the very same state,
+    whose `weight` and `bias` are those that are stored (`lorafold.core.served`).
+    """
+    cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
+    if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
+        return module
+    twin: nn.Module = object.__new__(cls)
+    object.__setattr__(twin, "__dict__", module.__dict__)
+    return twin
+
+
 class Layer(ABC):
     """Anything a delta can lie on. `shape` is (out, in); `NotMergeable` where there is no
     matrix.
@@ -102,6 +114,7 @@ class Base(Layer):
 
     def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
         self._module, self.stored = module, stored  # `stored`: the weight as plain files hold it
+        self.bare: Any = bare(module)
 
     @property
     def module(self) -> nn.Module:
@@ -117,7 +130,13 @@ class Base(Layer):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, as if nothing lay over it."""
         cls = type(self._module)
-        return getattr(cls, "base_class", cls).forward(self._module, *args, **kwargs)
+        return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
+
+    @abstractmethod
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """The parameters by which the module would store W (out, in) and b (out,), in the dtypes
+        given; the module is left as it is. NotMergeable if it can't hold them.
+        """
 
     @abstractmethod
     def write(self, w: Tensor, b: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafold.core.layer import bare
 from lorafold.errors import NotMergeable
 
 # switch of the config -> path of each module that it gives a bias -> its shape
@@ -72,6 +73,5 @@ def switch_on(model: Any, switches: Switches) -> None:
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
             module = model.get_submodule(path)
-            module.bias = nn.Parameter(
-                module.weight.new_zeros(shape), requires_grad=module.weight.requires_grad
-            )
+            weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
+            module.bias = nn.Parameter(weight.new_zeros(shape), requires_grad=weight.requires_grad)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafold.core.anatomy import vocabulary_ends
+from lorafold.core.layer import bare
 from lorafold.errors import NotMergeable
 
 
@@ -18,7 +19,7 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     A model that does not say where its embeddings are has none to tell. NotMergeable if embedding
     and head would differ.
     """
-    before = {path: len(model.get_submodule(path).weight) for path in vocabulary_ends(model)}
+    before = {path: len(bare(model.get_submodule(path)).weight) for path in vocabulary_ends(model)}  # type: ignore[arg-type]
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:
         return None

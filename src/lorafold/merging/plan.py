@@ -8,7 +8,6 @@ hold, or a tied weight is seen here, with nothing known of methods.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from lorafold.adapter import load
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted, adapted_modules
-from lorafold.core.delta import Delta, alike
+from lorafold.core.delta import Delta, alike, on_meta
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.stored import as_stored
 from lorafold.fold.vocabulary import declared, grown
@@ -152,7 +151,7 @@ def plan(
             "; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items())
         )
     zeros = {
-        entry.name: bones.model.get_parameter(name).data
+        entry.name: _stored(bones.model, name)
         for name, entry in biases.items()
         if entry.name not in changed
     }
@@ -161,6 +160,11 @@ def plan(
     return Plan(
         checkpoint, bones.model, names[1:], changed, added, zeros, config, shaped, vocabulary
     )
+
+
+def _stored(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path)._parameters[leaf].data  # type: ignore[union-attr]
 
 
 def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
@@ -207,16 +211,8 @@ def _folded(
     module: Adapted, adapters: Sequence[str], w: Any, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     for delta in deltas_of(module, adapters):
-        w, b = _on_meta(delta).fold(w, b)
+        w, b = on_meta(delta).fold(w, b)
     return w, b
-
-
-def _on_meta(delta: Delta) -> Delta:
-    """A copy of the delta without its values."""
-    tensors = [*delta.parameters(), *delta.buffers()]
-    return copy.deepcopy(
-        delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors}
-    )
 
 
 def _stays_tied(bones: Skeleton, path: str, name: str, adapters: Sequence[str]) -> bool:

@@ -118,8 +118,9 @@ def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> tuple[Tens
     """The module's weight or bias as it stores them: what the named adapters are added to, in its
     own dtype, and what comes of it, in fp32 or wider.
     """
-    before: Tensor = getattr(module, parameter)
-    w, b = layer_of(module).dense()
+    layer = layer_of(module)
+    before: Tensor = getattr(layer.bare, parameter)
+    w, b = layer.dense()
     for delta in deltas_of(module, [PACKING]):
         w, b = delta.fold(w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)

@@ -194,7 +194,7 @@ def with_biases(
                 f"{path}: the files hold its weight in a form that is converted on loading, so no"
                 " bias can go with it"
             )
-        bias = model.get_parameter(f"{path}.bias")
+        bias: nn.Parameter = model.get_submodule(path)._parameters["bias"]  # type: ignore[assignment]
         found[f"{path}.bias"] = replace(
             like,
             name=like.name.removesuffix("weight") + "bias",

@@ -16,7 +16,7 @@ there. Made by `lorafold compose --how mixture`, which then trains the gates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -79,6 +79,9 @@ class MixtureDelta(LowRank):
         """
         del self.gates
         object.__setattr__(self, "gates", gates)
+
+    def borrowed(self) -> Iterable[nn.Parameter]:
+        return self.gates.parameters()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up * self.gates.values.to(self.up.device)[self.owner], self.down

@@ -25,7 +25,7 @@ use: what is trained on is what a merged model stores.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from lorafold.bases import is_linear, layer_class, layer_of
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer, add
+from lorafold.core.layer import Layer, add, bare
 from lorafold.core.targets import no_match
 from lorafold.errors import LorafoldError
 
@@ -74,6 +74,9 @@ class TokenRows(Delta):
     @property
     def twin(self) -> Delta | None:
         return self._owner[0] if self._owner else None
+
+    def borrowed(self) -> Iterable[nn.Parameter]:
+        return self._owner[0].parameters() if self._owner else ()
 
     def values_at(self) -> Sequence[int]:
         return self.ids
@@ -233,7 +236,8 @@ class Tokens:
     @staticmethod
     def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
         """What is wrong where only one of embedding and head would get rows for new tokens."""
-        rows = {path: len(model.get_submodule(path).weight) for path in vocabulary_ends(model)}  # type: ignore[arg-type]
+        ends = {path: bare(model.get_submodule(path)) for path in vocabulary_ends(model)}
+        rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
         for path in rows:
             held = [*carried(model.get_submodule(path)), *([found[path]] if path in found else [])]

@@ -1,0 +1,111 @@
+"""What a module's weight and bias are under the deltas that are active on it.
+
+    round(fold_n(... fold_1(W, b)))         W (out, in), b (out,); transposed, or packed, as the
+                                            module stores them
+
+Summed in fp32 or wider, rounded with a dither to the stored dtype. Shape and dtype are told without
+folding.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.core.delta import Delta, on_meta
+from lorafold.core.layer import Base
+from lorafold.core.rounding import rounded
+from lorafold.errors import NotMergeable
+
+NAMES = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A module at `site`, under the deltas that were active when it was read: by the adapter's
+    name, lowest first.
+    """
+
+    base: Base
+    deltas: dict[str, Delta]
+    site: str
+
+    def stored(self, name: str) -> Tensor | None:
+        return self.base.module._parameters.get(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        own = self.stored(name)
+        dtype: torch.dtype = (self.base.bare.weight if own is None else own).dtype
+        return dtype
+
+    def folded(self) -> dict[str, Tensor | None]:
+        """Weight and bias as the module would store them, rounded to its dtypes; the parameter
+        itself where no delta changes it. NotMergeable where a delta or the storage can't.
+        """
+        w, b = self.base.dense()
+        start = _wide(w), None if b is None else _wide(b)
+        with _exact(w.device):
+            end = self._fold(*start)
+        found: dict[str, Tensor | None] = {n: self.stored(n) for n in NAMES}
+        changed = [n for n, old, new in zip(NAMES, start, end, strict=True) if new is not old]
+        if changed:
+            try:
+                encoded = self.base.encode(*end)
+            except NotMergeable as e:
+                raise self._refused(str(e)) from None
+            found |= {n: rounded(encoded[n], self.dtype(n)).contiguous() for n in changed}
+        return found
+
+    def _fold(
+        self, w: Tensor, b: Tensor | None, meta: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        for adapter, delta in self.deltas.items():
+            try:
+                w, b = (on_meta(delta) if meta else delta).fold(w, b)
+            except NotMergeable as e:
+                raise self._refused(f"adapter {adapter!r} can't be applied there: {e}") from None
+        return w, b
+
+    def _refused(self, why: str) -> NotMergeable:
+        return NotMergeable(
+            f"{self.site} ({type(self.base.module).__name__}): the model reads its weight or bias"
+            f" past its forward, and {why}; leave the module out of the targets"
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """The parameters that the folded tensors have a gradient for."""
+        parts = [part for delta in self.deltas.values() for part in (delta, *delta.parts())]
+        found = [
+            *(p for part in parts for p in (*part.parameters(), *part.borrowed())),
+            *(p for n in NAMES if (p := self.stored(n)) is not None),
+        ]
+        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+
+    def gained(self) -> Tensor | None:
+        """On the meta device, the bias that the deltas give a module without one; None for none."""
+        w, _ = self.base.dense()
+        try:
+            return self._fold(torch.empty_like(w, device="meta"), None, meta=True)[1]
+        except NotMergeable:
+            return None
+
+    def shape(self, name: str) -> torch.Size:
+        """That of the stored tensor, with the rows that the deltas append to it."""
+        like = self.stored(name) if self.stored(name) is not None else self.gained()
+        assert like is not None
+        parts = (part for delta in self.deltas.values() for part in delta.parts())
+        rows = max((i + 1 for part in parts for i in part.values_at()), default=0)
+        return torch.Size(max(n, rows) if axis == 0 else n for axis, n in enumerate(like.shape))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
