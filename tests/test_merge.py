@@ -18,9 +18,9 @@ from lorafold.bases import layer_of
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
-from lorafold.merging.plan import changes
+from lorafold.fold.plan import changes
 from lorafold.merging.run import merge
-from lorafold.merging.shards import fold, need_space
+from lorafold.merging.shards import before_and_after, need_space
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model, load_tokenizer
 
@@ -408,7 +408,8 @@ def test_every_method_is_planned_and_folded_by_the_one_law(method, tiny_model):
         expected = [
             None if t is None else t.detach().clone() for t in module.layer("default").dense()
         ]
-        stored = {name: fold(module, ["default"], name)[1] for name in changes(module, ["default"])}
+        found = changes(module, ["default"])
+        stored = {name: before_and_after(module, ["default"], name)[1] for name in found}
         for name, values in stored.items():
             module._parameters[name].data = values
         for after, wanted in zip(layer_of(module).dense(), expected, strict=True):

@@ -23,8 +23,8 @@ from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
-from lorafold.fold.vocabulary import declared
 from lorafold.generation import complete, end_tokens
+from lorafold.merging.config import declared
 from lorafold.merging.run import merge
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.loading import load_model, load_tokenizer

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
-from lorafold.bases.dense import Embedding
 from lorafold.bases.quantized import record_unpacked
-from lorafold.core.anatomy import bare_modules, sharers
 from lorafold.core.attach import (
     Adapted,
     adapted_modules,
@@ -28,23 +26,24 @@ from lorafold.core.attach import (
     thaw,
 )
 from lorafold.core.combine import Stack
-from lorafold.core.delta import Delta, alike, put
+from lorafold.core.delta import Delta, put
 from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY
-from lorafold.fold.biases import gained_with, has_bias, switch_on
-from lorafold.fold.ties import untie
-from lorafold.fold.vocabulary import declare, grown
-from lorafold.methods.parts.bias import BiasDelta
+from lorafold.fold.in_memory import carry_out
+from lorafold.fold.plan import plan_fold
+from lorafold.methods.parts.beside import Bias, add_biases, add_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
-from lorafold.methods.parts.token_rows import TokenRows, Tokens, carried
+from lorafold.methods.parts.token_rows import TokenRows, Tokens
 from lorafold.models import whole
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft import directory as peft
 
-Bias = Literal["none", "lora_only", "all"]
+
+def joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 class Adapter:
@@ -91,43 +90,33 @@ class Adapter:
     def vocabulary(self) -> int | None:
         """The size of the vocabulary where some tokens are new to the base."""
         rows = {path: len(bare(self.model.get_submodule(path)).weight) for path in self.tokens}  # type: ignore[arg-type]
-        return max(
-            (max(ids) + 1 for path, ids in self.tokens.items() if max(ids) >= rows[path]),
-            default=None,
-        )
+        sizes = {path: max(ids) + 1 for path, ids in self.tokens.items()}
+        return max((size for path, size in sizes.items() if size > rows[path]), default=None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (
-            (f"{path}.{n}" if path else n, p)
-            for path, d in self.deltas.items()
-            for n, p in d.named_parameters()
-        )
+        own = ((path, delta.named_parameters()) for path, delta in self.deltas.items())
+        return ((joined(path, name), p) for path, named in own for name, p in named)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return (p for _, p in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter under `<module path>.<name>`; what checkpoints hold."""
-        return {
-            f"{path}.{k}" if path else k: v
-            for path, d in self.deltas.items()
-            for k, v in d.state_dict().items()
-        }
+        own = ((path, delta.state_dict()) for path, delta in self.deltas.items())
+        return {joined(path, name): t for path, state in own for name, t in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`; tensors are taken as they are, so that one may have another
         size than the fresh one (a pruned rank). LorafoldError lists missing and unknown keys;
         nothing is loaded then. Make optimizers after it, not before.
         """
-        own = set(self.state_dict())
-        if own != set(state):
-            raise LorafoldError(
-                f"adapter state: missing {sorted(own - set(state))}, unknown"
-                f" {sorted(set(state) - own)}"
-            )
+        own, given = set(self.state_dict()), set(state)
+        if own != given:
+            wrong = f"missing {sorted(own - given)}, unknown {sorted(given - own)}"
+            raise LorafoldError(f"adapter state: {wrong}")
         for path, delta in self.deltas.items():
             for name, old in delta.state_dict(keep_vars=True).items():
-                put(delta, name, state[f"{path}.{name}" if path else name].to(old.device))
+                put(delta, name, state[joined(path, name)].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         for p in self.parameters():
@@ -152,31 +141,15 @@ class Adapter:
         `lorafold.json` says beside the base's fingerprint; `base` has the base's own weights where
         the model does not (see `load`). Raises LorafoldError if `path` exists and overwrite is off.
         """
-        if self.spec.trains_base:
-            return whole.write(
-                path,
-                self.model,
-                self.spec,
-                tokenizer,
-                overwrite=overwrite,
-                card=card,
-                record=record or {},
-            )
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
-        return peft.write(
-            path,
-            self.model,
-            self.spec,
-            self.matches,
-            dict(self._parts_by_path()),
-            self.bias,
-            self.modules_to_save,
-            base or ModelWeights(self.model),
-            tokenizer,
-            overwrite=overwrite,
-            card=card,
-            record={**(record or {}), **grown},
-        )
+        about: dict[str, Any] = {"overwrite": overwrite, "card": card}
+        about["record"] = {**(record or {}), **grown}
+        if self.spec.trains_base:
+            return whole.write(path, self.model, self.spec, tokenizer, **about)
+        own = base or ModelWeights(self.model)
+        parts, beside = dict(self._parts_by_path()), (self.bias, self.modules_to_save)
+        laid = (self.model, self.spec, self.matches, parts, *beside)
+        return peft.write(path, *laid, own, tokenizer, **about)
 
     def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
         return ((path, list(delta.parts())) for path, delta in self.deltas.items())
@@ -191,68 +164,10 @@ class Adapter:
         different vocabularies, or changes one of two tied weights (`untie_weights=True` gives that
         module a weight of its own). Weights that are changed alike stay tied.
         """
-        problems, folded, shared = [], {}, dict[str, list[str]]()
-        for path, m in self.sites.items():
-            below = next(iter(m.deltas))
-            if below != self.name:
-                problems.append(f"{path}: adapter {below!r} lies beneath; merge that one first")
-                continue
-            if (tied := sharers(self.model, m)) and self._change_alike(m, tied):
-                shared[path] = tied
-            elif tied and not untie_weights:
-                problems.append(
-                    f"{path}: its weight is tied to {', '.join(tied)}; untie_weights=True gives it"
-                    " its own"
-                )
-                continue
-            try:
-                w, b = layer_of(m).dense()
-                folded[path] = m.deltas[self.name].fold(
-                    w.detach().float(), None if b is None else b.detach().float()
-                )  # type: ignore[operator]
-            except NotMergeable as e:
-                problems.append(f"{path}: {e}")
-        gained = [
-            path
-            for path, (_, b) in folded.items()
-            if b is not None and not has_bias(self.model.get_submodule(path))
-        ]
-        # W (d, V)
-        flipped = [
-            path
-            for path in folded
-            if issubclass(layer_class(self.model.get_submodule(path)), Embedding)
-        ]
-        rows = {path: w.shape[path in flipped] for path, (w, _) in folded.items()}
-        try:
-            switches = gained_with(self.model, gained)
-            vocabulary = grown(self.model, rows)
-        except NotMergeable as e:
-            problems.append(str(e))
-        if problems:
-            raise NotMergeable("; ".join(problems))
-        switch_on(self.model, switches)
-        if vocabulary is not None:
-            declare(self.model, vocabulary)
-        for path, (w, b) in folded.items():
-            module = self.model.get_submodule(path)
-            if path not in shared and sharers(self.model, module):
-                untie(self.model, module)
-            layer_of(module).unpack()
-            layer_of(module).write(w, b)
-        for path, others in shared.items():  # those that grew have new parameters
-            for other in others:
-                module = self.model.get_submodule(path)
-                self.model.get_submodule(other).weight = bare(module).weight
+        plan = plan_fold(self.model, [self.name])
+        carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
         self.detach()
-        record_unpacked(self.model, folded)
-
-    def _change_alike(self, module: Adapted, others: Sequence[str]) -> bool:
-        """Does the adapter make the same change of these modules, which share this one's weight?"""
-        found = [self.sites.get(path) for path in others]
-        return all(
-            m is not None and alike(module.deltas[self.name], m.deltas[self.name]) for m in found  # type: ignore[arg-type]
-        )
+        record_unpacked(self.model, plan.paths)
 
     def detach(self) -> None:
         """Take the adapter off; with the last one the model is what it was before the first."""
@@ -317,109 +232,40 @@ def attach(
         raise LorafoldError(
             f"adapter name {name!r} is in use on this model, empty, or holds a dot; choose another"
         )
-    saved = (
-        modules_to_save
-        if isinstance(modules_to_save, Matches)
-        else match(model, modules_to_save, is_linear)
-    )
+    saved = match(model, modules_to_save, is_linear)
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
-    found = (
-        targets
-        if isinstance(targets, Matches)
-        else match(model, spec.targets if targets is None else targets, is_linear)
-    )
-    matches = Matches(
-        {
-            pattern: tuple(p for p in paths if p not in whole)
-            for pattern, paths in found.by_pattern.items()
-        }
-    )
+    matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
     if not matches.paths:
         raise LorafoldError(f"modules_to_save takes every target: {', '.join(matches.by_pattern)}")
     laid: dict[str, list[Delta]] = {}
     for path in matches.paths:
         module = model.get_submodule(path)
-        layer = (
-            module.layer(*selection.names)
-            if isinstance(module, Adapted)
-            else layer_of(module, stored_at(base, path))
-        )
+        if isinstance(module, Adapted):
+            layer = module.layer(*selection.names)
+        else:
+            layer = layer_of(module, at(base, path))
         try:
             laid[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:
             raise LorafoldError(f"{path}: {type(spec).__name__} can't be laid on it: {e}") from None
-    for path, module in biased(model, matches, bias):
-        if path not in whole:
-            own: nn.Parameter = module._parameters["bias"]  # type: ignore[assignment]
-            laid.setdefault(path, []).append(BiasDelta(len(own), own.device))
-    for path in whole:
-        laid[path] = [ReplaceDelta(model.get_submodule(path), path)]
-    lay_rows(
-        model, spec, tokens if isinstance(tokens, Tokens) else Tokens(tokens), selection.names, laid
-    )
+    add_biases(model, matches, bias, laid)
+    laid |= {path: [ReplaceDelta(model.get_submodule(path), path)] for path in whole}
+    rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+    add_rows(model, spec, rows, selection.names, laid)
     spec.join({path: laid[path][0] for path in matches.paths})
     for path, deltas in laid.items():
         module = model.get_submodule(path)
-        lay(
-            module,
-            layer_class(module),
-            name,
-            deltas[0] if len(deltas) == 1 else Stack(deltas),
-            selection,
-            path,
-        )
+        delta = deltas[0] if len(deltas) == 1 else Stack(deltas)
+        lay(module, layer_class(module), name, delta, selection, path)
     freeze(model, selection)
     selection.names += (name,)
     return Adapter(model, name, spec, matches, bias, tuple(saved.by_pattern))
 
 
-def stored_at(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
+def at(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
     """Reads the weight that a module has in the base's own files."""
     found = None if base is None else base.find(f"{path}.weight")
     return None if base is None or found is None else partial(base.get, found)
-
-
-def lay_rows(
-    model: nn.Module, spec: Spec, tokens: Tokens, live: Sequence[str], laid: dict[str, list[Delta]]
-) -> None:
-    """Add the token rows to what is laid already.
-
-    LorafoldError where another change of the same module is in the way.
-    """
-    rows = tokens.deltas(model, live)
-    if rows and spec.trains_base:
-        raise LorafoldError(
-            f"tokens: {type(spec).__name__} trains the base's own weights, and rows of its own"
-            " would lie over them"
-        )
-    over = [path for path in laid if path not in rows and any(carried(model.get_submodule(path)))]
-    problems = [
-        f"{path} carries token rows of another adapter, so it has no shape of its own; merge that"
-        " one first"
-        for path in over
-    ]
-    for path, delta in rows.items():
-        if any(not isinstance(other, BiasDelta) for other in laid.get(path, ())):
-            problems.append(
-                f"tokens: {path} is a target or a module to save as well; train its rows or the"
-                " whole of it"
-            )
-        laid.setdefault(path, []).append(delta)
-    if problems:
-        raise LorafoldError("; ".join(problems))
-
-
-def biased(model: nn.Module, matches: Matches, bias: Bias) -> Iterator[tuple[str, nn.Module]]:
-    paths = {
-        "none": (),
-        "lora_only": matches.paths,
-        "all": [path for path, _ in bare_modules(model)],
-    }[bias]
-    return (
-        (p, m)
-        for p in paths
-        if isinstance((m := model.get_submodule(p))._parameters.get("bias"), nn.Parameter)
-    )
 
 
 def load(

@@ -89,6 +89,15 @@ class Packed(Matrix):
     def write(self, w: Tensor, b: Tensor | None) -> None:
         self.encode(w, b)
 
+    def dense_like(self) -> tuple[Tensor, Tensor | None]:
+        dtype = getattr(self.module, "compute_dtype", None) or self.dtype
+        b = self.bias
+        w = torch.empty(self.shape, dtype=dtype, device="meta")
+        return w, None if b is None else b.to("meta")
+
+    def plain(self) -> Linear:
+        return Linear(self.module)
+
     def unpack(self) -> None:
         module, weight = self.module, self.weight()
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

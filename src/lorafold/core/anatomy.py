@@ -7,6 +7,7 @@ Paths are dotted, as `named_modules` gives them.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,3 +104,16 @@ def sharers(model: nn.Module, module: nn.Module) -> list[str]:
         for path, m in model.named_modules()
         if m is not module and weight is not None and m._parameters.get("weight") is weight
     ]
+
+
+def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter that goes by several names, the others, by any of them."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {
+        name: tuple(n for n in group if n != name)
+        for group in names.values()
+        if len(group) > 1
+        for name in group
+    }

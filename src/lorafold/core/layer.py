@@ -138,6 +138,15 @@ class Base(Layer):
         given; the module is left as it is. NotMergeable if it can't hold them.
         """
 
+    def dense_like(self) -> tuple[Tensor, Tensor | None]:
+        """`dense` on the meta device: shapes and dtypes alone."""
+        w, b = self.dense()
+        return w.to("meta"), None if b is None else b.to("meta")
+
+    def plain(self) -> Base:
+        """The layer that this is once `unpack` has been called."""
+        return self
+
     @abstractmethod
     def write(self, w: Tensor, b: Tensor | None) -> None:
         """Store W (out, in) and b (out,) in the module, rounded once to its dtype.

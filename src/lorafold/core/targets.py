@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -32,6 +32,14 @@ class Matches:
     def paths(self) -> tuple[str, ...]:
         return tuple(path for paths in self.by_pattern.values() for path in paths)
 
+    def without(self, paths: Collection[str]) -> Matches:
+        """The same without these paths; a pattern may be left with none."""
+        left = {
+            pattern: tuple(path for path in hits if path not in paths)
+            for pattern, hits in self.by_pattern.items()
+        }
+        return Matches(left)
+
 
 def pattern_matches(pattern: str, path: str) -> bool:
     """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: the path, or its end, matches
@@ -41,12 +49,16 @@ def pattern_matches(pattern: str, path: str) -> bool:
 
 
 def match(
-    model: nn.Module, targets: str | Sequence[str], is_linear: Callable[[nn.Module], bool]
+    model: nn.Module,
+    targets: str | Sequence[str] | Matches,
+    is_linear: Callable[[nn.Module], bool],
 ) -> Matches:
-    """Resolve targets to module paths.
+    """Resolve targets to module paths; matches that are found already are taken as they are.
 
     LorafoldError lists every pattern that matches nothing, with near names.
     """
+    if isinstance(targets, Matches):
+        return targets
     paths = [path for path, _ in bare_modules(model) if path]
     if isinstance(targets, str) and targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}

@@ -41,9 +41,3 @@ def declare(model: Any, size: int) -> None:
     config.vocab_size = size
 
 
-def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config file's content for a model whose vocabulary has this size."""
-    if "text_config" not in config:
-        return {**config, "vocab_size": size}
-    top = {"vocab_size": size} if "vocab_size" in config else {}
-    return {**config, **top, "text_config": {**config["text_config"], "vocab_size": size}}

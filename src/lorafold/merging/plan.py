@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.adapter import load
-from lorafold.bases import layer_of
-from lorafold.core.attach import Adapted, adapted_modules
-from lorafold.core.delta import Delta, alike, on_meta
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.fold.stored import as_stored
-from lorafold.fold.vocabulary import declared, grown
+from lorafold.fold.plan import WHOLE, module_of, plan_fold
+from lorafold.merging.config import declared, untied_config, with_biases
 from lorafold.merging.into import PACKING, lay_packing
-from lorafold.models.checkpoint import (
-    Checkpoint,
-    Skeleton,
-    open_checkpoint,
-    skeleton,
-    untied_config,
-    with_biases,
-)
+from lorafold.models.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton
 from lorafold.models.container import Entry
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -42,8 +32,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class Plan:
     """What will be written.
 
-    `changed` maps the name of a tensor to the module and the parameter it is; `added` are tensors
-    that the files lack, each with the entry that it is like: the one that it was tied to, or its
+    `changed` maps the name of a tensor to the parameter that it is; `added` are tensors that the
+    files lack, each with the entry that it is like: the one that it was tied to, or its
     own for a bias; `zeros` are biases that come along with those; `shapes` are those of the changed
     tensors, which `vocabulary` rows have where it grew.
     """
@@ -51,7 +41,7 @@ class Plan:
     checkpoint: Checkpoint
     model: nn.Module
     adapters: tuple[str, ...]
-    changed: dict[str, tuple[str, str]]
+    changed: dict[str, str]
     added: dict[str, Entry]
     zeros: dict[str, Tensor]
     config: dict[str, Any]
@@ -92,58 +82,36 @@ def plan(
     names = tuple(f"merged{i}" for i in range(len(adapters)))
     for name, path in zip(names, adapters, strict=True):
         load(bones.model, path, name, allow_other_base=allow_other_base)
-    names = (PACKING, *names)
+    planned = plan_fold(bones.model, (PACKING, *names))
     problems: dict[str, list[str]] = defaultdict(list)
-    parameters: list[tuple[str, str]] = []  # (module path, name)
-    folded: dict[str, tuple[int, ...]] = {}  # by parameter
-    for path, module in adapted_modules(bones.model):
-        try:
-            parameters += [(path, name) for name in changes(module, names)]
-            folded |= {f"{path}.{name}": shape for name, shape in shapes(module, names).items()}
-        except NotMergeable as e:
-            problems[str(e)].append(path or "the model as a whole")
-    config, biases = (
-        json.loads((source / "config.json").read_text(encoding="utf-8")),
-        dict[str, Entry](),
-    )
+    for place, reason in planned.problems:
+        problems[reason].append(place)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    biases: dict[str, Entry] = {}
     try:
-        config, biases = with_biases(
-            config, bones, [path for path, name in parameters if name == "bias"]
-        )
+        config, biases = with_biases(config, bones, planned.switches)
     except NotMergeable as e:
         problems[str(e)].append("added biases")
-        parameters = [(path, name) for path, name in parameters if name != "bias"]
-    shared = {f"{p}.{name}" for p, name in parameters if _stays_tied(bones, p, name, names)}
-    parameters = [
-        (p, name)
-        for p, name in parameters
-        if f"{p}.{name}" not in shared or f"{p}.{name}" in bones.entries
-    ]
-    changed: dict[str, tuple[str, str]] = {}
+    changed: dict[str, str] = {}
     sources: dict[str, Entry] = {}
-    for path, parameter in parameters:
+    known = {*bones.entries, *bones.tied, *bones.converted}
+    for parameter in planned.shapes:
+        if parameter in planned.together and parameter not in bones.entries:
+            continue  # written under the name of one that it is shared with
+        if parameter not in known:
+            continue  # a bias that the architecture has no place for: a problem already
         try:
-            name, entry = _place(bones, f"{path}.{parameter}")
-            changed[name], sources[name] = (path, parameter), entry
+            name, entry = _place(bones, parameter)
+            changed[name], sources[name] = parameter, entry
         except NotMergeable as e:
-            problems[str(e)].append(path or "the model as a whole")
-    loose = {name: at for name, at in changed.items() if ".".join(at) not in shared}
-    if any(".".join(at) in bones.tied for at in loose.values()):
+            problems[str(e)].append(module_of(parameter) or WHOLE)
+    if any(parameter in planned.apart for parameter in changed.values()):
         try:
             config = untied_config(config, bones, trust_remote_code)
         except LorafoldError as e:
             problems[str(e)].append("tied weights")
-    vocabulary = None
-    try:
-        rows = {
-            name.removesuffix(".weight"): shape[0]
-            for name, shape in folded.items()
-            if name.endswith(".weight")
-        }
-        if (vocabulary := grown(bones.model, rows)) is not None:
-            config = declared(config, vocabulary)
-    except NotMergeable as e:
-        problems[str(e)].append("new tokens")
+    if planned.vocabulary is not None:
+        config = declared(config, planned.vocabulary)
     if not changed and not problems:
         problems["the adapters change no weight"].append(str(source))
     if problems:
@@ -155,79 +123,23 @@ def plan(
         for name, entry in biases.items()
         if entry.name not in changed
     }
-    added = _untied(bones, loose, sources) | {entry.name: entry for entry in biases.values()}
-    shaped = {name: folded[".".join(at)] for name, at in changed.items()}
+    loose = {name: at for name, at in changed.items() if at not in planned.together}
     return Plan(
-        checkpoint, bones.model, names[1:], changed, added, zeros, config, shaped, vocabulary
+        checkpoint,
+        bones.model,
+        names,
+        changed,
+        _untied(bones, loose, sources) | {entry.name: entry for entry in biases.values()},
+        zeros,
+        config,
+        {name: planned.shapes[parameter] for name, parameter in changed.items()},
+        planned.vocabulary,
     )
 
 
 def _stored(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path)._parameters[leaf].data  # type: ignore[union-attr]
-
-
-def deltas_of(module: Adapted, adapters: Sequence[str]) -> Iterator[Delta]:
-    return (module.deltas[name] for name in adapters if name in module.deltas)  # type: ignore[misc]
-
-
-def changes(module: Adapted, adapters: Sequence[str]) -> list[str]:
-    """The parameters that folding will change, or add, found by folding shapes.
-
-    NotMergeable as `fold`.
-    """
-    try:
-        before = [t if t is None else t.to("meta") for t in layer_of(module).dense()]
-    except NotMergeable as e:
-        kinds = ", ".join(
-            sorted(
-                {
-                    type(part).__name__
-                    for delta in deltas_of(module, adapters)
-                    for part in delta.parts()
-                }
-            )
-        )
-        raise NotMergeable(f"{kinds} has no form in weight space ({e})") from None
-    after = _folded(module, adapters, *before)
-    return [
-        name
-        for name, old, new in zip(("weight", "bias"), before, after, strict=True)
-        if new is not old
-    ]
-
-
-def shapes(module: Adapted, adapters: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters once folded, as the module stores them."""
-    w, b = (t if t is None else t.to("meta") for t in layer_of(module).dense())
-    return {
-        name: tuple(t.shape)
-        for name, t in as_stored(module, *_folded(module, adapters, w, b)).items()
-    }
-
-
-# on the meta device
-def _folded(
-    module: Adapted, adapters: Sequence[str], w: Any, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    for delta in deltas_of(module, adapters):
-        w, b = on_meta(delta).fold(w, b)
-    return w, b
-
-
-def _stays_tied(bones: Skeleton, path: str, name: str, adapters: Sequence[str]) -> bool:
-    """Is this parameter shared, and changed alike in every module that has it?"""
-    others = [
-        bones.model.get_submodule(other.rpartition(".")[0])
-        for other in bones.tied.get(f"{path}.{name}", ())
-    ]
-    own = list(deltas_of(bones.model.get_submodule(path), adapters))  # type: ignore[arg-type]
-
-    def same(module: nn.Module) -> bool:
-        theirs = list(deltas_of(module, adapters)) if isinstance(module, Adapted) else []
-        return len(own) == len(theirs) and all(map(alike, own, theirs))
-
-    return bool(others) and all(map(same, others))
 
 
 def _place(bones: Skeleton, parameter: str) -> tuple[str, Entry]:
@@ -249,14 +161,14 @@ def _place(bones: Skeleton, parameter: str) -> tuple[str, Entry]:
 
 
 def _untied(
-    bones: Skeleton, changed: dict[str, tuple[str, str]], sources: dict[str, Entry]
+    bones: Skeleton, changed: dict[str, str], sources: dict[str, Entry]
 ) -> dict[str, Entry]:
     """The tensors to add, so that every module whose weight was shared with a changed one has its
     own.
     """
     added = {}
-    for name, (path, parameter) in changed.items():
-        for n in (f"{path}.{parameter}", *bones.tied.get(f"{path}.{parameter}", ())):
+    for name, parameter in changed.items():
+        for n in (parameter, *bones.tied.get(parameter, ())):
             if n not in bones.entries:
                 added[n] = sources[name]
     return added

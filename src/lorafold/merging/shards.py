@@ -24,10 +24,11 @@ from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
+from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounding, Sums, generator_of, round_to
-from lorafold.fold.stored import as_stored, settled
 from lorafold.merging.into import PACKING
-from lorafold.merging.plan import Plan, deltas_of
+from lorafold.merging.plan import Plan
+from lorafold.merging.stored import as_stored, settled
 from lorafold.models.container import write_container
 from lorafold.models.weights import INDEX
 
@@ -69,9 +70,9 @@ def execute(
         nonlocal sums
         if name not in plan.changed:
             return plan.zeros.get(name)
-        path, parameter = plan.changed[name]
+        path, _, parameter = plan.changed[name].rpartition(".")
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
-        before, after = fold(module, plan.adapters, parameter)
+        before, after = before_and_after(module, plan.adapters, parameter)
         values = [
             i
             for delta in deltas_of(module, plan.adapters)
@@ -114,19 +115,19 @@ def execute(
 
 
 @torch.no_grad()
-def fold(module: Adapted, adapters: Sequence[str], parameter: str) -> tuple[Tensor, Tensor]:
+def before_and_after(
+    module: Adapted, adapters: Sequence[str], parameter: str
+) -> tuple[Tensor, Tensor]:
     """The module's weight or bias as it stores them: what the named adapters are added to, in its
     own dtype, and what comes of it, in fp32 or wider.
     """
     layer = layer_of(module)
     before: Tensor = getattr(layer.bare, parameter)
     w, b = layer.dense()
-    for delta in deltas_of(module, [PACKING]):
-        w, b = delta.fold(w, b)
+    if PACKING in module.deltas:
+        w, b = fold(module, [PACKING], w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)
-    for delta in deltas_of(module, adapters):
-        w, b = delta.fold(w, b)
-    return before, as_stored(module, w, b)[parameter]
+    return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
 
 
 def need_space(directory: Path, size: int) -> None:

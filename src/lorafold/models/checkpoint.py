@@ -7,12 +7,9 @@ names in the model by transformers' own rules.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.core.anatomy import tied_parameters
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.fold.biases import gained_with, has_bias, switch_on
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.quietly import loading
 from lorafold.models.sources import ModelSource
@@ -127,7 +124,7 @@ def skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Skeleton:
         )
     model = build(config, trust_remote_code)
     entries, converted = _by_parameter(model, checkpoint.entries)
-    tied = _tied(model)
+    tied = tied_parameters(model)
     problems = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in entries and entries[name].shape != tuple(parameter.shape):
@@ -152,63 +149,6 @@ def bones_of(source: ModelSource, trust_remote_code: bool = False) -> Skeleton:
     return bones
 
 
-def untied_config(
-    config: dict[str, Any], skeleton: Skeleton, trust_remote_code: bool
-) -> dict[str, Any]:
-    """The config file's content for a model whose embedding and head differ.
-
-    LorafoldError where the architecture ties them regardless.
-    """
-    loose = copy.deepcopy(skeleton.model.config)
-    loose.tie_word_embeddings = False
-    loose.get_text_config().tie_word_embeddings = False
-    if still := _tied(build(loose, trust_remote_code)):
-        raise LorafoldError(
-            f"{', '.join(sorted(still))}: the architecture shares them whatever its config says, so"
-            " they can't be untied"
-        )
-    nested = {
-        key: {**value, "tie_word_embeddings": False}
-        for key, value in config.items()
-        if key == "text_config"
-    }
-    return {**config, **nested, "tie_word_embeddings": False}
-
-
-def with_biases(
-    config: dict[str, Any], skeleton: Skeleton, paths: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The config file's content for a model whose modules at `paths` all have a bias; and, by
-    parameter, an entry for each bias that the files lack, which the skeleton gets as zeros.
-    NotMergeable where the architecture has no such bias.
-    """
-    model = skeleton.model
-    switches = gained_with(
-        model, [path for path in paths if not has_bias(model.get_submodule(path))]
-    )
-    switch_on(model, switches)
-    found = {}
-    for path in chain(*switches.values()):
-        if (like := skeleton.entries.get(f"{path}.weight")) is None:
-            raise NotMergeable(
-                f"{path}: the files hold its weight in a form that is converted on loading, so no"
-                " bias can go with it"
-            )
-        bias: nn.Parameter = model.get_submodule(path)._parameters["bias"]  # type: ignore[assignment]
-        found[f"{path}.bias"] = replace(
-            like,
-            name=like.name.removesuffix("weight") + "bias",
-            shape=tuple(bias.shape),
-            size=bias.nbytes,
-        )
-    skeleton.entries.update(found)
-    on = dict.fromkeys(switches, True)
-    return {
-        **config,
-        **({"text_config": {**config["text_config"], **on}} if "text_config" in config else on),
-    }, found
-
-
 def _by_parameter(
     model: PreTrainedModel, entries: dict[str, Entry]
 ) -> tuple[dict[str, Entry], frozenset[str]]:
@@ -228,18 +168,6 @@ def _by_parameter(
         else:
             converted.add(name)
     return found, frozenset(converted)
-
-
-def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    return {
-        name: tuple(n for n in group if n != name)
-        for group in names.values()
-        if len(group) > 1
-        for name in group
-    }
 
 
 def _map_files(

@@ -8,21 +8,20 @@ the adapter computes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 from torch import nn
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.beside import Bias
 from lorafold.peft.format import Field, Method, Regex, Site
 from lorafold.peft.selection import Patterns, Selection, saved_leaves
 from lorafold.peft.table import METHODS
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
-
-Bias = Literal["none", "lora_only", "all"]
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

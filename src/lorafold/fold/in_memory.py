@@ -1,0 +1,68 @@
+"""A plan of folding carried out on the model itself, one module at a time.
+
+    W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
+
+A quantized weight becomes a plain one, in the dtype that it is computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import layer_of
+from lorafold.core.layer import bare
+from lorafold.errors import NotMergeable
+from lorafold.fold.biases import switch_on
+from lorafold.fold.plan import FoldPlan, fold, module_of
+from lorafold.fold.ties import untie
+from lorafold.fold.vocabulary import declare
+
+
+def carry_out(
+    model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
+) -> None:
+    """Write the folded weights into the model; the deltas stay on it, and are to be detached.
+
+    NotMergeable, before anything is changed, lists the plan's problems and, unless `untie_weights`
+    gives them weights of their own, modules that share one which would change on one side alone.
+    """
+    problems = [f"{path}: {reason}" for path, reason in plan.problems]
+    if not untie_weights:
+        problems += [
+            f"{module_of(name)}: its weight is tied to {', '.join(map(module_of, others))};"
+            " untie_weights=True gives it its own"
+            for name, others in plan.apart.items()
+        ]
+    if problems:
+        raise NotMergeable("; ".join(problems))
+    switch_on(model, plan.switches)
+    if plan.vocabulary is not None:
+        declare(model, plan.vocabulary)
+    sharing = {module_of(name) for name in plan.together}
+    # modules that share a weight are all folded before it changes
+    ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
+    for path in plan.paths:
+        w, b = ahead[path] if path in ahead else _folded(model, path, names)
+        module = model.get_submodule(path)
+        if f"{path}.weight" in plan.apart:
+            untie(model, module)
+        layer_of(module).unpack()
+        layer_of(module).write(w, b)
+    for name, others in plan.together.items():  # those that grew have new parameters
+        kept = bare(model.get_submodule(module_of(name)))
+        for other in others:
+            path, _, leaf = other.rpartition(".")
+            setattr(model.get_submodule(path), leaf, getattr(kept, leaf))
+
+
+@torch.no_grad()
+def _folded(model: nn.Module, path: str, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    module = model.get_submodule(path)
+    wide = [
+        None if t is None else t.detach().to(torch.promote_types(t.dtype, torch.float32))
+        for t in layer_of(module).dense()
+    ]
+    return fold(module, names, *wide)  # type: ignore[arg-type]
