@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafold.inspect.updates import Svd, of_dense
-from lorafold.io.atomic import MANIFEST, atomic_directory
+from lorafold.io.atomic import atomic_directory, verify
 from lorafold.io.gguf import cache_directory
 
 BINS = 10
@@ -40,7 +40,7 @@ def cached_svd(fingerprint: Mapping[str, Any], path: str, w: Tensor) -> Svd:
     """
     base = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     directory = cache_directory() / "svd" / f"{base}-{FORMAT}" / path
-    if (directory / MANIFEST).is_file():
+    if not verify(directory):
         return Svd(**{name: tensor.float() for name, tensor in load_file(directory / FILE).items()})
     svd = of_dense(w)
     with atomic_directory(directory, overwrite=True) as tmp:

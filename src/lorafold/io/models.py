@@ -7,19 +7,20 @@ say where a base runs and how its weights are held, and why.
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.io.gguf import unpacked
+from lorafold.io.atomic import verify
+from lorafold.io.gguf import renew, unpacked
+from lorafold.io.intact import check_intact
 from lorafold.io.loading import loading, one_line
 from lorafold.io.quantized import QUANTIZATIONS, compute_in, quantization_of, read_quantized
-from lorafold.io.record import base_trained_on
-from lorafold.io.weights import FileWeights, Weights, model_files
+from lorafold.io.record import base_trained_on, read_object
+from lorafold.io.weights import MODEL_FILES, FileWeights, Weights, model_files
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +33,43 @@ ACCEPTED = (
     " id as in owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+# what a tokenizer is read from, but for vocabularies that its class alone has names for
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "additional_chat_templates/*",
+    "chat_template.*",
+    "config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: `path`, a directory in Hugging Face's format, and the `name` by
-    which it was asked for.
+    """A model on this machine: `path`, a directory in Hugging Face's format, the `name` by which it
+    was asked for, and the `gguf` file that the directory is a copy of, if it is one.
     """
 
     path: Path
     name: str
+    gguf: Path | None = field(default=None, compare=False)
+
+    def intact(self, *patterns: str) -> Path:
+        """`path`, once the files that are about to be read are known to be those that were written.
+
+        A damaged copy is made anew. LorafoldError where a directory was damaged or changed.
+        """
+        if self.gguf is None:
+            check_intact(self.path, patterns)
+        elif verify(self.path, patterns):
+            renew(self.gguf, self.path)
+        return self.path
+
+    def config(self) -> dict[str, Any]:
+        """What its config.json says. LorafoldError as `intact`, and where that is no JSON."""
+        return read_object(self.intact("config.json") / "config.json")
 
 
 def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
@@ -61,9 +88,10 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
             " this machine"
         )
     if text == EMBEDDED:
-        return ModelSource(unpacked(_embedded_gguf()), text)
+        gguf = _embedded_gguf()
+        return ModelSource(unpacked(gguf), text, gguf)
     if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(unpacked(path.resolve()), text)
+        return ModelSource(unpacked(path.resolve()), text, path.resolve())
     if path.is_dir():
         return ModelSource(_checked(path, text), text)
     if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
@@ -95,8 +123,8 @@ def load_model(
     `storage` says.
 
     Its `name_or_path` is the name that was asked for. Raises LorafoldError as `resolve_model` does,
-    and where transformers can't load the directory or the files lack weights of the model (which
-    transformers would fill with random numbers).
+    and where transformers can't load the directory, the files lack weights of the model (which
+    transformers would fill with random numbers), or lorafold wrote them and they are damaged.
     """
     source = _resolved(source, revision)
     with loading(f"model {source.name}"):
@@ -119,10 +147,12 @@ def read_weights(
 ) -> tuple[Any, list[str]]:
     """The model that one of transformers' auto classes makes of the source, in evaluation mode on
     the device, and the names of its weights that the files lack. `config` goes over the model's
-    own. LorafoldError where the files hold packed weights and whole ones are asked for.
+    own. LorafoldError where the files hold packed weights and whole ones are asked for, or are not
+    those that were written.
     """
     import torch
 
+    source.intact(*MODEL_FILES, *["*.py"] * trust_remote_code)
     held = storage if isinstance(storage, Storage) else Storage(storage)
     if held.quantization is None and (stored := held_as(source)) != "auto":
         raise LorafoldError(
@@ -171,7 +201,16 @@ def load_tokenizer(
     with loading(f"model {source.name}"):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        path = source.intact(*TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        source.intact(*vocabularies(tokenizer))
+        return tokenizer
+
+
+def vocabularies(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The names of its class for files of a vocabulary, which are known once it is loaded."""
+    names = (getattr(tokenizer, "vocab_files_names", None) or {}).values()
+    return [name for name in names if name not in TOKENIZER_FILES]
 
 
 def choose_device(name: str | None = None) -> "torch.device":
@@ -231,14 +270,16 @@ def held_as(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
     are packed, else as the adapters were trained on it, if that was packed, else auto.
     LorafoldError where the adapters differ.
     """
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("quantization_config")
+    stored = source.config().get("quantization_config")
     word = base_trained_on(adapters) if stored is None else quantization_of(stored)
     return word if word in QUANTIZATIONS else "auto"
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """The base's own weights, from its files, where a model that is held so does not have them."""
+    """The base's own weights, from its files, where a model that is held so does not have them.
+
+    The files are those that `load_model` has checked.
+    """
     return None if storage.quantization is None else FileWeights(model_files(source.path))
 
 

@@ -36,7 +36,8 @@ from lorafold.io.card import VOCABULARY, training_card
 from lorafold.io.config import CONFIG, Bias, read_config, write_config
 from lorafold.io.fingerprint import Fingerprint
 from lorafold.io.format import ROOT, Entry, Site
-from lorafold.io.record import RECORD, read_object, read_record
+from lorafold.io.intact import check_intact
+from lorafold.io.record import RECORD, read_object
 from lorafold.io.selection import Selection, describe
 from lorafold.io.table import entries_of
 from lorafold.io.weights import FileWeights, Weights
@@ -202,7 +203,7 @@ class Stored:
 def read(path: str | Path) -> Stored:
     """Open an adapter directory.
 
-    LorafoldError lists all that is missing, unreadable or not supported.
+    LorafoldError lists all that is damaged, or all that is missing, unreadable or not supported.
     """
     directory = Path(path)
     if not (directory / CONFIG).is_file():
@@ -211,6 +212,7 @@ def read(path: str | Path) -> Stored:
             f"{path}: no {CONFIG}, so this is no adapter"
             + f"; there is one in {', '.join(inside)}" * bool(inside)
         )
+    check_intact(directory, [CONFIG, WEIGHTS, RECORD])
     problems: list[str] = []
     config = _attempt(problems, lambda: read_config(read_object(directory / CONFIG)))
     weights = _attempt(problems, lambda: _open(directory))
@@ -319,7 +321,7 @@ def _fingerprint(directory: Path) -> Fingerprint:
     """Of the base that the adapter was made on; empty where nothing says (PEFT's own
     directories).
     """
-    record = read_record(directory)
+    record = read_object(directory / RECORD) if (directory / RECORD).is_file() else {}
     try:
         return fingerprint.parse(record.get("base", {}))
     except LorafoldError as e:

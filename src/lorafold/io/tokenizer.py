@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
+from lorafold.io.intact import check_intact
 from lorafold.io.loading import loading
-from lorafold.io.models import ModelSource, load_tokenizer
+from lorafold.io.models import TOKENIZER_FILES, ModelSource, load_tokenizer, vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +106,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
 
 
 def has_tokenizer(adapter: str | Path) -> bool:
+    """LorafoldError where one was written that is damaged or gone."""
+    check_intact(adapter, [CONFIG])
     return (Path(adapter) / CONFIG).is_file()
 
 
@@ -157,4 +160,7 @@ def _load(path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     with loading(f"tokenizer of {path}"):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_intact(path, TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_intact(path, vocabularies(tokenizer))
+        return tokenizer

@@ -24,6 +24,7 @@ from lorafold.bases.vocabulary import declared, grown
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike
 from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.io.models import HUB_FILES, ModelSource
 from lorafold.merge.checkpoint import (
     Checkpoint,
     Skeleton,
@@ -72,21 +73,21 @@ class Plan:
 
 
 def plan(
-    source: Path,
+    source: ModelSource,
     adapters: Sequence[str | Path],
     *,
     packing: str | None = None,
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Lay the adapters, in order, over the model in `source` and see what they change.
+    """Lay the adapters, in order, over the model and see what they change.
 
     Nothing is computed or written.
 
     `packing`: a round trip that the weights make beneath the adapters (`into`).
     LorafoldError lists everything that stands in the way of the merge.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, HUB_FILES)  # what is not changed is carried over
     bones = skeleton(checkpoint, trust_remote_code)
     if packing is not None:
         lay_packing(bones.model, packing)
@@ -104,7 +105,7 @@ def plan(
         except NotMergeable as e:
             problems[str(e)].append(path or "the model as a whole")
     config, biases = (
-        json.loads((source / "config.json").read_text(encoding="utf-8")),
+        json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8")),
         dict[str, Entry](),
     )
     try:
@@ -146,7 +147,7 @@ def plan(
     except NotMergeable as e:
         problems[str(e)].append("new tokens")
     if not changed and not problems:
-        problems["the adapters change no weight"].append(str(source))
+        problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
         raise NotMergeable(
             "; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items())
