@@ -26,6 +26,7 @@ from lorafold.compose.lorahub import BOUND, minimized
 from lorafold.compose.updates import names, read
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluate import evaluate
+from lorafold.io.atomic import MANIFEST
 from lorafold.io.models import load_model, load_tokenizer, resolve_model
 from lorafold.merge.run import merge
 from lorafold.train.rows import read_rows
@@ -140,6 +141,7 @@ def set_gates(path: Path, values: list[float]) -> Path:
     tensors = load_file(path / WEIGHTS)
     tensors["base_model.mixture_gates"] = torch.tensor(values)
     save_file(tensors, path / WEIGHTS)
+    (path / MANIFEST).unlink()
     return path
 
 
@@ -210,6 +212,7 @@ def test_a_damaged_mixture_is_refused(
     tensors = load_file(path / WEIGHTS)
     name = next(k for k in tensors if k.endswith(key))
     save_file(tensors | {name: change(tensors[name]).contiguous()}, path / WEIGHTS)
+    (path / MANIFEST).unlink()
     with pytest.raises(LorafoldError, match=message):
         lf.load(load_model(llama, torch.float32), path)
 

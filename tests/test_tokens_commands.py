@@ -25,6 +25,7 @@ from lorafold.compare.run import compare
 from lorafold.errors import LorafoldError
 from lorafold.evaluate import evaluate
 from lorafold.generate import complete, end_tokens
+from lorafold.io.atomic import MANIFEST
 from lorafold.io.models import load_model, load_tokenizer, resolve_model
 from lorafold.io.tokenizer import add_words, set_template, tokenizer_of
 from lorafold.merge.run import merge
@@ -560,6 +561,7 @@ def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
     }
     alone = tmp_path / "alone"
     shutil.copytree(with_rows, alone)
+    (alone / MANIFEST).unlink()
     tensors = {
         k: t
         for k, t in load_file(alone / "adapter_model.safetensors").items()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.io.atomic import verify
 from lorafold.io.gguf import renew, unpacked
 from lorafold.io.intact import check_intact
@@ -42,6 +42,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+)
+# one of these holds the words, unless a tokenizer needs none
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
+    *("*.bpe", "vocab*", "merges.txt"),
 )
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -196,21 +201,38 @@ def check_complete(source: ModelSource, missing: Sequence[str]) -> None:
 def load_tokenizer(
     source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer. Raises LorafoldError as `load_model` does."""
+    """The model's tokenizer. Raises LorafoldError as `load_model` does, NoTokenizer where there is
+    none.
+    """
     source = _resolved(source, revision)
-    with loading(f"model {source.name}"):
-        from transformers import AutoTokenizer
-
-        path = source.intact(*TOKENIZER_FILES)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        source.intact(*vocabularies(tokenizer))
-        return tokenizer
+    return read_tokenizer(source, f"model {source.name}", trust_remote_code)
 
 
-def vocabularies(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The names of its class for files of a vocabulary, which are known once it is loaded."""
-    names = (getattr(tokenizer, "vocab_files_names", None) or {}).values()
-    return [name for name in names if name not in TOKENIZER_FILES]
+def read_tokenizer(
+    source: ModelSource, what: str, trust_remote_code: bool
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a directory, called `what` in messages.
+
+    Where there is no vocabulary, transformers makes an empty tokenizer of some classes and fails
+    with others: both are NoTokenizer here.
+    """
+    source.intact(*TOKENIZER_FILES)
+    has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
+    missing = NoTokenizer(f"{what}: it has no tokenizer (found no file with a vocabulary)")
+    try:
+        with loading(what):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.path, trust_remote_code=trust_remote_code
+            )
+    except LorafoldError as error:
+        raise error if has_words else missing from error
+    names = list((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+    if names and not has_words:
+        raise missing
+    source.intact(*(name for name in names if name not in TOKENIZER_FILES))
+    return tokenizer
 
 
 def choose_device(name: str | None = None) -> "torch.device":

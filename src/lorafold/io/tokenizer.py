@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
 from lorafold.io.intact import check_intact
-from lorafold.io.loading import loading
-from lorafold.io.models import TOKENIZER_FILES, ModelSource, load_tokenizer, vocabularies
+from lorafold.io.models import ModelSource, load_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,10 +156,5 @@ def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _load(path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with loading(f"tokenizer of {path}"):
-        from transformers import AutoTokenizer
-
-        check_intact(path, TOKENIZER_FILES)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        check_intact(path, vocabularies(tokenizer))
-        return tokenizer
+    directory = ModelSource(Path(path), str(path))
+    return read_tokenizer(directory, f"tokenizer of {path}", trust_remote_code)
