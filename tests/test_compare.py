@@ -10,7 +10,7 @@ import pytest
 from lorafold.comparing.measure import Task
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare
-from lorafold.methods import LoRA
+from lorafold.methods.lora import LoRA
 from lorafold.step.fitting import fitting, spec_of, without
 from lorafold.step.recipe import Recipe
 

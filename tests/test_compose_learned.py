@@ -27,6 +27,7 @@ from lorafold.composing.updates import names, read
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluation import evaluate
+from lorafold.files.atomic import MANIFEST
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
@@ -141,6 +142,7 @@ def set_gates(path: Path, values: list[float]) -> Path:
     tensors = load_file(path / WEIGHTS)
     tensors["base_model.mixture_gates"] = torch.tensor(values)
     save_file(tensors, path / WEIGHTS)
+    (path / MANIFEST).unlink()
     return path
 
 
@@ -211,6 +213,7 @@ def test_a_damaged_mixture_is_refused(
     tensors = load_file(path / WEIGHTS)
     name = next(k for k in tensors if k.endswith(key))
     save_file(tensors | {name: change(tensors[name]).contiguous()}, path / WEIGHTS)
+    (path / MANIFEST).unlink()
     with pytest.raises(LorafoldError, match=message):
         lf.load(load_model(llama, torch.float32), path)
 

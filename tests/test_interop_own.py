@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 import lorafold as lf
 from lorafold.core.spec import Spec
+from lorafold.files.atomic import MANIFEST
 from test_interop_peft import CLOSE, gap, ids, logits, move
 
 VIRTUAL: dict[str, tuple[Spec, peft.PeftConfig]] = {
@@ -101,9 +102,9 @@ def theirs_says(model: Any) -> torch.Tensor:
 
 
 def damaged(path: Path, out: Path, **change: Any) -> Path:
-    """A copy of an adapter directory with other tensors."""
+    """A copy of an adapter directory, without its manifest, with other tensors."""
     out.mkdir()
-    for file in path.iterdir():
+    for file in (file for file in path.iterdir() if file.name != MANIFEST):
         (out / file.name).write_bytes(file.read_bytes())
     tensors = load_file(path / "adapter_model.safetensors") | {
         k: v for k, v in change.items() if v is not None
@@ -251,6 +252,7 @@ def test_a_prompt_file_of_another_width_or_with_targets_is_refused(
     (tmp_path / "ours" / "adapter_config.json").write_text(
         json.dumps(config | {"target_modules": ["q_proj"]})
     )
+    (tmp_path / "ours" / MANIFEST).unlink()
     with pytest.raises(lf.LorafoldError, match=r"target_modules=.*not supported"):
         lf.load(tiny_model("llama"), tmp_path / "ours")
 

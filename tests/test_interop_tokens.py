@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorafold as lf
+from lorafold.files.atomic import MANIFEST
 from lorafold.models.weights import FileWeights, model_files
 from test_interop_peft import CLOSE, gap, load_theirs, move, noise
 
@@ -347,6 +348,7 @@ def test_a_config_that_makes_no_sense(
     (tmp_path / "a" / "adapter_config.json").write_text(
         json.dumps(config | {"trainable_token_indices": indices})
     )
+    (tmp_path / "a" / MANIFEST).unlink()
     with pytest.raises(lf.LorafoldError, match=message):
         lf.load(tiny_model("llama"), tmp_path / "a")
 

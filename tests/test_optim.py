@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
-from lorafold.methods import LoRA
+from lorafold.methods.lora import LoRA
 from lorafold.step import adamw
 from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.step.optim import optimizer_tensors, param_groups, restore_optimizer

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
+from lorafold.files.atomic import MANIFEST
 from lorafold.models import fingerprint
 from lorafold.models.weights import FileWeights, ModelWeights, model_files
 
@@ -24,7 +25,10 @@ Model = Callable[[str], Any]
 
 @pytest.fixture
 def saved(tiny_model: Model, tmp_path: Path) -> Path:
-    return lf.attach(tiny_model("llama"), lf.LoRA(rank=4), ["q_proj"]).save(tmp_path / "adapter")
+    """An adapter without a manifest, as PEFT's own are: what is wrong shows in the files alone."""
+    path = lf.attach(tiny_model("llama"), lf.LoRA(rank=4), ["q_proj"]).save(tmp_path / "adapter")
+    (path / MANIFEST).unlink()
+    return path
 
 
 def change(path: Path, edit: Callable[[Tensors], Any]) -> None:

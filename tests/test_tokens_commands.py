@@ -23,6 +23,7 @@ from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
+from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.config import declared
 from lorafold.merging.run import merge
@@ -562,6 +563,7 @@ def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
     }
     alone = tmp_path / "alone"
     shutil.copytree(with_rows, alone)
+    (alone / MANIFEST).unlink()
     tensors = {
         k: t
         for k, t in load_file(alone / "adapter_model.safetensors").items()

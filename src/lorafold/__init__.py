@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError, NotMergeable
 
 if TYPE_CHECKING:
-    from lorafold.adapter import Adapter, attach, load, only
+    from lorafold.adapter import Adapter, attach, load
+    from lorafold.core.attach import only
     from lorafold.methods.adalora import AdaLoRA
     from lorafold.methods.bitfit import BitFit
     from lorafold.methods.bottleneck import Bottleneck

@@ -14,6 +14,10 @@ class NotMergeable(LorafoldError):
     """A change with no form in weight space, or a weight it can't be written into."""
 
 
+class NoTokenizer(LorafoldError):
+    """A directory without a vocabulary, where a tokenizer was looked for."""
+
+
 class Interrupted(Exception):
     """A run that was asked to stop, and has.
 

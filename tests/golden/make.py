@@ -138,8 +138,9 @@ def evaluation(data: str, of: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_inputs() -> None:
-    from conftest import make_model_dir
     from lorafold.train.recipe import Recipe
+
+    from conftest import make_model_dir
 
     make_model_dir("llama", Path("base"))
     data = {"rows": ROWS, "held": ROWS[:6], "labels": LABELS, "chats": CHATS}

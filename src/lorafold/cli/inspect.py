@@ -106,6 +106,8 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: status.update(f"site {done} of {total}"),
         )
+    if found["tokens_left_out"]:
+        console.print(found["tokens_left_out"], highlight=False, markup=False, soft_wrap=True)
     if examples is not None:
         adapters = [adapter] if against is None else [adapter, against]
         loaded, tokenizer = load_adapted(

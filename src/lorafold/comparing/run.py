@@ -19,6 +19,7 @@ from pathlib import Path
 from lorafold.comparing.measure import Row, Task, measure
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
+from lorafold.files.record import read_object
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.training.request import digest
 
@@ -96,7 +97,7 @@ def key(task: Task, method: str) -> str:
 def read(file: Path) -> Row | None:
     if not file.is_file():
         return None
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_object(file)
     interval = stored["exact_match_interval"]
     return Row(
         **{f.name: stored[f.name] for f in fields(Row)}

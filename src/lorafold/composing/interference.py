@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorafold.adapter import load, only
+from lorafold.adapter import load
 from lorafold.composing.geometry import Pair, meetings
 from lorafold.composing.job import Composed, Job
+from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, evaluate
 
 

@@ -21,10 +21,11 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.progress import Progress
 
-from lorafold.adapter import load, only
+from lorafold.adapter import load
 from lorafold.composing import lora, mixture
 from lorafold.composing.job import Composed, Job
 from lorafold.composing.rules import RULES
+from lorafold.core.attach import only
 from lorafold.data.examples import encode
 from lorafold.evaluation import held_out_loss
 from lorafold.step.losses import Completions

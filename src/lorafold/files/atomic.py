@@ -16,8 +16,9 @@ import platform
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ def write_text(path: str | Path, text: str) -> None:
             raise
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
     """What differs from the manifest, a line per file: missing, of another size, of other content.
 
-    Files that were added don't count.
+    `patterns`: the files that count, among those of the manifest, as a shell would name them (`*`
+    goes into folders too). Files that were added don't count.
     """
     root = Path(path)
     try:
@@ -110,6 +112,8 @@ def verify(path: str | Path) -> list[str]:
         return [f"{MANIFEST}: not readable as a manifest"]
     problems = []
     for name, (size, digest) in expected.items():
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            continue
         file = root / name
         if not file.is_file():
             problems.append(f"{name}: missing")

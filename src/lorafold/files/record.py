@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.files.intact import check_intact
 
 RECORD = "lorafold.json"
 
@@ -29,8 +30,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_record(directory: str | Path) -> dict[str, Any]:
     """The record of a directory, empty where there is none.
 
-    LorafoldError for one that can't be read.
+    LorafoldError for one that can't be read, or is not the one that was written.
     """
+    check_intact(directory, [RECORD])
     path = Path(directory) / RECORD
     return read_object(path) if path.is_file() else {}
 

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafold.files.atomic import MANIFEST, atomic_directory
+from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.cache import cache_directory
 from lorafold.inspecting.updates import Svd, of_dense
 
@@ -40,7 +40,7 @@ def cached_svd(fingerprint: Mapping[str, Any], path: str, w: Tensor) -> Svd:
     """
     base = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     directory = cache_directory() / "svd" / f"{base}-{FORMAT}" / path
-    if (directory / MANIFEST).is_file():
+    if not verify(directory):
         return Svd(**{name: tensor.float() for name, tensor in load_file(directory / FILE).items()})
     svd = of_dense(w)
     with atomic_directory(directory, overwrite=True) as tmp:

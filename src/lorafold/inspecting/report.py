@@ -139,7 +139,7 @@ def sections(found: Figures) -> Iterator[str]:
                 for kind, of in found["layers"].items()
             ]
         )
-    yield from words(sites, found["chance_cosine"])
+    yield from words(sites, found["chance_cosine"], found["tokens_left_out"])
     yield from shares(sites)
 
 
@@ -244,20 +244,17 @@ def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
     yield grid(drawn, "grid two")
 
 
-def words(sites: Mapping[str, Figures], chance: Figures) -> Iterator[str]:
-    yield (
-        "<h2>What it reads and writes</h2><p>The tokens nearest to each module's strongest"
-        " directions, by cosine. What is read on the + "
+def words(
+    sites: Mapping[str, Figures], chance: Figures, left_out: str | None
+) -> Iterator[str]:
+    explained = (
+        "The tokens nearest to each module's strongest directions, by cosine. What is read on the +"
+        " side is written on the + side. A module whose inputs or outputs stay inside its block has"
+        " no tokens for them. The token nearest to a random direction has a cosine of"
+        f" {chance['reads']:.2f} for what is read, of {chance['writes']:.2f} for what is written:"
+        " what lies no nearer says little."
     )
-    yield (
-        "side is written on the + side. A module whose inputs or outputs stay inside its block has"
-        " no tokens for them. "
-    )
-    yield (
-        f"The token nearest to a random direction has a cosine of {chance['reads']:.2f} for what is"
-        f" read, of {chance['writes']:.2f} for "
-    )
-    yield "what is written: what lies no nearer says little.</p>"
+    yield f"<h2>What it reads and writes</h2><p>{html.escape(left_out or explained, False)}</p>"
     for verb, names in (
         ("reads", "tokens"),
         ("reads_vectors", "your vectors"),

@@ -1,11 +1,12 @@
 """The whole of `lorafold inspect` but the loss: one adapter over its base's files, a module at a
 time, as figures ready for JSON.
 
-    sites        spectrum, size beside the base, tokens, by module path
-    whole        the same for all together
-    layers       phi of the top directions of each two blocks
-    against      a second adapter beside it
-    advice       the conclusions in words
+    sites             spectrum, size beside the base, tokens, by module path
+    whole             the same for all together
+    layers            phi of the top directions of each two blocks
+    against           a second adapter beside it
+    tokens_left_out   why no site has tokens, where there is no tokenizer that names them
+    advice            the conclusions in words
 
 A base weight is read when its module's turn comes and let go after it.
 """
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
+from lorafold.errors import NoTokenizer
 from lorafold.inspecting import base_svd, reads, words
 from lorafold.inspecting.against import SHOWN, across_layers, compared
 from lorafold.inspecting.residual import Stream, gain, stream_of
@@ -60,8 +62,14 @@ def inspect(
 ) -> Figures:
     """Measure a saved adapter of any method that folds.
 
-    LorafoldError as `load` does, and for a method without updates of matrices.
+    LorafoldError as `load` does, and for a method without updates of matrices. Without a tokenizer
+    the tables of tokens are left out, and `tokens_left_out` says so.
     """
+    left_out = None
+    try:
+        tokenizer = tokenizer_of(source, [path], trust_remote_code)
+    except NoTokenizer as error:
+        tokenizer, left_out = None, f"The tables of tokens are left out: {error}."
     bones = bones_of(source, trust_remote_code)
     adapter = load(bones.model, path, "inspected", allow_other_base=allow_other_base)
     other = (
@@ -75,7 +83,6 @@ def inspect(
         svds[site.path], figures[site.path] = of_site(site, base)
         if progress is not None:
             progress(done, len(laid))
-    tokenizer = tokenizer_of(source, [path], trust_remote_code)
     vectors = (
         None if directions is None else reads.read_vectors(directions, ends_of(bones)[0].shape[1])
     )
@@ -95,6 +102,7 @@ def inspect(
         "sites": figures,
         "layers": across_layers(svds, stream),
         "chance_cosine": chance,
+        "tokens_left_out": left_out,
     }
     if other is not None:
         result["against"] = {
@@ -147,10 +155,12 @@ def kept_of(site: Site, svd: Svd) -> Svd:
 
 
 def words_of(
-    bones: Skeleton, stream: Stream, svds: Mapping[str, Svd], tokenizer: PreTrainedTokenizerBase,
-    vectors: tuple[list[str], torch.Tensor] | None,
+    bones: Skeleton, stream: Stream, svds: Mapping[str, Svd],
+    tokenizer: PreTrainedTokenizerBase | None, vectors: tuple[list[str], torch.Tensor] | None,
 ) -> dict[str, Figures]:  # fmt: skip
-    """What the modules' directions read and write, by path: tokens, and the user's own vectors."""
+    """What the modules' directions read and write, by path: tokens, where there is a tokenizer, and
+    the user's own vectors.
+    """
     model = bones.model
     reading = {
         path: side
@@ -166,16 +176,14 @@ def words_of(
 
     rows_in, rows_out = ends_of(bones)
 
-    def token(number: int) -> str:
-        return str(tokenizer.decode([number]))
-
     found: dict[str, Figures] = {path: {} for path in {**reading, **writing}}
     for verb, sides, rows, through in (
         ("reads", reading, rows_in, None),
         ("writes", writing, rows_out, final),
     ):
-        for path, table in reads.tables(sides, rows, through, token).items():
-            found[path][verb] = table
+        if tokenizer is not None:
+            for path, table in reads.tables(sides, rows, through, token_of(tokenizer)).items():
+                found[path][verb] = table
         if vectors is not None:
             names, matrix = vectors
             streams = {path: side for path, side in sides.items() if not side.of_tokens}
@@ -185,6 +193,10 @@ def words_of(
                     streams[path], svds[path].s, names, matrix
                 )
     return found
+
+
+def token_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    return lambda number: str(tokenizer.decode([number]))
 
 
 def final_gain(bones: Skeleton, stream: Stream) -> torch.Tensor | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any
 
-from lorafold.inspecting.base_svd import COSINE, TOP
+from lorafold.inspecting.against import TOP
+from lorafold.inspecting.base_svd import COSINE
 from lorafold.inspecting.spectra import advice
 
 Figures = Mapping[str, Any]

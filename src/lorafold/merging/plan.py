@@ -24,6 +24,7 @@ from lorafold.merging.config import declared, untied_config, with_biases
 from lorafold.merging.into import PACKING, lay_packing
 from lorafold.models.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton
 from lorafold.models.container import Entry
+from lorafold.models.sources import HUB_FILES, ModelSource
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -61,21 +62,21 @@ class Plan:
 
 
 def plan(
-    source: Path,
+    source: ModelSource,
     adapters: Sequence[str | Path],
     *,
     packing: str | None = None,
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Lay the adapters, in order, over the model in `source` and see what they change.
+    """Lay the adapters, in order, over the model and see what they change.
 
     Nothing is computed or written.
 
     `packing`: a round trip that the weights make beneath the adapters (`into`).
     LorafoldError lists everything that stands in the way of the merge.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, HUB_FILES)  # what is not changed is carried over
     bones = skeleton(checkpoint, trust_remote_code)
     if packing is not None:
         lay_packing(bones.model, packing)
@@ -86,7 +87,7 @@ def plan(
     problems: dict[str, list[str]] = defaultdict(list)
     for place, reason in planned.problems:
         problems[reason].append(place)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     biases: dict[str, Entry] = {}
     try:
         config, biases = with_biases(config, bones, planned.switches)
@@ -113,7 +114,7 @@ def plan(
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
     if not changed and not problems:
-        problems["the adapters change no weight"].append(str(source))
+        problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
         raise NotMergeable(
             "; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items())

@@ -163,7 +163,7 @@ def merge(
         )
         texts = probe_ids(tokenizer, probe) if tokenizer is not None and certificate else []
         planned = plan(
-            source.path,
+            source,
             adapters,
             packing=target.packing,
             allow_other_base=allow_other_base,

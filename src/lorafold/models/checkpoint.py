@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.quietly import loading
 from lorafold.models.sources import ModelSource
-from lorafold.models.weights import INDEX, model_files
+from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
 WEIGHTS = (
     ".safetensors",
@@ -84,11 +85,13 @@ class Skeleton:
     converted: frozenset[str]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the headers of all weight files.
+def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
+    """Read the headers of all weight files. `patterns`: which of the files are going to be read.
 
-    LorafoldError where there are none, or one of those that the index names is missing.
+    LorafoldError where there are none, one of those that the index names is missing, or one is not
+    the one that was written.
     """
+    path = source.intact(*patterns)
     files = model_files(path)
     if missing := [file.name for file in files if not file.is_file()]:
         raise LorafoldError(f"{path}: {INDEX} names files that are not there: {', '.join(missing)}")
@@ -144,7 +147,7 @@ def bones_of(source: ModelSource, trust_remote_code: bool = False) -> Skeleton:
     """The model by that name over its mapped files, as adapters that are laid over it should name
     their base.
     """
-    bones = skeleton(open_checkpoint(source.path), trust_remote_code)
+    bones = skeleton(open_checkpoint(source), trust_remote_code)
     bones.model.config._name_or_path = bones.model.name_or_path = source.name
     return bones
 

@@ -10,7 +10,6 @@ lie in the config (`id2label`), and in the adapter's `lorafold.json`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +115,7 @@ def classes_of_adapter(path: str | Path) -> tuple[str, ...] | None:
 
 def classes_of_model(source: ModelSource) -> tuple[str, ...] | None:
     """The classes of a model that is a classifier itself; None if it is none."""
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    config = source.config()
     if not any(
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
     ):

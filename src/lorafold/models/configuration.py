@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
+from lorafold.files.intact import check_intact
 from lorafold.models.quietly import loading, one_line
 from lorafold.models.sources import ACCEPTED, EMBEDDED, resolve_model
 
@@ -28,9 +29,10 @@ def configuration(
         if path.is_file() and path.suffix == ".gguf":
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         if name == EMBEDDED:
-            return AutoConfig.from_pretrained(resolve_model(name).path)
+            return AutoConfig.from_pretrained(resolve_model(name).intact("config.json"))
         if path.exists() and not (path / "config.json").is_file():
             raise LorafoldError(f"model {name}: no config.json in it; {ACCEPTED}")
+        check_intact(path, ["config.json"])
         try:
             return AutoConfig.from_pretrained(
                 path if path.exists() else name,

@@ -24,7 +24,8 @@ from pydantic import BaseModel, PositiveInt, StringConstraints, TypeAdapter, Val
 from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
-from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
+from lorafold.files.intact import check_intact
+from lorafold.models.weights import MODEL_FILES, FileWeights, ModelWeights, Weights, model_files
 
 Fingerprint = dict[str, dict[str, Any]]
 
@@ -65,8 +66,9 @@ def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
 def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
     """The same from the safetensors files of a model directory.
 
-    LorafoldError where there are none, or one can't be read.
+    LorafoldError where there are none, or one can't be read or was damaged.
     """
+    check_intact(directory, MODEL_FILES)
     return of(FileWeights(model_files(Path(directory))), without)
 
 

@@ -3,17 +3,21 @@
 A quantized GGUF can't be trained as it is, and unpacking takes tens of seconds (SmolLM2-135M: 25
 s). So the first use writes a bf16 safetensors copy with tokenizer and generation config to
 `$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`; later uses, and
-whatever reads safetensors only, take the copy. Its name holds the digest of the GGUF file.
+whatever reads safetensors only, take the copy. Its name holds the digest of the GGUF file. A copy
+that was damaged since is made anew.
 """
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, atomic_directory, sha256
+from lorafold.files.atomic import MANIFEST, atomic_directory, sha256, verify
 from lorafold.files.cache import cache_directory
 from lorafold.models.quietly import loading
 
@@ -34,20 +38,34 @@ def unpacked(gguf: Path) -> Path:
     written.
     """
     copy = cache_directory() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}-{UNPACKING}"
-    if (copy / MANIFEST).is_file():
-        return copy
+    if not (copy / MANIFEST).is_file():
+        with _locked(gguf, copy):
+            if not (copy / MANIFEST).is_file():
+                log.info("unpacking %s to %s (once)", gguf.name, copy)
+                shutil.rmtree(copy, ignore_errors=True)
+                _unpack(gguf, copy)
+    return copy
+
+
+def renew(gguf: Path, copy: Path) -> None:
+    """Make a damaged copy anew, unless another process has. LorafoldError as `unpacked`."""
+    with _locked(gguf, copy):
+        if problems := verify(copy):
+            log.info("%s is damaged (%s): unpacking %s anew", copy, "; ".join(problems), gguf.name)
+            _unpack(gguf, copy)
+
+
+@contextmanager
+def _locked(gguf: Path, copy: Path) -> Iterator[None]:
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(copy.with_name(copy.name + ".lock")):
-            if not (copy / MANIFEST).is_file():
-                log.info("unpacking %s to %s (once)", gguf.name, copy)
-                _unpack(gguf, copy)
+            yield
     except OSError as error:
         raise LorafoldError(
             f"{copy}: the copy of {gguf} was not written: {error.strerror or error}; LORAFOLD_CACHE"
             " moves it"
         ) from error
-    return copy
 
 
 def _unpack(gguf: Path, copy: Path) -> None:
@@ -64,7 +82,7 @@ def _unpack(gguf: Path, copy: Path) -> None:
             gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.bfloat16
         )
         _isolate_digits(tokenizer)
-        with atomic_directory(copy) as tmp:
+        with atomic_directory(copy, overwrite=True) as tmp:
             model.save_pretrained(tmp)
             tokenizer.save_pretrained(tmp)
 

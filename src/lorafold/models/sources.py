@@ -4,12 +4,15 @@ Face hub. Whatever the name, `resolve_model` answers with a directory in Hugging
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
-from lorafold.models.gguf import unpacked
+from lorafold.files.atomic import verify
+from lorafold.files.intact import check_intact
+from lorafold.files.record import read_object
+from lorafold.models.gguf import renew, unpacked
 from lorafold.models.quietly import one_line
 
 if TYPE_CHECKING:
@@ -36,12 +39,28 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: `path`, a directory in Hugging Face's format, and the `name` by
-    which it was asked for.
+    """A model on this machine: `path`, a directory in Hugging Face's format, the `name` by which it
+    was asked for, and the `gguf` file that the directory is a copy of, if it is one.
     """
 
     path: Path
     name: str
+    gguf: Path | None = field(default=None, compare=False)
+
+    def intact(self, *patterns: str) -> Path:
+        """`path`, once the files that are about to be read are known to be those that were written.
+
+        A damaged copy is made anew. LorafoldError where a directory was damaged or changed.
+        """
+        if self.gguf is None:
+            check_intact(self.path, patterns)
+        elif verify(self.path, patterns):
+            renew(self.gguf, self.path)
+        return self.path
+
+    def config(self) -> dict[str, Any]:
+        """What its config.json says. LorafoldError as `intact`, and where that is no JSON."""
+        return read_object(self.intact("config.json") / "config.json")
 
 
 def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
@@ -60,9 +79,10 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
             " this machine"
         )
     if text == EMBEDDED:
-        return ModelSource(unpacked(_embedded_gguf()), text)
+        gguf = _embedded_gguf()
+        return ModelSource(unpacked(gguf), text, gguf)
     if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(unpacked(path.resolve()), text)
+        return ModelSource(unpacked(path.resolve()), text, path.resolve())
     if path.is_dir():
         return ModelSource(_checked(path, text), text)
     if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):

@@ -2,7 +2,6 @@
 adapters and the device suggest, with the reason.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,12 +58,14 @@ def held_as(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
     are packed, else as the adapters were trained on it, if that was packed, else auto.
     LorafoldError where the adapters differ.
     """
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("quantization_config")
+    stored = source.config().get("quantization_config")
     word = base_trained_on(adapters) if stored is None else quantization_of(stored)
     return word if word in QUANTIZATIONS else "auto"
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """The base's own weights, from its files, where a model that is held so does not have them."""
+    """The base's own weights, from its files, where a model that is held so does not have them.
+
+    The files are those that `load_model` has checked.
+    """
     return None if storage.quantization is None else FileWeights(model_files(source.path))

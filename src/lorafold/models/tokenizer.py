@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.quietly import loading
+from lorafold.files.intact import check_intact
+from lorafold.models.loading import load_tokenizer, read_tokenizer
 from lorafold.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
 
 
 def has_tokenizer(adapter: str | Path) -> bool:
+    """LorafoldError where one was written that is damaged or gone."""
+    check_intact(adapter, [CONFIG])
     return (Path(adapter) / CONFIG).is_file()
 
 
@@ -155,7 +157,5 @@ def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _load(path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with loading(f"tokenizer of {path}"):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    directory = ModelSource(Path(path), str(path))
+    return read_tokenizer(directory, f"tokenizer of {path}", trust_remote_code)

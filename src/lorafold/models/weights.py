@@ -23,6 +23,13 @@ from lorafold.errors import LorafoldError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# patterns of what a model is read from, but for its tokenizer
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
 
 
 class Weights(ABC):

@@ -30,13 +30,15 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, VOCABULARY, training_card
-from lorafold.files.record import RECORD, read_object, read_record
+from lorafold.files.intact import check_intact
+from lorafold.files.record import RECORD, read_object
+from lorafold.methods.parts.beside import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import FileWeights, Weights
 from lorafold.peft import tokens
-from lorafold.peft.config import CONFIG, Bias, read_config, write_config
+from lorafold.peft.config import CONFIG, read_config, write_config
 from lorafold.peft.format import ROOT
 from lorafold.peft.places import Parts, Place, places, sites
 from lorafold.peft.selection import Selection, describe
@@ -149,7 +151,7 @@ class Stored:
 def read(path: str | Path) -> Stored:
     """Open an adapter directory.
 
-    LorafoldError lists all that is missing, unreadable or not supported.
+    LorafoldError lists all that is damaged, or all that is missing, unreadable or not supported.
     """
     directory = Path(path)
     if not (directory / CONFIG).is_file():
@@ -158,6 +160,7 @@ def read(path: str | Path) -> Stored:
             f"{path}: no {CONFIG}, so this is no adapter"
             + f"; there is one in {', '.join(inside)}" * bool(inside)
         )
+    check_intact(directory, [CONFIG, WEIGHTS, RECORD])
     problems: list[str] = []
     config = _attempt(problems, lambda: read_config(read_object(directory / CONFIG)))
     weights = _attempt(problems, lambda: _open(directory))
@@ -266,7 +269,7 @@ def _fingerprint(directory: Path) -> Fingerprint:
     """Of the base that the adapter was made on; empty where nothing says (PEFT's own
     directories).
     """
-    record = read_record(directory)
+    record = read_object(directory / RECORD) if (directory / RECORD).is_file() else {}
     try:
         return fingerprint.parse(record.get("base", {}))
     except LorafoldError as e:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, verify
+from lorafold.files.intact import check_intact
 
 
 @dataclass
@@ -66,6 +67,7 @@ class RunDirectory:
 
     def check(self, identity: dict) -> None:
         """LorafoldError unless the run that lies here had the same recipe, model and data."""
+        check_intact(self.path, ["run.json"])
         try:
             found = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):

@@ -31,13 +31,8 @@ from lorafold.data.labelled import (
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.rows import Row
 from lorafold.errors import LorafoldError
-from lorafold.models.classifier import (
-    CLASSES,
-    head_paths,
-    known_classes,
-    load_classifier,
-    padding_id,
-)
+from lorafold.files.card import CLASSES
+from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id
 from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
