@@ -99,7 +99,8 @@ def command(
         typer.Option(
             help=(
                 "A file with a Jinja chat template, used in place of the model's own and saved with"
-                " the adapter."
+                " the adapter; none joins prompt and completion as they stand (a file of that name"
+                " is ./none)."
             )
         ),
     ] = None,

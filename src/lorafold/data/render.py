@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 
 from lorafold.data.rows import Conversation, Message, Row, shape_of
 from lorafold.errors import LorafoldError
+from lorafold.models.joined import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,10 +57,7 @@ def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
             "the tokenizer has neither a chat template nor an end-of-sequence token: answers could"
             " not end"
         )
-    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-    tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + PLAIN_TEMPLATE
+    tokenizer.chat_template = opening(tokenizer) + PLAIN_TEMPLATE
     return (
         "the tokenizer has no chat template: using a plain one (### User: / ### Assistant:,"
         f" answers end with {tokenizer.eos_token})"

@@ -3,7 +3,8 @@ template, saved beside the adapter.
 
     words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        ids by word; those that are new
                                                                     are special tokens, one id each
-    set_template(tokenizer, "chat.jinja")
+    set_template(tokenizer, "chat.jinja")                           or "none": texts are joined as
+                                                                    they stand
     tokenizer_of(source, adapters)                                  the last adapter's that has one,
                                                                     or the model's
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
+from lorafold.models.joined import NONE, joined
 from lorafold.models.loading import load_tokenizer, read_tokenizer
 from lorafold.models.sources import ModelSource
 
@@ -80,17 +82,21 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Give the tokenizer the Jinja chat template of a file.
+    """Give the tokenizer the Jinja chat template of a file, or for "none" that of `joined`.
 
     LorafoldError if it can't be read or is no template.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
+    if path == NONE:
+        tokenizer.chat_template = joined(tokenizer)
+        return
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LorafoldError(
-            f"chat template {path}: can't be read: {getattr(error, 'strerror', None) or error}"
+            f"chat template {path}: can't be read: {getattr(error, 'strerror', None) or error};"
+            f" expected a file with a Jinja template, or {NONE} to join texts as they stand"
         ) from error
     if not text.strip():
         raise LorafoldError(f"chat template {path}: it is empty")

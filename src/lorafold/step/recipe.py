@@ -69,7 +69,11 @@ class Recipe(BaseModel):
         (), description="words that become tokens, or are, whose rows train in embedding and head"
     )
     chat_template: Name | None = Field(
-        None, description="file with a Jinja chat template, used in place of the model's own"
+        None,
+        description=(
+            "file with a Jinja chat template, used in place of the model's own (none: prompt and"
+            " completion are joined as they stand; a file of that name is ./none)"
+        ),
     )
 
     objective: Literal["sft", "classify"] = Field(
