@@ -30,6 +30,7 @@ from lorafold.memory.skeleton import period, skeleton
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.methods.tokens import Tokens
+from lorafold.ops.arithmetic import widens
 from lorafold.train.recipe import Recipe
 
 COMMON = {
@@ -77,6 +78,8 @@ METHODS = [
 
 
 def close(config: Any, setting: Setting) -> None:
+    """16-bit matrices are multiplied as this processor does, or as a scope says."""
+    setting = replace(setting, widened=widens(setting.base.dtype))
     found, blocks = estimate(config, setting), config.num_hidden_layers
     measured = measure(
         lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU
@@ -108,6 +111,10 @@ def test_storages(quantization: str, method: str) -> None:
         CONFIGS["llama"],
         replace(LORA, base=Storage(torch.bfloat16, quantization), spec=make_spec(method)),
     )
+
+
+def test_a_packed_base_whose_matrices_lie_the_other_way_round() -> None:
+    close(CONFIGS["gpt2"], replace(LORA, base=Storage(torch.bfloat16, "nf4")))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -37,6 +37,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+HALF = (torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
 ROWS = 64  # below, reading W is what takes the time, and it is half as long in 16 bits
 _said: ContextVar[bool | None] = ContextVar("widened", default=None)  # None: as the processor is
 
@@ -54,10 +56,12 @@ def multiplying(*, widened: bool) -> Iterator[None]:
         _said.reset(token)
 
 
-def widens(dtype: torch.dtype) -> bool:
-    """Are matrices of a 16-bit dtype widened here: as `multiplying` says, else as this CPU is
-    faster?
+def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
+    """Are matrices of that dtype widened on that device of this machine? On its CPU 16-bit ones
+    are where `multiplying` says so, and else where the CPU is faster so.
     """
+    if dtype not in HALF or device.type != "cpu":
+        return False
     said = _said.get()
     return widening_pays(dtype) if said is None else said
 
@@ -66,13 +70,9 @@ def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype to multiply x (..., in) in: its own, or fp32 where that is clearly faster with the
     conversions counted, or asked for.
     """
-    if (
-        x.dtype not in (torch.bfloat16, torch.float16)
-        or x.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
+    if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
-    return torch.float32 if x.numel() >= ROWS * x.shape[-1] and widens(x.dtype) else x.dtype
+    return torch.float32 if x.numel() >= ROWS * x.shape[-1] else x.dtype
 
 
 @cache
