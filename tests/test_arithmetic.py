@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorafold.bases import layer_of
 from lorafold.ops import arithmetic as module
 from lorafold.ops import cross_entropy
-from lorafold.ops.arithmetic import ROWS, arithmetic, linear
+from lorafold.ops.arithmetic import ROWS, arithmetic, linear, multiplying
 from lorafold.ops.attention import Documents, document_attention
 from lorafold.ops.cross_entropy import LinearHead, linear_cross_entropy
 from lorafold.ops.dropout import Dropped, emptied, keep_scale
@@ -124,10 +124,9 @@ def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cross_entropy, "CHUNK", T - 10)
     truth = run(op, torch.float64)
     found = {}
-    for pays, dtype in ((False, torch.bfloat16), (True, torch.float32)):
-        monkeypatch.setattr(module, "widening_pays", lambda dtype, pays=pays: pays)
-        with Products() as products:
-            found[pays] = run(op, torch.bfloat16)
+    for widened, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        with multiplying(widened=widened), Products() as products:
+            found[widened] = run(op, torch.bfloat16)
         assert products.dtypes == {dtype}
     for own, wide, true in zip(found[False], found[True], truth, strict=True):
         error, peer = ((z.double() - true).norm() / true.norm() for z in (wide, own))
@@ -136,8 +135,8 @@ def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch)
         assert error < 0.01
 
 
-def test_only_16_bit_products_of_many_rows_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "widening_pays", lambda dtype: True)
+@multiplying(widened=True)
+def test_only_16_bit_products_of_many_rows_are_widened() -> None:
     wide = {
         dtype: arithmetic(X.to(dtype))
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -164,6 +163,7 @@ PROCESSORS = {
         False,
     ),
     "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
+    "amd-avx2": ("AuthenticAMD avx2 f16c", False, False, True, True),
     "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),
 }
 

@@ -29,6 +29,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import period, skeleton
 from lorafold.models.storage import Storage
+from lorafold.ops.arithmetic import widens
 from lorafold.step.recipe import Recipe
 
 COMMON = {
@@ -76,6 +77,8 @@ METHODS = [
 
 
 def close(config: Any, setting: Setting) -> None:
+    """16-bit matrices are multiplied as this processor does, or as a scope says."""
+    setting = replace(setting, widened=widens(setting.base.dtype))
     found, blocks = estimate(config, setting), config.num_hidden_layers
     measured = measure(
         lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU
@@ -107,6 +110,10 @@ def test_storages(quantization: str, method: str) -> None:
         CONFIGS["llama"],
         replace(LORA, base=Storage(torch.bfloat16, quantization), spec=make_spec(method)),
     )
+
+
+def test_a_packed_base_whose_matrices_lie_the_other_way_round() -> None:
+    close(CONFIGS["gpt2"], replace(LORA, base=Storage(torch.bfloat16, "nf4")))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

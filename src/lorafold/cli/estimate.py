@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from lorafold.cli.common import (
-    DeviceOption,
     JsonOption,
     ModelOption,
     RevisionOption,
@@ -33,9 +32,11 @@ EPILOG = """Modes: inference; full (every weight in fp32, AdamW); lora (over a b
 (over a base in 4 bits); or any method of `lorafold train` by its word, over a base in 4 bits.
 --base says otherwise.
 
-Counted is what torch's allocator gives out at the peak, of a step as this machine's CPU runs it;
-none was measured on a GPU yet. The process itself, kernels' scratch and gaps between blocks come on
-top: leave a tenth of the device free."""
+Counted is what torch's allocator gives out at the peak of a step that multiplies 16-bit matrices
+as they are, as accelerators do: the same number on every machine that asks. --device cpu and
+--measure ask about this machine, whose CPU may be faster with copies of them in fp32. Else the step
+is a CPU's; none was measured on a GPU yet. The process itself, kernels' scratch and gaps between
+blocks come on top: leave a tenth of the device free."""
 
 
 def command(
@@ -92,7 +93,15 @@ def command(
             help="Print the usual rules of thumb beside estimates, in Markdown, and stop.",
         ),
     ] = False,
-    device: DeviceOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "cpu: this machine's own. --measure runs on it, or on cuda, cuda:N or mps; without"
+                " it on the fastest kind that is there."
+            )
+        ),
+    ] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
@@ -117,22 +126,27 @@ def command(
         optimizer=optimizer,
         gradient_checkpointing=gradient_checkpointing,
     )
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from lorafold.machine.devices import choose_device
     from lorafold.memory.advice import advise
     from lorafold.memory.measure import measure as measured
     from lorafold.memory.modes import llama, setting_of
-    from lorafold.memory.report import bars, beside, page, verdict
+    from lorafold.memory.report import about, bars, beside, page, verdict
     from lorafold.memory.terms import estimate
     from lorafold.models.configuration import configuration
     from lorafold.models.loading import load_model
+    from lorafold.ops.arithmetic import widens
 
-    config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
     asked = setting_of(mode, recipe, batch, seq, labelled)
+    config = configuration(model, revision, trust_remote_code) if params is None else llama(params)
+    on = choose_device(device) if measure else None
+    here = (device if on is None else on.type) == "cpu"
+    if here:
+        asked = replace(asked, widened=widens(asked.base.dtype))
     found = estimate(config, asked)
     result: dict[str, Any] = {"total": found.total, **found.terms, "fits": None}
-    said = []
+    said = [about(asked)] * here
     if memory is not None:
         with messages().status("looking for what fits: some twenty settings are traced"):
             advice = advise(config, asked, memory)
@@ -140,8 +154,7 @@ def command(
             f"largest_{k}" if k in ("batch", "length") else k: v for k, v in asdict(advice).items()
         }
         said += verdict(advice, asked)
-    if measure:
-        on = choose_device(device)
+    if on is not None:
         with messages().status("two real steps"):
             result["measured"] = measured(
                 lambda: load_model(model, asked.base, on, revision, trust_remote_code), asked, on

@@ -5,6 +5,7 @@ activations.
 
 `gradient_checkpointing: auto` turns it on where a step would not fit without. Where nothing fits
 the run is warned, with what would help, and goes on: an estimate is no verdict on a machine. It
+is of this machine, whose CPU may multiply 16-bit matrices in fp32 (the line then says so). It
 follows the CPU's rules also for a GPU, which holds less in attention.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
@@ -26,6 +28,7 @@ from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.storage import Storage
+from lorafold.ops.arithmetic import CPU, widens
 from lorafold.step.adamw import in_words
 from lorafold.step.recipe import Recipe
 
@@ -41,9 +44,10 @@ def planned(
     beside: Callable[[Any], Mapping[str, Any]],
     classes: int = 0,
     processes: int = 1,
+    device: torch.device = CPU,
 ) -> Setting:
     """The part of a step that holds most, of the run's first thousand steps, with the recipe's
-    method and optimizer.
+    method and optimizer, on that device of this machine.
     """
     packed = recipe.packing and not classes
     steps = islice(
@@ -72,6 +76,7 @@ def planned(
         classes=classes,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=any(len(run) > 1 for run in runs),
+        widened=widens(storage.dtype, device),
     )
 
 
@@ -104,7 +109,10 @@ def settle(
             why = f"; gradient checkpointing is on, without it it would be {in_words(found.total)}"
             found = estimate(config, setting)
         console.print(
-            f"memory: {summary(found)}; {in_words(free)} free{why}", highlight=False, soft_wrap=True
+            f"memory: {summary(found)}{', 16-bit products in fp32' * setting.widened};"
+            f" {in_words(free)} free{why}",
+            highlight=False,
+            soft_wrap=True,
         )
         if not fits(found):
             words = [

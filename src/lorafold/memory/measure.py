@@ -20,6 +20,7 @@ from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.memory.trace import Setting
+from lorafold.ops.arithmetic import multiplying
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer
 from lorafold.step.documents import packed
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
     """Bytes at the peak of the second of two steps on random tokens, or of a prompt and the token
-    after it; the model's own included.
+    after it; the model's own included. 16-bit matrices are multiplied as the setting says.
     """
     before = living(device)
     model = load()
-    with answering(model, setting) if setting.spec is None else training(model, setting) as step:
+    run = answering if setting.spec is None else training
+    with multiplying(widened=setting.widened), run(model, setting) as step:
         return peak_of(step, device) - before
 
 

@@ -62,6 +62,12 @@ def verdict(advice: Advice, asked: Setting) -> list[str]:
     return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 
 
+def about(asked: Setting) -> str:
+    """What an estimate for this machine's CPU is about."""
+    how = "in fp32" if asked.widened else "as they are"
+    return f"of this machine's CPU, which multiplies 16-bit matrices {how}"
+
+
 def beside(found: Estimate, measured: int) -> str:
     """The estimate beside what was measured."""
     return (

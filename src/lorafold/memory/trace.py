@@ -25,6 +25,7 @@ from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.models.fake import no_values, skeleton
 from lorafold.models.quietly import one_line
 from lorafold.models.storage import Storage
+from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.attention import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
@@ -49,8 +50,10 @@ class Setting:
     rows: those computed at a time, in tokens, end to end if they are packed and else filled up to
     the longest; `labelled` of the tokens count in the loss (None: all that can). classes: how many
     kinds of text the model tells apart, 0 if it says the next token. accumulating: the gradients of
-    an earlier part of the step are there already. Inference reads the rows but for their last
-    token, then that one.
+    an earlier part of the step are there already. widened: 16-bit matrices are multiplied in fp32,
+    as some CPUs are faster (`ops.arithmetic.widens`), and not as they are, which holds less. No
+    field asks what machine this is. Inference reads the rows but for their last token, then that
+    one.
     """
 
     base: Storage
@@ -64,6 +67,7 @@ class Setting:
     checkpointing: bool = False
     optimizer: str = "adamw"
     accumulating: bool = False
+    widened: bool = False
 
     @property
     def batch(self) -> int:
@@ -111,11 +115,11 @@ class Held:
 
 
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
-    """What the first so many blocks hold, between embedding and head.
+    """What the first so many blocks hold, between embedding and head: the same on every machine.
 
     LorafoldError where a method's code can't do without values.
     """
-    with unswept(), no_values(), Ledger() as ledger:
+    with unswept(), no_values(), multiplying(widened=setting.widened), Ledger() as ledger:
         step = inference if setting.spec is None else training
         try:
             return step(skeleton(config, setting.base, blocks, setting.classes), setting, ledger)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lorafold.bases import layer_of
 from lorafold.bases.quantized import PACKERS
 from lorafold.models.quantized import packable
 from lorafold.models.quietly import loading
@@ -73,9 +74,8 @@ def skeleton(
     if storage.quantization is not None:
         for path in packable(model):
             parent, _, name = path.rpartition(".")
-            setattr(
-                model.get_submodule(parent),
-                name,
-                PACKERS[storage.quantization](model.get_submodule(path).weight),
-            )
+            w, b = layer_of(model.get_submodule(path)).dense()
+            packed = PACKERS[storage.quantization](w)
+            packed._parameters["bias"] = b  # type: ignore[assignment]
+            setattr(model.get_submodule(parent), name, packed)
     return model

@@ -10,6 +10,12 @@ instruction for it a tenth or less; there, a pass over memory to widen both matr
 back. What the processor is decides, not a stopwatch, so that a run repeats itself on a busy machine
 too.
 
+    with multiplying(widened=True): ...     decides in the processor's place, until the `with` ends
+
+A backward multiplies in what its forward did, wherever it runs. Checkpointed blocks run their
+forward anew in the backward, which then belongs into the scope too. Graphs that `torch.compile`
+makes, and devices other than the CPU, multiply 16-bit matrices as they are, whatever is said here.
+
 1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
 but without AMX 165 and 300, its gradient 165 and 280; the same held to AVX2 27 and 280, its
 gradient 5 and 285. AMD EPYC with AVX512-BF16: bf16 400, fp32 140 to 180.
@@ -18,6 +24,9 @@ gradient 5 and 285. AMD EPYC with AVX512-BF16: bf16 400, fp32 140 to 180.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,20 +37,42 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+HALF = (torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
 ROWS = 64  # below, reading W is what takes the time, and it is half as long in 16 bits
+_said: ContextVar[bool | None] = ContextVar("widened", default=None)  # None: as the processor is
+
+
+@contextmanager
+def multiplying(*, widened: bool) -> Iterator[None]:
+    """Multiply 16-bit matrices widened to fp32, or as they are, whatever processor this is.
+
+    It holds in this thread or task, until the `with` ends. The innermost of several counts.
+    """
+    token = _said.set(widened)
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
+def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
+    """Are matrices of that dtype widened on that device of this machine? On its CPU 16-bit ones
+    are where `multiplying` says so, and else where the CPU is faster so.
+    """
+    if dtype not in HALF or device.type != "cpu":
+        return False
+    said = _said.get()
+    return widening_pays(dtype) if said is None else said
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype to multiply x (..., in) in: its own, or fp32 where that is clearly faster with the
-    conversions counted.
+    conversions counted, or asked for.
     """
-    if (
-        x.dtype not in (torch.bfloat16, torch.float16)
-        or x.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
+    if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
-    return torch.float32 if x.numel() >= ROWS * x.shape[-1] and widening_pays(x.dtype) else x.dtype
+    return torch.float32 if x.numel() >= ROWS * x.shape[-1] else x.dtype
 
 
 @cache

@@ -195,7 +195,8 @@ class _DocumentAttention(Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
-        kv_heads, dtype = k.shape[1], arithmetic(q)
+        ctx.dtype = dtype = arithmetic(q)
+        kv_heads = k.shape[1]
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for tile in docs.tiles():
             qi, ki, vi = tile.queries(q, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
@@ -207,7 +208,7 @@ class _DocumentAttention(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
-        kv_heads, dtype = k.shape[1], arithmetic(q)
+        kv_heads, dtype = k.shape[1], ctx.dtype
         # in bf16 a key's gradient would lose to rounding with every tile it adds
         wide = torch.promote_types(k.dtype, torch.float32)
         gq, gk, gv = (

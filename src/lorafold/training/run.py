@@ -101,6 +101,7 @@ def train(request: Request, console: Console) -> Trained:
         beside,
         len(objective.classes),
         accelerator.num_processes,
+        device,
     )
     config = configuration(str(source.path), trust_remote_code=request.trust_remote_code)
     checkpointing = settle(
