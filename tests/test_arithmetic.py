@@ -48,6 +48,7 @@ def dropped(x: Tensor) -> Dropped:
 # what differentiates, and what does it, for tensors of any dtype
 OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "linear": ((X, W), linear),
+    "linear-biased": ((X, W, ONTO[0]), linear),
     "frozen": ((X, ONTO), lambda x, onto: frozen_linear(x, onto, W.to)),
     "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
     "low-rank": (
@@ -68,6 +69,7 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
         lambda x: _LinearHead.apply(x, TARGETS, W.to(x.dtype), ONTO[0].to(x.dtype), 0.5, 3.0) / T,
     ),
     "layer": ((X,), lambda x: layer_of(plain(x.dtype))(x)),
+    "layer-trained": ((X,), lambda x: layer_of(plain(x.dtype).requires_grad_())(x)),
 }
 
 

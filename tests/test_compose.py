@@ -21,9 +21,9 @@ from lorafold.compose.arithmetic import cut, disjoint_mean, drop, inner, trim
 from lorafold.compose.job import Request
 from lorafold.compose.rules import RULES
 from lorafold.compose.run import compose
+from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.io.models import load_model
-from lorafold.merge.rounding import generator_of
 from lorafold.ops.svd import svd_of_product
 from test_merge import adapted_logits, logits, make_adapter, relative
 

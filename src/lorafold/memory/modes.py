@@ -19,6 +19,7 @@ from lorafold.io.models import Storage
 from lorafold.io.quantized import QUANTIZATIONS
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
+from lorafold.train.adamw import check_rounding
 from lorafold.train.base import whole_base
 from lorafold.train.recipe import Recipe
 
@@ -50,8 +51,8 @@ def setting_of(
 ) -> Setting:
     """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode.
 
-    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, and
-    for more labels than there are tokens.
+    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, for
+    more labels than there are tokens, and for an optimizer that would lose a method's updates.
     """
     if unread := sorted(recipe.model_fields_set - READ):
         raise LorafoldError(
@@ -69,9 +70,11 @@ def setting_of(
         return Setting(stored(recipe.base), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = make_spec(recipe.method, **recipe.method_options())
-    base = whole_base(recipe) if spec.trains_base else recipe.base
+    base = stored(whole_base(recipe) if spec.trains_base else recipe.base)
+    if spec.trains_base:
+        check_rounding(optimizer, [base.dtype])
     return Setting(
-        stored(base),
+        base,
         spec,
         recipe.targets,
         rows=(length,) * batch,

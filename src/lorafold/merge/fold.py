@@ -22,13 +22,14 @@ from torch import Tensor
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
+from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.io.atomic import write_json
 from lorafold.io.weights import INDEX
 from lorafold.merge.container import write_container
 from lorafold.merge.into import PACKING
 from lorafold.merge.plan import Plan, deltas_of
-from lorafold.merge.rounding import Rounding, Sums, generator_of, round_to
+from lorafold.merge.rounding import Rounding, Sums, round_to
 from lorafold.merge.stored import as_stored, settled
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
