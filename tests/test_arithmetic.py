@@ -48,6 +48,7 @@ def dropped(x: Tensor) -> Dropped:
 # what differentiates, and what does it, for tensors of any dtype
 OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "linear": ((X, W), linear),
+    "linear-biased": ((X, W, ONTO[0]), linear),
     "frozen": ((X, ONTO), lambda x, onto: frozen_linear(x, onto, W.to)),
     "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
     "low-rank": (
@@ -76,6 +77,7 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
         ),
     ),
     "layer": ((X,), lambda x: layer_of(plain(x.dtype))(x)),
+    "layer-trained": ((X,), lambda x: layer_of(plain(x.dtype).requires_grad_())(x)),
 }
 
 

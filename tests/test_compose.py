@@ -21,8 +21,8 @@ from lorafold.composing.arithmetic import cut, disjoint_mean, drop, inner, trim
 from lorafold.composing.job import Request
 from lorafold.composing.rules import RULES
 from lorafold.composing.run import compose
+from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
-from lorafold.fold.rounding import generator_of
 from lorafold.models.loading import load_model
 from lorafold.ops.svd import svd_of_product
 from test_merge import adapted_logits, logits, make_adapter, relative

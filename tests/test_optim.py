@@ -117,18 +117,17 @@ def test_auto_is_fp32_unless_memory_is_short_on_cuda(
     assert choose(parameters, device, free) == (name, why)
 
 
-def test_the_line_says_so_where_all_state_stays_fp32_or_is_not_fp32() -> None:
+def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() -> None:
     def line(name: str, dtype: torch.dtype) -> str:
-        return adamw.described(
-            adamw.Choice(name, "why"), [{"params": [nn.Parameter(torch.zeros(1000, dtype=dtype))]}]
-        )
+        parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
+        return adamw.described(adamw.Choice(name, "why"), [{"params": parameters}], 7)
 
     assert (
         line("adamw8bit", torch.float32)
         == "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)"
     )
-    assert (
-        line("adamw", torch.bfloat16) == "optimizer: adamw with torch.bfloat16 state, 4.0 kB (why)"
+    assert line("adamw", torch.bfloat16) == (
+        "optimizer: adamw with fp32 state, 8.0 kB (why); updates rounded stochastically, seed 7"
     )
 
 

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from lorafold.core.rounding import generator_of, stochastic
 from lorafold.errors import LorafoldError
-from lorafold.fold.rounding import CHUNK, Sums, generator_of, round_to, stochastic
+from lorafold.fold.rounding import CHUNK, Sums, round_to
 
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -25,8 +25,8 @@ import torch
 from lorafold.composing.arithmetic import Joined, Kept, disjoint_mean, drop, summed, times, trim
 from lorafold.composing.updates import Change, Site, change_of, dense
 from lorafold.core.delta import Additive
+from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
-from lorafold.fold.rounding import generator_of
 
 
 def average(n: int) -> float:

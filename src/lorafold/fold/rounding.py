@@ -17,13 +17,13 @@ A weight stored in fp32 is kept as it is. Works in chunks of rows: its temporari
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lorafold.core.rounding import stochastic
 from lorafold.errors import LorafoldError
 
 Rounding = Literal["auto", "nearest", "stochastic"]
@@ -62,29 +62,6 @@ class Rounded:
     tensor: Tensor
     sums: Sums
     how: str
-
-
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """The random stream of one tensor: it depends on its name and not on the shard it lies in."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x (fp32 or fp64, finite) to a narrower dtype: one of its two neighbours there, right in
-    expectation.
-
-    Exact also among the subnormals of `dtype`, where the unit no longer shrinks with x.
-    """
-    info = torch.finfo(dtype)
-    x = x.float()
-    # the power of two at or under |x|
-    binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-    unit = binade.clamp_min_(info.smallest_normal).mul_(info.eps)
-    steps = x.abs().div_(unit)  # exact: unit is a power of two
-    lower = steps.floor()
-    up = torch.rand(x.shape, generator=generator) < steps.sub_(lower)
-    return lower.add_(up).mul_(unit).copysign_(x).to(dtype)
 
 
 def round_to(

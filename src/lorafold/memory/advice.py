@@ -75,7 +75,9 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
         return
     if not setting.checkpointing:
         yield "gradient checkpointing", replace(setting, checkpointing=True)
-    if setting.optimizer == "adamw":
+    if setting.optimizer == "adamw" and not (
+        setting.spec.trains_base and setting.base.dtype.itemsize == 2
+    ):
         yield "optimizer adamw8bit", replace(setting, optimizer="adamw8bit")
     if not setting.spec.trains_base:
         yield from packed(setting)

@@ -21,6 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
 from lorafold.models.quantized import QUANTIZATIONS
 from lorafold.models.storage import Storage
+from lorafold.step.adamw import check_rounding
 from lorafold.step.fitting import spec_of, whole_base
 from lorafold.step.recipe import OF_METHOD, Recipe
 
@@ -43,8 +44,8 @@ def setting_of(
 ) -> Setting:
     """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode.
 
-    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, and
-    for more labels than there are tokens.
+    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, for
+    more labels than there are tokens, and for an optimizer that would lose a method's updates.
     """
     if unread := sorted(recipe.model_fields_set - READ):
         raise LorafoldError(
@@ -62,9 +63,11 @@ def setting_of(
         return Setting(stored(recipe.base), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
-    base = whole_base(recipe) if spec.trains_base else recipe.base
+    base = stored(whole_base(recipe) if spec.trains_base else recipe.base)
+    if spec.trains_base:
+        check_rounding(optimizer, [base.dtype])
     return Setting(
-        stored(base),
+        base,
         spec,
         recipe.targets,
         rows=(length,) * batch,

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
+from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.fold.plan import deltas_of, fold
-from lorafold.fold.rounding import Rounding, Sums, generator_of, round_to
+from lorafold.fold.rounding import Rounding, Sums, round_to
 from lorafold.merging.into import PACKING
 from lorafold.merging.plan import Plan
 from lorafold.merging.stored import as_stored, settled

@@ -3,10 +3,12 @@
     y = layer(x)                    W itself is the parameter; there is no second copy and nothing
                                     to fold
 
-The yardstick of every other method, at 16 bytes a parameter in fp32 with AdamW. As an adapter it is
-the exception to two rules: `only(model)` is the model as trained so far, since the old weights are
-gone, and `detach` keeps what was learned. What it saves is a plain model (`write_model`). It needs
-a base in fp32: at its learning rate most updates are under half a unit of a bf16 weight.
+The yardstick of every other method. With gradients and AdamW's moments, which are in fp32, a
+parameter takes 16 bytes on a base in fp32 and 12 on one in bf16. On the latter most updates are
+under half a unit of the weight, so the optimizer has to round them stochastically, as
+`train.rounded_adamw` does. As an adapter it is the exception to two rules: `only(model)` is the
+model as trained so far, since the old weights are gone, and `detach` keeps what was learned. What
+it saves is a plain model (`write_model`).
 """
 
 from __future__ import annotations

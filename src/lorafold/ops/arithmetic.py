@@ -90,25 +90,29 @@ def widening_pays(dtype: torch.dtype) -> bool:
 
 
 class _Widened(Function):
-    """x m^T in fp32, which keeps what it was given and no wider copy."""
+    """x m^T + b in fp32, which keeps what it was given and no wider copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, m)
-        return (x.float() @ m.float().t()).to(x.dtype)
+        ctx.bias = None if b is None else b.dtype
+        y = F.linear(x.float(), m.float(), None if b is None else b.float())
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, m = ctx.saved_tensors
         wide = g.float()
-        gx = (wide @ m.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return gx, (wide.t() @ x.float()).to(m.dtype) if ctx.needs_input_grad[1] else None
+        need_x, need_m, need_b = ctx.needs_input_grad
+        gx = (wide @ m.float()).to(x.dtype) if need_x else None
+        gm = (wide.t() @ x.float()).to(m.dtype) if need_m else None
+        return gx, gm, wide.sum(0).to(ctx.bias) if need_b else None
 
 
-def linear(x: Tensor, m: Tensor) -> Tensor:
-    """x (..., in), m (k, in) of any dtype -> x m^T (..., k) in x's dtype."""
+def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
+    """x (..., in), m (k, in), b (k,) of any dtype -> x m^T + b (..., k) in x's dtype."""
     if arithmetic(x) is x.dtype:
-        return F.linear(x, m.to(x.dtype))
-    y: Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), m)
+        return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
+    y: Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), m, b)
     return y.view(*x.shape[:-1], -1)

@@ -1,6 +1,7 @@
 """AdamW in three forms, which differ in how they hold its two moments, and the choice among them.
 
-    adamw             torch's; fp32, 8 bytes a parameter
+    adamw             fp32, 8 bytes a parameter: torch's, or where parameters in 16 bits are
+                      trained `rounded_adamw`, whose seed is the recipe's
     adamw8bit         bitsandbytes'; 8 bits and an fp32 scale for every 256, 2.03 bytes a parameter
                       (tensors under 4,096 elements: fp32)
     paged-adamw8bit   the same, in memory that CUDA moves to the host while something else needs the
@@ -8,12 +9,13 @@
 
 Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
 (paging: a spike of activations then waits for a transfer instead of ending the run). `auto` takes
-fp32 as long as there is room for it.
+fp32 as long as there is room for it. The 8-bit ones round every update to the nearest, so they are
+refused where parameters in 16 bits are trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from lorafold.bases.quantized import bitsandbytes
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
 from lorafold.step.recipe import Recipe
+from lorafold.step.rounded_adamw import RoundedAdamW, narrow
 
 PAGED = "paged-adamw8bit"
 SMALL = 4096  # elements from which bitsandbytes holds state in 8 bits
@@ -68,6 +71,8 @@ def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) 
         choice = Choice(asked, "")
     elif before:
         choice = Choice(before, "as before the stop")
+    elif any(map(narrow, trained(groups))):
+        choice = Choice("adamw", "16-bit weights are trained")
     else:
         choice = choose(
             sum(p.numel() for p in trained(groups)), device, free_everywhere(accelerator)
@@ -87,16 +92,20 @@ def free_everywhere(accelerator: Accelerator) -> int:
 
 
 def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:
-    """LorafoldError where bitsandbytes, which has the 8-bit ones, is not installed."""
+    """LorafoldError where bitsandbytes, which has the 8-bit ones, is not installed, and for these
+    over parameters in 16 bits.
+    """
+    check_rounding(name, (p.dtype for p in trained(groups)))
     options: dict[str, Any] = {
         "betas": recipe.betas,
         "eps": recipe.eps,
         "weight_decay": recipe.weight_decay,
     }
     if name == "adamw":
-        return AdamW(
-            groups, fused=all(p.device.type in ("cpu", "cuda") for p in trained(groups)), **options
-        )
+        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in trained(groups))
+        if any(map(narrow, trained(groups))):
+            return RoundedAdamW(groups, seed=recipe.seed, **options)
+        return AdamW(groups, **options)
     kinds = bitsandbytes_optimizers(name)
     # elsewhere bitsandbytes would warn, and not page either
     paged = name == PAGED and all(p.is_cuda for p in trained(groups))
@@ -107,6 +116,16 @@ def check_available(asked: str) -> None:
     """LorafoldError for an optimizer that can't be made here, before anything else is done."""
     if asked not in ("auto", "adamw"):
         bitsandbytes_optimizers(asked)
+
+
+def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
+    """LorafoldError for an 8-bit optimizer over parameters of these dtypes if any has 16 bits."""
+    found = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
+    if asked not in ("auto", "adamw") and found:
+        raise LorafoldError(
+            f"optimizer {asked} rounds updates to the nearest, and weights in {' and '.join(found)}"
+            " would lose those under half a unit; expected optimizer adamw, or base fp32"
+        )
 
 
 def bitsandbytes_optimizers(name: str) -> Any:
@@ -120,31 +139,29 @@ def bitsandbytes_optimizers(name: str) -> Any:
         ) from None
 
 
-def described(choice: Choice, groups: list[dict]) -> str:
-    """One line for people: which, how its state is held, how large it is, and why."""
+def described(choice: Choice, groups: list[dict], seed: int) -> str:
+    """One line for people: which, how its state is held, how large it is, why, and how updates are
+    rounded.
+    """
     parameters = trained(groups)
     eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in parameters)
-    own = {p.dtype for p in parameters}  # torch's AdamW holds state as its weights are held
-    kind = (
-        "8-bit"
-        if eight and not small
-        else "fp32"
-        if eight or own == {torch.float32}
-        else "/".join(sorted(map(str, own)))
-    )
+    kind = "8-bit" if eight and not small else "fp32"
+    rounds = f"; updates rounded stochastically, seed {seed}" * any(map(narrow, parameters))
     why = [choice.why] * bool(choice.why) + [f"no tensor has {SMALL:,} elements"] * (
         eight and small
     )
     size = in_words(state_bytes(choice.name, parameters))
-    return f"optimizer: {choice.name} with {kind} state, {size}" + (
-        f" ({'; '.join(why)})" if why else ""
+    return (
+        f"optimizer: {choice.name} with {kind} state, {size}"
+        + (f" ({'; '.join(why)})" if why else "")
+        + rounds
     )
 
 
 def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
     """Bytes of the two moments of these parameters."""
     if name == "adamw":
-        return sum(2 * p.numel() * p.element_size() for p in parameters)
+        return sum(8 * p.numel() for p in parameters)
     return sum(
         8 * n if n < SMALL else 2 * n + 8 * ceil(n / 256) for n in (p.numel() for p in parameters)
     )

@@ -30,7 +30,14 @@ from lorafold.models.storage import choose_storage, weights_of
 from lorafold.models.tokenizer import Words, has_tokenizer
 from lorafold.peft import directory as peft
 from lorafold.step.activations import recompute
-from lorafold.step.adamw import check_available, described, free_everywhere, make_optimizer, pick
+from lorafold.step.adamw import (
+    check_available,
+    check_rounding,
+    described,
+    free_everywhere,
+    make_optimizer,
+    pick,
+)
 from lorafold.step.fitting import settled_base, spec_of, without
 from lorafold.step.fused import fused
 from lorafold.step.losses import Loss
@@ -76,10 +83,12 @@ def train(request: Request, console: Console) -> Trained:
         update={"base": settled_base(request.recipe, spec, source, request.init_adapter)}
     )
     request = replace(request, recipe=recipe)
-    tokenizer, words = tokenizer_for(request, source, objective, console)
-    data, held_out = tokenized(request, tokenizer, objective, console)
     device = choose_device(request.device)
     storage = choose_storage(recipe.base, device)
+    if spec.trains_base:
+        check_rounding(recipe.optimizer, [storage.dtype])
+    tokenizer, words = tokenizer_for(request, source, objective, console)
+    data, held_out = tokenized(request, tokenizer, objective, console)
     console.print(f"base: {storage.why}", highlight=False)
     # trackers' own; they outlive the checkpoints
     logs = str(request.out.with_name(request.out.name + ".logs"))
@@ -197,7 +206,7 @@ def prepare(
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
-    console.print(described(chosen, groups), highlight=False, soft_wrap=True)
+    console.print(described(chosen, groups, recipe.seed), highlight=False, soft_wrap=True)
     wrapped, optimizer = accelerator.prepare(loss, make_optimizer(chosen.name, groups, recipe))
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
