@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lorafold as lf
+from lorafold.bases import layer_of
 from lorafold.core.rounding import rounded
 from lorafold.methods import make_spec
 from lorafold.methods.dora import DoRADelta
@@ -136,7 +137,7 @@ def test_norms_are_kept_only_while_nothing_changes() -> None:
     x = torch.randn(5, 96)
 
     def law_holds() -> bool:
-        w, b = delta.fold(root[0].weight, root[0].bias)
+        w, b = delta.fold(*layer_of(root[0]).dense())
         return torch.allclose(root(x), x @ w.t() + b, atol=1e-5)
 
     with torch.no_grad():

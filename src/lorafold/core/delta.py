@@ -32,6 +32,7 @@ class Delta(nn.Module, ABC):
     """
 
     up_names: tuple[str, ...] = ()  # parameters that take the up factor's learning rate (LoRA+)
+    in_place = False  # its parameters are the module's own, so that nothing lies over them
     # tensors that checkpoints of a run hold and adapter files do not
     run_names: tuple[str, ...] = ()
 

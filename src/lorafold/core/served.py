@@ -176,12 +176,14 @@ class Read:
         if self.name not in module._parameters:
             raise AttributeError(self.name)  # Python asks nn.Module's __getattr__ then
         own = module._parameters[self.name]
-        live: dict[str, Any] = {
-            n: module.deltas[n] for n in module.selection.names if n in module.deltas
+        live = {
+            name: delta
+            for name in module.selection.names
+            if name in module.deltas and not (delta := module.deltas[name]).in_place
         }
         if not live:
             return own
-        reading = Reading(module.layer_class(module), live, module.site)
+        reading = Reading(module.layer_class(module), live, module.site)  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
             return reading.folded()[self.name]
         if own is None and reading.gained() is None:

@@ -29,6 +29,8 @@ from lorafold.errors import LorafoldError
 class FullDelta(Delta):
     """Holds the very Parameters of one module, under their names."""
 
+    in_place = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         for name, p in module._parameters.items():
