@@ -73,8 +73,8 @@ class Reading:
     def _refused(self, why: str) -> NotMergeable:
         return NotMergeable(
             f"{self.site} ({type(self.base.module).__name__}): the model reads its weight or bias"
-            f" past its forward, and {why}; leave the module out of the targets, or read what is stored"
-            " in the state dict"
+            f" past its forward, and {why}; leave the module out of the targets, or read what is"
+            " stored in the state dict"
         )
 
     def leaves(self) -> list[Tensor]:

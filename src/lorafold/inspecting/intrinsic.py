@@ -115,7 +115,10 @@ def check(out: Path, identity: dict) -> None:
     """Start the directory, or see that it is this search's."""
     file = out / "search.json"
     if file.exists():
-        if read_object(file) != json.loads(json.dumps(identity)):
+        found = read_object(file)
+        # fields that the recipe did not know yet count as their defaults
+        found["recipe"] = Recipe().model_dump(mode="json") | found.get("recipe", {})
+        if found != json.loads(json.dumps(identity)):
             raise LorafoldError(
                 f"{out} holds another search: its model, data or recipe differ; choose another"
                 " --out"

@@ -65,8 +65,10 @@ class RunDirectory:
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
-    def check(self, identity: dict) -> None:
-        """LorafoldError unless the run that lies here had the same recipe, model and data."""
+    def check(self, identity: dict, defaults: dict) -> None:
+        """LorafoldError unless the run that lies here had the same recipe, model and data. Fields
+        that its recipe did not know yet count as their `defaults`.
+        """
         check_intact(self.path, ["run.json"])
         try:
             found = json.loads((self.path / "run.json").read_text())
@@ -74,6 +76,7 @@ class RunDirectory:
             raise LorafoldError(
                 f"{self.path}: no run to resume there; start it without --resume"
             ) from None
+        found |= {k: defaults[k] for k in identity if k in defaults and k not in found}
         differing = [
             k for k in sorted(set(found) | set(identity)) if found.get(k) != identity.get(k)
         ]

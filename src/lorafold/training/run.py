@@ -195,7 +195,7 @@ def prepare(
     progress, state = Progress(), None
     loss.to(accelerator.device)
     if request.resume:
-        run.check(identity)
+        run.check(identity, Recipe().model_dump(mode="json"))
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             adapter.load_state_dict(tensors)
