@@ -1,9 +1,5 @@
-"""Base models by name: the embedded `smollm2`, a directory, a GGUF file, or a model of the Hugging
-Face hub.
-
-Whatever the name, `resolve_model` answers with a directory in Hugging Face's format with
-safetensors weights; `load_model` and `load_tokenizer` read it. `choose_device` and `choose_storage`
-say where a base runs and how its weights are held, and why.
+"""A base model and its tokenizer, read from the directory that `models.sources` finds for a name:
+on a device (`machine.devices`), in a storage (`models.storage`), complete and as it was written.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,8 @@
 """A recipe from a YAML file, `--set key=value` pairs and flags, with every bad field told: its
 source, what was found and what is expected.
+
+Precedence, weakest first: the defaults, the YAML file, `--set key=value`, explicit flags. Values
+are checked once they are merged.
 """
 
 import re

@@ -1,10 +1,7 @@
-"""The recipe: every choice of a training run in one frozen record, read from YAML, `--set` and
-flags.
+"""The recipe: every choice of a training run in one frozen record.
 
-Precedence, weakest first: the defaults below, the YAML file, `--set key=value`, explicit flags.
-Values are checked once they are merged, and everything wrong is listed in one message that names
-where each value came from. A field that is None asks for the method's own default, so that this
-file knows no method. Use `load_recipe` from commands and `Recipe(...)` from Python.
+A field that is None asks for the method's own default, so that this file knows no method. Use
+`Recipe(...)` from Python; `step.reading` makes one of a YAML file, `--set` and flags.
 """
 
 from math import ceil
