@@ -65,7 +65,8 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
             ]
             files = {_file(module) for block in inside for module in block}
             for module in (module for block in inside for module in block if _free(module)):
-                _put(stack, module, "forward", _frozen_linear(module))
+                _put(stack, module, "forward", _linear(module))
+            _put(stack, *_trained_head(model))
             rotated = {
                 file
                 for file in files
@@ -126,7 +127,17 @@ def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _frozen_linear(module: nn.Module) -> Forward | None:
+def _trained_head(model: nn.Module) -> tuple[Any, str, Forward | None]:
+    """The head, where it is trained without a delta of its own, as one that is tied to a trained
+    embedding: `ops.head` has a shorter way for a frozen one only.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    bare = head is not None and not isinstance(head, Adapted) and "forward" not in vars(head)
+    trained = bare and any(p.requires_grad for p in head.parameters())
+    return head, "forward", _linear(head) if trained else None
+
+
+def _linear(module: nn.Module) -> Forward | None:
     """The forward of a linear that no delta lies on: in the numbers that this processor multiplies
     faster, and from packed ones as well.
     """
