@@ -2,7 +2,7 @@
 after, on real data.
 
     python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4]
-    [--peft] [--dora]
+    [--peft] [--dora] [--full]
 
 gsm: worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra).
 quickstart: requests that become JSON, held out with words of their own. Loss on completions, 4 rows
@@ -11,6 +11,10 @@ low-rank product to an output that is rounded already loses every update under h
 it trains as `lorafold train` does, fused and packed; fp32 and PEFT train padded, with transformers'
 own forward. --seeds: of the adapter's init and the order of the rows, in bf16; the others run with
 seed 0. With --nf4 the same on a base packed as NF4, computed with in fp32 and in bf16.
+
+With --full every weight is trained, in fp32 and in bf16, by the optimizer that `lorafold train`
+takes: in bf16 it rounds updates stochastically, and --seeds are those of the rounding. bf16-nearest
+is torch's AdamW on the same bf16 weights.
 
 All runs are in one loop with one optimizer, and every held-out loss is measured by the model's
 plain padded forward: in the dtype trained in, and (`in_fp32`) with base and adapter computed in
@@ -30,20 +34,24 @@ from rich.console import Console
 from torch import nn
 
 import lorafold as lf
+from lorafold.core.spec import Spec
 from lorafold.data.batches import batches, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage
 from lorafold.quickstart.task import rows as quickstart_rows
+from lorafold.step.adamw import make_optimizer
 from lorafold.step.fused import fused
 from lorafold.step.losses import Completions
+from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import Sft
 
 ROWS, HELD_OUT = 4, 32
 STORAGES = {
     "fp32": Storage(torch.float32), "bf16": Storage(torch.bfloat16),
     "nf4-in-fp32": Storage(torch.float32, "nf4"), "nf4-in-bf16": Storage(torch.bfloat16, "nf4"),
+    "bf16-nearest": Storage(torch.bfloat16),
 }  # fmt: skip
 
 
@@ -81,10 +89,9 @@ def quickstart(n: int, held_out: bool) -> list[Example]:
 TASKS = {"gsm": gsm, "quickstart": quickstart}
 
 
-def ours(name: str, dora: bool) -> nn.Module:
+def ours(name: str, spec: Spec) -> nn.Module:
     model = load_model("smollm2", STORAGES[name])
-    spec = lf.LoRA(dropout=0.0)
-    lf.attach(model, lf.DoRA(spec) if dora else spec)
+    lf.attach(model, spec)
     return model
 
 
@@ -97,9 +104,9 @@ def peft_in_bf16(dora: bool) -> nn.Module:
     return get_peft_model(load_model("smollm2", torch.bfloat16), config).get_base_model()
 
 
-def make(name: str, seed: int, dora: bool) -> nn.Module:
+def make(name: str, seed: int, spec: Spec) -> nn.Module:
     torch.manual_seed(seed)
-    return peft_in_bf16(dora) if name == "peft-bf16" else ours(name, dora)
+    return peft_in_bf16(isinstance(spec, lf.DoRA)) if name == "peft-bf16" else ours(name, spec)
 
 
 def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
@@ -111,19 +118,23 @@ def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
 
 
 def train(
-    name: str, model: nn.Module, rows: list[Example], steps: int, lr: float, seed: int
+    name: str, model: nn.Module, rows: list[Example], steps: int, lr: float, order: int, seed: int
 ) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    optimizer = (
+        torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        if name == "bf16-nearest"
+        else make_optimizer("adamw", [{"params": trained, "lr": lr}], Recipe(seed=seed))
+    )
     with ExitStack() as stack:
-        fast = name in ("bf16", "nf4-in-bf16")
+        fast = name in ("bf16", "bf16-nearest", "nf4-in-bf16")
         if fast:
             stack.enter_context(fused(model))
         tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
         objective = stack.enter_context(Sft().loss(model, tokenizer, fast, Console(quiet=True)))
         assert objective.packed == fast
         model.train()
-        for step in batches(len(rows), ROWS, steps, seed):
+        for step in batches(len(rows), ROWS, steps, order):
             chosen = [rows[i] for i in step]
             (
                 objective(**objective.collate(chosen, torch.device("cpu")))
@@ -155,21 +166,25 @@ def main() -> None:
     )
     parser.add_argument("--peft", action="store_true", help="also PEFT's layers, in bf16")
     parser.add_argument("--dora", action="store_true", help="DoRA on both sides, in place of LoRA")
+    parser.add_argument("--full", action="store_true", help="full fine-tuning, in place of LoRA")
     asked = parser.parse_args()
+    lora = lf.LoRA(dropout=0.0)
+    spec = lf.Full() if asked.full else lf.DoRA(lora) if asked.dora else lora
     rows, held_out = TASKS[asked.task](asked.steps * ROWS, False), TASKS[asked.task](HELD_OUT, True)
-    runs = [(name, 0) for name in STORAGES if asked.nf4 or not name.startswith("nf4")] + [
-        ("peft-bf16", 0)
-    ] * asked.peft
+    names = ["fp32", "bf16"] + ["nf4-in-fp32", "nf4-in-bf16"] * asked.nf4
+    names += ["bf16-nearest"] * asked.full + ["peft-bf16"] * asked.peft
+    runs = [(name, 0) for name in names]
     runs += [("bf16", seed) for seed in range(1, asked.seeds)]
     # an untrained adapter is none
     before: Callable[[str], Losses] = cache(
-        lambda name: measured(name, make(name, 0, asked.dora), held_out)
+        lambda name: measured(name, make(name, 0, spec), held_out)
     )
     found: dict[tuple[str, str], list[Losses]] = {}
     for rate in asked.rates.split(","):
         for name, seed in runs:
-            model = make(name, seed, asked.dora)
-            train(name, model, rows, asked.steps, float(rate), seed)
+            model = make(name, seed, spec)
+            order = 0 if asked.full else seed
+            train(name, model, rows, asked.steps, float(rate), order, seed)
             after = measured(name, model, held_out)
             gained = before(name).less(after)
             exact = "nf4-in-fp32" if name.startswith("nf4") else "fp32"
@@ -202,7 +217,7 @@ def main() -> None:
                 "then of fp32's": span([w / whole for w in wide], ".1%") if wide else "",
             }
         )
-    keep(f"bf16_progress_{asked.task}" + "_dora" * asked.dora, table)
+    keep(f"bf16_progress_{asked.task}" + "_dora" * asked.dora + "_full" * asked.full, table)
 
 
 if __name__ == "__main__":

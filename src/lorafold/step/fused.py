@@ -63,7 +63,8 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
                 for block in inside
             ]
             for module in (module for block in inside for module in block if _free(module)):
-                _put(stack, module, "forward", _frozen_linear(module))
+                _put(stack, module, "forward", _linear(module))
+            _put(stack, *_trained_head(model))
             rotation = cache(_fused_rotary)  # by the function that it stands for
             for parts, block in zip(found, inside, strict=True):
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
@@ -115,7 +116,17 @@ def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _frozen_linear(module: nn.Module) -> Forward | None:
+def _trained_head(model: nn.Module) -> tuple[Any, str, Forward | None]:
+    """The head, where it is trained without a delta of its own, as one that is tied to a trained
+    embedding: `step.head` has a shorter way for a frozen one only.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    bare = head is not None and not isinstance(head, Adapted) and "forward" not in vars(head)
+    trained = bare and any(p.requires_grad for p in head.parameters())
+    return head, "forward", _linear(head) if trained else None
+
+
+def _linear(module: nn.Module) -> Forward | None:
     """The forward of a linear that no delta lies on: in the numbers that this processor multiplies
     faster, and from packed ones as well.
     """
