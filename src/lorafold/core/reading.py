@@ -9,6 +9,7 @@ folding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,23 +43,27 @@ class Reading:
         dtype: torch.dtype = (self.base.bare.weight if own is None else own).dtype
         return dtype
 
-    def folded(self) -> dict[str, Tensor | None]:
-        """Weight and bias as the module would store them, rounded to its dtypes; the parameter
-        itself where no delta changes it. NotMergeable where a delta or the storage can't.
+    def folded(self) -> Callable[[str], Tensor | None]:
+        """Fold, and give the weight or the bias, by its name, as the module would store it, rounded
+        to its dtype; the parameter itself where no delta changes it. NotMergeable where a delta or
+        the storage can't.
         """
         w, b = self.base.dense()
-        start = _wide(w), None if b is None else _wide(b)
+        start = dict(zip(NAMES, (_wide(w), None if b is None else _wide(b)), strict=True))
         with _exact(w.device):
-            end = self._fold(*start)
-        found: dict[str, Tensor | None] = {n: self.stored(n) for n in NAMES}
-        changed = [n for n, old, new in zip(NAMES, start, end, strict=True) if new is not old]
-        if changed:
+            w, b = self._fold(start["weight"], start["bias"])  # type: ignore[arg-type]
+        end = dict(zip(NAMES, (w, b), strict=True))
+
+        def as_stored(name: str) -> Tensor | None:
+            if end[name] is start[name]:
+                return self.stored(name)
             try:
-                encoded = self.base.encode(*end)
+                encoded = self.base.encode(w, b)[name]
             except NotMergeable as e:
                 raise self._refused(str(e)) from None
-            found |= {n: rounded(encoded[n], self.dtype(n)).contiguous() for n in changed}
-        return found
+            return rounded(encoded, self.dtype(name)).contiguous()
+
+        return as_stored
 
     def _fold(
         self, w: Tensor, b: Tensor | None, meta: bool = False

@@ -21,6 +21,7 @@ none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,7 @@ class Served(Tensor):
     def stored(self) -> Any:
         """The parameter in the module's place; the folded tensor where the module has none."""
         own = self.reading.stored(self.which)
-        return self.reading.folded()[self.which] if own is None else own
+        return self.reading.folded()(self.which) if own is None else own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stored, name)  # a packed parameter knows more than a tensor does
@@ -123,13 +124,13 @@ class _Folded:
     """The folded tensors for one call, in which weight and bias of a module share a fold."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[Any, ...], dict[str, Tensor | None]] = {}
+        self.found: dict[tuple[Any, ...], Callable[[str], Tensor | None]] = {}
 
     def __call__(self, served: Served) -> Tensor | None:
         key = (id(served.reading.base.module), *served.reading.deltas)
         if key not in self.found:
             self.found[key] = served.reading.folded()
-        return self.found[key][served.which]
+        return self.found[key](served.which)
 
 
 def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +157,7 @@ class _Deferred(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         leaves = ctx.saved_tensors
         with torch.enable_grad():
-            folded = ctx.reading.folded()[ctx.name]
+            folded = ctx.reading.folded()(ctx.name)
         if not folded.requires_grad:
             return None, None, *(None for _ in leaves)
         return None, None, *torch.autograd.grad(
@@ -176,16 +177,14 @@ class Read:
         if self.name not in module._parameters:
             raise AttributeError(self.name)  # Python asks nn.Module's __getattr__ then
         own = module._parameters[self.name]
-        live = {
-            name: delta
-            for name in module.selection.names
-            if name in module.deltas and not (delta := module.deltas[name]).in_place
-        }
+        deltas: Any = module.deltas
+        carried = {name: deltas[name] for name in module.selection.names if name in deltas}
+        live = {name: delta for name, delta in carried.items() if not delta.in_place}
         if not live:
             return own
-        reading = Reading(module.layer_class(module), live, module.site)  # type: ignore[arg-type]
-        if torch.compiler.is_compiling():
-            return reading.folded()[self.name]
+        reading = Reading(module.layer_class(module), live, module.site)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return reading.folded()(self.name)
         if own is None and reading.gained() is None:
             return None
         leaves = reading.leaves() if torch.is_grad_enabled() else []
