@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import lorafold as lf
-from lorafold.core.presets import vocabulary_ends
+from lorafold.core.anatomy import vocabulary_ends
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([1, 2])
