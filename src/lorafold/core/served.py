@@ -165,6 +165,15 @@ class _Deferred(Function):
         )
 
 
+def _traced() -> bool:
+    """Is what runs seen by a compiler, a tracer or a transform, none of which takes a stand-in?"""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 class Read:
     """The attribute of that name on the class of an adapted module."""
 
@@ -183,7 +192,7 @@ class Read:
         if not live:
             return own
         reading = Reading(module.layer_class(module), live, module.site)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if _traced():
             return reading.folded()(self.name)
         if own is None and reading.gained() is None:
             return None
