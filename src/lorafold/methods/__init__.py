@@ -85,28 +85,3 @@ def make_spec(method: str, **options: Any) -> Spec:
         return maker(**options)
     except TypeError as e:
         raise LorafoldError(f"method {method}: {e}") from None
-
-
-__all__ = [
-    "IA3",
-    "LTSFT",
-    "METHODS",
-    "AdaLoRA",
-    "BitFit",
-    "Bottleneck",
-    "DoRA",
-    "Fastfood",
-    "FishMask",
-    "Full",
-    "LinearProbe",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "OLoRA",
-    "PiSSA",
-    "Prefix",
-    "Prompt",
-    "VeRA",
-    "known_options",
-    "make_spec",
-]
