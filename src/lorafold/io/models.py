@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.errors import LorafoldError, NoTokenizer
+from lorafold.errors import LorafoldError
 from lorafold.io.atomic import verify
 from lorafold.io.gguf import renew, unpacked
 from lorafold.io.intact import check_intact
 from lorafold.io.loading import loading, one_line
 from lorafold.io.quantized import QUANTIZATIONS, compute_in, quantization_of, read_quantized
+from lorafold.io.reading import read_tokenizer
 from lorafold.io.record import base_trained_on, read_object
 from lorafold.io.weights import MODEL_FILES, FileWeights, Weights, model_files
 
@@ -33,21 +34,6 @@ ACCEPTED = (
     " id as in owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-# what a tokenizer is read from, but for vocabularies that its class alone has names for
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "additional_chat_templates/*",
-    "chat_template.*",
-    "config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-# one of these holds the words, unless a tokenizer needs none
-VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
-    *("*.bpe", "vocab*", "merges.txt"),
-)
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -206,33 +192,6 @@ def load_tokenizer(
     """
     source = _resolved(source, revision)
     return read_tokenizer(source, f"model {source.name}", trust_remote_code)
-
-
-def read_tokenizer(
-    source: ModelSource, what: str, trust_remote_code: bool
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory, called `what` in messages.
-
-    Where there is no vocabulary, transformers makes an empty tokenizer of some classes and fails
-    with others: both are NoTokenizer here.
-    """
-    source.intact(*TOKENIZER_FILES)
-    has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
-    missing = NoTokenizer(f"{what}: it has no tokenizer (found no file with a vocabulary)")
-    try:
-        with loading(what):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.path, trust_remote_code=trust_remote_code
-            )
-    except LorafoldError as error:
-        raise error if has_words else missing from error
-    names = list((getattr(tokenizer, "vocab_files_names", None) or {}).values())
-    if names and not has_words:
-        raise missing
-    source.intact(*(name for name in names if name not in TOKENIZER_FILES))
-    return tokenizer
 
 
 def choose_device(name: str | None = None) -> "torch.device":

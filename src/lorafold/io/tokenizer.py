@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from lorafold.errors import LorafoldError
 from lorafold.io.intact import check_intact
 from lorafold.io.joined import NONE, joined
-from lorafold.io.models import ModelSource, load_tokenizer, read_tokenizer
+from lorafold.io.models import ModelSource, load_tokenizer
+from lorafold.io.reading import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
