@@ -169,6 +169,7 @@ def test_fp64_gradcheck_of_both_ways(name: str) -> None:
         )
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])
 def test_bf16_errs_no_more_than_whole_logits(name: str, adapted: bool) -> None:
