@@ -6,6 +6,8 @@ families.
     tiny_model("gpt2")           the model in it, freshly loaded, in evaluation mode
     smollm2                      the directory of the embedded model (unpacked on first use: half a
                                  minute)
+    each_arithmetic              runs a test twice: as on a processor that multiplies 16-bit
+                                 matrices as they are, and as on one that widens them
 """
 
 import os
@@ -14,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,18 @@ def tiny_model(tiny_model_dir):
     from lorafold.models.loading import load_model
 
     return lambda kind: load_model(tiny_model_dir(kind), torch.float32)
+
+
+@pytest.fixture(params=[False, True], ids=["as-they-are", "widened"])
+def each_arithmetic(request, monkeypatch) -> Iterator[bool]:
+    """Is it widened? For tests in 16 bits, of tiny shapes: a processor without an instruction for
+    such products takes fifty times as long over them. So products of few rows are widened too.
+    """
+    from lorafold.ops import arithmetic
+
+    monkeypatch.setattr(arithmetic, "ROWS", 1)
+    with arithmetic.multiplying(widened=request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,7 @@ def test_every_method_has_the_same_loss_and_gradients(
     assert checkpointed.runs == (plain.runs if method == "linear-probe" else 2 * plain.runs)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("method", METHODS)
 def test_so_it_is_over_a_bf16_base(method: str, tiny_model, tiny_model_dir) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))

@@ -82,6 +82,7 @@ def test_a_mixture_over_no_bias_folds_into_one() -> None:
     assert Mix([low_rank(module, 2, 1)], torch.ones(1)).fold(module.weight, None)[1] is None
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 def test_a_mixture_of_low_rank_deltas_is_one_of_their_summed_rank() -> None:
     module, gates = base(), torch.tensor([0.7, -0.4])
     deltas = [low_rank(module, 2, 1), low_rank(module, 3, 2)]

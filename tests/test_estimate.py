@@ -100,7 +100,7 @@ def test_rules_of_thumb_give_what_they_say() -> None:
 
 
 def test_the_docs_hold_the_cheatsheet() -> None:
-    """To 3%: what tensors come and go within a block depends on the processor's arithmetic."""
+    """To 1%, for another torch may hold a little more or less. The processor has no say."""
     heading, *rows = cheatsheet.table()
     written = [
         tuple(cell.strip() for cell in line.strip("| \n").split("|"))
@@ -109,4 +109,4 @@ def test_the_docs_hold_the_cheatsheet() -> None:
     start = written.index(heading)
     for row, kept in zip(rows, written[start + 2 :], strict=False):
         assert (*row[:4], row[6]) == (*kept[:4], kept[6])
-        assert float(kept[4].split()[0]) == pytest.approx(float(row[4].split()[0]), rel=0.03)
+        assert float(kept[4].split()[0]) == pytest.approx(float(row[4].split()[0]), rel=0.01)

@@ -165,6 +165,7 @@ def test_every_method_lies_over_it(method: str) -> None:
             assert_same_step(seeded_step(model, together()), expected)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 def test_in_bf16_it_errs_no_more_than_the_models_own_code(name: str) -> None:
     model = model_of(name).bfloat16().eval()
@@ -183,6 +184,7 @@ def test_in_bf16_it_errs_no_more_than_the_models_own_code(name: str) -> None:
     assert 1e-4 < sum(errors["fused"]) <= 1.05 * sum(errors["own"])
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointing_inside_is_bit_equal(dtype: torch.dtype) -> None:
     found = []
@@ -219,6 +221,7 @@ def test_two_models_nest(other: str) -> None:
     assert [state(model) for model in models] == before
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("targets", ["all-linear", "attention"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_base(kind: str, targets: str, tiny_model_dir: Any) -> None:

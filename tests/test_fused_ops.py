@@ -297,6 +297,7 @@ def test_low_rank_differentiates_what_is_trained(trained: str) -> None:
             torch.testing.assert_close(outs[0][name], outs[1][name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("form", ["none", "places"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_low_rank_in_16_bits(dtype: torch.dtype, form: str) -> None:
@@ -320,6 +321,7 @@ def test_low_rank_in_16_bits(dtype: torch.dtype, form: str) -> None:
         assert (found - true).norm() <= 1.05 * (peer - true).norm()
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 def test_a_weak_update_survives_one_rounding() -> None:
     """An update of a tenth of a bf16 unit, forward and backward, and what remains of it along the
     exact one.

@@ -183,6 +183,7 @@ def test_torch_finds_no_fault_with_the_linear_heads_operation(dtype: torch.dtype
     torch.library.opcheck(torch.ops.lorafold.linear_cross_entropy.default, arguments)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])
 def test_bf16_errs_no_more_than_whole_logits(name: str, adapted: bool) -> None:

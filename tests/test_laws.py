@@ -167,6 +167,7 @@ def test_compiles_in_one_graph(method: str, base: str) -> None:
         assert torch.allclose(compiled(x), root(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
     """The change of the output along the exact change: an update far under half a unit of bf16 must
@@ -195,6 +196,7 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
     assert kept == pytest.approx(1, abs=0.05 + 3 * standard_error)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:
     """A dither has three times the variance of rounding to the nearest, a stored row that is looked

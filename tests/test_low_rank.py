@@ -66,6 +66,7 @@ def test_fused_and_plain_agree(
         assert (fused[name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("base", ["linear", "no-bias", "conv1d"])
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_in_bf16_the_fused_errs_no_more(

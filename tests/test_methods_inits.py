@@ -41,6 +41,7 @@ def test_olora_starts_from_qr() -> None:
     assert torch.allclose(delta.B0 @ delta.B0.t() @ weight(), delta.B0 @ delta.A0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("spec", [lf.PiSSA(rank=5), lf.OLoRA(rank=5)], ids=["pissa", "olora"])
 def test_a_first_step_survives_in_bf16(spec) -> None:
     """Against B itself, near 0.3, a step of 1e-4 is under half a unit of bf16: only the difference

@@ -160,6 +160,7 @@ def test_the_state_carries_over(method: str, kind: str, tiny_model) -> None:
         assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @every(["llama", "qwen2"])
 def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> None:
     model = tiny_model(kind)

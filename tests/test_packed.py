@@ -69,6 +69,7 @@ def test_the_linears_of_the_blocks_are_packed_and_nothing_else(tiny_model_dir, n
     assert not model.training
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, method):
     """bitsandbytes reorders its codes for answers where the CPU has bf16 in AVX512, and gives no
@@ -131,6 +132,7 @@ def test_what_is_computed_is_the_specification(tiny_model_dir):
     ).logits.norm()
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_a_step_keeps_no_matrix_of_the_base(tiny_model_dir, method, kind):

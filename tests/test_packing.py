@@ -151,6 +151,7 @@ def test_attention_equals_its_specification_in_fp64(
     torch.testing.assert_close(ours(*qkv), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(
     ("lens", "window", "softcap"),
     [
@@ -383,6 +384,7 @@ def test_a_leak_is_detected_and_the_model_left_as_it_was(config: tf.PreTrainedCo
     assert_close(padded, alone)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_a_faint_leak_in_bf16_is_detected(scale: float) -> None:
     """One so faint that the rounding of bf16 could hide it from a comparison with the documents

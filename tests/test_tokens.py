@@ -115,6 +115,7 @@ def test_what_is_not_trained_stays_bit_for_bit(base: str, which: str) -> None:
         assert torch.equal(root["at"].weight, weight)
 
 
+@pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("base", "which"), CASES)
 def test_folding_then_calling_equals_calling(base: str, which: str, dtype: torch.dtype) -> None:

@@ -76,6 +76,6 @@ def skeleton(
             parent, _, name = path.rpartition(".")
             w, b = layer_of(model.get_submodule(path)).dense()
             packed = PACKERS[storage.quantization](w)
-            packed._parameters["bias"] = b  # type: ignore[assignment]
+            packed.bias = b  # type: ignore[assignment]
             setattr(model.get_submodule(parent), name, packed)
     return model

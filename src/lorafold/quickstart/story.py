@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -25,7 +26,8 @@ from lorafold.machine.devices import choose_device
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import choose_storage
+from lorafold.models.storage import Storage, choose_storage
+from lorafold.ops.arithmetic import widens
 from lorafold.quickstart.task import rows
 from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
@@ -34,6 +36,7 @@ from lorafold.training.run import train
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200
+# the base in fp32 whatever the machine: what other commands measure with it can be compared
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, base="fp32", max_length=256)
 
 
@@ -41,7 +44,8 @@ RECIPE = Recipe(steps=100, batch=4, dropout=0.0, base="fp32", max_length=256)
 class Story:
     """What the quickstart found.
 
-    Exact matches are shares of unseen examples; seconds are seconds, bytes are bytes.
+    Exact matches are shares of unseen examples; seconds are seconds, bytes are bytes; base is how
+    it was held.
     """
 
     exact_match_before: float
@@ -53,6 +57,18 @@ class Story:
     adapter_bytes: int
     model_bytes: int
     kl: float | None
+    base: str
+
+
+def fastest(device: torch.device) -> Storage:
+    """The base in whichever of bf16 and fp32 this device multiplies faster, and why: both learn the
+    task alike.
+    """
+    best = choose_storage("auto", device)
+    if not widens(best.dtype, device):
+        return best
+    has = best.why.partition(": ")[2]
+    return Storage(torch.float32, None, f"fp32: {has}, and is faster in fp32")
 
 
 def quickstart(
@@ -70,7 +86,11 @@ def quickstart(
         )
     for part in ("adapter", "merged"):
         check_out(out / part, overwrite)
+    where = choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
+    storage = fastest(where)
+    base = "bf16" if storage.dtype is torch.bfloat16 else "fp32"
+    console.print(f"base: {storage.why}", highlight=False, soft_wrap=True)
     train_rows, test_rows = (
         rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0),
         rows("test", UNSEEN, seed=0),
@@ -79,12 +99,12 @@ def quickstart(
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
 
     console.rule("1  before: the model as it is")
-    before = measure(test_rows, None, device, console)
+    before = measure(test_rows, None, storage, where, console)
     console.rule("2  training: LoRA on every linear layer of the blocks")
     request = Request(
         MODEL,
         out / "adapter",
-        RECIPE,
+        RECIPE.model_copy(update={"base": base}),
         train_rows,
         str(out / "train.jsonl"),
         device=device,
@@ -92,7 +112,7 @@ def quickstart(
     )
     trained = train(request, console)
     console.rule("3  after: the same unseen examples")
-    after = measure(test_rows, out / "adapter", device, console)
+    after = measure(test_rows, out / "adapter", storage, where, console)
     side_by_side(before, after, console)
     console.rule("4  inside: how much of the update is real")
     found = inspect(resolve_model(MODEL), out / "adapter")
@@ -132,17 +152,18 @@ def quickstart(
         adapter_bytes,
         model_bytes,
         merged.kl,
+        base,
     )
 
 
 def measure(
-    test_rows: list[dict], adapter: Path | None, device: str | None, console: Console
+    test_rows: list[dict],
+    adapter: Path | None,
+    storage: Storage,
+    where: torch.device,
+    console: Console,
 ) -> Evaluation:
-    where = choose_device(device)
-    model, tokenizer = (
-        load_model(MODEL, choose_storage(RECIPE.base, where), device=where),
-        load_tokenizer(MODEL),
-    )
+    model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
     result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)

@@ -1,0 +1,95 @@
+"""An estimate is about a device, and not about the machine that asks: every kind of processor gives
+the same, unless it is itself what is asked about.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from rich.console import Console
+from typer.testing import CliRunner
+
+from lorafold.cli import app
+from lorafold.data.examples import Example
+from lorafold.memory.ahead import planned, settle
+from lorafold.memory.measure import measure
+from lorafold.memory.terms import Estimate, estimate
+from lorafold.memory.trace import Setting, nothing
+from lorafold.methods import make_spec
+from lorafold.models.fake import skeleton
+from lorafold.models.storage import Storage
+from lorafold.ops.arithmetic import multiplying
+from lorafold.step.recipe import Recipe
+
+CONFIG = tf.LlamaConfig(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=200,
+)
+LORA = make_spec("lora")
+BF16 = Storage(torch.bfloat16)
+SETTINGS = {
+    "lora": Setting(BF16, LORA, rows=(96,)),
+    "checkpointing": Setting(BF16, LORA, rows=(96,), checkpointing=True),
+    "nf4": Setting(Storage(torch.bfloat16, "nf4"), LORA, rows=(96,)),
+    "inference": Setting(BF16, rows=(96,)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_machine_that_asks_has_no_say(name: str) -> None:
+    def found(asked: bool, machine: bool) -> Estimate:
+        with multiplying(widened=machine):
+            return estimate(CONFIG, replace(SETTINGS[name], widened=asked))
+
+    assert found(False, False) == found(False, True)
+    wider = found(True, False)
+    assert wider == found(True, True)
+    # what is asked about has one; inference runs the model's own products, as they are
+    assert (wider.total > found(False, False).total) is (name != "inference")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_is_what_a_machine_of_that_kind_holds(name: str, each_arithmetic: bool) -> None:
+    setting = replace(SETTINGS[name], widened=each_arithmetic)
+    measured = measure(lambda: skeleton(CONFIG, setting.base, 2), setting, torch.device("cpu"))
+    assert estimate(CONFIG, setting).total == pytest.approx(measured, rel=0.02)
+
+
+def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
+    def plan(device: str, base: Storage = BF16) -> Setting:
+        examples = [Example(tuple(range(96)), tuple(range(96)))]
+        return planned(Recipe(), LORA, base, examples, nothing, device=torch.device(device))
+
+    assert plan("cpu").widened is each_arithmetic
+    assert not plan("cuda").widened
+    assert not plan("cpu", Storage(torch.float32)).widened
+    console = Console(file=io.StringIO(), width=400)
+    settle(CONFIG, plan("cpu"), False, 10**9, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("16-bit products in fp32" in text) is each_arithmetic
+
+
+def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: Any) -> None:
+    def said(widened: bool, *arguments: str) -> str:
+        given = ["estimate", "--model", str(tiny_model_dir("llama")), "--mode", "lora"]
+        with multiplying(widened=widened):
+            return CliRunner().invoke(app, [*given, *arguments], catch_exceptions=False).stdout
+
+    device = said(True)
+    assert device == said(False)
+    assert "this machine" not in device
+    here = "of this machine's CPU, which multiplies 16-bit matrices "
+    assert said(False, "--device", "cpu") == f"{device}{here}as they are\n"
+    wider = said(True, "--device", "cpu").splitlines()
+    assert wider[-1] == f"{here}in fp32"
+    assert wider[-2].startswith("total")
+    assert wider[-2] != device.splitlines()[-1]
