@@ -2,7 +2,7 @@
 after, on real data.
 
     python benchmarks/bf16_progress.py [--task gsm] [--rates 1e-5] [--seeds 1] [--steps 24] [--nf4]
-    [--peft] [--dora] [--full]
+    [--peft] [--dora] [--full] [--nearest]
 
 gsm: worked solutions of generated arithmetic problems (`reasoning-gym`, in the `bench` extra).
 quickstart: requests that become JSON, held out with words of their own. Loss on completions, 4 rows
@@ -13,8 +13,8 @@ own forward. --seeds: of the adapter's init and the order of the rows, in bf16; 
 seed 0. With --nf4 the same on a base packed as NF4, computed with in fp32 and in bf16.
 
 With --full every weight is trained, in fp32 and in bf16, by the optimizer that `lorafold train`
-takes: in bf16 it rounds updates stochastically, and --seeds are those of the rounding. bf16-nearest
-is torch's AdamW on the same bf16 weights.
+takes: in bf16 it rounds updates stochastically, and --seeds are those of the rounding. --nearest:
+also torch's AdamW on bf16 weights.
 
 All runs are in one loop with one optimizer, and every held-out loss is measured by the model's
 plain padded forward: in the dtype trained in, and (`in_fp32`) with base and adapter computed in
@@ -167,12 +167,15 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true", help="also PEFT's layers, in bf16")
     parser.add_argument("--dora", action="store_true", help="DoRA on both sides, in place of LoRA")
     parser.add_argument("--full", action="store_true", help="full fine-tuning, in place of LoRA")
+    parser.add_argument(
+        "--nearest", action="store_true", help="with --full, also torch's AdamW in bf16"
+    )
     asked = parser.parse_args()
     lora = lf.LoRA(dropout=0.0)
     spec = lf.Full() if asked.full else lf.DoRA(lora) if asked.dora else lora
     rows, held_out = TASKS[asked.task](asked.steps * ROWS, False), TASKS[asked.task](HELD_OUT, True)
     names = ["fp32", "bf16"] + ["nf4-in-fp32", "nf4-in-bf16"] * asked.nf4
-    names += ["bf16-nearest"] * asked.full + ["peft-bf16"] * asked.peft
+    names += ["bf16-nearest"] * asked.nearest + ["peft-bf16"] * asked.peft
     runs = [(name, 0) for name in names]
     runs += [("bf16", seed) for seed in range(1, asked.seeds)]
     # an untrained adapter is none
