@@ -21,18 +21,18 @@ from torch.optim import AdamW, Optimizer
 
 from lorafold.core.rounding import generator_of, turned
 from lorafold.errors import LorafoldError
-from lorafold.io.models import Storage
 from lorafold.memory.advice import changes_of
 from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.model import estimate
 from lorafold.memory.modes import setting_of
+from lorafold.memory.terms import estimate
 from lorafold.methods import make_spec
-from lorafold.train import rounded_adamw
-from lorafold.train.adamw import make_optimizer, state_bytes
-from lorafold.train.optim import optimizer_tensors, restore_optimizer
-from lorafold.train.recipe import Recipe
-from lorafold.train.rounded_adamw import RoundedAdamW
-from lorafold.train.run import train
+from lorafold.models.storage import Storage
+from lorafold.step import rounded_adamw
+from lorafold.step.adamw import make_optimizer, state_bytes
+from lorafold.step.optim import optimizer_tensors, restore_optimizer
+from lorafold.step.recipe import Recipe
+from lorafold.step.rounded_adamw import RoundedAdamW
+from lorafold.training.run import train
 from test_memory import CONFIGS, LORA, close
 from test_rounding import DTYPES, values
 from test_train import KILLED, quiet, request
