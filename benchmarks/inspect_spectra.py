@@ -24,7 +24,7 @@ from lib.results import keep
 import lorafold as lf
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.updates import of_factors
-from lorafold.models.checkpoint import bones_of
+from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
 
 LAYERS, HIDDEN, MLP = 32, 4096, 11008
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         # over mapped files: what this process holds would count as its children's
-        adapter = lf.attach(bones_of(resolve_model("smollm2")).model, lf.LoRA(rank=rank))
+        adapter = lf.attach(mapped_model_of(resolve_model("smollm2")).model, lf.LoRA(rank=rank))
         for p in adapter.parameters():
             torch.nn.init.normal_(p, std=0.02)
         adapter.save(work / "adapter")

@@ -27,7 +27,7 @@ print(sum(kept.values()))
 """
 IMPORTS = """
 from lorafold.models.loading import Storage, load_model
-from lorafold.bases.quantized import bitsandbytes
+from lorafold.bases.bitsandbytes import bitsandbytes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 bitsandbytes()
 """

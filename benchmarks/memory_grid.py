@@ -25,7 +25,7 @@ from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, nothing
 from lorafold.models.classifier import head_paths
 from lorafold.models.configuration import configuration
-from lorafold.models.fake import skeleton
+from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_model
 from lorafold.ops.arithmetic import widens
 from lorafold.step.recipe import Recipe
@@ -95,7 +95,7 @@ GRID: list[tuple[str, str, dict[str, Any], int, int]] = [
 def model(name: str, setting: Setting) -> Any:
     if name == "smollm2":
         return load_model(name, setting.base, "cpu")
-    return skeleton(CONFIGS[name], setting.base, CONFIGS[name].num_hidden_layers, setting.classes)
+    return fake_model(CONFIGS[name], setting.base, CONFIGS[name].num_hidden_layers, setting.classes)
 
 
 def with_head(model: Any) -> dict[str, Any]:

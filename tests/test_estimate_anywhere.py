@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from lorafold.cli import app
 from lorafold.data.examples import Example
-from lorafold.memory.ahead import planned, settle
+from lorafold.memory.before_run import planned, settle
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
-from lorafold.models.fake import skeleton
+from lorafold.models.fake import fake_model
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.step.recipe import Recipe
@@ -60,7 +60,7 @@ def test_the_machine_that_asks_has_no_say(name: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_is_what_a_machine_of_that_kind_holds(name: str, each_arithmetic: bool) -> None:
     setting = replace(SETTINGS[name], widened=each_arithmetic)
-    measured = measure(lambda: skeleton(CONFIG, setting.base, 2), setting, torch.device("cpu"))
+    measured = measure(lambda: fake_model(CONFIG, setting.base, 2), setting, torch.device("cpu"))
     assert estimate(CONFIG, setting).total == pytest.approx(measured, rel=0.02)
 
 

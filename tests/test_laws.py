@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.bases.quantized import PACKERS, set_compute_dtype
+from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
 from lorafold.core.delta import Dense
 from lorafold.core.spec import Spec
 

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from lorafold.bases import LAYERS
-from lorafold.bases.quantized import PACKERS, Packed
+from lorafold.bases.bitsandbytes import PACKERS, Packed
 from lorafold.cli.estimate import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
@@ -27,7 +27,7 @@ from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
-from lorafold.models.fake import period, skeleton
+from lorafold.models.fake import fake_model, period
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import widens
 from lorafold.step.recipe import Recipe
@@ -81,7 +81,7 @@ def close(config: Any, setting: Setting) -> None:
     setting = replace(setting, widened=widens(setting.base.dtype))
     found, blocks = estimate(config, setting), config.num_hidden_layers
     measured = measure(
-        lambda: skeleton(config, setting.base, blocks, setting.classes), setting, CPU
+        lambda: fake_model(config, setting.base, blocks, setting.classes), setting, CPU
     )
     assert found.total == pytest.approx(measured, rel=0.05)
     assert min(found.terms.values()) >= 0
@@ -222,7 +222,7 @@ def test_inference(name: str) -> None:
 def test_layers_whose_kinds_their_configuration_works_out() -> None:
     found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(64,), packed=False))
     assert found.terms["weights"] == 2 * sum(
-        p.numel() for p in skeleton(CONFIGS["mamba"], BF16, 6).parameters()
+        p.numel() for p in fake_model(CONFIGS["mamba"], BF16, 6).parameters()
     )
 
 

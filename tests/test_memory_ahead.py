@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorafold.data.examples import Example
 from lorafold.machine.room import limited
-from lorafold.memory.ahead import planned, settle
+from lorafold.memory.before_run import planned, settle
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.bases.quantized import Packed
+from lorafold.bases.bitsandbytes import Packed
 from lorafold.errors import LorafoldError
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model

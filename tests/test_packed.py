@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.quantized import PACKERS, Packed
+from lorafold.bases.bitsandbytes import PACKERS, Packed
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.record import read_record
 from lorafold.merging.run import merge

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
-from lorafold.bases.quantized import record_unpacked
+from lorafold.bases.bitsandbytes import record_unpacked
 from lorafold.core.attach import (
     Adapted,
     adapted_modules,

@@ -7,8 +7,8 @@ from math import prod
 
 from torch import Tensor, nn
 
+from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Packed
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
-from lorafold.bases.quantized import Linear4bit, Linear8bit, Packed
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Base

@@ -108,7 +108,7 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an adapter on the skeleton and take it off again.
+        """Write an adapter on the mapped model and take it off again.
 
         Its record says what it was made of and how the base was held, beside what `record` has.
         LorafoldError where the adapters' bases were held differently and the request does not say

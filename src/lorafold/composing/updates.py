@@ -19,7 +19,7 @@ from lorafold.bases import layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.delta import Additive
 from lorafold.errors import LorafoldError
-from lorafold.models.checkpoint import bones_of
+from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
 
 Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
@@ -69,12 +69,12 @@ def read(
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Updates:
-    """Lay saved adapters over the skeleton of their base.
+    """Lay saved adapters over the mapped_model of their base.
 
     LorafoldError lists those that are not readable, not of this base, or hold a change that is not
     added to a weight (a magnitude, a bias, a whole module, virtual tokens): such can't be composed.
     """
-    model = bones_of(source, trust_remote_code).model
+    model = mapped_model_of(source, trust_remote_code).model
     laid, problems = [], []
     for number, path in enumerate(adapters, 1):
         try:

@@ -2,9 +2,9 @@
 deltas over it.
 
 The module stays what it was: its keys, `isinstance`, its kernel, `generate` and `save_pretrained`
-go on working, and who reads its `.weight` reads the folded one (`lorafold.core.served`). The deltas
-it carries are parameters of the model but no part of its state dict. One `Selection` a model says
-which names are live.
+go on working, and who reads its `.weight` reads the folded one (`lorafold.core.served_weights`).
+The deltas it carries are parameters of the model but no part of its state dict. One `Selection` a
+model says which names are live.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Base, Layer, Over
 from lorafold.core.reading import NAMES
-from lorafold.core.served import Read
+from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError
 
 

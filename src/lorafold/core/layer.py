@@ -32,7 +32,7 @@ def add(a: Tensor, b: Tensor | None) -> Tensor:
 
 def bare(module: nn.Module) -> nn.Module:
     """The module as nothing lies over it: another object of its own class with the very same state,
-    whose `weight` and `bias` are those that are stored (`lorafold.core.served`).
+    whose `weight` and `bias` are those that are stored (`lorafold.core.served_weights`).
     """
     cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
     if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):

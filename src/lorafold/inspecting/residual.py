@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import blocks
 from lorafold.errors import NotMergeable
-from lorafold.models.fake import no_values, skeleton
+from lorafold.models.fake import fake_model, without_values
 from lorafold.models.storage import Storage
 
 
@@ -54,9 +54,9 @@ def stream_of(model: PreTrainedModel) -> Stream:
     readers: dict[str, str] = {}
     seen: set[str] = set()
     kept: list[Tensor] = []  # a storage that was given back might be another's soon
-    with no_values(), torch.no_grad():
+    with without_values(), torch.no_grad():
         # in bf16, which mixtures of experts ask for
-        twin = skeleton(
+        twin = fake_model(
             config, Storage(torch.bfloat16), config.get_text_config().num_hidden_layers
         ).eval()
         names = {id(module): path for path, module in twin.named_modules()}

@@ -30,7 +30,7 @@ from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import sites
 from lorafold.methods.lora import LoRA, of_ranks
-from lorafold.models.checkpoint import bones_of
+from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.ops.svd import best_of_rank
@@ -109,9 +109,8 @@ def resize(
     """
     if (rank is None) == (energy is None):
         raise LorafoldError("resize: expected either a rank or an energy")
-    adapter = load(
-        bones_of(source, trust_remote_code).model, path, NAME, allow_other_base=allow_other_base
-    )
+    model = mapped_model_of(source, trust_remote_code).model
+    adapter = load(model, path, NAME, allow_other_base=allow_other_base)
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter):
         if site.changes_bias:
@@ -150,7 +149,7 @@ def extract(
 
     LorafoldError where the two differ in their modules, or not at all in those.
     """
-    one, other = bones_of(base, trust_remote_code), bones_of(tuned, trust_remote_code)
+    one, other = mapped_model_of(base, trust_remote_code), mapped_model_of(tuned, trust_remote_code)
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))
@@ -163,7 +162,7 @@ def extract(
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:
         before, after = (
-            layer_of(bones.model.get_submodule(path)).dense()[0].float() for bones in (one, other)
+            layer_of(mapped.model.get_submodule(path)).dense()[0].float() for mapped in (one, other)
         )
         dw = after - before
         if whole := _squares(dw):

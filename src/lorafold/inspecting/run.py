@@ -32,7 +32,7 @@ from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, sites
 from lorafold.models import fingerprint
-from lorafold.models.checkpoint import Skeleton, bones_of
+from lorafold.models.checkpoint import MappedModel, mapped_model_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.models.weights import ModelWeights
@@ -70,28 +70,28 @@ def inspect(
         tokenizer = tokenizer_of(source, [path], trust_remote_code)
     except NoTokenizer as error:
         tokenizer, left_out = None, f"The tables of tokens are left out: {error}."
-    bones = bones_of(source, trust_remote_code)
-    adapter = load(bones.model, path, "inspected", allow_other_base=allow_other_base)
+    mapped = mapped_model_of(source, trust_remote_code)
+    adapter = load(mapped.model, path, "inspected", allow_other_base=allow_other_base)
     other = (
         None
         if against is None
-        else load(bones.model, against, "against", allow_other_base=allow_other_base)
+        else load(mapped.model, against, "against", allow_other_base=allow_other_base)
     )
-    base = fingerprint.of(ModelWeights(bones.model)) if full else None
+    base = fingerprint.of(ModelWeights(mapped.model)) if full else None
     laid, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(laid, 1):
         svds[site.path], figures[site.path] = of_site(site, base)
         if progress is not None:
             progress(done, len(laid))
     vectors = (
-        None if directions is None else reads.read_vectors(directions, ends_of(bones)[0].shape[1])
+        None if directions is None else reads.read_vectors(directions, ends_of(mapped)[0].shape[1])
     )
-    stream = stream_of(bones.model)
+    stream = stream_of(mapped.model)
     chance = {
-        "reads": reads.chance(ends_of(bones)[0], None),
-        "writes": reads.chance(ends_of(bones)[1], final_gain(bones, stream)),
+        "reads": reads.chance(ends_of(mapped)[0], None),
+        "writes": reads.chance(ends_of(mapped)[1], final_gain(mapped, stream)),
     }
-    for at, found in words_of(bones, stream, svds, tokenizer, vectors).items():
+    for at, found in words_of(mapped, stream, svds, tokenizer, vectors).items():
         figures[at] |= found
     result: Figures = {
         "adapter": str(path),
@@ -155,13 +155,13 @@ def kept_of(site: Site, svd: Svd) -> Svd:
 
 
 def words_of(
-    bones: Skeleton, stream: Stream, svds: Mapping[str, Svd],
+    mapped: MappedModel, stream: Stream, svds: Mapping[str, Svd],
     tokenizer: PreTrainedTokenizerBase | None, vectors: tuple[list[str], torch.Tensor] | None,
 ) -> dict[str, Figures]:  # fmt: skip
     """What the modules' directions read and write, by path: tokens, where there is a tokenizer, and
     the user's own vectors.
     """
-    model = bones.model
+    model = mapped.model
     reading = {
         path: side
         for path, svd in svds.items()
@@ -172,9 +172,9 @@ def words_of(
         for path, svd in svds.items()
         if len(svd.s) and (side := reads.writing(stream, path, svd))
     }
-    final = final_gain(bones, stream)
+    final = final_gain(mapped, stream)
 
-    rows_in, rows_out = ends_of(bones)
+    rows_in, rows_out = ends_of(mapped)
 
     found: dict[str, Figures] = {path: {} for path in {**reading, **writing}}
     for verb, sides, rows, through in (
@@ -199,18 +199,18 @@ def token_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
     return lambda number: str(tokenizer.decode([number]))
 
 
-def final_gain(bones: Skeleton, stream: Stream) -> torch.Tensor | None:
+def final_gain(mapped: MappedModel, stream: Stream) -> torch.Tensor | None:
     """The gain between the residual stream and the unembedding."""
     return (
         None
         if stream.final_norm is None
-        else gain(bones.model.get_submodule(stream.final_norm), stream.size)
+        else gain(mapped.model.get_submodule(stream.final_norm), stream.size)
     )
 
 
-def ends_of(bones: Skeleton) -> tuple[torch.Tensor, torch.Tensor]:
+def ends_of(mapped: MappedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of the embedding and of the unembedding, (V, d) each."""
-    ends = bones.model.get_input_embeddings(), bones.model.get_output_embeddings()
+    ends = mapped.model.get_input_embeddings(), mapped.model.get_output_embeddings()
     embedding, unembedding = (layer_of(end).dense()[0] for end in ends)
     return embedding.t(), unembedding
 

@@ -19,7 +19,7 @@ import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
-from lorafold.models.quantized import QUANTIZATIONS
+from lorafold.models.quantizing import QUANTIZATIONS
 from lorafold.models.storage import Storage
 from lorafold.step.adamw import check_rounding
 from lorafold.step.fitting import spec_of, whole_base

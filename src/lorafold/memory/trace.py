@@ -22,8 +22,8 @@ from lorafold.adapter import attach
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.models.fake import no_values, skeleton
-from lorafold.models.quietly import one_line
+from lorafold.models.fake import fake_model, without_values
+from lorafold.models.load_errors import one_line
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.attention import Documents, Tile
@@ -119,10 +119,10 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
 
     LorafoldError where a method's code can't do without values.
     """
-    with unswept(), no_values(), multiplying(widened=setting.widened), Ledger() as ledger:
+    with unswept(), without_values(), multiplying(widened=setting.widened), Ledger() as ledger:
         step = inference if setting.spec is None else training
         try:
-            return step(skeleton(config, setting.base, blocks, setting.classes), setting, ledger)
+            return step(fake_model(config, setting.base, blocks, setting.classes), setting, ledger)
         except LorafoldError:
             raise
         except Exception as error:

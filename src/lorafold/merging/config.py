@@ -15,18 +15,18 @@ from torch import nn
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.biases import Switches, switch_on
-from lorafold.models.checkpoint import Skeleton, build
+from lorafold.models.checkpoint import MappedModel, build
 from lorafold.models.container import Entry
 
 
 def untied_config(
-    config: dict[str, Any], skeleton: Skeleton, trust_remote_code: bool
+    config: dict[str, Any], mapped: MappedModel, trust_remote_code: bool
 ) -> dict[str, Any]:
     """The config file's content for a model whose embedding and head differ.
 
     LorafoldError where the architecture ties them regardless.
     """
-    loose = copy.deepcopy(skeleton.model.config)
+    loose = copy.deepcopy(mapped.model.config)
     loose.tie_word_embeddings = False
     loose.get_text_config().tie_word_embeddings = False
     if still := tied_parameters(build(loose, trust_remote_code)):
@@ -43,18 +43,18 @@ def untied_config(
 
 
 def with_biases(
-    config: dict[str, Any], skeleton: Skeleton, switches: Switches
+    config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
     """The config file's content for a model whose config has these switches on; and, by parameter,
-    an entry for each bias that the files lack, which the skeleton gets as zeros.
+    an entry for each bias that the files lack, which the model gets as zeros.
 
     NotMergeable where the files hold a weight that is converted, with which no bias can go.
     """
-    model = skeleton.model
+    model = mapped.model
     switch_on(model, switches)
     found = {}
     for path in chain(*switches.values()):
-        if (like := skeleton.entries.get(f"{path}.weight")) is None:
+        if (like := mapped.entries.get(f"{path}.weight")) is None:
             raise NotMergeable(
                 f"{path}: the files hold its weight in a form that is converted on loading, so no"
                 " bias can go with it"
@@ -64,7 +64,7 @@ def with_biases(
         found[f"{path}.bias"] = replace(
             like, name=name, shape=tuple(bias.shape), size=bias.nbytes
         )
-    skeleton.entries.update(found)
+    mapped.entries.update(found)
     on = dict.fromkeys(switches, True)
     if "text_config" not in config:
         return {**config, **on}, found

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_class, layer_of
-from lorafold.bases.quantized import PACKERS
+from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
-from lorafold.models.quantized import QUANTIZATIONS, packable
+from lorafold.models.quantizing import QUANTIZATIONS, packable
 
 PACKING = "packing"  # the name under which a round trip lies beneath the adapters
 TARGETS = ("original", "dequantized", *QUANTIZATIONS)

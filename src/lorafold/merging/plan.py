@@ -1,9 +1,8 @@
 """What a merge will do, found out before a byte is written: which tensors change, where they lie,
 and all that stands in the way.
 
-The adapters are laid over the checkpoint's skeleton by the ordinary loader, and each site is folded
-once in shapes alone: so a method that has no weight-space form, a bias that a plain model can't
-hold, or a tied weight is seen here, with nothing known of methods.
+The adapters are laid over the model, whose weights stay in their files, by the ordinary loader, and
+`fold.plan` says what they change: here it is said in terms of the files' tensors and of the config.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.plan import WHOLE, module_of, plan_fold
 from lorafold.merging.config import declared, untied_config, with_biases
 from lorafold.merging.into import PACKING, lay_packing
-from lorafold.models.checkpoint import Checkpoint, Skeleton, open_checkpoint, skeleton
+from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
 from lorafold.models.container import Entry
 from lorafold.models.sources import HUB_FILES, ModelSource
 
@@ -77,38 +76,38 @@ def plan(
     LorafoldError lists everything that stands in the way of the merge.
     """
     checkpoint = open_checkpoint(source, HUB_FILES)  # what is not changed is carried over
-    bones = skeleton(checkpoint, trust_remote_code)
+    mapped = mapped_model(checkpoint, trust_remote_code)
     if packing is not None:
-        lay_packing(bones.model, packing)
+        lay_packing(mapped.model, packing)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
     for name, path in zip(names, adapters, strict=True):
-        load(bones.model, path, name, allow_other_base=allow_other_base)
-    planned = plan_fold(bones.model, (PACKING, *names))
+        load(mapped.model, path, name, allow_other_base=allow_other_base)
+    planned = plan_fold(mapped.model, (PACKING, *names))
     problems: dict[str, list[str]] = defaultdict(list)
     for place, reason in planned.problems:
         problems[reason].append(place)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     biases: dict[str, Entry] = {}
     try:
-        config, biases = with_biases(config, bones, planned.switches)
+        config, biases = with_biases(config, mapped, planned.switches)
     except NotMergeable as e:
         problems[str(e)].append("added biases")
     changed: dict[str, str] = {}
     sources: dict[str, Entry] = {}
-    known = {*bones.entries, *bones.tied, *bones.converted}
+    known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter in planned.shapes:
-        if parameter in planned.together and parameter not in bones.entries:
+        if parameter in planned.together and parameter not in mapped.entries:
             continue  # written under the name of one that it is shared with
         if parameter not in known:
             continue  # a bias that the architecture has no place for: a problem already
         try:
-            name, entry = _place(bones, parameter)
+            name, entry = _place(mapped, parameter)
             changed[name], sources[name] = parameter, entry
         except NotMergeable as e:
             problems[str(e)].append(module_of(parameter) or WHOLE)
     if any(parameter in planned.apart for parameter in changed.values()):
         try:
-            config = untied_config(config, bones, trust_remote_code)
+            config = untied_config(config, mapped, trust_remote_code)
         except LorafoldError as e:
             problems[str(e)].append("tied weights")
     if planned.vocabulary is not None:
@@ -120,17 +119,17 @@ def plan(
             "; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items())
         )
     zeros = {
-        entry.name: _stored(bones.model, name)
+        entry.name: _stored(mapped.model, name)
         for name, entry in biases.items()
         if entry.name not in changed
     }
     loose = {name: at for name, at in changed.items() if at not in planned.together}
     return Plan(
         checkpoint,
-        bones.model,
+        mapped.model,
         names,
         changed,
-        _untied(bones, loose, sources) | {entry.name: entry for entry in biases.values()},
+        _untied(mapped, loose, sources) | {entry.name: entry for entry in biases.values()},
         zeros,
         config,
         {name: planned.shapes[parameter] for name, parameter in changed.items()},
@@ -143,34 +142,34 @@ def _stored(model: nn.Module, name: str) -> Tensor:
     return model.get_submodule(path)._parameters[leaf].data  # type: ignore[union-attr]
 
 
-def _place(bones: Skeleton, parameter: str) -> tuple[str, Entry]:
+def _place(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
     """The name under which a parameter is written, and the entry that holds its values: its own, or
     that of one it is tied to.
     """
-    names = (parameter, *bones.tied.get(parameter, ()))
-    if any(n in bones.converted for n in names):
+    names = (parameter, *mapped.tied.get(parameter, ()))
+    if any(n in mapped.converted for n in names):
         raise NotMergeable(
             "the files hold this weight in a form that transformers converts on loading, so it"
             " can't be written back"
         )
-    entry = next(bones.entries[n] for n in names if n in bones.entries)
+    entry = next(mapped.entries[n] for n in names if n in mapped.entries)
     if entry.dtype not in FLOATS:
         raise NotMergeable(
             f"its weight is stored as {entry.dtype}, expected one of {', '.join(FLOATS)}"
         )
-    return (entry.name if parameter in bones.entries else parameter), entry
+    return (entry.name if parameter in mapped.entries else parameter), entry
 
 
 def _untied(
-    bones: Skeleton, changed: dict[str, str], sources: dict[str, Entry]
+    mapped: MappedModel, changed: dict[str, str], sources: dict[str, Entry]
 ) -> dict[str, Entry]:
     """The tensors to add, so that every module whose weight was shared with a changed one has its
     own.
     """
     added = {}
     for name, parameter in changed.items():
-        for n in (parameter, *bones.tied.get(parameter, ())):
-            if n not in bones.entries:
+        for n in (parameter, *mapped.tied.get(parameter, ())):
+            if n not in mapped.entries:
                 added[n] = sources[name]
     return added
 

@@ -24,8 +24,8 @@ from lorafold.merging.into import Into, choose_into
 from lorafold.merging.plan import plan
 from lorafold.merging.shards import Folded, execute
 from lorafold.models.classifier import known_classes
+from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model
-from lorafold.models.quietly import loading
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer

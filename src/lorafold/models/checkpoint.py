@@ -24,7 +24,7 @@ from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.container import Container, Entry, read_container, read_tensors
-from lorafold.models.quietly import loading
+from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
@@ -71,7 +71,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MappedModel:
     """The model over its files.
 
     `entries` by parameter name; `tied` gives, for a shared parameter, the other names it goes by;
@@ -111,7 +111,7 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
         )
 
 
-def skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Skeleton:
+def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel:
     """LorafoldError lists every weight that the files lack or hold in another shape."""
     with loading(f"model {checkpoint.path}"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
@@ -140,16 +140,16 @@ def skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Skeleton:
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
     _map_files(model, entries, tied)
-    return Skeleton(model, entries, tied, converted)
+    return MappedModel(model, entries, tied, converted)
 
 
-def bones_of(source: ModelSource, trust_remote_code: bool = False) -> Skeleton:
+def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> MappedModel:
     """The model by that name over its mapped files, as adapters that are laid over it should name
     their base.
     """
-    bones = skeleton(open_checkpoint(source), trust_remote_code)
-    bones.model.config._name_or_path = bones.model.name_or_path = source.name
-    return bones
+    mapped = mapped_model(open_checkpoint(source), trust_remote_code)
+    mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
+    return mapped
 
 
 def _by_parameter(

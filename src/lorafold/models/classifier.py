@@ -20,8 +20,8 @@ from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.files.record import RECORD, read_record
+from lorafold.models.load_errors import loading
 from lorafold.models.loading import check_complete, read_weights
-from lorafold.models.quietly import loading
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
-from lorafold.models.quietly import loading, one_line
+from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ACCEPTED, EMBEDDED, resolve_model
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
 """Models without values: every module, parameter and packed matrix in its shape and dtype, and no
 memory behind them.
 
-    with no_values():
-        model = skeleton(config, Storage(torch.bfloat16, "nf4"), blocks=2)
+    with without_values():
+        model = fake_model(config, Storage(torch.bfloat16, "nf4"), blocks=2)
 
-It is transformers' own class, so that whatever runs on a model runs on its skeleton; the numbers
+It is transformers' own class, so that whatever runs on a model runs on its fake_model; the numbers
 alone are missing (`core.fake`).
 """
 
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafold.bases import layer_of
-from lorafold.bases.quantized import PACKERS
-from lorafold.models.quantized import packable
-from lorafold.models.quietly import loading
+from lorafold.bases.bitsandbytes import PACKERS
+from lorafold.models.load_errors import loading
+from lorafold.models.quantizing import packable
 from lorafold.models.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def no_values() -> AbstractContextManager[Any]:
+def without_values() -> AbstractContextManager[Any]:
     """Tensors that are made within have no values, and what is computed of them has none."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -54,7 +54,7 @@ def period(config: PreTrainedConfig) -> int:
     )
 
 
-def skeleton(
+def fake_model(
     config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0
 ) -> PreTrainedModel:
     """The causal language model, or the classifier of so many classes, its first blocks, held as

@@ -19,7 +19,7 @@ from filelock import FileLock
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST, atomic_directory, sha256, verify
 from lorafold.files.cache import cache_directory
-from lorafold.models.quietly import loading
+from lorafold.models.load_errors import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer
-from lorafold.models.quantized import compute_in, read_quantized
-from lorafold.models.quietly import loading
+from lorafold.models.load_errors import loading
+from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, resolved
 from lorafold.models.storage import Storage, held_as
 from lorafold.models.weights import MODEL_FILES

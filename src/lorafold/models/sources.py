@@ -13,7 +13,7 @@ from lorafold.files.atomic import verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
 from lorafold.models.gguf import renew, unpacked
-from lorafold.models.quietly import one_line
+from lorafold.models.load_errors import one_line
 
 if TYPE_CHECKING:
     pass

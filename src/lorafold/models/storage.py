@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
-from lorafold.models.quantized import QUANTIZATIONS, quantization_of
+from lorafold.models.quantizing import QUANTIZATIONS, quantization_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import FileWeights, Weights, model_files
 

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lorafold.bases.quantized import bitsandbytes
+from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
 from lorafold.step.recipe import Recipe

@@ -12,7 +12,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.methods import known_options, make_spec
-from lorafold.models.quantized import QUANTIZATIONS
+from lorafold.models.quantizing import QUANTIZATIONS
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import held_as
 from lorafold.step.recipe import Recipe

@@ -23,7 +23,7 @@ from lorafold.evaluation import held_out_loss
 from lorafold.files.atomic import check_out
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.machine.devices import choose_device
-from lorafold.memory.ahead import planned, settle
+from lorafold.memory.before_run import planned, settle
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.configuration import configuration
 from lorafold.models.storage import choose_storage, weights_of

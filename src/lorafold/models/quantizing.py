@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafold.bases import is_linear, layer_of
-from lorafold.bases.quantized import bitsandbytes, set_compute_dtype
+from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import all_linear
 from lorafold.errors import LorafoldError
@@ -92,9 +92,9 @@ def read_quantized(
             f" {quantization}"
         )
     with torch.device("meta"):
-        bones = auto.from_config(found, trust_remote_code=trust_remote_code)
-    packed = set(packable(bones))
-    left_alone = [p for p, m in bare_modules(bones) if is_linear(m) and p not in packed]
+        mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
+    packed = set(packable(mapped))
+    left_alone = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in packed]
     how = (
         {}
         if stored
@@ -106,7 +106,7 @@ def read_quantized(
     )
     weights = FileWeights(model_files(path), mapped=False)
     with freed_blocks_returned():
-        model, info = type(bones).from_pretrained(
+        model, info = type(mapped).from_pretrained(
             None,
             config=found,
             state_dict={n: weights.slice(n) for n in weights.names},
