@@ -1,0 +1,148 @@
+"""Who forgets more, LoRA or full fine-tuning, and what does the answer owe to the learning rate?
+
+    python benchmarks/forgetting.py [--out forgetting] [--rates 2e-5 6e-5 1.3e-4 4e-4] [--steps 100]
+
+The quickstart's task on the embedded model in fp32, 4 rows a step, seed 0, `lorafold train`'s own
+loop: LoRA with its own two rates, full fine-tuning with each of RATES. Along a run, at `--points`,
+held-out loss (the first 40 unseen rows) and forgetting: KL(base || tuned) on probe texts outside
+the task, nats a token. At the end, loss and exact match on all 100 unseen rows.
+
+Runs of equal steps differ in how much they learned, so forgetting is also given where a run first
+reaches a held-out loss L between two points i and i + 1, on the line through both in log loss:
+
+    kl(L) = kl_i + (kl_{i+1} - kl_i) (log l_i - log L) / (log l_i - log l_{i+1})
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from math import log
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from lib.results import keep
+from rich.console import Console
+from torch import nn
+
+import lorafold as lf
+from lorafold.comparing.measure import forgetting
+from lorafold.core.evaluating import evaluating
+from lorafold.evaluation import evaluate, held_out_loss
+from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.merging.certificate import probe_ids
+from lorafold.models.loading import load_model
+from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.task import rows
+from lorafold.step.fitting import fitting, spec_of
+from lorafold.step.fused import fused
+from lorafold.training.display import Display
+from lorafold.training.loop import fit
+from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
+from lorafold.training.run import prepare
+
+WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end
+QUIET = Console(quiet=True)
+
+
+class Kept(nn.Module):
+    """A model that computes each text once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.outputs = model, {}
+
+    def forward(self, ids: torch.Tensor) -> object:
+        text = tuple(ids[0].tolist())
+        if text not in self.outputs:
+            self.outputs[text] = self.model(ids, use_cache=False)
+        return self.outputs[text]
+
+
+class Watch(Display):
+    """Shows nothing; `look` is called after every step."""
+
+    def __init__(self, steps: int, look: Callable[[int], None]) -> None:
+        super().__init__(QUIET, steps)
+        self.look = look
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        self.look(step)
+
+
+def trained(method: str, rate: float | None, steps: int, points: Sequence[int], base: Kept) -> dict:
+    """One run: its points, and what the model is worth at the end."""
+    changes = {"steps": steps, "lr": rate, "save_every": steps}
+    recipe, path = fitting(RECIPE, method).model_copy(update=changes), []
+    train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", UNSEEN, 0)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        out = Path(folder, "adapter")
+        request = Request("smollm2", out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
+        source, objective = objective_of(request)
+        tokenizer, _ = tokenizer_for(request, source, objective, QUIET)
+        data, held_out = tokenized(request, tokenizer, objective, QUIET)
+        model = load_model(source, torch.float32)
+        torch.manual_seed(recipe.seed)
+        adapter = lf.attach(model, spec_of(recipe))
+
+        def look(step: int) -> None:
+            if step in points:
+                with evaluating(model):
+                    kl, _ = forgetting(base, model, probe_ids(tokenizer, None))
+                found = held_out_loss(loss, held_out.examples)
+                path.append({"step": step, "loss": found, "kl": kl})
+                print(json.dumps({"method": method, "rate": rate} | path[-1]), flush=True)
+
+        stack.enter_context(freed_blocks_kept())
+        stack.enter_context(fused(model))
+        loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
+        cpu = Accelerator(cpu=True)
+        made = prepare(request, adapter, loss, cpu, data, None, tokenizer, QUIET)
+        fit(*made, Watch(steps, look))
+    found = evaluate(model, tokenizer, unseen, recipe.max_length)
+    return {"path": path, "loss": found.loss, "exact": found.exact_match}
+
+
+def at(path: list[dict[str, float]], loss: float) -> str:
+    """Forgetting where the run first reaches this held-out loss, and between which steps."""
+    for a, b in pairwise(path):
+        if a["loss"] > loss >= b["loss"]:
+            share = (log(a["loss"]) - log(loss)) / (log(a["loss"]) - log(b["loss"]))
+            kl = a["kl"] + share * (b["kl"] - a["kl"])
+            return f"{kl:.3f} (steps {a['step']}-{b['step']})"
+    return "before" if path[0]["loss"] <= loss else "not reached"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("forgetting"), help="goes on here")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 6e-5, 1.3e-4, 4e-4])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--points", type=int, nargs="+", default=[10, 20, 30, 45, 70, 100])
+    parser.add_argument("--losses", type=float, nargs="+", default=[0.02, 0.01, 0.005])
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    base, table, paths = Kept(load_model("smollm2", torch.float32).eval()), [], []
+    for method, rate in [("lora", None), *(("full", rate) for rate in asked.rates)]:
+        name = f"{method} {rate:g}" if rate else f"{method} 2e-4, 3e-3"
+        file = asked.out / f"{method}-{rate}-{asked.steps}.json"
+        if not file.exists():
+            file.write_text(json.dumps(trained(method, rate, asked.steps, asked.points, base)))
+        run = json.loads(file.read_text())
+        print(json.dumps({"run": name} | run), flush=True)
+        path = run["path"]
+        row = {"run": name, "loss": f"{run['loss']:.4f}", "exact": f"{run['exact']:.0%}"}
+        row[f"KL, step {path[-1]['step']}"] = f"{path[-1]['kl']:.3f}"
+        table.append(row | {f"KL at loss {loss:g}": at(path, loss) for loss in asked.losses})
+        along = {f"step {p['step']}": f"{p['loss']:.4f}, {p['kl']:.3f}" for p in path}
+        paths.append({"loss, KL": name} | along)
+    keep("forgetting", table, paths)
+
+
+if __name__ == "__main__":
+    main()
