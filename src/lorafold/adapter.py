@@ -89,7 +89,8 @@ class Adapter:
     @property
     def vocabulary(self) -> int | None:
         """The size of the vocabulary where some tokens are new to the base."""
-        rows = {path: len(bare(self.model.get_submodule(path)).weight) for path in self.tokens}  # type: ignore[arg-type]
+        ends: dict[str, Any] = {p: bare(self.model.get_submodule(p)) for p in self.tokens}
+        rows = {path: len(end.weight) for path, end in ends.items()}
         sizes = {path: max(ids) + 1 for path, ids in self.tokens.items()}
         return max((size for path, size in sizes.items() if size > rows[path]), default=None)
 

@@ -221,7 +221,8 @@ def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
         for m in model.modules()
     ):
         skipped = config.quantization_config.llm_int8_skip_modules or []  # type: ignore[union-attr]
-        config.quantization_config.llm_int8_skip_modules = [*skipped, *paths]  # type: ignore[union-attr]
+        settings: Any = config.quantization_config  # type: ignore[union-attr]
+        settings.llm_int8_skip_modules = [*skipped, *paths]
     else:
         quantizer.remove_quantization_config(model)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -218,14 +218,10 @@ def latencies(
 
     def over_base(i: int) -> Latency:
         prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
-        return Latency(
-            prefill,
-            (
-                statistics.median(times[i].decode / times[0].decode for times in rounds)  # type: ignore[operator]
-                if new
-                else None
-            ),
-        )
+        if not new:
+            return Latency(prefill, None)
+        decode: Any = [(times[i].decode, times[0].decode) for times in rounds]
+        return Latency(prefill, statistics.median(own / base for own, base in decode))
 
     return over_base(1), over_base(2) if merged is not None else None
 

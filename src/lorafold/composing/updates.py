@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,8 @@ class Updates:
             path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
         ]
         shapes = {path: layer_of(self.model.get_submodule(path)).shape for path in paths}
-        return tuple(
-            Site(path, shapes[path], tuple(own.get(path) for own in by_adapter)) for path in paths  # type: ignore[misc]
-        )
+        updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
+        return tuple(Site(path, shapes[path], tuple(updates[path])) for path in paths)
 
 
 def read(

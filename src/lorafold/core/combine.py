@@ -160,6 +160,6 @@ class Bank(Opaque):
         self.register_buffer("down", torch.stack([torch.zeros_like(padded_down[0]), *padded_down]))
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        up, down = self.up[self.slots.at], self.down[self.slots.at]  # type: ignore[index]  # (batch, out, r), (batch, r, in)
+        up, down = (t[self.slots.at] for t in (self.up, self.down))  # type: ignore[index]
         u = torch.vmap(layer.op)(x, down)
         return layer(x, onto=add(torch.vmap(F.linear)(u, up.to(u.dtype)), onto))

@@ -131,8 +131,8 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
 
 
 def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
-    """The row as the model sees it; what is trained on is bold and stands in ⟦ ⟧, to be told apart
-    without colour.
+    """The row as the model sees it; what is trained on is bold and stands in ⟦ ⟧, to be told
+    apart without colour.
     """
     from rich.text import Text
 
@@ -147,7 +147,8 @@ def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
                 clean_up_tokenization_spaces=False,
             )
         )
-        text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
+        shown, style = (f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")
+        text.append(shown, style=style)
     return text
 
 

@@ -19,7 +19,8 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     A model that does not say where its embeddings are has none to tell. NotMergeable if embedding
     and head would differ.
     """
-    before = {path: len(bare(model.get_submodule(path)).weight) for path in vocabulary_ends(model)}  # type: ignore[arg-type]
+    ends: dict[str, Any] = {p: bare(model.get_submodule(p)) for p in vocabulary_ends(model)}
+    before = {path: len(end.weight) for path, end in ends.items()}
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:
         return None

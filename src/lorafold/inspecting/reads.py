@@ -1,16 +1,10 @@
 """What a direction of an update reads and writes: the tokens, and the user's own vectors, that lie
 nearest to it.
 
-    W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h    so g *
-                                                                v, beside the rows of the embedding
-    W writes u to it:                                           logits E' (g' * u)           so g' *
-                                                                u, g' the final norm's gain,
-                                                                                             beside
-                                                                                             the
-                                                                                             rows of
-                                                                                             the
-                                                                                             unembedding
-                                                                                             E'
+    W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h
+        so g * v, beside the rows of the embedding
+    W writes u to it:                                           logits E' (g' * u)
+        so g' * u, g' the final norm's gain, beside the rows of the unembedding E'
 
 "Beside" is the cosine. The embedding's own inputs and the head's own outputs are tokens already:
 there the entries of v and u, which have norm 1, are shown. u and v are only known up to a sign that

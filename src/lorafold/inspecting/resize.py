@@ -120,7 +120,8 @@ def resize(
             )
         svd = site.parts()
         s = svd.s
-        kept = svd.top(effective_rank(s, energy) if rank is None else rank)  # type: ignore[arg-type]
+        asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
+        kept = svd.top(asked)
         root = kept.s.sqrt()
         factors[site.path] = kept.u * root, root[:, None] * kept.v.t()
         errors.add(site.path, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))

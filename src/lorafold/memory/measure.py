@@ -48,7 +48,8 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
     """A step of the recipe's own parts; a first one, which makes the optimizer's state, is done
     already.
     """
-    attach(model, setting.spec, **{"targets": setting.targets, **setting.beside(model)})  # type: ignore[arg-type]
+    beside = {"targets": setting.targets, **setting.beside(model)}
+    attach(model, setting.spec, **beside)  # type: ignore[arg-type]
     if setting.checkpointing:
         recompute(model)
     optimizer = make_optimizer(

@@ -139,7 +139,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
     positions.
     """
     weights = settled(ledger)
-    attach(model, setting.spec, **{"targets": setting.targets, **setting.beside(model)})  # type: ignore[arg-type]
+    beside = {"targets": setting.targets, **setting.beside(model)}
+    attach(model, setting.spec, **beside)  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
     start = settled(ledger)
     if setting.checkpointing:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from torch import nn
-
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.biases import Switches, switch_on
@@ -59,7 +57,7 @@ def with_biases(
                 f"{path}: the files hold its weight in a form that is converted on loading, so no"
                 " bias can go with it"
             )
-        bias: nn.Parameter = model.get_submodule(path)._parameters["bias"]  # type: ignore[assignment]
+        bias: Any = model.get_submodule(path)._parameters["bias"]
         name = like.name.removesuffix("weight") + "bias"
         found[f"{path}.bias"] = replace(
             like, name=name, shape=tuple(bias.shape), size=bias.nbytes

@@ -72,7 +72,7 @@ def make_spec(method: str, **options: Any) -> Spec:
     known: Sequence[str] = own
     if "over" in own and not isinstance(options.get("over"), Spec):
         name = options.pop("over", None)
-        lower: Spec = default.over if name is None else make_spec(name)  # type: ignore[attr-defined]
+        lower: Spec = make_spec(name) if name else default.over  # type: ignore[attr-defined]
         known = (*own, *lower.options())
         given = {option: options.pop(option) for option in lower.options() if option in options}
         options["over"] = type(lower)(**given) if name is None else make_spec(name, **given)

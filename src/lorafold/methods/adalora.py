@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -135,14 +135,9 @@ class AdaLoRA(Spec):
     lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self,
-            "init_rank",
-            (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank,
-        )
-        object.__setattr__(
-            self, "alpha", float(2 * self.init_rank if self.alpha is None else self.alpha)  # type: ignore[operator]
-        )
+        first = (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank
+        object.__setattr__(self, "init_rank", first)
+        object.__setattr__(self, "alpha", float(2 * first if self.alpha is None else self.alpha))
         checks = {
             f"rank {self.rank!r} (a whole number from 1)": (
                 isinstance(self.rank, int) and self.rank >= 1
@@ -175,10 +170,11 @@ class AdaLoRA(Spec):
 
     def build(self, layer: Layer) -> AdaLoRADelta:
         out, inn = layer.shape
-        first: int = self.init_rank  # type: ignore[assignment]
+        first: Any = self.init_rank
+        alpha: Any = self.alpha
         rank = next(iter(self.rank_pattern.values()), first)
-        device = layer.device
-        return AdaLoRADelta(out, inn, rank, first, self.alpha, self.dropout, self.orth_reg, device)  # type: ignore[arg-type]
+        options = (alpha, self.dropout, self.orth_reg, layer.device)
+        return AdaLoRADelta(out, inn, rank, first, *options)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         for delta in deltas.values():

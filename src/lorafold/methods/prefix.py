@@ -97,7 +97,8 @@ class Prefix(Spec):
                 f"Prefix: the attentions of {type(body).__name__} differ in heads and head size:"
                 f" {sorted(shapes)}"
             )
-        delta = PrefixDelta(body, self.tokens, shapes.pop(), [m.layer_idx for m in attentions])  # type: ignore[misc]
+        layers: list[Any] = [m.layer_idx for m in attentions]
+        delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)
         if self.init == "activations":
             embedding = body.get_input_embeddings()  # type: ignore[operator]
             delta.begin_with(

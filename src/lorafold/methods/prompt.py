@@ -101,9 +101,9 @@ class Prompt(Spec):
                 "Prompt lies on a decoder and its attentions (targets 'decoder'), not on"
                 f" {type(body).__name__}"
             )
-        return PromptDelta(
-            body, self.start(body.get_input_embeddings()), [m.layer_idx for m in attentions]  # type: ignore[misc, operator]
-        )
+        layers: list[Any] = [m.layer_idx for m in attentions]
+        start = self.start(body.get_input_embeddings())  # type: ignore[operator]
+        return PromptDelta(body, start, layers)
 
     @torch.no_grad()
     def start(self, embedding: nn.Embedding) -> Tensor:  # (n, d)

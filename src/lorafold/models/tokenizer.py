@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
@@ -76,9 +76,8 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
     tokenizer.add_tokens(
         [AddedToken(word, special=True, normalized=False) for word in new], special_tokens=True
     )
-    return Words(
-        {word: int(tokenizer.convert_tokens_to_ids(word)) for word in words}, frozenset(new)  # type: ignore[arg-type]
-    )
+    ids: dict[str, Any] = {word: tokenizer.convert_tokens_to_ids(word) for word in words}
+    return Words({word: int(i) for word, i in ids.items()}, frozenset(new))
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -1,10 +1,9 @@
 """A gated activation that keeps its two inputs: what it makes of the gate is made again for the
 backward.
 
-    y = act(gate) * up                                               Shazeer 2020, arXiv 2002.05202:
-                                                                     SwiGLU for silu, GEGLU for gelu
+    y = act(gate) * up
 
-gate, up (..., k). Written out in torch, the same keeps act(gate) as a third. The specification is
+Shazeer 2020, arXiv 2002.05202: SwiGLU for silu, GEGLU for gelu. gate, up (..., k). Written out in torch, the same keeps act(gate) as a third. The specification is
 `reference.gated`.
 """
 

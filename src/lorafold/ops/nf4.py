@@ -2,12 +2,11 @@
 byte.
 
     W (out, in), flattened row by row into blocks of 64:    c = max |w| of a block (fp32)
-    code = the k with level[k] nearest to w / c, the lower one on a tie;  two codes a byte, the
-    first in the high nibble
-    double quantization, of the constants in blocks of 256: c ~ m + d map[e]     m = mean c, d = max
-    |c - m|, e 8 bits
-    W ~ level[code] * c                                     4 + 8/64 + 32/(64 * 256) = 4.127 bits a
-                                                            weight
+    code = the k with level[k] nearest to w / c, the lower one on a tie;
+        two codes a byte, the first in the high nibble
+    double quantization, of the constants in blocks of 256: c ~ m + d map[e]
+        m = mean c, d = max |c - m|, e 8 bits
+    W ~ level[code] * c         4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight
 
 The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them
 around an exact zero can't be symmetric, so 7 lie below it and 8 above, each side at even steps of

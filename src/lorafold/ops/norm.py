@@ -1,10 +1,9 @@
 """Root mean square layer normalization that keeps its input and nothing else.
 
-    y = x r g,   r = (mean(x^2) + eps)^-1/2                          Zhang and Sennrich 2019, arXiv
-                                                                     1910.07467, equation 4
+    y = x r g,   r = (mean(x^2) + eps)^-1/2
     gx = r (g gy) - x r^3 mean(g gy x)
 
-x (..., d), g (d,). Sums and products are in fp32, with one rounding at the end. Written out in
+Zhang and Sennrich 2019, arXiv 1910.07467, equation 4. x (..., d), g (d,). Sums and products are in fp32, with one rounding at the end. Written out in
 torch, as models write it, the same keeps two fp32 copies of x for the backward. The specification
 is `reference.rms_norm`.
 

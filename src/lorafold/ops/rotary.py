@@ -1,10 +1,8 @@
 """Rotary position embedding, without a rotated copy of its input.
 
-    y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]            Su et al. 2021, arXiv
-                                                                     2104.09864, in the layout of
-                                                                     transformers
+    y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]
 
-x (..., T, D) with halves a and b (..., T, D / 2); cos and sin broadcast to x. The backward is the
+Su et al. 2021, arXiv 2104.09864, in the layout of transformers. x (..., T, D) with halves a and b (..., T, D / 2); cos and sin broadcast to x. The backward is the
 transpose of the same map, and keeps cos and sin alone. The specification is `reference.rotary`.
 """
 

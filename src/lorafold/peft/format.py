@@ -171,7 +171,9 @@ class Method:
                 problems.append(str(e))
         try:
             spec = None if problems else self.spec(**values)
-            return (spec if spec is None or self.outer is None else self.outer(spec)), problems  # type: ignore[call-arg]
+            if spec is not None and self.outer is not None:
+                spec = self.outer(spec)  # type: ignore[call-arg]
+            return spec, problems
         except LorafoldError as e:
             return None, [str(e)]
 

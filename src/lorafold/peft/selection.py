@@ -45,9 +45,7 @@ class Selection:
             return match(model, self.preset, is_linear)
         modules = {p: m for p, m in bare_modules(model) if p and not self._excluded(p)}
         if self.target_modules == "all-linear":
-            head = (
-                model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-            )
+            head = getattr(model, "get_output_embeddings", lambda: None)()
             found = {
                 "all-linear": tuple(p for p, m in modules.items() if is_linear(m) and m is not head)
             }
