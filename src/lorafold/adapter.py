@@ -90,9 +90,8 @@ class Adapter:
     def vocabulary(self) -> int | None:
         """The size of the vocabulary where some tokens are new to the base."""
         ends: dict[str, Any] = {p: bare(self.model.get_submodule(p)) for p in self.tokens}
-        rows = {path: len(end.weight) for path, end in ends.items()}
         sizes = {path: max(ids) + 1 for path, ids in self.tokens.items()}
-        return max((size for path, size in sizes.items() if size > rows[path]), default=None)
+        return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         own = ((path, delta.named_parameters()) for path, delta in self.deltas.items())

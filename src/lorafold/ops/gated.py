@@ -3,8 +3,8 @@ backward.
 
     y = act(gate) * up
 
-Shazeer 2020, arXiv 2002.05202: SwiGLU for silu, GEGLU for gelu. gate, up (..., k). Written out in torch, the same keeps act(gate) as a third. The specification is
-`reference.gated`.
+Shazeer 2020, arXiv 2002.05202: SwiGLU for silu, GEGLU for gelu. gate, up (..., k). Written out in
+torch, the same keeps act(gate) as a third. The specification is `reference.gated`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     y = x r g,   r = (mean(x^2) + eps)^-1/2
     gx = r (g gy) - x r^3 mean(g gy x)
 
-Zhang and Sennrich 2019, arXiv 1910.07467, equation 4. x (..., d), g (d,). Sums and products are in fp32, with one rounding at the end. Written out in
-torch, as models write it, the same keeps two fp32 copies of x for the backward. The specification
-is `reference.rms_norm`.
+Zhang and Sennrich 2019, arXiv 1910.07467, equation 4. x (..., d), g (d,). Sums and products are in
+fp32, with one rounding at the end. Written out in torch, as models write it, the same keeps two
+fp32 copies of x for the backward. The specification is `reference.rms_norm`.
 
 1024 x 576 bf16 on two CPU cores, forward and backward: 0.58 ms; written out 0.86;
 torch.nn.functional.rms_norm 1.06.

@@ -2,8 +2,9 @@
 
     y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]
 
-Su et al. 2021, arXiv 2104.09864, in the layout of transformers. x (..., T, D) with halves a and b (..., T, D / 2); cos and sin broadcast to x. The backward is the
-transpose of the same map, and keeps cos and sin alone. The specification is `reference.rotary`.
+Su et al. 2021, arXiv 2104.09864, in the layout of transformers. x (..., T, D) with halves a and b
+(..., T, D / 2); cos and sin broadcast to x. The backward is the transpose of the same map, and
+keeps cos and sin alone. The specification is `reference.rotary`.
 """
 
 from __future__ import annotations
