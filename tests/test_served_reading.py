@@ -182,6 +182,26 @@ def test_a_parameter_that_changed_before_the_backward_is_found_out() -> None:
         y.sum().backward()
 
 
+def test_a_bias_beside_no_weight() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bias
+
+    root = nn.Sequential(Shift())
+    bare = root[0].bias
+    move(adapter := lf.attach(root, lf.BitFit(), ["0"]))
+    assert torch.equal(root(torch.zeros(4)), adapter.deltas["0"].offset)
+    assert root[0].bias.shape == (4,)
+    with pytest.raises(lf.NotMergeable, match=r"0 \(Shift\): .* Shift holds no weight"):
+        root[0].bias + 1
+    adapter.detach()
+    assert root[0].bias is bare
+
+
 def test_without_values_it_has_the_shapes_alone() -> None:
     root, x = past("lora", "linear")
     lf.attach(root, METHODS["dora"], ["at"])

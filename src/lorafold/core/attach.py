@@ -64,7 +64,7 @@ class Adapted(nn.Module):
     layer_class: ClassVar[type[Base]]
     deltas: Deltas
     selection: Selection
-    site: str
+    site: str = ""
 
     def layer(self, *names: str) -> Layer:
         """The module under the named deltas, those that it carries."""
@@ -149,7 +149,8 @@ def lift(module: Adapted, name: str) -> None:
     """Take a delta off a module; with the last one its own class returns."""
     del module.deltas[name]
     if not len(module.deltas):
-        del module.deltas, module.selection, module.site
+        del module.deltas, module.selection
+        module.__dict__.pop("site", None)
         module.__class__ = module.base_class  # type: ignore[assignment]
 
 

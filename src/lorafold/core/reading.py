@@ -38,17 +38,20 @@ class Reading:
     def stored(self, name: str) -> Tensor | None:
         return self.base.module._parameters.get(name)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def like(self, name: str) -> Tensor:
+        """A tensor of the same dtype and device."""
         own = self.stored(name)
-        dtype: torch.dtype = (self.base.bare.weight if own is None else own).dtype
-        return dtype
+        return self.base.bare.weight if own is None else own
 
     def folded(self) -> Callable[[str], Tensor | None]:
         """Fold, and give the weight or the bias, by its name, as the module would store it, rounded
         to its dtype; the parameter itself where no delta changes it. NotMergeable where a delta or
         the storage can't.
         """
-        w, b = self.base.dense()
+        try:
+            w, b = self.base.dense()
+        except NotMergeable as e:
+            raise self._refused(str(e)) from None
         start = dict(zip(NAMES, (_wide(w), None if b is None else _wide(b)), strict=True))
         with _exact(w.device):
             w, b = self._fold(start["weight"], start["bias"])  # type: ignore[arg-type]
@@ -61,7 +64,7 @@ class Reading:
                 encoded = self.base.encode(w, b)[name]
             except NotMergeable as e:
                 raise self._refused(str(e)) from None
-            return rounded(encoded, self.dtype(name)).contiguous()
+            return rounded(encoded, self.like(name).dtype).contiguous()
 
         return as_stored
 
@@ -93,8 +96,8 @@ class Reading:
 
     def gained(self) -> Tensor | None:
         """On the meta device, the bias that the deltas give a module without one; None for none."""
-        w, _ = self.base.dense()
         try:
+            w, _ = self.base.dense()
             return self._fold(torch.empty_like(w, device="meta"), None, meta=True)[1]
         except NotMergeable:
             return None

@@ -12,7 +12,8 @@ The stand-in has shape, dtype and device, and nothing is computed to tell them. 
 function is given the folded tensor in its place (`lorafold.core.reading`). That costs the fold,
 with a dense dW, at every use; the module's own forward multiplies by the small factors. What takes
 a tensor past those functions (a custom autograd function, an operator called from C++) finds the
-folded one beneath them, and its gradient folds once more.
+folded one beneath them, and its gradient folds once more. Compilers, tracers and torch.func get the
+folded tensor itself.
 
 Writing goes to the parameter that is stored: in place, by `.data`, as the weight of another module
 that is tied to it. The dropout of a delta lies on its branch in the forward, so a served weight has
@@ -74,9 +75,9 @@ class Served(Tensor):
 
     @staticmethod
     def of(reading: Reading, name: str) -> Served:
-        like: Tensor = reading.base.bare.weight
+        like = reading.like(name)
         served = Tensor._make_wrapper_subclass(
-            Served, reading.shape(name), dtype=reading.dtype(name), device=like.device
+            Served, reading.shape(name), dtype=like.dtype, device=like.device
         )
         served.__dict__.update(reading=reading, which=name)
         return served
@@ -185,6 +186,13 @@ class Read:
             return self
         if self.name not in module._parameters:
             raise AttributeError(self.name)  # Python asks nn.Module's __getattr__ then
+        try:
+            return self._of(module)
+        except AttributeError as e:
+            # Python would ask nn.Module for the stored one, and an adapter be passed by unseen
+            raise RuntimeError(f"{module.site}.{self.name} can't be read: {e}") from e
+
+    def _of(self, module: Adapted) -> Tensor | None:
         own = module._parameters[self.name]
         deltas: Any = module.deltas
         carried = {name: deltas[name] for name in module.selection.names if name in deltas}
@@ -197,14 +205,14 @@ class Read:
         if own is None and reading.gained() is None:
             return None
         leaves = reading.leaves() if torch.is_grad_enabled() else []
-        if leaves and reading.dtype(self.name).is_floating_point:
+        if leaves and reading.like(self.name).is_floating_point():
             return _Deferred.apply(reading, self.name, *leaves)
         return Served.of(reading, self.name)
 
 
-def _untangled(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
+def _tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     """Tie to what is stored, where the weight of one module becomes another's."""
     return parameter.stored if isinstance(parameter, Served) else None
 
 
-register_module_parameter_registration_hook(_untangled)  # type: ignore[arg-type]
+register_module_parameter_registration_hook(_tied)  # type: ignore[arg-type]
