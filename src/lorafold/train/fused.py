@@ -131,7 +131,7 @@ def _trained_head(model: nn.Module) -> tuple[Any, str, Forward | None]:
     """The head, where it is trained without a delta of its own, as one that is tied to a trained
     embedding: `ops.head` has a shorter way for a frozen one only.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     bare = head is not None and not isinstance(head, Adapted) and "forward" not in vars(head)
     trained = bare and any(p.requires_grad for p in head.parameters())
     return head, "forward", _linear(head) if trained else None
