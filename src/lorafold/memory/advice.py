@@ -75,11 +75,13 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
         return
     if not setting.checkpointing:
         yield "gradient checkpointing", replace(setting, checkpointing=True)
-    if setting.optimizer == "adamw" and not (
-        setting.spec.trains_base and setting.base.dtype.itemsize == 2
-    ):
+    in_place = setting.spec.trains_base
+    # weights that are trained in 16 bits need the optimizer that rounds stochastically
+    if setting.optimizer == "adamw" and not (in_place and setting.base.dtype.itemsize == 2):
         yield "optimizer adamw8bit", replace(setting, optimizer="adamw8bit")
-    if not setting.spec.trains_base:
+        if in_place:
+            yield "base bf16", replace(setting, base=Storage(torch.bfloat16))
+    if not in_place:
         yield from packed(setting)
         if not setting.checkpointing:
             yield from (
