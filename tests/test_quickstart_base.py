@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import pytest
 import torch
+from rich.console import Console
 
+from lorafold.files.record import read_record
 from lorafold.ops.arithmetic import multiplying
-from lorafold.quickstart.story import RECIPE, fastest
+from lorafold.quickstart import story as module
+from lorafold.quickstart.story import RECIPE, fastest, quickstart
 
 CPU = torch.device("cpu")
 
@@ -38,3 +44,17 @@ def test_the_faster_one_is_taken_and_said(
 
 def test_what_other_commands_measure_with_its_recipe_is_the_same_everywhere() -> None:
     assert RECIPE.base == "fp32"
+
+
+@pytest.mark.slow
+def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(module, "RECIPE", RECIPE.model_copy(update={"steps": 1, "batch": 1}))
+    monkeypatch.setattr(module, "UNSEEN", 1)
+    console = Console(file=io.StringIO(), width=400)
+    with multiplying(widened=False):
+        found = quickstart(tmp_path / "out", console, device="cpu")
+    assert found.base == "bf16"
+    assert read_record(found.adapter)["recipe"]["base"] == "bf16"
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.startswith("base: bf16: this CPU has AMX\n")
