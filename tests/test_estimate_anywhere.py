@@ -64,6 +64,18 @@ def test_it_is_what_a_machine_of_that_kind_holds(name: str, each_arithmetic: boo
     assert estimate(CONFIG, setting).total == pytest.approx(measured, rel=0.02)
 
 
+def test_tensors_that_die_meanwhile_do_not_count() -> None:
+    others = [torch.zeros(2**20)]
+
+    def load() -> tf.PreTrainedModel:
+        others.clear()
+        return fake_model(CONFIG, BF16, 2)
+
+    setting = SETTINGS["inference"]
+    found = measure(load, setting, torch.device("cpu"))
+    assert estimate(CONFIG, setting).total == pytest.approx(found, rel=0.02)
+
+
 def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     def plan(device: str, base: Storage = BF16) -> Setting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]

