@@ -11,7 +11,16 @@ from lorafold.errors import LorafoldError, NotMergeable
 
 if TYPE_CHECKING:
     from lorafold.adapter import Adapter, attach, load
+    from lorafold.api.compare import compare
+    from lorafold.api.compose import compose
+    from lorafold.api.estimate import estimate
+    from lorafold.api.evaluate import evaluate
+    from lorafold.api.generate import generate
+    from lorafold.api.inspect import inspect
+    from lorafold.api.load_model import load_model
+    from lorafold.api.train import train
     from lorafold.core.attach import only
+    from lorafold.merging.run import merge
     from lorafold.methods.adalora import AdaLoRA
     from lorafold.methods.bitfit import BitFit
     from lorafold.methods.bottleneck import Bottleneck
@@ -28,12 +37,25 @@ if TYPE_CHECKING:
     from lorafold.methods.prompt import Prompt
     from lorafold.methods.sparse import LTSFT, FishMask
     from lorafold.methods.vera import VeRA
+    from lorafold.models.loading import load_tokenizer
+    from lorafold.step.recipe import Recipe
 
 _HOME = {
     "Adapter": "adapter",
     "attach": "adapter",
     "load": "adapter",
     "only": "adapter",
+    "compare": "api.compare",
+    "compose": "api.compose",
+    "estimate": "api.estimate",
+    "evaluate": "api.evaluate",
+    "generate": "api.generate",
+    "inspect": "api.inspect",
+    "load_model": "api.load_model",
+    "train": "api.train",
+    "merge": "merging.run",
+    "load_tokenizer": "models.loading",
+    "Recipe": "step.recipe",
     "AdaLoRA": "methods.adalora",
     "BitFit": "methods.bitfit",
     "Bottleneck": "methods.bottleneck",
@@ -75,10 +97,21 @@ __all__ = [
     "PiSSA",
     "Prefix",
     "Prompt",
+    "Recipe",
     "VeRA",
     "attach",
+    "compare",
+    "compose",
+    "estimate",
+    "evaluate",
+    "generate",
+    "inspect",
     "load",
+    "load_model",
+    "load_tokenizer",
+    "merge",
     "only",
+    "train",
 ]
 
 

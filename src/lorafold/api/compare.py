@@ -1,0 +1,107 @@
+"""`lf.compare`: every method on one's own model and data, measured in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.api.opened import Rows, as_rows, or_quiet, source_of
+from lorafold.comparing import run
+from lorafold.comparing.measure import Row, Task
+from lorafold.comparing.report import markdown
+from lorafold.comparing.run import known_methods, methods_for
+from lorafold.data.batches import split
+from lorafold.data.rows import Row as DataRow
+from lorafold.quickstart.story import RECIPE
+from lorafold.quickstart.task import rows as quickstart_rows
+from lorafold.step.fitting import without
+from lorafold.step.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TESTED = 100  # held-out rows of the quickstart's task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row for every method and seed, in the order asked for, and what they were measured on."""
+
+    rows: tuple[Row, ...]
+    model: str
+    source: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The rows under the keys of `lorafold compare --json`."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        return markdown(self.rows)
+
+
+def compare(
+    out: str | Path,
+    *,
+    model: str | Path = "smollm2",
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    recipe: Recipe | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> Comparison:
+    """Train every method on the same rows with the same budget and measure quality, forgetting,
+    size, speed and latency, each in a process of its own.
+
+    Args:
+        out: Where rows are kept as they finish; a second call goes on from them. `table.md` there
+            holds the table.
+        model: A name or path as `lf.load_model` takes it.
+        data: Training rows; None takes the quickstart's task.
+        eval_data: Held-out rows; None holds out a tenth of the data.
+        methods: Names of methods; none takes all that are for the recipe's objective.
+        seeds: How many seeds of each method.
+        recipe: The budget for all; where it sets no learning rate, each method has its own.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        console: A rich console for a line a row; None is quiet.
+
+    Raises LorafoldError, before anything is trained, for an unknown method and for recipe fields
+    that no method takes.
+    """
+    console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
+    rows, held_out, source = train_and_test(data, eval_data, recipe)
+    task = Task(str(model), rows, held_out, source, recipe, device)
+    names = known_methods(methods) or methods_for(recipe.objective)
+    for name in names:
+        if notice := without(recipe.model_copy(update={"method": name})):
+            console.print(notice, highlight=False)
+
+    def tell(row: Row, done: int, total: int) -> None:
+        console.print(
+            f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of"
+            " training",
+            highlight=False,
+        )
+
+    found = Comparison(
+        tuple(run.compare(task, list(names), range(seeds), Path(out), tell)), str(model), source
+    )
+    (Path(out) / "table.md").write_text(str(found), encoding="utf-8")
+    return found
+
+
+def train_and_test(
+    data: Rows | None, eval_data: Rows | None, recipe: Recipe
+) -> tuple[list[DataRow], list[DataRow], str]:
+    """Training rows, held-out rows (a tenth of the data where none are given) and where they are
+    from; without data the quickstart's task.
+    """
+    if data is None:
+        train = quickstart_rows("train", recipe.batch * (recipe.steps or 60), 0)
+        return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
+    if eval_data is not None:
+        return as_rows(data), as_rows(eval_data), source_of(data)
+    return *split(as_rows(data), 0.1, recipe.seed), source_of(data)

@@ -1,0 +1,132 @@
+"""`lf.estimate`: will it fit, and if not, what would make it fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.api.opened import or_quiet
+from lorafold.errors import LorafoldError
+from lorafold.machine.devices import choose_device
+from lorafold.memory import report, terms
+from lorafold.memory.advice import Advice, advise
+from lorafold.memory.measure import measure as measured_bytes
+from lorafold.memory.modes import llama, setting_of
+from lorafold.memory.terms import Estimate
+from lorafold.memory.trace import Setting
+from lorafold.models.configuration import configuration
+from lorafold.models.loading import load_model
+from lorafold.ops.arithmetic import widens
+from lorafold.step.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The memory of a setting at its peak: bytes by term, and what was asked about them.
+
+    `advice` says whether it fits a device's memory and what would, where that was given;
+    `measured` is the bytes of a real step, where one was run; `of_this_cpu`: the estimate is about
+    this machine's CPU, and not about accelerators in general.
+    """
+
+    estimate: Estimate
+    setting: Setting
+    advice: Advice | None = None
+    measured: int | None = None
+    of_this_cpu: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.estimate.total
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Bytes by term, which add up to the total."""
+        return self.estimate.terms
+
+    def remarks(self) -> list[str]:
+        """The lines beneath the terms: the device, the verdict, what was measured."""
+        lines = [report.about(self.setting)] * self.of_this_cpu
+        lines += [] if self.advice is None else report.verdict(self.advice, self.setting)
+        lines += [] if self.measured is None else [report.beside(self.estimate, self.measured)]
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures under the keys of `lorafold estimate --json`."""
+        advice = {} if self.advice is None else asdict(self.advice)
+        largest = {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in advice.items()}
+        measured = {} if self.measured is None else {"measured": self.measured}
+        return {"total": self.total, **self.terms, "fits": None, **largest, **measured}
+
+    def __str__(self) -> str:
+        return "\n".join([*report.bars(self.estimate), *self.remarks()])
+
+
+def estimate(
+    model: str | Path = "smollm2",
+    mode: str = "qlora",
+    *,
+    params: str | None = None,
+    batch: int = 1,
+    length: int = 1024,
+    labelled: int | None = None,
+    recipe: Recipe | None = None,
+    device_memory: int | None = None,
+    measure: bool = False,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+) -> Forecast:
+    """Estimate the memory of training or inference from a model's configuration, without weights.
+
+    Args:
+        model: A name or path as `lf.load_model` takes it; only its configuration is read.
+        mode: inference, full, lora, qlora, or a method's name.
+        params: A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b.
+        batch: Rows computed at a time.
+        length: Tokens of a row; for inference those of prompt and completion together.
+        labelled: Tokens of the batch that count in the loss; None counts all.
+        recipe: What it sets goes over the mode; fields that an estimate can't take into account are
+            refused.
+        device_memory: Bytes of the device, for the verdict and for what would fit.
+        measure: Also load the model and run two real steps.
+        device: cpu asks about this machine's CPU; `measure` runs on it, or on cuda, cuda:N or mps.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        console: A rich console for progress; None is quiet.
+
+    Raises LorafoldError for an unknown mode or size, for what does not go together, and for a model
+    that can't be traced.
+    """
+    if measure and params is not None:
+        raise LorafoldError(
+            f"--measure: needs a model with weights, and --params {params} is a shape alone;"
+            " expected --model"
+        )
+    console = or_quiet(console)
+    setting = setting_of(mode, recipe or Recipe(), batch, length, labelled)
+    config = (
+        configuration(str(model), revision, trust_remote_code) if params is None else llama(params)
+    )
+    on = choose_device(device) if measure else None
+    of_this_cpu = (device if on is None else on.type) == "cpu"
+    if of_this_cpu:
+        setting = replace(setting, widened=widens(setting.base.dtype))
+    found, advice, measured = terms.estimate(config, setting), None, None
+    if device_memory is not None:
+        with console.status("looking for what fits: some twenty settings are traced"):
+            advice = advise(config, setting, device_memory)
+    if on is not None:
+        with console.status("two real steps"):
+            measured = measured_bytes(
+                lambda: load_model(model, setting.base, on, revision, trust_remote_code),
+                setting,
+                on,
+            )
+    return Forecast(found, setting, advice, measured, of_this_cpu)

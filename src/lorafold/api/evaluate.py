@@ -1,0 +1,75 @@
+"""`lf.evaluate`: how good a model or adapter is on rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold import evaluation
+from lorafold.api.opened import Paths, Rows, as_rows, opened
+from lorafold.data.rows import is_labelled
+from lorafold.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    data: Rows,
+    *,
+    adapters: Paths = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 1024,
+    completions: bool = True,
+    max_new_tokens: int | None = None,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    console: Console | None = None,
+) -> Evaluation:
+    """Loss in nats per labelled token, perplexity and exact match on rows, with 95% intervals.
+
+    Args:
+        model: A name or path, or a loaded model with whatever adapters are active on it.
+        data: Rows, of the forms that `lf.train` takes; texts with labels ask for a classifier.
+        adapters: Saved adapters to put on the model that is named.
+        tokenizer: None takes the adapters' or the model's own.
+        max_length: Longer rows are cut to this many tokens for the loss.
+        completions: Generate completions for the exact match; False measures the loss alone.
+        max_new_tokens: The limit of a completion; None takes the longest reference.
+        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        console: A rich console for progress and notices; None is quiet.
+
+    Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or is of the
+    wrong kind, and for a loss that is not finite.
+    """
+    rows = as_rows(data)
+    loaded, tokenizer = opened(
+        model,
+        adapters,
+        tokenizer,
+        classify=is_labelled(rows),
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+        console=console,
+    )
+    return evaluation.evaluate(
+        loaded,
+        tokenizer,
+        rows,
+        max_length,
+        generate=completions,
+        max_new_tokens=max_new_tokens,
+        console=console,
+    )

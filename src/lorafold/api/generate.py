@@ -1,0 +1,84 @@
+"""`lf.generate`: completions of one prompt or many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lorafold.api.opened import Paths, opened
+from lorafold.data.render import render
+from lorafold.generation import complete, stream
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Prompts = TypeVar("Prompts", str, list[str])  # a prompt gives a completion, a list a list
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    prompts: Prompts,
+    *,
+    adapters: Paths = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    console: Console | None = None,
+) -> Prompts:
+    """The completion of a prompt, or of each of several, without special tokens.
+
+    Args:
+        model: A name or path, or a loaded model with whatever adapters are active on it.
+        prompts: What the user says; it goes through the chat template. A list gives a list.
+        adapters: Saved adapters to put on the model that is named.
+        tokenizer: None takes the adapters' or the model's own.
+        system: A system message before each prompt; None leaves it to the chat template.
+        max_new_tokens: A completion ends after this many tokens at the latest.
+        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
+        seed: The draws of every prompt follow from it.
+        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        console: A rich console for notices; None is quiet.
+
+    Raises LorafoldError for a model or adapter that can't be loaded, a negative temperature, and a
+    prompt that the template refuses or that has no tokens.
+    """
+    loaded, tokenizer = opened(
+        model,
+        adapters,
+        tokenizer,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+        console=console,
+    )
+    asked = [prompts] if isinstance(prompts, str) else prompts
+    texts = [rendered(prompt, system, tokenizer) for prompt in asked]
+    if temperature:
+        found = [
+            "".join(stream(loaded, tokenizer, text, max_new_tokens, temperature, seed))
+            for text in texts
+        ]
+    else:
+        found = complete(loaded, tokenizer, texts, max_new_tokens)
+    return found[0] if isinstance(prompts, str) else found
+
+
+def rendered(prompt: str, system: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A user's message, after a system message if there is one, as the chat template writes it."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return render([*before, {"role": "user", "content": prompt}], tokenizer, for_generation=True)

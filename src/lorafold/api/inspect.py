@@ -1,0 +1,117 @@
+"""`lf.inspect`: what an adapter learnt, and how much of it is real."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.api.opened import Rows, as_rows, opened, or_quiet
+from lorafold.inspecting import run
+from lorafold.inspecting.paths import measured_paths
+from lorafold.inspecting.words import of_paths
+from lorafold.models.sources import resolve_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The figures of one adapter (`lorafold.inspecting.run` says what each holds).
+
+    `sites` has a mapping of figures for every module path, `whole` those of all together, `layers`
+    the overlaps of the blocks' leading directions, `advice` the conclusions in words. `against` and
+    `paths` are None unless a second adapter, or data, was given.
+    """
+
+    adapter: str
+    model: str
+    method: str
+    beside: dict[str, int]
+    whole: dict[str, Any]
+    sites: dict[str, dict[str, Any]]
+    layers: dict[str, Any]
+    chance_cosine: dict[str, Any]
+    tokens_left_out: str | None
+    advice: list[str]
+    against: dict[str, Any] | None = None
+    paths: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures under the keys of `lorafold inspect --json`."""
+        optional = ("against", "paths")
+        return {k: v for k, v in asdict(self).items() if k not in optional or v is not None}
+
+    def __str__(self) -> str:
+        return "\n".join(self.advice)
+
+
+def inspect(
+    adapter: str | Path,
+    model: str | Path = "smollm2",
+    *,
+    against: str | Path | None = None,
+    directions: str | Path | None = None,
+    data: Rows | None = None,
+    rows: int = 64,
+    max_length: int = 1024,
+    full: bool = False,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    console: Console | None = None,
+) -> Inspection:
+    """Measure a saved adapter: its true rank, its place in the base, the tokens that it reads and
+    writes, and with data the loss along the update.
+
+    Args:
+        adapter: A saved adapter of any method that folds.
+        model: Its base, as `lf.load_model` takes it; loaded whole for `data` only.
+        against: A second adapter of the same base: another rank, seed or task.
+        directions: A safetensors file of vectors of the residual stream's width, by name.
+        data: Rows, of the forms that `lf.train` takes, for the loss along base + t dW.
+        rows: Only so many of the data; each point of a path is one pass over them.
+        max_length: Longer rows are cut to this many tokens.
+        full: Also what needs the SVD of every base matrix, which is slow the first time.
+        storage: How the loaded base stores its weights: auto, fp32, bf16, nf4 or int8.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept an adapter whose fingerprint names another base.
+        console: A rich console for progress and notices; None is quiet.
+
+    Raises LorafoldError as `lf.load` does, and for a method that changes no matrices.
+    """
+    console = or_quiet(console)
+    examples = None if data is None else as_rows(data)[:rows]
+    with console.status("sites") as status:
+        found = run.inspect(
+            resolve_model(model, revision),
+            adapter,
+            against=against,
+            directions=directions,
+            full=full,
+            allow_other_base=allow_other_base,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: status.update(f"site {done} of {total}"),
+        )
+    if found["tokens_left_out"]:
+        console.print(found["tokens_left_out"], highlight=False, markup=False, soft_wrap=True)
+    if examples is not None:
+        loaded, tokenizer = opened(
+            model,
+            [adapter] if against is None else [adapter, against],
+            storage=storage,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
+            console=console,
+        )
+        with console.status("losses along the paths"):
+            found["paths"] = measured_paths(loaded, tokenizer, examples, max_length)
+        found["advice"] += of_paths(found["paths"])
+    return Inspection(**found)

@@ -1,0 +1,127 @@
+"""What the verbs are given, opened: a model with saved adapters on it, rows, a console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.adapter import load
+from lorafold.data.rows import Row, check_rows, read_rows
+from lorafold.errors import LorafoldError
+from lorafold.machine.devices import choose_device
+from lorafold.models.classifier import known_classes
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import choose_storage, held_as, weights_of
+from lorafold.models.tokenizer import tokenizer_of
+from lorafold.training.objectives import Classify, Objective, Sft
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Paths = str | Path | Sequence[str | Path]  # one directory, or several
+Rows = str | Path | Sequence[Row]  # a file, a directory or a hub dataset, or the rows themselves
+
+
+def opened(
+    model: str | Path | PreTrainedModel,
+    adapters: Paths = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    classify: bool = False,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    console: Console | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with saved adapters stacked on it, in evaluation mode, and its tokenizer.
+
+    Args:
+        model: A name or path as `lf.load_model` takes it, or a loaded model. A loaded model is used
+            as it stands: its storage and device are its own, and adapters can't be added here.
+        adapters: One directory or several, loaded in this order as adapter1, adapter2, ...
+        tokenizer: None takes the last adapter's that has one, or else the model's.
+        classify: Expect a sequence classifier instead of a language model.
+        storage: fp32, bf16, nf4 or int8; auto takes what the adapters were trained on if that was
+            quantized, else 16 or 32 bits, whichever the device is fast with.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        console: Where notices go.
+
+    Raises LorafoldError as the loaders do, and where model and adapters are classifiers and a
+    language model is expected, or the other way round.
+    """
+    paths, console = as_paths(adapters), or_quiet(console)
+    if not isinstance(model, (str, Path)):
+        if paths:
+            raise LorafoldError(
+                "adapters: the model is loaded already; load them onto it with lf.load, or give the"
+                " model's name instead"
+            )
+        tokenizer = tokenizer or load_tokenizer(str(model.name_or_path), None, trust_remote_code)
+        return model, tokenizer if classify else prepared(tokenizer, Sft(), console)
+    source = resolve_model(model, revision)
+    tokenizer = tokenizer or tokenizer_of(source, paths, trust_remote_code)
+    classes = known_classes(source, paths)
+    if (classes is not None) != classify:
+        what = f"a classifier of {', '.join(classes)}" if classes else "no classifier"
+        wanted = "a classifier" if classify else "a language model"
+        raise LorafoldError(
+            f"{', '.join(map(str, paths)) or model}: found {what}, expected {wanted} for this"
+            " data or command"
+        )
+    objective: Objective = Sft() if classes is None else Classify(classes)
+    tokenizer = prepared(tokenizer, objective, console)
+    where = choose_device(device)
+    held = choose_storage(held_as(source, paths) if storage == "auto" else storage, where)
+    console.print(f"{model} on {where}, {held.why}", highlight=False, markup=False)
+    loaded = objective.load(source, tokenizer, held, where, 0, trust_remote_code)
+    for number, path in enumerate(paths, 1):
+        load(
+            loaded,
+            path,
+            name=f"adapter{number}",
+            allow_other_base=allow_other_base,
+            base=weights_of(source, held),
+        )
+    return loaded, tokenizer
+
+
+def prepared(
+    tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with what the objective needs of it; what was added is printed."""
+    if notice := objective.set_up(tokenizer):
+        console.print(notice, highlight=False, markup=False)
+    return tokenizer
+
+
+def as_paths(adapters: Paths) -> list[Path]:
+    """One path or several, as a list."""
+    one = isinstance(adapters, (str, Path))
+    return [Path(adapters)] if one else [Path(path) for path in adapters]  # type: ignore[arg-type, union-attr]
+
+
+def as_rows(data: Rows) -> list[Row]:
+    """Rows, read if a source is named, and checked. LorafoldError as `read_rows` has it."""
+    if isinstance(data, (str, Path)):
+        return read_rows(str(data))
+    return check_rows(enumerate(data, 1), source_of(data))
+
+
+def source_of(data: Rows) -> str:
+    """Where rows are from, for records and messages."""
+    return str(data) if isinstance(data, (str, Path)) else "rows given in Python"
+
+
+def or_quiet(console: Console | None) -> Console:
+    """The console, or one that prints nothing."""
+    from rich.console import Console
+
+    return console or Console(quiet=True)

@@ -1,0 +1,67 @@
+"""`lf.train`: one adapter from a model and rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.api.opened import Rows, as_rows, or_quiet, source_of
+from lorafold.step.recipe import Recipe
+from lorafold.training import run
+from lorafold.training.finish import Trained
+from lorafold.training.request import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def train(
+    recipe: Recipe | None = None,
+    *,
+    data: Rows,
+    out: str | Path,
+    model: str | Path = "smollm2",
+    eval_data: Rows | None = None,
+    init_adapter: str | Path | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Trained:
+    """Train one adapter and write it to `out` in PEFT's format, whole or not at all.
+
+    Args:
+        recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
+        data: Training rows: a .jsonl, .json or .parquet file, a directory, a hub dataset, or a list
+            of rows such as {"prompt": ..., "completion": ...}.
+        out: The directory of the adapter. Checkpoints lie in `<out>.run` until it is there.
+        model: smollm2 (embedded), a directory, a .gguf file or a hub id.
+        eval_data: Held-out rows, of the same forms as `data`.
+        init_adapter: A saved adapter to start from instead of a fresh one.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        resume: Go on from the last checkpoint of a run that was stopped or killed.
+        overwrite: Replace an adapter that lies in `out` already.
+        console: A rich console for progress and notices; None is quiet.
+
+    Raises LorafoldError for anything wrong with the arguments, before a weight is loaded where that
+    can be known, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
+    """
+    request = Request(
+        str(model),
+        Path(out),
+        recipe or Recipe(),
+        as_rows(data),
+        source_of(data),
+        None if eval_data is None else as_rows(eval_data),
+        None if init_adapter is None else Path(init_adapter),
+        device,
+        revision,
+        trust_remote_code,
+        resume,
+        overwrite,
+    )
+    return run.train(request, or_quiet(console))
