@@ -106,7 +106,7 @@ def test_the_version_is_the_package_s():
     ("arguments", "said"),
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?; see lorafold --help"),
-        (["--no-such-option"], "No such option: --no-such-option; see lorafold --help"),
+        (["--no-such-option"], "No such option: --no-such-option"),
         (["train", "--no-such-option"], "see lorafold train --help"),
         (["train"], "Missing option '--data'; see lorafold train --help"),
         (

@@ -217,11 +217,11 @@ def test_generate_command(
         "device": "cpu",
         "max_new_tokens": 7,
     }
-    generate_command("book", **options)
+    generate_command(prompt="book", **options)
     printed = capsys.readouterr()
     assert printed.out == said + "\n"
     assert "tokens/s" in printed.err
-    generate_command("book", **options, json=True)
+    generate_command(prompt="book", **options, json=True)
     out = json.loads(capsys.readouterr().out)
     assert out["text"] == said
     assert out["tokens_per_second"] > 0

@@ -155,12 +155,12 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
             "no packed base is on their record; expected original, or --base",
         ),
         (["a", "b"], {}, "trained on bases that are held differently"),
-        (["a"], {"into": "dequantized", "base": "fp32"}, "they were trained on fp32"),
+        (["a"], {"into": "dequantized", "storage": "fp32"}, "they were trained on fp32"),
     ]:
         with pytest.raises(LorafoldError, match=message):
             merge(base, [tmp_path / name for name in adapters], tmp_path / "out", **asked)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "plain"]
-    said = merge(base, [tmp_path / "plain"], tmp_path / "out", base="nf4", certificate=False)
+    said = merge(base, [tmp_path / "plain"], tmp_path / "out", storage="nf4", certificate=False)
     assert said.into.target == "dequantized"
 
 

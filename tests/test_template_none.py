@@ -138,7 +138,7 @@ def test_errors_say_what_there_is(tiny_model_dir, tmp_path: Path) -> None:
         set_template(tokenizer, "none")
     told = " ".join(lorafold("train", "--help").stdout.replace("│", " ").split())
     assert "none joins prompt and completion as they stand" in told
-    assert "(a file of that name is ./none)" in told
+    assert "(./none is a file)" in told
 
 
 def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_path: Path) -> None:

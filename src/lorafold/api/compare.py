@@ -7,22 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.opened import Rows, as_rows, or_quiet, source_of
+from lorafold.api.opened import or_quiet
+from lorafold.api.rows import Rows, train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Row, Task
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
-from lorafold.data.batches import split
-from lorafold.data.rows import Row as DataRow
 from lorafold.quickstart.story import RECIPE
-from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.step.fitting import without
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-TESTED = 100  # held-out rows of the quickstart's task
 
 
 @dataclass(frozen=True)
@@ -92,16 +88,3 @@ def compare(
     (Path(out) / "table.md").write_text(str(found), encoding="utf-8")
     return found
 
-
-def train_and_test(
-    data: Rows | None, eval_data: Rows | None, recipe: Recipe
-) -> tuple[list[DataRow], list[DataRow], str]:
-    """Training rows, held-out rows (a tenth of the data where none are given) and where they are
-    from; without data the quickstart's task.
-    """
-    if data is None:
-        train = quickstart_rows("train", recipe.batch * (recipe.steps or 60), 0)
-        return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
-    if eval_data is not None:
-        return as_rows(data), as_rows(eval_data), source_of(data)
-    return *split(as_rows(data), 0.1, recipe.seed), source_of(data)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.opened import Paths, Rows, as_paths, as_rows, opened, or_quiet
+from lorafold.api.opened import Paths, as_paths, opened, or_quiet
+from lorafold.api.rows import Tasks, by_name
 from lorafold.composing import run
 from lorafold.composing.job import Request
 from lorafold.composing.mixture import RECIPE
 from lorafold.composing.run import Result
-from lorafold.composing.updates import names
-from lorafold.data.rows import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Tasks = Mapping[str, Rows] | Sequence[str | Path]  # rows by a task's name, or files
 
 
 def compose(
@@ -112,10 +109,3 @@ def compose(
         console,
     )
 
-
-def by_name(tasks: Tasks) -> dict[str, list[Row]]:
-    """Rows by the name of their task, which for a file is its short name."""
-    if not isinstance(tasks, Mapping):
-        sources = [str(source) for source in tasks]
-        tasks = dict(zip(names(sources), sources, strict=True))
-    return {name: as_rows(rows) for name, rows in tasks.items()}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold import evaluation
-from lorafold.api.opened import Paths, Rows, as_rows, opened
+from lorafold.api.opened import Paths, opened
+from lorafold.api.rows import Rows, as_rows
 from lorafold.data.rows import is_labelled
 from lorafold.evaluation import Evaluation
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.opened import Rows, as_rows, opened, or_quiet
+from lorafold.api.opened import opened, or_quiet
+from lorafold.api.rows import Rows, as_rows
 from lorafold.inspecting import run
 from lorafold.inspecting.paths import measured_paths
 from lorafold.inspecting.words import of_paths

@@ -1,4 +1,4 @@
-"""What the verbs are given, opened: a model with saved adapters on it, rows, a console."""
+"""The model of a verb: a base by its name with saved adapters on it, or one that is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.adapter import load
-from lorafold.data.rows import Row, check_rows, read_rows
 from lorafold.errors import LorafoldError
 from lorafold.machine.devices import choose_device
 from lorafold.models.classifier import known_classes
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Paths = str | Path | Sequence[str | Path]  # one directory, or several
-Rows = str | Path | Sequence[Row]  # a file, a directory or a hub dataset, or the rows themselves
 
 
 def opened(
@@ -106,18 +104,6 @@ def as_paths(adapters: Paths) -> list[Path]:
     """One path or several, as a list."""
     one = isinstance(adapters, (str, Path))
     return [Path(adapters)] if one else [Path(path) for path in adapters]  # type: ignore[arg-type, union-attr]
-
-
-def as_rows(data: Rows) -> list[Row]:
-    """Rows, read if a source is named, and checked. LorafoldError as `read_rows` has it."""
-    if isinstance(data, (str, Path)):
-        return read_rows(str(data))
-    return check_rows(enumerate(data, 1), source_of(data))
-
-
-def source_of(data: Rows) -> str:
-    """Where rows are from, for records and messages."""
-    return str(data) if isinstance(data, (str, Path)) else "rows given in Python"
 
 
 def or_quiet(console: Console | None) -> Console:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.opened import Rows, as_rows, or_quiet, source_of
+from lorafold.api.opened import or_quiet
+from lorafold.api.rows import Rows, as_rows, source_of
 from lorafold.step.recipe import Recipe
 from lorafold.training import run
 from lorafold.training.finish import Trained

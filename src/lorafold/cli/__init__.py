@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lorafold.cli.groups import Command
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.restart import restart_tuned
 
@@ -54,13 +55,11 @@ class Commands(TyperGroup):
 def _load(name: str) -> Any:
     module = importlib.import_module(f"lorafold.cli.{name}")
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
-    one.command(name, epilog=getattr(module, "EPILOG", None))(module.command)
+    one.command(name, cls=Command, epilog=getattr(module, "EPILOG", None))(module.command)
     return typer.main.get_command(one)
 
 
-app = typer.Typer(
-    cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)
+app = typer.Typer(cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,7 @@ JSON object as the last line.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,74 +14,53 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.step.recipe import Recipe
+BASE = "Base model"
+STORAGES = "nf4 (4 bits), int8, bf16, fp32"
 
 ModelOption = Annotated[
     str,
     typer.Option(
-        help=(
-            "The base: smollm2 (embedded), a directory, a .gguf file, or a hub id as in owner/name."
-        )
+        rich_help_panel=BASE,
+        help="The base: smollm2 (embedded), a directory, a .gguf file or a hub id (owner/name).",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=BASE,
+        help="cpu, cuda, cuda:N or mps. Without it the fastest kind that this machine has.",
     ),
 ]
 AdapterOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--adapter",
-        help="A saved adapter (PEFT's format); repeat the option to put several on the base.",
+        help="A saved adapter in PEFT's format. Repeat the option to stack several on the base.",
     ),
 ]
 DataOption = Annotated[
     str,
     typer.Option(
         help=(
-            "Examples: JSONL, Parquet or a hub dataset. Rows: messages, prompt + completion, text,"
-            " or text + label."
+            "A .jsonl, .json or .parquet file, a directory or a hub dataset. A row is {messages},"
+            " {prompt, completion}, {text} or {text, label}."
         )
     ),
 ]
-OutOption = Annotated[
-    Path,
-    typer.Option(
-        help="Where the result goes: a new directory that appears only once it is complete."
-    ),
-]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Replace what an earlier run wrote there, once the new is complete."
-    ),
-]
-DeviceOption = Annotated[
+OptionalDataOption = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:N or mps; without it the fastest kind that is there."),
+    typer.Option(help="Training rows, as for train. Without them the quickstart's task is used."),
 ]
-BaseOption = Annotated[
-    str,
-    typer.Option(
-        help=(
-            "How the base's weights are held: nf4, int8, bf16, fp32, or auto: packed as while"
-            " training, else 16 or 32 bits."
-        )
-    ),
+HeldOutOption = Annotated[
+    str | None,
+    typer.Option(help="Held-out rows. Without them a tenth of the training rows is held out."),
 ]
 SeedOption = Annotated[
     int,
     typer.Option(
         min=0,
         max=2**32 - 1,
-        help="Seed of everything drawn at random: the same seed, the same result.",
-    ),
-]
-RevisionOption = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of a hub model; a commit pins it for good."),
-]
-TrustRemoteCodeOption = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run Python code that a model brings along. Off: it has the rights that you have.",
+        help="The seed of everything that is drawn at random: the same seed, the same result.",
     ),
 ]
 JsonOption = Annotated[
@@ -89,35 +69,93 @@ JsonOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Source:
+    """Which base model, and what may be done to get it."""
+
+    model: ModelOption = "smollm2"
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=BASE,
+            help="The branch, tag or commit of a hub model. Only a commit never changes.",
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            rich_help_panel=BASE,
+            help="Run Python code that comes with the model. It gets all the rights you have.",
+        ),
+    ] = False
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments, besides the name, by which a verb opens the model."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class Opening(Source):
+    """How a model is loaded that saved adapters are put on."""
+
+    base: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=BASE,
+            help=(
+                f"How the base stores its weights: {STORAGES} or auto. auto takes the storage that"
+                " the adapter was trained on if that was quantized, else bf16 or fp32, whichever"
+                " the device is faster with."
+            ),
+        ),
+    ] = "auto"
+    device: DeviceOption = None
+    allow_other_base: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-base",
+            rich_help_panel=BASE,
+            help="Accept an adapter although its fingerprint says it was trained on another base.",
+        ),
+    ] = False
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments, besides the name, by which a verb opens the model."""
+        return {
+            **super().how,
+            "storage": self.base,
+            "device": self.device,
+            "allow_other_base": self.allow_other_base,
+        }
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a result goes that is a directory."""
+
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The directory of the result. It must be new, and appears once it is complete."
+        ),
+    ]
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace what an earlier run wrote to OUT, once the new result is complete.",
+        ),
+    ] = False
+
+
 def messages() -> "Console":
     """The console for messages and progress: stderr, so that stdout holds the result alone."""
     from rich.console import Console
 
     return Console(stderr=True)
-
-
-def rows_or_quickstart(
-    data: str | None, eval_data: str | None, recipe: "Recipe"
-) -> tuple[list[Any], list[Any], str]:
-    """Training rows, held-out rows and where they are from: files, a tenth held out if there is but
-    one, or the quickstart's task.
-    """
-    from lorafold.data.batches import split
-    from lorafold.data.rows import read_rows
-    from lorafold.quickstart.task import rows
-
-    if data is None:
-        return (
-            rows("train", recipe.batch * (recipe.steps or 60), 0),
-            rows("test", 100, 0),
-            "the quickstart's task",
-        )
-    train, held_out = (
-        (read_rows(data), read_rows(eval_data))
-        if eval_data
-        else split(read_rows(data), 0.1, recipe.seed)
-    )
-    return train, held_out, data
 
 
 def emit(json: bool, result: Mapping[str, Any], text: str) -> None:

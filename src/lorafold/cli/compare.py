@@ -7,85 +7,75 @@ import typer
 
 from lorafold.cli.common import (
     DeviceOption,
+    HeldOutOption,
     JsonOption,
     ModelOption,
+    OptionalDataOption,
     emit,
     messages,
-    rows_or_quickstart,
 )
-from lorafold.step.reading import load_recipe
+from lorafold.cli.groups import grouped
+from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.step.recipe import Recipe
 
 
+@of_recipe(Recipe.model_fields.keys() - {"method", "seed"})
+class Flags(RecipeFlags):
+    """The recipe of all runs."""
+
+
+@grouped
 def command(
     out: Annotated[
         Path,
         typer.Option(
-            help="Where rows are kept as they finish; the same command goes on from them."
+            help="The directory for rows as they finish. The same command goes on from them."
         ),
     ],
+    flags: Flags,
     model: ModelOption = "smollm2",
-    data: Annotated[
-        str | None, typer.Option(help="Training examples; without it the quickstart's task.")
-    ] = None,
-    eval_data: Annotated[
-        str | None, typer.Option(help="Held-out examples; without it a tenth of the data.")
-    ] = None,
+    data: OptionalDataOption = None,
+    eval_data: HeldOutOption = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated, as in lora,dora; by default all for the objective."),
+        typer.Option(
+            metavar="NAME,NAME",
+            help="The methods, as in lora,dora. Without it all that are for the objective.",
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each method.")] = 1,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="A recipe in YAML for all; without rates in it each method has its own."),
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One recipe field for all methods, as in --set steps=40."),
-    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each method.")] = 1,
     html: Annotated[
-        Path | None, typer.Option(help="Also write a self-contained page with plots.")
+        Path | None, typer.Option(help="Also write the table with plots as one HTML file.")
     ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Train every method on the same data with the same budget, and measure what the choice between
-    them turns on.
+    them depends on.
 
     Trainable parameters, adapter bytes, tokens/s, peak memory, held-out loss and exact match,
-    forgetting outside the task, latency over the base's attached and merged, whether it merges
-    (proved by folding), whether it adds modules. Texts with labels are compared with --set
-    objective=classify.
+    forgetting outside the task, latency attached and merged over the base's, whether it merges
+    (proved by folding), whether it adds modules. Texts with labels are compared with --objective
+    classify. Unless the recipe sets a learning rate, each method has its own.
     """
-    from dataclasses import asdict
-
-    from lorafold.comparing.measure import Task
-    from lorafold.comparing.report import markdown, page, table
-    from lorafold.comparing.run import compare, known_methods, methods_for
+    from lorafold.api.compare import compare
+    from lorafold.comparing.report import page, table
     from lorafold.quickstart.story import RECIPE
-    from lorafold.step.fitting import without
 
-    recipe = load_recipe(config, sets or (), defaults=None if data else RECIPE)
-    rows, held_out, source = rows_or_quickstart(data, eval_data, recipe)
-    task, console = Task(model, rows, held_out, source, recipe, device), messages()
-    names = known_methods(methods.split(",")) if methods else methods_for(recipe.objective)
-    for name in names:
-        if notice := without(recipe.model_copy(update={"method": name})):
-            console.print(notice, highlight=False)
+    console = messages()
     found = compare(
-        task,
-        list(names),
-        range(seeds),
         out,
-        lambda row, done, total: console.print(
-            f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of"
-            " training",
-            highlight=False,
-        ),
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        methods=methods.split(",") if methods else (),
+        seeds=seeds,
+        recipe=flags.recipe(None if data else RECIPE),
+        device=device,
+        console=console,
     )
-    (out / "table.md").write_text(markdown(found), encoding="utf-8")
     if html:
-        page(found, f"Methods on {model}, {source}", html)
+        page(found.rows, f"Methods on {model}, {found.source}", html)
     if not json:
-        console.print(table(found))
-    emit(json, {"rows": [asdict(row) for row in found]}, markdown(found))
+        console.print(table(found.rows))
+    emit(json, found.as_json(), str(found))

@@ -2,113 +2,101 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    BaseOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    OutOption,
-    OverwriteOption,
-    RevisionOption,
-    SeedOption,
-    TrustRemoteCodeOption,
-    emit,
-    messages,
-)
-from lorafold.cli.loaded import AllowOtherBaseOption, load_adapted
+from lorafold.cli.common import JsonOption, Opening, Output, SeedOption, emit, messages
+from lorafold.cli.groups import grouped
 
-if TYPE_CHECKING:
-    from lorafold.data.rows import Row
+EPILOG = """Ways to compose. linear: the weighted average, exact. task-arithmetic: the weighted sum,
+exact; a negative weight takes a task away. svd: the average, cut to the largest rank. ties: keep
+each matrix's largest fifth, elect signs, and take the mean of those that agree. dare, dare-ties:
+drop a random half and rescale the rest, then average, or elect. magnitude: keep the largest fifth
+and average. lorahub: search for the weights on examples, without gradients. mixture: frozen
+adapters under gates that are trained (--gates global, layer or token).
 
-EPILOG = """Ways to compose: linear (weighted average, exact); task-arithmetic (weighted sum, exact;
-a negative weight takes a task away); svd (the average, cut to the largest rank); ties (keep each
-matrix's largest fifth, elect signs, mean of those who agree); dare, dare-ties (drop a random half
-and rescale, then average, or elect); magnitude (keep the largest fifth, average); lorahub (search
-the weights on examples, without gradients); mixture (frozen adapters under gates that are trained:
---gates global, layer or token).
-
-All but mixture give one LoRA. linear and task-arithmetic lay the factors end to end, so their rank
-is the sum of the adapters'; --rank cuts it. The others make dense updates that an SVD brings back
-to a rank: the error says how much was lost."""
+All but mixture give one LoRA. linear and task-arithmetic concatenate the factors, so their rank is
+the sum of the adapters' ranks, and --rank cuts it. The others make dense updates, which an SVD
+brings back to a rank: the result says how much of the update was lost."""
 
 
 class Gates(StrEnum):
-    shared = "global"  # a keyword of Python's
+    """What a mixture's gates depend on."""
+
+    shared = "global"  # a keyword in Python
     layer = "layer"
     token = "token"
 
 
+@grouped
 def command(
     adapter: Annotated[
         list[Path],
         typer.Option(
-            help="A saved adapter of additive updates (LoRA, VeRA, LoHa ...); repeat the option."
+            help=(
+                "A saved adapter of additive updates (LoRA, VeRA, LoHa ...). Repeat the option for"
+                " each."
+            )
         ),
     ],
-    out: OutOption,
-    model: ModelOption = "smollm2",
+    output: Output,
+    opening: Opening,
     how: Annotated[
         list[str] | None,
         typer.Option(
             help=(
-                "The way, see below; repeat it to compare several, each in OUT/WAY. Default:"
-                " linear."
+                "The way to compose, from the list below. Repeat the option to compare several,"
+                " each in OUT/WAY.  [default: linear]"
             )
         ),
     ] = None,
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="One for each adapter, in their order; without it the way's own."),
+        typer.Option(help="One weight for each adapter, in order. Without it the way's own."),
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Cut to this rank, at every site; without it the way's own."),
+        typer.Option(min=1, help="Cut every module's update to this rank."),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of the entries that ties, dare and magnitude keep.")
+        float | None,
+        typer.Option(help="The share of the entries that ties, dare and magnitude keep."),
     ] = None,
     gates: Annotated[
         Gates,
         typer.Option(
-            help="What a mixture's gates depend on: nothing, the layer, or the token too."
+            help="A mixture has one gate an adapter (global), one a layer, or a router a token."
         ),
     ] = Gates.shared,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Examples of a task, to measure interference on; repeat the option for each task."
-        ),
+        typer.Option(help="Rows of a task to measure on. Repeat the option for each task."),
     ] = None,
     examples: Annotated[
         list[str] | None,
         typer.Option(
             help=(
-                "What lorahub and mixture learn from, a file for each task; without it half of the"
-                " rows of each --data."
+                "Rows that lorahub and mixture learn from, a file for each task. Without it half"
+                " of the rows of each --data."
             )
         ),
     ] = None,
-    evaluations: Annotated[int, typer.Option(min=1, help="How many weights lorahub tries.")] = 40,
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="How often lorahub measures a choice of weights.")
+    ] = 40,
     sets: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A recipe field for a mixture's training, as in --set steps=40."
+            "--set",
+            metavar="FIELD=VALUE",
+            help="A field of the recipe that a mixture's gates are trained by, as in steps=40.",
         ),
     ] = None,
     answers: Annotated[
-        bool, typer.Option(help="Generate answers for the exact match, or not.")
+        bool, typer.Option(help="Generate completions for the exact match, or measure loss alone.")
     ] = True,
-    base: BaseOption = "auto",
     seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
-    allow_other_base: AllowOtherBaseOption = False,
     json: JsonOption = False,
 ) -> None:
     """Make one adapter from several, in the space of their weight updates, and measure what they do
@@ -118,47 +106,27 @@ def command(
     composition are evaluated on every task, and the geometry of the updates (cosine, shared
     subspaces, sign conflict) says where the tasks collide.
     """
-    from lorafold.composing.job import Request
+    from lorafold.api.compose import compose
     from lorafold.composing.mixture import RECIPE
-    from lorafold.composing.run import compose
     from lorafold.step.reading import load_recipe
 
-    console = messages()
-    request = Request(
-        model,
-        tuple(adapter),
-        tuple(how or ["linear"]),
-        out,
-        weights=tuple(weight or ()),
+    result = compose(
+        adapter,
+        output.out,
+        model=opening.model,
+        how=how or "linear",
+        weights=weight or (),
         rank=rank,
         density=density,
-        seed=seed,
-        tasks=rows_by_name(data),
-        examples=rows_by_name(examples),
-        recipe=load_recipe(None, sets or (), defaults=RECIPE),
         gates=gates.value,
+        data=data or (),
+        examples=examples or (),
+        recipe=load_recipe(None, sets or (), defaults=RECIPE),
         evaluations=evaluations,
-        answers=answers,
-        base=base,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-        overwrite=overwrite,
-    )
-    result = compose(
-        request,
-        lambda: load_adapted(
-            model, adapter, base, device, revision, trust_remote_code, allow_other_base, console
-        ),
-        console,
+        completions=answers,
+        seed=seed,
+        overwrite=output.overwrite,
+        console=messages(),
+        **opening.how,
     )
     emit(json, result.as_json(), str(result))
-
-
-def rows_by_name(sources: list[str] | None) -> "dict[str, list[Row]]":
-    """The rows of each file, by its short name."""
-    from lorafold.composing.updates import names
-    from lorafold.data.rows import read_rows
-
-    return dict(zip(names(sources or []), map(read_rows, sources or []), strict=True))

@@ -1,73 +1,49 @@
-"""`lorafold eval`: how good a model or adapter is on a file of examples."""
+"""`lorafold eval`: how good a model or adapter is on rows."""
 
 from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    AdapterOption,
-    BaseOption,
-    DataOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    RevisionOption,
-    TrustRemoteCodeOption,
-    emit,
-    messages,
-)
-from lorafold.cli.loaded import AllowOtherBaseOption, load_adapted
+from lorafold.cli.common import AdapterOption, DataOption, JsonOption, Opening, emit, messages
+from lorafold.cli.groups import grouped
 
 
+@grouped
 def command(
     data: DataOption,
-    model: ModelOption = "smollm2",
+    opening: Opening,
     adapter: AdapterOption = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longer rows are cut to this many tokens for the loss.")
     ] = 1024,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Limit of an answer; without it the longest reference."),
+        typer.Option(
+            min=1,
+            help="The limit of a completion. Without it the length of the longest reference.",
+        ),
     ] = None,
     answers: Annotated[
-        bool, typer.Option(help="Generate answers for the exact match, or not.")
+        bool, typer.Option(help="Generate completions for the exact match, or measure loss alone.")
     ] = True,
-    base: BaseOption = "auto",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
-    allow_other_base: AllowOtherBaseOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Loss, perplexity and exact match on held-out examples, with 95% intervals.
+    """Measure loss, perplexity and exact match on held-out rows, with 95% intervals.
 
-    The loss counts completions only. Exact match is the share of greedy answers equal to the
+    The loss counts completions only. Exact match is the share of greedy completions that equal the
     reference, surrounding whitespace aside; rows of plain text have none. On rows of text and label
     the model is a classifier, and exact match is its accuracy.
     """
-    from lorafold.data.rows import is_labelled, read_rows
-    from lorafold.evaluation import evaluate
+    from lorafold.api.evaluate import evaluate
 
-    console, rows = messages(), read_rows(data)
-    adapted, tokenizer = load_adapted(
-        model,
-        adapter or (),
-        base,
-        device,
-        revision,
-        trust_remote_code,
-        allow_other_base,
-        console,
-        classify=is_labelled(rows),
-    )
     result = evaluate(
-        adapted,
-        tokenizer,
-        rows,
-        max_length,
-        generate=answers,
+        opening.model,
+        data,
+        adapters=adapter or (),
+        max_length=max_length,
+        completions=answers,
         max_new_tokens=max_new_tokens,
-        console=console,
+        console=messages(),
+        **opening.how,
     )
     emit(json, result.as_json(), str(result))

@@ -4,28 +4,37 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, OutOption, OverwriteOption, TrustRemoteCodeOption, emit
+from lorafold.cli.common import BASE, JsonOption, Output, emit
+from lorafold.cli.groups import grouped
 
 
+@grouped
 def command(
     tuned: Annotated[str, typer.Option(help="The fine-tuned model: a directory or a hub id.")],
-    out: OutOption,
-    rank: Annotated[int, typer.Option(min=1, help="The rank of every site.")],
+    output: Output,
+    rank: Annotated[int, typer.Option(min=1, help="The rank of every module's update.")],
     base: Annotated[
         str,
         typer.Option(
-            help="The model that it was tuned from: smollm2 (embedded), a directory or a hub id."
+            rich_help_panel=BASE,
+            help="The model that it was tuned from: smollm2 (embedded), a directory or a hub id.",
         ),
     ] = "smollm2",
-    overwrite: OverwriteOption = False,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            rich_help_panel=BASE,
+            help="Run Python code that comes with the models. It gets all the rights you have.",
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Make a LoRA adapter of what fine-tuning did to a model: the best one of that rank, for every
-    linear of the blocks.
+    linear layer of the blocks.
 
-    Works tensor by tensor, so that models larger than the memory will do. What else differs (norms,
-    embeddings) is named and left out.
+    One tensor is held at a time, so that models larger than the memory will do. What else differs
+    (norms, embeddings) is named and left out.
     """
     from lorafold.inspecting.resize import extract
     from lorafold.models.sources import resolve_model
@@ -33,9 +42,9 @@ def command(
     result = extract(
         resolve_model(base),
         resolve_model(tuned),
-        out,
+        output.out,
         rank=rank,
-        overwrite=overwrite,
+        overwrite=output.overwrite,
         trust_remote_code=trust_remote_code,
     )
     emit(json, result.as_json(), str(result))

@@ -5,57 +5,49 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    BaseOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    RevisionOption,
-    TrustRemoteCodeOption,
-    emit,
-    messages,
-)
-from lorafold.cli.loaded import AllowOtherBaseOption, load_adapted
+from lorafold.cli.common import JsonOption, Opening, emit, messages
+from lorafold.cli.groups import grouped
 
-EPILOG = """How to read it. Effective rank: so many directions hold 90, 95 or 99% of an update's
-energy (its squared singular values); where that is far below the nominal rank, `lorafold resize`
-saves the rest. Relative norm: how large the update is beside the base. Amplification: how large it
-is beside what the base does in the update's own directions. phi, with --against: the share of one
-subspace that lies in another, 1 at most. Barrier: how far the loss rises between two adapters above
-the straight line, in nats."""
+EPILOG = """How to read it. Effective rank: the number of directions that hold 90, 95 or 99% of an
+update's energy (its squared singular values). Where that is far below the nominal rank, `lorafold
+resize` makes the adapter smaller. Relative norm: the size of the update beside the base's.
+Amplification: the size of the update beside what the base does in the update's own directions. phi,
+with --against: the share of one subspace that lies in another, at most 1. Barrier: how far the loss
+between two adapters rises above the straight line between theirs, in nats."""
 
 
+@grouped
 def command(
     adapter: Annotated[
         Path,
         typer.Argument(
-            help="A saved adapter (PEFT's format), of any method that changes matrices."
+            help="A saved adapter in PEFT's format, of any method that changes matrices."
         ),
     ],
-    model: ModelOption = "smollm2",
+    opening: Opening,
     against: Annotated[
         Path | None,
-        typer.Option(help="A second adapter of the same base: other rank, seed or data."),
+        typer.Option(help="A second adapter of the same base: another rank, seed or task."),
     ] = None,
     directions: Annotated[
         Path | None,
         typer.Option(
             help=(
-                "Vectors of the residual stream's size by name (safetensors), as probes or an SAE's"
-                " decoder."
+                "A safetensors file of vectors of the residual stream's width, by name, such as"
+                " probes or the decoder of a sparse autoencoder."
             )
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Examples, as for train: the loss along base + t dW, and between two adapters."
+            help="Rows, as for train, for the loss along base + t dW and between two adapters."
         ),
     ] = None,
     rows: Annotated[
         int,
         typer.Option(
-            min=1, help="Of the data, only so many: each point of a path is one pass over them."
+            min=1, help="Only so many rows of the data. Each point of a path is one pass over them."
         ),
     ] = 64,
     max_length: Annotated[
@@ -66,58 +58,42 @@ def command(
         typer.Option(
             "--full",
             help=(
-                "Also what needs the SVD of every base matrix: intruders, place in its spectrum."
-                " Slow once."
+                "Also what needs the SVD of every base matrix: intruder dimensions, and the"
+                " update's place in the base's spectrum. The first time is slow."
             ),
         ),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Also write a page with maps, spectra and tables: one file.")
+        Path | None,
+        typer.Option(help="Also write maps, spectra and tables as one HTML file."),
     ] = None,
-    base: BaseOption = "auto",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
-    allow_other_base: AllowOtherBaseOption = False,
     json: JsonOption = False,
 ) -> None:
     """Look inside an update: its true rank, its place in the base, the tokens it reads and writes,
-    the loss along it.
+    and the loss along it.
 
-    Works from the adapter's factors and the base's files; the model itself is loaded for --data
-    only.
+    This works from the adapter's factors and the base's files. The model itself is loaded for
+    --data only.
     """
-    from lorafold.data.rows import read_rows
-    from lorafold.inspecting.paths import measured_paths
+    from lorafold.api.inspect import inspect
     from lorafold.inspecting.report import page, table
-    from lorafold.inspecting.run import inspect
-    from lorafold.inspecting.words import of_paths
-    from lorafold.models.sources import resolve_model
 
-    console, examples = messages(), None if data is None else read_rows(data)[:rows]
-    with console.status("sites") as status:
-        found = inspect(
-            resolve_model(model, revision),
-            adapter,
-            against=against,
-            directions=directions,
-            full=full,
-            allow_other_base=allow_other_base,
-            trust_remote_code=trust_remote_code,
-            progress=lambda done, total: status.update(f"site {done} of {total}"),
-        )
-    if found["tokens_left_out"]:
-        console.print(found["tokens_left_out"], highlight=False, markup=False, soft_wrap=True)
-    if examples is not None:
-        adapters = [adapter] if against is None else [adapter, against]
-        loaded, tokenizer = load_adapted(
-            model, adapters, base, device, revision, trust_remote_code, allow_other_base, console
-        )
-        with console.status("losses along the paths"):
-            found["paths"] = measured_paths(loaded, tokenizer, examples, max_length)
-        found["advice"] += of_paths(found["paths"])
+    console = messages()
+    result = inspect(
+        adapter,
+        opening.model,
+        against=against,
+        directions=directions,
+        data=data,
+        rows=rows,
+        max_length=max_length,
+        full=full,
+        console=console,
+        **opening.how,
+    )
+    found = result.as_json()
     if html:
         page(found, html)
     if not json:
         console.print(table(found))
-    emit(json, found, "\n".join(found["advice"]))
+    emit(json, found, str(result))

@@ -7,105 +7,109 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
+    BASE,
+    STORAGES,
     DeviceOption,
     JsonOption,
-    ModelOption,
-    OutOption,
-    OverwriteOption,
-    RevisionOption,
+    Output,
     SeedOption,
-    TrustRemoteCodeOption,
+    Source,
     emit,
     messages,
 )
+from lorafold.cli.groups import grouped
 
 
 class Rounding(StrEnum):
+    """How folded weights are rounded to the model's dtype."""
+
     auto = "auto"
     nearest = "nearest"
     stochastic = "stochastic"
 
 
+@grouped
 def command(
     adapter: Annotated[
         list[Path],
         typer.Option(
-            help=(
-                "A saved adapter (PEFT's format); repeat the option to fold several, in this order."
-            )
+            help="A saved adapter in PEFT's format. Repeat the option to fold several, in order."
         ),
     ],
-    out: OutOption,
-    model: ModelOption = "smollm2",
+    output: Output,
+    source: Source,
     into: Annotated[
         str | None,
         typer.Option(
             help=(
-                "original (the weights before they were packed), dequantized (those that it was"
-                " trained on), nf4 or int8 (packed again). "
-                "Without it what the adapter was trained on: dequantized if that was packed, else"
+                "The weights to fold into: original (the base's own, before quantization),"
+                " dequantized (those that the adapter was trained on), nf4 or int8 (quantized"
+                " again). Without it dequantized if it was trained on a quantized base, else"
                 " original."
             )
         ),
     ] = None,
     base: Annotated[
         str,
-        typer.Option(help="How the base was held in training, where no record says: nf4, int8 ..."),
+        typer.Option(
+            rich_help_panel=BASE,
+            help=f"How the base stored its weights in training, if no record says: {STORAGES}.",
+        ),
     ] = "auto",
     rounding: Annotated[
         Rounding,
         typer.Option(
-            help="nearest, stochastic (right on average), or auto: what each tensor's update needs."
+            help=(
+                "nearest; stochastic, which is right on average; or auto, which takes stochastic"
+                " for the tensors whose update rounding to nearest would lose."
+            )
         ),
     ] = Rounding.auto,
     seed: SeedOption = 0,
     certificate: Annotated[
         bool,
         typer.Option(
-            "--certificate/--no-certificate",
-            help="Compare merged and adapted model on text; loads one after the other.",
+            help="Compare merged and adapted model on text. Each is loaded once, one at a time.",
         ),
     ] = True,
     probe: Annotated[
         str | None,
-        typer.Option(help="Texts to compare on, a file as for train; built-in ones without it."),
+        typer.Option(help="Rows to compare on, a file as for train. Without it built-in texts."),
     ] = None,
     allow_other_base: Annotated[
         bool,
         typer.Option(
-            "--allow-other-base", help="Fold into a model that the adapter was not trained on."
+            "--allow-other-base",
+            rich_help_panel=BASE,
+            help="Fold into a model that the adapter was not trained on.",
         ),
     ] = False,
-    overwrite: OverwriteOption = False,
     device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
     """Fold adapters into their base: a plain Hugging Face model that runs at the base's speed and
-    knows nothing of adapters.
+    needs no adapter library.
 
-    Works tensor by tensor, so that a model larger than the memory can be merged (with
-    --no-certificate). OUT/merge.json holds the certificate: how far the merged model's answers lie
-    from the adapted one's, and what the rounding did to the update.
+    One tensor is held at a time, so that models larger than the memory can be merged (with
+    --no-certificate). OUT/merge.json holds the certificate: how far the merged model's output lies
+    from the adapted one's, and what rounding did to the update.
     """
     from lorafold.merging.run import merge
 
     result = merge(
-        model,
+        source.model,
         adapter,
-        out,
+        output.out,
         into=into,
-        base=base,
+        storage=base,
         rounding=rounding.value,
         seed=seed,
         certificate=certificate,
         probe=probe,
         allow_other_base=allow_other_base,
-        overwrite=overwrite,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        overwrite=output.overwrite,
         device=device,
         console=messages(),
+        **source.how,
     )
     emit(json, result.as_json(), result.summary())

@@ -5,14 +5,16 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import DeviceOption, JsonOption, OverwriteOption, emit, messages
+from lorafold.cli.common import DeviceOption, JsonOption, emit, messages
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Where data, adapter and merged model go.")] = Path(
-        "quickstart"
-    ),
-    overwrite: OverwriteOption = False,
+    out: Annotated[
+        Path, typer.Option(help="The directory for data, adapter and merged model.")
+    ] = Path("quickstart"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run wrote to OUT.")
+    ] = False,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -20,7 +22,7 @@ def command(
     laptop, without network.
 
     Free text such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON:
-    before and after on unseen examples, the adapter in PEFT's format, and a merged plain model.
+    before and after on unseen rows, the adapter in PEFT's format, and a merged plain model.
     """
     from dataclasses import asdict
 
@@ -28,7 +30,7 @@ def command(
 
     story = quickstart(out, messages(), overwrite=overwrite, device=device)
     found = (
-        f"exact match on unseen examples: {story.exact_match_before:.1%} before,"
+        f"exact match on unseen rows: {story.exact_match_before:.1%} before,"
         f" {story.exact_match_after:.1%} after"
     )
     emit(

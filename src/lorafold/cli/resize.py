@@ -5,60 +5,45 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    BaseOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    OutOption,
-    OverwriteOption,
-    RevisionOption,
-    TrustRemoteCodeOption,
-    emit,
-    messages,
-)
-from lorafold.cli.loaded import AllowOtherBaseOption, load_adapted
+from lorafold.cli.common import JsonOption, Opening, Output, emit, messages
+from lorafold.cli.groups import grouped
 
 
+@grouped
 def command(
     adapter: Annotated[
         Path,
         typer.Argument(
-            help="A saved adapter (PEFT's format), of any method that changes matrices."
+            help="A saved adapter in PEFT's format, of any method that changes matrices."
         ),
     ],
-    out: OutOption,
+    output: Output,
+    opening: Opening,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="The rank of every site; fewer where an update has no more."),
+        typer.Option(min=1, help="The rank of every module; fewer where an update has no more."),
     ] = None,
     energy: Annotated[
         float | None,
         typer.Option(
-            help="Instead, the least rank at each site that holds this share, as in 0.95."
+            help="Instead of a rank, the share of each update's energy to keep, as in 0.95."
         ),
     ] = None,
-    model: ModelOption = "smollm2",
     data: Annotated[
-        str | None, typer.Option(help="Examples, as for train: the error in loss as well.")
+        str | None, typer.Option(help="Rows, as for train: the error in loss is measured as well.")
     ] = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")
     ] = 1024,
-    overwrite: OverwriteOption = False,
-    base: BaseOption = "auto",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
-    allow_other_base: AllowOtherBaseOption = False,
     json: JsonOption = False,
 ) -> None:
     """Give an adapter another rank by singular value decomposition: no adapter of that rank lies
     nearer to it.
 
-    The result is plain LoRA in PEFT's format, from whatever method. Error: the share of the
-    update's (Frobenius) norm that is lost. `lorafold inspect` tells which rank would do.
+    The result is plain LoRA in PEFT's format, whatever the method was. The error is the share of
+    the update's (Frobenius) norm that is lost. `lorafold inspect` tells which rank would do.
     """
+    from lorafold.api.opened import opened
     from lorafold.data.rows import read_rows
     from lorafold.errors import LorafoldError
     from lorafold.inspecting.loss import losses_of
@@ -71,27 +56,20 @@ def command(
         raise LorafoldError(f"--energy {energy}: expected a share above 0, at most 1")
     rows = None if data is None else read_rows(data)
     result = resize(
-        resolve_model(model, revision),
+        resolve_model(opening.model, opening.revision),
         adapter,
-        out,
+        output.out,
         rank=rank,
         energy=energy,
-        overwrite=overwrite,
-        allow_other_base=allow_other_base,
-        trust_remote_code=trust_remote_code,
+        overwrite=output.overwrite,
+        allow_other_base=opening.allow_other_base,
+        trust_remote_code=opening.trust_remote_code,
     )
     found, text = result.as_json(), str(result)
     if rows is not None:
-        loaded, tokenizer = load_adapted(
-            model,
-            [adapter, out],
-            base,
-            device,
-            revision,
-            trust_remote_code,
-            allow_other_base,
-            messages(),
+        model, tokenizer = opened(
+            opening.model, [adapter, output.out], console=messages(), **opening.how
         )
-        found |= losses_of(loaded, tokenizer, rows, max_length)
+        found |= losses_of(model, tokenizer, rows, max_length)
         text += f"\n  loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after"
     emit(json, found, text)

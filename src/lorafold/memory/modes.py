@@ -23,7 +23,7 @@ from lorafold.models.quantizing import QUANTIZATIONS
 from lorafold.models.storage import Storage
 from lorafold.step.adamw import check_rounding
 from lorafold.step.fitting import spec_of, whole_base
-from lorafold.step.recipe import OF_METHOD, Recipe
+from lorafold.step.recipe import OF_MEMORY, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,9 +36,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-READ = {"method", "options", "targets", "base", "optimizer", "gradient_checkpointing", *OF_METHOD}
-
-
 def setting_of(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
 ) -> Setting:
@@ -47,10 +44,10 @@ def setting_of(
     LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, for
     more labels than there are tokens, and for an optimizer that would lose a method's updates.
     """
-    if unread := sorted(recipe.model_fields_set - READ):
+    if unread := sorted(recipe.model_fields_set - OF_MEMORY):
         raise LorafoldError(
             f"estimate: {', '.join(unread)}: not taken into account; expected fields among"
-            f" {', '.join(sorted(READ))}"
+            f" {', '.join(sorted(OF_MEMORY))}"
         )
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(

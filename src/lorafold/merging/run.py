@@ -118,12 +118,12 @@ class Merged:
 
 
 def merge(
-    model: str,
-    adapters: Sequence[str | Path],
+    model: str | Path,
+    adapters: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     into: str | None = None,
-    base: str = "auto",
+    storage: str = "auto",
     rounding: Rounding = "auto",
     seed: int = 0,
     certificate: bool = True,
@@ -135,18 +135,35 @@ def merge(
     device: str | None = None,
     console: Console | None = None,
 ) -> Merged:
-    """Fold adapters, in the order given, into a model and write a plain Hugging Face directory,
-    which appears whole or not at all.
+    """Fold saved adapters into their base and write a plain Hugging Face model, with a certificate
+    of how far it is from base plus adapters. The directory appears whole or not at all.
 
-    `into` says what they are folded into and `base` how it was held in training
-    (`lorafold.merging.into`; by default both as the adapters' records say). `probe` is a data file
-    whose rows the certificate is measured on (None: built-in texts); `device` computes it. Raises
-    LorafoldError, with nothing left behind, listing what is wrong with the model, an adapter, the
-    probe or `out`.
+    Args:
+        model: The base, as `lf.load_model` takes it.
+        adapters: One saved adapter or several, folded in this order.
+        out: The directory of the merged model.
+        into: original (the base's weights before quantization), dequantized (the weights that the
+            adapter was trained on), nf4 or int8 (quantized again). None is dequantized if the
+            adapter was trained on a quantized base, else original.
+        storage: How the base stored its weights in training, where no record says.
+        rounding: nearest, stochastic, or auto: what each tensor's update needs.
+        seed: The seed of stochastic rounding.
+        certificate: Compare the merged model with the adapted one, loaded one after the other.
+        probe: A file of rows to compare on; None takes built-in texts.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        overwrite: Replace a merged model that lies in `out` already.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        device: Where the certificate is computed; None takes the fastest kind that is there.
+        console: A rich console for progress and notices; None is quiet.
+
+    Raises LorafoldError, with nothing left behind, listing what is wrong with the model, an
+    adapter, the probe or `out`.
     """
+    adapters = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not adapters:
         raise LorafoldError("nothing to merge: found no adapter, expected at least one")
-    where, target = choose_device(device), choose_into(into, adapters, base)
+    where, target = choose_device(device), choose_into(into, adapters, storage)
     if console is not None and target.trained_on is not None:
         console.print(f"merging into {target}", highlight=False)
     with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:

@@ -16,9 +16,22 @@ Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-# fields that are options of methods, and those that an adapter to start from brings along
+# The fields that are options of methods, that come with an adapter to start from, that bear on the
+# memory of a step.
 OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
 OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
+OF_MEMORY = {
+    *(*OF_METHOD, "method", "options", "targets", "base", "optimizer", "gradient_checkpointing")
+}
+# The subject of the fields from this one on, for help and docs.
+GROUPS = {
+    "method": "the update",
+    "new_tokens": "tokens and chat template",
+    "objective": "the objective and the base",
+    "lr": "the optimizer",
+    "epochs": "steps and batches",
+    "eval_fraction": "evaluation, checkpoints, tracking",
+}
 
 
 class Recipe(BaseModel):
@@ -29,132 +42,144 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Name = Field("lora", description="the adaptation method")
+    method: Name = Field("lora", description="The adaptation method.")
     rank: Count | None = Field(
-        None, description="rank r of the update (None: the method's own; LoRA 16)"
+        None, description="The rank r of the update. Without it the method's own; LoRA has 16."
     )
     alpha: Positive | None = Field(
-        None,
-        description="scale numerator, the update is alpha/r BA (None: the method's own; LoRA 2r)",
+        None, description="The update is scaled by alpha / r. Without it 2r for LoRA."
     )
     dropout: Decay | None = Field(
-        None, description="dropout on the adapter's branch (None: the method's own; LoRA 0.05)"
+        None, description="Dropout on the input of the update. Without it 0.05 for LoRA."
     )
     options: dict[str, Any] = Field(
-        {}, description="further fields of the method, as in options.init=gaussian"
+        {}, description="Further options of the method, as in init=gaussian or over=loha."
     )
     targets: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = Field(
         None,
         description=(
-            "adapted layers: all-linear, a regex, or a list of name endings (None: the method's"
-            " own; LoRA all-linear)"
+            "The modules to adapt: a preset such as all-linear, a regular expression over whole"
+            " module paths, or a list of name endings such as q_proj. Without it the method's own;"
+            " LoRA has all-linear."
         ),
     )
     rank_pattern: dict[str, Count] = Field(
-        {}, description="rank of the layers that match a pattern"
+        {}, description="Another rank for the modules that a pattern matches, as in 0.q_proj=8."
     )
     alpha_pattern: dict[str, Positive] = Field(
-        {}, description="alpha of the layers that match a pattern"
+        {}, description="Another alpha for the modules that a pattern matches."
     )
     bias: Literal["none", "lora_only", "all"] = Field(
-        "none", description="biases that are trained: none, those of adapted layers, all"
+        "none", description="Also train the biases of the adapted modules, or of all modules."
     )
     modules_to_save: tuple[Name, ...] = Field(
-        (), description="modules that are trained whole and saved with the adapter"
+        (), description="Modules that are trained whole and saved with the adapter."
     )
     new_tokens: tuple[Name, ...] = Field(
-        (), description="words that become tokens, or are, whose rows train in embedding and head"
+        (),
+        description=(
+            "Words that shall each be one token. Their rows of the embedding and the head are"
+            ' trained, also those of words that are tokens already. As in "<|user|>,<|bot|>".'
+        ),
     )
     chat_template: Name | None = Field(
         None,
         description=(
-            "file with a Jinja chat template, used in place of the model's own (none: prompt and"
-            " completion are joined as they stand; a file of that name is ./none)"
+            "A file with a Jinja chat template, which replaces the model's own and is saved with"
+            " the adapter. none joins prompt and completion as they stand (./none is a file)."
         ),
     )
 
     objective: Literal["sft", "classify"] = Field(
         "sft",
         description=(
-            "what is minimized: sft = next token on completions; classify = class of a text, by a"
-            " head over the body"
+            "sft: predict the next token of completions. classify: predict the label of a text."
         ),
     )
     base: Literal["nf4", "int8", "bf16", "fp32", "auto"] = Field(
         "nf4",
         description=(
-            "how the base's weights are held: packed into 4 or 8 bits, or whole (auto: bf16 where"
-            " the hardware has it)"
+            "How the base stores its weights while the adapter is trained: in 4 bits (nf4), 8, 16"
+            " or 32. auto is bf16 where the device multiplies it natively, else fp32."
         ),
     )
 
     lr: Positive | None = Field(
-        None,
-        description=(
-            "peak learning rate of down factors and all else (None: the method's own; LoRA 2e-4)"
-        ),
+        None, description="The peak learning rate. Without it the method's own; LoRA has 2e-4."
     )
     lr_b: Positive | None = Field(
         None,
-        description="peak learning rate of up factors, LoRA+ (None: the method's own; LoRA 3e-3)",
+        description=(
+            "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
+            " LoRA has 3e-3."
+        ),
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="learning rate after the warm-up"
+        "cosine", description="How the learning rate goes on after the warm-up."
     )
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.03, description="share of the steps over which the learning rate rises"
+        0.03, description="The share of the steps over which the learning rate rises."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="AdamW's decoupled weight decay"
+        0.0, description="AdamW's decoupled weight decay."
     )
     clip: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="largest gradient norm (0: no clipping)"
+        1.0, description="Gradients are scaled down to this norm. 0 leaves them as they are."
     )
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of the two moments")
-    eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.999), description="The decay rates of AdamW's two moments."
+    )
+    eps: Positive = Field(1e-8, description="AdamW's epsilon.")
     optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = Field(
         "auto",
         description=(
-            "AdamW, by the form of its state (auto: adamw, which is fp32; paged-adamw8bit on CUDA"
-            " where memory is short)"
+            "AdamW with its moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a"
+            " CUDA device that is short of memory."
         ),
     )
 
-    epochs: Positive = Field(1.0, description="passes over the training rows")
-    steps: Count | None = Field(None, description="optimizer steps (overrides epochs)")
-    batch: Count = Field(8, description="rows per optimizer step")
+    epochs: Positive = Field(1.0, description="Passes over the training rows.")
+    steps: Count | None = Field(
+        None, description="The number of optimizer steps. It takes precedence over epochs."
+    )
+    batch: Count = Field(8, description="Rows of an optimizer step.")
     accumulate: Count = Field(
-        1, description="micro-batches per optimizer step, at least; divides batch"
+        1, description="Micro-batches of an optimizer step, at least. It divides batch."
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
         1024,
         description=(
-            "tokens per row, and, packing, computed at a time; longer rows are cut, and counted"
+            "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
         ),
     )
-    packing: bool = Field(True, description="lay rows end to end instead of padding them (sft)")
+    packing: bool = Field(
+        True, description="Lay rows end to end, with attention per row, instead of padding them."
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description=(
-            "recompute activations in the backward pass: less memory, more time (auto: where a step"
-            " would not fit without)"
+            "Recompute activations in the backward pass, which takes less memory and more time."
+            " auto does it where a step would not fit otherwise."
         ),
     )
 
     eval_fraction: Decay = Field(
-        0.0, description="share of the rows held out, by seed, when there is no evaluation data"
+        0.0, description="The share of the rows to hold out if no held-out rows are given."
     )
     eval_every: Count | None = Field(
-        None, description="steps between evaluations (None: at each checkpoint and at the end)"
+        None,
+        description="Steps between evaluations. Without it at each checkpoint and at the end.",
     )
     save_every: Count | None = Field(
-        None, description="steps between checkpoints (None: about ten a run)"
+        None, description="Steps between checkpoints. Without it about ten checkpoints a run."
     )
-    keep: Count = Field(2, description="checkpoints kept besides the best")
+    keep: Count = Field(2, description="Checkpoints to keep besides the best.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="seed of the initialization, the data order and dropout"
+        0, description="The seed of the initialization, the order of the rows and dropout."
     )
-    trackers: tuple[Name, ...] = Field((), description="accelerate's trackers, as in tensorboard")
+    trackers: tuple[Name, ...] = Field(
+        (), description="Trackers of the accelerate library to report to, as in tensorboard."
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -38,6 +38,13 @@ class Trained:
     adapter: str
     losses: list[float]
 
+    def __str__(self) -> str:
+        held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
+        return (
+            f"adapter: {self.adapter} ({self.trainable_parameters:,} parameters, {self.steps}"
+            f" steps, loss {self.train_loss:.4f}{held_out}, {self.tokens_per_second:,.0f} tokens/s)"
+        )
+
 
 def finish(
     request: Request,

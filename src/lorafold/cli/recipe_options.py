@@ -1,0 +1,137 @@
+"""The fields of the recipe as options, made from `Recipe` itself: `--rank 8 --lr 1e-4 --epochs 3`.
+
+    @of_recipe(Recipe.model_fields)
+    class Flags(RecipeFlags): ...                      a group of options (`cli.groups`)
+
+    @grouped
+    def command(flags: Flags): recipe = flags.recipe()
+
+A list is a repeated option, a mapping a repeated KEY=VALUE. `--config FILE` is read first, then
+`--set`, then the options.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+
+from lorafold.step.reading import load_recipe
+from lorafold.step.recipe import GROUPS, Recipe
+
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel="Recipe",
+        help="A recipe in YAML. --set and the options below take precedence over it.",
+    ),
+]
+SETS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        rich_help_panel="Recipe",
+        help="One field of the recipe, as in --set rank=8. Repeat the option for more.",
+    ),
+]
+
+
+class RecipeFlags:
+    """Options for a recipe; `of_recipe` gives them to a subclass."""
+
+    def recipe(self, defaults: Recipe | None = None, **fixed: Any) -> Recipe:
+        """The recipe that file, pairs and options ask for, as `load_recipe` has it."""
+        given = {n: v for n, v in vars(self).items() if v not in (None, [])}
+        config, sets = given.pop("config", None), given.pop("sets", [])
+        pairs, flags = _split(given)
+        return load_recipe(config, [*sets, *pairs], defaults, **flags, **fixed)
+
+
+Flags = TypeVar("Flags", bound=type[RecipeFlags])
+
+
+def of_recipe(names: Collection[str], config: bool = True) -> Callable[[Flags], Flags]:
+    """Gives a subclass of RecipeFlags options for these fields, --set, and --config if asked."""
+
+    def decorate(group: Flags) -> Flags:
+        options, panel = ({"config": CONFIG} if config else {}) | {"sets": SETS}, ""
+        for name in Recipe.model_fields:
+            panel = GROUPS.get(name, panel)
+            if name in names:
+                options[name] = _option(name, f"Recipe, {panel}")
+        group.__annotations__ = options
+        for name in options:
+            setattr(group, name, None)
+        return dataclass(frozen=True)(group)  # type: ignore[return-value]
+
+    return decorate
+
+
+def _option(name: str, panel: str) -> Any:
+    """The option of one field: its type for the command line, its help and its default."""
+    info = Recipe.model_fields[name]
+    kind, choices = _kind(info.annotation)
+    shown = "" if info.default in (None, {}, ()) else f"  [default: {_text(info.default)}]"
+    more: dict[str, Any] = {}
+    if choices:
+        more = {"metavar": "|".join(choices), "autocompletion": lambda: choices}
+    elif kind == list[str]:
+        mapping = isinstance(info.default, dict)
+        more = {"metavar": "KEY=VALUE" if mapping else "TEXT"}
+    return Annotated[
+        kind | None,
+        typer.Option(rich_help_panel=panel, help=f"{info.description}{shown}", **more),
+    ]
+
+
+def _text(value: Any) -> str:
+    words = {True: "on", False: "off"}
+    if isinstance(value, bool):
+        return words[value]
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _kind(annotation: Any) -> tuple[Any, list[str]]:
+    """The type of an option's value on the command line, and the values there are if few."""
+    parts = list(_parts(annotation))
+    choices = [str(v) for part in parts if get_origin(part) is Literal for v in get_args(part)]
+    if bool in parts:
+        return (str, ["on", "off", *choices]) if choices else (bool, [])
+    if choices:
+        return str, choices
+    if any(get_origin(part) is tuple and ... not in get_args(part) for part in parts):
+        return tuple[float, float], []
+    if any(get_origin(part) in (tuple, dict) for part in parts):
+        return list[str], []
+    return next((part for part in (int, float) if part in parts), str), []
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The alternatives of an annotation, without None and without constraints."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _parts(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    elif annotation is not type(None):
+        yield annotation
+
+
+def _split(given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Mappings as --set pairs, and all else as values; a single target may be a preset or regex."""
+    pairs: list[str] = []
+    flags: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(Recipe.model_fields[name].default, dict):
+            pairs += [f"{name}.{pair}" for pair in value]
+        elif name == "new_tokens":
+            flags[name] = [word.strip() for text in value for word in text.split(",")]
+        elif name == "targets" and len(value) == 1:
+            flags[name] = value[0]
+        else:
+            flags[name] = value
+    return pairs, flags

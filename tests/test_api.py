@@ -1,0 +1,166 @@
+"""One import: every verb from `lf`, on names, paths, rows and loaded models, quiet unless asked."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import lorafold as lf
+
+ROWS = [{"prompt": f"Book a table for {i}", "completion": f' {{"people": {i}}}'} for i in range(12)]
+RECIPE = lf.Recipe(steps=2, batch=2, base="fp32", max_length=64)
+# What a user may rely on: the names and the order of the arguments of each verb.
+SIGNATURES = {
+    "attach": "model spec targets name *bias modules_to_save tokens base",
+    "compare": "out *model data eval_data methods seeds recipe device console",
+    "compose": (
+        "adapters out *model how weights rank density gates data examples recipe evaluations"
+        " completions seed storage device revision trust_remote_code allow_other_base overwrite"
+        " console"
+    ),
+    "estimate": (
+        "model mode *params batch length labelled recipe device_memory measure device revision"
+        " trust_remote_code console"
+    ),
+    "evaluate": (
+        "model data *adapters tokenizer max_length completions max_new_tokens storage device"
+        " revision trust_remote_code allow_other_base console"
+    ),
+    "generate": (
+        "model prompts *adapters tokenizer system max_new_tokens temperature seed storage device"
+        " revision trust_remote_code allow_other_base console"
+    ),
+    "inspect": (
+        "adapter model *against directions data rows max_length full storage device revision"
+        " trust_remote_code allow_other_base console"
+    ),
+    "load": "model path name *allow_other_base trainable base",
+    "load_model": "model storage device *revision trust_remote_code",
+    "load_tokenizer": "source revision trust_remote_code",
+    "merge": (
+        "model adapters out *into storage rounding seed certificate probe allow_other_base"
+        " overwrite revision trust_remote_code device console"
+    ),
+    "only": "model *names",
+    "train": (
+        "recipe *data out model eval_data init_adapter device revision trust_remote_code resume"
+        " overwrite console"
+    ),
+}
+
+
+def shown(function: object) -> str:
+    """The names of the parameters, the first one that is keyword-only after a star."""
+    names, starred = [], False
+    for parameter in inspect.signature(function).parameters.values():  # type: ignore[arg-type]
+        star = parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL) and not starred
+        starred = starred or star
+        names.append("*" * star + parameter.name)
+    return " ".join(names)
+
+
+def test_signatures_are_pinned() -> None:
+    verbs = {name for name in lf.__all__ if name.islower()}
+    assert {name: shown(getattr(lf, name)) for name in sorted(verbs)} == SIGNATURES
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir) -> str:
+    return str(tiny_model_dir("llama"))
+
+
+@pytest.fixture(scope="module")
+def adapter(model: str, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("api") / "adapter"
+    result = lf.train(RECIPE, data=ROWS, out=out, model=model, eval_data=ROWS[:4])
+    assert result.steps == 2
+    assert result.eval_loss is not None
+    assert Path(result.adapter) == out
+    record = json.loads((out / "lorafold.json").read_text())
+    assert record["data"]["source"] == "rows given in Python"
+    return out
+
+
+def test_a_run_from_rows_is_that_from_their_file(model: str, adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    lf.train(RECIPE, data=file, out=tmp_path / "a", model=model, eval_data=ROWS[:4])
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_names_and_loaded_models_measure_alike(model: str, adapter: Path) -> None:
+    named = lf.evaluate(model, ROWS, adapters=adapter, storage="fp32", completions=False)
+    loaded = lf.load_model(model, "fp32", "cpu")
+    bare = lf.evaluate(loaded, ROWS, completions=False)
+    lf.load(loaded, adapter)
+    assert lf.evaluate(loaded, ROWS, completions=False) == named
+    assert bare.loss != named.loss
+    with pytest.raises(lf.LorafoldError, match=r"adapters: the model is loaded already"):
+        lf.evaluate(loaded, ROWS, adapters=[adapter])
+
+
+def test_a_prompt_gives_a_text_and_a_list_a_list(model: str, adapter: Path) -> None:
+    loaded, tokenizer = lf.load_model(model, "fp32", "cpu"), lf.load_tokenizer(model)
+    one = lf.generate(loaded, "Book a table", tokenizer=tokenizer, max_new_tokens=4)
+    assert isinstance(one, str)
+    assert lf.generate(loaded, ["Book a table", "Hello"], max_new_tokens=4)[0] == one
+    drawn = [
+        lf.generate(loaded, ["Book a table"], max_new_tokens=8, temperature=5.0, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    adapted = lf.generate(model, "Book a table", adapters=adapter, storage="fp32", max_new_tokens=4)
+    lf.load(loaded, adapter)
+    assert adapted == lf.generate(loaded, "Book a table", max_new_tokens=4)
+
+
+def test_merged_inspected_composed(model: str, adapter: Path, tmp_path: Path) -> None:
+    merged = lf.merge(model, adapter, tmp_path / "merged", certificate=False)
+    assert merged.adapters == (str(adapter),)
+    found = lf.inspect(adapter, model, data=ROWS, rows=4, storage="fp32")
+    assert set(found.as_json()) >= {"sites", "whole", "advice", "paths"}
+    assert str(found) == "\n".join(found.advice)
+    both = lf.compose([adapter, adapter], tmp_path / "both", model=model)
+    assert both.composed["linear"].weights == (0.5, 0.5)
+    same = lf.evaluate(model, ROWS, adapters=tmp_path / "both", storage="fp32", completions=False)
+    alone = lf.evaluate(model, ROWS, adapters=adapter, storage="fp32", completions=False)
+    assert same.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_an_estimate_is_the_command_s(model: str) -> None:
+    found = lf.estimate(model, "lora", length=64, device_memory=10**9)
+    assert sum(found.terms.values()) == found.total
+    assert found.advice is not None
+    assert found.advice.fits
+    assert "fits, with" in str(found)
+    wider = lf.estimate(model, "lora", length=64, recipe=lf.Recipe(rank=64))
+    assert wider.terms["adapter"] == 4 * found.terms["adapter"]
+
+
+def test_a_comparison_of_two(model: str, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"steps": 1})
+    found = lf.compare(
+        tmp_path / "c", model=model, data=ROWS, methods=["lora", "bitfit"], recipe=recipe
+    )
+    assert [row.method for row in found.rows] == ["lora", "bitfit"]
+    assert (tmp_path / "c" / "table.md").read_text() == str(found)
+
+
+def test_quiet_unless_given_a_console(model: str, tmp_path: Path, capfd) -> None:
+    lf.train(RECIPE, data=ROWS, out=tmp_path / "quiet", model=model)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    told = io.StringIO()
+    lf.train(RECIPE, data=ROWS, out=tmp_path / "loud", model=model, console=Console(file=told))
+    assert "data: 12 rows" in told.getvalue()
+
+
+def test_bad_rows_are_told_by_number() -> None:
+    with pytest.raises(lf.LorafoldError, match=r"rows given in Python: row 2: keys found: 'x'"):
+        lf.evaluate("smollm2", [{"text": "a"}, {"x": 1}])
