@@ -29,6 +29,7 @@ FLOORS = [
     "evaluation",
     "generation",
     "memory",
+    "translating",
     "step",
     "data",
     "adapter",
