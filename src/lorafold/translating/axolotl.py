@@ -187,6 +187,8 @@ def datasets(value: Any, settings: Settings) -> Outcome:
 
 
 def tokens(value: Any, settings: Settings) -> Outcome:
+    if isinstance(value, dict):
+        return left("the tokenizer's own special tokens are used")
     return changed("the base is not resized: their rows train beside it", new_tokens=names(value))
 
 
@@ -255,6 +257,7 @@ RULES: tuple[Rule, ...] = (
     Rule("saves_per_epoch", per_epoch("save_every", "there are about ten checkpoints a run")),
     Rule("save_strategy", trainer.strategy),
     Rule("eval_strategy", trainer.strategy),
+    Rule("evaluation_strategy", trainer.strategy),
     Rule("save_total_limit", trainer.keep),
     Rule("seed", to("seed", whole)),
     Rule("tokens", tokens),
@@ -266,6 +269,7 @@ RULES: tuple[Rule, ...] = (
     Rule("use_mlflow", tracker("mlflow")),
     Rule("use_comet", tracker("comet_ml")),
     Rule("use_trackio", tracker("trackio")),
+    Rule("use_swanlab", tracker("swanlab")),
     Rule("base_model", option("--model")),
     Rule("model_revision", option("--revision")),
     Rule("revision_of_model", option("--revision")),

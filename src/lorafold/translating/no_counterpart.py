@@ -24,33 +24,41 @@ AXOLOTL = (
         NAMES_OF_RUNS,
         "wandb_entity wandb_name wandb_run_id wandb_mode wandb_log_model mlflow_tracking_uri"
         " mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts comet_workspace"
-        " comet_project_name comet_mode trackio_project_name trackio_run_name",
+        " comet_project_name comet_mode trackio_project_name trackio_run_name trackio_space_id"
+        " swanlab_project swanlab_experiment_name swanlab_description swanlab_mode",
     ),
     (
         ATTENTION,
         "flash_attention xformers_attention sdp_attention flex_attention sage_attention"
         " eager_attention attn_implementation flash_attn_cross_entropy flash_attn_fuse_mlp"
-        " flash_attn_rms_norm s2_attention sdpa_varlen",
+        " flash_attn_rms_norm s2_attention sdpa_varlen flash_optimum fused_attn_kernel"
+        " flex_attn_compile_kwargs gemma4_hybrid_attn_impl",
     ),
     (
         NUMBERS,
         "tf32 fp8 lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel torch_compile"
         " torch_compile_backend torch_compile_mode chunked_cross_entropy use_kernels liger_rope"
         " liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm"
-        " liger_cross_entropy cut_cross_entropy bnb_config_kwargs tiled_mlp",
+        " liger_cross_entropy cut_cross_entropy bnb_config_kwargs tiled_mlp liger_rms_norm_gated"
+        " experts_implementation quantize_moe_experts use_scattermoe use_sonicmoe"
+        " fp8_enable_fsdp_float8_all_gather",
     ),
     (
         MODEL,
         "model_type type_of_model tokenizer_type tokenizer_config base_model_config processor_type"
         " tokenizer_use_fast tokenizer_legacy is_llama_derived_model is_mistral_derived_model"
         " is_falcon_derived_model is_qwen_derived_model model_config overrides_of_model_config"
-        " model_kwargs overrides_of_model_kwargs resize_token_embeddings_to_32x rope_scaling gptq",
+        " model_kwargs overrides_of_model_kwargs resize_token_embeddings_to_32x rope_scaling gptq"
+        " gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config"
+        " model_quantization_config_kwargs tokenizer_use_mistral_common cls_model_config"
+        " llama4_linearized_experts freeze_mm_modules experimental_skip_move_to_device",
     ),
     (
         PROCESSES,
         "deepspeed fsdp fsdp_config fsdp_version ddp ddp_timeout ddp_bucket_cap_mb local_rank"
         " ddp_broadcast_buffers ddp_find_unused_parameters device_map max_memory world_size"
-        " context_parallel_size sequence_parallel_degree tensor_parallel_size dp_shard_size",
+        " context_parallel_size sequence_parallel_degree tensor_parallel_size dp_shard_size"
+        " dp_replicate_size expert_parallel_size use_ray ray_num_workers accelerator_config",
     ),
     (
         ROWS,
@@ -64,18 +72,19 @@ AXOLOTL = (
         "lorafold packs rows by best fit and keeps each apart from the others",
         "eval_sample_packing pad_to_sequence_len pad_to_multiple_of sample_packing_group_size"
         " sample_packing_bin_size sample_packing_sequentially batch_flattening"
-        " multipack_real_batches sample_packing_eff_est eval_sequence_len",
+        " multipack_real_batches sample_packing_eff_est eval_sequence_len max_packed_sequence_len",
     ),
     (
         DECAY,
         "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup"
         " lr_groups optim_args embedding_lr embedding_lr_scale loraplus_lr_embedding"
-        " optim_target_modules",
+        " optim_target_modules torchdistx_path",
     ),
     (
         ABSENT,
         "neftune_noise_alpha noisy_embedding_alpha lora_target_parameters peft_layers_to_transform"
         " peft_layers_pattern peft_layer_replication peft_trainable_token_indices use_eaft"
+        " eaft_alpha eaft_k lisa_layers_attribute"
         " lisa_n_layers lisa_step_interval lora_exclude_modules plugins trainer_cls"
         " label_smoothing_factor",
     ),
