@@ -86,7 +86,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         kind = kind_of_lora(dora, name == "rslora", start)
         yield INIT, Outcome(kind.how, {
             k: v for k, v in kind.fields.items() if k == "options"
-        }, kind.remark)  # fmt: skip
+        }, kind.remark or "it is part of the method")  # fmt: skip
         word = kind.fields["method"]
     else:
         word = "dora" if dora else name
@@ -105,7 +105,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         elif value != getattr(usual, field.attribute) and value not in ((), None):
             yield field.key, taken(options={field.attribute: value})
         else:
-            yield field.key, taken(f"it is so by the method, {word}")
+            yield field.key, taken(f"it is so in method {word}")
 
 
 def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome:
