@@ -30,6 +30,7 @@ FLOORS = [
     "evaluation",
     "generation",
     "memory",
+    "translating",
     "step",
     "data",
     "adapter",

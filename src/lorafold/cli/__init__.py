@@ -32,6 +32,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "extract": "An adapter out of a fully fine-tuned model and its base.",
     "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
     "compare": "Every method on your model and data, measured in one table.",
+    "recipe": "A recipe out of a configuration of axolotl, LLaMA-Factory or PEFT, with a report.",
 }
 TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 

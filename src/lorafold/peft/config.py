@@ -120,7 +120,7 @@ def write_config(
 
 def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     """LorafoldError lists every field that has a wrong value or is not supported."""
-    method = _method(config)
+    method = method_of(config)
     spec, problems = method.read(config)
     shared: dict[str, Any] = (
         {} if method.preset is None else {"target_modules": (), "preset": method.preset}
@@ -136,7 +136,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
             problems.append(str(e))
     known = ABOUT | {f.key for f in fields} | method.known
     unknown = {
-        k: v for k, v in sorted(config.items()) if k not in known and not _neutral(k, v, method)
+        k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(k, v, method)
     }
     problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
     if problems or spec is None:
@@ -145,7 +145,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     return spec, Selection(**shared), bias
 
 
-def _method(config: Mapping[str, Any]) -> Method:
+def method_of(config: Mapping[str, Any]) -> Method:
+    """The row of the table that a config is read by. LorafoldError where there is none."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]
     if not of_kind:
@@ -159,7 +160,8 @@ def _method(config: Mapping[str, Any]) -> Method:
     )
 
 
-def _neutral(key: str, value: Any, method: Method) -> bool:
+def is_neutral(key: str, value: Any, method: Method) -> bool:
+    """Does a value of a key that is not understood leave unchanged what the adapter computes?"""
     return (
         value is None
         or value is False

@@ -41,7 +41,7 @@ def load_recipe(
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
-        value = _parse(text, f"--set {pair}")
+        value = parse_yaml(text, f"--set {pair}")
         if not equals or not field:
             problems.append(f"--set {pair}: expected key=value")
         elif not dot:
@@ -82,7 +82,8 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. LorafoldError names `where` it stands if it is none."""
     try:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
@@ -100,7 +101,7 @@ def _read(config: Path) -> Mapping[str, Any]:
         raise LorafoldError(
             f"{config}: can't be read as a recipe: {getattr(error, 'strerror', None) or error}"
         ) from error
-    found = _parse(text, str(config))
+    found = parse_yaml(text, str(config))
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):

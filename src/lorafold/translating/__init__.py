@@ -1,0 +1,1 @@
+"""Other tools' training configurations as recipes, with a report on every field."""

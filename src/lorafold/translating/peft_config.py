@@ -1,0 +1,145 @@
+"""PEFT's adapter_config.json: the table that reads adapters (`lorafold.peft`) says what each key
+means, so that none of PEFT's fields is listed again here.
+
+What is added are the keys that matter while training and not in a saved adapter: initializations
+that change the base, AdaLoRA's phases, dropouts that PEFT has in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.methods import METHODS, make_spec
+from lorafold.peft.config import ABOUT, BIAS, CONFIG, SELECTION, is_neutral, method_of, read_config
+from lorafold.peft.format import Field, Method
+from lorafold.step.recipe import OF_METHOD
+from lorafold.translating.trainer import kind_of_lora
+from lorafold.translating.vocabulary import NOT_KNOWN, Entry, Outcome, changed, flagged, left, taken
+
+MARKS = "peft_type"
+INIT = "init_lora_weights"
+TARGETS = "target_modules"
+# absent from a saved adapter's meaning, but options of the method while it trains
+PHASES = ("tinit", "tfinal")
+OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
+STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
+BESIDE = {
+    "exclude_modules": "write --set targets=REGEX that leaves them out",
+    "layers_to_transform": "write --set targets=REGEX of these layers",
+    "layers_pattern": "write --set targets=REGEX of these layers",
+    "trainable_token_indices": "name the words of these ids with --new-tokens",
+}
+
+
+def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
+    """LorafoldError lists every value that can't be read, or that lorafold can't train."""
+    method = method_of(config)
+    shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
+    keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
+    understood = {k: v for k, v in config.items() if k in keys}
+    if method.preset is None and not config.get(TARGETS):
+        understood[TARGETS] = "all-linear"  # only for the reader, which asks for some
+    start = config.get(INIT) if any(f.key == INIT for f in method.fields) else None
+    if start is not None:
+        understood[INIT] = True  # how it starts is read below
+    spec, selection, bias = read_config(understood)
+    beneath = method.inner(spec)
+    found = {**vars(selection), "bias": bias, **vars(beneath)}
+    outcomes = dict(_of_method(method, beneath, start))
+    outcomes |= {f.key: _of_selection(f, config.get(f.key), found) for f in shared}
+    outcomes |= {k: _about(k, config[k]) for k in config if k in ABOUT and k not in outcomes}
+    known = method.known | set(method.marks)
+    outcomes |= {
+        k: _of_rest(k, v, k in known or is_neutral(k, v, method), method)
+        for k, v in config.items()
+        if k not in outcomes
+    }
+    defaults = {f.key: f.default for f in (*method.fields, *shared)}
+    return tuple(
+        Entry(key, config.get(key, defaults.get(key)), config.get(key) is not None, outcome)
+        for key, outcome in outcomes.items()
+        if key in config or outcome.fields
+    )
+
+
+def name_of(spec: Spec) -> str:
+    """The method's name: of those that make specs of its class, the one that is most like it."""
+    likes = {name: make_spec(name) for name in METHODS}
+    return min(
+        (name for name, like in likes.items() if type(like) is type(spec)),
+        key=lambda name: sum(
+            getattr(likes[name], f.name) != getattr(spec, f.name)
+            for f in fields(spec)  # type: ignore[arg-type]
+        ),
+    )
+
+
+def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Outcome]]:
+    """The keys of the method's own fields; `spec` lies beneath DoRA, where that is on."""
+    dora = method.outer is not None
+    name = name_of(spec)
+    if start is not None:
+        kind = kind_of_lora(dora, name == "rslora", start)
+        yield INIT, Outcome(kind.how, {
+            k: v for k, v in kind.fields.items() if k == "options"
+        }, kind.remark or "it is part of the method")  # fmt: skip
+        word = kind.fields["method"]
+    else:
+        word = "dora" if dora else name
+    yield (
+        "peft_type",
+        taken(method=word, **({"options": {"over": name}} if dora and name != "lora" else {})),
+    )
+    usual = make_spec(name)
+    for field in method.fields:
+        value = getattr(spec, field.attribute)
+        if field.key == INIT:
+            if start is None:
+                continue
+        elif field.attribute in OF_METHOD:
+            yield field.key, taken(**{field.attribute: value})
+        elif value != getattr(usual, field.attribute) and value not in ((), None):
+            yield field.key, taken(options={field.attribute: value})
+        else:
+            yield field.key, taken(f"it is so in method {word}")
+
+
+def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome:
+    if field.key in BESIDE:
+        return left(BESIDE[field.key]) if value not in (None, [], {}, "") else taken("it is off")
+    if field.key == TARGETS and not value:
+        return changed("PEFT looks them up by architecture, and lorafold by the method's own rule")
+    if not value:
+        return taken("it is off")
+    return taken(**{{TARGETS: "targets"}.get(field.key, field.key): found[field.attribute]})
+
+
+def _about(key: str, value: Any) -> Outcome:
+    if key == "base_model_name_or_path" and value:
+        return flagged("--model", value)
+    if key == "revision" and value:
+        return flagged("--revision", value)
+    if key != "task_type" or value is None:
+        return left("it says how the file was made") if value else taken("it is off")
+    if str(value) not in OBJECTIVES:
+        raise LorafoldError(
+            f"{CONFIG}: task_type: found {value!r}, but lorafold's objectives are sft (CAUSAL_LM)"
+            " and classify (SEQ_CLS)"
+        )
+    return taken(objective=OBJECTIVES[value])
+
+
+def _of_rest(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
+    if key in PHASES and key in method.known:
+        return taken(options={key: value})
+    if key in method.marks:
+        return taken("it is part of the method") if value else taken("it is off")
+    if key in STARTS or not value:
+        return taken("the base and the method decide") if value else taken("it is off")
+    if key in method.known:
+        return left("lorafold has no such option and trains without it")
+    return taken("it is off") if harmless else left(NOT_KNOWN)

@@ -1,0 +1,162 @@
+"""From another tool's file to a translation, and the recipe to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import write_text
+from lorafold.files.record import read_object
+from lorafold.peft.config import CONFIG
+from lorafold.step.fitting import left_out, spec_of, whole_base
+from lorafold.step.reading import parse_yaml
+from lorafold.step.recipe import Recipe
+from lorafold.translating import axolotl, llamafactory, peft_config
+from lorafold.translating.translation import Translation
+from lorafold.translating.vocabulary import Entry, by_rules, left
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One tool's files: its name, the keys that give such a file away (separated by spaces), how
+    they are read, and what such a file never says.
+    """
+
+    tool: str
+    marks: str
+    entries: Callable[[Mapping[str, Any]], tuple[Entry, ...]]
+    note: str = ""
+
+
+DIALECTS: dict[str, Dialect] = {
+    "axolotl": Dialect(
+        "axolotl",
+        axolotl.MARKS,
+        partial(by_rules, axolotl.RULES, init_adapter=axolotl.INIT_ADAPTER),
+    ),
+    "llamafactory": Dialect(
+        "LLaMA-Factory",
+        llamafactory.MARKS,
+        partial(by_rules, llamafactory.RULES, init_adapter=llamafactory.INIT_ADAPTER),
+    ),
+    "peft": Dialect(
+        "PEFT",
+        peft_config.MARKS,
+        peft_config.entries,
+        "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
+    ),
+}
+
+
+def translate(path: str | Path, kind: str | None = None) -> Translation:
+    """A configuration of another tool as a recipe, with a report on every key.
+
+    `kind` is the tool, a key of DIALECTS; without it the file's own keys tell. LorafoldError names
+    the file and all that can't be read, or can't be trained here.
+    """
+    if kind is not None and kind not in DIALECTS:
+        raise LorafoldError(f"kind {kind!r}: expected {', '.join(DIALECTS)}")
+    source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    config = _read(source)
+    dialect = DIALECTS[kind or _kind_of(source, config)]
+    try:
+        entries = dialect.entries(config)
+        recipe = _recipe(entries)
+        if spec_of(recipe).trains_base:
+            whole_base(recipe)
+    except LorafoldError as error:
+        raise LorafoldError(f"{source}: {error}") from None
+    entries = tuple(_without(entry, left_out(recipe), recipe.method) for entry in entries)
+    by_outcome = {
+        how: tuple(entry for entry in entries if entry.outcome.how == how)
+        for how in ("taken", "changed", "left")
+    }
+    return Translation(source, dialect.tool, _recipe(entries), **by_outcome, note=dialect.note)
+
+
+def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
+    """The recipe as a file. LorafoldError where there is one and `overwrite` is off."""
+    check_free(out, overwrite)
+    write_text(out, translation.to_yaml(str(out)))
+
+
+def check_free(out: str | Path, overwrite: bool) -> None:
+    if Path(out).is_dir():
+        raise LorafoldError(f"{out}: found a directory, expected a file for the recipe")
+    if os.path.lexists(out) and not overwrite:
+        raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafoldError(
+            f"{path}: can't be read: {getattr(error, 'strerror', None) or error}; expected a"
+            " training configuration of another tool"
+        ) from error
+    if path.suffix == ".json":
+        return read_object(path)
+    found = parse_yaml(text, str(path))
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise LorafoldError(
+            f"{path}: found {type(found).__name__}, expected `name: value` lines of a training"
+            " configuration"
+        )
+    return found
+
+
+def _kind_of(path: Path, config: Mapping[str, Any]) -> str:
+    hits = {kind: len(config.keys() & dialect.marks.split()) for kind, dialect in DIALECTS.items()}
+    best = [kind for kind, n in hits.items() if n == max(hits.values())]
+    if len(best) != 1:
+        keys = ", ".join(list(config)[:8]) or "none"
+        raise LorafoldError(
+            f"{path}: can't tell which tool's it is by its keys ({keys}); expected --kind"
+            f" {', '.join(DIALECTS)}"
+        )
+    return best[0]
+
+
+def _recipe(entries: Sequence[Entry]) -> Recipe:
+    """The recipe of all entries' fields. LorafoldError names the keys of those it refuses."""
+    values: dict[str, Any] = {}
+    for entry in entries:
+        for name, value in entry.outcome.fields.items():
+            values[name] = _joined(values.get(name), value)
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        problems: dict[str, str] = {}
+        for problem in error.errors(include_url=False):
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            keys = [e.key for e in entries if name in e.outcome.fields]
+            problems[name] = (
+                f"{', '.join(keys)}: found {values.get(name)!r} as recipe field {name};"
+                f" {problem['msg'].removeprefix('Value error, ').lower()}"
+            )
+        raise LorafoldError("; ".join(problems.values())) from None
+
+
+def _joined(before: Any, value: Any) -> Any:
+    """Two keys may add to one field: trackers, words, options."""
+    if isinstance(before, tuple) and isinstance(value, tuple) and before != value:
+        return (*before, *(one for one in value if one not in before))
+    return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+
+
+def _without(entry: Entry, names: Sequence[str], method: str) -> Entry:
+    """The entry without fields that the method has no option for."""
+    absent = [name for name in entry.outcome.fields if name in names]
+    if not absent:
+        return entry
+    rest = {k: v for k, v in entry.outcome.fields.items() if k not in absent}
+    told = left(f"method {method} has no option {', '.join(absent)}")
+    return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else told)
