@@ -2,7 +2,8 @@
 more than two parameters with an `Args:` section.
 
 `pytest tests/test_docstrings.py -k bases` is for one package. A method that overrides one of ours
-is documented by the one that it overrides.
+is documented by the one that it overrides. A Typer `command` needs no `Args:`: its options have
+help.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def shapes_in(function: Public) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_more_than_two_parameters_are_described_one_by_one(path: Path) -> None:
-    many = [f for f in functions(path) if len(f.parameters) > 2 and not f.overrides]
+    found = [f for f in functions(path) if len(f.parameters) > 2 and not f.overrides]
+    of_cli = path.parent == SRC / "cli"
+    many = [f for f in found if not (of_cli and f.name == "command")]
     lacking = {f.name: [p for p in f.parameters if p not in described_in(f.docs)] for f in many}
     assert {name: missing for name, missing in lacking.items() if missing} == {}
 

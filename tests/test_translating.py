@@ -18,9 +18,9 @@ from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.translating import axolotl, llamafactory
-from lorafold.translating.run import DIALECTS, translate, write
+from lorafold.translating.rules import NOT_KNOWN
+from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
-from lorafold.translating.vocabulary import NOT_KNOWN
 from test_cli import refused, run
 
 AXOLOTL = """
@@ -500,4 +500,4 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
 def test_the_command_refuses_a_file_in_one_line(tmp_path):
     (tmp_path / "theirs.yml").write_text("a: 1\n")
     assert "expected --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
-    assert set(DIALECTS) == {"axolotl", "llamafactory", "peft"}
+    assert set(TOOLS) == {"axolotl", "llamafactory", "peft"}

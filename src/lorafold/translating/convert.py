@@ -11,6 +11,7 @@ from lorafold.errors import LorafoldError
 
 
 def number(value: Any) -> float:
+    """A finite number, also where YAML left it as text."""
     try:
         if isinstance(value, bool) or not isfinite(found := float(value)):
             raise ValueError
@@ -19,29 +20,32 @@ def number(value: Any) -> float:
         raise LorafoldError(f"found {value!r}, expected a number") from None
 
 
-def word(value: Any) -> str:
+def text(value: Any) -> str:
+    """The value, which must be text."""
     if not isinstance(value, str):
         raise LorafoldError(f"found {value!r}, expected a word")
     return value
 
 
-def whole(value: Any) -> int:
+def integer(value: Any) -> int:
+    """A whole number, also where it is written as text or as 3.0."""
     found = number(value)
     if found != int(found):
         raise LorafoldError(f"found {value!r}, expected a whole number")
     return int(found)
 
 
-def truth(value: Any) -> bool:
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    found = words.get(value.lower()) if isinstance(value, str) else value
+def boolean(value: Any) -> bool:
+    """True or false, also as the texts true, yes, on, false, no and off."""
+    texts = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    found = texts.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(found, bool):
         raise LorafoldError(f"found {value!r}, expected true or false")
     return found
 
 
 def names(value: Any) -> tuple[str, ...]:
-    """A list, or its members with commas between."""
+    """The names in a list, or in a text with commas between them."""
     found = value.split(",") if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
         raise LorafoldError(f"found {value!r}, expected a list of names")
@@ -49,11 +53,12 @@ def names(value: Any) -> tuple[str, ...]:
 
 
 def choice(value: Any, *choices: str) -> str:
+    """The value, which must be one of `choices`."""
     if value not in choices:
         raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
     return str(value)
 
 
 def product(a: Any, b: Any) -> float:
-    """Of two numbers as people write them: 2e-4 times 3 is 6e-4, and not 0.0006000000000000001."""
+    """The product of two numbers in 12 digits: 2e-4 times 3 is 6e-4, not 0.0006000000000000001."""
     return float(f"{number(a) * number(b):.12g}")

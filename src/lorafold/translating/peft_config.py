@@ -17,13 +17,13 @@ from lorafold.methods import METHODS, make_spec
 from lorafold.peft.config import ABOUT, BIAS, CONFIG, SELECTION, is_neutral, method_of, read_config
 from lorafold.peft.format import Field, Method
 from lorafold.step.recipe import OF_METHOD
+from lorafold.translating.rules import NOT_KNOWN, Entry, Outcome, changed, flagged, left, taken
 from lorafold.translating.trainer import kind_of_lora
-from lorafold.translating.vocabulary import NOT_KNOWN, Entry, Outcome, changed, flagged, left, taken
 
-MARKS = "peft_type"
+TYPICAL_KEYS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
-# absent from a saved adapter's meaning, but options of the method while it trains
+# A saved adapter does not depend on these; they are options of the method while it trains.
 PHASES = ("tinit", "tfinal")
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
 STARTS = ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection")
@@ -36,7 +36,10 @@ BESIDE = {
 
 
 def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
-    """LorafoldError lists every value that can't be read, or that lorafold can't train."""
+    """Every key of an adapter_config.json as an entry.
+
+    LorafoldError lists every value that can't be read, or that lorafold can't train.
+    """
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
@@ -67,7 +70,9 @@ def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
 
 
 def name_of(spec: Spec) -> str:
-    """The method's name: of those that make specs of its class, the one that is most like it."""
+    """The method's name: among those with specs of this class, the one whose usual spec differs
+    from this one in the fewest fields.
+    """
     likes = {name: make_spec(name) for name in METHODS}
     return min(
         (name for name, like in likes.items() if type(like) is type(spec)),
@@ -87,12 +92,12 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         yield INIT, Outcome(kind.how, {
             k: v for k, v in kind.fields.items() if k == "options"
         }, kind.remark or "it is part of the method")  # fmt: skip
-        word = kind.fields["method"]
+        full_name = kind.fields["method"]
     else:
-        word = "dora" if dora else name
+        full_name = "dora" if dora else name
     yield (
         "peft_type",
-        taken(method=word, **({"options": {"over": name}} if dora and name != "lora" else {})),
+        taken(method=full_name, **({"options": {"over": name}} if dora and name != "lora" else {})),
     )
     usual = make_spec(name)
     for field in method.fields:
@@ -105,7 +110,7 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
         elif value != getattr(usual, field.attribute) and value not in ((), None):
             yield field.key, taken(options={field.attribute: value})
         else:
-            yield field.key, taken(f"it is so in method {word}")
+            yield field.key, taken(f"it is so in method {full_name}")
 
 
 def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome:

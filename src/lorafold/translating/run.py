@@ -19,36 +19,36 @@ from lorafold.step.fitting import left_out, spec_of, whole_base
 from lorafold.step.reading import parse_yaml
 from lorafold.step.recipe import Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config
+from lorafold.translating.rules import Entry, by_rules, left
 from lorafold.translating.translation import Translation
-from lorafold.translating.vocabulary import Entry, by_rules, left
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """One tool's files: its name, the keys that give such a file away (separated by spaces), how
-    they are read, and what such a file never says.
+class Tool:
+    """Another tool: its name, the keys by which its files are recognized (separated by spaces), the
+    function that reads them, and a note on what such a file never says.
     """
 
-    tool: str
-    marks: str
+    name: str
+    typical_keys: str
     entries: Callable[[Mapping[str, Any]], tuple[Entry, ...]]
     note: str = ""
 
 
-DIALECTS: dict[str, Dialect] = {
-    "axolotl": Dialect(
+TOOLS: dict[str, Tool] = {
+    "axolotl": Tool(
         "axolotl",
-        axolotl.MARKS,
+        axolotl.TYPICAL_KEYS,
         partial(by_rules, axolotl.RULES, init_adapter=axolotl.INIT_ADAPTER),
     ),
-    "llamafactory": Dialect(
+    "llamafactory": Tool(
         "LLaMA-Factory",
-        llamafactory.MARKS,
+        llamafactory.TYPICAL_KEYS,
         partial(by_rules, llamafactory.RULES, init_adapter=llamafactory.INIT_ADAPTER),
     ),
-    "peft": Dialect(
+    "peft": Tool(
         "PEFT",
-        peft_config.MARKS,
+        peft_config.TYPICAL_KEYS,
         peft_config.entries,
         "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
     ),
@@ -58,16 +58,16 @@ DIALECTS: dict[str, Dialect] = {
 def translate(path: str | Path, kind: str | None = None) -> Translation:
     """A configuration of another tool as a recipe, with a report on every key.
 
-    `kind` is the tool, a key of DIALECTS; without it the file's own keys tell. LorafoldError names
-    the file and all that can't be read, or can't be trained here.
+    `kind` is the tool, a key of TOOLS; without it the file's own keys tell. LorafoldError names the
+    file and every value that can't be read, or can't be trained here.
     """
-    if kind is not None and kind not in DIALECTS:
-        raise LorafoldError(f"kind {kind!r}: expected {', '.join(DIALECTS)}")
+    if kind is not None and kind not in TOOLS:
+        raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     config = _read(source)
-    dialect = DIALECTS[kind or _kind_of(source, config)]
+    tool = TOOLS[kind or _kind_of(source, config)]
     try:
-        entries = dialect.entries(config)
+        entries = tool.entries(config)
         recipe = _recipe(entries)
         if spec_of(recipe).trains_base:
             whole_base(recipe)
@@ -78,16 +78,26 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
         how: tuple(entry for entry in entries if entry.outcome.how == how)
         for how in ("taken", "changed", "left")
     }
-    return Translation(source, dialect.tool, _recipe(entries), **by_outcome, note=dialect.note)
+    return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
-    """The recipe as a file. LorafoldError where there is one and `overwrite` is off."""
+    """Write the recipe to a YAML file.
+
+    Args:
+        translation: The recipe and what became of each key.
+        out: The file to write.
+        overwrite: Whether a file that exists is replaced.
+
+    Raises:
+        LorafoldError: `out` exists and `overwrite` is off, or it is a directory.
+    """
     check_free(out, overwrite)
     write_text(out, translation.to_yaml(str(out)))
 
 
 def check_free(out: str | Path, overwrite: bool) -> None:
+    """Raise LorafoldError where `out` is a directory, or exists and `overwrite` is off."""
     if Path(out).is_dir():
         raise LorafoldError(f"{out}: found a directory, expected a file for the recipe")
     if os.path.lexists(out) and not overwrite:
@@ -114,13 +124,13 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _kind_of(path: Path, config: Mapping[str, Any]) -> str:
-    hits = {kind: len(config.keys() & dialect.marks.split()) for kind, dialect in DIALECTS.items()}
+    hits = {kind: len(config.keys() & tool.typical_keys.split()) for kind, tool in TOOLS.items()}
     best = [kind for kind, n in hits.items() if n == max(hits.values())]
     if len(best) != 1:
         keys = ", ".join(list(config)[:8]) or "none"
         raise LorafoldError(
             f"{path}: can't tell which tool's it is by its keys ({keys}); expected --kind"
-            f" {', '.join(DIALECTS)}"
+            f" {', '.join(TOOLS)}"
         )
     return best[0]
 
@@ -146,7 +156,7 @@ def _recipe(entries: Sequence[Entry]) -> Recipe:
 
 
 def _joined(before: Any, value: Any) -> Any:
-    """Two keys may add to one field: trackers, words, options."""
+    """The later value; of trackers, tokens and options, to which two keys may add, both values."""
     if isinstance(before, tuple) and isinstance(value, tuple) and before != value:
         return (*before, *(one for one in value if one not in before))
     return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value

@@ -10,8 +10,8 @@ from math import ceil
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.translating.convert import names, number, product, whole, word
-from lorafold.translating.vocabulary import Outcome, Reading, Rule, Settings, changed, left, taken
+from lorafold.translating.convert import integer, names, number, product, text
+from lorafold.translating.rules import Outcome, Reader, Rule, Settings, changed, left, taken
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -33,7 +33,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", 
 
 
 def schedule(value: Any, settings: Settings) -> Outcome:
-    if word(value) == "constant":
+    """The scheduler becomes the schedule; cosine replaces those that lorafold does not have."""
+    if text(value) == "constant":
         return taken("it has no warm-up there", schedule="constant", warmup=0.0)
     if value in SCHEDULES:
         return taken(schedule=SCHEDULES[value])
@@ -43,7 +44,8 @@ def schedule(value: Any, settings: Settings) -> Outcome:
 
 
 def optimizer(value: Any, settings: Settings) -> Outcome:
-    if word(value) in OPTIMIZERS:
+    """The optimizer becomes one of lorafold's; adamw replaces those that it does not have."""
+    if text(value) in OPTIMIZERS:
         return taken(optimizer=OPTIMIZERS[value])
     if value in ("paged_adamw_32bit", "paged_adamw"):
         return changed("its fp32 state is not paged here", optimizer="adamw")
@@ -53,9 +55,9 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
 
 
 def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]:
-    """`warmup_steps` and `warmup_ratio`, of which the steps go first.
+    """The rules of `warmup_steps` and `warmup_ratio`; where both are given, the steps count.
 
-    `scheduler` is the tool's key for the schedule.
+    `scheduler` is the tool's key for the schedule, and `steps_default` its default for the steps.
     """
 
     def of_steps(value: Any, settings: Settings) -> Outcome | None:
@@ -70,9 +72,9 @@ def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]
         if total is None:
             return left(
                 "warm-up is a share of the steps here, and their number depends on the rows:"
-                f" --set warmup=SHARE, {whole(value)} over the steps of the run; without it 0.03"
+                f" --set warmup=SHARE, {integer(value)} over the steps of the run; without it 0.03"
             )
-        return taken(warmup=share_of(whole(value), total))
+        return taken(warmup=warmup_share(integer(value), total))
 
     def of_ratio(value: Any, settings: Settings) -> Outcome | None:
         steps = settings["warmup_steps"]
@@ -85,7 +87,7 @@ def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]
     return Rule("warmup_steps", of_steps, steps_default), Rule("warmup_ratio", of_ratio)
 
 
-def share_of(steps: int, total: int) -> float:
+def warmup_share(steps: int, total: int) -> float:
     """The share of `total` steps that a run rounds up to exactly `steps`, in few digits."""
     return min(1.0, next(
         share
@@ -96,17 +98,18 @@ def share_of(steps: int, total: int) -> float:
 
 
 def total_steps(settings: Settings) -> int | None:
-    """Optimizer steps of the run, where the file says how many."""
+    """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
     found = settings["max_steps"]
-    return None if found is None or whole(found) <= 0 else whole(found)
+    return None if found is None or integer(found) <= 0 else integer(found)
 
 
 def max_steps(value: Any, settings: Settings) -> Outcome:
-    return taken(steps=whole(value)) if whole(value) > 0 else taken("the epochs decide")
+    """`max_steps` becomes the number of steps, unless it leaves that to the epochs."""
+    return taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
 
 
-def every(name: str, otherwise: str) -> Reading:
-    """An interval in steps, or as a share of the run's steps.
+def interval(name: str, otherwise: str) -> Reader:
+    """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps.
 
     `name` is the recipe field, and `otherwise` says what happens without it.
     """
@@ -114,7 +117,7 @@ def every(name: str, otherwise: str) -> Reading:
     def read(value: Any, settings: Settings) -> Outcome:
         found, total = number(value), total_steps(settings)
         if found >= 1:
-            return taken(**{name: whole(value)})
+            return taken(**{name: integer(value)})
         if found <= 0:
             return taken("it is off")
         if total is None:
@@ -124,18 +127,19 @@ def every(name: str, otherwise: str) -> Reading:
     return read
 
 
-def held_out(value: Any, settings: Settings) -> Outcome:
-    """A share of the rows, or a count of them."""
+def held_out_rows(value: Any, settings: Settings) -> Outcome:
+    """A share of held-out rows becomes `eval_fraction`; a count of them is left."""
     found = number(value)
     if found < 1:
         return taken(eval_fraction=found)
     return left(
-        f"rows are held out as a share here: --set eval_fraction=SHARE, {whole(value)} over all"
+        f"rows are held out as a share here: --set eval_fraction=SHARE, {integer(value)} over all"
         " rows, or give them as --eval-data"
     )
 
 
 def trackers(value: Any, settings: Settings) -> Outcome:
+    """`report_to` becomes the trackers; names that lorafold does not have are left."""
     found = (value,) if value in ("all", "none") else names(value)
     if found == ("none",):
         return taken("no tracker")
@@ -146,37 +150,43 @@ def trackers(value: Any, settings: Settings) -> Outcome:
     return taken(trackers=found)
 
 
-def plus_ratio(value: Any, settings: Settings) -> Outcome:
-    """LoRA+: the rate of B over that of A. PEFT has none unless asked, and lorafold by default."""
+def loraplus_ratio(value: Any, settings: Settings) -> Outcome:
+    """The ratio of LoRA+ becomes the learning rate of B; without one PEFT trains both factors at
+    one rate, and lorafold with LoRA+.
+    """
     remark = "one rate for both factors, no LoRA+" if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
 
 def betas(settings: Settings) -> tuple[float, float]:
+    """AdamW's betas, of which an absent one has the usual default."""
     first, second = settings["adam_beta1"], settings["adam_beta2"]
     return (0.9 if first is None else number(first), 0.999 if second is None else number(second))
 
 
-ADAM = (
+ADAM_RULES = (
     Rule("adam_beta1", lambda value, settings: taken(betas=betas(settings))),
     Rule("adam_beta2", lambda value, settings: taken(betas=betas(settings))),
     Rule("adam_epsilon", lambda value, settings: taken(eps=number(value))),
 )
 
 
-def clip(value: Any, settings: Settings) -> Outcome:
+def max_grad_norm(value: Any, settings: Settings) -> Outcome:
+    """`max_grad_norm` becomes the norm that gradients are clipped to; 0 does not clip."""
     return taken(clip=max(0.0, number(value)))
 
 
-def keep(value: Any, settings: Settings) -> Outcome:
+def save_total_limit(value: Any, settings: Settings) -> Outcome:
+    """`save_total_limit` becomes the number of checkpoints that are kept besides the best."""
     return (
-        taken("the best is kept besides", keep=whole(value))
-        if whole(value) > 0
+        taken("the best is kept besides", keep=integer(value))
+        if integer(value) > 0
         else left("lorafold keeps 2 checkpoints and the best: --set keep=N")
     )
 
 
-def strategy(value: Any, settings: Settings) -> Outcome:
+def interval_strategy(value: Any, settings: Settings) -> Outcome:
+    """`save_strategy` and its like are taken where the interval is in steps, and else left."""
     if value == "steps":
         return taken("the interval is in steps")
     return left(
@@ -186,14 +196,15 @@ def strategy(value: Any, settings: Settings) -> Outcome:
 
 
 def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
-    """The method and its options.
+    """The kind of LoRA becomes `method` and `options`.
 
     Args:
-        dora: Is it weight-decomposed?
-        rslora: Is the update scaled by the root of the rank?
+        dora: Whether the update is weight-decomposed.
+        rslora: Whether the update is scaled by alpha over the square root of the rank.
         init: PEFT's `init_lora_weights`.
 
-    LorafoldError for combinations that lorafold does not have.
+    Raises:
+        LorafoldError: lorafold does not have the combination.
     """
     beneath, options, why = "rslora" if rslora else "lora", {}, ""
     if init in ("gaussian", "loftq"):
@@ -203,7 +214,9 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
             raise LorafoldError(f"initialization {init!r} can't be had with rsLoRA here")
         beneath = "olora" if init == "olora" else "pissa"
         if beneath == "pissa":
-            options = {"niter": whole(str(init).removeprefix("pissa_niter_").replace("pissa", "0"))}
+            options = {
+                "niter": integer(str(init).removeprefix("pissa_niter_").replace("pissa", "0"))
+            }
     elif init not in (None, True, "true", "default"):
         why = f"initialization {init!r} is not here; A is drawn uniformly and B is zero"
     fields: dict[str, Any] = {"method": "dora" if dora else beneath}

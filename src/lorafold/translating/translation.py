@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lorafold.step.recipe import Recipe
-from lorafold.translating.vocabulary import Entry
+from lorafold.translating.rules import Entry
 
 WIDTH = 100
 HEADS = {
@@ -30,8 +30,8 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Translation:
-    """`taken`, `changed` and `left` hold every key of the file once, and what the tool assumes
-    besides; `note` is a sentence on what such a file never says.
+    """A recipe and what became of each key: `taken`, `changed` and `left` hold every key of the
+    file once, and the tool's defaults that matter; `note` says what such a file never contains.
     """
 
     source: Path
@@ -44,11 +44,12 @@ class Translation:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
+        """All entries: those taken, then those taken differently, then those left."""
         return (*self.taken, *self.changed, *self.left)
 
     def written(self) -> dict[str, Any]:
-        """The recipe's fields that differ from its defaults, and the base wherever it was asked
-        for: without that line the model's files would decide on it.
+        """The recipe's fields that differ from its defaults, and `base` wherever a key set it:
+        without that line the model's files would decide on the storage.
         """
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)
         defaults = Recipe().model_dump(mode="json")
@@ -56,7 +57,10 @@ class Translation:
         return {n: fields[n] for n in order if n == "base" or fields[n] != defaults[n]}
 
     def to_yaml(self, path: str = "recipe.yaml") -> str:
-        """`path` is where the file will lie, for the command in its head."""
+        """The recipe's file, with a comment on every line that says where its value came from.
+
+        `path` is where the file will lie, for the command in its head.
+        """
         lines = [
             f"# {self.tool}'s {self.source.name}, translated by lorafold {version('lorafold')}.",
             f"# {self.command(path)}",
@@ -74,7 +78,7 @@ class Translation:
         return "\n".join(lines) + "\n"
 
     def command(self, config: str = "recipe.yaml") -> str:
-        """The command line that trains by the recipe; words in capitals are to be filled in."""
+        """The command line that trains by the recipe; the user fills in what is in capitals."""
         flags = {"--model": "", "--data": "--data DATA", "--eval-data": "", "--out": "--out OUT"}
         given = [entry.outcome.flag for entry in self.entries if entry.outcome.flag]
         flags |= {flag.partition(" ")[0]: flag for flag in given}
@@ -83,7 +87,7 @@ class Translation:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """What --json prints."""
+        """The translation as an object of JSON, which `--json` prints."""
         return {
             "source": str(self.source),
             "tool": self.tool,
@@ -95,7 +99,10 @@ class Translation:
         }
 
     def report(self, config: str = "recipe.yaml") -> str:
-        """`config` is where the recipe lies, for the command at the end."""
+        """What became of each key, as lines of text.
+
+        `config` is where the recipe lies, for the command at the end.
+        """
         lines = [f"{self.source}, of {self.tool}, as a recipe"]
         for how, head in HEADS.items():
             found = [e for e in getattr(self, how) if _speaks(e)]

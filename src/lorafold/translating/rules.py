@@ -1,13 +1,13 @@
-"""The vocabulary of the tables: what becomes of one setting of another tool.
+"""What a table of rules is made of, and how a configuration is read with one.
 
-    Rule        a key of theirs, what it becomes, and what their tool assumes where it is absent
+    Rule        one key of another tool: what becomes of it, and what that tool assumes without it
     Outcome     taken, taken differently (changed), or left, with recipe fields and a remark
-    Entry       an outcome with the key and the value that it is of
-    Settings    the file's values, and behind them their tool's defaults
+    Entry       a key with its value and its outcome
+    Settings    the file's values, and behind them the tool's defaults
 
-A table of rules stands in the file of its tool; `by_rules` reads a configuration with it. A rule's
-function raises LorafoldError for a value that their tool would refuse, and for one that lorafold
-has no way to train; all of these are told together.
+Each tool's table stands in a file of its own; `by_rules` reads a configuration with it. A rule's
+reader raises LorafoldError for a value that the other tool would refuse, and for one that lorafold
+has no way to train; all of these are reported together.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NOT_KNOWN = "it is not known here"
 
 @dataclass(frozen=True)
 class Outcome:
-    """`fields` are those of the recipe; `flag` is the part of `lorafold train`'s command line that
-    does what a recipe can't say.
+    """What becomes of a key: `fields` are those of the recipe that it sets, `remark` says why, and
+    `flag` is the part of `lorafold train`'s command line that does what a recipe can't say.
     """
 
     how: Literal["taken", "changed", "left"]
@@ -40,8 +40,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Entry:
-    """`value` is the file's or, where it is silent or says null, the tool's default; `given` says
-    which of them.
+    """A key, its value and its outcome. `given`: the value is the file's; otherwise the key is
+    absent or null there, and the value is the tool's default.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds of each key: the file's value or, where that is absent or null, the default."""
+    """The value of each key: the file's or, where that is absent or null, the tool's default."""
 
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -69,8 +69,8 @@ class Settings:
             raise LorafoldError(f"{key}: {error}") from None
 
 
-# None: there is nothing to say of it
-Reading = Callable[[Any, Settings], Outcome | None]
+# Says what becomes of a value; None: the key is off or has no effect
+Reader = Callable[[Any, Settings], Outcome | None]
 
 
 @dataclass(frozen=True)
@@ -78,42 +78,47 @@ class Rule:
     """One key of another tool; it is also read where the file is silent if it has a `default`."""
 
     key: str
-    reading: Reading
+    reader: Reader
     default: Any = None
 
 
 def taken(remark: str = "", /, **fields: Any) -> Outcome:
+    """The key means the same here: these recipe fields hold its value."""
     return Outcome("taken", fields, remark)
 
 
 def changed(why: str, /, **fields: Any) -> Outcome:
+    """The key is taken differently, and `why` says how."""
     return Outcome("changed", fields, why)
 
 
 def left(instead: str, flag: str = "") -> Outcome:
+    """The key has no counterpart in the recipe; `instead` says what to do, `flag` is the option."""
     return Outcome("left", {}, instead, flag)
 
 
-def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reading:
-    """The recipe field of that name has this value, as `read` converts it."""
+def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
+    """The reader of a key whose value, converted by `read`, becomes the recipe field `name`."""
     return lambda value, settings: taken(**{name: read(value)})
 
 
-def option(name: str) -> Reading:
-    """A flag of `lorafold train` that takes this value."""
+def option(name: str) -> Reader:
+    """The reader of a key whose value goes to the option `name` of `lorafold train`."""
     return lambda value, settings: flagged(name, value)
 
 
 def flagged(name: str, value: Any) -> Outcome:
+    """The key is left, and its value goes to the option `name` of `lorafold train`."""
     return left(f"pass it as {name}", f"{name} {shlex.quote(str(value))}")
 
 
 def is_off(value: Any) -> bool:
+    """Whether a value turns its key off: null, false, empty, or the text no, none or null."""
     return value is None or value is False or value in ("", [], {}, "no", "none", "null")
 
 
-def without(remark: str) -> Reading:
-    """No counterpart, unless the value says that it is off."""
+def without(remark: str) -> Reader:
+    """The reader of a key that has no counterpart: it is left, unless its value turns it off."""
     return lambda value, settings: taken("it is off") if is_off(value) else left(remark)
 
 
@@ -122,8 +127,8 @@ def all_without(remark: str, keys: str) -> tuple[Rule, ...]:
     return tuple(Rule(key, without(remark)) for key in keys.split())
 
 
-def refusing(why: str) -> Reading:
-    """Lorafold can't train what this asks for, unless the value says that it is off."""
+def refusing(why: str) -> Reader:
+    """The reader of a key that asks for what lorafold can't train: LorafoldError, unless off."""
 
     def read(value: Any, settings: Settings) -> Outcome:
         if is_off(value):
@@ -136,15 +141,16 @@ def refusing(why: str) -> Reading:
 def by_rules(
     rules: Sequence[Rule], config: Mapping[str, Any], init_adapter: str | None = None
 ) -> tuple[Entry, ...]:
-    """Every key of `config` as one entry, and with it what their tool assumes besides.
+    """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
 
     Args:
         rules: The table of the tool.
         config: What its file says.
         init_adapter: The key that names an adapter to start from. Where it is set, that adapter
-            brings its own method, rank and places, and the file's are left.
+            brings its own method, rank and targets, and the file's are left.
 
-    LorafoldError lists every value that can't be understood or trained.
+    Raises:
+        LorafoldError: it lists every value that can't be read, or that lorafold can't train.
     """
     settings = Settings(config, {rule.key: rule.default for rule in rules})
     entries: list[Entry] = []
@@ -155,7 +161,7 @@ def by_rules(
             entries += [Entry(rule.key, None, True, taken("it is not set"))] * (rule.key in config)
             continue
         try:
-            outcome = rule.reading(value, settings)
+            outcome = rule.reader(value, settings)
         except LorafoldError as error:
             problems.append(f"{rule.key}: {error}")
             continue
@@ -171,7 +177,7 @@ def by_rules(
 
 
 def unknown(config: Mapping[str, Any], known: Sequence[str]) -> Iterator[Entry]:
-    """The keys that a tool's table does not have, with near names."""
+    """The keys that the tool's table does not have, as entries that suggest the nearest name."""
     for key in config:
         if key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.75)
