@@ -23,7 +23,7 @@ def number(value: Any) -> float:
 def text(value: Any) -> str:
     """The value, which must be text."""
     if not isinstance(value, str):
-        raise LorafoldError(f"found {value!r}, expected a word")
+        raise LorafoldError(f"found {value!r}, expected text")
     return value
 
 
