@@ -27,6 +27,7 @@ FLOORS = [
     "merging",
     "training",
     "evaluation",
+    "conversation",
     "generation",
     "memory",
     "step",

@@ -21,6 +21,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "train": "Train one adapter on your data.",
     "eval": "Loss, perplexity and exact match of a model or adapter, with confidence intervals.",
     "generate": "One answer to one prompt.",
+    "chat": "A conversation in the terminal, switching between the base and its adapters.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
     "compose": "One adapter from many, with the interference between their tasks measured.",
