@@ -20,6 +20,7 @@ FILES = sorted(SRC.rglob("*.py"))
 FLOORS = [
     "__main__",
     "cli",
+    "diagnosis",
     "quickstart",
     "comparing",
     "composing",

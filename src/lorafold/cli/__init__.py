@@ -32,6 +32,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "extract": "An adapter out of a fully fine-tuned model and its base.",
     "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
     "compare": "Every method on your model and data, measured in one table.",
+    "doctor": "This machine and installation: what is wrong, and what would be slow here.",
 }
 TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 
