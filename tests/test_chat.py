@@ -256,6 +256,7 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
     assert json.loads(result) == {"messages": [*last, said(ASSISTANT, bare)], "adapters": []}
     assert read_rows(str(tmp_path / "talk.jsonl")) == [{"messages": messages}]
     notices = [
+        "answering: first + second\n",
         "* first\n* second\n  none (the bare base)\n",
         "answering: second\n",
         "error: no command /no-such-command; /help lists them",

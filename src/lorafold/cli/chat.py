@@ -98,6 +98,8 @@ def command(
         seed=seed,
     )
     session = Session(chat, console)
+    if chat.adapters:
+        session.answering()
     session.run(_typed(console) if sys.stdin.isatty() else _piped())
     if json:
         emit(True, {"messages": chat.conversation(), "adapters": chat.active}, "")
@@ -181,15 +183,18 @@ class Session:
         self.commands[name](rest)
 
     def adapter(self, name: str) -> None:
-        from lorafold.conversation import label
-
         if name:
             self.chat.switch(name)
-            self.tell(f"answering: {label(self.chat.active)}")
+            self.answering()
         else:
             for own in self.chat.adapters:
                 self.tell(f"{'*' if own in self.chat.active else ' '} {own}")
             self.tell(f"{' ' if self.chat.active else '*'} none (the bare base)")
+
+    def answering(self) -> None:
+        from lorafold.conversation import label
+
+        self.tell(f"answering: {label(self.chat.active)}")
 
     def both(self, _: str) -> None:
         if not self.chat.active:
