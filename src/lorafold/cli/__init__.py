@@ -22,6 +22,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "train": "Train one adapter on your data.",
     "eval": "Loss, perplexity and exact match of a model or adapter, with confidence intervals.",
     "generate": "One answer to one prompt.",
+    "chat": "A conversation in the terminal, switching between the base and its adapters.",
     "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
     "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
     "compose": "One adapter from many, with the interference between their tasks measured.",
@@ -33,6 +34,7 @@ COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafo
     "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
     "compare": "Every method on your model and data, measured in one table.",
     "recipe": "A recipe out of a configuration of axolotl, LLaMA-Factory or PEFT, with a report.",
+    "doctor": "This machine and installation: what is wrong, and what would be slow here.",
 }
 TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 

@@ -133,6 +133,24 @@ class Opening(Source):
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a model's next words are chosen, and what comes before the user's."""
+
+    system: Annotated[
+        str | None,
+        typer.Option(help="A system message. Without it the chat template's own, if it has one."),
+    ] = None
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="A completion ends after this many tokens at the latest.")
+    ] = 256
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, help="0 takes the likeliest token each time; above 0 tokens vary."),
+    ] = 0.0
+    seed: SeedOption = 0
+
+
+@dataclass(frozen=True)
 class Output:
     """Where a result goes that is a directory."""
 

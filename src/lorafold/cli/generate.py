@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import AdapterOption, JsonOption, Opening, SeedOption, emit, messages
+from lorafold.cli.common import AdapterOption, JsonOption, Opening, Sampling, emit, messages
 from lorafold.cli.groups import grouped
 
 
@@ -15,21 +15,8 @@ def command(
         typer.Option(help="The user's message. It goes through the model's chat template."),
     ],
     opening: Opening,
+    sampling: Sampling,
     adapter: AdapterOption = None,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            help="A system message before the prompt. Without it the chat template's own."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The completion ends after this many tokens at the latest.")
-    ] = 256,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0, help="0 takes the likeliest token each time; above 0 tokens vary."),
-    ] = 0.0,
-    seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Complete one prompt: the text streams to stdout, the speed goes to stderr."""
@@ -41,10 +28,11 @@ def command(
 
     console = messages()
     model, tokenizer = opened(opening.model, adapter or (), console=console, **opening.how)
-    text = rendered(prompt, system, tokenizer)
+    text = rendered(prompt, sampling.system, tokenizer)
     pieces: list[str] = []
     start = time.perf_counter()
-    for piece in stream(model, tokenizer, text, max_new_tokens, temperature, seed):
+    length, temperature = sampling.max_new_tokens, sampling.temperature
+    for piece in stream(model, tokenizer, text, length, temperature, sampling.seed):
         pieces.append(piece)
         if not json:
             typer.echo(piece, nl=False)

@@ -3,12 +3,32 @@ own.
 """
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Gpu(NamedTuple):
+    """A device beside the processor, its memory in bytes; None where it shares the host's."""
+
+    device: str
+    name: str
+    free: int | None
+    total: int | None
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that torch can use."""
+    import torch
+
+    there = [
+        Gpu(f"cuda:{i}", torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i))
+        for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
+    return there + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
 
 
 def choose_device(name: str | None = None) -> "torch.device":

@@ -17,6 +17,7 @@ mixed length 1.57 GB and no more, instead of 1.96 and 30 MB more with every step
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -33,13 +34,21 @@ def wishes() -> dict[str, str]:
     """The variables that are missing here."""
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    asked = pages.exists() and "[madvise]" in pages.read_text()
+    asked = HUGE_PAGES if huge_pages() == "madvise" else {}
     return {
         name: value
-        for name, value in (WISHES | (HUGE_PAGES if asked else {})).items()
+        for name, value in (WISHES | asked).items()
         if name not in os.environ
     }
+
+
+def huge_pages() -> str | None:
+    """To whom the kernel gives huge pages: always, madvise (those who ask) or never; None where it
+    does not say.
+    """
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    found = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    return found and found[1]
 
 
 def restart_tuned() -> None:

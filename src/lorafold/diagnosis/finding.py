@@ -1,0 +1,95 @@
+"""One thing that was looked at, and how a group of them reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import Any
+
+COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A name, what was found as text, and as a `value` for JSON where the text would be awkward.
+
+    `problem` is a sentence on what is wrong and what to do. Something `broken` keeps lorafold from
+    working; any other problem does not.
+    """
+
+    name: str
+    text: str
+    value: Any = None
+    problem: str = ""
+    broken: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.name.lower().replace("'s ", " ").replace(" ", "_")
+
+    def as_json(self) -> Any:
+        return self.text if self.value is None else self.value
+
+
+@dataclass(frozen=True)
+class Group:
+    """Findings under a title (in JSON, a key). In a `compact` group those without a problem share
+    a line.
+    """
+
+    key: str
+    title: str
+    findings: tuple[Finding, ...]
+    compact: bool = False
+
+    def lines(self) -> Iterator[str]:
+        yield self.title
+        fine = [f for f in self.findings if self.compact and not f.problem]
+        if fine:
+            yield from wrapped("  ", ", ".join(f"{f.name} {f.text}" for f in fine))
+        own = [f for f in self.findings if f not in fine]
+        width = max((len(f.name) for f in own), default=0)
+        for f in own:
+            yield from wrapped(f"{'!' if f.problem else ' '} {f.name:<{width}}  ", f.text)
+            if f.problem:
+                yield from wrapped(" " * (width + 4), f.problem)
+
+
+def wrapped(opening: str, text: str) -> list[str]:
+    return wrap(
+        text,
+        COLUMNS,
+        initial_indent=opening,
+        subsequent_indent=" " * len(opening),
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [opening.rstrip()]
+
+
+def looked_at(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
+    """What `look` finds. Where it fails, whatever the reason, that is the finding: a broken
+    installation is what this is for.
+    """
+    try:
+        return tuple(look())
+    except Exception as error:
+        return (unexamined(name, error),)
+
+
+def unexamined(name: str, error: Exception) -> Finding:
+    return Finding(name, "could not be examined", problem=reason(error), broken=True)
+
+
+def reason(error: BaseException) -> str:
+    """The kind of an error and its first line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def gigabytes(count: float) -> str:
+    """1.5 GB, 12 MB: a number of bytes in the unit that suits it."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.{0 if count >= 10 * size else 1}f} {unit}"
+    return f"{count / 1e3:.0f} kB"
