@@ -103,6 +103,7 @@ class Session:
                 self.tell(f"error: {error}")
 
     def tell(self, text: str) -> None:
+        """Print a notice to stderr."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def answer(self, text: str) -> None:
@@ -141,6 +142,7 @@ class Session:
         return "".join(pieces), stop.asked
 
     def obey(self, name: str, rest: str) -> None:
+        """Carry out a command. LorafoldError for an unknown one, or for words it does not take."""
         if name not in self.commands and name not in ALONE:
             raise LorafoldError(
                 f"no command {name}; /help lists them, and // begins a message with a slash"
@@ -150,6 +152,7 @@ class Session:
         self.commands[name](rest)
 
     def adapter(self, name: str) -> None:
+        """Switch to an adapter, or list them where no name is given."""
         if name:
             self.chat.switch(name)
             self.answering()
@@ -159,32 +162,38 @@ class Session:
             self.tell(f"{' ' if self.chat.active else '*'} none (the bare base)")
 
     def answering(self) -> None:
+        """Say which adapters are active."""
         from lorafold.conversation import label
 
         self.tell(f"answering: {label(self.chat.active)}")
 
     def both(self, _: str) -> None:
+        """Switch whether the base answers too. LorafoldError where no adapter is active."""
         if not self.chat.active:
             raise LorafoldError("/both: no adapter is active, so there is only the base to answer")
         self.chat.both = not self.chat.both
         self.tell(f"the base beside the adapter: {'on' if self.chat.both else 'off'}")
 
     def system(self, text: str) -> None:
+        """Set the system message, take it away (none), or say what it is."""
         if text:
             self.chat.system = None if text == "none" else text
         self.tell(f"system message: {self.chat.system or 'none of yours'}")
 
     def reset(self, _: str) -> None:
+        """Forget the conversation."""
         self.chat.reset()
         self.tell("the conversation is forgotten")
 
     def save(self, path: str) -> None:
+        """Append the conversation to a file. LorafoldError without a file name."""
         if not path:
             raise LorafoldError("/save: expected a file after it, as in /save talks.jsonl")
         rows = self.chat.save(path)
         self.tell(f"{path}: {rows} {'conversations' if rows > 1 else 'conversation'}")
 
     def help(self, _: str) -> None:
+        """List the commands."""
         width = max(map(len, HELP))
         for name, text in HELP.items():
             self.tell(f"{name:<{width}}  {text}")

@@ -26,9 +26,11 @@ class Finding:
 
     @property
     def key(self) -> str:
+        """The name as a key of JSON."""
         return self.name.lower().replace("'s ", " ").replace(" ", "_")
 
     def as_json(self) -> Any:
+        """The value, or the text where there is none."""
         return self.text if self.value is None else self.value
 
 
@@ -44,6 +46,7 @@ class Group:
     compact: bool = False
 
     def lines(self) -> Iterator[str]:
+        """The group as text: its title, then a line or more for each finding."""
         yield self.title
         fine = [f for f in self.findings if self.compact and not f.problem]
         if fine:
@@ -57,6 +60,7 @@ class Group:
 
 
 def wrapped(opening: str, text: str) -> list[str]:
+    """The text in lines of at most COLUMNS characters, the first one after `opening`."""
     return wrap(
         text,
         COLUMNS,
@@ -78,6 +82,7 @@ def looked_at(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding
 
 
 def unexamined(name: str, error: Exception) -> Finding:
+    """The finding that something could not be examined, and why."""
     return Finding(name, "could not be examined", problem=reason(error), broken=True)
 
 

@@ -80,6 +80,7 @@ def examine() -> Hardware:
 
 
 def findings(h: Hardware) -> Iterator[Finding]:
+    """The machine as findings, one a line of the report."""
     sets = ", ".join(h.instructions) or "none of AVX2, AVX512, AMX"
     cores = "core" if h.cores == 1 else "cores"
     yield Finding("processor", f"{h.processor}, {h.cores} usable {cores}", h.processor)

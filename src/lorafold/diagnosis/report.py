@@ -18,10 +18,12 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
+        """The findings of all groups."""
         return [f for group in self.groups for f in group.findings]
 
     @property
     def problems(self) -> list[str]:
+        """What is wrong, a line each."""
         return [f"{f.name}: {f.problem}" for f in self.findings if f.problem]
 
     @property
@@ -30,6 +32,7 @@ class Report:
         return any(f.broken for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
+        """The report under the keys of `lorafold doctor --json`."""
         groups = {g.key: {f.key: f.as_json() for f in g.findings} for g in self.groups}
         return groups | {"slow": self.slow, "problems": self.problems, "broken": self.broken}
 

@@ -18,6 +18,7 @@ SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 
 
 def findings() -> Iterator[Finding]:
+    """The embedded model, both caches, and whether downloads are allowed."""
     yield _embedded()
     yield _directory("lorafold's cache", cache_directory(), "LORAFOLD_CACHE")
     from huggingface_hub import constants

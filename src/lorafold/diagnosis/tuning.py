@@ -15,6 +15,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def findings() -> Iterator[Finding]:
+    """The environment of training processes, huge pages and threads."""
     missing = wishes()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())
     if os.environ.get(SWITCH) == "off":
@@ -40,4 +41,5 @@ def set_threads(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def switched_off() -> bool:
+    """Is the tuning of training processes switched off?"""
     return os.environ.get(SWITCH) == "off"

@@ -13,8 +13,14 @@ GPU_SHAPE = (4096, 4096, 4096)
 
 
 def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """Billions of floating-point operations a second in x W^T: the fastest of the products that
-    fit in so much time, after one to warm up, as neighbours only ever slow one down.
+    """The rate of a product x W^T, in GFLOP/s.
+
+    It is that of the fastest product, since other processes can only slow one down.
+
+    Args:
+        dtype: The dtype of x (rows, in) and W (out, in).
+        device: Where it is computed; a GPU gets larger matrices (`GPU_SHAPE`).
+        seconds: How long products are timed, after one to warm up.
     """
     import torch
 
