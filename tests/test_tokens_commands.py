@@ -332,7 +332,7 @@ def test_an_adapter_to_start_from_brings_its_tokens(
     keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in "ab"]
     assert keys[0] == keys[1]
     with pytest.raises(
-        LorafoldError, match="new_tokens: these come with the adapter that --init-adapter names"
+        LorafoldError, match="new_tokens: the adapter of --init-adapter fixes these fields"
     ):
         train(request(base, tmp_path / "c", init_adapter=tmp_path / "a"), quiet())
 

@@ -14,7 +14,7 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage, held_as, weights_of
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.training.objectives import Classify, Objective, Sft
+from lorafold.training.objectives import Classify, ModelRequest, Objective, Sft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,9 @@ def opened(
     where = choose_device(device)
     held = choose_storage(held_as(source, paths) if storage == "auto" else storage, where)
     console.print(f"{model} on {where}, {held.why}", highlight=False, markup=False)
-    loaded = objective.load(source, tokenizer, held, where, 0, trust_remote_code)
+    loaded = objective.load(
+        ModelRequest(source, tokenizer, held, where, 0, trust_remote_code)
+    )
     for number, path in enumerate(paths, 1):
         load(
             loaded,

@@ -31,11 +31,12 @@ from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import probe_ids
-from lorafold.models.sources import resolve_model
+from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.step.recipe import Recipe
+from lorafold.training.objectives import ModelRequest
 from lorafold.training.request import Request, objective_of
 from lorafold.training.run import train
 
@@ -142,21 +143,25 @@ class Models:
         self.tokenizer = tokenizer_of(self.source, [request.out])
         self.objective.set_up(self.tokenizer)
 
+    def load(self, source: ModelSource, storage: Storage, seed: int) -> PreTrainedModel:
+        """A model for the run's objective.
+
+        Args:
+            source: The base, or a model that was trained whole.
+            storage: How it stores its weights.
+            seed: Draws the head of a classifier that has none yet.
+        """
+        asked = ModelRequest(source, self.tokenizer, storage, self.device, seed, False)
+        return self.objective.load(asked)
+
     def base(self, held: Storage) -> PreTrainedModel:
-        return self.objective.load(
-            self.source, self.tokenizer, held, self.device, self.request.recipe.seed, False
-        )
+        return self.load(self.source, held, self.request.recipe.seed)
 
     def tuned(self, held: Storage) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the model that was trained whole and saved in its place."""
         out = self.request.out
         if not (out / "adapter_config.json").is_file():
-            return (
-                self.objective.load(
-                    resolve_model(str(out)), self.tokenizer, held, self.device, 0, False
-                ),
-                None,
-            )
+            return self.load(resolve_model(str(out)), held, 0), None
         tuned = self.base(held)
         return tuned, load(tuned, out)
 
