@@ -11,7 +11,7 @@ from lorafold.api.rows import Tasks, by_name
 from lorafold.composing import run
 from lorafold.composing.job import Request
 from lorafold.composing.mixture import RECIPE
-from lorafold.composing.run import Result
+from lorafold.composing.run import Composition
 from lorafold.methods.parts.mixture import Gating
 from lorafold.step.recipe import Recipe
 
@@ -42,7 +42,7 @@ def compose(
     allow_other_base: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Result:
+) -> Composition:
     """Make one adapter from several, in one way or in each of several ways, and write it to `out`.
 
     Args:
