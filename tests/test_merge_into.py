@@ -174,7 +174,7 @@ def test_what_it_is_merged_into_is_said_before_it_is_done(tiny_model_dir, tmp_pa
     console = Console(record=True, width=200)
     merge(base, [tmp_path / "a"], tmp_path / "out", into="nf4", certificate=False, console=console)
     assert (
-        "merging into the original weights (it was trained on nf4), and packed as nf4"
+        "merging into the original weights (the adapter was trained on nf4), quantized to nf4"
         in console.export_text()
     )
 

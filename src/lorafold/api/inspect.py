@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.opened import opened, or_quiet
 from lorafold.api.rows import Rows, as_rows
 from lorafold.inspecting import run
+from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
-from lorafold.inspecting.words import of_paths
 from lorafold.models.sources import resolve_model
 
 if TYPE_CHECKING:
