@@ -66,6 +66,6 @@ def test_it_goes_on_from_what_is_there(request_: Request) -> None:
 def test_a_directory_of_something_else_is_left_alone(request_: Request) -> None:
     request_.out.mkdir()
     (request_.out / "mine.txt").write_text("x")
-    with pytest.raises(LorafoldError, match="is no search's"):
+    with pytest.raises(LorafoldError, match="found files that are not from a search"):
         search(request_, 4, 16, 0.9, lambda p: None)
     assert [p.name for p in request_.out.iterdir()] == ["mine.txt"]

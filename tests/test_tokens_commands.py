@@ -529,7 +529,7 @@ def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
     )
     with pytest.raises(
         LorafoldError,
-        match="new_tokens: methods are compared with the base, on words that it knows",
+        match=r"new_tokens: found <\|user\|>, expected none",
     ):
         compare(task, ["lora"], [0], tmp_path / "c", lambda *_: None)
     assert list(tmp_path.iterdir()) == []

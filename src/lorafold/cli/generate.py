@@ -1,4 +1,4 @@
-"""`lorafold generate`: one completion of one prompt, as it is written."""
+"""`lorafold generate`: the completion of one prompt, token by token."""
 
 from typing import Annotated
 
@@ -12,27 +12,27 @@ from lorafold.cli.groups import grouped
 def command(
     prompt: Annotated[
         str,
-        typer.Option(help="The user's message. It goes through the model's chat template."),
+        typer.Option(help="The user's message, which the model's chat template renders."),
     ],
     opening: Opening,
     adapter: AdapterOption = None,
     system: Annotated[
         str | None,
         typer.Option(
-            help="A system message before the prompt. Without it the chat template's own."
+            help="A system message before the prompt. Without it the chat template's default."
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The completion ends after this many tokens at the latest.")
+        int, typer.Option(min=1, help="The most tokens of the completion.")
     ] = 256,
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="0 takes the likeliest token each time; above 0 tokens vary."),
+        typer.Option(min=0, help="0 takes the most likely token; above 0 tokens are sampled."),
     ] = 0.0,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Complete one prompt: the text streams to stdout, the speed goes to stderr."""
+    """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr."""
     import time
 
     from lorafold.api.generate import rendered
@@ -49,6 +49,6 @@ def command(
         if not json:
             typer.echo(piece, nl=False)
     speed = len(pieces) / (time.perf_counter() - start)
-    # Without --json the text is on stdout already, and this ends its line.
+    # without --json the text is on stdout already, and this ends its line
     emit(json, {"text": "".join(pieces), "tokens_per_second": speed}, "")
     console.print(f"{len(pieces)} tokens, {speed:.1f} tokens/s", highlight=False)

@@ -70,9 +70,13 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
         for name, chosen in active.items():
             job.console.print(f"{task}: {name}", highlight=False, markup=False)
             with only(model, *chosen):
-                length = job.request.recipe.max_length
                 tasks[task][name] = evaluate(
-                    model, tokenizer, rows, length, generate=job.request.answers, console=watched
+                    model,
+                    tokenizer,
+                    rows,
+                    job.request.recipe.max_length,
+                    generate=job.request.completions,
+                    console=watched,
                 )
     return Interference(tasks, meetings(job.updates, job.console))
 

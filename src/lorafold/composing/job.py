@@ -49,7 +49,7 @@ class Request:
     recipe: Recipe = field(default_factory=Recipe)
     gates: Gating = "global"
     evaluations: int = 40
-    answers: bool = True
+    completions: bool = True
     base: str = "auto"
     device: str | None = None
     revision: str | None = None

@@ -186,7 +186,7 @@ def extract(
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))
     if problems := [
-        f"{name}: shape {_shape(theirs.get(name))}, expected {list(p.shape)}"
+        f"{name}: found {_shape(theirs.get(name)) or 'none'}, expected {list(p.shape)}"
         for name, p in own.items()
         if _shape(theirs.get(name)) != list(p.shape)
     ]:
