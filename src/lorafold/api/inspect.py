@@ -1,4 +1,4 @@
-"""`lf.inspect`: what an adapter learnt, and how much of it is real."""
+"""`lf.inspect`: figures of an adapter's update, and advice on its rank."""
 
 from __future__ import annotations
 

@@ -93,9 +93,8 @@ def _option(name: str, panel: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    words = {True: "on", False: "off"}
     if isinstance(value, bool):
-        return words[value]
+        return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

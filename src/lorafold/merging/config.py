@@ -57,8 +57,8 @@ def with_biases(
         mapped: The base; its model and its entries gain the biases.
         switches: Fields of the config to set to true, with the modules that each gives a bias.
 
-    Raises NotMergeable where transformers converts the weight beside a bias on loading, so that the
-    bias has no name in the files.
+    Raises NotMergeable for a bias whose weight transformers converts on loading, so that the bias
+    has no name in the files.
     """
     model = mapped.model
     switch_on(model, switches)

@@ -59,8 +59,8 @@ class Setup:
 def check_request(request: Request, console: Console) -> Spec:
     """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
 
-    Raises LorafoldError for an output that exists, a stopped run beside it, an optimizer that is
-    not installed, an unknown method, and fields that an initial adapter fixes.
+    Raises LorafoldError for an output that exists, a stopped run in `<out>.run`, an optimizer that
+    is not installed, an unknown method, and fields that an initial adapter fixes.
     """
     replaces = request.overwrite or request.resume
     for path in (request.out, best_path(request.out)):
@@ -123,13 +123,13 @@ def adapted_model(
     """
     request, recipe = setup.request, setup.request.recipe
     stored = peft.read(request.init_adapter) if request.init_adapter else None
-    beside = stored.beside if stored else partial(extras, setup)
+    extra = stored.beside if stored else partial(extras, setup)
     heaviest = planned(
         recipe,
         stored.spec if stored else setup.spec,
         setup.storage,
         setup.data.examples,
-        beside,
+        extra,
         len(setup.objective.classes),
         setup.accelerator.num_processes,
         setup.device,
@@ -158,8 +158,8 @@ def adapted_model(
 
 
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `attach` for what is trained beside the method: biases, whole modules, and the
-    embedding rows of tokens.
+    """Arguments of `attach` for what is trained in addition to the method: biases, whole modules,
+    and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
     needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
