@@ -185,25 +185,16 @@ def evaluate_classifier(
             arguments.pop("labels")
             by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
             step(len(by_row), len(rows))
-    # (n, C), (n,)
-    logits, targets = (
-        torch.stack([by_row[i] for i in range(len(rows))]),
-        torch.tensor([e.label for e in data.examples]),
-    )
+    logits = torch.stack([by_row[i] for i in range(len(rows))])  # (n, C)
+    targets = torch.tensor([e.label for e in data.examples])  # (n,)
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
     chosen = [classes[i] for i in logits.argmax(1).tolist()]
     answers = tuple(
         Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
     )
     hits = int((logits.argmax(1) == targets).sum())
-    return Evaluation(
-        _mean(sums),
-        loss_interval(sums),
-        hits / len(rows),
-        wilson(hits, len(rows)),
-        len(rows),
-        answers,
-    )
+    n = len(rows)
+    return Evaluation(_mean(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
@@ -212,13 +203,12 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
     Raises LorafoldError if it is not finite.
     """
     with evaluating(loss):
-        groups = [[examples[i] for i in group] for group in _batches(examples)]
-        return _mean(
-            [
-                (loss(**loss.collate(group, loss.device)).item(), sum(map(loss.count, group)))
-                for group in groups
-            ]
-        )
+        sums = []
+        for group in _batches(examples):
+            chosen = [examples[i] for i in group]
+            value = loss(**loss.collate(chosen, loss.device)).item()
+            sums.append((value, sum(map(loss.count, chosen))))
+        return _mean(sums)
 
 
 def wilson(hits: int, n: int) -> Interval:

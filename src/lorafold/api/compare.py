@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.opened import or_quiet
 from lorafold.api.rows import Rows, train_and_test
 from lorafold.comparing import run
-from lorafold.comparing.measure import Row, Task
+from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
 from lorafold.quickstart.story import RECIPE
@@ -26,13 +26,13 @@ class Comparison:
     """The figures of every method and seed, in the order asked for, and what they were measured on.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Measurement, ...]
     model: str
     source: str
 
     def as_json(self) -> dict[str, Any]:
         """The figures under the keys of `lorafold compare --json`."""
-        return {"rows": [asdict(row) for row in self.rows]}
+        return {"rows": [asdict(one) for one in self.rows]}
 
     def __str__(self) -> str:
         return markdown(self.rows)
@@ -76,9 +76,9 @@ def compare(
         if notice := without(recipe.model_copy(update={"method": name})):
             console.print(notice, highlight=False)
 
-    def tell(row: Row, done: int, total: int) -> None:
+    def tell(one: Measurement, done: int, total: int) -> None:
         console.print(
-            f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of"
+            f"{done}/{total} {one.method}: loss {one.loss:.4f}, {one.train_seconds:.0f} s of"
             " training",
             highlight=False,
         )

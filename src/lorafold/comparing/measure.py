@@ -27,7 +27,7 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
-from lorafold.data.rows import Row as DataRow
+from lorafold.data.rows import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
@@ -52,7 +52,7 @@ EXACT = 1e-4
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """The figures of one method and seed. `trainable_share` is relative to the base's parameters,
     latencies are ratios to the base's, losses are in nats; None where there is nothing to measure.
     """
@@ -83,14 +83,14 @@ class Task:
     """What all methods have in common: model, data, and a recipe but for its method."""
 
     model: str
-    rows: Sequence[DataRow]
-    held_out: Sequence[DataRow]
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
     source: str
     recipe: Recipe
     device: str | None
 
 
-def measure(task: Task, method: str, seed: int) -> Row:
+def measure(task: Task, method: str, seed: int) -> Measurement:
     """Train one method and measure it.
 
     Args:
@@ -122,7 +122,7 @@ def measure(task: Task, method: str, seed: int) -> Row:
         attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
     count = parameter_count(base)
-    return Row(
+    return Measurement(
         method=method,
         seed=seed,
         trainable_parameters=trained.trainable_parameters,

@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.table import Table
 
-from lorafold.comparing.measure import Row
+from lorafold.comparing.measure import Measurement
 from lorafold.files.page import document, drawing
 
-COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: value, format
+COLUMNS: dict[str, tuple[Callable[[Measurement], float | None], str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
     "share": (lambda r: r.trainable_share, ".3%"),
     "adapter MB": (lambda r: r.adapter_bytes / 1e6, ".2f"),
@@ -34,19 +34,19 @@ COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: va
     "merged decode ×": (lambda r: r.latency_merged, ".2f"),
     "merged prefill ×": (lambda r: r.prefill_merged, ".2f"),
 }
-FLAGS: dict[str, Callable[[Row], bool]] = {
+FLAGS: dict[str, Callable[[Measurement], bool]] = {
     "mergeable": lambda r: r.mergeable,
     "new modules": lambda r: r.modifies_architecture,
 }
 HEADINGS = ("method", *COLUMNS, *FLAGS)
 
 
-def by_method(rows: Sequence[Row]) -> list[list[Row]]:
+def by_method(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
     """The figures of each method, over its seeds."""
-    return [list(seeds) for _, seeds in groupby(rows, lambda row: row.method)]
+    return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.method)]
 
 
-def lines(rows: Sequence[Row]) -> list[list[str]]:
+def lines(measurements: Sequence[Measurement]) -> list[list[str]]:
     """The cells under HEADINGS, with one line for each method."""
     return [
         [
@@ -54,7 +54,7 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
             *(cell([value(r) for r in seeds], form) for value, form in COLUMNS.values()),
             *("yes" if all(map(flag, seeds)) else "no" for flag in FLAGS.values()),
         ]
-        for seeds in by_method(rows)
+        for seeds in by_method(measurements)
     ]
 
 
@@ -67,20 +67,20 @@ def cell(values: Sequence[float | None], form: str) -> str:
     return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(measurements: Sequence[Measurement]) -> Table:
     """The table for the terminal."""
     shown = Table(*HEADINGS)
-    for line in lines(rows):
+    for line in lines(measurements):
         shown.add_row(*line)
     return shown
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(measurements: Sequence[Measurement]) -> str:
     """The table in Markdown."""
     return (
         "\n".join(
             "| " + " | ".join(line) + " |"
-            for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(rows)]
+            for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(measurements)]
         )
         + "\n"
     )
@@ -94,29 +94,29 @@ turn. A method is mergeable if the folded model had the same logits. New modules
 forward pass."""
 
 
-def page(rows: Sequence[Row], title: str, path: Path) -> None:
+def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
     """Write the table and its plots as one HTML file.
 
     Args:
-        rows: The figures, in the order of the methods.
+        measurements: In the order of the methods.
         title: The title of the page.
         path: The file to write.
     """
     head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
-        for line in lines(rows)
+        for line in lines(measurements)
     )
 
-    def means(value: Callable[[Row], float | None]) -> list[float | None]:
+    def means(value: Callable[[Measurement], float | None]) -> list[float | None]:
         return [
             fmean(known) if (known := [v for r in seeds if (v := value(r)) is not None]) else None
-            for seeds in by_method(rows)
+            for seeds in by_method(measurements)
         ]
 
     names, mergeable = (
-        [seeds[0].method for seeds in by_method(rows)],
-        [all(r.mergeable for r in seeds) for seeds in by_method(rows)],
+        [seeds[0].method for seeds in by_method(measurements)],
+        [all(r.mergeable for r in seeds) for seeds in by_method(measurements)],
     )
     loss, forgotten = (
         means(lambda r: r.loss),

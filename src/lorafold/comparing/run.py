@@ -16,7 +16,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from lorafold.comparing.measure import Row, Task, measure
+from lorafold.comparing.measure import Measurement, Task, measure
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
@@ -44,16 +44,16 @@ def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
     out: Path,
-    tell: Callable[[Row, int, int], None],
-) -> list[Row]:
-    """Measure every method with every seed. Returns their figures in this order.
+    tell: Callable[[Measurement, int, int], None],
+) -> list[Measurement]:
+    """Measure every method with every seed, in this order.
 
     Args:
         task: Model, data and recipe.
         methods: The names of the methods.
         seeds: The seeds of each.
         out: The directory of the figures.
-        tell: Called as tell(row, done, total) after each.
+        tell: Called as tell(measurement, done, total) after each.
 
     Raises LorafoldError before anything is trained for an unknown method, for options that none of
     the methods has, and for new tokens, which the base can't be measured on.
@@ -76,18 +76,18 @@ def compare(
         )
     plan = [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    rows = []
+    measurements = []
     for method, seed in plan:
         file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
-        row = read(file) or in_own_process(task, method, seed)
-        write_json(file, asdict(row))
-        rows.append(row)
-        tell(row, len(rows), len(plan))
-    write_json(out / "rows.json", {"rows": [asdict(row) for row in rows]})
-    return rows
+        measured = read(file) or in_own_process(task, method, seed)
+        write_json(file, asdict(measured))
+        measurements.append(measured)
+        tell(measured, len(measurements), len(plan))
+    write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
+    return measurements
 
 
-def in_own_process(task: Task, method: str, seed: int) -> Row:
+def in_own_process(task: Task, method: str, seed: int) -> Measurement:
     """`measure` in a new process, so that the peak of memory is that of one method.
 
     Args:
@@ -112,13 +112,13 @@ def key(task: Task, method: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read(file: Path) -> Row | None:
+def read(file: Path) -> Measurement | None:
     """The figures in a file, or None if there is no such file."""
     if not file.is_file():
         return None
     stored = read_object(file)
     interval = stored["exact_match_interval"]
-    return Row(
-        **{f.name: stored[f.name] for f in fields(Row)}
+    return Measurement(
+        **{f.name: stored[f.name] for f in fields(Measurement)}
         | {"exact_match_interval": interval and tuple(interval)}
     )
