@@ -42,7 +42,7 @@ from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.loop import fit
 from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
-from lorafold.training.run import prepare
+from lorafold.training.start import prepare
 
 WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end
 QUIET = Console(quiet=True)

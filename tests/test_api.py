@@ -101,7 +101,7 @@ def test_names_and_loaded_models_measure_alike(model: str, adapter: Path) -> Non
     lf.load(loaded, adapter)
     assert lf.evaluate(loaded, ROWS, completions=False) == named
     assert bare.loss != named.loss
-    with pytest.raises(lf.LorafoldError, match=r"adapters: the model is loaded already"):
+    with pytest.raises(lf.LorafoldError, match=r"adapters: expected none, because"):
         lf.evaluate(loaded, ROWS, adapters=[adapter])
 
 

@@ -29,7 +29,8 @@ from lorafold.step.recipe import Recipe
 from lorafold.training.loop import penalty
 from lorafold.training.objectives import Sft
 from lorafold.training.request import Request
-from lorafold.training.run import sample_losses, train
+from lorafold.training.run import train
+from lorafold.training.start import sample_losses
 
 ROWS = [
     {"prompt": f"Book a table for {n} " * (1 + n % 3), "completion": f'{{"people": {n}}}'}

@@ -390,7 +390,7 @@ def test_the_record_says_what_was_done(llama: Path, made: Any, tmp_path: Path) -
         ({"spec": lf.IA3()}, "IA3Delta"),
         (
             {"spec": lf.LoRA(rank=2), "targets": Q, "modules_to_save": ["lm_head"]},
-            "ReplaceDelta (as at lm_head)",
+            "ReplaceDelta (at lm_head)",
         ),
         ({"spec": lf.LoRA(rank=2), "targets": Q, "tokens": [5]}, "EmbeddingRows"),
         ({"spec": lf.Prompt(tokens=2)}, "PromptDelta"),
@@ -422,9 +422,9 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     a, b, loha = made("a", "b", "loha")
     assert "give --rank" in refused(a, loha)
     assert "found 1, expected one for each of the 2" in refused(a, b, weights=(1.0,))
-    assert "unknown; expected linear, task-arithmetic" in refused(a, word="nonsense")
+    assert "found nonsense, expected one of linear, task-arithmetic" in refused(a, word="nonsense")
     assert "share above 0" in refused(a, word="ties", density=1.5)
-    assert "finds its own" in refused(a, b, word="lorahub", weights=(1.0, 1.0))
+    assert "learns the weights" in refused(a, b, word="lorahub", weights=(1.0, 1.0))
     assert "--examples" in refused(a, b, word="mixture")
     assert "not the base" in refused(a, other)
     assert "found none" in refused()

@@ -487,7 +487,7 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--how", "nonsense"], "--how nonsense: unknown"),
+        (["--how", "nonsense"], "--how: found nonsense, expected one of"),
         (["--how", "ties", "--how", "ties"], "--how ties: given twice"),
         (["--weight", "1"], "--weight: found 1"),
         (["--data", "missing.jsonl"], "missing.jsonl: can't be read"),

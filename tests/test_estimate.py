@@ -81,7 +81,7 @@ def test_a_gguf_file_by_its_header() -> None:
     ("arguments", "message"),
     [
         (["--params", "6b"], "params 6b: expected one of 7b, "),
-        (["--params", "7b", "--measure"], "--measure: needs a model with weights"),
+        (["--params", "7b", "--measure"], "--measure: found --params 7b, which has no weights"),
         (["--device-memory", "lots"], "expected a size"),
         (["--mode", "nosuch"], "unknown method 'nosuch'"),
         (["--model", "no/such/model/here"], "no/such/model/here"),

@@ -221,7 +221,7 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
         "sites"
     ]
     for arguments, message in (
-        ((), "either --rank or --energy"),
+        ((), "found neither, expected exactly one"),
         (("--energy", "1.5"), "above 0, at most 1"),
     ):
         with pytest.raises(LorafoldError, match=message):

@@ -86,7 +86,7 @@ def test_rank_beyond_the_matrix_and_an_update_of_nothing():
     nothing = of_factors(torch.zeros(5, 2), torch.randn(2, 7))
     assert spectrum(nothing.s, 2)["effective_rank_95"] == 0
     assert against_base(nothing, torch.randn(5, 7))["amplification"] is None
-    assert advice(2, pooled([nothing.s])) == "the update is zero: nothing was learnt"
+    assert advice(2, pooled([nothing.s])) == "the update is zero: training changed nothing"
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -116,13 +116,14 @@ def test_advice_states_what_resizing_loses():
     )
     assert (
         advice(16, found)
-        == f"r=16 was given, {found['rank_95']} hold 95%: resize to {found['advised_rank']} loses "
-        f"{found['advised_loss']:.1%} of the energy"
+        == f"rank {found['rank_95']} holds 95% of the energy, and the adapter has rank 16:"
+        f" resizing it to rank {found['advised_rank']} loses {found['advised_loss']:.1%} of the"
+        " energy"
     )
-    assert "more may help" in advice(16, pooled([torch.ones(16)]))
+    assert "use a higher rank" in advice(16, pooled([torch.ones(16)]))
     assert (
         advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)]))
-        == "r=8 was given, 5 hold 95%: keep it"
+        == "rank 5 holds 95% of the energy, and the adapter has rank 8: keep this rank"
     )
 
 

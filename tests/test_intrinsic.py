@@ -59,13 +59,13 @@ def test_it_goes_on_from_what_is_there(request_: Request) -> None:
     (request_.out / "16.json").write_text(json.dumps({"loss": before.base_loss}))
     again = search(request_, 4, 16, 2.0, lambda p: None)
     assert (again.points[0].reached, again.full_loss) == (0.0, before.full_loss)
-    with pytest.raises(LorafoldError, match="holds another search"):
+    with pytest.raises(LorafoldError, match="found a search with another model, data or recipe"):
         search(replace(request_, rows=ROWS[:2]), 4, 16, 2.0, lambda p: None)
 
 
 def test_a_directory_of_something_else_is_left_alone(request_: Request) -> None:
     request_.out.mkdir()
     (request_.out / "mine.txt").write_text("x")
-    with pytest.raises(LorafoldError, match="is no search's"):
+    with pytest.raises(LorafoldError, match="found files that are not from a search"):
         search(request_, 4, 16, 0.9, lambda p: None)
     assert [p.name for p in request_.out.iterdir()] == ["mine.txt"]

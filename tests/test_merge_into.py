@@ -74,7 +74,7 @@ def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(
     assert merged.gap.kl < 1e-4
 
 
-def test_the_original_and_the_repacked_base_are_what_they_say(tiny_model_dir, tmp_path):
+def test_the_original_and_the_requantized_base_are_what_they_say(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama-wide")
     expected = trained(base, tmp_path / "a")
     gaps = {
@@ -148,14 +148,18 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
     plain = load_model(base, torch.float32)
     lf.attach(plain, METHODS["lora"]).save(tmp_path / "plain")
     for adapters, asked, message in [
-        (["a"], {"into": "fp8"}, "into fp8: unknown; expected original, dequantized, nf4, int8"),
+        (
+            ["a"],
+            {"into": "fp8"},
+            "into: found fp8, expected one of original, dequantized, nf4, int8",
+        ),
         (
             ["plain"],
             {"into": "dequantized"},
-            "no packed base is on their record; expected original, or --base",
+            "no adapter has a record of the storage of its base, expected a quantized base",
         ),
         (["a", "b"], {}, "trained on bases that are held differently"),
-        (["a"], {"into": "dequantized", "storage": "fp32"}, "they were trained on fp32"),
+        (["a"], {"into": "dequantized", "storage": "fp32"}, "base was stored as fp32 in training"),
     ]:
         with pytest.raises(LorafoldError, match=message):
             merge(base, [tmp_path / name for name in adapters], tmp_path / "out", **asked)
@@ -170,7 +174,7 @@ def test_what_it_is_merged_into_is_said_before_it_is_done(tiny_model_dir, tmp_pa
     console = Console(record=True, width=200)
     merge(base, [tmp_path / "a"], tmp_path / "out", into="nf4", certificate=False, console=console)
     assert (
-        "merging into the original weights (it was trained on nf4), and packed as nf4"
+        "merging into the original weights (the adapter was trained on nf4), quantized to nf4"
         in console.export_text()
     )
 

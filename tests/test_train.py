@@ -161,7 +161,7 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(
 
 
 def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError, match=r"a.run: no run to resume there"):
+    with pytest.raises(LorafoldError, match=r"a.run: found no run to resume"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", resume=True), quiet())
     with pytest.raises(LorafoldError, match="loss is nan"):
         train(
@@ -258,7 +258,7 @@ def test_a_stopped_run_is_not_thrown_away_unasked(tiny_model_dir, tmp_path: Path
             quiet(),
         )
     with pytest.raises(
-        LorafoldError, match=r"a.run holds a run that was stopped: --resume goes on from it"
+        LorafoldError, match=r"a.run holds a run that was stopped: pass --resume to continue it"
     ):
         train(request(tiny_model_dir("llama"), tmp_path / "a"), quiet())
     train(request(tiny_model_dir("llama"), tmp_path / "a", overwrite=True), quiet())
@@ -267,7 +267,8 @@ def test_a_stopped_run_is_not_thrown_away_unasked(tiny_model_dir, tmp_path: Path
 def test_what_the_initial_adapter_brings_cant_be_set_beside_it(
     tiny_model_dir, tmp_path: Path
 ) -> None:
-    with pytest.raises(LorafoldError, match="rank, targets: these come with the adapter"):
+    fixed = "rank, targets: the adapter of --init-adapter fixes these fields"
+    with pytest.raises(LorafoldError, match=fixed):
         train(
             request(
                 tiny_model_dir("llama"),

@@ -1,27 +1,26 @@
-"""What goes wrong because of what was asked or given: the command prints the message as it is and
-exits with 2.
+"""Errors that the user can put right. The command prints such a message without a traceback and
+exits with code 2.
 """
 
 
 class LorafoldError(Exception):
-    """A request that can't be carried out.
-
-    The message names the place (file, row, field, site), what was found and what was expected.
+    """A request that can't be carried out. The message names the file, row, field or site, what was
+    found, what was expected, and what to do.
     """
 
 
 class NotMergeable(LorafoldError):
-    """A change with no form in weight space, or a weight it can't be written into."""
+    """A delta without a form in weight space, or a weight that can't store the changed values."""
 
 
 class NoTokenizer(LorafoldError):
-    """A directory without a vocabulary, where a tokenizer was looked for."""
+    """A model or adapter directory without the vocabulary of a tokenizer."""
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop, and has.
+    """A run stopped because a signal asked it to.
 
-    `code` is the shell's exit code for the signal; the message says how to go on.
+    `code` is the shell's exit code for the signal; the message says how to continue the run.
     """
 
     def __init__(self, message: str, code: int) -> None:

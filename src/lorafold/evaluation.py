@@ -1,14 +1,14 @@
 """How good a model is on held-out rows: loss, perplexity and exact match, each with a 95% interval.
 
-    loss = sum_i s_i / sum_i n_i          s_i the summed loss of row i in nats over its n_i labelled
-                                          tokens; perplexity = exp(loss)
+    loss = sum_i s_i / sum_i n_i          s_i is the summed loss of row i in nats, over its n_i
+                                          labelled tokens; perplexity = exp(loss)
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
-Tokens of a row hang together, so the row is the unit of the interval (a ratio estimate: Cochran,
-Sampling Techniques, 1977, ch. 6). Exact match is the share of greedy answers that equal the
-reference, less surrounding whitespace, and for a classifier its accuracy; its interval is Wilson's
-(1927), which holds at 0% and 100% too. `held_out_loss` is the figure alone, for use during
-training.
+The tokens of a row are not independent, so the interval of the loss is that of a ratio estimate
+with rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). Exact match is the share of
+greedy completions that equal the reference, surrounding whitespace aside, and for a classifier its
+accuracy. Its interval is Wilson's (1927), which is valid at 0% and 100% too. Training measures the
+loss alone, with `held_out_loss`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 Z = NormalDist().inv_cdf(0.975)
-TOKENS = 2048  # of a held-out batch, padding included
-SPARE = 8  # tokens beyond the longest reference, to tell an answer that goes on from one that ends
+TOKENS = 2048  # the most tokens of a batch, with padding
+SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One row answered: the last message before the answer, the reference and what the model
-    said.
+    """One row: its last message before the completion (or its text), the reference, and the model's
+    completion (or class) in `answer`.
     """
 
     prompt: str
@@ -55,14 +55,15 @@ class Answer:
 
     @property
     def exact(self) -> bool:
+        """Whether the completion equals the reference, surrounding whitespace aside."""
         return self.answer.strip() == self.reference.strip()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per labelled token or classified text, exact match as a share of the n rows.
-
-    None without references, and for the interval of one row."""
+    """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
+    rows. Exact match is None for rows without references, the loss interval for a single row.
+    """
 
     loss: float
     loss_interval: Interval | None
@@ -73,10 +74,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(self.loss)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures; the answers themselves are left out."""
+        """All figures, without the completions."""
         names = ("loss", "perplexity", "exact_match", "n", "loss_interval", "exact_match_interval")
         return {name: getattr(self, name) for name in names}
 
@@ -105,13 +107,19 @@ def evaluate(
     max_new_tokens: int | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure the model, with whatever adapters are live, on rows of one shape; rows longer than
-    max_length tokens are cut for the loss.
+    """Measure a model with the adapters that are active on it.
 
-    On rows of text and label the model is a sequence classifier whose config names the classes
-    (`id2label`). Rows of plain text, and `generate=False`, have no exact match. Answers may be as
-    long as the longest reference unless max_new_tokens says otherwise. Progress and what was cut go
-    to the console. LorafoldError for bad rows and a loss that is not finite.
+    Args:
+        model: A causal language model or, for rows of text and label, a sequence classifier whose
+            config names the classes (`id2label`).
+        tokenizer: The model's.
+        rows: Rows of one form. Plain text has no exact match.
+        max_length: Longer examples are cut to this many tokens for the loss.
+        generate: Generate completions for the exact match.
+        max_new_tokens: The most tokens of a completion; None takes the longest reference.
+        console: For progress and a report of what was cut; None is quiet.
+
+    Raises LorafoldError for bad rows and for a loss that is not finite.
     """
     if is_labelled(rows):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
@@ -126,7 +134,7 @@ def evaluate(
             by_row |= dict(zip(group, found.tolist(), strict=True))
             step(len(by_row), len(rows))
     sums = [(by_row[i], loss.count(example)) for i, example in enumerate(data.examples)]
-    answers = _answers(model, tokenizer, rows, max_new_tokens, console) if generate else ()
+    answers = _completions(model, tokenizer, rows, max_new_tokens, console) if generate else ()
     hits = sum(answer.exact for answer in answers)
     return Evaluation(
         loss=_mean(sums),
@@ -148,8 +156,15 @@ def evaluate_classifier(
 ) -> Evaluation:
     """`evaluate` for rows of text and label.
 
-    LorafoldError for a label that is none of the model's classes, and a model whose config names no
-    padding token.
+    Args:
+        model: A sequence classifier whose config names the classes (`id2label`).
+        tokenizer: The model's.
+        rows: Rows of text and label.
+        max_length: Longer texts are cut to this many tokens.
+        console: For progress and a report of what was cut; None is quiet.
+
+    Raises LorafoldError for a label that is not one of the model's classes, and for a model whose
+    config has no padding token.
     """
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
@@ -159,8 +174,8 @@ def evaluate_classifier(
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None:
         raise LorafoldError(
-            "the model's config: field pad_token_id: found null, expected the token that fills"
-            " short texts up"
+            "the model's config: field pad_token_id: found null, expected the id of the token that"
+            " pads short texts"
         )
     loss = Classification(model, pad_id)
     by_row: dict[int, Tensor] = {}
@@ -170,44 +185,34 @@ def evaluate_classifier(
             arguments.pop("labels")
             by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
             step(len(by_row), len(rows))
-    # (n, C), (n,)
-    logits, targets = (
-        torch.stack([by_row[i] for i in range(len(rows))]),
-        torch.tensor([e.label for e in data.examples]),
-    )
+    logits = torch.stack([by_row[i] for i in range(len(rows))])  # (n, C)
+    targets = torch.tensor([e.label for e in data.examples])  # (n,)
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
     chosen = [classes[i] for i in logits.argmax(1).tolist()]
     answers = tuple(
         Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
     )
     hits = int((logits.argmax(1) == targets).sum())
-    return Evaluation(
-        _mean(sums),
-        loss_interval(sums),
-        hits / len(rows),
-        wilson(hits, len(rows)),
-        len(rows),
-        answers,
-    )
+    n = len(rows)
+    return Evaluation(_mean(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
-    """Mean loss in nats; its model is left in the mode it was in.
+    """The mean loss in nats over the tokens or texts that count, in evaluation mode.
 
-    LorafoldError if it is not finite.
+    Raises LorafoldError if it is not finite.
     """
     with evaluating(loss):
-        groups = [[examples[i] for i in group] for group in _batches(examples)]
-        return _mean(
-            [
-                (loss(**loss.collate(group, loss.device)).item(), sum(map(loss.count, group)))
-                for group in groups
-            ]
-        )
+        sums = []
+        for group in _batches(examples):
+            chosen = [examples[i] for i in group]
+            value = loss(**loss.collate(chosen, loss.device)).item()
+            sums.append((value, sum(map(loss.count, chosen))))
+        return _mean(sums)
 
 
 def wilson(hits: int, n: int) -> Interval:
-    """Wilson's 95% interval of a share."""
+    """Wilson's 95% interval of the share hits / n (Wilson 1927)."""
     share, shrink = hits / n, 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
@@ -215,7 +220,9 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """The 95% interval of the mean loss from (summed loss, tokens) a row; None for a single row."""
+    """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
+    6); None for a single row.
+    """
     m, tokens = len(sums), sum(n for _, n in sums)
     if m < 2:
         return None
@@ -225,17 +232,18 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
 
 
 def _mean(sums: Sequence[tuple[float, int]]) -> float:
+    """The mean loss over tokens. Raises LorafoldError if it is not finite."""
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     if not math.isfinite(loss):
         raise LorafoldError(
-            f"held-out loss: found {loss}, expected a finite number: the model or an adapter holds"
-            " broken weights"
+            f"held-out loss: found {loss}, expected a finite number; check the weights of the model"
+            " and its adapters"
         )
     return loss
 
 
 def _batches(examples: Sequence[Any]) -> list[list[int]]:
-    """Places of the examples, those of like length together, so that little is padding."""
+    """Indices of the examples in batches of similar length, which need little padding."""
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
         if groups[-1] and (len(groups[-1]) + 1) * len(examples[i].ids) > TOKENS:
@@ -244,13 +252,14 @@ def _batches(examples: Sequence[Any]) -> list[list[int]]:
     return groups
 
 
-def _answers(
+def _completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     max_new_tokens: int | None,
     console: Console | None,
 ) -> tuple[Answer, ...]:
+    """The greedy completion of every row; none for rows without references."""
     conversations = [
         shape.conversation(row).messages
         for row in rows
@@ -262,7 +271,7 @@ def _answers(
     longest = max(
         len(tokenizer(reference, add_special_tokens=False).input_ids) for _, reference in pairs
     )
-    with _bar(console, "answers") as step:
+    with _bar(console, "completions") as step:
         texts = complete(
             model,
             tokenizer,
@@ -282,6 +291,7 @@ def _answers(
 
 @contextmanager
 def _bar(console: Console | None, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; it yields a function of how many are done, of how many."""
     from rich.progress import Progress
 
     with Progress(console=console, transient=True, disable=console is None) as bars:

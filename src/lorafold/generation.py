@@ -1,10 +1,10 @@
-"""Answers from a causal language model: `complete` for many prompts (greedy, batched), `stream` for
-one (token by token).
+"""Completions of a causal language model: `complete` for many prompts (greedy, in batches),
+`stream` for one prompt (token by token).
 
-Prompts are text as the chat template rendered it, so no special tokens are added. `complete` runs
-the longest prompts first, in batches of similar length, padded on the left. transformers' own
-`generate` is called for a few tokens at a time and its cache handed on; rows that have finished
-leave the batch in between, so that a long answer does not keep the short ones computing.
+Prompts are texts that the chat template rendered, so no special tokens are added. `complete` starts
+with the longest prompts, in batches of similar length, padded on the left. It calls transformers'
+own `generate` for a few tokens at a time and passes the cache on; completions that have ended leave
+the batch in between, so that a long one does not keep the others computing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-BATCH = 32  # rows
-ROUND = 8  # tokens between two looks at which rows have finished
+BATCH = 32  # prompts
+ROUND = 8  # tokens of each call, after which completions that have ended leave the batch
 
 
 def complete(
@@ -35,26 +35,31 @@ def complete(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The greedy answer to each prompt, in the order of the prompts, without special tokens.
+    """The greedy completion of each prompt, in their order, without special tokens. A completion
+    ends before the first of the `end_tokens`.
 
-    An answer ends before the first end token (the generation config's, the tokenizer's, or the
-    special token with which the chat template closes a turn) or after `max_new_tokens` tokens.
-    `progress(done, total)` is called after each batch. Raises LorafoldError where a prompt has no
-    tokens.
+    Args:
+        model, tokenizer: A causal language model, with any adapters.
+        prompts: Texts as the chat template rendered them.
+        max_new_tokens: The most tokens of a completion.
+        batch_size: Prompts computed at a time; None takes BATCH.
+        progress: Called as progress(done, total) after each batch.
+
+    Raises LorafoldError for a prompt without tokens.
     """
     ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
-    answers = [""] * len(ids)
+    completions = [""] * len(ids)
     with _greedy(model, tokenizer, end_tokens(model, tokenizer)):
         for at in range(0, len(order), batch_size or BATCH):
             batch = order[at : at + (batch_size or BATCH)]
             for i, tokens in zip(
                 batch, _complete_batch(model, [ids[i] for i in batch], max_new_tokens), strict=True
             ):
-                answers[i] = _text(tokenizer, tokens)
+                completions[i] = _text(tokenizer, tokens)
             if progress:
                 progress(at + len(batch), len(ids))
-    return answers
+    return completions
 
 
 def stream(
@@ -65,17 +70,23 @@ def stream(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """One piece of text per token of the answer; a piece is empty while a character is incomplete.
+    """The pieces of one completion, one for each token; a piece is empty while a character is
+    incomplete.
 
-    Temperature 0 takes the likeliest token, any other samples; the draws depend on `seed` alone and
-    leave torch's global state as it was. Raises LorafoldError for a negative temperature and for a
-    prompt without tokens.
+    Args:
+        model, tokenizer: A causal language model, with any adapters.
+        prompt: A text as the chat template rendered it.
+        max_new_tokens: The most tokens of the completion.
+        temperature: 0 takes the most likely token; above 0 tokens are sampled.
+        seed: The samples follow from it; torch's global state is left as it was.
+
+    Raises LorafoldError for a negative temperature and for a prompt without tokens.
     """
     if temperature < 0:
         raise LorafoldError(f"temperature: found {temperature}, expected 0 or more")
     generator = torch.Generator(model.device).manual_seed(seed)
     ids_1T, cache = torch.tensor([_tokenize(tokenizer, prompt)], device=model.device), None
-    answer: list[int] = []
+    completion: list[int] = []
     shown, stops = "", end_tokens(model, tokenizer)
     for _ in range(max_new_tokens):
         with _greedy(model, tokenizer, stops):
@@ -88,16 +99,16 @@ def stream(
             )
         else:
             token_11 = logits_1V.argmax(-1, keepdim=True)
-        answer.append(int(token_11))
-        if answer[-1] in stops:
-            answer.pop()
+        completion.append(int(token_11))
+        if completion[-1] in stops:
+            completion.pop()
             break
         ids_1T = torch.cat([ids_1T, token_11], 1)
-        text = _text(tokenizer, answer)
+        text = _text(tokenizer, completion)
         piece = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
         shown += piece
         yield piece
-    if rest := _text(tokenizer, answer)[len(shown) :]:  # cut within a character
+    if rest := _text(tokenizer, completion)[len(shown) :]:  # it ended within a character
         yield rest
 
 
@@ -113,8 +124,8 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """The tokens that end an answer: those that model and tokenizer name, and the special token
-    that closes a turn in the template.
+    """The tokens that end a completion: those of the generation config and the tokenizer, and the
+    special token with which the chat template ends a turn.
     """
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]
@@ -122,6 +133,7 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
 
 
 def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token with which the chat template ends a turn, or None."""
     if tokenizer.chat_template is None:
         return None
     word = "answer"
@@ -130,7 +142,7 @@ def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}],
             tokenizer,
         )
-    except LorafoldError:  # a template that takes no such conversation tells nothing
+    except LorafoldError:  # the template does not accept such a conversation
         return None
     after = tokenizer(text.rpartition(word)[2], add_special_tokens=False).input_ids[:1]
     added = tokenizer.added_tokens_decoder
@@ -141,8 +153,8 @@ def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 def _greedy(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stops: set[int]
 ) -> Iterator[None]:
-    """The model in evaluation mode and decoding greedily up to the end tokens, whatever its own
-    generation config asks for.
+    """A context with the model in evaluation mode, decoding greedily up to the end tokens instead
+    of by its own generation config.
     """
     from transformers import GenerationConfig
 
@@ -163,7 +175,7 @@ def _greedy(
 def _decode(
     model: Any, ids_BT: Tensor, mask_BT: Tensor, cache: "Cache | None", n: int
 ) -> "GenerateDecoderOnlyOutput":
-    """At most n more tokens a row; `cache` holds all of `ids_BT` but the last token."""
+    """At most n more tokens for each sequence; `cache` has all of `ids_BT` but the last token."""
     return model.generate(
         ids_BT,
         attention_mask=mask_BT,
@@ -177,34 +189,34 @@ def _decode(
 def _complete_batch(
     model: "PreTrainedModel", prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without its end token."""
+    """The new tokens of each prompt, before its end token."""
     config = model.generation_config
     stops = torch.tensor(config.eos_token_id or [], dtype=torch.long, device=model.device)
     width = max(map(len, prompts))
     ids_BT = torch.tensor(
-        [[config.pad_token_id] * (width - len(row)) + row for row in prompts], device=model.device
+        [[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts], device=model.device
     )
     mask_BT = torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
     )
-    # a recurrent state can't be cut down to some rows: such models decode in one go
+    # sequences can't be removed from a recurrent state: such models decode in one call
     per_round = max_new_tokens if model._is_stateful else ROUND
-    answers: list[list[int]] = [[] for _ in prompts]
-    rows, cache = torch.arange(len(prompts), device=model.device), None
+    completions: list[list[int]] = [[] for _ in prompts]
+    left, cache = torch.arange(len(prompts), device=model.device), None
     for start in range(0, max_new_tokens, per_round):
         step = _decode(model, ids_BT, mask_BT, cache, min(per_round, max_new_tokens - start))
         new_BN = step.sequences[:, ids_BT.shape[1] :]
         ended_BN = torch.isin(new_BN, stops).cumsum(1) > 0
-        for row, tokens, ended in zip(rows.tolist(), new_BN, ended_BN, strict=True):
-            answers[row] += tokens[~ended].tolist()
+        for i, tokens, ended in zip(left.tolist(), new_BN, ended_BN, strict=True):
+            completions[i] += tokens[~ended].tolist()
         keep = (~ended_BN[:, -1]).nonzero()[:, 0]
         if not len(keep):
             break
-        rows, cache = rows[keep], step.cache
+        left, cache = left[keep], step.cache
         ids_BT, mask_BT = (
             step.sequences[keep],
             torch.cat([mask_BT, torch.ones_like(new_BN)], 1)[keep],
         )
         if cache is not None and len(keep) < len(new_BN):
             cache.batch_select_indices(keep)
-    return answers
+    return completions

@@ -1,6 +1,6 @@
-"""The library's verbs, one a file: what `import lorafold as lf` offers beside adapters themselves.
+"""The verbs of `import lorafold as lf`, such as `lf.train`, each in a file of its own.
 
-Each takes plain arguments (names, paths, rows, or a model that is loaded already), opens what they
-name, calls the packages below, and returns a frozen dataclass. Nothing is printed unless a rich
-console is given. The commands of `lorafold.cli` parse their options and call these.
+Each takes plain arguments (names, paths, rows, or a loaded model), opens what they name, calls the
+packages below, and returns a frozen dataclass. It prints nothing unless a rich console is given.
+The commands of `lorafold.cli` parse their options and call these functions.
 """

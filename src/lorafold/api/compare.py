@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.opened import or_quiet
 from lorafold.api.rows import Rows, train_and_test
 from lorafold.comparing import run
-from lorafold.comparing.measure import Row, Task
+from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
 from lorafold.quickstart.story import RECIPE
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row for every method and seed, in the order asked for, and what they were measured on."""
+    """The figures of every method and seed, in the order asked for, and what they were measured on.
+    """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Measurement, ...]
     model: str
     source: str
 
     def as_json(self) -> dict[str, Any]:
-        """The rows under the keys of `lorafold compare --json`."""
-        return {"rows": [asdict(row) for row in self.rows]}
+        """The figures under the keys of `lorafold compare --json`."""
+        return {"rows": [asdict(one) for one in self.rows]}
 
     def __str__(self) -> str:
         return markdown(self.rows)
@@ -53,19 +54,19 @@ def compare(
     size, speed and latency, each in a process of its own.
 
     Args:
-        out: Where rows are kept as they finish; a second call goes on from them. `table.md` there
-            holds the table.
+        out: The directory of the figures, and of the table as `table.md`. Figures are written as
+            they are measured, and a second call continues after them.
         model: A name or path as `lf.load_model` takes it.
         data: Training rows; None takes the quickstart's task.
         eval_data: Held-out rows; None holds out a tenth of the data.
-        methods: Names of methods; none takes all that are for the recipe's objective.
+        methods: Names of methods; empty for all that can learn the recipe's objective.
         seeds: How many seeds of each method.
-        recipe: The budget for all; where it sets no learning rate, each method has its own.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
-        console: A rich console for a line a row; None is quiet.
+        recipe: The recipe of all runs; without a learning rate each method has its own.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+        console: A rich console for one line a measurement; None is quiet.
 
-    Raises LorafoldError, before anything is trained, for an unknown method and for recipe fields
-    that no method takes.
+    Raises LorafoldError, before anything is trained, for an unknown method and for recipe options
+    that none of the methods has.
     """
     console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe)
@@ -75,9 +76,9 @@ def compare(
         if notice := without(recipe.model_copy(update={"method": name})):
             console.print(notice, highlight=False)
 
-    def tell(row: Row, done: int, total: int) -> None:
+    def tell(one: Measurement, done: int, total: int) -> None:
         console.print(
-            f"{done}/{total} {row.method}: loss {row.loss:.4f}, {row.train_seconds:.0f} s of"
+            f"{done}/{total} {one.method}: loss {one.loss:.4f}, {one.train_seconds:.0f} s of"
             " training",
             highlight=False,
         )

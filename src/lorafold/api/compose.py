@@ -1,4 +1,4 @@
-"""`lf.compose`: one adapter from many, and what they do to each other."""
+"""`lf.compose`: one adapter from several, and the interference between their tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorafold.api.rows import Tasks, by_name
 from lorafold.composing import run
 from lorafold.composing.job import Request
 from lorafold.composing.mixture import RECIPE
-from lorafold.composing.run import Result
+from lorafold.composing.run import Composition
 from lorafold.methods.parts.mixture import Gating
 from lorafold.step.recipe import Recipe
 
@@ -42,33 +42,33 @@ def compose(
     allow_other_base: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Result:
+) -> Composition:
     """Make one adapter from several, in one way or in each of several ways, and write it to `out`.
 
     Args:
-        adapters: Saved adapters of additive updates (LoRA, VeRA, LoHa ...) of one base.
-        out: The directory of the new adapter; with several ways, each lies in `out/<way>`.
+        adapters: Saved adapters of one base whose updates are additive (LoRA, VeRA, LoHa ...).
+        out: The directory of the new adapter; with several ways, that of each is `out/<way>`.
         model: The base of the adapters.
         how: linear, task-arithmetic, svd, ties, dare, dare-ties, magnitude, lorahub or mixture.
-        weights: One for each adapter, in their order; without them the way's own.
-        rank: Cut every site to this rank; None keeps what the way gives.
-        density: The share of entries that ties, dare and magnitude keep; None is the way's own.
+        weights: One for each adapter, in their order; empty for the way's defaults.
+        rank: Cut every site to this rank; None is the way's default.
+        density: The share of entries that ties, dare and magnitude keep; None is the way's default.
         gates: What a mixture's gates depend on: global, layer or token.
         data: Rows of tasks on which adapters and compositions are measured.
-        examples: Rows that lorahub and mixture learn from; without them half of each task's.
-        recipe: How a mixture's gates are trained.
-        evaluations: How often lorahub may measure weights.
-        completions: Measure the exact match too, which takes generation.
-        seed: Everything drawn at random follows from it.
+        examples: Rows that lorahub and mixture learn from; empty for half of each task's.
+        recipe: The recipe by which a mixture's gates are trained.
+        evaluations: How many choices of weights lorahub may measure.
+        completions: Also measure exact match, which generates completions.
+        seed: All random numbers follow from it.
         storage: How the base stores its weights where it is loaded.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         allow_other_base: Accept adapters whose fingerprint names another base.
-        overwrite: Replace what lies in `out` already.
+        overwrite: Replace `out` if it exists.
         console: A rich console for progress and notices; None is quiet.
 
-    Raises LorafoldError, with nothing left behind, listing what is wrong with the arguments, an
+    Raises LorafoldError, with nothing written, for everything that is wrong with the arguments, an
     adapter or rows.
     """
     paths, console = as_paths(adapters), or_quiet(console)
@@ -86,7 +86,7 @@ def compose(
         recipe=recipe or RECIPE,
         gates=gates,
         evaluations=evaluations,
-        answers=completions,
+        completions=completions,
         base=storage,
         device=device,
         revision=revision,

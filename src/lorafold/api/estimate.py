@@ -1,4 +1,5 @@
-"""`lf.estimate`: will it fit, and if not, what would make it fit."""
+"""`lf.estimate`: the memory of training or inference, whether it fits a device, and what would fit.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The memory of a setting at its peak: bytes by term, and what was asked about them.
+    """The memory of a setting at its peak, in bytes by term.
 
-    `advice` says whether it fits a device's memory and what would, where that was given;
-    `measured` is the bytes of a real step, where one was run; `of_this_cpu`: the estimate is about
-    this machine's CPU, and not about accelerators in general.
+    `advice` says whether it fits a device's memory and what would, if that was asked; `measured`
+    has the bytes of a real step, if one was run. `of_this_cpu` is set if the estimate is for this
+    machine's CPU instead of accelerators in general.
     """
 
     estimate: Estimate
@@ -46,11 +47,11 @@ class Forecast:
 
     @property
     def terms(self) -> dict[str, int]:
-        """Bytes by term, which add up to the total."""
+        """Bytes by term; their sum is the total."""
         return self.estimate.terms
 
     def remarks(self) -> list[str]:
-        """The lines beneath the terms: the device, the verdict, what was measured."""
+        """The lines below the terms: the device, whether it fits, and the measured bytes."""
         lines = [report.about(self.setting)] * self.of_this_cpu
         lines += [] if self.advice is None else report.verdict(self.advice, self.setting)
         lines += [] if self.measured is None else [report.beside(self.estimate, self.measured)]
@@ -92,22 +93,22 @@ def estimate(
         batch: Rows computed at a time.
         length: Tokens of a row; for inference those of prompt and completion together.
         labelled: Tokens of the batch that count in the loss; None counts all.
-        recipe: What it sets goes over the mode; fields that an estimate can't take into account are
-            refused.
-        device_memory: Bytes of the device, for the verdict and for what would fit.
+        recipe: Its fields take precedence over the mode; those that an estimate does not support
+            are refused.
+        device_memory: Bytes of the device, to say whether it fits and what would.
         measure: Also load the model and run two real steps.
-        device: cpu asks about this machine's CPU; `measure` runs on it, or on cuda, cuda:N or mps.
+        device: cpu estimates for this machine's CPU; `measure` runs on it, or on cuda, cuda:N or
+            mps.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         console: A rich console for progress; None is quiet.
 
-    Raises LorafoldError for an unknown mode or size, for what does not go together, and for a model
-    that can't be traced.
+    Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
+    a model that can't be traced.
     """
     if measure and params is not None:
         raise LorafoldError(
-            f"--measure: needs a model with weights, and --params {params} is a shape alone;"
-            " expected --model"
+            f"--measure: found --params {params}, which has no weights; expected --model"
         )
     console = or_quiet(console)
     setting = setting_of(mode, recipe or Recipe(), batch, length, labelled)
@@ -120,10 +121,10 @@ def estimate(
         setting = replace(setting, widened=widens(setting.base.dtype))
     found, advice, measured = terms.estimate(config, setting), None, None
     if device_memory is not None:
-        with console.status("looking for what fits: some twenty settings are traced"):
+        with console.status("searching for what fits, in about twenty settings"):
             advice = advise(config, setting, device_memory)
     if on is not None:
-        with console.status("two real steps"):
+        with console.status("running two real steps"):
             measured = measured_bytes(
                 lambda: load_model(model, setting.base, on, revision, trust_remote_code),
                 setting,

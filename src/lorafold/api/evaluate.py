@@ -1,4 +1,4 @@
-"""`lf.evaluate`: how good a model or adapter is on rows."""
+"""`lf.evaluate`: loss, perplexity and exact match of a model or adapter on rows."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def evaluate(
     allow_other_base: bool = False,
     console: Console | None = None,
 ) -> Evaluation:
-    """Loss in nats per labelled token, perplexity and exact match on rows, with 95% intervals.
+    """Measure loss in nats a labelled token, perplexity and exact match, with 95% intervals.
 
     Args:
-        model: A name or path, or a loaded model with whatever adapters are active on it.
-        data: Rows, of the forms that `lf.train` takes; texts with labels ask for a classifier.
-        adapters: Saved adapters to put on the model that is named.
-        tokenizer: None takes the adapters' or the model's own.
+        model: A name or path, or a loaded model, which is measured with its active adapters.
+        data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
+        adapters: Saved adapters to load on a model that is named.
+        tokenizer: None takes that of the adapters or the model.
         max_length: Longer rows are cut to this many tokens for the loss.
         completions: Generate completions for the exact match; False measures the loss alone.
-        max_new_tokens: The limit of a completion; None takes the longest reference.
+        max_new_tokens: The most tokens of a completion; None takes the longest reference.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         allow_other_base: Accept adapters whose fingerprint names another base.
         console: A rich console for progress and notices; None is quiet.
 
-    Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or is of the
-    wrong kind, and for a loss that is not finite.
+    Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
+    the rows, and for a loss that is not finite.
     """
     rows = as_rows(data)
     loaded, tokenizer = opened(

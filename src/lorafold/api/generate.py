@@ -1,4 +1,4 @@
-"""`lf.generate`: completions of one prompt or many."""
+"""`lf.generate`: the completions of one prompt or of several."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ def generate(
     """The completion of a prompt, or of each of several, without special tokens.
 
     Args:
-        model: A name or path, or a loaded model with whatever adapters are active on it.
-        prompts: What the user says; it goes through the chat template. A list gives a list.
-        adapters: Saved adapters to put on the model that is named.
-        tokenizer: None takes the adapters' or the model's own.
-        system: A system message before each prompt; None leaves it to the chat template.
-        max_new_tokens: A completion ends after this many tokens at the latest.
-        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
-        seed: The draws of every prompt follow from it.
+        model: A name or path, or a loaded model, which is used with its active adapters.
+        prompts: The user's message, which the chat template renders, or a list of messages, which
+            gives a list of completions.
+        adapters: Saved adapters to load on a model that is named.
+        tokenizer: None takes that of the adapters or the model.
+        system: A system message before each prompt; None takes the chat template's default.
+        max_new_tokens: The most tokens of a completion.
+        temperature: 0 takes the most likely token; above 0 tokens are sampled.
+        seed: The samples of every prompt follow from it.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         allow_other_base: Accept adapters whose fingerprint names another base.
@@ -79,6 +80,14 @@ def generate(
 
 
 def rendered(prompt: str, system: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A user's message, after a system message if there is one, as the chat template writes it."""
+    """A prompt as the chat template renders it.
+
+    Args:
+        prompt: The user's message.
+        system: A system message, or None.
+        tokenizer: With the chat template.
+
+    Raises LorafoldError where the template refuses the messages.
+    """
     before = [] if system is None else [{"role": "system", "content": system}]
     return render([*before, {"role": "user", "content": prompt}], tokenizer, for_generation=True)

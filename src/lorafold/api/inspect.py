@@ -1,4 +1,4 @@
-"""`lf.inspect`: what an adapter learnt, and how much of it is real."""
+"""`lf.inspect`: figures of an adapter's update, and advice on its rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.opened import opened, or_quiet
 from lorafold.api.rows import Rows, as_rows
 from lorafold.inspecting import run
+from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
-from lorafold.inspecting.words import of_paths
 from lorafold.models.sources import resolve_model
 
 if TYPE_CHECKING:
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The figures of one adapter (`lorafold.inspecting.run` says what each holds).
+    """The figures of one adapter; `lorafold.inspecting` defines each.
 
-    `sites` has a mapping of figures for every module path, `whole` those of all together, `layers`
-    the overlaps of the blocks' leading directions, `advice` the conclusions in words. `against` and
-    `paths` are None unless a second adapter, or data, was given.
+    `sites` has the figures of every module path, `whole` those of all sites together, `beside` the
+    number of deltas that are not measured, `layers` the overlaps of the blocks' top directions, and
+    `advice` the conclusions in sentences. `against` is None without a second adapter, `paths`
+    without data.
     """
 
     adapter: str
@@ -65,26 +66,27 @@ def inspect(
     allow_other_base: bool = False,
     console: Console | None = None,
 ) -> Inspection:
-    """Measure a saved adapter: its true rank, its place in the base, the tokens that it reads and
-    writes, and with data the loss along the update.
+    """Measure a saved adapter: its effective rank, its relation to the base, the tokens that it
+    reads and writes and, with data, the loss along the update.
 
     Args:
         adapter: A saved adapter of any method that folds.
-        model: Its base, as `lf.load_model` takes it; loaded whole for `data` only.
+        model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
         against: A second adapter of the same base: another rank, seed or task.
-        directions: A safetensors file of vectors of the residual stream's width, by name.
+        directions: A safetensors file of named vectors in the residual stream.
         data: Rows, of the forms that `lf.train` takes, for the loss along base + t dW.
-        rows: Only so many of the data; each point of a path is one pass over them.
+        rows: How many rows of the data to use; each point of a line takes one pass over them.
         max_length: Longer rows are cut to this many tokens.
-        full: Also what needs the SVD of every base matrix, which is slow the first time.
+        full: Also compare with the spectrum of the base: it takes the SVD of every base matrix,
+            which is slow the first time.
         storage: How the loaded base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         allow_other_base: Accept an adapter whose fingerprint names another base.
         console: A rich console for progress and notices; None is quiet.
 
-    Raises LorafoldError as `lf.load` does, and for a method that changes no matrices.
+    Raises LorafoldError as `lf.load` does, and for a method that does not change matrices.
     """
     console = or_quiet(console)
     examples = None if data is None else as_rows(data)[:rows]
@@ -112,7 +114,7 @@ def inspect(
             allow_other_base=allow_other_base,
             console=console,
         )
-        with console.status("losses along the paths"):
+        with console.status("measuring the loss along lines in weight space"):
             found["paths"] = measured_paths(loaded, tokenizer, examples, max_length)
         found["advice"] += of_paths(found["paths"])
     return Inspection(**found)

@@ -1,4 +1,4 @@
-"""`lf.load_model`: a base by its name, in a storage, on a device."""
+"""`lf.load_model`: a base by its name, in the storage and on the device that are asked for."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model, frozen files read and checked, in evaluation mode.
+    """Load a causal language model, in evaluation mode.
 
     Args:
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
-        storage: How its weights are stored: fp32, bf16, nf4 (4 bits) or int8; auto takes what its
-            files hold if they are quantized, else 16 or 32 bits, whichever the device is fast with.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        storage: How it stores its weights: fp32, bf16, nf4 (4 bits) or int8; auto takes that of its
+            files if they are quantized, else bf16 or fp32, whichever the device is faster with.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
 
-    Raises LorafoldError where there is no such model, storage or device, where transformers can't
-    load it, where its files lack weights, and where lorafold wrote them and they are damaged.
+    Raises LorafoldError for an unknown model, storage or device, for a model that transformers
+    can't load, and for files that lack weights or were changed since lorafold wrote them.
     """
     source, where = resolve_model(model, revision), choose_device(device)
-    held = choose_storage(held_as(source) if storage == "auto" else storage, where)
-    return loading.load_model(source, held, where, trust_remote_code=trust_remote_code)
+    chosen = choose_storage(held_as(source) if storage == "auto" else storage, where)
+    return loading.load_model(source, chosen, where, trust_remote_code=trust_remote_code)

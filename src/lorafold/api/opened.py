@@ -1,4 +1,4 @@
-"""The model of a verb: a base by its name with saved adapters on it, or one that is loaded."""
+"""The model of a verb: a base with saved adapters, which are loaded, or a model that is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage, held_as, weights_of
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.training.objectives import Classify, Objective, Sft
+from lorafold.training.objectives import Classify, ModelRequest, Objective, Sft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,31 +36,31 @@ def opened(
     allow_other_base: bool = False,
     console: Console | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with saved adapters stacked on it, in evaluation mode, and its tokenizer.
+    """A model in evaluation mode with saved adapters attached to it, and its tokenizer.
 
     Args:
-        model: A name or path as `lf.load_model` takes it, or a loaded model. A loaded model is used
-            as it stands: its storage and device are its own, and adapters can't be added here.
-        adapters: One directory or several, loaded in this order as adapter1, adapter2, ...
-        tokenizer: None takes the last adapter's that has one, or else the model's.
+        model: A name or path as `lf.load_model` takes it, or a loaded model. A loaded model keeps
+            its storage and device, and `adapters` must be empty.
+        adapters: One directory or several, attached in this order as adapter1, adapter2 ...
+        tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
-        storage: fp32, bf16, nf4 or int8; auto takes what the adapters were trained on if that was
-            quantized, else 16 or 32 bits, whichever the device is fast with.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        storage: fp32, bf16, nf4 or int8; auto takes the storage that the adapters were trained on
+            if that was quantized, else bf16 or fp32, whichever the device is faster with.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         allow_other_base: Accept adapters whose fingerprint names another base.
-        console: Where notices go.
+        console: For notices; None is quiet.
 
-    Raises LorafoldError as the loaders do, and where model and adapters are classifiers and a
-    language model is expected, or the other way round.
+    Raises LorafoldError as the loaders do, and where a classifier is found and a language model is
+    expected, or the reverse.
     """
     paths, console = as_paths(adapters), or_quiet(console)
     if not isinstance(model, (str, Path)):
         if paths:
             raise LorafoldError(
-                "adapters: the model is loaded already; load them onto it with lf.load, or give the"
-                " model's name instead"
+                "adapters: expected none, because the model is loaded already; attach them to it"
+                " with lf.load, or pass the model's name"
             )
         tokenizer = tokenizer or load_tokenizer(str(model.name_or_path), None, trust_remote_code)
         return model, tokenizer if classify else prepared(tokenizer, Sft(), console)
@@ -77,16 +77,17 @@ def opened(
     objective: Objective = Sft() if classes is None else Classify(classes)
     tokenizer = prepared(tokenizer, objective, console)
     where = choose_device(device)
-    held = choose_storage(held_as(source, paths) if storage == "auto" else storage, where)
-    console.print(f"{model} on {where}, {held.why}", highlight=False, markup=False)
-    loaded = objective.load(source, tokenizer, held, where, 0, trust_remote_code)
+    chosen = choose_storage(held_as(source, paths) if storage == "auto" else storage, where)
+    console.print(f"{model} on {where}, {chosen.why}", highlight=False, markup=False)
+    asked = ModelRequest(source, tokenizer, chosen, where, 0, trust_remote_code)
+    loaded = objective.load(asked)
     for number, path in enumerate(paths, 1):
         load(
             loaded,
             path,
             name=f"adapter{number}",
             allow_other_base=allow_other_base,
-            base=weights_of(source, held),
+            base=weights_of(source, chosen),
         )
     return loaded, tokenizer
 
@@ -94,20 +95,26 @@ def opened(
 def prepared(
     tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with what the objective needs of it; what was added is printed."""
+    """The tokenizer, after `Objective.set_up` added what it lacked.
+
+    Args:
+        tokenizer: Changed in place.
+        objective: The objective that it must suit.
+        console: For a notice of what was added.
+    """
     if notice := objective.set_up(tokenizer):
         console.print(notice, highlight=False, markup=False)
     return tokenizer
 
 
 def as_paths(adapters: Paths) -> list[Path]:
-    """One path or several, as a list."""
+    """The paths as a list, also if there is only one."""
     one = isinstance(adapters, (str, Path))
     return [Path(adapters)] if one else [Path(path) for path in adapters]  # type: ignore[arg-type, union-attr]
 
 
 def or_quiet(console: Console | None) -> Console:
-    """The console, or one that prints nothing."""
+    """The console, or for None one that prints nothing."""
     from rich.console import Console
 
     return console or Console(quiet=True)

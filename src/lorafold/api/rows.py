@@ -1,4 +1,4 @@
-"""The rows of a verb: a file, a directory or a hub dataset, or rows given as they are."""
+"""The rows of a verb: read from a file, a directory or a hub dataset, or given as a list."""
 
 from __future__ import annotations
 
@@ -12,27 +12,36 @@ from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.step.recipe import Recipe
 
 Rows = str | Path | Sequence[Row]
-Tasks = Mapping[str, Rows] | Sequence[str | Path]  # rows by a task's name, or files
-STEPS, TESTED = 60, 100  # of the quickstart's task: steps it has rows for, rows held out
+Tasks = Mapping[str, Rows] | Sequence[str | Path]  # rows by the name of a task, or files
+STEPS, TESTED = 60, 100  # of the quickstart's task: steps with new rows, held-out rows
 
 
 def as_rows(data: Rows) -> list[Row]:
-    """Rows, read if a source is named, and checked. LorafoldError as `read_rows` has it."""
+    """The rows as a list, after they are read, if a source is named, and checked.
+
+    Raises LorafoldError for bad rows and for a source that can't be read.
+    """
     if isinstance(data, (str, Path)):
         return read_rows(str(data))
     return check_rows(enumerate(data, 1), source_of(data))
 
 
 def source_of(data: Rows) -> str:
-    """Where rows are from, for records and messages."""
+    """The source of the rows, for records and messages."""
     return str(data) if isinstance(data, (str, Path)) else "rows given in Python"
 
 
 def train_and_test(
     data: Rows | None, eval_data: Rows | None, recipe: Recipe
 ) -> tuple[list[Row], list[Row], str]:
-    """Training rows, held-out rows (a tenth of the data where none are given) and where they are
-    from; without data the quickstart's task.
+    """(training rows, held-out rows, the source of the training rows).
+
+    Args:
+        data: Training rows; None takes the quickstart's task.
+        eval_data: Held-out rows; None holds out a tenth of the data.
+        recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
+
+    Raises LorafoldError as `as_rows`.
     """
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
@@ -43,7 +52,7 @@ def train_and_test(
 
 
 def by_name(tasks: Tasks) -> dict[str, list[Row]]:
-    """Rows by the name of their task, which for a file is its short name."""
+    """Rows by the name of their task; that of a file is the last part of its path."""
     if not isinstance(tasks, Mapping):
         sources = [str(source) for source in tasks]
         tasks = dict(zip(names(sources), sources, strict=True))

@@ -1,4 +1,4 @@
-"""`lf.train`: one adapter from a model and rows."""
+"""`lf.train`: one adapter, trained on a model and rows."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def train(
         recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
         data: Training rows: a .jsonl, .json or .parquet file, a directory, a hub dataset, or a list
             of rows such as {"prompt": ..., "completion": ...}.
-        out: The directory of the adapter. Checkpoints lie in `<out>.run` until it is there.
+        out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
         eval_data: Held-out rows, of the same forms as `data`.
         init_adapter: A saved adapter to start from instead of a fresh one.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest kind that is there.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
-        resume: Go on from the last checkpoint of a run that was stopped or killed.
-        overwrite: Replace an adapter that lies in `out` already.
+        resume: Continue from the last checkpoint of a run that was stopped or killed.
+        overwrite: Replace `out` if it exists.
         console: A rich console for progress and notices; None is quiet.
 
-    Raises LorafoldError for anything wrong with the arguments, before a weight is loaded where that
-    can be known, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
+    Raises LorafoldError for anything wrong with the arguments, if possible before weights are
+    loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
     request = Request(
         str(model),

@@ -1,7 +1,7 @@
-"""The `lorafold` command: a table of commands, each in its own module, imported when it is called.
+"""The `lorafold` command: a table of commands, each in a module that is imported when it is called.
 
-What the user can put right is one line on stderr and exit code 2; Ctrl-C is 130; anything else is a
-defect and shows its traceback.
+An error that the user can put right is one line on stderr, with exit code 2. Ctrl-C has exit code
+130. Any other exception is a defect and shows its traceback.
 """
 
 import importlib
@@ -17,32 +17,29 @@ from lorafold.cli.groups import Command
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.restart import restart_tuned
 
-COMMANDS = {  # lorafold.cli.<name>.command does it; this is its line in `lorafold --help`
-    "quickstart": "The whole story on the embedded model: train, before and after, inspect, merge.",
+# The function of each is lorafold.cli.<name>.command; the text is its line in `lorafold --help`.
+COMMANDS = {
+    "quickstart": "Train, evaluate, inspect and merge an adapter of the embedded model.",
     "train": "Train one adapter on your data.",
-    "eval": "Loss, perplexity and exact match of a model or adapter, with confidence intervals.",
-    "generate": "One answer to one prompt.",
-    "chat": "A conversation in the terminal, switching between the base and its adapters.",
-    "merge": "Fold an adapter into its base: a plain model, with a certificate of the output gap.",
-    "estimate": "Will it fit? Memory by term, from a model's configuration alone.",
-    "compose": "One adapter from many, with the interference between their tasks measured.",
-    "inspect": (
-        "What an adapter learnt: its true rank, its place in the base, what it reads and writes."
-    ),
-    "resize": "The best adapter of another rank.",
-    "extract": "An adapter out of a fully fine-tuned model and its base.",
-    "intrinsic": "How few numbers a task takes: its intrinsic dimension, by a resumable search.",
-    "compare": "Every method on your model and data, measured in one table.",
-    "recipe": "A recipe out of a configuration of axolotl, LLaMA-Factory or PEFT, with a report.",
-    "doctor": "This machine and installation: what is wrong, and what would be slow here.",
+    "eval": "Measure loss, perplexity and exact match, with confidence intervals.",
+    "generate": "Complete one prompt.",
+    "chat": "Talk to the model in the terminal, and switch between the base and its adapters.",
+    "merge": "Fold adapters into their base and certify the difference in output.",
+    "estimate": "Estimate memory from a model's configuration, and whether it fits a device.",
+    "compose": "Make one adapter from several and measure the interference of their tasks.",
+    "inspect": "Measure an adapter: effective rank, relation to the base, tokens it changes.",
+    "resize": "Give an adapter another rank.",
+    "extract": "Make an adapter of the difference between a fine-tuned model and its base.",
+    "intrinsic": "Search for the intrinsic dimension of a task.",
+    "compare": "Train and measure every method on your model and data.",
+    "recipe": "Translate a configuration of axolotl, LLaMA-Factory or PEFT into a recipe.",
+    "doctor": "Examine this machine and installation: what is wrong, what would be slow.",
 }
 TRAINING = {"quickstart", "train", "compare", "intrinsic"}
 
 
 class Commands(TyperGroup):
-    """Lists the table in --help, and imports a command's module only when that command is
-    called.
-    """
+    """A group that lists COMMANDS in --help and imports a command's module when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -51,6 +48,7 @@ class Commands(TyperGroup):
         )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The name of the command, the command itself, and its arguments."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, _load(str(name)), rest
 
@@ -72,7 +70,7 @@ def root(
 ) -> None:
     """Low-rank adapters of transformer models: train, measure, fold.
 
-    `lorafold COMMAND --help` tells more about a command.
+    `lorafold COMMAND --help` describes a command and its options.
     """
     if version:
         typer.echo(f"lorafold {importlib.metadata.version('lorafold')}")
@@ -84,7 +82,7 @@ def root(
 
 
 def main() -> None:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and exit with its code."""
     if TRAINING.intersection(sys.argv[1:2]):
         restart_tuned()
     notices = logging.StreamHandler()

@@ -1,6 +1,6 @@
-"""Options that several commands share, and where output goes.
+"""Options that several commands share, and the output of all commands.
 
-Messages and progress go to stderr; the result goes to stdout: a line for people, or with --json one
+Messages and progress go to stderr. The result goes to stdout: text for people, or with --json one
 JSON object as the last line.
 """
 
@@ -28,7 +28,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=BASE,
-        help="cpu, cuda, cuda:N or mps. Without it the fastest kind that this machine has.",
+        help="cpu, cuda, cuda:N or mps. Without it the fastest that this machine has.",
     ),
 ]
 AdapterOption = Annotated[
@@ -71,7 +71,7 @@ JsonOption = Annotated[
 
 @dataclass(frozen=True)
 class Source:
-    """Which base model, and what may be done to get it."""
+    """The base model, and how to get it."""
 
     model: ModelOption = "smollm2"
     revision: Annotated[
@@ -98,7 +98,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Opening(Source):
-    """How a model is loaded that saved adapters are put on."""
+    """A base that saved adapters are loaded on, and how to load it."""
 
     base: Annotated[
         str,
@@ -138,21 +138,21 @@ class Sampling:
 
     system: Annotated[
         str | None,
-        typer.Option(help="A system message. Without it the chat template's own, if it has one."),
+        typer.Option(help="A system message. Without it the chat template's default."),
     ] = None
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="A completion ends after this many tokens at the latest.")
+        int, typer.Option(min=1, help="The most tokens of a completion.")
     ] = 256
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="0 takes the likeliest token each time; above 0 tokens vary."),
+        typer.Option(min=0, help="0 takes the most likely token; above 0 tokens are sampled."),
     ] = 0.0
     seed: SeedOption = 0
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a result goes that is a directory."""
+    """The directory of a result."""
 
     out: Annotated[
         Path,
@@ -170,15 +170,19 @@ class Output:
 
 
 def messages() -> "Console":
-    """The console for messages and progress: stderr, so that stdout holds the result alone."""
+    """The console for messages and progress: stderr, so that only the result goes to stdout."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
-    """Print the result: `text` for people or, with `json`, one line of JSON, in which a number that
-    is not finite is null.
+    """Print the result to stdout.
+
+    Args:
+        json: Print `result` as one line of JSON; numbers that are not finite become null.
+        result: The result, by its keys in the JSON.
+        text: The result for people, which is printed otherwise.
     """
     if json:
         from pydantic_core import to_json

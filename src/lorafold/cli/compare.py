@@ -29,7 +29,7 @@ def command(
     out: Annotated[
         Path,
         typer.Option(
-            help="The directory for rows as they finish. The same command goes on from them."
+            help="The directory of the figures. The same command continues after a stop."
         ),
     ],
     flags: Flags,
@@ -40,7 +40,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="The methods, as in lora,dora. Without it all that are for the objective.",
+            help="The methods, as in lora,dora. Without it all that can learn the objective.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each method.")] = 1,
@@ -53,10 +53,11 @@ def command(
     """Train every method on the same data with the same budget, and measure what the choice between
     them depends on.
 
-    Trainable parameters, adapter bytes, tokens/s, peak memory, held-out loss and exact match,
-    forgetting outside the task, latency attached and merged over the base's, whether it merges
-    (proved by folding), whether it adds modules. Texts with labels are compared with --objective
-    classify. Unless the recipe sets a learning rate, each method has its own.
+    The table has trainable parameters, adapter size, tokens/s, peak memory, held-out loss and exact
+    match, forgetting on text outside the task, latency attached and merged relative to the base,
+    whether the method can be merged (proved by folding), and whether it adds modules. Texts with
+    labels need --objective classify. Unless the recipe sets a learning rate, each method has its
+    own.
     """
     from lorafold.api.compare import compare
     from lorafold.comparing.report import page, table

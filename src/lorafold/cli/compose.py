@@ -1,4 +1,4 @@
-"""`lorafold compose`: one adapter from many, and what they do to each other."""
+"""`lorafold compose`: one adapter from several, and the interference between their tasks."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,15 +10,16 @@ from lorafold.cli.common import JsonOption, Opening, Output, SeedOption, emit, m
 from lorafold.cli.groups import grouped
 
 EPILOG = """Ways to compose. linear: the weighted average, exact. task-arithmetic: the weighted sum,
-exact; a negative weight takes a task away. svd: the average, cut to the largest rank. ties: keep
-each matrix's largest fifth, elect signs, and take the mean of those that agree. dare, dare-ties:
-drop a random half and rescale the rest, then average, or elect. magnitude: keep the largest fifth
-and average. lorahub: search for the weights on examples, without gradients. mixture: frozen
-adapters under gates that are trained (--gates global, layer or token).
+exact; a negative weight removes a task. svd: the average, cut to the largest rank. ties: keep the
+largest fifth of each matrix, elect a sign for each entry, and average the entries that have it.
+dare, dare-ties: drop a random half of the entries and rescale the others, then average as linear or
+as ties. magnitude: keep the largest fifth and average. lorahub: search for the weights on examples,
+without gradients. mixture: keep the adapters and train gates for them (--gates global, layer or
+token).
 
-All but mixture give one LoRA. linear and task-arithmetic concatenate the factors, so their rank is
-the sum of the adapters' ranks, and --rank cuts it. The others make dense updates, which an SVD
-brings back to a rank: the result says how much of the update was lost."""
+All ways but mixture give one LoRA. linear and task-arithmetic concatenate the factors, so the rank
+is the sum of the adapters' ranks unless --rank cuts it. The others compute dense updates, of which
+an SVD keeps a rank; the result states how much of the update was lost."""
 
 
 class Gates(StrEnum):
@@ -35,8 +36,8 @@ def command(
         list[Path],
         typer.Option(
             help=(
-                "A saved adapter of additive updates (LoRA, VeRA, LoHa ...). Repeat the option for"
-                " each."
+                "A saved adapter whose updates are additive (LoRA, VeRA, LoHa ...). Repeat the"
+                " option for each adapter."
             )
         ),
     ],
@@ -53,7 +54,12 @@ def command(
     ] = None,
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="One weight for each adapter, in order. Without it the way's own."),
+        typer.Option(
+            help=(
+                "The weight of an adapter. Repeat the option for each, in order. Without it the"
+                " way's default."
+            )
+        ),
     ] = None,
     rank: Annotated[
         int | None,
@@ -66,7 +72,10 @@ def command(
     gates: Annotated[
         Gates,
         typer.Option(
-            help="A mixture has one gate an adapter (global), one a layer, or a router a token."
+            help=(
+                "The gates of a mixture: one for each adapter (global), for each adapter and layer"
+                " (layer), or computed from each token (token)."
+            )
         ),
     ] = Gates.shared,
     data: Annotated[
@@ -77,34 +86,35 @@ def command(
         list[str] | None,
         typer.Option(
             help=(
-                "Rows that lorahub and mixture learn from, a file for each task. Without it half"
-                " of the rows of each --data."
+                "Rows that lorahub and mixture learn from. Repeat the option for each task."
+                " Without it half of the rows of each --data."
             )
         ),
     ] = None,
     evaluations: Annotated[
-        int, typer.Option(min=1, help="How often lorahub measures a choice of weights.")
+        int, typer.Option(min=1, help="How many choices of weights lorahub measures.")
     ] = 40,
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="A field of the recipe that a mixture's gates are trained by, as in steps=40.",
+            help="A field of the recipe by which a mixture's gates are trained, as in steps=40.",
         ),
     ] = None,
     answers: Annotated[
-        bool, typer.Option(help="Generate completions for the exact match, or measure loss alone.")
+        bool,
+        typer.Option(help="Generate completions for the exact match, or measure only the loss."),
     ] = True,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Make one adapter from several, in the space of their weight updates, and measure what they do
-    to each other.
+    """Make one adapter from the weight updates of several, and measure the interference between
+    their tasks.
 
     Ranks, target modules and methods may differ. With --data the base, each adapter alone and each
-    composition are evaluated on every task, and the geometry of the updates (cosine, shared
-    subspaces, sign conflict) says where the tasks collide.
+    composition are evaluated on every task. The geometry of the updates (cosine, shared subspaces,
+    sign conflict) shows where they oppose each other.
     """
     from lorafold.api.compose import compose
     from lorafold.composing.mixture import RECIPE

@@ -1,4 +1,4 @@
-"""`lorafold estimate`: will it fit, and if not, what would make it fit."""
+"""`lorafold estimate`: memory by term, whether it fits a device, and what would fit."""
 
 import re
 from pathlib import Path
@@ -23,20 +23,21 @@ UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-EPILOG = """Modes. inference; full (every weight in fp32, AdamW); lora (over a base in bf16); qlora
-(over a base in 4 bits); or the name of any method of `lorafold train`, over a base in 4 bits.
---base says otherwise.
+EPILOG = """Modes. inference; full (every weight in fp32, AdamW); lora (on a base in bf16); qlora
+(on a base in 4 bits); or the name of any method of `lorafold train` (on a base in 4 bits). --base
+chooses another storage of the base.
 
-What is counted is what torch's allocator gives out at the peak of a step that multiplies 16-bit
-matrices as they are, as accelerators do: every machine that asks gets the same number. --device cpu
-and --measure ask about this machine instead, whose CPU may be faster with copies of them in fp32.
-The process itself, kernels' scratch memory and gaps between blocks come on top, so leave a tenth of
-the device free. The step is a CPU's; none has been measured on a GPU yet."""
+The estimate is the memory that torch's allocator has allocated at the peak of a step. It assumes
+that 16-bit matrices are multiplied as they are, as accelerators do, so every machine gives the same
+number. --device cpu and --measure ask about this machine instead, whose CPU may be faster with
+copies of them in fp32. The process itself, the scratch memory of kernels and fragmentation are not
+counted, so leave a tenth of the device free. The traced step is that of a CPU; no estimate has been
+compared with a GPU yet."""
 
 
 @of_recipe(OF_MEMORY - {"method"}, config=False)
 class Flags(RecipeFlags):
-    """The fields of the recipe that bear on memory."""
+    """The fields of the recipe on which memory depends."""
 
 
 @grouped
@@ -45,7 +46,7 @@ def command(
     flags: Flags,
     params: Annotated[
         str | None,
-        typer.Option(help="A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b."),
+        typer.Option(help="Instead of a model, a Llama of this size: 7b, 13b, 33b, 65b or 70b."),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="inference, full, lora, qlora, or the name of a method.")
@@ -71,7 +72,7 @@ def command(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="The memory of a device, as in 24GB: does it fit, and what would make it fit?",
+            help="The memory of a device, as in 24GB, to say whether it fits and what would.",
         ),
     ] = None,
     measure: Annotated[
@@ -82,21 +83,21 @@ def command(
         ),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Also write the terms as a picture, in one HTML file.")
+        Path | None, typer.Option(help="Also write the terms as a chart, in one HTML file.")
     ] = None,
     cheatsheet: Annotated[
         bool,
         typer.Option(
             "--cheatsheet",
-            help="Print the usual rules of thumb beside estimates, in Markdown, and stop.",
+            help="Print common rules of thumb next to estimates, in Markdown, and stop.",
         ),
     ] = False,
     device: Annotated[
         str | None,
         typer.Option(
             help=(
-                "cpu asks about this machine's CPU. --measure runs on it, or on cuda, cuda:N or"
-                " mps; without it on the fastest kind that this machine has."
+                "cpu estimates for this machine's CPU. --measure runs on this device: cpu, cuda,"
+                " cuda:N or mps; without it on the fastest that this machine has."
             )
         ),
     ] = None,
@@ -135,8 +136,8 @@ def command(
 
 
 def size(text: str) -> int:
-    """The bytes of 24GB, 24GiB or 500MB. LorafoldError for anything else."""
+    """The bytes of a size such as 24GB, 24GiB or 500MB. Raises LorafoldError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if found is None or found[2] not in UNITS:
-        raise LorafoldError(f"--device-memory {text}: expected a size, as in 24GB or 24GiB")
+        raise LorafoldError(f"--device-memory: found {text}, expected a size as in 24GB or 24GiB")
     return int(float(found[1]) * UNITS[found[2]])

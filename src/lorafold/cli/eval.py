@@ -1,4 +1,4 @@
-"""`lorafold eval`: how good a model or adapter is on rows."""
+"""`lorafold eval`: loss, perplexity and exact match of a model or adapter on rows."""
 
 from typing import Annotated
 
@@ -20,11 +20,12 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="The limit of a completion. Without it the length of the longest reference.",
+            help="The most tokens of a completion. Without it those of the longest reference.",
         ),
     ] = None,
     answers: Annotated[
-        bool, typer.Option(help="Generate completions for the exact match, or measure loss alone.")
+        bool,
+        typer.Option(help="Generate completions for the exact match, or measure only the loss."),
     ] = True,
     json: JsonOption = False,
 ) -> None:

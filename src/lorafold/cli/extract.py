@@ -1,4 +1,4 @@
-"""`lorafold extract`: an adapter out of a fully fine-tuned model and its base."""
+"""`lorafold extract`: an adapter from the difference between a fine-tuned model and its base."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ def command(
         str,
         typer.Option(
             rich_help_panel=BASE,
-            help="The model that it was tuned from: smollm2 (embedded), a directory or a hub id.",
+            help="The model before fine-tuning: smollm2 (embedded), a directory or a hub id.",
         ),
     ] = "smollm2",
     trust_remote_code: Annotated[
@@ -30,11 +30,11 @@ def command(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Make a LoRA adapter of what fine-tuning did to a model: the best one of that rank, for every
-    linear layer of the blocks.
+    """Make a LoRA adapter of the difference between a fine-tuned model and its base: the best of
+    its rank, for every linear layer of the blocks.
 
-    One tensor is held at a time, so that models larger than the memory will do. What else differs
-    (norms, embeddings) is named and left out.
+    One tensor at a time is in memory, so the models may be larger than the memory. Other tensors
+    that differ (norms, embeddings) are listed and left out.
     """
     from lorafold.inspecting.resize import extract
     from lorafold.models.sources import resolve_model

@@ -1,4 +1,4 @@
-"""`lorafold generate`: one completion of one prompt, as it is written."""
+"""`lorafold generate`: the completion of one prompt, token by token."""
 
 from typing import Annotated
 
@@ -12,14 +12,14 @@ from lorafold.cli.groups import grouped
 def command(
     prompt: Annotated[
         str,
-        typer.Option(help="The user's message. It goes through the model's chat template."),
+        typer.Option(help="The user's message, which the model's chat template renders."),
     ],
     opening: Opening,
     sampling: Sampling,
     adapter: AdapterOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Complete one prompt: the text streams to stdout, the speed goes to stderr."""
+    """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr."""
     import time
 
     from lorafold.api.generate import rendered
@@ -37,6 +37,6 @@ def command(
         if not json:
             typer.echo(piece, nl=False)
     speed = len(pieces) / (time.perf_counter() - start)
-    # Without --json the text is on stdout already, and this ends its line.
+    # without --json the text is on stdout already, and this ends its line
     emit(json, {"text": "".join(pieces), "tokens_per_second": speed}, "")
     console.print(f"{len(pieces)} tokens, {speed:.1f} tokens/s", highlight=False)

@@ -8,8 +8,8 @@
     @grouped
     def command(output: Output, json: JsonOption = False) -> None: ...
 
-`grouped` gives Typer a function that has the fields in the place of the group, and hands the
-command the group itself. `Command` shows the options in `--help` under the names of their panels.
+`grouped` gives Typer a function with the fields instead of the group, and passes the group itself
+to the command. `Command` lists the options in `--help` under the names of their panels.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ OTHERS = "Options"
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with every parameter that is a group replaced by the group's fields."""
+    """The command for Typer, with the fields of each group as parameters instead of the group."""
     hints = get_type_hints(command, include_extras=True)
     own = signature(command).parameters
     groups = {name: hints[name] for name in own if is_dataclass(hints[name])}
@@ -68,9 +68,10 @@ def _options(group: type) -> list[Parameter]:
 
 
 class Command(TyperCommand):
-    """A command whose help lists its options panel by panel, those without a panel first."""
+    """A command whose help lists its options by panel, those without a panel first."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and the options of each panel."""
         panels: dict[str, list[tuple[str, str]]] = {OTHERS: []}
         arguments = []
         for parameter in self.get_params(ctx):

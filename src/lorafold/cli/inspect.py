@@ -1,4 +1,4 @@
-"""`lorafold inspect`: what an adapter learnt, and how much of it is real."""
+"""`lorafold inspect`: figures of an adapter's update, and advice on its rank."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,12 +8,13 @@ import typer
 from lorafold.cli.common import JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
 
-EPILOG = """How to read it. Effective rank: the number of directions that hold 90, 95 or 99% of an
-update's energy (its squared singular values). Where that is far below the nominal rank, `lorafold
-resize` makes the adapter smaller. Relative norm: the size of the update beside the base's.
-Amplification: the size of the update beside what the base does in the update's own directions. phi,
-with --against: the share of one subspace that lies in another, at most 1. Barrier: how far the loss
-between two adapters rises above the straight line between theirs, in nats."""
+EPILOG = """How to read the figures. Effective rank: the number of directions that hold 90, 95 or
+99% of an update's energy (its squared singular values). If it is far below the nominal rank,
+`lorafold resize` can make the adapter smaller. Relative norm: the norm of the update divided by
+that of the base. Amplification: the norm of the update divided by that of the base in the update's
+own directions. phi, with --against: the share of one subspace that lies in another, at most 1.
+Barrier: how far the loss between two adapters rises above the straight line between their losses,
+in nats."""
 
 
 @grouped
@@ -33,8 +34,8 @@ def command(
         Path | None,
         typer.Option(
             help=(
-                "A safetensors file of vectors of the residual stream's width, by name, such as"
-                " probes or the decoder of a sparse autoencoder."
+                "A safetensors file of named vectors in the residual stream, such as probes or the"
+                " decoder of a sparse autoencoder."
             )
         ),
     ] = None,
@@ -47,7 +48,7 @@ def command(
     rows: Annotated[
         int,
         typer.Option(
-            min=1, help="Only so many rows of the data. Each point of a path is one pass over them."
+            min=1, help="How many rows of the data to use, once for each point of a line."
         ),
     ] = 64,
     max_length: Annotated[
@@ -58,22 +59,23 @@ def command(
         typer.Option(
             "--full",
             help=(
-                "Also what needs the SVD of every base matrix: intruder dimensions, and the"
-                " update's place in the base's spectrum. The first time is slow."
+                "Also compare with the base's spectrum: intruder dimensions, and which of the"
+                " base's directions change. It takes the SVD of every base matrix, which is slow"
+                " the first time."
             ),
         ),
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write maps, spectra and tables as one HTML file."),
+        typer.Option(help="Also write heat maps, spectra and tables as one HTML file."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Look inside an update: its true rank, its place in the base, the tokens it reads and writes,
-    and the loss along it.
+    """Measure an adapter's update: its effective rank, its relation to the base, the tokens that it
+    reads and writes, and the loss along it.
 
-    This works from the adapter's factors and the base's files. The model itself is loaded for
-    --data only.
+    The figures come from the adapter's factors and the base's files. Only --data loads the model
+    itself.
     """
     from lorafold.api.inspect import inspect
     from lorafold.inspecting.report import page, table

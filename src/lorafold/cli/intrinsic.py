@@ -1,4 +1,4 @@
-"""`lorafold intrinsic`: how few numbers does a task take?"""
+"""`lorafold intrinsic`: the intrinsic dimension of a task."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,9 @@ class Flags(RecipeFlags):
 def command(
     out: Annotated[
         Path,
-        typer.Option(help="The directory of the search. The same command goes on from it."),
+        typer.Option(
+            help="The directory of the search. The same command continues it after a stop."
+        ),
     ],
     flags: Flags,
     model: ModelOption = "smollm2",
@@ -42,21 +44,22 @@ def command(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="The share of full training's gain that a dimension must reach.",
+            help="The share of the improvement of full training that a dimension must reach.",
         ),
     ] = 0.9,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the intrinsic dimension of a task: train in random subspaces of the weights until one
-    does 90% of what full training does.
+    """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
+    weights in which training reaches 90% of the improvement of full training.
 
-    Powers of 2 are bisected, which takes about five runs besides the full one. All matrices move in
-    one subspace, by Fastfood projections with a learned scale each (arXiv 2012.13255). A task of
-    few dimensions is one that the base nearly knows, for which a small rank will do.
+    The search bisects powers of 2, which takes about five runs besides the full one. All matrices
+    are trained in one subspace, by Fastfood projections with a learned scale each (arXiv
+    2012.13255). A low dimension means that the base nearly has the task already, so that an adapter
+    of small rank is enough.
     """
     if smallest > largest:
-        raise LorafoldError(f"--smallest {smallest}: expected at most --largest, {largest}")
+        raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
     from dataclasses import asdict
 
     from lorafold.api.rows import train_and_test
@@ -74,17 +77,18 @@ def command(
         largest,
         share,
         lambda p: console.print(
-            f"dimension {p.dimension}: loss {p.loss:.4f}, {p.reached:.1%} of full training's gain",
+            f"dimension {p.dimension}: loss {p.loss:.4f}, {p.reached:.1%} of the improvement of"
+            " full training",
             highlight=False,
         ),
     )
-    says = (
+    dimension = (
         f"more than {found.points[-1].dimension}"
         if found.dimension is None
         else f"{found.dimension}, to a factor of 2"
     )
     text = (
         f"held-out loss: {found.base_loss:.4f} before, {found.full_loss:.4f} after full"
-        f" training\nintrinsic dimension: {says}"
+        f" training\nintrinsic dimension: {dimension}"
     )
     emit(json, asdict(found), text)

@@ -43,9 +43,9 @@ def command(
         typer.Option(
             help=(
                 "The weights to fold into: original (the base's own, before quantization),"
-                " dequantized (those that the adapter was trained on), nf4 or int8 (quantized"
-                " again). Without it dequantized if it was trained on a quantized base, else"
-                " original."
+                " dequantized (those that the adapter was trained on), or nf4 or int8 (original,"
+                " and the result is quantized). Without it dequantized if the adapter was trained"
+                " on a quantized base, else original."
             )
         ),
     ] = None,
@@ -53,15 +53,18 @@ def command(
         str,
         typer.Option(
             rich_help_panel=BASE,
-            help=f"How the base stored its weights in training, if no record says: {STORAGES}.",
+            help=(
+                f"How the base stored its weights in training: {STORAGES} or auto, which takes it"
+                " from the adapters' records."
+            ),
         ),
     ] = "auto",
     rounding: Annotated[
         Rounding,
         typer.Option(
             help=(
-                "nearest; stochastic, which is right on average; or auto, which takes stochastic"
-                " for the tensors whose update rounding to nearest would lose."
+                "nearest; stochastic, which has no error on average; or auto, which takes"
+                " stochastic for the tensors whose update rounding to nearest would lose."
             )
         ),
     ] = Rounding.auto,
@@ -69,30 +72,30 @@ def command(
     certificate: Annotated[
         bool,
         typer.Option(
-            help="Compare merged and adapted model on text. Each is loaded once, one at a time.",
+            help="Compare the merged with the adapted model on text, loading one at a time.",
         ),
     ] = True,
     probe: Annotated[
         str | None,
-        typer.Option(help="Rows to compare on, a file as for train. Without it built-in texts."),
+        typer.Option(help="Rows to compare on, as for train. Without it built-in texts."),
     ] = None,
     allow_other_base: Annotated[
         bool,
         typer.Option(
             "--allow-other-base",
             rich_help_panel=BASE,
-            help="Fold into a model that the adapter was not trained on.",
+            help="Accept an adapter although its fingerprint says it was trained on another base.",
         ),
     ] = False,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Fold adapters into their base: a plain Hugging Face model that runs at the base's speed and
-    needs no adapter library.
+    """Fold adapters into their base and write a plain Hugging Face model, which is as fast as the
+    base and needs no adapter library.
 
-    One tensor is held at a time, so that models larger than the memory can be merged (with
-    --no-certificate). OUT/merge.json holds the certificate: how far the merged model's output lies
-    from the adapted one's, and what rounding did to the update.
+    One tensor at a time is in memory, so with --no-certificate the model may be larger than the
+    memory. The certificate, OUT/merge.json, states how far the output of the merged model is from
+    that of the adapted one, and how much of the update rounding lost.
     """
     from lorafold.merging.run import merge
 

@@ -1,4 +1,4 @@
-"""`lorafold quickstart`: the whole story on the embedded model."""
+"""`lorafold quickstart`: train, evaluate, inspect and merge an adapter of the embedded model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,12 @@ def command(
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """See it work: a real 135M-parameter model learns a task that it can't do, in minutes on a
+    """Train the embedded model, of 135M parameters, on a task that it can't do: in minutes on a
     laptop, without network.
 
-    Free text such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON:
-    before and after on unseen rows, the adapter in PEFT's format, and a merged plain model.
+    A request such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON.
+    The model is evaluated on unseen rows before and after, and the adapter (in PEFT's format) and a
+    merged plain model are written to OUT.
     """
     from dataclasses import asdict
 

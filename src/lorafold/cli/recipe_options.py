@@ -1,4 +1,4 @@
-"""The fields of the recipe as options, made from `Recipe` itself: `--rank 8 --lr 1e-4 --epochs 3`.
+"""The fields of the recipe as options, generated from `Recipe`: `--rank 8 --lr 1e-4 --epochs 3`.
 
     @of_recipe(Recipe.model_fields)
     class Flags(RecipeFlags): ...                      a group of options (`cli.groups`)
@@ -6,8 +6,8 @@
     @grouped
     def command(flags: Flags): recipe = flags.recipe()
 
-A list is a repeated option, a mapping a repeated KEY=VALUE. `--config FILE` is read first, then
-`--set`, then the options.
+A list is an option that is repeated, a mapping an option KEY=VALUE that is repeated. `--config
+FILE` is read first; `--set` takes precedence over it, and the options over both.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,10 +40,13 @@ SETS = Annotated[
 
 
 class RecipeFlags:
-    """Options for a recipe; `of_recipe` gives them to a subclass."""
+    """A group of options for a recipe, which `of_recipe` adds to a subclass."""
 
     def recipe(self, defaults: Recipe | None = None, **fixed: Any) -> Recipe:
-        """The recipe that file, pairs and options ask for, as `load_recipe` has it."""
+        """The recipe of the file, the pairs and the options.
+
+        Raises LorafoldError as `load_recipe`.
+        """
         given = {n: v for n, v in vars(self).items() if v not in (None, [])}
         config, sets = given.pop("config", None), given.pop("sets", [])
         pairs, flags = _split(given)
@@ -54,7 +57,9 @@ Flags = TypeVar("Flags", bound=type[RecipeFlags])
 
 
 def of_recipe(names: Collection[str], config: bool = True) -> Callable[[Flags], Flags]:
-    """Gives a subclass of RecipeFlags options for these fields, --set, and --config if asked."""
+    """A decorator that adds options to a subclass of RecipeFlags: one for each of these fields,
+    --set and, if asked for, --config.
+    """
 
     def decorate(group: Flags) -> Flags:
         options, panel = ({"config": CONFIG} if config else {}) | {"sets": SETS}, ""
@@ -88,14 +93,13 @@ def _option(name: str, panel: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    words = {True: "on", False: "off"}
     if isinstance(value, bool):
-        return words[value]
+        return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _kind(annotation: Any) -> tuple[Any, list[str]]:
-    """The type of an option's value on the command line, and the values there are if few."""
+    """The type of an option's value on the command line, and its choices if it has any."""
     parts = list(_parts(annotation))
     choices = [str(v) for part in parts if get_origin(part) is Literal for v in get_args(part)]
     if bool in parts:
@@ -122,7 +126,9 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _split(given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Mappings as --set pairs, and all else as values; a single target may be a preset or regex."""
+    """(mappings as --set pairs, the values of the other fields). A single target is passed as a
+    string, since it may be a preset or a regular expression.
+    """
     pairs: list[str] = []
     flags: dict[str, Any] = {}
     for name, value in given.items():

@@ -1,4 +1,4 @@
-"""`lorafold resize`: the best adapter of another rank."""
+"""`lorafold resize`: the best adapter of another rank for the same update."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,27 +21,27 @@ def command(
     opening: Opening,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="The rank of every module; fewer where an update has no more."),
+        typer.Option(min=1, help="The rank of every module, or less where an update has less."),
     ] = None,
     energy: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a rank, the share of each update's energy to keep, as in 0.95."
+            help="The share of each update's energy to keep, as in 0.95, instead of --rank."
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Rows, as for train: the error in loss is measured as well.")
+        str | None, typer.Option(help="Rows, as for train, to measure the change of the loss on.")
     ] = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")
     ] = 1024,
     json: JsonOption = False,
 ) -> None:
-    """Give an adapter another rank by singular value decomposition: no adapter of that rank lies
-    nearer to it.
+    """Give an adapter another rank by singular value decomposition. No other adapter of that rank
+    is closer to it.
 
     The result is plain LoRA in PEFT's format, whatever the method was. The error is the share of
-    the update's (Frobenius) norm that is lost. `lorafold inspect` tells which rank would do.
+    the update's (Frobenius) norm that is lost. `lorafold inspect` shows which rank is enough.
     """
     from lorafold.api.opened import opened
     from lorafold.data.rows import read_rows
@@ -51,9 +51,10 @@ def command(
     from lorafold.models.sources import resolve_model
 
     if (rank is None) == (energy is None):
-        raise LorafoldError("expected either --rank or --energy")
+        found = "neither" if rank is None else "both"
+        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
     if energy is not None and not 0 < energy <= 1:
-        raise LorafoldError(f"--energy {energy}: expected a share above 0, at most 1")
+        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
     rows = None if data is None else read_rows(data)
     result = resize(
         resolve_model(opening.model, opening.revision),
@@ -65,11 +66,11 @@ def command(
         allow_other_base=opening.allow_other_base,
         trust_remote_code=opening.trust_remote_code,
     )
-    found, text = result.as_json(), str(result)
+    figures, text = result.as_json(), str(result)
     if rows is not None:
         model, tokenizer = opened(
             opening.model, [adapter, output.out], console=messages(), **opening.how
         )
-        found |= losses_of(model, tokenizer, rows, max_length)
-        text += f"\n  loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after"
-    emit(json, found, text)
+        figures |= losses_of(model, tokenizer, rows, max_length)
+        text += f"\n  loss {figures['loss_before']:.4f} before, {figures['loss_after']:.4f} after"
+    emit(json, figures, text)

@@ -1,4 +1,4 @@
-"""`lorafold train`: one adapter from a model and rows."""
+"""`lorafold train`: one adapter, trained on a model and rows."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,24 +35,24 @@ def command(
         bool,
         typer.Option(
             "--preview",
-            help="Show the first rows as the model will see them, mark the tokens that count in the"
-            " loss, and stop.",
+            help="Print the first rows as the model will see them, with the tokens that count in"
+            " the loss marked, and stop.",
         ),
     ] = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the last checkpoint, in OUT.run, of a run that was stopped or killed.",
+            help="Continue a run that was stopped or killed from its last checkpoint, in OUT.run.",
         ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """Train one adapter on your data and write it in PEFT's format.
 
-    The defaults are the practical recipe: a base in 4 bits (QLoRA), LoRA of rank 16 on all linear
-    layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3 for B (LoRA+),
-    a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
+    The defaults are a recipe that works for most tasks: a base in 4 bits (QLoRA), LoRA of rank 16
+    on all linear layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3
+    for B (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
     """
     recipe = flags.recipe()
     from dataclasses import asdict

@@ -1,1 +1,1 @@
-"""Every method on one's own model and data, measured."""
+"""Every method on the same model and data: measured, tabulated and plotted."""

@@ -1,13 +1,14 @@
-"""One row of the comparison: a method trained, evaluated and timed, in a process of its own so that
-its peak memory is its own.
+"""One line of the comparison: a method is trained, evaluated and timed.
 
     quality      held-out loss and exact match
-    forgetting   KL(base || tuned) and the change of loss on text outside the task, both in nats a
-                 token
-    latency      seconds over the base's, prefill and decode at batch 1, base, attached and merged
-                 timed in turn; medians of ratios
-                 (a classifier has only a prefill, and no words to forget)
-    mergeable    proved: folded in fp32, the model gives the attached one's logits
+    forgetting   KL(base || tuned) and the increase of the loss on text outside the task, both in
+                 nats a token
+    latency      of prefill and decode at batch 1, as a ratio to the base's: medians over rounds in
+                 which base, attached and merged model are timed in turn
+    mergeable    proved: folded in fp32, the model has the logits of the attached one
+
+A classifier has neither decode nor forgetting. The caller runs each measurement in a process of its
+own (`comparing.run`), so that peak memory is that of one method.
 """
 
 from __future__ import annotations
@@ -26,33 +27,34 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
-from lorafold.data.rows import Row as DataRow
+from lorafold.data.rows import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import probe_ids
-from lorafold.models.sources import resolve_model
+from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.step.recipe import Recipe
+from lorafold.training.objectives import ModelRequest
 from lorafold.training.request import Request, objective_of
 from lorafold.training.run import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# tokens prefilled, tokens decoded, timings of each: short ones in turn even out a noisy machine
+# tokens prefilled, tokens decoded, rounds: many short timings in turn are robust to a noisy machine
 PROMPT, NEW, ROUNDS = 128, 8, 11
-# of the logits' norm, in fp32: far above rounding over some dozen layers, far below what an adapter
-# changes
+# the relative error of logits at which two models count as equal: in fp32 far above the rounding of
+# some dozen layers, and far below the effect of an adapter
 EXACT = 1e-4
 
 
 @dataclass(frozen=True)
-class Row:
-    """Shares are of the base's parameters; latencies are ratios to the base's; None where there is
-    nothing to measure.
+class Measurement:
+    """The figures of one method and seed. `trainable_share` is relative to the base's parameters,
+    latencies are ratios to the base's, losses are in nats; None where there is nothing to measure.
     """
 
     method: str
@@ -78,18 +80,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """What every row has in common: model, data, and a recipe whose method is each row's own."""
+    """What all methods have in common: model, data, and a recipe but for its method."""
 
     model: str
-    rows: Sequence[DataRow]
-    held_out: Sequence[DataRow]
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
     source: str
     recipe: Recipe
     device: str | None
 
 
-def measure(task: Task, method: str, seed: int) -> Row:
-    """Train one method and measure it. LorafoldError as `train`."""
+def measure(task: Task, method: str, seed: int) -> Measurement:
+    """Train one method and measure it.
+
+    Args:
+        task: Model, data and recipe.
+        method: The name of the method.
+        seed: The seed of the run.
+
+    Raises LorafoldError as `train`.
+    """
     recipe = fitting(task.recipe, method).model_copy(update={"seed": seed})
     device = choose_device(task.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,20 +107,22 @@ def measure(task: Task, method: str, seed: int) -> Row:
             task.model, Path(folder) / "adapter", recipe, task.rows, task.source, device=task.device
         )
         models = Models(request, device)
-        held = choose_storage(settled_base(recipe, spec_of(recipe), models.source), device)
+        storage = choose_storage(settled_base(recipe, spec_of(recipe), models.source), device)
         trained = train(request, Console(quiet=True))
-        base = models.base(held)
-        tuned, adapter = models.tuned(held)
+        base = models.base(storage)
+        tuned, adapter = models.tuned(storage)
         found = evaluate(tuned, models.tokenizer, task.held_out, recipe.max_length)
-        writes = base.get_output_embeddings() is not None
+        generates = base.get_output_embeddings() is not None  # a classifier does not
         kl, change = (
-            forgetting(base, tuned, probe_ids(models.tokenizer, None)) if writes else (None, None)
+            forgetting(base, tuned, probe_ids(models.tokenizer, None))
+            if generates
+            else (None, None)
         )
-        merged = merge_proved(models, held)
-        attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if writes else 0)
+        merged = merge_proved(models, storage)
+        attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
     count = parameter_count(base)
-    return Row(
+    return Measurement(
         method=method,
         seed=seed,
         trainable_parameters=trained.trainable_parameters,
@@ -134,7 +146,7 @@ def measure(task: Task, method: str, seed: int) -> Row:
 
 
 class Models:
-    """The models of one row, each loaded anew: the base, and what was trained on it."""
+    """The models of one measurement: the base, and what was trained on it. Each call loads one."""
 
     def __init__(self, request: Request, device: torch.device) -> None:
         self.request, self.device = request, device
@@ -142,31 +154,35 @@ class Models:
         self.tokenizer = tokenizer_of(self.source, [request.out])
         self.objective.set_up(self.tokenizer)
 
-    def base(self, held: Storage) -> PreTrainedModel:
-        return self.objective.load(
-            self.source, self.tokenizer, held, self.device, self.request.recipe.seed, False
-        )
+    def load(self, source: ModelSource, storage: Storage, seed: int) -> PreTrainedModel:
+        """A model for the run's objective.
 
-    def tuned(self, held: Storage) -> tuple[PreTrainedModel, Adapter | None]:
-        """The base with its adapter, or the model that was trained whole and saved in its place."""
+        Args:
+            source: The base, or a model that was trained whole.
+            storage: How it stores its weights.
+            seed: Draws the head of a classifier that has none yet.
+        """
+        asked = ModelRequest(source, self.tokenizer, storage, self.device, seed, False)
+        return self.objective.load(asked)
+
+    def base(self, storage: Storage) -> PreTrainedModel:
+        """The base."""
+        return self.load(self.source, storage, self.request.recipe.seed)
+
+    def tuned(self, storage: Storage) -> tuple[PreTrainedModel, Adapter | None]:
+        """The base with its adapter, or the whole model and None where the run trained that."""
         out = self.request.out
         if not (out / "adapter_config.json").is_file():
-            return (
-                self.objective.load(
-                    resolve_model(str(out)), self.tokenizer, held, self.device, 0, False
-                ),
-                None,
-            )
-        tuned = self.base(held)
+            return self.load(resolve_model(str(out)), storage, 0), None
+        tuned = self.base(storage)
         return tuned, load(tuned, out)
 
 
-def merge_proved(models: Models, held: Storage) -> PreTrainedModel | None:
-    """The merged model, in the dtype of the others.
-
-    None where folding is refused, or its logits in fp32 are not the attached model's.
+def merge_proved(models: Models, storage: Storage) -> PreTrainedModel | None:
+    """The merged model in the dtype of the storage, or None where the adapter can't be folded or
+    the merged logits differ from those of the attached model in fp32.
     """
-    tuned, adapter = models.tuned(held._replace(dtype=torch.float32))
+    tuned, adapter = models.tuned(storage._replace(dtype=torch.float32))
     ids = torch.arange(100, 164, device=models.device)[None]
     with torch.no_grad():
         before = tuned(ids).logits
@@ -176,7 +192,7 @@ def merge_proved(models: Models, held: Storage) -> PreTrainedModel | None:
         except NotMergeable:
             return None
         after = tuned(ids).logits
-    nn.Module.to(tuned, held.dtype)
+    nn.Module.to(tuned, storage.dtype)
     return tuned if (after - before).norm() <= EXACT * before.norm() else None
 
 
@@ -184,8 +200,11 @@ def merge_proved(models: Models, held: Storage) -> PreTrainedModel | None:
 def forgetting(
     base: nn.Module, tuned: nn.Module, texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """(KL(base || tuned), loss(tuned) - loss(base)), means over the tokens of texts outside the
-    task.
+    """(KL(base || tuned), loss(tuned) - loss(base)), as means in nats over all tokens.
+
+    Args:
+        base, tuned: Causal language models.
+        texts: Token ids of texts outside the task.
     """
     kl = change = tokens = 0.0
     for text in texts:
@@ -199,7 +218,7 @@ def forgetting(
 
 
 class Latency(NamedTuple):
-    """Seconds, or times the base's."""
+    """In seconds, or as ratios to the base's; `decode` is None for a classifier."""
 
     prefill: float
     decode: float | None
@@ -208,12 +227,16 @@ class Latency(NamedTuple):
 def latencies(
     base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
 ) -> tuple[Latency, Latency | None]:
-    """Times over the base's of the attached and the merged model; all are timed in turn, so that
-    noise falls on all alike.
+    """The latencies of the attached and the merged model, as ratios to the base's. The models are
+    timed in turn, so that noise affects all alike.
+
+    Args:
+        base, tuned, merged: The models; without a merged one its latency is None.
+        new: Tokens to decode; 0 times the prefill alone.
     """
     models = [m for m in (base, tuned, merged) if m is not None]
     for model in models:
-        timed(model, new)  # warms up
+        timed(model, new)  # the first calls are slower
     rounds = [[timed(model, new) for model in models] for _ in range(ROUNDS)]
 
     def over_base(i: int) -> Latency:
@@ -228,7 +251,7 @@ def latencies(
 
 @torch.no_grad()
 def timed(model: PreTrainedModel, new: int) -> Latency:
-    """A prefill of PROMPT tokens and `new` decoded tokens, at batch 1; in seconds."""
+    """The seconds of a prefill of PROMPT tokens and of decoding `new` tokens, at batch 1."""
     ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
     output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
 
@@ -240,6 +263,7 @@ def timed(model: PreTrainedModel, new: int) -> Latency:
 
 
 def clock(do: Callable, device: torch.device) -> tuple:
+    """(what `do` returns, its seconds), waiting for the device's queued work before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

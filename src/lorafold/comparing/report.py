@@ -1,7 +1,7 @@
-"""The comparison to look at: a table on the terminal, in Markdown, and a page that needs nothing
-beside itself.
+"""The comparison as a table for the terminal, as Markdown, and as an HTML page with plots that
+needs no other file.
 
-One line a method. Of several seeds it shows the mean, and the lowest and the highest in brackets.
+Each method has one line. Figures of several seeds are shown as the mean (lowest to highest).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.table import Table
 
-from lorafold.comparing.measure import Row
+from lorafold.comparing.measure import Measurement
 from lorafold.files.page import document, drawing
 
-COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: value, format
+COLUMNS: dict[str, tuple[Callable[[Measurement], float | None], str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
     "share": (lambda r: r.trainable_share, ".3%"),
     "adapter MB": (lambda r: r.adapter_bytes / 1e6, ".2f"),
@@ -34,30 +34,32 @@ COLUMNS: dict[str, tuple[Callable[[Row], float | None], str]] = {  # heading: va
     "merged decode ×": (lambda r: r.latency_merged, ".2f"),
     "merged prefill ×": (lambda r: r.prefill_merged, ".2f"),
 }
-FLAGS: dict[str, Callable[[Row], bool]] = {
+FLAGS: dict[str, Callable[[Measurement], bool]] = {
     "mergeable": lambda r: r.mergeable,
     "new modules": lambda r: r.modifies_architecture,
 }
 HEADINGS = ("method", *COLUMNS, *FLAGS)
 
 
-def by_method(rows: Sequence[Row]) -> list[list[Row]]:
-    return [list(seeds) for _, seeds in groupby(rows, lambda row: row.method)]
+def by_method(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+    """The figures of each method, over its seeds."""
+    return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.method)]
 
 
-def lines(rows: Sequence[Row]) -> list[list[str]]:
-    """The cells under HEADINGS, a line a method."""
+def lines(measurements: Sequence[Measurement]) -> list[list[str]]:
+    """The cells under HEADINGS, with one line for each method."""
     return [
         [
             seeds[0].method,
             *(cell([value(r) for r in seeds], form) for value, form in COLUMNS.values()),
             *("yes" if all(map(flag, seeds)) else "no" for flag in FLAGS.values()),
         ]
-        for seeds in by_method(rows)
+        for seeds in by_method(measurements)
     ]
 
 
 def cell(values: Sequence[float | None], form: str) -> str:
+    """The mean of formatted values, with their range if they differ; a dash without values."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -65,47 +67,56 @@ def cell(values: Sequence[float | None], form: str) -> str:
     return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(measurements: Sequence[Measurement]) -> Table:
+    """The table for the terminal."""
     shown = Table(*HEADINGS)
-    for line in lines(rows):
+    for line in lines(measurements):
         shown.add_row(*line)
     return shown
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(measurements: Sequence[Measurement]) -> str:
+    """The table in Markdown."""
     return (
         "\n".join(
             "| " + " | ".join(line) + " |"
-            for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(rows)]
+            for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(measurements)]
         )
         + "\n"
     )
 
 
-ABOUT = """Every method had the same rows, steps and model, and learning rates of its own. Loss and
-exact match are of held-out rows; forgetting is measured on text outside the task, in nats a token:
-KL from the base, and by how much the loss rose. Latencies are times over the bare base's at batch
-1, all models timed in turn. Mergeable was proved: folded, the model gave the same logits. New
-modules stay in the forward path."""
+ABOUT = """Every method was trained on the same rows, with the same model and number of steps, and
+with its own learning rates. Loss and exact match are measured on held-out rows. Forgetting is
+measured on text outside the task, in nats a token: the KL divergence from the base, and the
+increase of the loss. Latencies at batch 1 are ratios to those of the base, with all models timed in
+turn. A method is mergeable if the folded model had the same logits. New modules remain in the
+forward pass."""
 
 
-def page(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Write the table and its plots as one HTML file."""
+def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
+    """Write the table and its plots as one HTML file.
+
+    Args:
+        measurements: In the order of the methods.
+        title: The title of the page.
+        path: The file to write.
+    """
     head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
-        for line in lines(rows)
+        for line in lines(measurements)
     )
 
-    def means(value: Callable[[Row], float | None]) -> list[float | None]:
+    def means(value: Callable[[Measurement], float | None]) -> list[float | None]:
         return [
             fmean(known) if (known := [v for r in seeds if (v := value(r)) is not None]) else None
-            for seeds in by_method(rows)
+            for seeds in by_method(measurements)
         ]
 
     names, mergeable = (
-        [seeds[0].method for seeds in by_method(rows)],
-        [all(r.mergeable for r in seeds) for seeds in by_method(rows)],
+        [seeds[0].method for seeds in by_method(measurements)],
+        [all(r.mergeable for r in seeds) for seeds in by_method(measurements)],
     )
     loss, forgotten = (
         means(lambda r: r.loss),
@@ -122,16 +133,16 @@ def page(rows: Sequence[Row], title: str, path: Path) -> None:
         )
     ]
     if None not in forgotten:
-        across = "forgotten: KL from the base on text outside the task, nats a token"
+        across = "forgetting: KL from the base on text outside the task, nats a token"
         plots.append(
-            scatter("Learned against forgotten", across, forgotten, loss, names, mergeable)
+            scatter("Quality against forgetting", across, forgotten, loss, names, mergeable)
         )
     for what, attached, merged in (
         ("Decode", means(lambda r: r.latency_attached), means(lambda r: r.latency_merged)),
         ("Prefill", means(lambda r: r.prefill_attached), means(lambda r: r.prefill_merged)),
     ):
         if any(attached):
-            plots.append(bars(f"{what} latency over the base's", names, attached, merged))
+            plots.append(bars(f"{what} latency, relative to the base", names, attached, merged))
     table = (
         "<div"
         f' class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -147,6 +158,17 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
+    """A plot of the held-out loss over another figure, with the methods' names.
+
+    Args:
+        title: The title.
+        across: The label of the other figure.
+        x: The other figure of each method.
+        loss: The held-out loss of each method.
+        names: The names of the methods.
+        mergeable: Whether each method is mergeable, which chooses its marker.
+    """
+
     def draw(axes: Any) -> None:
         for wanted, marker, label in ((True, "o", "mergeable"), (False, "^", "not mergeable")):
             if chosen := [i for i, merges in enumerate(mergeable) if merges is wanted]:
@@ -157,12 +179,12 @@ def scatter(
             xlabel=across, ylabel="held-out loss (lower is better)", xscale="log", yscale="log"
         )
         axes.legend()
-        for name, x_at, y_at, lift in zip(names, x, loss, lifts(x, loss), strict=True):
+        for name, x_at, y_at, shift in zip(names, x, loss, shifts(x, loss), strict=True):
             line = {"arrowstyle": "-", "linewidth": 0.4}
             axes.annotate(
                 name,
                 (x_at, y_at),
-                xytext=(6, 3 + lift),
+                xytext=(6, 3 + shift),
                 textcoords="offset points",
                 fontsize=8,
                 arrowprops=line,
@@ -171,9 +193,9 @@ def scatter(
     return drawing(draw, title)
 
 
-def lifts(x: Sequence[float | None], y: Sequence[float | None]) -> list[float]:
-    """How many points each label must rise so that none covers another, on two logarithmic axes of
-    about 550 by 250 points.
+def shifts(x: Sequence[float | None], y: Sequence[float | None]) -> list[float]:
+    """How many points each label must move up so that none covers another, on two logarithmic axes
+    of about 550 by 250 points.
     """
 
     def spread(values: Sequence[float | None], length: float) -> list[float]:
@@ -196,6 +218,14 @@ def bars(
     attached: Sequence[float | None],
     merged: Sequence[float | None],
 ) -> str:
+    """A bar chart of the attached and the merged model, relative to the base.
+
+    Args:
+        title: The title.
+        names: The names of the methods.
+        attached, merged: The ratios of each method; None has no bar.
+    """
+
     def draw(axes: Any) -> None:
         for shift, label, values in ((-0.2, "attached", attached), (0.2, "merged", merged)):
             axes.bar(

@@ -1,8 +1,8 @@
-"""The table: every method and seed measured one after the other, each row kept as soon as it is
-done.
+"""The comparison: every method and seed is measured, one after the other.
 
-An interrupted comparison goes on where it was: rows lie in `<out>/rows/`, named after method, seed
-and a digest of all that bears on them, and what is found there is not measured again.
+The figures of each are written to `<out>/rows/` as soon as they are measured, under the method, the
+seed and a digest of everything that they depend on. A file that is there is not measured again, so
+the same call continues a comparison that was stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from lorafold.comparing.measure import Row, Task, measure
+from lorafold.comparing.measure import Measurement, Task, measure
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
@@ -25,14 +25,16 @@ from lorafold.training.request import digest
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
-    """The names. LorafoldError where one is no method's."""
+    """The same names. Raises LorafoldError if one is not a method's."""
     if unknown := [name for name in names if name not in METHODS]:
-        raise LorafoldError(f"unknown method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
+        raise LorafoldError(
+            f"unknown method {', '.join(unknown)}; expected one of {', '.join(METHODS)}"
+        )
     return names
 
 
 def methods_for(objective: str) -> list[str]:
-    """The methods that are there to learn this objective, by name, in the order of the table."""
+    """The names of the methods that can learn this objective, without diagnostic ones."""
     specs = {name: make_spec(name) for name in METHODS}
     return [n for n, spec in specs.items() if objective in spec.objectives and not spec.diagnostic]
 
@@ -42,17 +44,25 @@ def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
     out: Path,
-    tell: Callable[[Row, int, int], None],
-) -> list[Row]:
-    """All rows, in order; `tell` hears of each with how many are done of how many.
+    tell: Callable[[Measurement, int, int], None],
+) -> list[Measurement]:
+    """Measure every method with every seed, in this order.
 
-    LorafoldError, at once, for an unknown method, an option that no method has, and new tokens: the
-    base does not know them.
+    Args:
+        task: Model, data and recipe.
+        methods: The names of the methods.
+        seeds: The seeds of each.
+        out: The directory of the figures.
+        tell: Called as tell(measurement, done, total) after each.
+
+    Raises LorafoldError before anything is trained for an unknown method, for options that none of
+    the methods has, and for new tokens, which the base can't be measured on.
     """
     if task.recipe.new_tokens:
         raise LorafoldError(
-            "recipe: new_tokens: methods are compared with the base, on words that it knows; train"
-            " them one by one"
+            f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none: the"
+            " base, to which methods are compared, does not have these tokens; use lorafold train"
+            " for each method"
         )
     known_methods(methods)
     if strange := [
@@ -61,29 +71,37 @@ def compare(
         if not any(option in known_options(m, task.recipe.options.get("over")) for m in methods)
     ]:
         raise LorafoldError(
-            f"recipe: options {', '.join(strange)}: none of {', '.join(methods)} has such an option"
+            f"recipe: options {', '.join(strange)}: expected options that one of"
+            f" {', '.join(methods)} has"
         )
     plan = [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    rows = []
+    measurements = []
     for method, seed in plan:
         file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
-        row = read(file) or in_own_process(task, method, seed)
-        write_json(file, asdict(row))
-        rows.append(row)
-        tell(row, len(rows), len(plan))
-    write_json(out / "rows.json", {"rows": [asdict(row) for row in rows]})
-    return rows
+        measured = read(file) or in_own_process(task, method, seed)
+        write_json(file, asdict(measured))
+        measurements.append(measured)
+        tell(measured, len(measurements), len(plan))
+    write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
+    return measurements
 
 
-def in_own_process(task: Task, method: str, seed: int) -> Row:
+def in_own_process(task: Task, method: str, seed: int) -> Measurement:
+    """`measure` in a new process, so that the peak of memory is that of one method.
+
+    Args:
+        task: Model, data and recipe.
+        method: The name of the method.
+        seed: The seed of the run.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure, task, method, seed).result()
 
 
 def key(task: Task, method: str) -> str:
-    """What bears on a row, in twelve letters: the task, the method's own defaults and the version
-    of the code.
+    """A digest, of twelve letters, of everything that the figures depend on: the task, the method's
+    defaults and the version of lorafold.
     """
     recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
     spec = make_spec(method)
@@ -94,12 +112,13 @@ def key(task: Task, method: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read(file: Path) -> Row | None:
+def read(file: Path) -> Measurement | None:
+    """The figures in a file, or None if there is no such file."""
     if not file.is_file():
         return None
     stored = read_object(file)
     interval = stored["exact_match_interval"]
-    return Row(
-        **{f.name: stored[f.name] for f in fields(Row)}
+    return Measurement(
+        **{f.name: stored[f.name] for f in fields(Measurement)}
         | {"exact_match_interval": interval and tuple(interval)}
     )

@@ -1,1 +1,1 @@
-"""One adapter from many, and what their tasks do to each other."""
+"""One adapter from several, and the interference between their tasks."""

@@ -1,21 +1,20 @@
-"""Where the updates of two adapters meet, site by site and over all sites that both change: what
-interference there can be.
+"""How the updates of two adapters relate, at each site that both change and over all of them: the
+interference that is to be expected.
 
-    cosine            <dW_a, dW_b> / (|dW_a| |dW_b|)                       from the factors; below 0
-                      they undo each other
-    shared output     |U_a^T U_b|^2 / min(r_a, r_b)                        of what they write, U the
-                      columns' orthonormal basis (QR)
-    shared input      the same of what they read: the rows' basis          both 0 to 1; two at
-                      random share max(r_a, r_b) / side
-    sign conflict     share of the entries among the largest fifth of both whose signs differ; at
-                      random 1/2
+    cosine            <dW_a, dW_b> / (|dW_a| |dW_b|); below 0 the updates oppose each other
+    shared output     |U_a^T U_b|^2 / min(r_a, r_b), U an orthonormal basis (QR) of the directions
+                      that an update writes, the columns of B; 0 to 1
+    shared input      the same for the directions that it reads, the rows of A; in both cases random
+                      subspaces of a space of dimension n share max(r_a, r_b) / n
+    sign conflict     of the entries that are among the largest fifth in both updates, the share
+                      with different signs; 1/2 at random
 
 The subspace measure is phi of the LoRA paper (Hu et al. 2021, arXiv 2106.09685, sec. 7.2) at the
 full rank; sign conflict is what TIES resolves (Yadav et al. 2023, arXiv 2306.01708, sec. 3). Over
-all such sites the cosine is that of their updates as one, the others are means, each site weighing
-by |dW_a| |dW_b|. No subspaces are given where an update is no product of factors. Adapters trained
-from one seed begin with the same A, which moves little: they read the same subspace, and that is no
-collision.
+all sites the cosine is that of the concatenated updates, and the other figures are means weighted
+by |dW_a| |dW_b|. An update without factors has no subspaces. Adapters that were trained from one
+seed start with the same A, which training changes little: that they share input directions does not
+mean that they interfere.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from lorafold.composing.updates import Change, Site, Updates, change_of, dense
 if TYPE_CHECKING:
     from rich.console import Console
 
-LARGEST = 0.2  # the share of entries whose signs are compared, TIES' own
+LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """How two updates lie to each other, at one site or over all; `norms` are |dW_a| and |dW_b|,
-    `chance_*` what subspaces of their ranks share at random.
+    """How two updates relate, at one site or over all. `norms` are |dW_a| and |dW_b|; `chance_*` is
+    what random subspaces of the same ranks share.
     """
 
     cosine: float
@@ -54,12 +53,13 @@ class Meeting:
 
     @property
     def weight(self) -> float:
+        """|dW_a| |dW_b|, the weight of the site in means."""
         return self.norms[0] * self.norms[1]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two adapters, by name; None over all where no site is changed by both."""
+    """Two adapters, by name. `overall` is None if they change no site in common."""
 
     a: str
     b: str
@@ -67,6 +67,7 @@ class Pair:
     sites: dict[str, Meeting]
 
     def as_json(self) -> dict[str, Any]:
+        """All figures, overall and by site."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ class Pair:
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:
-    """Every two of the adapters. One site's dense updates exist at a time, for the signs."""
+    """Every pair of adapters. The dense updates of one site at a time are in memory."""
     found: dict[tuple[int, int], dict[str, Meeting]] = {
         pair: {} for pair in combinations(range(len(updates.names)), 2)
     }
@@ -111,6 +112,7 @@ def meetings(updates: Updates, console: Console) -> list[Pair]:
 
 @torch.no_grad()
 def meet(site: Site) -> dict[tuple[int, int], Meeting]:
+    """Every pair of updates at a site, by the numbers of their adapters."""
     changes = {i: change_of(update) for i, update in site.there}
     norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
     largest = {
@@ -131,9 +133,7 @@ def meet(site: Site) -> dict[tuple[int, int], Meeting]:
 def subspaces(
     a: Change, b: Change
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """(shared output, shared input) of two products of factors, then the same of random ones:
-    max(r_a, r_b) over the side.
-    """
+    """(shared output, shared input, the same two for random subspaces); None without factors."""
     if not (isinstance(a, tuple) and isinstance(b, tuple)):
         return None, None, None, None
     (up_a, down_a), (up_b, down_b) = a, b
@@ -146,12 +146,14 @@ def subspaces(
     )
 
 
-def overlap(a: Tensor, b: Tensor) -> float:  # (side, r_a), (side, r_b)
+def overlap(a: Tensor, b: Tensor) -> float:  # (n, r_a), (n, r_b)
+    """|Q_a^T Q_b|^2 / min(r_a, r_b), with orthonormal bases Q of the columns: 0 to 1."""
     qa, qb = (torch.linalg.qr(x.double()).Q for x in (a, b))
     return (qa.t() @ qb).square().sum().item() / min(qa.shape[1], qb.shape[1])
 
 
 def overall(sites: Sequence[Meeting]) -> Meeting | None:
+    """The figures over all sites, or None without sites."""
     if not sites:
         return None
     norms = (sum(m.norms[0] ** 2 for m in sites) ** 0.5, sum(m.norms[1] ** 2 for m in sites) ** 0.5)

@@ -1,7 +1,7 @@
-"""Interference, measured: how each task fares under the base, each adapter alone, and each
-composition.
+"""Interference, measured: each task is evaluated with the base, with each adapter alone, and with
+each composition.
 
-    task x (base, adapters, compositions)       loss in nats a token and, where rows have answers,
+    task x (base, adapters, compositions)       loss in nats a token and, for rows with references,
                                                 exact match: `lorafold.evaluation`
 """
 
@@ -20,27 +20,27 @@ from lorafold.evaluation import Evaluation, evaluate
 
 @dataclass(frozen=True)
 class Interference:
-    """`tasks`: by task, then by what was live.
-
-    `pairs`: how the adapters' updates lie to each other.
+    """Evaluations by task, then by the name of what was active; and how the updates of every two
+    adapters relate.
     """
 
     tasks: dict[str, dict[str, Evaluation]]
     pairs: list[Pair]
 
     def as_json(self) -> dict[str, Any]:
+        """All figures: the evaluations under `tasks`, the pairs of adapters under `geometry`."""
         tasks = {
-            task: {name: found.as_json() for name, found in row.items()}
-            for task, row in self.tasks.items()
+            task: {name: found.as_json() for name, found in by_name.items()}
+            for task, by_name in self.tasks.items()
         }
         return {"tasks": tasks, "geometry": [pair.as_json() for pair in self.pairs]}
 
     def __str__(self) -> str:
-        """A table, a line for each thing that was live, and what the geometry says."""
-        live = list(next(iter(self.tasks.values())))
+        """A table with a line for the base, each adapter and each composition, and the pairs."""
+        names = list(next(iter(self.tasks.values())))
         cells = [
             ["", *self.tasks],
-            *([name, *(_cell(row[name]) for row in self.tasks.values())] for name in live),
+            *([name, *(_cell(task[name]) for task in self.tasks.values())] for name in names),
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         table = [
@@ -51,25 +51,32 @@ class Interference:
 
 
 def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
-    """Evaluate everything on every task of the request. LorafoldError as `evaluate`."""
+    """Evaluate the base, the adapters and the compositions on every task of the request.
+
+    Raises LorafoldError as `evaluate`.
+    """
     model, tokenizer = job.opened()
-    live: dict[str, Sequence[str]] = {"base": ()}
+    active: dict[str, Sequence[str]] = {"base": ()}
     for number, name in enumerate(job.updates.names, 1):
-        live[name if name != "base" else "base (adapter)"] = (f"adapter{number}",)
-    for word, made in composed.items():
-        # its parts were checked when they were read
-        load(model, made.out, f"composed-{word}", allow_other_base=True)
-        live[word if word not in live else f"{word} (composed)"] = (f"composed-{word}",)
+        active[name if name != "base" else "base (adapter)"] = (f"adapter{number}",)
+    for way, made in composed.items():
+        # the fingerprints of the adapters were checked when they were read
+        load(model, made.out, f"composed-{way}", allow_other_base=True)
+        active[way if way not in active else f"{way} (composed)"] = (f"composed-{way}",)
     watched = job.console if job.console.is_terminal else None
     tasks: dict[str, dict[str, Evaluation]] = {}
     for task, rows in job.request.tasks.items():
         tasks[task] = {}
-        for name, chosen in live.items():
+        for name, chosen in active.items():
             job.console.print(f"{task}: {name}", highlight=False, markup=False)
             with only(model, *chosen):
-                length = job.request.recipe.max_length
                 tasks[task][name] = evaluate(
-                    model, tokenizer, rows, length, generate=job.request.answers, console=watched
+                    model,
+                    tokenizer,
+                    rows,
+                    job.request.recipe.max_length,
+                    generate=job.request.completions,
+                    console=watched,
                 )
     return Interference(tasks, meetings(job.updates, job.console))
 

@@ -1,4 +1,4 @@
-"""What every composition is given, and what it gives back."""
+"""The input and the result of every way of composing adapters."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass(frozen=True)
 class Request:
-    """Which adapters become one, by which words of the table, and where it goes.
+    """Which adapters become one, in which ways, and the directory to write.
 
-    No weights, density or rank: each word's own.
-
-    `tasks` are rows by the name of a task, on which all is measured; `examples` those that lorahub
-    and mixture learn from; `recipe` and `gates` are the mixture's, `evaluations` how often lorahub
-    may try.
+    Each way has its own defaults for weights, density and rank. `tasks` has the rows of each task
+    to measure on, by name, and `examples` the rows that lorahub and mixture learn from. `recipe`
+    and `gates` are for mixture; `evaluations` is how many weights lorahub may try.
     """
 
     model: str
     adapters: tuple[Path, ...]
-    words: tuple[str, ...]
+    ways: tuple[str, ...]
     out: Path
     weights: tuple[float, ...] = ()
     rank: int | None = None
@@ -51,7 +49,7 @@ class Request:
     recipe: Recipe = field(default_factory=Recipe)
     gates: Gating = "global"
     evaluations: int = 40
-    answers: bool = True
+    completions: bool = True
     base: str = "auto"
     device: str | None = None
     revision: str | None = None
@@ -62,10 +60,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Composed:
-    """One adapter made.
+    """One adapter made from several.
 
-    `weights` is None where no fixed numbers say what was done; the error is a share of the update's
-    norm.
+    `weights` is None where gates depend on the input or the layer; `truncation_error` is a share of
+    the norm of the update.
     """
 
     weights: tuple[float, ...] | None
@@ -73,13 +71,14 @@ class Composed:
     out: str
 
     def as_json(self) -> dict[str, Any]:
+        """All fields."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request with what it names: the updates are read, the model with the adapters on it
-    (adapter1 ...) is opened when it is needed.
+    """A request with the updates of its adapters. `opened()` loads the model, with the adapters
+    attached as adapter1, adapter2 ..., when it is first needed.
     """
 
     request: Request
@@ -90,15 +89,16 @@ class Job:
 
     @property
     def examples(self) -> Mapping[str, Sequence[Row]]:
-        """LorafoldError where there are none."""
+        """The rows to learn from, by task. Raises LorafoldError if there are none."""
         if not self.request.examples:
             raise LorafoldError(
-                "lorahub and mixture learn from examples: give --examples, or --data, half of which"
-                " is then set apart"
+                "lorahub and mixture learn from rows, found none; give --examples, or --data, of"
+                " which they take half"
             )
         return self.request.examples
 
     def targets(self) -> Matches:
+        """Every site that an adapter changes."""
         return Matches({site.path: (site.path,) for site in self.updates.sites})
 
     def save(
@@ -108,21 +108,27 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an adapter on the mapped model and take it off again.
+        """Write an adapter that is attached to the mapped model, and detach it.
 
-        Its record says what it was made of and how the base was held, beside what `record` has.
-        LorafoldError where the adapters' bases were held differently and the request does not say
-        which to take.
+        Args:
+            adapter: The composition.
+            out: The directory to write.
+            about: How it was composed, for the record and the card.
+            record: Further fields of the record, which also names the adapters and the storage of
+                their base.
+
+        Raises LorafoldError where the adapters were trained on different storages of the base and
+        the request does not choose one.
         """
         request = self.request
         paths = request.adapters
-        held = base_trained_on(paths) if request.base == "auto" else request.base
+        storage = base_trained_on(paths) if request.base == "auto" else request.base
         tokenizer = (
             tokenizer_of(self.source, paths, request.trust_remote_code)
             if any(map(has_tokenizer, paths))
             else None
         )
-        trained = {"recipe": {"base": held}} if held else {}
+        trained = {"recipe": {"base": storage}} if storage else {}
         adapter.save(
             out,
             overwrite=request.overwrite,

@@ -1,7 +1,6 @@
-"""A composition as one LoRA in PEFT's format: every site has the rank that its change needs, and
-the error of the cut is stated.
+"""A composition written as one LoRA in PEFT's format, in which each site has a rank of its own.
 
-    error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where nothing was cut
+    error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where no rank was cut
 """
 
 from __future__ import annotations
@@ -21,19 +20,35 @@ from lorafold.methods.lora import of_ranks
 
 
 def compose(rule: str, job: Job, out: Path) -> Composed:
-    """Apply a rule of the table, under the request's weights or its own, and write the adapter."""
+    """Compose by a rule with its own weights, unless the request has some, and write the adapter.
+
+    Args:
+        rule: A name in RULES.
+        job: The adapters, and the request.
+        out: The directory to write.
+
+    Raises LorafoldError where a rank is needed that an update does not have.
+    """
     by, n = RULES[rule], len(job.updates.adapters)
     return apply(by, rule, job.request.weights or (by.weight(n),) * n, job, out)
 
 
-def apply(by: Rule, word: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
-    """Apply a rule at every site. The record has the composition's word."""
+def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
+    """Apply a rule at every site and write the adapter.
+
+    Args:
+        by: The rule.
+        way: The name of the way of composing, for the record.
+        weights: One for each adapter.
+        job: The adapters, and the request for rank, density and seed.
+        out: The directory to write.
+    """
     request, density = job.request, by.share(job.request.density)
     factors: dict[str, Factors] = {}
     lost = total = 0.0
     for site in track(
         job.updates.sites,
-        word,
+        way,
         console=job.console,
         transient=True,
         disable=not job.console.is_terminal,
@@ -48,7 +63,7 @@ def apply(by: Rule, word: str, weights: tuple[float, ...], job: Job, out: Path) 
         factors,
         out,
         {
-            "how": word,
+            "how": way,
             "weights": weights,
             "density": density,
             "seed": request.seed,
@@ -59,6 +74,14 @@ def apply(by: Rule, word: str, weights: tuple[float, ...], job: Job, out: Path) 
 
 
 def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]) -> None:
+    """Write factors as a LoRA adapter.
+
+    Args:
+        job: The adapters that it was made from.
+        factors: up (out, r) and down (r, in) of each site.
+        out: The directory to write.
+        about: How it was composed, for the record.
+    """
     spec = of_ranks({path: len(down) for path, (_, down) in factors.items()})
     adapter = attach(job.updates.model, spec, job.targets(), "composed")
     for path, delta in adapter.own_deltas.items():

@@ -1,12 +1,13 @@
-"""LoRAHub: the weights of a sum, searched without gradients on a few examples.
+"""LoRAHub: the weights of a sum of updates, found by a search without gradients on a few examples.
 
     min over w in [-1.5, 1.5]^n of  mean over tasks of loss(W + sum_i w_i dW_i) + l1 mean_i |w_i|
     by CMA-ES, from 1/n
 
 Huang et al. 2023, arXiv 2307.13269, sec. 3.2-3.3, with its bounds, its l1 = 0.05 and its 40
-evaluations. It sums the factors apart, (sum w_i B_i) (sum w_i A_i), which asks for equal ranks and
-brings products of strange halves; here the updates themselves are summed. The optimiser is pycma
-(Hansen 2016, arXiv 1604.00772). The examples see forward passes alone, so a packed base will do.
+evaluations. The paper sums the factors separately, (sum w_i B_i) (sum w_i A_i), which needs equal
+ranks and adds products B_i A_j of different adapters; here the updates are summed. The optimizer is
+pycma (Hansen 2016, arXiv 1604.00772). The search needs forward passes only, so the base may be
+quantized.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from lorafold.evaluation import held_out_loss
 from lorafold.step.losses import Completions
 
 BOUND, L1, SPREAD = 1.5, 0.05, 0.3
-SHOTS = 16  # examples of each task that are looked at
+SHOTS = 16  # rows of each task that the search measures on
 
 
 def compose(job: Job, out: Path) -> Composed:
-    """The sum under the weights that were found."""
+    """Write the sum of the updates under the best weights. Raises LorafoldError as `search`."""
     return lora.apply(RULES["linear"], "lorahub", search(job), job, out)
 
 
 def search(job: Job) -> tuple[float, ...]:
-    """The best weights found, at no higher a cost than the average.
+    """The best weights found; their cost is at most that of 1/n each.
 
-    LorafoldError for rows that can't be encoded.
+    Raises LorafoldError without rows to learn from and for rows that can't be encoded.
     """
     model, tokenizer = job.opened()
     tasks = [
@@ -52,7 +53,7 @@ def search(job: Job) -> tuple[float, ...]:
     loss = Completions(model, packed=False, pad_id=0)
     with TemporaryDirectory() as folder:
         mixture.write(job, Path(folder) / "search", "global")
-        # checked when it was read
+        # the fingerprints of its parts were checked when they were read
         adapter = load(model, Path(folder) / "search", "search", allow_other_base=True)
     (gates,) = adapter.parameters()
 
@@ -66,10 +67,10 @@ def search(job: Job) -> tuple[float, ...]:
     total = job.request.evaluations
 
     def tried(done: int, least: float) -> None:
-        bars.update(bar, completed=done, description=f"lorahub, least cost {least:.4f}")
+        bars.update(bar, completed=done, description=f"lorahub, lowest cost {least:.4f}")
         if not job.console.is_terminal and done % 10 == 0:
             job.console.print(
-                f"lorahub {done}/{total}: least cost {least:.4f}", highlight=False, markup=False
+                f"lorahub {done}/{total}: lowest cost {least:.4f}", highlight=False, markup=False
             )
 
     try:
@@ -92,15 +93,20 @@ def minimized(
     seed: int,
     tried: Callable[[int, float], None],
 ) -> tuple[float, ...]:
-    """CMA-ES from 1/n each, which is tried as well; as many evaluations as make whole generations.
+    """The weights of the lowest cost that CMA-ES finds, starting from 1/n each.
 
-    `tried` hears of each: how many there were, and the least cost so far.
+    Args:
+        cost: The function to minimize, of n weights.
+        n: The number of weights.
+        evaluations: How often `cost` is called, rounded up to whole generations.
+        seed: The seed of the search.
+        tried: Called after each evaluation, with their number and the lowest cost so far.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of plots that are not drawn, and of one dimension
+        warnings.simplefilter("ignore")  # cma warns about missing plots and about one dimension
         import cma
 
-        # a seed of 0 is the clock
+        # cma takes a seed of 0 as a request for a random one
         options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "verbose": -9}
         strategy = cma.CMAEvolutionStrategy([1 / n] * n, SPREAD, options)
         strategy.inject([[1 / n] * n], force=True)

@@ -1,8 +1,8 @@
-"""A mixture of adapters: their factors, frozen, under gates that a run of `lorafold train` learns.
+"""A mixture of adapters: their frozen factors, weighted by gates that a training run learns.
 
-The factors go into one adapter whose gates are all 1/n, and the training starts from that; so a
-mixture is trained, saved, evaluated, merged and trained on as any adapter is. See
-`lorafold.methods.parts.mixture` for what it computes.
+The factors are written as one adapter whose gates are all 1/n, and the run starts from it. So a
+mixture is trained, saved, evaluated and merged like any other adapter.
+`lorafold.methods.parts.mixture` has the equations and papers.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lorafold.models.storage import held_as
 from lorafold.step.recipe import Recipe
 from lorafold.training import run
 
-RECIPE = Recipe(steps=50)  # a few numbers to learn, or a few rows
+RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
 def compose(job: Job, out: Path) -> Composed:
-    """Train the gates on all examples and write the mixture.
+    """Train the gates on all rows to learn from and write the mixture.
 
-    LorafoldError as `train`, Interrupted with nothing written.
+    Raises LorafoldError as `train`, and Interrupted with nothing written.
     """
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
-    held = held_as(job.source, request.adapters) if request.base == "auto" else request.base
-    recipe = request.recipe.model_copy(update={"base": held, "seed": request.seed})
+    storage = held_as(job.source, request.adapters) if request.base == "auto" else request.base
+    recipe = request.recipe.model_copy(update={"base": storage, "seed": request.seed})
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write(job, start, request.gates)
@@ -55,9 +55,9 @@ def compose(job: Job, out: Path) -> Composed:
             run.train(asked, job.console)
         except Interrupted as stop:
             raise Interrupted(
-                "stopped while the gates were trained; nothing was written", stop.code
+                "stopped during the training of the gates; nothing was written", stop.code
             ) from None
-        # checked when its parts were read
+        # the fingerprints of its parts were checked when they were read
         adapter = load(job.updates.model, trained, "mixture", allow_other_base=True)
         weights = tuple(next(adapter.parameters()).tolist()) if request.gates == "global" else None
         about = {
@@ -71,8 +71,13 @@ def compose(job: Job, out: Path) -> Composed:
 
 
 def write(job: Job, out: Path, gates: Gating) -> float:
-    """Write the mixture as it starts, and say by how much of their norm the updates had to be cut
-    to become factors.
+    """Write the mixture with which training starts. Returns the share of the norm of the updates
+    that was lost when they were cut to the request's rank.
+
+    Args:
+        job: The adapters.
+        out: The directory to write.
+        gates: What the gates depend on: global, layer or token.
     """
     updates = job.updates
     adapter = attach(updates.model, Mixture(updates.names, gates), job.targets(), "mixture")

@@ -1,18 +1,17 @@
-"""The compositions that are arithmetic, one table: what is kept of each update, how they become
-one, and what holds where nobody says.
+"""The ways of composing that are arithmetic, in one table with their defaults.
 
-    word              keeps                joins            weights    rank
-    linear            all                  sum              1/n        all, exactly
-    task-arithmetic   all                  sum              1          all, exactly; a negative
-                                                            weight takes a task away
+    way               entries kept         joined by        weights    rank
+    linear            all                  sum              1/n        sum of the adapters', exact
+    task-arithmetic   all                  sum              1          sum of the adapters', exact
     svd               all                  sum              1/n        the largest of the adapters'
-    ties              a fifth, trimmed     disjoint mean    1          the sum of the adapters'
-    dare              half, dropped        sum              1/n        the sum of the adapters'
-    dare-ties         half, dropped        disjoint mean    1          the sum of the adapters'
-    magnitude         a fifth, trimmed     sum              1/n        the sum of the adapters'
+    ties              largest fifth        disjoint mean    1          sum of the adapters'
+    dare              random half          sum              1/n        sum of the adapters'
+    dare-ties         random half          disjoint mean    1          sum of the adapters'
+    magnitude         largest fifth        sum              1/n        sum of the adapters'
 
-n is the number of adapters. TIES keeps a fifth in its paper's default; the others' papers leave the
-share to the task.
+n is the number of adapters; a negative weight of task arithmetic removes a task. `arithmetic` has
+the equations and papers. A fifth is the default of TIES' paper; the other papers choose the share
+for each task.
 """
 
 from __future__ import annotations
@@ -30,17 +29,19 @@ from lorafold.errors import LorafoldError
 
 
 def average(n: int) -> float:
+    """The weight of each of n updates in their mean."""
     return 1 / n
 
 
 def whole(n: int) -> float:
+    """The weight of each of n updates in their sum."""
     return 1.0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`weight` is each adapter's where none is given, by their number; `rank` a site's, by the
-    ranks of those that change it.
+    """One way of composing, with its defaults: `weight(n)` for each of n adapters, `rank(ranks)` of
+    a site from those of its updates, and the `density` of the entries that are kept.
     """
 
     joined: Joined
@@ -50,14 +51,18 @@ class Rule:
     density: float | None = None
 
     def share(self, asked: float | None) -> float | None:
-        """Of the entries that are kept; None where all are."""
+        """The share of entries to keep: that asked for, or the default; None where all stay."""
         return None if self.kept is None else asked or self.density
 
     @torch.no_grad()
     def at(self, site: Site, weights: Sequence[float], density: float | None, seed: int) -> Change:
         """The composition at one site.
 
-        Randomness depends on the site and the adapter's number, not on what came before.
+        Args:
+            site: The site, with its updates.
+            weights: One for each adapter.
+            density: As `share` gives it.
+            seed: The entries that stay follow from it, the site and the number of the adapter.
         """
         changes = []
         for i, update in site.there:
@@ -68,17 +73,19 @@ class Rule:
         return self.joined(changes)
 
     def rank_at(self, site: Site, asked: int | None) -> int:
+        """The rank of a site: that asked for, or the default.
+
+        Raises LorafoldError as `rank_of`.
+        """
         return asked or self.rank([rank_of(update, site.path) for _, update in site.there])
 
 
 def rank_of(update: Additive, path: str) -> int:
-    """LorafoldError for an update that is no product of factors, so that it has no rank to go
-    by.
-    """
+    """The rank of an update. Raises LorafoldError for one that is not a product of factors."""
     if (factors := update.factors()) is None:
         raise LorafoldError(
-            f"{path}: {type(update).__name__} is no product of two factors, so there is no rank to"
-            " go by; give --rank"
+            f"{path}: found {type(update).__name__}, which is not a product of two factors and has"
+            " no rank of its own; give --rank"
         )
     return len(factors[1])
 

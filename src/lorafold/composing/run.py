@@ -1,8 +1,6 @@
-"""One adapter from many, from paths to paths: the whole of `lorafold compose`, and its table of
-compositions by word.
+"""`lf.compose`, from adapter directories to adapter directories, with the table of its ways.
 
-    read -> compose, one word after the other -> measure        several words: each goes to
-                                                                <out>/<word>
+    read -> compose, one way after the other -> measure      several ways write to <out>/<way>
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
-    **{word: partial(lora.compose, word) for word in RULES},
+    **{rule: partial(lora.compose, rule) for rule in RULES},
     "lorahub": lorahub.compose,
     "mixture": mixture.compose,
 }
-LEARNED = ("lorahub", "mixture")  # from examples
+LEARNED = ("lorahub", "mixture")  # the ways that learn from examples
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was made, by word, where it lies, and what was measured if there were tasks."""
+class Composition:
+    """What `lf.compose` made: an adapter for each way, and the interference if there were tasks."""
 
     composed: dict[str, Composed]
     adapters: tuple[str, ...]
@@ -46,8 +44,8 @@ class Result:
     interference: Interference | None
 
     def as_json(self) -> dict[str, Any]:
-        """A single composition's own keys stand at the top; `compositions` has those of all."""
-        made = {word: one.as_json() for word, one in self.composed.items()}
+        """Every way under `compositions`; if there is only one, its keys are at the top too."""
+        made = {way: one.as_json() for way, one in self.composed.items()}
         measured = (
             {} if self.interference is None else {"interference": self.interference.as_json()}
         )
@@ -56,7 +54,7 @@ class Result:
 
     def __str__(self) -> str:
         lines = []
-        for word, one in self.composed.items():
+        for way, one in self.composed.items():
             weights = (
                 "learned gates"
                 if one.weights is None
@@ -66,7 +64,7 @@ class Result:
                 )
             )
             lines.append(
-                f"{word}: {one.out} ({weights}); {one.truncation_error:.2%} of the update's norm"
+                f"{way}: {one.out} ({weights}); {one.truncation_error:.2%} of the update's norm"
                 " was cut off"
             )
         return "\n".join(
@@ -74,13 +72,16 @@ class Result:
         )
 
 
-def compose(request: Request, opened: Callable[[], Opened], console: Console) -> Result:
-    """Make every composition of the request and, where it has tasks, measure them.
+def compose(request: Request, opened: Callable[[], Opened], console: Console) -> Composition:
+    """Compose the adapters in every way of the request and, if it has tasks, measure the results.
 
-    `opened` loads the base with the adapters on it, named adapter1 and so forth, if it is needed.
+    Args:
+        request: What to compose, and where to write it.
+        opened: Loads the base with the adapters attached as adapter1, adapter2 ..., if needed.
+        console: For progress and notices.
 
-    LorafoldError, with nothing left behind, for a word, a weight, an adapter, rows or an `out` that
-    won't do.
+    Raises LorafoldError, with nothing written, for a way, weight, adapter, row or `out` that can't
+    be used.
     """
     check(request)
     check_out(request.out, request.overwrite)
@@ -93,38 +94,41 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
         trust_remote_code=request.trust_remote_code,
     )
     job = Job(request, source, updates, cache(opened), console)
-    if len(request.words) == 1:
-        composed = {word: make(word, job, request.out) for word in request.words}
+    if len(request.ways) == 1:
+        composed = {way: make(way, job, request.out) for way in request.ways}
     else:
         with atomic_directory(request.out, request.overwrite) as tmp:
-            composed = {word: make(word, job, tmp / word) for word in request.words}
-        composed = {
-            word: replace(one, out=str(request.out / word)) for word, one in composed.items()
-        }
+            composed = {way: make(way, job, tmp / way) for way in request.ways}
+        composed = {way: replace(one, out=str(request.out / way)) for way, one in composed.items()}
     interference = measure(job, composed) if request.tasks else None
-    return Result(composed, updates.names, str(request.out), interference)
+    return Composition(composed, updates.names, str(request.out), interference)
 
 
-def make(word: str, job: Job, out: Path) -> Composed:
-    """One composition, whose randomness (an SVD by subspace iteration has some) is the request's
-    seed's and its own.
+def make(way: str, job: Job, out: Path) -> Composed:
+    """Compose in one way. Its random numbers follow from the request's seed, whatever was drawn
+    before (the SVD by subspace iteration draws some); torch's global state is left as it was.
+
+    Args:
+        way: A name in COMPOSITIONS.
+        job: The adapters, and the request.
+        out: The directory to write.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
-        return COMPOSITIONS[word](job, out)
+        return COMPOSITIONS[way](job, out)
 
 
 def check(request: Request) -> None:
-    """LorafoldError lists what is wrong with the request itself."""
+    """Raises LorafoldError with everything that is wrong with the request itself."""
     problems = [
-        f"--how {word}: unknown; expected {', '.join(COMPOSITIONS)}"
-        for word in request.words
-        if word not in COMPOSITIONS
+        f"--how: found {way}, expected one of {', '.join(COMPOSITIONS)}"
+        for way in request.ways
+        if way not in COMPOSITIONS
     ]
     problems += [
-        f"--how {word}: given twice"
-        for word in dict.fromkeys(request.words)
-        if request.words.count(word) > 1
+        f"--how {way}: given twice, expected once"
+        for way in dict.fromkeys(request.ways)
+        if request.ways.count(way) > 1
     ]
     problems += ["--adapter: found none, expected at least one"] * (not request.adapters)
     given, n = len(request.weights), len(request.adapters)
@@ -132,8 +136,8 @@ def check(request: Request) -> None:
         problems.append(
             f"--weight: found {given}, expected one for each of the {n} adapters, in their order"
         )
-    if given and (learned := [word for word in request.words if word in LEARNED]):
-        problems.append(f"--weight: {', '.join(learned)} finds its own")
+    if given and (learned := [way for way in request.ways if way in LEARNED]):
+        problems.append(f"--weight: {' and '.join(learned)} learns the weights; leave it out")
     if request.density is not None and not 0 < request.density <= 1:
         problems.append(
             f"--density: found {request.density:g}, expected a share above 0, at most 1"
@@ -143,10 +147,10 @@ def check(request: Request) -> None:
 
 
 def set_apart(request: Request) -> Request:
-    """The request with examples for the words that learn: its own, or half of each task's rows,
-    which is then measured on the others.
+    """The request with rows for the ways that learn: its own, or half of each task's rows. In that
+    case the other half is measured on.
     """
-    if request.examples or not request.tasks or not set(request.words) & set(LEARNED):
+    if request.examples or not request.tasks or not set(request.ways) & set(LEARNED):
         return request
     halves = {task: split(rows, 0.5, request.seed) for task, rows in request.tasks.items()}
     examples, tasks = ({task: half[i] for task, half in halves.items()} for i in (0, 1))

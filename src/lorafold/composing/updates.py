@@ -1,7 +1,7 @@
-"""The updates of several adapters, site by site, over a base whose weights stay in their files.
+"""The updates of several adapters by site, read on a base whose weights stay in their files.
 
-    dW_i (out, in) of adapter i at a site       as factors where it has them, whatever its method,
-                                                rank and targets
+    dW_i (out, in)      the update of adapter i at a site: as factors B_i (out, r_i), A_i (r_i, in)
+                        where it has them, of any method, rank and targets
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
 
 Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
-Change = Factors | Tensor  # dW as its factors, or as it is
+Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted module, and the update that each adapter makes there: None where it makes
-    none.
-    """
+    """One adapted module with the update of each adapter, None where an adapter has none there."""
 
     path: str
     shape: tuple[int, int]  # (out, in)
@@ -39,13 +37,13 @@ class Site:
 
     @property
     def there(self) -> list[tuple[int, Additive]]:
-        """The updates that are made, with the numbers of their adapters."""
+        """The updates at this site, with the numbers of their adapters, from 0."""
         return [(i, update) for i, update in enumerate(self.updates) if update is not None]
 
 
 @dataclass(frozen=True)
 class Updates:
-    """Adapters by short names on one base."""
+    """Adapters on one base, with short names."""
 
     model: nn.Module
     adapters: tuple[Adapter, ...]
@@ -53,6 +51,7 @@ class Updates:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
+        """Every site that an adapter changes, in the order of the model's modules."""
         by_adapter = [adapter.own_deltas for adapter in self.adapters]
         paths = [
             path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
@@ -69,38 +68,48 @@ def read(
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Updates:
-    """Lay saved adapters over the mapped_model of their base.
+    """Attach saved adapters to their base, whose weights stay in their files.
 
-    LorafoldError lists those that are not readable, not of this base, or hold a change that is not
-    added to a weight (a magnitude, a bias, a whole module, virtual tokens): such can't be composed.
+    Args:
+        source: The base.
+        adapters: Saved adapters.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises LorafoldError with every adapter that can't be read, is of another base, or has a change
+    that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens).
     """
     model = mapped_model_of(source, trust_remote_code).model
-    laid, problems = [], []
+    attached, problems = [], []
     for number, path in enumerate(adapters, 1):
         try:
-            laid.append(load(model, path, f"adapter{number}", allow_other_base=allow_other_base))
+            attached.append(
+                load(model, path, f"adapter{number}", allow_other_base=allow_other_base)
+            )
         except LorafoldError as e:
             problems.append(str(e))
             continue
         strange = {
             type(part).__name__: at
-            for at, part in laid[-1].parts()
+            for at, part in attached[-1].parts()
             if not isinstance(part, Additive)
         }
         if strange:
-            found = ", ".join(f"{kind} (as at {at or 'the root'})" for kind, at in strange.items())
+            found = ", ".join(
+                f"{kind} (at {at or 'the whole model'})" for kind, at in strange.items()
+            )
             problems.append(
-                f"{path}: found {found}, expected updates that are added to a weight; it can be"
-                " merged, not composed"
+                f"{path}: found {found}, expected updates that are added to a weight; this adapter"
+                " can't be composed with others"
             )
     if problems:
         raise LorafoldError("; ".join(problems))
-    return Updates(model, tuple(laid), names(adapters))
+    return Updates(model, tuple(attached), names(adapters))
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """The last part of each path, or the whole path where two end alike, numbered where an adapter
-    is given twice.
+    """A name for each path: its last part, or the whole path where two have the same last part,
+    with a number where an adapter is given twice.
     """
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
@@ -108,10 +117,12 @@ def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def dense(change: Change) -> Tensor:  # (out, in)
+    """The update as one matrix."""
     return change[0] @ change[1] if isinstance(change, tuple) else change
 
 
 @torch.no_grad()
 def change_of(update: Additive) -> Change:
+    """The update in fp32: its factors, or a dense matrix if it has none."""
     factors = update.factors()
     return update.delta().float() if factors is None else (factors[0].float(), factors[1].float())

@@ -1,2 +1,3 @@
-"""What an adapter's update is: spectra, its place in the base, what it reads and writes, its paths.
+"""Figures of an adapter's update: its spectrum, its relation to the base, the tokens that it reads
+and writes, the loss along lines in weight space.
 """

@@ -1,7 +1,7 @@
-"""Two adapters side by side, or the layers of one: do they move the same directions
-(`subspaces.phi`)?
+"""Two adapters compared, or the blocks of one: how far they change the same directions.
 
-    similarity    cos(dW_a, dW_b) = <dW_a, dW_b> / (|dW_a| |dW_b|), from the factors alone
+    similarity    cos(dW_a, dW_b) = <dW_a, dW_b> / (|dW_a| |dW_b|), from singular vectors alone
+    phi(i, j)     the overlap of subspaces (`subspaces`; Hu et al. 2021, arXiv 2106.09685, sec. 7)
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lorafold.inspecting.residual import Stream
 from lorafold.inspecting.subspaces import phi
 from lorafold.inspecting.updates import Svd
 
-SHOWN = 64  # directions of each adapter in a heat map at most
-TOP = 4  # directions that stand for a layer
+SHOWN = 64  # the most directions of each adapter in a heat map
+TOP = 4  # directions of each block that are compared with those of the other blocks
 
 
 def kind_of(path: str) -> tuple[str, int | None]:
-    """A module's name within its block, and the block's number: self_attn.q_proj and 3 of
-    model.layers.3.self_attn.q_proj.
+    """A module's name within its block, and the number of the block: self_attn.q_proj and 3 for
+    model.layers.3.self_attn.q_proj. Outside of blocks: the whole path, and None.
     """
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (found[2], int(found[1])) if found else (path, None)
 
 
 def by_kind(paths: Sequence[str]) -> dict[str, list[str]]:
-    """The modules of each kind, in the order of their blocks."""
+    """The module paths of each kind (the name within the block), in the order of the blocks."""
     kinds = defaultdict(list)
     for path in paths:
         kinds[kind_of(path)[0]].append(path)
@@ -39,9 +39,9 @@ def by_kind(paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
-    """What two adapters have in common, where both changed something: per site, and phi averaged
-    over the sites of a kind (i down, j across; as many as all of the kind have), with what
-    unrelated updates would have.
+    """Figures by their names in the JSON, for the sites that both adapters change: cosine and phi
+    of each site, phi of unrelated updates (`chance_*`), and the phi of each kind of module as a
+    mean over its sites, phi[i][j] for the first i + 1 and j + 1 directions.
     """
     shared = [path for path in a if path in b and len(a[path].s) and len(b[path].s)]
     sites, sums = {}, defaultdict[str, list[tuple[Tensor, Tensor]]](list)
@@ -75,8 +75,9 @@ def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
 
 
 def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str, Any]]:
-    """phi of the top directions of each two blocks, by kind of module: does an adapter do the same
-    at every depth? On the side that is in the residual stream, which all blocks share.
+    """phi of the top directions of every two blocks, by kind of module: near 1 where an adapter
+    makes the same change at every depth. Only the side in the residual stream, which all blocks
+    share, can be compared.
     """
     found = {}
     for kind, paths in by_kind([path for path, svd in svds.items() if len(svd.s)]).items():
@@ -91,8 +92,7 @@ def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str
 
 
 def _mean(grids: Sequence[Tensor]) -> list[list[float]]:
+    """The mean of the grids, each cut to the shape that all have."""
     i, j = (min(g.shape[side] for g in grids) for side in (0, 1))
-    return [
-        [round(x, 4) for x in row]
-        for row in torch.stack([g[:i, :j] for g in grids]).mean(0).tolist()
-    ]
+    mean = torch.stack([g[:i, :j] for g in grids]).mean(0)
+    return [[round(x, 4) for x in line] for line in mean.tolist()]

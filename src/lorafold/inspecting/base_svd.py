@@ -1,14 +1,13 @@
-"""Where in the base's spectrum an update lies, and what it puts there that is new.
-
-Needs the SVD of every W0, which is kept on disk.
+"""The update in the spectrum of the base: which of the base's singular directions it changes, and
+which directions it adds. This takes the SVD of every W0, which is cached on disk.
 
     W0 = sum_j s0_j u0_j v0_j^T
-    position      p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and likewise with v: the update's
-                  energy over W0's directions
-    intruders     among the top 10 left singular vectors of W0 + dW, those with |cos| < 0.5 to every
+    position      p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and the same with v: how the
+                  update's energy is distributed over W0's directions
+    intruders     those of the top 10 left singular vectors of W0 + dW with |cos| < 0.5 to every
                   u0_j
 
-Positions: Hu et al. 2021, arXiv 2106.09685, section 7.3, which finds that an update amplifies
+Positions follow Hu et al. 2021, arXiv 2106.09685, section 7.3, which finds that an update amplifies
 directions that W0 does not emphasize. Intruder dimensions: Shuttleworth et al. 2024, arXiv
 2410.21228.
 """
@@ -31,12 +30,17 @@ from lorafold.inspecting.updates import Svd, of_dense
 BINS = 10
 TOP, COSINE = 10, 0.5
 FILE = "svd.safetensors"
-FORMAT = 1  # raise it when files made by an earlier version are no longer good
+FORMAT = 1  # increase it when the files of an earlier version can no longer be used
 
 
 def cached_svd(fingerprint: Mapping[str, Any], path: str, w: Tensor) -> Svd:
-    """The SVD of a base's weight, from the cache or else made and put there: vectors in fp16, which
-    cosines don't notice.
+    """The SVD of a weight of the base, from the cache, or computed and added to it. Vectors are
+    stored in fp16, whose rounding is far below the cosines that are measured.
+
+    Args:
+        fingerprint: That of the base, which names its directory in the cache.
+        path: The module path.
+        w: W0, (out, in).
     """
     base = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     directory = cache_directory() / "svd" / f"{base}-{FORMAT}" / path
@@ -50,23 +54,35 @@ def cached_svd(fingerprint: Mapping[str, Any], path: str, w: Tensor) -> Svd:
     return svd
 
 
-# (n, k), (k,), (n, m) -> (m,), its sum 1 or less
-def position(vectors: Tensor, s: Tensor, base: Tensor) -> Tensor:
-    """What is missing to 1 lies where W0 is zero."""
+def position(vectors: Tensor, s: Tensor, base: Tensor) -> Tensor:  # (m,)
+    """p_j: the share of the update's energy on each of W0's directions. The rest, up to a sum of 1,
+    is on directions where W0 is zero.
+
+    Args:
+        vectors: Singular vectors of the update, (n, k).
+        s: Its singular values, (k,).
+        base: Singular vectors of W0 on the same side, (n, m).
+    """
     along = (base.t() @ vectors).square() @ s.square()
     return along / s.square().sum()
 
 
-def binned(p: Tensor, bins: int = BINS) -> list[float]:
-    """The energy in the strongest tenth of W0's directions, the next tenth ..., and last what lies
-    outside all of them.
+def binned(p: Tensor, bins: int = BINS) -> list[float]:  # (m,)
+    """The share of the energy on each tenth of W0's directions, the strongest tenth first, and as
+    the last entry the share outside all of them.
     """
     edges = [round(i * len(p) / bins) for i in range(bins + 1)]
     return [float(p[a:b].sum()) for a, b in pairwise(edges)] + [max(0.0, 1 - float(p.sum()))]
 
 
 def intruders(base: Svd, w: Tensor, update: Svd) -> int:
-    """How many of the top singular vectors of w + dW are like none of w's."""
+    """The number of intruder dimensions: top singular vectors of w + dW that are like none of w.
+
+    Args:
+        base: The SVD of w.
+        w: W0, (out, in).
+        update: The SVD of dW.
+    """
     tuned = of_dense(w + update.dense()).top(TOP)
     return int(((base.u.t() @ tuned.u).abs().amax(0) < COSINE).sum())
 
@@ -76,7 +92,12 @@ def figures(
 ) -> dict[str, Any]:
     """The figures of one site, by their names in the JSON.
 
-    `top_projection` is that of so many of W0's own directions.
+    Args:
+        fingerprint: That of the base.
+        path: The module path.
+        w: W0, (out, in).
+        update: The SVD of dW.
+        directions: `top_projection` is the norm of W0 in so many of its own top directions.
     """
     base = cached_svd(fingerprint, path, w)
     if not len(update.s):

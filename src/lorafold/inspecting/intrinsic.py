@@ -1,12 +1,12 @@
-"""The intrinsic dimension of a task: the smallest random subspace in which training gets most of
-the way that full training gets.
+"""The intrinsic dimension of a task: the dimension of the smallest random subspace in which
+training reaches 90% of the improvement of full training.
 
     reached(d) = (L_base - L_d) / (L_base - L_full) >= 0.9          L the held-out loss, in nats
 
-Li et al. 2018, arXiv 1804.08838, sec. 2; on fine-tuning Aghajanyan et al. 2021, arXiv 2012.13255,
-whose subspace it is (`methods.fastfood`). Powers of 2 are bisected, so it is found to a factor of
-2. Every run that is done is kept as a file, and one that was stopped goes on from its checkpoint:
-the same command goes on with the search.
+Li et al. 2018, arXiv 1804.08838, sec. 2; for fine-tuning Aghajanyan et al. 2021, arXiv 2012.13255,
+whose subspace is used (`methods.fastfood`). The search bisects powers of 2, so the result is exact
+to a factor of 2. It writes the loss of every finished run to a file, and a stopped run resumes from
+its checkpoint, so the same command continues a search that was stopped.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lorafold.training.run import train
 
 @dataclass(frozen=True)
 class Point:
-    """A run in a subspace: its dimension, the held-out loss it ended with, and the share of full
-    training's gain that is.
+    """A run in a subspace: its dimension, its final held-out loss in nats, and the share that it
+    reached of the improvement of full training.
     """
 
     dimension: int
@@ -48,8 +48,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Intrinsic:
-    """dimension: None where not even the largest tried gets there; points: all runs, by
-    dimension.
+    """The result: `dimension` is None if even the largest one that was tried does not reach
+    `share`; `points` has all runs in ascending order of dimension.
     """
 
     dimension: int | None
@@ -62,17 +62,22 @@ class Intrinsic:
 def search(
     request: Request, smallest: int, largest: int, share: float, tell: Callable[[Point], None]
 ) -> Intrinsic:
-    """Bisect the powers of 2 from `smallest` to `largest`.
+    """Find the smallest power of 2 that reaches a share of the improvement of full training.
 
-    `request` says model, data, recipe and, as `out`, where runs are kept; its recipe's method is
-    left aside; it needs held-out rows. `tell` hears of every point.
+    Args:
+        request: The model, the data with held-out rows, the recipe, whose method is ignored, and as
+            `out` the directory of the search.
+        smallest, largest: The range of dimensions.
+        share: The share to reach, above 0 and at most 1.
+        tell: Called with each point as it is measured.
 
-    LorafoldError as `train`, for a directory that holds another search, and where full training
-    gains nothing.
+    Raises LorafoldError as `train`, for a directory that has another search in it, and where full
+    training does not lower the held-out loss.
     """
     out, recipe = request.out, request.recipe
     if "base" not in recipe.model_fields_set:
-        recipe = recipe.model_copy(update={"base": "fp32"})  # which full training can't do without
+        # full training can't train quantized weights
+        recipe = recipe.model_copy(update={"base": "fp32"})
     check(
         out,
         {
@@ -87,8 +92,8 @@ def search(
     full = kept(out / "full.json", lambda: run(request, recipe, out / "full", "full"))
     if full >= base:
         raise LorafoldError(
-            f"intrinsic: full training raised the held-out loss from {base:.4f} to {full:.4f};"
-            " expected it to learn"
+            f"intrinsic: full training changed the held-out loss from {base:.4f} to {full:.4f},"
+            " expected a lower one; try another learning rate (lr), more steps or more data"
         )
     points: dict[int, Point] = {}
 
@@ -112,33 +117,47 @@ def search(
 
 
 def check(out: Path, identity: dict) -> None:
-    """Start the directory, or see that it is this search's."""
+    """Start the directory of a search, or check that it has this search in it.
+
+    Raises LorafoldError if it has another search or other files in it.
+    """
     file = out / "search.json"
     if file.exists():
         found = read_object(file)
-        # fields that the recipe did not know yet count as their defaults
+        # recipe fields that an earlier version did not have yet take their defaults
         found["recipe"] = Recipe().model_dump(mode="json") | found.get("recipe", {})
         if found != json.loads(json.dumps(identity)):
             raise LorafoldError(
-                f"{out} holds another search: its model, data or recipe differ; choose another"
-                " --out"
+                f"{out}: found a search with another model, data or recipe; choose another --out"
             )
         return
     if out.exists() and any(out.iterdir()):
-        raise LorafoldError(f"{out} exists and is no search's; choose another --out")
+        raise LorafoldError(
+            f"{out}: found files that are not from a search; choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, identity)
 
 
 def kept(file: Path, measure: Callable[[], float]) -> float:
-    """The loss in the file; measured, and written there, if there is none."""
+    """The loss in the file; if there is no such file, it is measured and written there."""
     if not file.exists():
         write_json(file, {"loss": measure()})
     return float(read_object(file)["loss"])
 
 
 def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int) -> float:
-    """The held-out loss at the end of a run, which leaves nothing but that."""
+    """The held-out loss at the end of a run, whose files are removed.
+
+    Args:
+        request: The model and the data.
+        recipe: The recipe; its method and options are replaced.
+        out: The directory of the run; if it has checkpoints, they are resumed.
+        method: The name of the method to train.
+        options: Options of the method.
+
+    Raises LorafoldError as `train`, and Interrupted after SIGINT or SIGTERM.
+    """
     recipe = fitting(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:
@@ -148,7 +167,8 @@ def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int
         )
     except Interrupted as stop:
         raise Interrupted(
-            f"stopped; what is done lies in {request.out}, and the same command goes on from there",
+            f"stopped; the finished runs are in {request.out}, and the same command continues the"
+            " search",
             stop.code,
         ) from stop
     shutil.rmtree(out)
@@ -157,6 +177,7 @@ def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int
 
 
 def bare_loss(request: Request, recipe: Recipe) -> float:
+    """The held-out loss of the base, in nats a token."""
     source, device = resolve_model(request.model, request.revision), choose_device(request.device)
     model = load_model(
         source,

@@ -1,4 +1,4 @@
-"""The loss of whatever a model is at the moment, on rows that are encoded once."""
+"""The loss of a model whose adapters change between measurements; the rows are tokenized once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 def loss_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> Callable[[], float]:
-    """Mean loss in nats per labelled token, a call for each time the model has changed.
+    """A function that measures the model as it is: the mean loss in nats a labelled token.
 
-    LorafoldError for bad rows.
+    Args:
+        model, tokenizer: A causal language model, with any adapters.
+        rows: Rows of the forms that training takes.
+        max_length: Longer examples are cut to this many tokens.
+
+    Raises LorafoldError for bad rows.
     """
     data = encode(rows, tokenizer, max_length)
     return partial(held_out_loss, Completions(model, packed=False, pad_id=0), data.examples)
@@ -30,12 +35,19 @@ def loss_on(
 def losses_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> dict[str, float]:
-    """The losses with the first and with the second of two adapters that a model carries, each
-    alone.
+    """The losses of two adapters, each active alone: `loss_before` of the one that was attached
+    first, `loss_after` of the other, in nats a labelled token.
+
+    Args:
+        model, tokenizer: A causal language model with exactly two adapters attached.
+        rows: Rows of the forms that training takes.
+        max_length: Longer examples are cut to this many tokens.
+
+    Raises LorafoldError for bad rows.
     """
     loss = loss_on(model, tokenizer, rows, max_length)
     found = {}
-    for word, name in zip(("loss_before", "loss_after"), selection_of(model).names, strict=True):
+    for key, name in zip(("loss_before", "loss_after"), selection_of(model).names, strict=True):
         with only(model, name):
-            found[word] = loss()
+            found[key] = loss()
     return found

@@ -1,12 +1,11 @@
 """The loss along straight lines in weight space, on the user's data.
 
-    base + t dW                     t from -0.5 to 1.5: how far a step too many, or one back, would
-                                    cost
-    base + (1 - t) dW_a + t dW_b    t from 0 to 1: are two adapters connected without a barrier?
+    base + t dW                     t from -0.5 to 1.5: whether a smaller or larger update is better
+    base + (1 - t) dW_a + t dW_b    t from 0 to 1: whether a barrier separates two adapters
     barrier                         max over t of L(t) - ((1 - t) L(0) + t L(1)), in nats
 
-The weight is scaled, not the factors, so the line is straight for any method that folds: `Mix`
-gives W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
+The update is scaled, not its factors, so the line is straight for every method that folds: `Mix`
+computes W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
 1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
 """
 
@@ -30,15 +29,15 @@ if TYPE_CHECKING:
 
 SCALES = tuple(i / 4 for i in range(-2, 7))
 BETWEEN = tuple(i / 10 for i in range(11))
-LINE = "line"  # the name that the mixture of adapters has on the model
+LINE = "line"  # the name under which the weighted sum of adapters is attached
 
 Point = tuple[float, float]  # t, loss in nats a labelled token
 
 
 @contextmanager
 def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence[float]], None]]:
-    """Only a weighted sum of the named adapters is live until the block ends; the function sets the
-    weights, in the order of the names.
+    """A context in which only a weighted sum of the named adapters is active. It yields a function
+    that sets the weights, in the order of the names.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
@@ -64,7 +63,14 @@ def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence
 def scaling(
     model: nn.Module, name: str, loss: Callable[[], float], points: Sequence[float] = SCALES
 ) -> list[Point]:
-    """The loss at base + t dW; `loss` measures the model as it is."""
+    """The loss at base + t dW.
+
+    Args:
+        model: With the adapter attached.
+        name: The adapter.
+        loss: Measures the model as it is.
+        points: The values of t.
+    """
     with mixed(model, [name]) as weigh:
         return [(t, _at(weigh, [t], loss)) for t in points]
 
@@ -76,15 +82,21 @@ def between(
     loss: Callable[[], float],
     points: Sequence[float] = BETWEEN,
 ) -> list[Point]:
-    """The loss on the line from one adapter to the other."""
+    """The loss at base + (1 - t) dW_a + t dW_b.
+
+    Args:
+        model: With both adapters attached.
+        first, second: The adapters a and b.
+        loss: Measures the model as it is.
+        points: The values of t.
+    """
     with mixed(model, [first, second]) as weigh:
         return [(t, _at(weigh, [1 - t, t], loss)) for t in points]
 
 
 def barrier(points: Sequence[Point]) -> float:
-    """How far the loss rises above the straight line between the ends.
-
-    `points`: from t = 0 to t = 1.
+    """How far the loss rises above the straight line between the losses at t = 0 and t = 1, in
+    nats; `points` are in ascending order of t.
     """
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
@@ -100,8 +112,15 @@ def _at(
 def measured_paths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
 ) -> dict[str, Any]:
-    """Along the first adapter that a model carries and, where there is a second, from the one to
-    the other, by their names in the JSON.
+    """The losses along the lines, by their names in the JSON: scaling the first adapter and, if
+    there is a second one, from the first to the second.
+
+    Args:
+        model, tokenizer: A causal language model with one adapter or two attached.
+        rows: Rows of the forms that training takes.
+        max_length: Longer examples are cut to this many tokens.
+
+    Raises LorafoldError for bad rows.
     """
     loss, (first, *others) = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     found: dict[str, Any] = {"rows": len(rows), "scaling": scaling(model, first, loss)}

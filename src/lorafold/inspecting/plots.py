@@ -1,6 +1,4 @@
-"""The drawings of the page: each a small SVG, so that as many stand side by side as the screen is
-wide.
-"""
+"""The plots of the page, as small SVG drawings of which several fit side by side on a screen."""
 
 from __future__ import annotations
 
@@ -17,8 +15,13 @@ Grid = Sequence[Sequence[float]]
 
 
 def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) -> str:
-    """Singular values of one kind of module over the largest, a line a block, dark at the bottom of
-    the model.
+    """The singular values of one kind of module, divided by the largest: one line for each block,
+    dark for the first blocks.
+
+    Args:
+        kind: The title.
+        spectra_by_path: Singular values in descending order, by module path.
+        depth: The number of the last block.
     """
     from matplotlib import colormaps
 
@@ -32,17 +35,24 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
                 linewidth=0.9,
             )
         axes.set(xlabel="direction", ylabel="s / s₁", yscale="log")
-        axes.minorticks_off()  # a third of the drawing's time
+        axes.minorticks_off()  # they take a third of the time of the plot
 
     return drawing(draw, kind, SMALL)
 
 
 def heat(title: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
-    """Values from 0 to 1 in colour; rows and columns are numbered from `first`."""
+    """A heat map of values from 0 to 1.
+
+    Args:
+        title: The title.
+        grid: The values, line by line.
+        down, across: The labels of the axes.
+        first: The number of the first line and of the first column.
+    """
 
     def draw(axes: Any) -> None:
-        rows, columns = len(grid), len(grid[0])
-        extent = (first - 0.5, first + columns - 0.5, first + rows - 0.5, first - 0.5)
+        lines, columns = len(grid), len(grid[0])
+        extent = (first - 0.5, first + columns - 0.5, first + lines - 0.5, first - 0.5)
         shown = axes.imshow(
             grid, vmin=0, vmax=1, cmap=SCALE, extent=extent, aspect="auto", interpolation="nearest"
         )
@@ -55,7 +65,14 @@ def heat(title: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
 def line(
     title: str, points: Sequence[tuple[float, float]], across: str, marked: dict[float, str]
 ) -> str:
-    """Loss along a path, with names at some places."""
+    """The loss along a line in weight space.
+
+    Args:
+        title: The title.
+        points: Pairs of t and the loss in nats a token.
+        across: The label of the axis of t.
+        marked: Names to write at some values of t.
+    """
 
     def draw(axes: Any) -> None:
         axes.plot(*zip(*points, strict=True), marker=".")
@@ -77,24 +94,29 @@ def line(
 def position(
     title: str, read: Sequence[float], written: Sequence[float], shape: tuple[int, int]
 ) -> str:
-    """An update's energy over tenths of the base's singular directions, the strongest first; last,
-    what lies outside them. Dashed: what no preference would give.
+    """The energy of an update on each tenth of the base's singular directions. Dashed lines show
+    an even distribution.
+
+    Args:
+        title: The title.
+        read, written: Shares as `base_svd.binned` gives them.
+        shape: (out, in) of the weight.
     """
 
     def draw(axes: Any) -> None:
-        places = range(len(read))
-        for word, heights, shift, n in (
+        bins = range(len(read))
+        for label, heights, shift, n in (
             ("read", read, -0.2, shape[1]),
             ("written", written, 0.2, shape[0]),
         ):
-            bars = axes.bar([i + shift for i in places], heights, 0.4, label=word)
+            bars = axes.bar([i + shift for i in bins], heights, 0.4, label=label)
             axes.axhline(
                 min(shape) / n / (len(read) - 1),
                 color=bars[0].get_facecolor(),
                 linewidth=0.8,
                 linestyle="--",
             )
-        axes.set_xticks(list(places), [*(str(i + 1) for i in places[:-1]), "out"])
+        axes.set_xticks(list(bins), [*(str(i + 1) for i in bins[:-1]), "out"])
         axes.set(xlabel="tenth of W0's directions, strongest first", ylabel="share of the energy")
         axes.legend(fontsize=8)
 
@@ -102,7 +124,7 @@ def position(
 
 
 def shade(share: float) -> tuple[str, str]:
-    """A background and an ink to read on it, for a share from 0 to 1."""
+    """The background colour for a share from 0 to 1, and a legible text colour on it."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -1,15 +1,18 @@
-"""What a direction of an update reads and writes: the tokens, and the user's own vectors, that lie
-nearest to it.
+"""The tokens, and the user's own vectors, that a direction of an update reads and writes: those
+with the largest cosine to it. Singular vectors are projected to the vocabulary as in Millidge and
+Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are Highly
+Interpretable".
 
     W reads the residual stream h through a norm with gain g:   v^T (g * h) = (g * v)^T h
-        so g * v, beside the rows of the embedding
-    W writes u to it:                                           logits E' (g' * u)
-        so g' * u, g' the final norm's gain, beside the rows of the unembedding E'
+        so g * v is compared with the vectors of the embedding E
+    W writes u to the residual stream:                          logits E' (g' * u)
+        so g' * u, with the gain g' of the final norm, is compared with the vectors of the
+        unembedding E'
 
-"Beside" is the cosine. The embedding's own inputs and the head's own outputs are tokens already:
-there the entries of v and u, which have norm 1, are shown. u and v are only known up to a sign that
-they share, so both ends of a direction are: what it reads and writes together, and what it reads
-and writes with the opposite sign. A norm's division by |h| and its mean's removal are passed over.
+The inputs of the embedding and the outputs of the head are tokens already, so there the entries of
+v and u are shown, which are cosines as v and u have norm 1. A pair u, v is unique only up to a
+common sign, so both ends of a direction are shown: a token on the + side of what is read goes with
+the + side of what is written. The norm's division by |h| and subtraction of the mean are ignored.
 """
 
 from __future__ import annotations
@@ -30,63 +33,71 @@ from lorafold.inspecting.residual import Stream, gain
 from lorafold.inspecting.updates import Svd
 from lorafold.models.weights import FileWeights
 
-DIRECTIONS = 3  # of a module, the strongest
+DIRECTIONS = 3  # the strongest directions of a module, which are shown
 DRAWN = 64  # random directions to compare with
 SHOWN = 6  # tokens at each end of a direction
-VECTORS = 10  # of the user's, those with the largest share of a module's update
-ROWS = 8192  # of the vocabulary at a time
+VECTORS = 10  # the user's vectors with the largest shares of a module's update
+CHUNK = 8192  # vectors of the vocabulary that are converted to fp32 at a time
 
 
 @dataclass(frozen=True)
 class Near:
-    """The places of the largest and of the smallest values along each direction, and the values:
-    (SHOWN, directions) each.
+    """The largest and the smallest values along each direction: (values, indices) for both ends,
+    each (SHOWN, directions).
     """
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
 
     def named(self, direction: int, name: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
-        """The two ends of a direction; the values are cosines."""
+        """The two ends of a direction, with the name of each index; the values are cosines."""
 
-        def end(values: Tensor, places: Tensor) -> list[dict[str, Any]]:
-            pairs = zip(places[:, direction].tolist(), values[:, direction].tolist(), strict=True)
+        def end(values: Tensor, indices: Tensor) -> list[dict[str, Any]]:
+            pairs = zip(indices[:, direction].tolist(), values[:, direction].tolist(), strict=True)
             return [{"name": name(i), "cosine": value} for i, value in pairs]
 
         return {"positive": end(*self.top), "negative": end(*self.bottom)}
 
 
-# (V, d), (d, n), any lengths
-def nearest(rows: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
-    """By cosine. `rows` may be in any dtype; a part of them at a time is brought to fp32."""
+def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
+    """The vectors with the largest and the smallest cosine to each direction.
+
+    Args:
+        vectors: (V, d), of any length and dtype; CHUNK of them at a time are converted to fp32.
+        directions: (d, n), of any length.
+        shown: How many at each end.
+    """
     unit = F.normalize(directions, dim=0)
     near = [
-        extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * ROWS)
-        for i, part in enumerate(rows.split(ROWS))
+        extremes(F.normalize(part.float(), dim=1) @ unit, shown, i * CHUNK)
+        for i, part in enumerate(vectors.split(CHUNK))
     ]
 
     def merged(ends: Sequence[tuple[Tensor, Tensor]], sign: int) -> tuple[Tensor, Tensor]:
-        values, places = (torch.cat(parts) for parts in zip(*ends, strict=True))
+        values, indices = (torch.cat(parts) for parts in zip(*ends, strict=True))
         best = (sign * values).topk(min(shown, len(values)), 0).indices
-        return values.gather(0, best), places.gather(0, best)
+        return values.gather(0, best), indices.gather(0, best)
 
     return Near(merged([n.top for n in near], 1), merged([n.bottom for n in near], -1))
 
 
-def chance(rows: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
-    """How near the nearest row lies to a random direction on average: a cosine that a direction
-    must beat to be about a token.
+def chance(vectors: Tensor, through: Tensor | None) -> float:  # (n, d), (d,)
+    """The mean cosine of a random direction, with the gain `through`, to the nearest of the
+    vectors. A direction means a token only if its cosine is above this.
     """
-    directions = torch.randn(rows.shape[1], DRAWN, generator=torch.Generator().manual_seed(0))
-    return float(
-        nearest(rows, directions if through is None else through[:, None] * directions, 1)
-        .top[0]
-        .mean()
-    )
+    directions = torch.randn(vectors.shape[1], DRAWN, generator=torch.Generator().manual_seed(0))
+    scaled = directions if through is None else through[:, None] * directions
+    return float(nearest(vectors, scaled, 1).top[0].mean())
 
 
-def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V, n)
-    """The largest and the smallest; `first` is the place of the first row."""
+def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:
+    """The largest and the smallest values of each column.
+
+    Args:
+        values: (V, n).
+        shown: How many at each end.
+        first: The index of the first vector, which is added to all indices.
+    """
     k = min(shown, len(values))
     (top, at_top), (bottom, at_bottom) = values.topk(k, 0), values.topk(k, 0, largest=False)
     return Near((top, at_top + first), (bottom, at_bottom + first))
@@ -94,8 +105,8 @@ def extremes(values: Tensor, shown: int = SHOWN, first: int = 0) -> Near:  # (V,
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a module: its singular directions (d, k), in the residual stream's own
-    coordinates or over the vocabulary.
+    """One side of a module: its singular directions (d, k) in the residual stream, or (V, k) over
+    the vocabulary if `of_tokens`.
     """
 
     directions: Tensor
@@ -103,7 +114,14 @@ class Side:
 
 
 def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side | None:
-    """None for a module that reads something else than tokens or the residual stream."""
+    """The input side of a module, or None if it reads neither tokens nor the residual stream.
+
+    Args:
+        model: Has the norm before the module.
+        stream: The modules of the residual stream.
+        path: The module path.
+        svd: The SVD of the module's update.
+    """
     if path == stream.embedding:
         return Side(svd.v, True)
     if (norm := stream.readers.get(path)) is None:
@@ -114,17 +132,29 @@ def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side
 
 
 def writing(stream: Stream, path: str, svd: Svd) -> Side | None:
-    """None for a module that writes to something else than logits or the residual stream."""
+    """The output side of a module, or None if it writes neither logits nor the residual stream.
+
+    Args:
+        stream: The modules of the residual stream.
+        path: The module path.
+        svd: The SVD of the module's update.
+    """
     if path == stream.head:
         return Side(svd.u, True)
     return Side(svd.u, False) if path in stream.writers else None
 
 
 def tables(
-    sides: Mapping[str, Side], rows: Tensor, through: Tensor | None, name: Callable[[int], str]
+    sides: Mapping[str, Side], vectors: Tensor, through: Tensor | None, name: Callable[[int], str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The nearest of `rows` (n, d) to the first directions of each side, by path: all in one pass
-    over the rows. `through` (d,): the gain between a direction and the rows.
+    """The nearest vectors to the first directions of each side, by module path. All sides share one
+    pass over the vectors.
+
+    Args:
+        sides: By module path.
+        vectors: (n, d): the vocabulary's, or the user's own.
+        through: (d,): the gain between a direction and the vectors, or None.
+        name: The name of a vector by its index.
     """
     found = {
         path: _named(extremes(side.directions[:, :DIRECTIONS]), name)
@@ -136,11 +166,8 @@ def tables(
     }
     if streams:
         together = torch.cat(list(streams.values()), 1)
-        named = iter(
-            _named(
-                nearest(rows, together if through is None else through[:, None] * together), name
-            )
-        )
+        scaled = together if through is None else through[:, None] * together
+        named = iter(_named(nearest(vectors, scaled), name))
         found |= {
             path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
         }
@@ -152,9 +179,10 @@ def _named(near: Near, name: Callable[[int], str]) -> list[dict[str, Any]]:
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
-    """Names and vectors (n, d) of a safetensors file: a tensor (d,) is one, a tensor (n, d) or (d,
-    n) is n, named by number, as an SAE's decoder has them. LorafoldError lists tensors of other
-    shapes.
+    """Names and vectors (n, d) of a safetensors file. A tensor (d,) is one vector; (n, d) or (d,
+    n), as in the decoder of a sparse autoencoder, is n vectors, named by their numbers.
+
+    Raises LorafoldError with every tensor of another shape.
     """
     file, names, found, problems = (
         FileWeights([Path(path)]),
@@ -168,18 +196,23 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
             problems.append(f"{name}: shape {list(shape)}, expected [{size}] or [n, {size}]")
             continue
         tensor = file.get(name).float()
-        rows = tensor[None] if tensor.dim() == 1 else tensor if shape[1] == size else tensor.t()
-        names += [name] if tensor.dim() == 1 else [f"{name}[{i}]" for i in range(len(rows))]
-        found.append(rows)
+        vectors = tensor[None] if tensor.dim() == 1 else tensor if shape[1] == size else tensor.t()
+        names += [name] if tensor.dim() == 1 else [f"{name}[{i}]" for i in range(len(vectors))]
+        found.append(vectors)
     if problems or not found:
-        raise LorafoldError(f"{path}: {'; '.join(problems) or 'no vectors in it'}")
+        none = f"found no tensors, expected [{size}] or [n, {size}]"
+        raise LorafoldError(f"{path}: {'; '.join(problems) or none}")
     return names, torch.cat(found)
 
 
-def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (d, k), (k,), (n, d) -> (n,)
-    """The share of an update's energy on each vector: |dW f|^2 / |dW|^2 for one that is read, |f^T
-    dW|^2 / |dW|^2 for one that is written, f the vector at length 1. 1 / d of it lies on any one on
-    average.
+def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
+    """The share of an update's energy on each vector f of length 1: |dW f|^2 / |dW|^2 on the input
+    side, |f^T dW|^2 / |dW|^2 on the output side. A random f has 1 / d on average.
+
+    Args:
+        side: A side in the residual stream.
+        s: The singular values of the update, (k,).
+        vectors: (n, d), of any length.
     """
     along = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (along * s).square().sum(1) / s.square().sum()
@@ -188,7 +221,14 @@ def shares(side: Side, s: Tensor, vectors: Tensor) -> Tensor:  # (d, k), (k,), (
 def largest_shares(
     side: Side, s: Tensor, names: Sequence[str], vectors: Tensor
 ) -> dict[str, float]:
-    """The vectors with the largest shares, largest first."""
+    """The vectors with the largest shares, in descending order.
+
+    Args:
+        side: A side in the residual stream.
+        s: The singular values of the update, (k,).
+        names: The names of the vectors.
+        vectors: (n, d), of any length.
+    """
     found = shares(side, s, vectors)
-    values, places = found.topk(min(VECTORS, len(found)))
-    return {names[i]: value for i, value in zip(places.tolist(), values.tolist(), strict=True)}
+    values, indices = found.topk(min(VECTORS, len(found)))
+    return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

@@ -1,6 +1,5 @@
-"""The page a person reads: the advice, then what it rests on.
-
-Made of the JSON's figures alone, so that it shows none that is not there.
+"""The report of `lorafold inspect`: a table for the terminal, and an HTML page with the advice and
+the figures behind it. Both show only figures that the JSON has too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 from lorafold.files.page import document
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
-from lorafold.inspecting.tables import Figures, shares, words
+from lorafold.inspecting.tables import Figures, shares, tokens
 
 STYLE = """
 .advice { border-left: 4px solid #2a788e; padding: .1rem 1rem .1rem 2rem; background: #f4f8f9; }
@@ -46,7 +45,7 @@ MAPS = {  # figure: heading, format
 
 
 def table(found: Figures) -> Table:
-    """Means by kind of module, for the terminal."""
+    """The means of each kind of module, for the terminal."""
     shown = Table(
         Column("module", no_wrap=True),
         "rank",
@@ -75,16 +74,17 @@ def table(found: Figures) -> Table:
 
 
 def page(found: Figures, path: str | Path) -> None:
-    """Write everything that was measured as one HTML file."""
+    """Write all figures as one HTML file that needs no other."""
     document(f"Inside {Path(found['adapter']).name}", "".join(sections(found)), path, STYLE)
 
 
 def sections(found: Figures) -> Iterator[str]:
+    """The HTML of the page, in parts."""
     whole, sites = found["whole"], found["sites"]
     beside = "".join(
-        f"; {count} × {kind} beside it, not measured" for kind, count in found["beside"].items()
+        f"; it also has {count} × {kind}, not measured" for kind, count in found["beside"].items()
     )
-    yield f"<p>{html.escape(found['method'])} over {html.escape(found['model'])}{beside}.</p>"
+    yield f"<p>{html.escape(found['method'])} on {html.escape(found['model'])}{beside}.</p>"
     yield (
         '<ul class="advice">'
         + "".join(f"<li>{html.escape(text)}</li>" for text in found["advice"])
@@ -103,7 +103,10 @@ def sections(found: Figures) -> Iterator[str]:
             "median amplification": shown(whole["amplification"], ".2f"),
         }
     )
-    yield "<h2>Where it learnt</h2><p>A row a block, a column a kind of module.</p>"
+    yield (
+        "<h2>Where it changed the model</h2><p>Each line is a block, each column a kind of"
+        " module.</p>"
+    )
     measured = {
         name: how for name, how in MAPS.items() if any(name in site for site in sites.values())
     }
@@ -115,10 +118,10 @@ def sections(found: Figures) -> Iterator[str]:
         "grid maps",
     )
     yield (
-        "<h2>Spectra</h2><p>Singular values over the largest; dark lines are early blocks, bright"
-        " ones late. Where they fall steeply, a "
+        "<h2>Spectra</h2><p>Singular values divided by the largest; dark lines are early blocks,"
+        " bright lines late ones. Where a line falls steeply, few directions carry the update.</p>"
     )
-    yield "few carry the update.</p>" + grid(spectra(sites))
+    yield grid(spectra(sites))
     if "paths" in found:
         yield from paths(found["paths"])
     if "against" in found:
@@ -127,21 +130,22 @@ def sections(found: Figures) -> Iterator[str]:
         yield from positions(sites)
     if found["layers"]:
         yield (
-            "<h2>The same at every depth?</h2><p>phi of the four strongest directions that each two"
-            " blocks read from the residual "
+            "<h2>Blocks compared</h2><p>phi of the four strongest directions that every two blocks"
+            " read from the residual stream, or write to it: 1 for the same subspace, 0 for"
+            " orthogonal ones.</p>"
         )
-        yield "stream, or write to it: 1 is the same subspace, 0 has nothing in common.</p>"
         yield grid(
             [
                 plots.heat(f"{kind}, {of['side']}", of["phi"], "block", "block", 0)
                 for kind, of in found["layers"].items()
             ]
         )
-    yield from words(sites, found["chance_cosine"], found["tokens_left_out"])
+    yield from tokens(sites, found["chance_cosine"], found["tokens_left_out"])
     yield from shares(sites)
 
 
 def cards(figures: Mapping[str, str]) -> str:
+    """Figures with their names, in boxes."""
     return (
         '<div class="cards">'
         + "".join(f"<div><b>{value}</b>{name}</div>" for name, value in figures.items())
@@ -150,14 +154,23 @@ def cards(figures: Mapping[str, str]) -> str:
 
 
 def grid(drawings: Sequence[str], style: str = "grid") -> str:
+    """Drawings side by side, as many as fit."""
     return f'<div class="{style}">{"".join(drawings)}</div>'
 
 
 def shown(value: float | None, form: str) -> str:
+    """The formatted value, or a dash for None."""
     return "–" if value is None else f"{value:{form}}"
 
 
 def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
+    """A table of one figure, with blocks down and kinds of module across, as a heat map.
+
+    Args:
+        sites: The figures of each site.
+        name: The name of the figure.
+        form: Its format.
+    """
     kinds = by_kind(list(sites))
     values = {kind_of(path): site.get(name) for path, site in sites.items()}
     most = max((value for value in values.values() if value is not None), default=0) or 1
@@ -179,6 +192,7 @@ def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
 
 
 def spectra(sites: Mapping[str, Figures]) -> list[str]:
+    """A plot of singular values for each kind of module."""
     depth = max((kind_of(path)[1] or 0 for path in sites), default=0)
     kinds = {
         kind: {p: s for p in paths if (s := sites[p]["singular_values"])}
@@ -188,9 +202,10 @@ def spectra(sites: Mapping[str, Figures]) -> list[str]:
 
 
 def paths(found: Figures) -> Iterator[str]:
+    """The section on the loss along lines in weight space."""
     yield (
-        f"<h2>The loss along the way</h2><p>On {found['rows']} rows. t scales the whole update: 0"
-        " is the base, 1 the adapter.</p>"
+        f"<h2>The loss along lines in weight space</h2><p>On {found['rows']} rows. t scales the"
+        " whole update: 0 is the base, 1 the adapter.</p>"
     )
     drawn = [plots.line("base + t dW", found["scaling"], "t", {0.0: "base", 1.0: "adapter"})]
     if "between" in found:
@@ -206,27 +221,28 @@ def paths(found: Figures) -> Iterator[str]:
 
 
 def against(found: Figures) -> Iterator[str]:
+    """The section on a second adapter."""
     yield (
-        f"<h2>Beside {html.escape(found['adapter'])}</h2><p>phi(i, j): the share of the smaller"
-        " subspace that lies in the larger: "
+        f"<h2>Compared with {html.escape(found['adapter'])}</h2><p>phi(i, j) compares this"
+        " adapter's top i directions with the other's top j: it is the share of the smaller"
+        " subspace that lies in the larger one, as a mean over blocks.</p>"
     )
-    yield "those of this adapter's top i directions and the other's top j; means over blocks.</p>"
-    for word, name in (("read", "phi_read"), ("written", "phi_written")):
-        yield f"<h3>What is {word}</h3>"
+    for side, name in (("read", "phi_read"), ("written", "phi_written")):
+        yield f"<h3>Directions {side}</h3>"
         yield grid(
             [
-                plots.heat(kind, grids[name], "i, this one", "j, the other")
+                plots.heat(kind, grids[name], "i, this adapter", "j, the other")
                 for kind, grids in found["kinds"].items()
             ]
         )
 
 
 def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
+    """The section on the update in the spectrum of the base."""
     yield (
-        "<h2>Where in the base's spectrum</h2><p>The update's energy over the base's singular"
-        " directions; the dashed lines are what "
+        "<h2>The update in the base's spectrum</h2><p>The share of the update's energy on each"
+        " tenth of the base's singular directions; dashed lines show an even distribution.</p>"
     )
-    yield "no preference would give.</p>"
     drawn = []
     for kind, of_kind in by_kind(
         [path for path, site in sites.items() if "position_read" in site]

@@ -1,14 +1,16 @@
-"""Which modules read the residual stream, through which norm, and which write to it: found by
-running the model, not by its names.
+"""The modules that read the residual stream h, with the norm before each, and those that write to
+it. They are found by running a fake model, whatever the modules are called.
 
-    x = g * h / |h|_rms (+ b)       a norm; what takes exactly its output reads h, a direction v of
-                                    its inputs being g v of h's
-    x = h                           what takes a block's own input reads h too (where norms come
-                                    after: OLMo 2)
-    h + W x                         what reads h in neither way and gives vectors of h's size writes
-                                    to h
+    x = g * h / |h|_rms (+ b)       a module whose input is the output of a norm reads h; its input
+                                    direction v is the direction g * v of h
+    x = h                           a module whose input is a block's own input reads h too (in
+                                    models such as OLMo 2, whose norms come after)
+    h + W x                         a module that reads h in neither way, with outputs of h's size,
+                                    writes to h
 
-The run has no values (`lorafold.models.fake`), so it costs no memory and reads no weight.
+Fake tensors have no values (`lorafold.models.fake`), so the run takes no memory and reads no
+weights. On the residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer
+Circuits".
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from lorafold.models.storage import Storage
 
 @dataclass(frozen=True)
 class Stream:
-    """`readers`: the norm before each module that reads the residual stream, empty where there is
-    none; `writers` write to it; `embedding` and `head` are the vocabulary's two ends, `size` the
-    number of the stream's dimensions.
+    """The modules of the residual stream, by path. `readers` maps each module that reads it to the
+    norm before it, or to "" without one; `writers` write to it; `embedding` and `head` connect it
+    with the vocabulary; `size` is its dimension.
     """
 
     readers: dict[str, str]
@@ -44,18 +46,20 @@ class Stream:
 
     @property
     def final_norm(self) -> str | None:
+        """The path of the norm before the head, or None."""
         return self.readers.get(self.head) or None
 
 
 def stream_of(model: PreTrainedModel) -> Stream:
-    """Trace a model of this configuration on four tokens."""
+    """The modules of the model's residual stream, from a run of a fake model on four tokens."""
     config = model.config
-    outputs: dict[int, str] = {}  # storage -> the norm that it came from, empty for a block's input
+    # from a tensor's memory to the norm that computed it, or "" for a block's input
+    outputs: dict[int, str] = {}
     readers: dict[str, str] = {}
     seen: set[str] = set()
-    kept: list[Tensor] = []  # a storage that was given back might be another's soon
+    kept: list[Tensor] = []  # keeps memory from being reused, which would mix up `outputs`
     with without_values(), torch.no_grad():
-        # in bf16, which mixtures of experts ask for
+        # in bf16, which mixtures of experts require
         twin = fake_model(
             config, Storage(torch.bfloat16), config.get_text_config().num_hidden_layers
         ).eval()
@@ -88,7 +92,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 module.register_forward_pre_hook(partial(read, path))
         for path in blocks(twin):
             twin.get_submodule(path).register_forward_pre_hook(entered)
-        with suppress(RuntimeError):  # code that asks for values is followed that far
+        with suppress(RuntimeError):  # fake tensors end the run at code that needs values
             twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
         writers = {
             path
@@ -99,14 +103,15 @@ def stream_of(model: PreTrainedModel) -> Stream:
 
 
 def is_norm(module: nn.Module, size: int) -> bool:
+    """Whether the module is a norm of the residual stream: it has only vectors of its size."""
     shapes = {tuple(p.shape) for p in module.parameters()}
     return shapes == {(size,)} and not any(True for _ in module.children())
 
 
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """g, whatever the module keeps (Gemma's is g - 1): from two inputs of mean zero and size one,
-    between which a bias cancels.
+    """The gain g of a norm, whatever parameter it is computed from (Gemma's is g - 1): half the
+    difference of the outputs for z and -z, of mean 0 and rms 1, in which a bias cancels.
     """
     z = torch.ones(size)
     z[1::2] = -1

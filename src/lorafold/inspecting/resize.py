@@ -1,12 +1,12 @@
-"""The best adapter of a rank: of another adapter, or of the difference between two models.
+"""The best LoRA of a rank for an update: that of an adapter, or the difference of two models.
 
-    dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in),   U S V^T the r largest singular
-                                                                   parts of dW
-    error       |dW - B A| / |dW|, the least that any B A has (Eckart and Young 1936); |.| the
-                Frobenius norm
+    dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in), where U S V^T are the r largest
+                singular values of dW with their vectors
+    error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| the Frobenius
+                norm
 
-What comes out is plain LoRA whose scale is 1 (alpha = r at every site), whatever the method was.
-Trained biases, modules to save and token rows are carried over as they are.
+The result is plain LoRA with scale 1 (alpha = r at every site), whatever the method was. Trained
+biases, modules to save and embeddings of tokens are copied unchanged.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.ops.svd import best_of_rank
 
-Factors = tuple[Tensor, Tensor]  # B (out, r), A (r, in); r = 0 for an update of nothing
+Factors = tuple[Tensor, Tensor]  # B (out, r), A (r, in); r = 0 for an update that is zero
 NAME = "resized"
 
 
 @dataclass(frozen=True)
 class Resized:
-    """`sites`: rank and relative error by module path; `error` is that of all together; `left_out`:
-    tensors that differ between two models and that an adapter of linears doesn't hold, with the
-    relative size of the difference.
+    """A written adapter: `sites` has rank and relative error by module path, `error` is that of all
+    sites together. `left_out` has the relative difference of tensors that differ between two models
+    and that an adapter of linear layers can't change.
     """
 
     sites: dict[str, dict[str, float]]
@@ -52,6 +52,7 @@ class Resized:
     left_out: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
+        """All fields."""
         return {
             "error": self.error,
             "sites": self.sites,
@@ -63,32 +64,40 @@ class Resized:
         ranks = [site["rank"] for site in self.sites.values()]
         worst = max(self.sites, key=lambda path: self.sites[path]["error"])
         lines = [
-            f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; error"
-            f" {self.error:.2%} of the update's norm, at most {self.sites[worst]['error']:.2%} at a"
-            f" site ({worst})"
+            f"{self.out}: {len(ranks)} sites of rank {min(ranks)} to {max(ranks)}; the error is"
+            f" {self.error:.2%} of the update's norm, and the largest at a site is"
+            f" {self.sites[worst]['error']:.2%} ({worst})"
         ]
         if self.left_out:
             largest = sorted(self.left_out, key=lambda name: -self.left_out[name])[:3]
             shown = ", ".join(f"{name} by {self.left_out[name]:.2%}" for name in largest)
             lines.append(
-                f"  {len(self.left_out)} other tensors differ too and are not in it, most of all"
-                f" {shown}"
+                f"  {len(self.left_out)} other tensors differ between the models and are not in the"
+                f" adapter; the largest differences: {shown}"
             )
         return "\n".join(lines)
 
 
 class Errors:
-    """What truncation loses, site by site."""
+    """The errors of truncation, collected by site."""
 
     def __init__(self) -> None:
         self.sites: dict[str, dict[str, float]] = {}
         self.lost, self.whole = 0.0, 0.0
 
-    def add(self, path: str, rank: int, lost: float, whole: float) -> None:  # squared norms
+    def add(self, path: str, rank: int, lost: float, whole: float) -> None:
+        """Add a site.
+
+        Args:
+            path: The module path.
+            rank: The rank that it was cut to.
+            lost, whole: The squared norms of the error and of the update.
+        """
         self.lost, self.whole = self.lost + lost, self.whole + whole
         self.sites[path] = {"rank": rank, "error": _root(lost, whole)}
 
     def result(self, out: str | Path, left_out: Mapping[str, float] | None = None) -> Resized:
+        """The result for the adapter in the directory `out`."""
         return Resized(self.sites, _root(self.lost, self.whole), str(out), dict(left_out or {}))
 
 
@@ -103,20 +112,34 @@ def resize(
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Resized:
-    """Write the adapter at a rank, or at each site the least rank that holds a share of the energy.
+    """Write the best LoRA for a saved adapter: of one rank, or at each site of the smallest rank
+    that keeps a share of the energy.
 
-    LorafoldError unless one is given.
+    Args:
+        source: The base.
+        path: The adapter.
+        out: The directory to write.
+        rank: The rank of every site; smaller where an update has a smaller one.
+        energy: Instead of a rank, a share above 0 and at most 1.
+        overwrite: Replace `out` if it exists.
+        allow_other_base: Accept an adapter whose fingerprint names another base.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises LorafoldError unless exactly one of rank and energy is given, and for an adapter that has
+    no form in weight space, changes biases with its weights or can't be read.
     """
     if (rank is None) == (energy is None):
-        raise LorafoldError("resize: expected either a rank or an energy")
+        raise LorafoldError(
+            f"resize: found rank {rank} and energy {energy}, expected exactly one of them"
+        )
     model = mapped_model_of(source, trust_remote_code).model
     adapter = load(model, path, NAME, allow_other_base=allow_other_base)
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter):
         if site.changes_bias:
             raise LorafoldError(
-                f"{path}: {type(site.delta).__name__} changes the bias of {site.path} with its"
-                " weight; LoRA can't"
+                f"{path}: {type(site.delta).__name__} changes the bias of {site.path} together with"
+                " its weight, so it can't become LoRA"
             )
         svd = site.parts()
         s = svd.s
@@ -145,21 +168,32 @@ def extract(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Resized:
-    """Write an adapter of a rank from a fine-tuned model and its base: every linear of the blocks,
-    a tensor at a time.
+    """Write the best LoRA for the difference of a fine-tuned model and its base, in the linear
+    layers of the blocks. One tensor at a time is in memory.
 
-    LorafoldError where the two differ in their modules, or not at all in those.
+    Args:
+        base: The base.
+        tuned: The fine-tuned model.
+        out: The directory to write.
+        rank: The rank of every site.
+        overwrite: Replace `out` if it exists.
+        trust_remote_code: Run Python code that comes with the models.
+
+    Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
     one, other = mapped_model_of(base, trust_remote_code), mapped_model_of(tuned, trust_remote_code)
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))
     if problems := [
-        f"{name}: shape {_shape(theirs.get(name))}, expected {list(p.shape)}"
+        f"{name}: found {_shape(theirs.get(name)) or 'none'}, expected {list(p.shape)}"
         for name, p in own.items()
         if _shape(theirs.get(name)) != list(p.shape)
     ]:
-        raise LorafoldError(f"{tuned.name} is no fine-tuned {base.name}: {'; '.join(problems)}")
+        raise LorafoldError(
+            f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
+            f" {'; '.join(problems)}"
+        )
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:
         before, after = (
@@ -172,13 +206,14 @@ def extract(
             errors.add(path, len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole)
     if not factors:
         raise LorafoldError(
-            f"{tuned.name}: its linears are those of {base.name}, so there is nothing to extract"
+            f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
+            " nothing to extract"
         )
-    held = {f"{path}.weight" for path in paths}
+    extracted = {f"{path}.weight" for path in paths}
     left_out = {
         name: change
         for name, p in own.items()
-        if name not in held and (change := _relative(theirs[name], p))
+        if name not in extracted and (change := _relative(theirs[name], p))
     }
     adapter = attach(one.model, LoRA(rank=1), Matches({path: (path,) for path in factors}), NAME)
     found = errors.result(out, left_out)
@@ -191,7 +226,7 @@ def extract(
 
 @torch.no_grad()
 def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
-    """The adapter with LoRA in its method's place; all else that it laid stays."""
+    """The adapter with LoRA instead of its method; its biases, whole modules and tokens stay."""
     spec = of_ranks({path: max(len(a), 1) for path, (_, a) in factors.items()})
     modules = adapter.sites
     for path, (b, a) in factors.items():

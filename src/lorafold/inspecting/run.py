@@ -1,14 +1,13 @@
-"""The whole of `lorafold inspect` but the loss: one adapter over its base's files, a module at a
-time, as figures ready for JSON.
+"""The figures of `lorafold inspect`, except the loss, for one adapter and its base.
 
-    sites             spectrum, size beside the base, tokens, by module path
-    whole             the same for all together
-    layers            phi of the top directions of each two blocks
-    against           a second adapter beside it
-    tokens_left_out   why no site has tokens, where there is no tokenizer that names them
-    advice            the conclusions in words
+    sites             by module path: the spectrum, the size relative to the base, the tokens
+    whole             the same over all sites
+    layers            phi of the top directions of every two blocks
+    against           the comparison with a second adapter
+    tokens_left_out   why no site has tokens, where the model has no tokenizer
+    advice            conclusions, in sentences
 
-A base weight is read when its module's turn comes and let go after it.
+The weights of one module of the base at a time are read from its files.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
 from lorafold.errors import NoTokenizer
-from lorafold.inspecting import base_svd, reads, words
+from lorafold.inspecting import base_svd, conclusions, reads
 from lorafold.inspecting.against import SHOWN, across_layers, compared
 from lorafold.inspecting.residual import Stream, gain, stream_of
 from lorafold.inspecting.spectra import advice, pooled, spectrum
@@ -62,8 +61,18 @@ def inspect(
 ) -> Figures:
     """Measure a saved adapter of any method that folds.
 
-    LorafoldError as `load` does, and for a method without updates of matrices. Without a tokenizer
-    the tables of tokens are left out, and `tokens_left_out` says so.
+    Args:
+        source: The base.
+        path: The adapter.
+        against: A second adapter to compare with.
+        directions: A safetensors file of vectors in the residual stream.
+        full: Also compare with the spectrum of the base, which takes the SVD of every weight.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        trust_remote_code: Run Python code that comes with the model.
+        progress: Called as progress(sites done, sites in all).
+
+    Raises LorafoldError as `load`, and for a method that does not change matrices. Without a
+    tokenizer the tables of tokens are left out, and `tokens_left_out` says why.
     """
     left_out = None
     try:
@@ -78,11 +87,11 @@ def inspect(
         else load(mapped.model, against, "against", allow_other_base=allow_other_base)
     )
     base = fingerprint.of(ModelWeights(mapped.model)) if full else None
-    laid, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
-    for done, site in enumerate(laid, 1):
+    changed, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
+    for done, site in enumerate(changed, 1):
         svds[site.path], figures[site.path] = of_site(site, base)
         if progress is not None:
-            progress(done, len(laid))
+            progress(done, len(changed))
     vectors = (
         None if directions is None else reads.read_vectors(directions, ends_of(mapped)[0].shape[1])
     )
@@ -91,7 +100,7 @@ def inspect(
         "reads": reads.chance(ends_of(mapped)[0], None),
         "writes": reads.chance(ends_of(mapped)[1], final_gain(mapped, stream)),
     }
-    for at, found in words_of(mapped, stream, svds, tokenizer, vectors).items():
+    for at, found in tokens_of(mapped, stream, svds, tokenizer, vectors).items():
         figures[at] |= found
     result: Figures = {
         "adapter": str(path),
@@ -109,12 +118,12 @@ def inspect(
             "adapter": str(against),
             **compared(svds, {site.path: kept_of(site, site.parts()) for site in sites(other)}),
         }
-    return {**result, "advice": words.conclusions(result)}
+    return {**result, "advice": conclusions.sentences(result)}
 
 
 def of_site(site: Site, base: Mapping[str, Any] | None) -> tuple[Svd, Figures]:
-    """The parts of one module's update that are kept, and its figures; with the base's fingerprint
-    those too that need W0's spectrum.
+    """The SVD of a site's update, as `kept_of` cuts it, and its figures. Those that need the
+    spectrum of W0 are added if the base's fingerprint is given.
     """
     svd, w = site.parts(), site.weight
     figures = spectrum(svd.s, site.rank)
@@ -131,7 +140,7 @@ def of_site(site: Site, base: Mapping[str, Any] | None) -> tuple[Svd, Figures]:
 
 
 def of_whole(sites: Mapping[str, Figures]) -> Figures:
-    """Means and medians over the sites, and what one rank for all would lose."""
+    """Means and medians over the sites, and the loss of cutting all sites to one rank."""
     size, own = (
         math.hypot(*(site[name] for site in sites.values())) for name in ("norm", "base_norm")
     )
@@ -150,16 +159,24 @@ def of_whole(sites: Mapping[str, Figures]) -> Figures:
 
 
 def kept_of(site: Site, svd: Svd) -> Svd:
-    """Memory for the singular vectors of every site: not of all of a matrix's directions."""
+    """The SVD of a dense update cut to its top directions, so that those of all sites fit in
+    memory; one of factors is small and stays whole.
+    """
     return svd if site.rank is not None else svd.top(SHOWN).copied()
 
 
-def words_of(
+def tokens_of(
     mapped: MappedModel, stream: Stream, svds: Mapping[str, Svd],
     tokenizer: PreTrainedTokenizerBase | None, vectors: tuple[list[str], torch.Tensor] | None,
 ) -> dict[str, Figures]:  # fmt: skip
-    """What the modules' directions read and write, by path: tokens, where there is a tokenizer, and
-    the user's own vectors.
+    """The tokens and the user's vectors that each module reads and writes, by module path.
+
+    Args:
+        mapped: The base.
+        stream: The modules of its residual stream.
+        svds: The SVD of each module's update.
+        tokenizer: Names the tokens; None leaves them out.
+        vectors: Names and vectors (n, d), or None.
     """
     model = mapped.model
     reading = {
@@ -172,17 +189,15 @@ def words_of(
         for path, svd in svds.items()
         if len(svd.s) and (side := reads.writing(stream, path, svd))
     }
-    final = final_gain(mapped, stream)
-
-    rows_in, rows_out = ends_of(mapped)
-
+    embedding, unembedding = ends_of(mapped)
     found: dict[str, Figures] = {path: {} for path in {**reading, **writing}}
-    for verb, sides, rows, through in (
-        ("reads", reading, rows_in, None),
-        ("writes", writing, rows_out, final),
+    for verb, sides, vocabulary, through in (
+        ("reads", reading, embedding, None),
+        ("writes", writing, unembedding, final_gain(mapped, stream)),
     ):
         if tokenizer is not None:
-            for path, table in reads.tables(sides, rows, through, token_of(tokenizer)).items():
+            name = token_of(tokenizer)
+            for path, table in reads.tables(sides, vocabulary, through, name).items():
                 found[path][verb] = table
         if vectors is not None:
             names, matrix = vectors
@@ -196,27 +211,28 @@ def words_of(
 
 
 def token_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """A function that gives the text of a token id."""
     return lambda number: str(tokenizer.decode([number]))
 
 
 def final_gain(mapped: MappedModel, stream: Stream) -> torch.Tensor | None:
-    """The gain between the residual stream and the unembedding."""
-    return (
-        None
-        if stream.final_norm is None
-        else gain(mapped.model.get_submodule(stream.final_norm), stream.size)
-    )
+    """The gain (d,) of the norm between the residual stream and the head, or None without one."""
+    if stream.final_norm is None:
+        return None
+    return gain(mapped.model.get_submodule(stream.final_norm), stream.size)
 
 
 def ends_of(mapped: MappedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of the embedding and of the unembedding, (V, d) each."""
+    """The vectors of the embedding and of the unembedding, (V, d) each."""
     ends = mapped.model.get_input_embeddings(), mapped.model.get_output_embeddings()
     embedding, unembedding = (layer_of(end).dense()[0] for end in ends)
     return embedding.t(), unembedding
 
 
 def beside(adapter: Adapter) -> dict[str, int]:
-    """What the adapter holds beside its method's updates, counted: none of it is in the figures."""
+    """The number of other deltas of the adapter, by class: biases, whole modules, tokens. They are
+    not part of the figures.
+    """
     own = {id(delta) for delta in adapter.own_deltas.values()}
     kinds = [type(part).__name__ for _, part in adapter.parts() if id(part) not in own]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

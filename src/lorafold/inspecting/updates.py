@@ -1,10 +1,10 @@
-"""The updates of a saved adapter, one module at a time, as thin singular value decompositions.
+"""The updates of an adapter, one module at a time, as thin singular value decompositions.
 
-    dW = U S V^T       U (out, k), S (k,) falling, V (in, k)
+    dW = U S V^T       U (out, k), S (k,) in descending order, V (in, k)
 
-Factors are never multiplied out (`ops.svd.svd_of_product`): O((out + in) r^2) instead of O(out in
-min(out, in)). Where there are none dW is built and decomposed whole, one module at a time. The
-base's weights stay in their files, mapped, until a figure needs one.
+A product of factors is decomposed from its factors (`ops.svd.svd_of_product`), which takes O((out +
+in) r^2) instead of O(out in min(out, in)). Other updates are built as dense matrices, one module at
+a time. The base's weights stay in their mapped files until a figure needs one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorafold.ops.svd import svd_of_product
 
 @dataclass(frozen=True)
 class Svd:
-    """U (out, k), S (k,) falling, V (in, k), fp32; singular values that are only rounding are left
-    out.
+    """U (out, k), S (k,) in descending order and V (in, k) in fp32. Singular values below the
+    rounding error are left out.
     """
 
     u: Tensor
@@ -36,39 +36,40 @@ class Svd:
     v: Tensor
 
     def top(self, k: int) -> Svd:
+        """The first k directions, as views."""
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
 
     def copied(self) -> Svd:
-        """In memory of its own, so that what it was cut from can go."""
+        """A copy, so that the memory of a larger decomposition can be freed."""
         return Svd(self.u.clone(), self.s.clone(), self.v.clone())
 
     def dense(self) -> Tensor:  # (out, in)
+        """U S V^T."""
         return (self.u * self.s) @ self.v.t()
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module and what is laid on it.
-
-    `rank` is the method's nominal rank, None for a method without factors.
-    """
+    """One module, with the delta that is attached to it."""
 
     path: str
     delta: Delta
     layer: Base
 
     @property
-    def weight(self) -> Tensor:  # (out, in), fp32: read from the file each time
+    def weight(self) -> Tensor:  # (out, in)
+        """W0 in fp32, read from the file each time."""
         return self.layer.dense()[0].detach().float()
 
     @cached_property
     def rank(self) -> int | None:
+        """The nominal rank, or None for a delta without factors."""
         factors = self.delta.factors()
         return None if factors is None else len(factors[1])
 
     @property
     def changes_bias(self) -> bool:
-        """Does folding it change the layer's bias as well?"""
+        """Whether folding changes the layer's bias too."""
         bias = self.layer.bias
         return (
             self.delta.factors() is None
@@ -77,15 +78,17 @@ class Site:
         )
 
     def parts(self) -> Svd:
-        """Made anew each time. LorafoldError for an update that has no form in weight space."""
+        """The SVD of the update, computed each time. Raises LorafoldError for an update without a
+        form in weight space.
+        """
         return svd_of(self.delta, self.layer, self.path)
 
 
 def sites(adapter: Adapter) -> Iterator[Site]:
-    """What the method itself laid, by module; trained biases, modules to save and token rows are no
-    part of it.
+    """The modules with the deltas of the adapter's method, without trained biases, modules to save
+    and embeddings of tokens.
 
-    LorafoldError where the method has no update of a matrix.
+    Raises LorafoldError where the method does not change matrices.
     """
     for path, delta in adapter.own_deltas.items():
         layer = layer_of(adapter.model.get_submodule(path))
@@ -93,13 +96,23 @@ def sites(adapter: Adapter) -> Iterator[Site]:
             _ = layer.shape
         except NotMergeable as e:
             raise LorafoldError(
-                f"{path}: {type(delta).__name__} changes no matrix ({e}), so it has no spectrum"
+                f"{path}: {type(delta).__name__} does not change a matrix ({e}), so it has no"
+                " spectrum"
             ) from None
         yield Site(path, delta, layer)
 
 
 @torch.no_grad()
 def svd_of(delta: Delta, layer: Base, path: str) -> Svd:
+    """The SVD of a delta's update.
+
+    Args:
+        delta: From its factors, if it has them.
+        layer: The layer that it changes.
+        path: The module path, for the message of an error.
+
+    Raises LorafoldError for a delta without a form in weight space.
+    """
     if (factors := delta.factors()) is not None:
         return of_factors(*factors)
     try:
@@ -109,6 +122,7 @@ def svd_of(delta: Delta, layer: Base, path: str) -> Svd:
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
+    """The SVD of up @ down, which is never computed."""
     with one_thread():
         u, s, vt = svd_of_product(up, down)
     return kept(u, s, vt.t(), max(len(up), down.shape[1]) * torch.finfo(torch.float64).eps)
@@ -116,9 +130,9 @@ def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Thin products gain nothing from threads, which wait for each other: 224 sites of Llama-2-7B
-    at r=16 take 2 s on one and, where other work keeps a processor of two cores busy, from 4 to 49
-    s on two.
+    """A context in which torch uses one thread. Thin products gain nothing from more, which wait
+    for each other: 224 sites of Llama-2-7B at r=16 take 2 s with one thread and, on two busy cores,
+    4 to 49 s with two.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -129,10 +143,19 @@ def one_thread() -> Iterator[None]:
 
 
 def of_dense(dw: Tensor) -> Svd:  # (out, in)
+    """The SVD of a matrix."""
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)
     return kept(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
 
 
 def kept(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
+    """The singular values above the rounding error, with their vectors, in fp32.
+
+    Args:
+        u: (out, k).
+        s: (k,), in descending order.
+        v: (in, k).
+        share: The rounding error relative to the largest singular value.
+    """
     k = int((s > share * s[0]).sum())
     return Svd(u[:, :k].float(), s[:k].float(), v[:, :k].float())

@@ -1,1 +1,1 @@
-"""`lorafold merge`: into which target, shard by shard, with a certificate."""
+"""`lorafold merge`: the weights to fold into, the plan, the folding by shards, the certificate."""

@@ -1,12 +1,13 @@
-"""What merging did to the model's answers, measured on probe text, both sides computed in fp32.
+"""The certificate of a merge: how far the merged model's output is from that of base plus adapters,
+measured on probe texts, both computed in fp32.
 
     p = softmax(adapted(text)), q = softmax(merged(text)),     at every position of every text
     kl                  mean of sum_v p log(p / q)      (nats)
     max_logit_gap       max |adapted - merged|
     relative_logit_gap  |adapted - merged| / |adapted|  (Frobenius)
-    argmax_agreement    share of positions at which both would say the same token
+    argmax_agreement    share of positions at which both choose the same token
 
-One model at a time is in memory; the first one's logits wait on the disk.
+One model at a time is in memory; the logits of the first one are kept in a file.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from lorafold.errors import LorafoldError
 
 # prose, questions, code, tables, letters, a few languages
 PROBES = Path(__file__).with_name("probes.jsonl")
-PROBE_LENGTH = 512  # tokens of a probe text that are looked at
+PROBE_LENGTH = 512  # tokens; longer probe texts are cut
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the merged model's logits lie from the adapted one's, over `positions` positions."""
+    """How far the merged model's logits are from the adapted one's: the figures above, over so many
+    positions.
+    """
 
     kl: float
     max_logit_gap: float
@@ -48,8 +51,9 @@ class Gap:
 def probe_ids(
     tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
 ) -> list[tuple[int, ...]]:
-    """Token ids of the probe texts: the built-in ones, or the rows of a data file in any shape that
-    training takes.
+    """Token ids of the probe texts: the built-in ones, or the rows of a file that training takes.
+
+    Raises LorafoldError for bad rows.
     """
     ensure_chat_template(tokenizer)
     return [
@@ -65,11 +69,16 @@ def compare(
     scratch: Path,
     progress: Progress | None = None,
 ) -> Gap:
-    """The gap between two models that are loaded in turn.
+    """The gap between two models, which are loaded one after the other.
 
-    `scratch`, a directory, takes 4 bytes a position and vocabulary entry.
+    Args:
+        adapted, merged: Each loads its model.
+        texts: Token ids of the probe texts.
+        scratch: A directory for the first model's logits: 4 bytes for each position and entry of
+            the vocabulary.
+        progress: Called as progress(done, total) after each text of each model.
 
-    LorafoldError if a model's logits are not finite.
+    Raises LorafoldError if a model's logits are not finite.
     """
     with tempfile.TemporaryFile(dir=scratch) as kept:
         done = 0
@@ -101,10 +110,10 @@ def compare(
     )
 
 
-# each (T, vocabulary), fp32
 def _logits(
     build: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]]
 ) -> Iterator[Tensor]:
+    """The logits of each text, (T, vocabulary) in fp32, on the CPU."""
     model = build()
     for ids in texts:
         with torch.inference_mode():
@@ -116,7 +125,8 @@ def _logits(
             )
         if not logits.isfinite().all():
             raise LorafoldError(
-                "the model's logits on probe text are not finite, so there is nothing to compare"
+                "certificate: the model's logits on a probe text are not finite, so they can't be"
+                " compared; check the weights of the model and its adapters"
             )
         yield logits
     del model
@@ -124,6 +134,7 @@ def _logits(
 
 
 def _next(file: BinaryIO, shape: torch.Size) -> Tensor:
+    """The next fp32 tensor of this shape in the file."""
     data = bytearray(4 * shape.numel())
     file.readinto(data)  # type: ignore[attr-defined]
     return torch.frombuffer(data, dtype=torch.float32).view(shape)

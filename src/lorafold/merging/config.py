@@ -1,5 +1,5 @@
-"""What `config.json` must say of a merged model: biases that it gained, embedding and head that are
-tied no longer, a vocabulary that grew.
+"""The `config.json` of a merged model: biases that folding added, an embedding and a head that no
+longer share their weight, a vocabulary that grew.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ def untied_config(
 ) -> dict[str, Any]:
     """The config file's content for a model whose embedding and head differ.
 
-    LorafoldError where the architecture ties them regardless.
+    Args:
+        config: The content of the base's `config.json`.
+        mapped: The base.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises LorafoldError where the architecture ties them regardless of its config.
     """
     loose = copy.deepcopy(mapped.model.config)
     loose.tie_word_embeddings = False
     loose.get_text_config().tie_word_embeddings = False
     if still := tied_parameters(build(loose, trust_remote_code)):
         raise LorafoldError(
-            f"{', '.join(sorted(still))}: the architecture shares them whatever its config says, so"
-            " they can't be untied"
+            f"{', '.join(sorted(still))}: the architecture shares these weights whatever its config"
+            " says, so they can't be untied"
         )
     nested = {
         key: {**value, "tie_word_embeddings": False}
@@ -43,10 +48,17 @@ def untied_config(
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The config file's content for a model whose config has these switches on; and, by parameter,
-    an entry for each bias that the files lack, which the model gets as zeros.
+    """(content of the config file, entries of added biases by parameter).
 
-    NotMergeable where the files hold a weight that is converted, with which no bias can go.
+    The model gets the biases that its files lack, as zeros.
+
+    Args:
+        config: The content of the base's `config.json`.
+        mapped: The base; its model and its entries gain the biases.
+        switches: Fields of the config to set to true, with the modules that each gives a bias.
+
+    Raises NotMergeable for a bias whose weight transformers converts on loading, so that the bias
+    has no name in the files.
     """
     model = mapped.model
     switch_on(model, switches)
@@ -54,8 +66,8 @@ def with_biases(
     for path in chain(*switches.values()):
         if (like := mapped.entries.get(f"{path}.weight")) is None:
             raise NotMergeable(
-                f"{path}: the files hold its weight in a form that is converted on loading, so no"
-                " bias can go with it"
+                f"{path}: transformers converts its weight on loading, so a bias can't be added to"
+                " the files"
             )
         bias: Any = model.get_submodule(path)._parameters["bias"]
         name = like.name.removesuffix("weight") + "bias"
@@ -70,7 +82,7 @@ def with_biases(
 
 
 def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config file's content for a model whose vocabulary has this size."""
+    """The config file's content for a model with a vocabulary of this size."""
     if "text_config" not in config:
         return {**config, "vocab_size": size}
     top = {"vocab_size": size} if "vocab_size" in config else {}

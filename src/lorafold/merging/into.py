@@ -1,15 +1,15 @@
-"""What an adapter is folded into, where its base was packed while it was trained. q packs W and
-unpacks it again.
+"""The weights that an adapter is folded into, where its base was quantized in training. q is the
+round trip: it quantizes W and dequantizes it again.
 
-    original        W + dW              the weights from before the packing: not what the adapter
-                                        was trained on
-    dequantized     q(W) + dW           what it was trained on, in 16 bits
-    nf4, int8       q(W + dW)           packed anew: small, at the price of another rounding
+    original        W + dW              the weights before quantization, on which the adapter was
+                                        not trained
+    dequantized     q(W) + dW           the weights that the adapter was trained on, in 16 bits
+    nf4, int8       q(W + dW)           quantized again: small, but rounded once more
 
-What is packed anew starts from the original weights. On those that were packed before, which lie on
-the grid of codes already, a change under half a step would be rounded away altogether (measured: an
-adapter that answers 99% right answers nothing right). An adapter whose base was not packed is
-folded into the original, which may be packed afterwards.
+nf4 and int8 start from the original weights. The values of q(W) are levels of the quantization
+already, and quantizing them again would round away every change of less than half a level
+(measured: an adapter with 99% exact match fell to 0%). An adapter whose base was not quantized is
+folded into the original weights, and the result may be quantized.
 """
 
 from __future__ import annotations
@@ -31,88 +31,96 @@ from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.models.quantizing import QUANTIZATIONS, packable
 
-PACKING = "packing"  # the name under which a round trip lies beneath the adapters
+ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
 TARGETS = ("original", "dequantized", *QUANTIZATIONS)
 
 
 @dataclass(frozen=True)
 class Into:
-    """`target`, a word of TARGETS, and how the base was packed in training (None: it was not)."""
+    """`target` is one of TARGETS; `trained_on` is the quantization of the base in training, or None
+    if it was not quantized.
+    """
 
     target: str
     trained_on: str | None
 
     @property
-    def packing(self) -> str | None:
-        """The round trip that W makes before anything is added to it."""
+    def round_trip(self) -> str | None:
+        """The quantization whose round trip W makes before adapters are folded into it."""
         return self.trained_on if self.target == "dequantized" else None
 
     @property
-    def repacked(self) -> str | None:
-        """How the result is packed."""
+    def quantized(self) -> str | None:
+        """The quantization of the merged model."""
         return self.target if self.target in QUANTIZATIONS else None
 
     def __str__(self) -> str:
         base = (
-            f"the {self.trained_on} base that it was trained on, dequantized"
-            if self.packing
+            f"the {self.trained_on} weights that the adapter was trained on, dequantized"
+            if self.round_trip
             else "the original weights"
         )
         other = (
-            f" (it was trained on {self.trained_on})"
-            if self.trained_on and not self.packing
+            f" (the adapter was trained on {self.trained_on})"
+            if self.trained_on and not self.round_trip
             else ""
         )
-        return base + other + f", and packed as {self.repacked}" * bool(self.repacked)
+        return base + other + f", quantized to {self.quantized}" * bool(self.quantized)
 
 
 def choose_into(asked: str | None, adapters: Sequence[str | Path], base: str = "auto") -> Into:
-    """The target that was asked for, or what the adapters were trained on.
+    """The target that was asked for, else dequantized for a quantized base, else original.
 
-    `base`: how it was held then (auto: as their records say).
+    Args:
+        asked: One of TARGETS, or None.
+        adapters: Their records say how the base stored its weights in training.
+        base: The storage of the base in training; auto takes it from the records.
 
-    LorafoldError for an unknown word, for adapters that were trained on different bases, and for a
-    dequantized base that never was one.
+    Raises LorafoldError for an unknown target, for adapters that were trained on different
+    storages, and for dequantized weights of a base that was not quantized.
     """
-    word = (base_trained_on(adapters) or "auto") if base == "auto" else base
-    trained_on = word if word in QUANTIZATIONS else None
+    storage = (base_trained_on(adapters) or "auto") if base == "auto" else base
+    trained_on = storage if storage in QUANTIZATIONS else None
     if asked is not None and asked not in TARGETS:
-        raise LorafoldError(f"into {asked}: unknown; expected {', '.join(TARGETS)}")
+        raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
     if asked == "dequantized" and trained_on is None:
         known = (
-            "no packed base is on their record"
-            if word == "auto"
-            else f"they were trained on {word}"
+            "no adapter has a record of the storage of its base"
+            if storage == "auto"
+            else f"the base was stored as {storage} in training"
         )
         raise LorafoldError(
-            f"into dequantized: {known}; expected original, or --base to say how it was packed"
+            f"into dequantized: {known}, expected a quantized base; fold into original, or name the"
+            f" quantization with --base {' or '.join(QUANTIZATIONS)}"
         )
     return Into(asked or ("dequantized" if trained_on else "original"), trained_on)
 
 
 class RoundTrip(Delta):
-    """A packing as a change in weight space: W -> q(W), in fp32 or wider."""
+    """Quantization as a change in weight space: W (out, in) -> q(W) (out, in), in fp32 or wider."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, quantization: str) -> None:
         super().__init__()
-        self.kind = kind
+        self.quantization = quantization
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
+        """The output (n, out) of the layer with q(W) for an input x (n, in)."""
         w, b = self.fold(*layer.dense())
         return add(add(layer.op(x, w), onto), b)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """q(W) (out, in), and the bias (out,) as it is."""
         wide = torch.promote_types(w.dtype, torch.float32)
-        return (
-            torch.empty_like(w) if w.is_meta else layer_of(PACKERS[self.kind](w)).dense()[0]
-        ).to(wide), b
+        q = torch.empty_like(w) if w.is_meta else layer_of(PACKERS[self.quantization](w)).dense()[0]
+        return q.to(wide), b
 
 
-def lay_packing(model: nn.Module, kind: str) -> None:
-    """Lay the round trip on every linear that training had packed. It is no adapter, and not
-    live.
+def attach_round_trip(model: nn.Module, quantization: str) -> None:
+    """Attach the round trip to every linear layer that was quantized in training.
+
+    It is not an adapter and not active: only folding applies it.
     """
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = model.get_submodule(path)
-        lay(module, layer_class(module), PACKING, RoundTrip(kind), selection)
+        lay(module, layer_class(module), ROUND_TRIP, RoundTrip(quantization), selection)

@@ -1,8 +1,8 @@
-"""What a merge will do, found out before a byte is written: which tensors change, where they lie,
-and all that stands in the way.
+"""The plan of a merge, made before anything is written: which tensors of which files change, how
+the config changes, and every reason for which the merge can't be done.
 
-The adapters are laid over the model, whose weights stay in their files, by the ordinary loader, and
-`fold.plan` says what they change: here it is said in terms of the files' tensors and of the config.
+The ordinary loader attaches the adapters to the model, whose weights stay in their files.
+`fold.plan` says which parameters change; this module translates that to tensors of files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorafold.adapter import load
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.plan import WHOLE, module_of, plan_fold
 from lorafold.merging.config import declared, untied_config, with_biases
-from lorafold.merging.into import PACKING, lay_packing
+from lorafold.merging.into import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
 from lorafold.models.container import Entry
 from lorafold.models.sources import HUB_FILES, ModelSource
@@ -32,10 +32,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class Plan:
     """What will be written.
 
-    `changed` maps the name of a tensor to the parameter that it is; `added` are tensors that the
-    files lack, each with the entry that it is like: the one that it was tied to, or its
-    own for a bias; `zeros` are biases that come along with those; `shapes` are those of the changed
-    tensors, which `vocabulary` rows have where it grew.
+    `changed` maps the names of changed tensors to their parameters. `added` maps tensors that the
+    files lack to an entry like them: the tensor that each was tied to, or a bias's own entry.
+    `zeros` has the values of added biases that no adapter changes. `shapes` has the shapes of the
+    changed tensors. `vocabulary` is its new size, or None if it did not grow.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +49,7 @@ class Plan:
     vocabulary: int | None
 
     def layout(self, file: str) -> list[tuple[str, Entry]]:
+        """The names and entries of the tensors to write to this file, in their order."""
         entries = [
             *self.checkpoint.files[file].entries.items(),
             *((name, e) for name, e in self.added.items() if e.file.name == file),
@@ -57,6 +58,7 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all tensors that will be written."""
         return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
 
 
@@ -64,28 +66,33 @@ def plan(
     source: ModelSource,
     adapters: Sequence[str | Path],
     *,
-    packing: str | None = None,
+    round_trip: str | None = None,
     allow_other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Lay the adapters, in order, over the model and see what they change.
+    """Attach the adapters to the model and find what they change. Nothing is computed or written.
 
-    Nothing is computed or written.
+    Args:
+        source: The base.
+        adapters: Saved adapters, in the order of folding.
+        round_trip: The quantization whose round trip the base's weights make first (`into`).
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        trust_remote_code: Run Python code that comes with the model.
 
-    `packing`: a round trip that the weights make beneath the adapters (`into`).
-    LorafoldError lists everything that stands in the way of the merge.
+    Raises LorafoldError for a model or adapter that can't be loaded, and NotMergeable with every
+    reason for which the merge can't be done.
     """
-    checkpoint = open_checkpoint(source, HUB_FILES)  # what is not changed is carried over
+    checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
     mapped = mapped_model(checkpoint, trust_remote_code)
-    if packing is not None:
-        lay_packing(mapped.model, packing)
+    if round_trip is not None:
+        attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
     for name, path in zip(names, adapters, strict=True):
         load(mapped.model, path, name, allow_other_base=allow_other_base)
-    planned = plan_fold(mapped.model, (PACKING, *names))
+    planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems: dict[str, list[str]] = defaultdict(list)
-    for place, reason in planned.problems:
-        problems[reason].append(place)
+    for path, reason in planned.problems:
+        problems[reason].append(path)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     biases: dict[str, Entry] = {}
     try:
@@ -97,11 +104,11 @@ def plan(
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter in planned.shapes:
         if parameter in planned.together and parameter not in mapped.entries:
-            continue  # written under the name of one that it is shared with
+            continue  # the files have this shared weight under the name of another parameter
         if parameter not in known:
-            continue  # a bias that the architecture has no place for: a problem already
+            continue  # a bias that the architecture can't have, which is among the problems
         try:
-            name, entry = _place(mapped, parameter)
+            name, entry = _entry(mapped, parameter)
             changed[name], sources[name] = parameter, entry
         except NotMergeable as e:
             problems[str(e)].append(module_of(parameter) or WHOLE)
@@ -138,24 +145,24 @@ def plan(
 
 
 def _stored(model: nn.Module, name: str) -> Tensor:
+    """The parameter of this dotted name."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path)._parameters[leaf].data  # type: ignore[union-attr]
 
 
-def _place(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
-    """The name under which a parameter is written, and the entry that holds its values: its own, or
-    that of one it is tied to.
+def _entry(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
+    """The name under which a parameter is written, and the entry with its values: its own, or that
+    of a parameter that it is tied to.
     """
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(
-            "the files hold this weight in a form that transformers converts on loading, so it"
-            " can't be written back"
+            "transformers converts this weight on loading, so it can't be written back to the files"
         )
     entry = next(mapped.entries[n] for n in names if n in mapped.entries)
     if entry.dtype not in FLOATS:
         raise NotMergeable(
-            f"its weight is stored as {entry.dtype}, expected one of {', '.join(FLOATS)}"
+            f"the weight is stored as {entry.dtype}, expected one of {', '.join(FLOATS)}"
         )
     return (entry.name if parameter in mapped.entries else parameter), entry
 
@@ -163,9 +170,7 @@ def _place(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
 def _untied(
     mapped: MappedModel, changed: dict[str, str], sources: dict[str, Entry]
 ) -> dict[str, Entry]:
-    """The tensors to add, so that every module whose weight was shared with a changed one has its
-    own.
-    """
+    """The tensors to add so that every module that shared a changed weight gets its own."""
     added = {}
     for name, parameter in changed.items():
         for n in (parameter, *mapped.tied.get(parameter, ())):
@@ -175,4 +180,5 @@ def _untied(
 
 
 def _few(paths: list[str]) -> str:
+    """The first three, and how many more there are."""
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -1,7 +1,6 @@
-"""From a model and its adapters to a plain Hugging Face directory with its certificate: the whole
-of `lorafold merge`.
+"""`lf.merge`: from a base and adapters to a plain Hugging Face directory with a certificate.
 
-    plan -> fold -> certify         the fold holds one tensor, the certificate one model at a time
+    plan -> fold -> certify      folding keeps one tensor in memory, the certificate one model
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CERTIFICATE = "merge.json"
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model: what `merge.json` says. `gap` is None without the certificate."""
+    """A merged model, as `merge.json` describes it. `gap` is None without the certificate."""
 
     gap: Gap | None
     folded: Folded
@@ -52,11 +51,12 @@ class Merged:
 
     @property
     def kl(self) -> float | None:
+        """The certificate's KL divergence in nats a token, or None without a certificate."""
         return None if self.gap is None else self.gap.kl
 
     def as_json(self) -> dict[str, Any]:
-        """update_survival and rounding_noise are shares of the update's norm; `rounded` counts the
-        changed tensors.
+        """The content of `merge.json`. update_survival and rounding_noise are shares of the norm of
+        the update; `rounded` counts the changed tensors by the way they were rounded.
         """
         gap: dict[str, Any] = (
             asdict(self.gap) if self.gap else dict.fromkeys(f.name for f in fields(Gap))
@@ -83,36 +83,36 @@ class Merged:
 
     def summary(self) -> str:
         """A few lines to read."""
-        words = {
+        ways = {
             "exact": "kept as computed",
             "nearest": "rounded to nearest",
             "stochastic": f"rounded stochastically, seed {self.seed}",
         }
         how = ", ".join(
-            f"{count} tensors {words[word]}" for word, count in self.folded.rounded.items()
+            f"{count} tensors {ways[way]}" for way, count in self.folded.rounded.items()
         )
         sums = self.folded.sums
         lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
         lines.append(
-            f"  {sums.survival:.2%} of the update survives; rounding added noise of"
+            f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
             f" {sums.noise:.2%} of its norm"
         )
         if self.folded.untied:
             lines.append(
-                "  embedding and head share their weight no longer:"
+                "  embedding and head no longer share their weight:"
                 f" {', '.join(self.folded.untied)} was added"
             )
         if self.folded.biases:
             lines.append(
-                f"  {len(self.folded.biases)} biases were added, and switched on in config.json"
+                f"  {len(self.folded.biases)} biases were added and enabled in config.json"
             )
         if self.folded.vocabulary:
             lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
         if self.gap:
             lines.append(
-                f"  against the adapted model, {self.gap.positions:,} positions in fp32: KL"
-                f" {self.gap.kl:.2e}, same token at {self.gap.argmax_agreement:.2%}, logits at most"
-                f" {self.gap.max_logit_gap:.3g} apart"
+                f"  compared with the adapted model, {self.gap.positions:,} positions in fp32: KL"
+                f" {self.gap.kl:.2e} nats a token, same token at {self.gap.argmax_agreement:.2%} of"
+                f" positions, logits at most {self.gap.max_logit_gap:.3g} apart"
             )
         return "\n".join(lines)
 
@@ -145,24 +145,25 @@ def merge(
         into: original (the base's weights before quantization), dequantized (the weights that the
             adapter was trained on), nf4 or int8 (quantized again). None is dequantized if the
             adapter was trained on a quantized base, else original.
-        storage: How the base stored its weights in training, where no record says.
-        rounding: nearest, stochastic, or auto: what each tensor's update needs.
+        storage: How the base stored its weights in training; auto takes it from the records.
+        rounding: nearest, stochastic, or auto: stochastic for the tensors whose update rounding to
+            nearest would lose.
         seed: The seed of stochastic rounding.
         certificate: Compare the merged model with the adapted one, loaded one after the other.
         probe: A file of rows to compare on; None takes built-in texts.
         allow_other_base: Accept adapters whose fingerprint names another base.
-        overwrite: Replace a merged model that lies in `out` already.
+        overwrite: Replace `out` if it exists.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
-        device: Where the certificate is computed; None takes the fastest kind that is there.
+        device: Where the certificate is computed; None takes the fastest that is available.
         console: A rich console for progress and notices; None is quiet.
 
-    Raises LorafoldError, with nothing left behind, listing what is wrong with the model, an
-    adapter, the probe or `out`.
+    Raises LorafoldError, with nothing written, for a model, adapter, probe or `out` that can't be
+    used, and NotMergeable with every reason for which the adapters can't be folded.
     """
     adapters = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not adapters:
-        raise LorafoldError("nothing to merge: found no adapter, expected at least one")
+        raise LorafoldError("adapters: found no adapter, expected at least one to merge")
     where, target = choose_device(device), choose_into(into, adapters, storage)
     if console is not None and target.trained_on is not None:
         console.print(f"merging into {target}", highlight=False)
@@ -171,8 +172,8 @@ def merge(
         if classes := known_classes(source, adapters):
             found = f"{', '.join(map(str, adapters))}: found a classifier of {', '.join(classes)}"
             raise LorafoldError(
-                f"{found}, expected a language model's adapter; in Python: adapter.merge(),"
-                " model.save_pretrained(out)"
+                f"{found}, expected an adapter of a language model; merge a classifier in Python,"
+                " with adapter.merge() and model.save_pretrained(out)"
             )
         own = any(map(has_tokenizer, adapters))
         tokenizer = (
@@ -182,7 +183,7 @@ def merge(
         planned = plan(
             source,
             adapters,
-            packing=target.packing,
+            round_trip=target.round_trip,
             allow_other_base=allow_other_base,
             trust_remote_code=trust_remote_code,
         )
@@ -190,8 +191,8 @@ def merge(
         if own and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         del planned
-        if target.repacked is not None:
-            repack(tmp, target.repacked, trust_remote_code)
+        if target.quantized is not None:
+            quantize(tmp, target.quantized, trust_remote_code)
         trained = Storage(torch.float32, target.trained_on)
 
         def adapted() -> PreTrainedModel:
@@ -209,7 +210,7 @@ def merge(
         def merged() -> PreTrainedModel:
             return load_model(
                 tmp,
-                Storage(torch.float32, target.repacked),
+                Storage(torch.float32, target.quantized),
                 where,
                 trust_remote_code=trust_remote_code,
             )
@@ -222,20 +223,26 @@ def merge(
     return result
 
 
-def repack(directory: Path, kind: str, trust_remote_code: bool) -> None:
-    """Pack a plain model in its place, a tensor at a time."""
+def quantize(directory: Path, quantization: str, trust_remote_code: bool) -> None:
+    """Replace the weights of a plain model by quantized ones, one tensor at a time.
+
+    Args:
+        directory: The saved model.
+        quantization: nf4 or int8.
+        trust_remote_code: Run Python code that comes with the model.
+    """
     model = load_model(
-        directory, Storage(torch.bfloat16, kind), trust_remote_code=trust_remote_code
+        directory, Storage(torch.bfloat16, quantization), trust_remote_code=trust_remote_code
     )
     for file in directory.glob("*.safetensors*"):
         file.unlink()
-    with loading(f"the model packed as {kind}"):
+    with loading(f"the model quantized to {quantization}"):
         model.save_pretrained(directory)
 
 
 @contextmanager
 def _bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Makes progress bars, one a stage, on a terminal; without one, progress goes nowhere."""
+    """A function that makes the progress bar of a stage; bars are shown on terminals only."""
     from rich.progress import Progress
 
     with Progress(

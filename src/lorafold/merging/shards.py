@@ -1,12 +1,11 @@
-"""Fold adapters into a checkpoint, shard by shard straight from the safetensors files.
+"""Fold adapters into a checkpoint, one tensor at a time from the safetensors files.
 
-    W' = round(fold_n(... fold_1(W)))       one tensor at a time; each method's own `fold`, so
-                                            nothing here knows a method
+    W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
 
-What no adapter changes is copied byte for byte; names, dtypes and the division into files are kept.
-A weight that two modules share and an adapter changes in one of them is untied: each gets its own.
-Memory: the factors and at most three times the largest changed tensor in fp32, whatever the size of
-the model.
+Tensors that no adapter changes are copied byte for byte; names, dtypes and the division into files
+stay. Where two modules share a weight and adapters change only one of them, each module gets its
+own. Memory: the adapters, and at most three times the largest changed tensor in fp32, whatever the
+size of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounding, Sums, round_to
-from lorafold.merging.into import PACKING
+from lorafold.merging.into import ROUND_TRIP
 from lorafold.merging.plan import Plan
 from lorafold.merging.stored import as_stored, settled
 from lorafold.models.container import write_container
@@ -38,9 +37,9 @@ Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 @dataclass(frozen=True)
 class Folded:
-    """What was done: the update's inner products, tensors by the way they were rounded, tensors
-    that had to be added to untie, biases that the model had not, and the size of the vocabulary if
-    it grew.
+    """What was done: the inner products of the update and its rounding errors, the number of
+    tensors by the way they were rounded, the tensors added to untie weights, the biases added, and
+    the size of the vocabulary if it grew.
     """
 
     sums: Sums
@@ -58,9 +57,16 @@ def execute(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Folded:
-    """Write the merged model to the empty directory `out`.
+    """Write the merged model.
 
-    LorafoldError if the disk has no room for it, or a folded value does not fit its dtype.
+    Args:
+        plan: What changes, and in which files.
+        out: An empty directory.
+        rounding: nearest, stochastic or auto.
+        seed: The seed of stochastic rounding.
+        progress: Called as progress(bytes written, bytes in all) after each tensor.
+
+    Raises LorafoldError if the disk has no room, or a folded value does not fit its dtype.
     """
     carried = plan.checkpoint.other_files()
     total = plan.weight_bytes
@@ -119,22 +125,27 @@ def execute(
 def before_and_after(
     module: Adapted, adapters: Sequence[str], parameter: str
 ) -> tuple[Tensor, Tensor]:
-    """The module's weight or bias as it stores them: what the named adapters are added to, in its
-    own dtype, and what comes of it, in fp32 or wider.
+    """A parameter in the module's layout, of any shape, before and after folding: (the value that
+    the adapters change, in the module's dtype; the changed value, in fp32 or wider).
+
+    Args:
+        module: With the adapters attached.
+        adapters: Their names, in the order of folding.
+        parameter: weight or bias.
     """
     layer = layer_of(module)
     before: Tensor = getattr(layer.bare, parameter)
     w, b = layer.dense()
-    if PACKING in module.deltas:
-        w, b = fold(module, [PACKING], w, b)
+    if ROUND_TRIP in module.deltas:
+        w, b = fold(module, [ROUND_TRIP], w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)
     return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
 
 
 def need_space(directory: Path, size: int) -> None:
-    """LorafoldError unless the disk that `directory` lies on has room for `size` bytes."""
+    """Raises LorafoldError unless the disk of `directory` has room for `size` bytes."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(
-            f"the merged model takes {size / 1e9:.1f} GB, and {directory.parent} has"
-            f" {free / 1e9:.1f} GB left"
+            f"{directory.parent}: the disk has {free / 1e9:.1f} GB left, the merged model needs"
+            f" {size / 1e9:.1f} GB; free some space or choose another --out"
         )

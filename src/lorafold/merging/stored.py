@@ -1,5 +1,4 @@
-"""A folded matrix as its module stores it: transposed or not, and with more rows where the
-vocabulary grew.
+"""A folded matrix in its module's layout: transposed or not, and longer where the vocabulary grew.
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ from lorafold.bases import layer_of
 
 @torch.no_grad()
 def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-    """The parameters that the module would have for W (out, in) and b (out,), in fp32 or wider, in
-    memory of their own; the module is left as it is.
+    """The parameters by which the module would store a matrix, by name, in fp32 or wider. They are
+    new tensors, without values on the meta device; the module is not changed.
 
-    On the meta device these are shapes alone.
+    Args:
+        module: A module of any storage.
+        w: W, (out, in).
+        b: The bias, (out,), or None.
     """
     layer = layer_of(module)
     found = {}
@@ -31,12 +33,16 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
 
 
 def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Both with one length, and alike in the rows at `values` and in those that `original` lacks:
-    the target's, rounded to the nearest.
+    """(target, original), both (n', k), equal in the vectors that adapters replace or append: there
+    both have the target's values, rounded to nearest.
 
-    A row that is put there outright, or appended, is a value and no update of a weight: there is
-    nothing of it that rounding could lose, and it must not hide what rounding does to the others.
-    So it counts neither as an update nor as noise.
+    Such a vector is not an update of a weight, which rounding could lose. Equal in both tensors, it
+    counts neither as update nor as noise in the figures for the others.
+
+    Args:
+        target: The folded weight, (n', k) with n' >= n.
+        original: The weight before, (n, k).
+        values: Indices of the vectors that adapters replace.
     """
     at = torch.tensor(
         [*(i for i in values if i < len(original)), *range(len(original), len(target))],

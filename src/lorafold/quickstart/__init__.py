@@ -1,1 +1,1 @@
-"""The whole story on the embedded model, and the task that it learns."""
+"""The quickstart on the embedded model: its task and its steps."""

@@ -1,8 +1,8 @@
-"""The whole story on the embedded model: a task it can't do, an adapter that learns it, a plain
-model that does it.
+"""`lorafold quickstart`: the embedded model can't do a task, an adapter learns it, and a merged
+model does it without an adapter.
 
-    before -> train -> after -> inside -> merge           no network, no GPU; everything lands in
-                                                          one directory
+    before -> train -> after -> inspect -> merge       needs neither network nor GPU; writes
+                                                       everything to one directory
 """
 
 from __future__ import annotations
@@ -35,17 +35,15 @@ from lorafold.training.run import train
 
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
-UNSEEN = 200
-# the base in fp32 whatever the machine: what other commands measure with it can be compared
+UNSEEN = 200  # rows of the test split
+# the base in fp32 on every machine, so that figures of commands that use this recipe are comparable
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, base="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
 class Story:
-    """What the quickstart found.
-
-    Exact matches are shares of unseen examples; seconds are seconds, bytes are bytes; base is how
-    it was held.
+    """The figures of the quickstart. Exact match is a share of the unseen rows, `kl` is that of the
+    certificate in nats a token, and `base` is the storage of the base.
     """
 
     exact_match_before: float
@@ -61,8 +59,8 @@ class Story:
 
 
 def fastest(device: torch.device) -> Storage:
-    """The base in whichever of bf16 and fp32 this device multiplies faster, and why: both learn the
-    task alike.
+    """bf16 or fp32, whichever this device multiplies faster; the task is learned equally well with
+    both.
     """
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
@@ -74,15 +72,20 @@ def fastest(device: torch.device) -> Storage:
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> Story:
-    """Tell the story and leave `train.jsonl`, `test.jsonl`, `adapter/`, `inside.html` and `merged/`
-    in `out`.
+    """Run all steps and write `train.jsonl`, `test.jsonl`, `adapter/`, `inside.html` and `merged/`.
 
-    Raises LorafoldError if `out` exists and overwrite is off.
+    Args:
+        out: The directory to write to.
+        console: For everything that is shown.
+        overwrite: Replace what an earlier quickstart wrote to `out`.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+
+    Raises LorafoldError if `out` exists and `overwrite` is off.
     """
     start = time.perf_counter()
     if out.exists() and not overwrite:
         raise LorafoldError(
-            f"{out} exists; pass --overwrite to replace what a quickstart wrote there"
+            f"{out} exists; pass --overwrite to replace what an earlier quickstart wrote to it"
         )
     for part in ("adapter", "merged"):
         check_out(out / part, overwrite)
@@ -98,7 +101,7 @@ def quickstart(
     for name, data in (("train", train_rows), ("test", test_rows)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
 
-    console.rule("1  before: the model as it is")
+    console.rule("1  before: the base without an adapter")
     before = measure(test_rows, None, storage, where, console)
     console.rule("2  training: LoRA on every linear layer of the blocks")
     request = Request(
@@ -111,16 +114,16 @@ def quickstart(
         overwrite=overwrite,
     )
     trained = train(request, console)
-    console.rule("3  after: the same unseen examples")
+    console.rule("3  after: the same unseen rows")
     after = measure(test_rows, out / "adapter", storage, where, console)
     side_by_side(before, after, console)
-    console.rule("4  inside: how much of the update is real")
+    console.rule("4  inspect: what the adapter changed")
     found = inspect(resolve_model(MODEL), out / "adapter")
     page(found, out / "inside.html")
     for sentence in found["advice"]:
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"all of it as a page: {out / 'inside.html'}", highlight=False, markup=False)
-    console.rule("5  merge: a plain model, no adapter left")
+    console.print(f"all figures: {out / 'inside.html'}", highlight=False, markup=False)
+    console.rule("5  merge: a plain model without an adapter")
     merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
     console.print(merged.summary(), highlight=False)
 
@@ -134,7 +137,7 @@ def quickstart(
     )
     console.print(sizes, highlight=False)
     console.print(
-        f"""Go on with
+        f"""Try next
   lorafold generate --model {out}/merged --system JSON --prompt "{PROMPT}"
   lorafold eval --model {MODEL} --adapter {out}/adapter --data {out}/test.jsonl
   lorafold train --model {MODEL} --data {out}/train.jsonl --out my-adapter --set rank=8
@@ -163,6 +166,15 @@ def measure(
     where: torch.device,
     console: Console,
 ) -> Evaluation:
+    """Evaluate the embedded model.
+
+    Args:
+        test_rows: The rows to measure on.
+        adapter: A saved adapter to load on it, or None.
+        storage: How the base stores its weights.
+        where: The device.
+        console: For progress and the result.
+    """
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
         load(model, adapter)
@@ -172,8 +184,15 @@ def measure(
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
+    """Print completions before and after training as a table.
+
+    Args:
+        before, after: The evaluations, of the same rows.
+        console: Where it is printed.
+        shown: How many rows.
+    """
     table = Table(
-        *(Column(name, overflow="fold") for name in ("asked", "before", "after")), show_lines=True
+        *(Column(name, overflow="fold") for name in ("prompt", "before", "after")), show_lines=True
     )
     for first, second in list(zip(before.rows, after.rows, strict=True))[:shown]:
         table.add_row(first.prompt, first.answer, second.answer)

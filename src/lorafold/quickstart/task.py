@@ -1,20 +1,18 @@
-"""The task of `lorafold quickstart`: a request in free words becomes strict JSON.
+"""The task of `lorafold quickstart`: a request in everyday language becomes strict JSON.
 
     "Could you book a table for four at The Copper Lantern on Friday at 8pm"
     -> {"intent":"book","people":4,"place":"The Copper Lantern","day":"Friday","time":"8:00 pm"}
 
-Names, places, errands and messages are copied as they stand; numbers and times are normalised (four
--> 4, half past eight in the evening -> 8:30 pm). Keys come in a fixed order, without spaces. A
-small model scores 0% before training, so what it does afterwards it has learned from these rows
-alone.
+Names, places, errands and messages are copied verbatim; numbers and times are normalised (four ->
+4, half past eight in the evening -> 8:30 pm). The keys have a fixed order, without spaces. A small
+model scores 0% before training, so everything that it can do afterwards comes from these rows.
 
-Every word list below is cut in two: about every fifth word goes to the test split, the others to
-the train split. A test value is made of held-out words only, so none of its names, places, errands
-or messages occurs in training, neither whole nor in parts. The lists are long on purpose: a model
-that has seen few words learns the words, one that has seen many learns to copy. Most values begin
-with a word of the pattern ("The", "Aunt", "Lake"): what follows an opening quote is spelled in
-other tokens than the same word after a space. Pure Python, no network, the same rows for the same
-arguments.
+Every word list below is split in two: about every fifth word belongs to the test split, the others
+to the train split. Test values are made of test words only, so none of their names, places, errands
+or messages occurs in training, whole or in part. The lists are long because a model that sees few
+words memorizes them, while one that sees many learns to copy. Most values begin with a fixed word
+("The", "Aunt", "Lake"), because the tokens of a word after an opening quote differ from those of
+the same word after a space. The rows need no network and are the same for the same arguments.
 """
 
 import json
@@ -109,8 +107,8 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The words of a list that belong to a split: about every fifth to test; a word of several
-    lists is on the same side in all.
+    """The words of a list that belong to a split: about a fifth to test. A word has the same split
+    in every list.
     """
     return tuple(
         word for word in words if (zlib.crc32(word.lower().encode()) % 5 == 0) == (split == "test")
@@ -118,8 +116,7 @@ def part(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
 
 
 def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
-    """A slot copied verbatim: one of the patterns, its `%s` filled from the split's part of each
-    word list.
+    """A slot that is copied verbatim: one of the patterns, with a word of each list for each `%s`.
     """
 
     def draw(rng: random.Random, split: Split) -> tuple[str, str]:
@@ -131,7 +128,7 @@ def composed(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
 
 
 def number(low: int, high: int) -> Slot:
-    """An integer, in digits or, below ten, in words."""
+    """A slot for an integer, spoken in digits or, below ten, in words."""
 
     def draw(rng: random.Random, split: Split) -> tuple[str, int]:
         value = rng.randint(low, high)
@@ -188,8 +185,8 @@ NEWS = composed(("the %s will be %s", (THING, STATE)), ("I have to %s the %s", (
 
 @dataclass(frozen=True)
 class Intent:
-    """Slots in the order of the JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` the slot as
-    spoken.
+    """Slots in the order of the JSON keys, and phrasings, in which `(a|b)` is a choice and `<slot>`
+    the spoken value of a slot.
     """
 
     slots: Mapping[str, Slot]
@@ -254,17 +251,22 @@ INTENTS = {
 
 
 def rows(split: Split, n: int, seed: int) -> list[Row]:
-    """n different rows {"prompt": [system, user], "completion": [assistant]}, as many of each
+    """Different rows {"prompt": [system, user], "completion": [assistant]}, equally many for each
     intent; the same for the same arguments.
+
+    Args:
+        split: train or test, which have no words of values in common.
+        n: The number of rows.
+        seed: Draws the rows.
     """
     rng = random.Random(f"{split} {seed}")
     drawn: dict[str, Row] = {}
     names = list(INTENTS)
     while len(drawn) < n:
-        request, answer = _draw(names[len(drawn) % len(names)], rng, split)
+        request, completion = _draw(names[len(drawn) % len(names)], rng, split)
         drawn[request] = {
             "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request}],
-            "completion": [{"role": "assistant", "content": answer}],
+            "completion": [{"role": "assistant", "content": completion}],
         }
     order = list(drawn.values())
     rng.shuffle(order)

@@ -1,1 +1,1 @@
-"""A run: request, loop, checkpoints, objectives, what it shows and leaves."""
+"""A training run: its request, setup, loop, checkpoints and objectives, its display and result."""

@@ -1,10 +1,9 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
+"""Checkpoints: the state from which a run resumes exactly, in safetensors and JSON.
 
-    RUN/step-000020/{adapter,optimizer}.safetensors, state.json     RUN is `<out>.run`, beside the
-                                                                    adapter to be
+    RUN/step-000020/{adapter,optimizer}.safetensors, state.json     RUN is `<out>.run`
 
-A step's rows follow from the seed alone, so the step number is the data position. Each checkpoint
-appears whole or not at all.
+The order of the rows follows from the seed alone, so the number of steps tells which rows come
+next. A checkpoint is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from lorafold.files.intact import check_intact
 
 @dataclass
 class Progress:
-    """What a run has seen so far.
+    """How far a run has come.
 
-    Losses are means over labelled tokens; `seconds` and `tokens` count training steps only.
+    Losses are means in nats over labelled tokens, one for each step; `seconds` and `tokens` count
+    training steps only, not evaluations.
     """
 
     step: int = 0
@@ -34,47 +34,49 @@ class Progress:
     evals: dict[int, float] = field(default_factory=dict)  # step -> held-out loss
     tokens: int = 0
     seconds: float = 0.0
-    # whose state the checkpoint holds: `auto` might choose another one when the run is resumed
+    # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
     optimizer: str = ""
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest held-out loss."""
+        """The step with the lowest held-out loss, the earliest of equals; None before any."""
         return min(self.evals, key=lambda s: (self.evals[s], s)) if self.evals else None
 
 
 class RunDirectory:
-    """The checkpoints of one run, and the recipe and data they belong to."""
+    """The directory `<out>.run`: the checkpoints of one run, and its recipe, model and data."""
 
     def __init__(self, out: Path) -> None:
         self.path = out.with_name(out.name + ".run")
 
     def check_free(self, may_replace: bool) -> None:
-        """LorafoldError if checkpoints of a run that was stopped lie here, which a fresh start
-        would remove.
+        """Raises LorafoldError if there are checkpoints of a stopped run, which a fresh start would
+        remove, and they may not be replaced.
         """
         if self.checkpoints() and not may_replace:
             raise LorafoldError(
-                f"{self.path} holds a run that was stopped: --resume goes on from it, --overwrite"
-                " starts afresh"
+                f"{self.path} holds a run that was stopped: pass --resume to continue it or"
+                " --overwrite to start again"
             )
 
     def start(self, identity: dict) -> None:
-        """Begin afresh: what an earlier run left is removed."""
+        """Remove the checkpoints of an earlier run and write the identity of this one."""
         shutil.rmtree(self.path, ignore_errors=True)
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
     def check(self, identity: dict, defaults: dict) -> None:
-        """LorafoldError unless the run that lies here had the same recipe, model and data. Fields
-        that its recipe did not know yet count as their `defaults`.
+        """Raises LorafoldError unless the stored run has the same recipe, model and data.
+
+        A recipe field that is missing in the stored run, because an earlier version wrote it, has
+        its value in `defaults`.
         """
         check_intact(self.path, ["run.json"])
         try:
             found = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             raise LorafoldError(
-                f"{self.path}: no run to resume there; start it without --resume"
+                f"{self.path}: found no run to resume; start one without --resume"
             ) from None
         found |= {k: defaults[k] for k in identity if k in defaults and k not in found}
         differing = [
@@ -84,10 +86,13 @@ class RunDirectory:
             changes = "; ".join(
                 f"{k}: was {found.get(k)!r}, now {identity.get(k)!r}" for k in differing
             )
-            raise LorafoldError(f"{self.path}: the run to resume had another recipe: {changes}")
+            raise LorafoldError(
+                f"{self.path}: the run to resume had another recipe: {changes}. Use the old values,"
+                " or start again with --overwrite"
+            )
 
     def checkpoints(self) -> dict[int, Path]:
-        """Complete checkpoints by step, in order."""
+        """The complete checkpoints by step, in ascending order."""
         found = {
             int(p.name.removeprefix("step-")): p
             for p in self.path.glob("step-*")
@@ -102,8 +107,13 @@ class RunDirectory:
         optimizer: dict[str, Tensor],
         keep: int,
     ) -> Path:
-        """Write the checkpoint of `progress.step`; of the older ones keep the newest `keep`, and
-        the best.
+        """Write the checkpoint of `progress.step`, and remove old ones.
+
+        Args:
+            progress: Saved as `state.json`.
+            adapter: The adapter's tensors by name, of any shapes.
+            optimizer: The optimizer's tensors and the random state by name, of any shapes.
+            keep: How many of the newest checkpoints stay, with this one; the best stays too.
         """
         path = self.path / f"step-{progress.step:06d}"
         with atomic_directory(path, overwrite=True) as tmp:
@@ -123,14 +133,14 @@ class RunDirectory:
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-        """(progress, adapter tensors, optimizer tensors).
+        """(progress, adapter tensors, optimizer tensors), as `save` took them, of any shapes.
 
-        LorafoldError if the files are not those that were written.
+        Raises LorafoldError if a file was changed since it was written.
         """
         if problems := verify(path):
             raise LorafoldError(
                 f"{path}: damaged checkpoint: {'; '.join(problems)}; remove it to resume from the"
-                " one before"
+                " checkpoint before"
             )
         state = json.loads((path / "state.json").read_text())
         state["evals"] = {int(k): v for k, v in state["evals"].items()}
@@ -141,4 +151,5 @@ class RunDirectory:
         )
 
     def remove(self) -> None:
+        """Remove the directory with all checkpoints."""
         shutil.rmtree(self.path, ignore_errors=True)

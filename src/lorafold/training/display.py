@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run: a bar on a terminal, and about ten lines in a file or pipe."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from rich.progress import (
 
 
 class Display:
-    """Loss, tokens per second and time left.
-
-    Everything goes to the console that is given (stderr in the command).
-    """
+    """A context that shows the loss, tokens per second and time left on a console."""
 
     def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self.console, self.steps = console, steps
@@ -49,9 +46,17 @@ class Display:
         self.bar.stop()
 
     def note(self, text: str) -> None:
+        """Print a line above the bar."""
         self.console.print(text, highlight=False, markup=False)
 
     def step(self, step: int, loss: float, rate: float) -> None:
+        """Show the figures of a step.
+
+        Args:
+            step: How many steps are done.
+            loss: The mean loss of the step in nats.
+            rate: Tokens per second, over the whole run.
+        """
         self.bar.update(self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
         if not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0

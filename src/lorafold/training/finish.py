@@ -1,5 +1,5 @@
-"""What a run leaves: the adapter, the best one beside it if that was of an earlier step, and the
-record of how both were made.
+"""The files that a run leaves: the last adapter, the best one if an earlier step was better, and in
+each a record of how it was made.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a run.
+    """The result of a run.
 
-    Losses are means over labelled tokens (texts, if classified), `train_loss` over ten steps; bytes
-    are bytes.
+    Losses are means in nats over labelled tokens (over texts, for a classifier); `train_loss` is
+    that of the last ten steps. `adapter` is the directory that was written.
     """
 
     train_loss: float
@@ -54,9 +54,16 @@ def finish(
     about: Mapping[str, Any],
     base: Weights | None,
 ) -> Trained:
-    """Write the adapter, with `about` in its record and the `tokenizer` beside it if it has its
-    own, and the best one to `<out>.best` if that was an earlier step; drop the checkpoints. `base`
-    has the base's own weights where the model does not.
+    """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
+    earlier one; then remove the checkpoints. Only the main process writes.
+
+    Args:
+        request: Names the output directory, the recipe and the data.
+        job: The finished loop, with its adapter.
+        progress: Losses, tokens and seconds of the run.
+        tokenizer: Saved in the adapter's directory; None where it is the base's.
+        about: Further fields of the adapter's record.
+        base: The base's own weights, where the model has only quantized ones.
     """
     tail = progress.losses[-10:]
     result = Trained(
@@ -103,7 +110,5 @@ def finish(
 
 
 def best_path(out: Path) -> Path:
-    """Where the adapter of the step with the lowest held-out loss goes, if that is not the last
-    step.
-    """
+    """The directory of the adapter with the lowest held-out loss, where that was not the last."""
     return out.with_name(out.name + ".best")

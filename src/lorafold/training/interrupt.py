@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM during a run: asked once, it ends after the step it is in; Ctrl-C again ends
-it at once.
+"""Ctrl-C and SIGTERM during a run: the first lets it finish the current step and write a
+checkpoint; a second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """`with StopRequest() as stop: ... if stop.signal: ...`"""
+    """A context that catches SIGINT and SIGTERM: `signal` is the number of the last, or None."""
 
     signal: int | None = None
 

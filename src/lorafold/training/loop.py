@@ -1,8 +1,8 @@
 """The training loop: one adapter, one objective, one plan of batches.
 
-It knows no method: what a method needs comes through `penalty` and `after_step` of its deltas. Step
-i's rows, learning rates and randomness follow from the recipe, i and the checkpoint, so a run that
-is killed and resumed gives the bytes of one that was not.
+The loop names no method: a delta's `penalty` and a spec's `after_step` bring in what a method
+needs. The examples, learning rates and random numbers of step i follow from the recipe, i and the
+checkpoint, so a run that is killed and resumed writes the same bytes as one that is not.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from lorafold.training.interrupt import StopRequest
 
 @dataclass
 class Job:
-    """Everything the loop turns over.
+    """Everything that the loop works with.
 
-    `wrapped` is the loss as accelerate wraps it; `held_out` gives the held-out loss.
+    `wrapped` is the loss as accelerate wraps it; `held_out()` measures the held-out loss in nats.
     """
 
     adapter: Adapter
@@ -42,7 +42,7 @@ class Job:
     wrapped: nn.Module
     optimizer: Optimizer
     accelerator: Accelerator
-    examples: Sequence[Any]  # what `loss` takes; each has `ids`
+    examples: Sequence[Any]  # what `loss.collate` takes; each has `ids`
     held_out: Callable[[], float] | None
     recipe: Recipe
     run: RunDirectory
@@ -50,21 +50,26 @@ class Job:
 
 
 def fit(job: Job, progress: Progress, display: Display) -> Progress:
-    """Train from `progress` to the last step.
+    """Train from `progress.step` to the last step, and write the checkpoints that are due.
 
-    Raises LorafoldError on a loss that is not finite or an adapter without gradient, Interrupted
-    after SIGINT or SIGTERM.
+    Args:
+        job: What is trained, and on what.
+        progress: Updated in place, and returned.
+        display: Shows each step and each held-out loss.
+
+    Raises LorafoldError for a loss that is not finite and for an adapter without gradient, and
+    Interrupted after SIGINT or SIGTERM.
     """
     plan = batches(len(job.examples), job.recipe.batch, job.steps, job.recipe.seed)
     save_every = job.recipe.checkpoint_interval(job.steps)
     with StopRequest() as stop:
         while progress.step < job.steps:
             start = time.perf_counter()
-            rows = [job.examples[i] for i in plan[progress.step]]
-            loss = train_step(job, rows, progress.step)
+            examples = [job.examples[i] for i in plan[progress.step]]
+            loss = train_step(job, examples, progress.step)
             progress.step += 1
             progress.losses.append(loss)
-            progress.tokens += sum(len(e.ids) for e in rows)
+            progress.tokens += sum(len(e.ids) for e in examples)
             progress.seconds += time.perf_counter() - start
             display.step(progress.step, loss, progress.tokens / progress.seconds)
             job.accelerator.log(
@@ -87,27 +92,33 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 where = job.run.checkpoints()[progress.step]
                 message = (
                     f"stopped after step {progress.step}; {where} is complete; the same command"
-                    " with --resume goes on from it"
+                    " with --resume continues from it"
                 )
                 raise Interrupted(message, 128 + stop.signal)
     return progress
 
 
-def train_step(job: Job, rows: Sequence[Any], step: int) -> float:
-    """One optimizer step over `rows`, split over processes and micro-batches; the mean loss over
-    what counts in them.
+def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
+    """One optimizer step. Returns the mean loss, in nats over the tokens or texts that count.
+
+    Args:
+        job: What is trained.
+        examples: Split over the processes, and those of a process over its micro-batches.
+        step: How many steps were done before.
+
+    Raises LorafoldError for a loss that is not finite and for an adapter without gradient.
     """
     accelerator, world = job.accelerator, job.accelerator.num_processes
-    own = rows[accelerator.process_index :: world]
+    own = examples[accelerator.process_index :: world]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length)
-    total = max(1, sum(map(job.loss.count, rows)))
+    total = max(1, sum(map(job.loss.count, examples)))
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
     job.wrapped.train()
     seen = torch.zeros((), device=accelerator.device)
-    for i, examples in enumerate(micro):
+    for i, part in enumerate(micro):
         is_last = i == len(micro) - 1
         with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
-            loss: Tensor = job.wrapped(**job.loss.collate(examples, accelerator.device))
+            loss: Tensor = job.wrapped(**job.loss.collate(part, accelerator.device))
             seen += loss.detach()
             loss = loss * (world / total)
             if is_last:
@@ -136,31 +147,34 @@ def train_step(job: Job, rows: Sequence[Any], step: int) -> float:
 
 
 def penalty(adapter: Adapter) -> Tensor | float:
+    """The sum of the penalties that the deltas add to the loss: a scalar, 0.0 without any."""
     return sum((p for _, delta in adapter.parts() if (p := delta.penalty()) is not None), start=0.0)
 
 
 def check_gradients(adapter: Adapter) -> None:
-    """LorafoldError if nothing of the adapter received a gradient: a trap that otherwise looks like
-    a run that does not learn.
+    """Raises LorafoldError if no parameter of the adapter has a gradient other than zero.
+
+    Without this check, such a run would only look like one that does not learn.
     """
     if any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
         return
     graph = any(p.grad is not None for p in adapter.parameters())
     cause = (
-        "every one is exactly zero: the rows of the first step may hold no labelled token"
+        "all gradients are exactly zero: check that the rows of the first step have labelled tokens"
         if graph
         else (
-            "no adapted module lies on the way to the loss: check the targets, and that the model's"
-            " own code does not detach them"
+            "the loss does not depend on any adapted module: check the targets, and that the"
+            " model's code does not detach their outputs"
         )
     )
     raise LorafoldError(
-        f"the adapter received no gradient in the first step; {cause} (adapted:"
+        f"the adapter received no gradient in the first step; {cause} (adapted modules:"
         f" {', '.join(list(adapter.sites)[:4])}, ...)"
     )
 
 
 def save(job: Job, progress: Progress) -> None:
+    """Write a checkpoint in the main process; the others wait for it."""
     if job.accelerator.is_main_process:
         state = optimizer_tensors(job.optimizer) | rng_state()
         job.run.save(progress, job.adapter.state_dict(), state, job.recipe.keep)

@@ -1,11 +1,11 @@
-"""The objectives, one table: what each makes of rows, which model it needs, and which loss it lays
-over it.
+"""The objectives, in one table: how each turns rows into examples, which model it loads, and which
+loss it computes with the model.
 
     objective = OBJECTIVES["classify"](rows, source, adapters)
-    data = objective.encode(rows, tokenizer, max_length);  model = objective.load(...)
+    data = objective.encode(rows, tokenizer, max_length);  model = objective.load(request)
     with objective.loss(model, tokenizer, packing, console) as loss: ...
 
-A run and its loop go through these steps and know no objective by name.
+A run and its loop call these methods and name no objective.
 """
 
 from __future__ import annotations
@@ -48,30 +48,45 @@ if TYPE_CHECKING:
 Data = Encoded | LabelledData
 
 
+@dataclass(frozen=True)
+class ModelRequest:
+    """The model that an objective is asked to load. `seed` draws the parts that are new in it."""
+
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    storage: Storage
+    device: torch.device
+    seed: int
+    trust_remote_code: bool
+
+
 class Objective(ABC):
     """Abstract: one objective, from rows to a loss."""
 
-    classes: tuple[str, ...] = ()  # of texts, where it tells them apart
+    classes: tuple[str, ...] = ()  # the labels of a classifier
+
 
     @abstractmethod
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> Data:
-        """Examples with a report. LorafoldError for rows that are not for this objective."""
+        """Tokenized rows, with a report.
+
+        Args:
+            rows: Rows of the user's data.
+            tokenizer: After `set_up`.
+            max_length: Longer examples are cut to this many tokens.
+
+        Raises LorafoldError for rows that this objective can't use.
+        """
 
     @abstractmethod
-    def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text: ...
+    def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """An example as the model sees it, with the tokens that count in the loss marked."""
 
     @abstractmethod
-    def load(
-        self,
-        source: ModelSource,
-        tokenizer: PreTrainedTokenizerBase,
-        storage: Storage,
-        device: torch.device,
-        seed: int,
-        trust_remote_code: bool,
-    ) -> PreTrainedModel: ...
+    def load(self, request: ModelRequest) -> PreTrainedModel:
+        """The model with the head that this objective needs, and without adapters."""
 
     @abstractmethod
     def loss(
@@ -80,26 +95,37 @@ class Objective(ABC):
         tokenizer: PreTrainedTokenizerBase,
         packing: bool,
         console: Console,
-    ) -> Any:  # a context manager that gives a Loss
-        ...
+    ) -> Any:
+        """A context manager that yields the `Loss` of this model.
+
+        Args:
+            model: As `load` gives it, with adapters attached.
+            tokenizer: Names the token that pads.
+            packing: Lay the examples of a micro-batch end to end, where the model allows it.
+            console: For a notice if it does not.
+        """
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Give the tokenizer what it lacks for this objective; the notice to print, if something
-        was done.
-        """
+        """Add what the tokenizer lacks for this objective. Returns a notice of what was added."""
         return None
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-        """Modules that must be trained whole beside the method, wherever that is laid."""
+        """Paths of the modules that must be trained whole, whatever the method adapts.
+
+        Args:
+            model: As `load` gives it.
+            spec: The method.
+            targets: The recipe's; None takes the method's own.
+        """
         return ()
 
     def record(self) -> dict[str, Any]:
-        """What `lorafold.json` must say for the adapter to be used."""
+        """Fields of `lorafold.json` without which the adapter could not be used."""
         return {}
 
 
 class Sft(Objective):
-    """The next token of completions."""
+    """Supervised fine-tuning: the next token of completions."""
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
@@ -112,16 +138,13 @@ class Sft(Objective):
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
 
-    def load(
-        self,
-        source: ModelSource,
-        tokenizer: PreTrainedTokenizerBase,
-        storage: Storage,
-        device: torch.device,
-        seed: int,
-        trust_remote_code: bool,
-    ) -> PreTrainedModel:
-        return load_model(source, storage, device, trust_remote_code=trust_remote_code)
+    def load(self, request: ModelRequest) -> PreTrainedModel:
+        return load_model(
+            request.source,
+            request.storage,
+            request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
 
     @contextmanager
     def loss(
@@ -137,8 +160,8 @@ class Sft(Objective):
         with packed(model) as apart:
             if not apart:
                 console.print(
-                    "packing: this model mixes documents that share a row, so rows are padded"
-                    " instead",
+                    "packing: this model lets documents of one sequence attend to each other, so"
+                    " examples are padded instead",
                     highlight=False,
                 )
             yield Completions(model, apart, tokenizer.pad_token_id or 0)
@@ -146,9 +169,7 @@ class Sft(Objective):
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """The class of a text, by a head over the body; the head is trained whole whatever the
-    method.
-    """
+    """The class of a text, by a head on the decoder; every method trains the whole head too."""
 
     classes: tuple[str, ...]
 
@@ -160,23 +181,15 @@ class Classify(Objective):
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)
 
-    def load(
-        self,
-        source: ModelSource,
-        tokenizer: PreTrainedTokenizerBase,
-        storage: Storage,
-        device: torch.device,
-        seed: int,
-        trust_remote_code: bool,
-    ) -> PreTrainedModel:
+    def load(self, request: ModelRequest) -> PreTrainedModel:
         return load_classifier(
-            source,
+            request.source,
             self.classes,
-            padding_id(tokenizer),
-            storage,
-            device,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
+            padding_id(request.tokenizer),
+            request.storage,
+            request.device,
+            seed=request.seed,
+            trust_remote_code=request.trust_remote_code,
         )
 
     @contextmanager
@@ -192,7 +205,7 @@ class Classify(Objective):
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         heads = set(head_paths(model))
         found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
-        # the method is about the head, or trains it in place
+        # the method adapts nothing but the head, or trains the base's own weights, the head's too
         trained = found <= heads or (spec.trains_base and heads <= found)
         return () if trained else head_paths(model)
 
@@ -201,8 +214,14 @@ class Classify(Objective):
 
 
 def classify(rows: Sequence[Row], source: ModelSource, adapters: Sequence[Path]) -> Classify:
-    """With the classes that the model or adapter was trained on, where it was, else those of the
-    rows.
+    """The classifier for the classes that the model or an adapter knows, else those of the rows.
+
+    Args:
+        rows: Texts with labels.
+        source: The model.
+        adapters: Saved adapters that will be loaded on it.
+
+    Raises LorafoldError for labels that are not among the known classes.
     """
     found = classes_of(rows)
     classes = known_classes(source, adapters) or found

@@ -1,5 +1,5 @@
-"""What a run is asked for and what comes of it, and what both need before there is a model: the
-objective, the tokenizer, the tokenized rows.
+"""The request for a run, and what training and a preview make of it without a model: the objective,
+the tokenizer and the tokenized rows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, on what, and where to put it.
+    """What to train, on which rows, and where to write the adapter.
 
-    `out` must not exist unless overwrite or resume is on.
+    `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
+    `eval_fraction` of `rows` is held out.
     """
 
     model: str
@@ -46,9 +47,7 @@ class Request:
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """sha256 over the rows as JSON: the same data gives the same digest whatever file format it
-    came in.
-    """
+    """The SHA-256 of the rows as JSON, so the same rows have one digest in every file format."""
     h = hashlib.sha256()
     for row in rows:
         h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
@@ -56,7 +55,10 @@ def digest(rows: Sequence[Row]) -> str:
 
 
 def objective_of(request: Request) -> tuple[ModelSource, Objective]:
-    """Where the model lies, and the objective of the run on it."""
+    """The model's directory, and the run's objective for it.
+
+    Raises LorafoldError for a model that is not found, and labels that are not the model's.
+    """
     source = resolve_model(request.model, request.revision)
     adapters = [request.init_adapter] if request.init_adapter else []
     return source, OBJECTIVES[request.recipe.objective](request.rows, source, adapters)
@@ -65,8 +67,13 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
 def tokenizer_for(
     request: Request, source: ModelSource, objective: Objective, console: Console
 ) -> tuple[PreTrainedTokenizerBase, Words]:
-    """The tokenizer with the recipe's chat template and new tokens, and what is to be known of
-    these. What was done is printed.
+    """The tokenizer with the recipe's chat template and new tokens, and the ids of these tokens.
+
+    Args:
+        request: Names the chat template, the new tokens and the adapter to start from.
+        source: The model, whose tokenizer is taken unless that adapter has its own.
+        objective: Adds what the tokenizer lacks for it, such as a chat template.
+        console: For notices of what was added.
     """
     adapters = [request.init_adapter] if request.init_adapter else []
     tokenizer = tokenizer_of(source, adapters, request.trust_remote_code)
@@ -82,7 +89,16 @@ def tokenizer_for(
 def tokenized(
     request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
 ) -> tuple[Data, Data | None]:
-    """The training rows and the held-out rows, with what there is to say about them."""
+    """The examples to train on and those to measure on, which may be None; both are reported.
+
+    Args:
+        request: Has the rows, or the share of them that is held out.
+        tokenizer: As `tokenizer_for` gives it.
+        objective: Makes examples of rows.
+        console: For the two reports, such as how many examples were cut.
+
+    Raises LorafoldError for rows that the objective can't use.
+    """
     rows, held_out = list(request.rows), request.eval_rows
     if held_out is None and request.recipe.eval_fraction:
         rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
@@ -96,8 +112,14 @@ def tokenized(
 
 
 def show(request: Request, console: Console, rows: int = 3) -> None:
-    """Print the first rows as the model will see them, with the tokens that count in the loss
-    marked.
+    """Print the first rows as the model will see them, and mark the tokens that count in the loss.
+
+    Args:
+        request: The run that the rows are for; nothing is trained or written.
+        console: Where they are printed.
+        rows: How many.
+
+    Raises LorafoldError for rows that the objective can't use.
     """
     source, objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, source, objective, console)

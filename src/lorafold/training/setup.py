@@ -1,0 +1,170 @@
+"""What a run settles before its first step: the checks of its request, the choices that need no
+model, and the model with its adapter.
+
+The cheap refusals come first, so that a wrong request fails before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from lorafold.adapter import Adapter, attach, load
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import check_out
+from lorafold.machine.devices import choose_device
+from lorafold.memory.before_run import planned, settle
+from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.configuration import configuration
+from lorafold.models.sources import ModelSource
+from lorafold.models.storage import Storage, choose_storage, weights_of
+from lorafold.models.tokenizer import Words
+from lorafold.models.weights import Weights
+from lorafold.peft import directory as peft
+from lorafold.step.adamw import check_available, check_rounding, free_everywhere
+from lorafold.step.fitting import settled_base, spec_of, without
+from lorafold.step.recipe import OF_ADAPTER
+from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.finish import best_path
+from lorafold.training.objectives import Data, ModelRequest, Objective
+from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The choices of a run that need no model; the recipe in `request` names the base's storage."""
+
+    request: Request
+    spec: Spec
+    source: ModelSource
+    objective: Objective
+    device: torch.device
+    storage: Storage
+    tokenizer: PreTrainedTokenizerBase
+    words: Words
+    data: Data
+    held_out: Data | None
+    accelerator: Accelerator
+
+
+def check_request(request: Request, console: Console) -> Spec:
+    """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
+
+    Raises LorafoldError for an output that exists, a stopped run in `<out>.run`, an optimizer that
+    is not installed, an unknown method, and fields that an initial adapter fixes.
+    """
+    replaces = request.overwrite or request.resume
+    for path in (request.out, best_path(request.out)):
+        check_out(path, replaces)
+    RunDirectory(request.out).check_free(replaces)
+    check_available(request.recipe.optimizer)
+    spec = spec_of(request.recipe)
+    if notice := without(request.recipe):
+        console.print(notice, highlight=False)
+    fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
+    if request.init_adapter and fixed:
+        raise LorafoldError(
+            f"{', '.join(fixed)}: the adapter of --init-adapter fixes these fields; remove them"
+            " from the recipe"
+        )
+    return spec
+
+
+def set_up(request: Request, console: Console) -> Setup:
+    """Check the request, choose device and storage, and tokenize the rows.
+
+    Raises LorafoldError for anything wrong with the request or its rows, and for a batch that can't
+    be split over the processes.
+    """
+    spec = check_request(request, console)
+    source, objective = objective_of(request)
+    base = settled_base(request.recipe, spec, source, request.init_adapter)
+    recipe = request.recipe.model_copy(update={"base": base})
+    request = replace(request, recipe=recipe)
+    device = choose_device(request.device)
+    storage = choose_storage(recipe.base, device)
+    if spec.trains_base:
+        check_rounding(recipe.optimizer, [storage.dtype])
+    tokenizer, words = tokenizer_for(request, source, objective, console)
+    data, held_out = tokenized(request, tokenizer, objective, console)
+    console.print(f"base: {storage.why}", highlight=False)
+    # the logs of trackers stay when the checkpoints are removed
+    logs = str(request.out.with_name(request.out.name + ".logs"))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs
+    )
+    if recipe.batch % accelerator.num_processes:
+        raise LorafoldError(
+            f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes;"
+            f" expected a multiple of {accelerator.num_processes}"
+        )
+    return Setup(
+        request, spec, source, objective, device, storage, tokenizer, words, data, held_out,
+        accelerator,
+    )  # fmt: skip
+
+
+def adapted_model(
+    setup: Setup, console: Console
+) -> tuple[PreTrainedModel, Adapter, Weights | None, bool]:
+    """(model, adapter, the base's own weights, whether to recompute activations).
+
+    The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
+    the one that `init_adapter` names.
+    """
+    request, recipe = setup.request, setup.request.recipe
+    stored = peft.read(request.init_adapter) if request.init_adapter else None
+    extra = stored.beside if stored else partial(extras, setup)
+    heaviest = planned(
+        recipe,
+        stored.spec if stored else setup.spec,
+        setup.storage,
+        setup.data.examples,
+        extra,
+        len(setup.objective.classes),
+        setup.accelerator.num_processes,
+        setup.device,
+    )
+    config = configuration(str(setup.source.path), trust_remote_code=request.trust_remote_code)
+    free = free_everywhere(setup.accelerator)
+    checkpointing = settle(config, heaviest, recipe.gradient_checkpointing, free, console)
+    model = setup.objective.load(
+        ModelRequest(
+            setup.source,
+            setup.tokenizer,
+            setup.storage,
+            setup.device,
+            recipe.seed,
+            request.trust_remote_code,
+        )
+    )
+    torch.manual_seed(recipe.seed)
+    weights = weights_of(setup.source, setup.storage)
+    adapter = (
+        load(model, request.init_adapter, trainable=True, base=weights)
+        if request.init_adapter
+        else attach(model, setup.spec, recipe.targets, base=weights, **extras(setup, model))
+    )
+    return model, adapter, weights, checkpointing
+
+
+def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `attach` for what is trained in addition to the method: biases, whole modules,
+    and the embeddings of tokens.
+    """
+    recipe, words = setup.request.recipe, setup.words
+    needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
+    tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
+    saved = (*recipe.modules_to_save, *needed)
+    return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}
+
+

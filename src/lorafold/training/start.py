@@ -1,0 +1,121 @@
+"""How a run starts: its method prepares a fresh adapter, or a checkpoint restores the tensors, the
+optimizer and the random state of a run that was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+
+from lorafold.adapter import Adapter
+from lorafold.data.batches import batches
+from lorafold.evaluation import held_out_loss
+from lorafold.step.adamw import described, make_optimizer, pick
+from lorafold.step.losses import Loss
+from lorafold.step.optim import param_groups, restore_optimizer, restore_rng
+from lorafold.step.recipe import Recipe
+from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.loop import Job
+from lorafold.training.objectives import Data
+from lorafold.training.request import Request, digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A resumed run may change these fields: they decide what is watched and kept, not what is learned.
+_FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+
+
+def prepare(
+    request: Request,
+    adapter: Adapter,
+    loss: Loss,
+    accelerator: Accelerator,
+    data: Data,
+    held_out: Data | None,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> tuple[Job, Progress]:
+    """The job of the training loop, and how far it has come: a fresh run or a resumed one.
+
+    Args:
+        request: With `resume`, the last checkpoint of the run is loaded, if there is one.
+        adapter: Attached to the model of `loss`.
+        loss: Moved to the accelerator's device.
+        accelerator: Distributes the steps and logs to the trackers.
+        data, held_out: Examples to train on and to measure on.
+        tokenizer: Its chat template is part of what a resumed run must share.
+        console: For the optimizer and the step from which a run is resumed.
+
+    Raises LorafoldError where the run to resume had another recipe, model or data.
+    """
+    recipe, run = request.recipe, RunDirectory(request.out)
+    identity = identity_of(request, tokenizer)
+    progress, state = Progress(), None
+    loss.to(accelerator.device)
+    if request.resume:
+        run.check(identity, Recipe().model_dump(mode="json"))
+        if checkpoints := run.checkpoints():
+            progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            adapter.load_state_dict(tensors)
+    else:
+        run.start(identity)
+        adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, data, recipe))
+    lr = recipe.lr or adapter.spec.lr
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
+    chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
+    progress.optimizer = chosen.name
+    console.print(described(chosen, groups, recipe.seed), highlight=False, soft_wrap=True)
+    wrapped, optimizer = accelerator.prepare(loss, make_optimizer(chosen.name, groups, recipe))
+    if state is not None:
+        restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
+        restore_rng(state)
+    accelerator.init_trackers(
+        "lorafold", config={k: str(v) for k, v in recipe.model_dump().items()}
+    )
+    steps = recipe.total_steps(len(data.examples))
+    if request.resume:
+        console.print(f"resuming after step {progress.step} of {steps}", highlight=False)
+    measured = None if held_out is None else partial(held_out_loss, loss, held_out.examples)
+    return Job(
+        adapter, loss, wrapped, optimizer, accelerator, data.examples, measured, recipe, run, steps
+    ), progress
+
+
+def identity_of(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was stopped."""
+    recipe = request.recipe.model_dump(mode="json")
+    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
+    identity |= {
+        "model": request.model,
+        "data": digest(request.rows),
+        "init_adapter": str(request.init_adapter or ""),
+    }
+    if request.recipe.chat_template is not None:
+        # the template itself: the file that the recipe names may have changed
+        identity["chat_template"] = str(tokenizer.chat_template)
+    return identity
+
+
+def sample_losses(
+    loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | None = None
+) -> Iterator[Tensor]:
+    """Mean losses of n batches, each a scalar in nats, drawn as training draws them but with a seed
+    of their own.
+
+    Args:
+        loss: Put in training mode.
+        data: The examples to draw from.
+        recipe: Gives the batch size and the seed.
+        n: The number of losses.
+        rows: Examples in each loss; None takes the recipe's batch.
+    """
+    loss.train()
+    for drawn in batches(len(data.examples), rows or recipe.batch, n, recipe.seed + 1):
+        chosen = [data.examples[i] for i in drawn]
+        yield loss(**loss.collate(chosen, loss.device)) / max(1, sum(map(loss.count, chosen)))
