@@ -79,7 +79,7 @@ def test_only_selects_and_the_bare_base_is_bit_for_bit() -> None:
             assert torch.equal(model(X), a)
         assert torch.equal(model(X), bare)
     assert torch.equal(model(X), both)
-    with pytest.raises(lf.LorafoldError, match="it carries: a, b"):
+    with pytest.raises(lf.LorafoldError, match="the attached ones: a, b"):
         lf.only(model, "c")
 
 
@@ -129,7 +129,7 @@ def test_targets() -> None:
     )
     with pytest.raises(
         lf.LorafoldError,
-        match=r"'fx' matches no module; near names: fc.*'haed' matches no module; near names: head",
+        match=r"'fx' matches no module; similar names: fc.*'haed' matches no module; .*: head",
     ):
         lf.attach(model, lf.LoRA(), ["fc", "fx", "haed"], "typo")
     with pytest.raises(lf.LorafoldError, match="in use"):

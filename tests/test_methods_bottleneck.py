@@ -68,7 +68,8 @@ def test_a_model_whose_blocks_hold_no_mlp_module_is_refused() -> None:
     model = OPTForCausalLM(
         OPTConfig(vocab_size=50, num_hidden_layers=1, num_attention_heads=2, **sizes)
     )
-    with pytest.raises(lf.LorafoldError, match="'sublayers': OPTForCausalLM has no such place"):
+    refused = "'sublayers': OPTForCausalLM has no modules of this preset"
+    with pytest.raises(lf.LorafoldError, match=refused):
         lf.attach(model, lf.Bottleneck())
 
 

@@ -333,7 +333,7 @@ def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
         lf.LorafoldError, match=r"lies on a decoder and its attentions .*not on Linear"
     ):
         lf.attach(model, spec, ["q_proj"])
-    with pytest.raises(lf.LorafoldError, match="has no such place"):
+    with pytest.raises(lf.LorafoldError, match="has no modules of this preset"):
         lf.attach(nn.Sequential(nn.Linear(3, 3)), spec)
     adapter = lf.attach(model, spec)
     with pytest.raises(lf.NotMergeable, match=r"PromptDelta|PrefixDelta|no weight"):

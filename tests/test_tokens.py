@@ -414,7 +414,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"tokens": (-1,)}, r"tokens \[-1\]: expected ids from 0 up"),
     "no such module": (
         {"tokens": {"embed_token": (3,)}},
-        "'embed_token' matches no module; near names: embed_tokens",
+        "'embed_token' matches no module; similar names: embed_tokens",
     ),
     "no rows": ({"tokens": {"norm": (3,)}}, "model.norm: LlamaRMSNorm has no rows for tokens"),
     "only one end": (

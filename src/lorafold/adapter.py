@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of, parameter_count
-from lorafold.bases.bitsandbytes import record_unpacked
+from lorafold.bases.bitsandbytes import record_dequantized
 from lorafold.core.attach import (
     Adapted,
     adapted_modules,
@@ -167,7 +167,7 @@ class Adapter:
         plan = plan_fold(self.model, [self.name])
         carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
         self.detach()
-        record_unpacked(self.model, plan.paths)
+        record_dequantized(self.model, plan.paths)
 
     def detach(self) -> None:
         """Take the adapter off; with the last one the model is what it was before the first."""

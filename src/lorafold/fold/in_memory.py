@@ -49,7 +49,7 @@ def carry_out(
         module = model.get_submodule(path)
         if f"{path}.weight" in plan.apart:
             untie(model, module)
-        layer_of(module).unpack()
+        layer_of(module).dequantize()
         layer_of(module).write(w, b)
     for name, others in plan.together.items():  # those that grew have new parameters
         kept = bare(model.get_submodule(module_of(name)))

@@ -43,7 +43,7 @@ class ReplaceDelta(Delta):
                 " weight and bias"
             )
         self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-        layer_of(self.copy).unpack()
+        layer_of(self.copy).dequantize()
         self.dtype = next(self.copy.parameters()).dtype
         for owner in self.copy.modules():
             for name, p in owner.named_parameters(recurse=False):
