@@ -134,7 +134,7 @@ def test_targets() -> None:
         lf.attach(model, lf.LoRA(), ["fc", "fx", "haed"], "typo")
     with pytest.raises(lf.LorafoldError, match="in use"):
         lf.attach(model, lf.LoRA(), name="all")
-    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't be laid on it"):
+    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't adapt it"):
         lf.attach(model, lf.LoRA(), ["layers"], "list")
     assert "typo" not in str([list(m.deltas) for _, m in adapted_modules(model)])
 
@@ -169,7 +169,7 @@ def test_an_adapter_over_another_is_not_merged_first() -> None:
     model = net().eval()
     a, b = (shake(lf.attach(model, lf.LoRA(rank=2), name=n)) for n in "ab")
     y = model(X)
-    with pytest.raises(lf.NotMergeable, match="adapter 'a' lies beneath"):
+    with pytest.raises(lf.NotMergeable, match="adapter 'a' is attached below"):
         b.merge()
     assert torch.equal(model(X), y)
     a.merge()

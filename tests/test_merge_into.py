@@ -154,7 +154,7 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
             {"into": "dequantized"},
             "no packed base is on their record; expected original, or --base",
         ),
-        (["a", "b"], {}, "trained on bases that are held differently"),
+        (["a", "b"], {}, "trained on bases in different storage"),
         (["a"], {"into": "dequantized", "storage": "fp32"}, "they were trained on fp32"),
     ]:
         with pytest.raises(LorafoldError, match=message):

@@ -257,7 +257,8 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
     with pytest.raises(
         LorafoldError,
         match=(
-            "Full trains floating-point weights in place; Linear4bit holds weight as whole numbers"
+            "Full trains floating-point weights in place; "
+            "Linear4bit has quantized parameters: weight"
         ),
     ):
         lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
