@@ -79,7 +79,8 @@ def test_it_does_not_merge_and_wrong_options_are_listed(tiny_model) -> None:
         lf.NotMergeable, match=r"transformer\.h\.0\.attn: .*transformer\.h\.1\.mlp: "
     ):
         adapter.merge()
-    with pytest.raises(lf.LorafoldError, match=r"size: found 0.*activation: found 'tanh'.*after: found 'attention'"):
+    wrong = r"size: found 0.*activation: found 'tanh'.*after: found 'attention'"
+    with pytest.raises(lf.LorafoldError, match=wrong):
         lf.Bottleneck(size=0, activation="tanh", after="attention")
 
 

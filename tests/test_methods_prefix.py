@@ -367,5 +367,6 @@ def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
 
 @pytest.mark.parametrize("cls", [lf.Prompt, lf.Prefix])
 def test_options_out_of_range(cls: Any) -> None:
-    with pytest.raises(lf.LorafoldError, match=r"tokens: found 0, expected a whole number from 1; init: found 'zero'"):
+    wrong = "tokens: found 0, expected a whole number from 1; init: found 'zero'"
+    with pytest.raises(lf.LorafoldError, match=wrong):
         cls(tokens=0, init="zero")

@@ -16,7 +16,7 @@ from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.beside import Bias, add_biases, add_token_rows
+from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights

@@ -19,7 +19,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY
 from lorafold.fold.in_memory import carry_out
 from lorafold.fold.plan import plan_fold
-from lorafold.methods.parts.beside import Bias
+from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
 from lorafold.models.weights import ModelWeights, Weights

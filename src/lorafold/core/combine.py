@@ -150,8 +150,8 @@ class Bank(Opaque):
     """A frozen copy of low-rank deltas: up (n + 1, out, r) and down (n + 1, r, in), r the largest
     rank, slot 0 all zeros.
 
-    Any assignment of deltas to the batch costs two batched products beside the base's. There is no
-    dropout.
+    Any assignment of deltas to the batch costs two batched products in addition to the base's.
+    There is no dropout.
     """
 
     def __init__(self, deltas: Sequence[LowRank], slots: Slots) -> None:

@@ -1,4 +1,4 @@
-"""What a delta sees: a layer that can be run on an input and, where it is linear, read as a matrix.
+"""A layer is what a delta sees of a module: it can be run and, if it is linear, read as a matrix.
 
     layer(x)            its output, by the module's own kernel: (..., in) -> (..., out)
     layer(x, onto=d)    the same, accumulated onto d before the one rounding; a bias is added after

@@ -63,7 +63,7 @@ ASKED = frozenset(
 )  # fmt: skip
 # the functions that get the stored parameter in place of the stand-in
 STORED = frozenset(getattr(Tensor, name).__get__ for name in ("data", "grad", "grad_fn", "is_leaf"))
-# those that write in place, beside the functions whose name ends in an underscore
+# the functions that write in place, in addition to those whose name ends in an underscore
 WRITES = frozenset(
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")

@@ -26,7 +26,7 @@ def choose_device(name: str | None = None) -> "torch.device":
         return torch.device(next(kind for kind, there in present.items() if there))
     kind, _, index = name.partition(":")
     if kind not in present or not re.fullmatch(r"(:\d+)?", name.removeprefix(kind), re.ASCII):
-        raise LorafoldError(f"device: found {name}, expected cpu, cuda, cuda:N or mps")
+        raise LorafoldError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
     if int(index or 0) >= count:
         raise LorafoldError(
