@@ -15,7 +15,7 @@ import lorafold as lf
 from lorafold.bases import layer_class, layer_of
 from lorafold.bases.dense import Linear
 from lorafold.core.attach import Selection, lay
-from lorafold.core.combine import Bank, Mix, Rows, Slots, Stack
+from lorafold.core.combine import Bank, Mix, PerExample, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.methods.bottleneck import BottleneckDelta
 from lorafold.methods.parts.bias import BiasDelta
@@ -126,7 +126,7 @@ def test_each_row_is_computed_as_under_its_delta_alone(slots: list[int]) -> None
     module = base()
     deltas = many(module)
     alone = [module(X), *(under(module, copy.deepcopy(d))(X) for d in deltas)]
-    y = under(module, Rows(deltas, Slots(torch.tensor(slots))))(X)
+    y = under(module, PerExample(deltas, Slots(torch.tensor(slots))))(X)
     torch.testing.assert_close(y, torch.stack([alone[slot][b] for b, slot in enumerate(slots)]))
 
 
@@ -139,7 +139,7 @@ def test_the_base_runs_once_under_rows() -> None:
             calls.append(len(x))
             return super().__call__(x, onto)
 
-    Rows([low_rank(module, 2, i) for i in range(3)], Slots(torch.tensor([0, 1, 2, 3, 1, 2])))(
+    PerExample([low_rank(module, 2, i) for i in range(3)], Slots(torch.tensor([0, 1, 2, 3, 1, 2])))(
         Counted(module), X
     )
     assert calls == [BATCH]
@@ -147,7 +147,7 @@ def test_the_base_runs_once_under_rows() -> None:
 
 def test_rows_learn_each_from_its_own() -> None:
     module = base()
-    rows = Rows(
+    rows = PerExample(
         [low_rank(module, 2, 1), low_rank(module, 2, 2)], Slots(torch.tensor([0, 2, 2, 0, 2, 0]))
     )
     under(module, rows)(X).square().sum().backward()
@@ -173,7 +173,7 @@ def test_a_bank_is_each_row_alone(module: nn.Module, x: torch.Tensor, slots: lis
     assert bank.down.shape == (4, 4, IN)
 
 
-@pytest.mark.parametrize("combinator", [Bank, Rows])
+@pytest.mark.parametrize("combinator", [Bank, PerExample])
 def test_one_compiled_frame_serves_every_assignment(combinator: type[Delta]) -> None:
     torch._dynamo.reset()
     module = base()
@@ -191,7 +191,7 @@ def test_slots_stay_shared_in_a_copy_of_the_model() -> None:
     module, slots = base(), Slots(torch.zeros(BATCH, dtype=torch.long))
     both = nn.ModuleList(
         [
-            under(module, Rows([low_rank(module, 2, 1)], slots)),
+            under(module, PerExample([low_rank(module, 2, 1)], slots)),
             under(module, Bank([low_rank(module, 2, 2)], slots)),
         ]
     )
@@ -213,11 +213,11 @@ def test_parts_up_factors_and_penalties() -> None:
         "BiasDelta",
         "BottleneckDelta",
     ]
-    mix, rows = Mix(deltas, torch.ones(4)), Rows(deltas, Slots(torch.zeros(1)))
+    mix, rows = Mix(deltas, torch.ones(4)), PerExample(deltas, Slots(torch.zeros(1)))
     assert list(mix.parts()) == [mix]
     assert list(rows.parts()) == [rows]
     assert mix.up_names == rows.up_names == ("deltas.0.B", "deltas.2.deltas.0.B", "deltas.3.up")
     assert set(mix.up_names) < {name for name, _ in mix.named_parameters()}
     assert mix.penalty() is None
-    assert issubclass(Rows, Opaque)
+    assert issubclass(PerExample, Opaque)
     assert issubclass(Bank, Opaque)

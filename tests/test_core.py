@@ -79,7 +79,7 @@ def test_only_selects_and_the_bare_base_is_bit_for_bit() -> None:
             assert torch.equal(model(X), a)
         assert torch.equal(model(X), bare)
     assert torch.equal(model(X), both)
-    with pytest.raises(lf.LorafoldError, match="it carries: a, b"):
+    with pytest.raises(lf.LorafoldError, match="the attached ones: a, b"):
         lf.only(model, "c")
 
 
@@ -129,12 +129,12 @@ def test_targets() -> None:
     )
     with pytest.raises(
         lf.LorafoldError,
-        match=r"'fx' matches no module; near names: fc.*'haed' matches no module; near names: head",
+        match=r"'fx' matches no module; similar names: fc.*'haed' matches no module; .*: head",
     ):
         lf.attach(model, lf.LoRA(), ["fc", "fx", "haed"], "typo")
     with pytest.raises(lf.LorafoldError, match="in use"):
         lf.attach(model, lf.LoRA(), name="all")
-    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't be laid on it"):
+    with pytest.raises(lf.LorafoldError, match=r"layers: LoRA can't adapt it"):
         lf.attach(model, lf.LoRA(), ["layers"], "list")
     assert "typo" not in str([list(m.deltas) for _, m in adapted_modules(model)])
 
@@ -169,7 +169,7 @@ def test_an_adapter_over_another_is_not_merged_first() -> None:
     model = net().eval()
     a, b = (shake(lf.attach(model, lf.LoRA(rank=2), name=n)) for n in "ab")
     y = model(X)
-    with pytest.raises(lf.NotMergeable, match="adapter 'a' lies beneath"):
+    with pytest.raises(lf.NotMergeable, match="adapter 'a' is attached below"):
         b.merge()
     assert torch.equal(model(X), y)
     a.merge()

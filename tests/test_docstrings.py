@@ -21,9 +21,11 @@ import lorafold
 
 SRC = Path(lorafold.__file__).parent
 FILES = [path for path in sorted(SRC.rglob("*.py")) if path.name != "__main__.py"]
-# (out, r), (k,), (); or a name with a suffix of dimensions, as in ids_BT; or one of these words.
+# (out, r), (..., k), (k,), (); or a name with a suffix of dimensions, as in ids_BT; or one of
+# these words.
 SHAPE = re.compile(
-    r"\((\w[^()]*,[^()]*)?\)|\b[a-z]\w*_[A-Z][A-Z0-9]*\b|\bscalars?\b|\b(any|same|own) shapes?\b"
+    r"\(((\w|\.\.\.)[^()]*,[^()]*)?\)|\b[a-z]\w*_[A-Z][A-Z0-9]*\b"
+    r"|\bscalars?\b|\b(any|same|own) shapes?\b"
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -83,7 +83,7 @@ def test_what_lies_beneath_must_be_merged_first(tiny_model: Callable) -> None:
     lower = lf.attach(model, lf.LoRA(rank=2), name="lower")
     upper = lf.attach(model, lf.LoRA(rank=2), name="upper")
     assert plan_fold(model, ["lower", "upper"]).problems == ()
-    assert all("'lower' lies beneath" in why for _, why in plan_fold(model, ["upper"]).problems)
-    with pytest.raises(NotMergeable, match="'lower' lies beneath; merge that one first"):
+    assert all("'lower' is attached" in why for _, why in plan_fold(model, ["upper"]).problems)
+    with pytest.raises(NotMergeable, match="'lower' is attached below; merge that one first"):
         upper.merge()
     assert set(lower.deltas) == set(upper.deltas)

@@ -150,7 +150,7 @@ def test_peft_is_read_on_the_base_resized_or_not(
             with pytest.raises(
                 lf.LorafoldError,
                 match=(
-                    "embed_tokens would have rows for 302, lm_head would have rows for 300 tokens"
+                    "embed_tokens would have 302 tokens, lm_head would have 300 tokens"
                 ),
             ):
                 lf.load(other, tmp_path / "a")
@@ -333,7 +333,7 @@ def test_reading_is_strict(defect: str, tiny_model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        ([300, 302], r"tokens \[300, 302\] leave a gap: the rows end with 299"),
+        ([300, 302], r"tokens \[300, 302\] leave a gap: the base's last token is 299"),
         ({"wte": [300]}, "trainable_token_indices: no module wte in this model"),
         (["300"], "trainable_token_indices: found"),
         ({"embed_tokens": [5], "lm_head": []}, r"lm_head: tokens \[\]: expected ids"),

@@ -101,7 +101,8 @@ def test_dropout_lies_on_the_branch_only_and_in_training_only() -> None:
 
 
 def test_impossible_values_are_refused_all_at_once() -> None:
-    with pytest.raises(lf.LorafoldError, match=r"rank 0 .*; dropout 1.5 .*; init 'zero'"):
+    wrong = r"rank: found 0.*; dropout: found 1.5.*; init: found 'zero'"
+    with pytest.raises(lf.LorafoldError, match=wrong):
         lf.LoRA(rank=0, dropout=1.5, init="zero")
     with pytest.raises(TypeError):
         lf.LoRA(r=8)

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from lorafold.bases import LAYERS
-from lorafold.bases.bitsandbytes import PACKERS, Packed
+from lorafold.bases.bitsandbytes import PACKERS, Quantized
 from lorafold.cli.estimate import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
@@ -158,10 +158,10 @@ class Halves(nn.Module):
         return x @ (self.codes * self.scale).to(x.dtype).t()
 
 
-class HalvesLayer(Packed):
+class HalvesLayer(Quantized):
     dtype = torch.bfloat16  # type: ignore[assignment]
 
-    def unpacked(self) -> torch.Tensor:
+    def dequantized(self) -> torch.Tensor:
         return (self.module.codes * self.module.scale).to(self.dtype)  # type: ignore[operator]
 
 

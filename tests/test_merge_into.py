@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import Packed
+from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model
@@ -67,7 +67,7 @@ def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(
     merged = merge(base, [tmp_path / "a"], tmp_path / "out")
     assert (merged.into.target, merged.into.trained_on) == ("dequantized", kind)
     plain = load_model(tmp_path / "out", torch.float32)
-    assert not any(isinstance(layer_of(m), Packed) for m in plain.modules())
+    assert not any(isinstance(layer_of(m), Quantized) for m in plain.modules())
     # the unpacked numbers, embeddings and norms are of 16 bits in training
     bf16 = torch.finfo(torch.bfloat16).eps
     assert relative(plain(IDS).logits, expected) < 4 * bf16
@@ -158,7 +158,7 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
             {"into": "dequantized"},
             "no adapter has a record of the storage of its base, expected a quantized base",
         ),
-        (["a", "b"], {}, "trained on bases that are held differently"),
+        (["a", "b"], {}, "trained on bases in different storage"),
         (["a"], {"into": "dequantized", "storage": "fp32"}, "base was stored as fp32 in training"),
     ]:
         with pytest.raises(LorafoldError, match=message):

@@ -48,7 +48,7 @@ def test_budget_falls_along_a_cubic_between_two_flat_phases() -> None:
     assert budgets[14:] == [40] * 6
     assert budgets == sorted(budgets, reverse=True)
     assert budgets[7] == int(80 * (7 / 13) ** 3 + 40)  # step 8 of 2..15: 7 of 13 steps are left
-    with pytest.raises(lf.LorafoldError, match="leave none of 20"):
+    with pytest.raises(lf.LorafoldError, match="leave none of the 20"):
         lf.AdaLoRA(tinit=15, tfinal=5).phases(TOTAL)
 
 
@@ -80,6 +80,7 @@ def test_a_resumed_run_is_the_run() -> None:
 
 def test_wrong_values_are_all_named() -> None:
     with pytest.raises(
-        lf.LorafoldError, match=r"rank 0 .*; dropout 1\.5 .*; delta_t 0 .*; beta1 2, "
+        lf.LorafoldError,
+        match=r"rank: found 0.*; dropout: found 1\.5.*; delta_t: found 0.*; beta1 .*: found 2 and ",
     ):
         lf.AdaLoRA(rank=0, init_rank=4, dropout=1.5, delta_t=0, beta1=2)

@@ -108,5 +108,5 @@ def test_only_the_vector_and_the_scales_are_stored(tiny_model, tmp_path) -> None
 
 
 def test_a_dimension_below_one_is_refused() -> None:
-    with pytest.raises(LorafoldError, match="dimension 0"):
+    with pytest.raises(LorafoldError, match="dimension: found 0"):
         make_spec("fastfood", dimension=0)

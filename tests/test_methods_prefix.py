@@ -330,10 +330,10 @@ def test_a_classifier_takes_them_too(spec: Any, cls: Any, config: Any) -> None:
 def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
     model = tiny_model("llama")
     with pytest.raises(
-        lf.LorafoldError, match=r"lies on a decoder and its attentions .*not on Linear"
+        lf.LorafoldError, match=r"expected a decoder and its attentions .*found Linear"
     ):
         lf.attach(model, spec, ["q_proj"])
-    with pytest.raises(lf.LorafoldError, match="has no such place"):
+    with pytest.raises(lf.LorafoldError, match="has no modules of this preset"):
         lf.attach(nn.Sequential(nn.Linear(3, 3)), spec)
     adapter = lf.attach(model, spec)
     with pytest.raises(lf.NotMergeable, match=r"PromptDelta|PrefixDelta|no weight"):
@@ -367,5 +367,6 @@ def test_prefix_begins_with_activations_of_real_tokens(tiny_model) -> None:
 
 @pytest.mark.parametrize("cls", [lf.Prompt, lf.Prefix])
 def test_options_out_of_range(cls: Any) -> None:
-    with pytest.raises(lf.LorafoldError, match=r"tokens 0 \(a whole number from 1\); init 'zero'"):
+    wrong = "tokens: found 0, expected a whole number from 1; init: found 'zero'"
+    with pytest.raises(lf.LorafoldError, match=wrong):
         cls(tokens=0, init="zero")

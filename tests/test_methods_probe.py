@@ -66,5 +66,5 @@ def test_it_trains_the_head_over_features_that_stay(cls: type[PreTrainedModel]) 
 
 
 def test_a_model_without_a_head_has_none_to_train() -> None:
-    with pytest.raises(lf.LorafoldError, match="'head': LlamaModel has no such place"):
+    with pytest.raises(lf.LorafoldError, match="'head': LlamaModel has no modules of this preset"):
         lf.attach(classifier(LlamaForSequenceClassification).model, lf.LinearProbe())

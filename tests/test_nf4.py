@@ -56,7 +56,7 @@ def to(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
 
-def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.Packed, torch.Tensor]:
+def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.Quantized, torch.Tensor]:
     """What bitsandbytes stores for w, in the reference's form, and what it makes of it.
 
     As one row: in version 0.50 the AVX-512 kernel takes the wrong constants if rows are no whole
@@ -68,7 +68,7 @@ def of_bitsandbytes(w: torch.Tensor, double: bool) -> tuple[nf4.Packed, torch.Te
     constants = (
         nf4.Constants(state.absmax, state.state2.absmax, state.offset) if double else state.absmax
     )
-    return nf4.Packed(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
+    return nf4.Quantized(bytes_.flatten(), constants, w.shape, 64), bnb.dequantize_4bit(
         bytes_, state
     ).view(w.shape)
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.bitsandbytes import PACKERS, Packed
+from lorafold.bases.bitsandbytes import PACKERS, Quantized
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.record import read_record
 from lorafold.merging.run import merge
@@ -41,7 +41,7 @@ def held(kind: str, dtype: torch.dtype = torch.float32) -> Storage:
 
 
 def packed_paths(model: nn.Module) -> list[str]:
-    return [path for path, m in model.named_modules() if isinstance(layer_of(m), Packed)]
+    return [path for path, m in model.named_modules() if isinstance(layer_of(m), Quantized)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +95,7 @@ def test_an_answer_between_steps_leaves_gradients_as_they_were(tiny_model_dir, m
         model.eval()(input_ids=IDS)
     assert near(gradients())
     for module in model.modules():  # as it comes from elsewhere
-        if isinstance(layer_of(module), Packed):
+        if isinstance(layer_of(module), Quantized):
             module.support_avx512bf16_for_cpu = has_avx512bf16()
     with torch.no_grad():
         model.eval()(input_ids=IDS)
@@ -257,7 +257,8 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
     with pytest.raises(
         LorafoldError,
         match=(
-            "Full trains floating-point weights in place; Linear4bit holds weight as whole numbers"
+            "Full trains floating-point weights in place; "
+            "Linear4bit has quantized parameters: weight"
         ),
     ):
         lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
@@ -313,7 +314,7 @@ def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):
     weights = weights_of(resolve_model(path), held("nf4"))
     plain, model = load_model(path, torch.float32), load_model(path, held("nf4"))
     spec = lf.LoRA(rank=4, init="loftq", dropout=0.0)
-    with pytest.raises(LorafoldError, match="the one that it was packed from is not at hand"):
+    with pytest.raises(LorafoldError, match="the weight before quantization is needed"):
         lf.attach(model, spec)
     adapter = lf.attach(model, spec, base=weights)
     for site, delta in adapter.deltas.items():

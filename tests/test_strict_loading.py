@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "loftq": ({"init_lora_weights": "loftq"}, ["init_lora_weights='loftq' is not supported"]),
     "rank in words": ({"r": "8"}, ["r: found '8'; input should be a valid integer"]),
-    "no rank": ({"r": 0}, ["rank 0"]),
+    "no rank": ({"r": 0}, ["rank: found 0"]),
     "odd bias": ({"bias": "some"}, ["bias: found 'some'"]),
     "targets missing": ({"target_modules": None}, ["target_modules: found None"]),
     "targets nowhere": (

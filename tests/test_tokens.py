@@ -389,13 +389,13 @@ def test_what_lies_over_rows_is_refused(tiny_model) -> None:
     model = tiny_model("llama")
     lf.attach(model, lf.LoRA(rank=2), name="first", tokens=(300,))
     for options in ({"targets": ["lm_head"]}, {"targets": ["embed_tokens", "q_proj"]}):
-        with pytest.raises(lf.LorafoldError, match="carries token rows of another adapter"):
+        with pytest.raises(lf.LorafoldError, match="has token rows of another adapter"):
             lf.attach(model, lf.LoRA(rank=2), name="second", **options)
     lf.attach(model, lf.LoRA(rank=2), name="second")  # elsewhere it may lie over that adapter
     with pytest.raises(
         lf.LorafoldError,
         match=(
-            r"tokens \[302\] leave a gap: the rows end with 300, and new ones must follow from 301"
+            r"tokens \[302\] leave a gap: the base's last token is 300; number new tokens from 301"
         ),
     ):
         lf.attach(model, lf.LoRA(rank=2), name="third", tokens=(302,))
@@ -405,7 +405,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "gap": (
         {"tokens": (300, 302)},
         (
-            r"model.embed_tokens: tokens \[300, 302\] leave a gap: the rows end with 299, .* from"
+            r"model.embed_tokens: tokens \[300, 302\] leave a gap: .* is 299; .* from"
             r" 300 on"
         ),
     ),
@@ -414,12 +414,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"tokens": (-1,)}, r"tokens \[-1\]: expected ids from 0 up"),
     "no such module": (
         {"tokens": {"embed_token": (3,)}},
-        "'embed_token' matches no module; near names: embed_tokens",
+        "'embed_token' matches no module; similar names: embed_tokens",
     ),
-    "no rows": ({"tokens": {"norm": (3,)}}, "model.norm: LlamaRMSNorm has no rows for tokens"),
+    "no rows": ({"tokens": {"norm": (3,)}}, "model.norm: found LlamaRMSNorm, which has no rows"),
     "only one end": (
         {"tokens": {"embed_tokens": (300,)}},
-        "embed_tokens would have rows for 301, lm_head would have rows for 300 tokens",
+        "embed_tokens would have 301 tokens, lm_head would have 300 tokens",
     ),
     "a target too": (
         {"tokens": (3,), "targets": ["q_proj", "lm_head"]},
@@ -445,7 +445,7 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(case: str, tiny_model) ->
 def test_a_module_that_says_nothing_of_embeddings_needs_names() -> None:
     with pytest.raises(
         lf.LorafoldError,
-        match="ModuleDict does not say where its embeddings are: give the ids by module name",
+        match="ModuleDict does not say which module its embedding is; give the ids by module name",
     ):
         lf.attach(
             nn.ModuleDict({"at": nn.Embedding(11, 6), "beside": nn.Linear(6, 6)}),

@@ -369,7 +369,7 @@ def test_a_word_without_a_row_is_named(tiny_model_dir, tmp_path: Path) -> None:
     tokenizer.save_pretrained(base)
     with pytest.raises(
         LorafoldError,
-        match=r"tokens \[301, 302\] leave a gap: the rows end with 299, .* from 300 on",
+        match=r"tokens \[301, 302\] leave a gap: the base's last token is 299; .* from 300 on",
     ):
         train(request(base, tmp_path / "a"), quiet())
     assert not (tmp_path / "a").exists()

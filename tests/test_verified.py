@@ -56,7 +56,7 @@ def refusal(do: Any, *arguments: Any, **options: Any) -> str:
 
 def says_damaged(message: str, file: str) -> bool:
     return (
-        f"{file}: content differs from the manifest: damaged, or changed by hand: restore it, or"
+        f"{file}: content differs from the manifest: damaged, or changed by hand; restore it, or"
         f" delete {MANIFEST} if you changed it yourself" in message
     )
 

@@ -1,5 +1,5 @@
-"""How modules store their matrix: one explicit table from the class that defines a module's forward
-to its layer.
+"""How modules store their weight: a table from the class that defines a module's forward to the
+layer that reads it.
 """
 
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from math import prod
 
 from torch import Tensor, nn
 
-from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Packed
+from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Quantized
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 
-# Names, not classes: nothing is imported for a storage that a model does not use.
+# Names, not classes, so that nothing is imported for a storage that a model does not use.
 LAYERS: dict[str, type[Base]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
@@ -26,7 +26,7 @@ LAYERS: dict[str, type[Base]] = {
 
 
 def layer_class(module: nn.Module) -> type[Base]:
-    """The layer that reads this module's storage; `Plain` for a module that is no known matrix."""
+    """The layer class that reads this module's storage; `Plain` for a module without a matrix."""
     cls = module.base_class if isinstance(module, Adapted) else type(module)
     definer = next(c for c in cls.__mro__ if "forward" in vars(c))
     if issubclass(cls, nn.Embedding) and hasattr(module, "embed_scale"):
@@ -35,35 +35,45 @@ def layer_class(module: nn.Module) -> type[Base]:
 
 
 def layer_of(module: nn.Module, stored: Callable[[], Tensor] | None = None) -> Base:
-    """The module as a layer; `stored` reads its weight as plain files hold it."""
+    """The module as a layer.
+
+    `stored` reads the weight (out, in) from plain files, where the module stores it quantized.
+    """
     return layer_class(module)(module, stored)
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies activations by a matrix, in any storage."""
     return layer_class(module).linear
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers in the model's own parameters, packed or not, shared ones once; adapters left out."""
+    """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts
+    out * in.
+    """
     sizes = {}
     for _, module in bare_modules(model):
-        packed = isinstance(layer := layer_of(module), Packed)
+        quantized = isinstance(layer := layer_of(module), Quantized)
         for name, p in module._parameters.items():
             if p is not None:
-                sizes[id(p)] = prod(layer.shape) if packed and name == "weight" else p.numel()
+                matrix = quantized and name == "weight"
+                sizes[id(p)] = prod(layer.shape) if matrix else p.numel()
     return sum(sizes.values())
 
 
 def output_width(module: nn.Module) -> int:
-    """The size of what a part of a block gives: as its configuration says, or as its first linear
-    takes. LorafoldError where there is neither.
+    """The output size of a part of a block: the hidden size of its config, or else the input size
+    of its first linear. Raises LorafoldError if it has neither.
     """
     for m in module.modules():
         if hasattr(m, "config"):
             return int(m.config.hidden_size)  # type: ignore[union-attr, arg-type]
         if is_linear(m):
             return layer_of(m).shape[1]
-    raise LorafoldError(f"{type(module).__name__} says nowhere how wide its output is")
+    raise LorafoldError(
+        f"{type(module).__name__}: its output size is unknown, since it has neither a config nor a"
+        " linear; choose other targets"
+    )
 
 
 __all__ = ["LAYERS", "is_linear", "layer_class", "layer_of", "output_width", "parameter_count"]

@@ -1,14 +1,15 @@
-"""Modules whose matrix bitsandbytes packs into 4 or 8 bits.
+"""Modules whose matrix bitsandbytes quantizes to 4 or 8 bits.
 
-    Linear4bit      NF4 or FP4 codes, a constant for every 64 of them, itself in 8 bits: 4.13 bits a
-                    weight   (ops.nf4 is the specification)
-    Linear8bit      int8 with one scale a row (LLM.int8)
+    Linear4bit      NF4 or FP4 codes with an 8-bit constant for every 64 of them: 4.13 bits a weight
+                    (Dettmers et al. 2023, arXiv 2305.14314; `ops.nf4` is the specification)
+    Linear8bit      int8 with one scale for each output (Dettmers et al. 2022, LLM.int8, arXiv
+                    2208.07339)
 
-W is the matrix that unpacking gives, in the dtype it was packed from; it is unpacked once a use and
-never kept. bitsandbytes' own forwards are not used under a delta: the one for int8 rounds
-activations to 8 bits too, and the one for 4 bits repacks the weights on some CPUs, with coarser
-constants, as soon as it runs without gradients. Packed weights can't hold a change; `unpack` makes
-the module a plain linear.
+W is the dequantized matrix, in the dtype that it was quantized from. It is dequantized for each use
+and never kept. The forwards of bitsandbytes do not run under a delta: the one for int8 rounds
+activations to 8 bits too, and the one for 4 bits converts the weights on some CPUs, with coarser
+constants, when it first runs without gradients. Quantized weights can't hold a change;
+`dequantize` makes the module a plain linear.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from lorafold.errors import LorafoldError, NotMergeable
 
 
 def bitsandbytes() -> ModuleType:
-    """The package, without what it says on import about kernels that could be downloaded; its
-    errors are heard. ImportError without it.
+    """Import bitsandbytes without its log messages below errors, which recommend kernels to
+    download. Raises ImportError if it is not installed.
     """
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
@@ -44,22 +45,22 @@ def bitsandbytes() -> ModuleType:
         logger.setLevel(level)
 
 
-class Packed(Matrix):
-    """Abstract: a frozen matrix that is unpacked for each use."""
+class Quantized(Matrix):
+    """Abstract: a frozen matrix that is dequantized for each use."""
 
     frozen = True
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the unpacked matrix."""
+        """The dtype of the dequantized matrix."""
 
     @abstractmethod
-    def unpacked(self) -> Tensor:  # (out, in), `dtype`
-        ...
+    def dequantized(self) -> Tensor:  # (out, in)
+        """W (out, in) in `dtype`."""
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        return self.unpacked().to(dtype)
+        return self.dequantized().to(dtype)
 
     def weight(self) -> Tensor:
         compute: torch.dtype | None = getattr(self.module, "compute_dtype", None)
@@ -68,7 +69,8 @@ class Packed(Matrix):
     def original(self) -> Tensor:
         if self.stored is None:
             raise LorafoldError(
-                "its weight is packed, and the one that it was packed from is not at hand"
+                "its weight is quantized, and the weight before quantization is needed; give it as"
+                " `base`"
             )
         w = self.stored()
         return w.t() if getattr(self.module, "source_cls", nn.Linear).__name__ == "Conv1D" else w
@@ -82,8 +84,8 @@ class Packed(Matrix):
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         raise NotMergeable(
-            f"{type(self.module).__name__} holds packed numbers that a change would be rounded away"
-            " in; unpack it first"
+            f"{type(self.module).__name__} stores a quantized weight, in which a change would be"
+            " lost to rounding; dequantize it first"
         )
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
@@ -98,7 +100,7 @@ class Packed(Matrix):
     def plain(self) -> Linear:
         return Linear(self.module)
 
-    def unpack(self) -> None:
+    def dequantize(self) -> None:
         module, weight = self.module, self.weight()
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         for kept in ("quant_state", "state"):
@@ -108,7 +110,9 @@ class Packed(Matrix):
         )
 
 
-class Linear4bit(Packed):
+class Linear4bit(Quantized):
+    """A linear of bitsandbytes in NF4 or FP4."""
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             _ = self._state
@@ -116,8 +120,10 @@ class Linear4bit(Packed):
 
     @property
     def _state(self) -> Any:
-        """Of the codes in their plain order: in the one that the module takes for answers on a CPU
-        it computes no gradients.
+        """The quantization state of the codes in their plain order.
+
+        For inference on a CPU the module reorders its codes, and then computes no gradients; the
+        order is restored here.
         """
         weight: Any = self.bare.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -131,7 +137,7 @@ class Linear4bit(Packed):
         dtype: torch.dtype = self._state.dtype
         return dtype
 
-    def unpacked(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         state, ops = self._state, torch.ops.bitsandbytes
         constants = state.absmax
         if state.nested:
@@ -142,34 +148,37 @@ class Linear4bit(Packed):
                 )
                 + state.offset
             )
-        # as one row where rows end inside a block: the CPU's AVX512 kernel would take the wrong
-        # constants there
-        rows = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
+        # flattened if the input size is no multiple of the block: the CPU's AVX512 kernel would use
+        # the wrong constants there
+        shape = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
         codes = self.bare.weight.data
-        unpacked: Tensor = ops.dequantize_4bit.default(
-            codes, constants, state.blocksize, state.quant_type, rows, state.dtype
+        w: Tensor = ops.dequantize_4bit.default(
+            codes, constants, state.blocksize, state.quant_type, shape, state.dtype
         )
-        return unpacked.view(self.shape)
+        return w.view(self.shape)
 
 
-class Linear8bit(Packed):
+class Linear8bit(Quantized):
+    """A linear of bitsandbytes in int8."""
+
     dtype = torch.bfloat16  # bitsandbytes does not record it
 
-    def unpacked(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         module = self.bare
         scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
         return (module.weight.data * (scale / 127)[:, None]).to(self.dtype)
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
+    """A linear without bias that stores w, in bf16, as NF4 with quantized constants."""
     module: Any = _empty("LinearNF4", w)
-    # codes in the order of that CPU's kernel give no gradients, and answers no sooner
+    # in the order that this kernel of the CPU wants, the codes give no gradients and run no faster
     module.support_avx512bf16_for_cpu = False
     if not is_fake(w):
-        return _packed(module, w)
+        return _quantized(module, w)
     functional = bitsandbytes().functional
     with unset_fake_temporarily():
-        functional.quantize_blockwise(torch.zeros(1))  # makes its table, for which it needs values
+        functional.quantize_blockwise(torch.zeros(1))  # makes its table, which needs real values
     codes, state = functional.quantize_4bit(
         w.bfloat16(), quant_type="nf4", compress_statistics=True
     )
@@ -177,9 +186,10 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
+    """A linear without bias that stores w, in bf16, as int8."""
     module = _empty("Linear8bitLt", w, has_fp16_weights=False)
     if not is_fake(w):
-        return _packed(module, w)
+        return _quantized(module, w)
     codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(w.half())
     return _with(module, codes, SCB=scales)
 
@@ -191,27 +201,29 @@ def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:
         )
 
 
-def _packed(module: nn.Module, w: Tensor) -> nn.Module:
+def _quantized(module: nn.Module, w: Tensor) -> nn.Module:
     old: Any = module.weight
     module.weight = type(old)(w.detach().bfloat16().cpu(), requires_grad=False, **old.__dict__)
     return module.to(w.device)
 
 
 def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
-    """A weight of codes without values, which bitsandbytes' own class of parameters can't hold."""
+    """Give the module a weight of fake codes, which the parameter class of bitsandbytes can't
+    hold.
+    """
     weight = nn.Parameter(codes, requires_grad=False)
     vars(weight).update(attributes)
     module._parameters["weight"] = weight
     return module
 
 
-# a linear without bias that holds W, from bf16
+# storage -> the function that quantizes a weight to it
 PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}
 
 
-def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
-    """Say in a transformers model what is packed no longer: these modules, or nothing at all once
-    no packed module is left.
+def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
+    """Record in the config of a transformers model that the modules at these paths are quantized no
+    longer; if no quantized module is left, remove the quantization config.
     """
     quantizer, config = getattr(model, "hf_quantizer", None), getattr(model, "config", None)
     if quantizer is None:
@@ -230,9 +242,9 @@ def record_unpacked(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a packed module compute in that dtype, and never repack itself.
+    """Make a module of bitsandbytes compute in that dtype and keep the order of its codes.
 
-    Nothing to do for any other.
+    Any other module is left as it is.
     """
     if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         settings: Any = module

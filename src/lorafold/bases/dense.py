@@ -1,10 +1,10 @@
-"""Modules whose matrix lies in a plain floating-point parameter.
+"""Modules that store their weight in floating point.
 
     Linear      weight (out, in)
     Conv1D      weight (in, out): GPT-2's linear
-    Embedding   weight (in, out) with a vocabulary of `in` rows; its input is row numbers, its
-                product a look-up
-    Plain       anything else: it can be run; weight and bias, if it has them, are elementwise
+    Embedding   weight (in, out), `in` the size of the vocabulary; its inputs are ids, and its
+                product is a look-up
+    Plain       any other module: it can be run, and its weight and bias, if any, are elementwise
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ from lorafold.ops.lora import low_rank_linear
 
 
 def store(module: nn.Module, name: str, value: Tensor) -> None:
-    """Round `value` to the parameter's dtype and write it in place; a parameter that is missing or
-    shorter is put there anew.
+    """Round a value to a parameter's dtype and write it to the parameter, in place if that has the
+    same shape; otherwise the module gets a new parameter.
+
+    Args:
+        module: the module.
+        name: the name of its parameter, "weight" or "bias".
+        value: the new values, of any shape.
     """
     own = bare(module)
     old: Tensor | None = getattr(own, name, None)
@@ -43,29 +48,38 @@ def store(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def store_all(layer: Base, w: Tensor, b: Tensor | None) -> None:
+    """Encode W and b as the layer's module stores them, and `store` them.
+
+    Args:
+        layer: the layer.
+        w: the weight (out, in).
+        b: the bias (out,), or None.
+    """
     for name, value in layer.encode(w, b).items():
         store(layer.module, name, value)
 
 
-def named(w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+def named(w: Tensor, b: Tensor | None) -> dict[str, Tensor]:  # any shape, (out,)
+    """The weight, and the bias if there is one, by the parameters' names."""
     return {"weight": w} if b is None else {"weight": w, "bias": b}
 
 
 class Matrix(Base):
-    """Abstract: a matrix times activations."""
+    """Abstract: a matrix that multiplies activations."""
 
     linear = True
 
     @abstractmethod
-    def weight(self) -> Tensor:  # (out, in), a view where it is stored as it is
-        ...
+    def weight(self) -> Tensor:  # (out, in)
+        """W (out, in), a view of the stored parameter where that is possible."""
 
     def read(self, dtype: torch.dtype) -> Tensor:  # (out, in)
-        """W for a product with activations of that dtype."""
+        """W (out, in) for a product with activations of that dtype."""
         return self.weight().to(dtype)
 
     @property
     def frozen(self) -> bool:
+        """Whether W gets no gradient."""
         return not self.weight().requires_grad
 
     @property
@@ -78,7 +92,7 @@ class Matrix(Base):
         return out, inn
 
     def as_is(self, x: Tensor) -> bool:
-        """May the module's own forward stand for W x + b?"""
+        """Whether the module's own forward may compute W x + b for x (..., in)."""
         return arithmetic(x) is x.dtype
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -118,6 +132,8 @@ class Matrix(Base):
 
 
 class Linear(Matrix):
+    """A linear module: weight (out, in)."""
+
     def weight(self) -> Tensor:
         return self.bare.weight
 
@@ -126,11 +142,13 @@ class Linear(Matrix):
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         store_all(self, w, b)
-        if hasattr(self.module, "out_features"):  # a head may have gained rows
+        if hasattr(self.module, "out_features"):  # new tokens may have grown a head
             self.module.out_features = len(w)  # type: ignore[assignment]
 
 
 class Conv1D(Matrix):
+    """GPT-2's linear: weight (in, out)."""
+
     def weight(self) -> Tensor:
         return self.bare.weight.t()
 
@@ -142,6 +160,8 @@ class Conv1D(Matrix):
 
 
 class Embedding(Base):
+    """An embedding: weight (in, out), `in` the size of the vocabulary."""
+
     takes_ids = True
 
     def _scaled(self, y: Tensor) -> Tensor:
@@ -171,26 +191,28 @@ class Embedding(Base):
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         if b is not None:
-            raise NotMergeable("an embedding can't hold a bias")
+            raise NotMergeable("the adapter adds a bias, which an embedding can't store")
         return {"weight": w.t()}
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         store_all(self, w, b)
-        if hasattr(self.module, "num_embeddings"):  # it may have gained rows
+        if hasattr(self.module, "num_embeddings"):  # new tokens may have grown it
             self.module.num_embeddings = w.shape[1]  # type: ignore[assignment]
 
 
 class Plain(Base):
+    """A module without a matrix; its weight and bias, if it has them, are elementwise."""
+
     @property
     def shape(self) -> tuple[int, int]:
-        raise NotMergeable(f"{type(self.module).__name__} holds no matrix")
+        raise NotMergeable(f"{type(self.module).__name__} has no matrix")
 
     def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         y = self.run(*args, **kwargs)
         return y if onto is None else (y + onto).to(y.dtype)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
-        raise NotMergeable(f"{type(self.module).__name__} holds no matrix")
+        raise NotMergeable(f"{type(self.module).__name__} has no matrix")
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x
@@ -198,7 +220,7 @@ class Plain(Base):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight = getattr(self.bare, "weight", None)
         if weight is None:
-            raise NotMergeable(f"{type(self.module).__name__} holds no weight")
+            raise NotMergeable(f"{type(self.module).__name__} has no weight")
         return weight, getattr(self.bare, "bias", None)
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:

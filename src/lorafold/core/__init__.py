@@ -1,1 +1,1 @@
-"""What a delta sees (layer), what it is (delta, spec), how it is attached, combined and aimed."""
+"""The core: layers, deltas and specs, and how deltas are attached, combined and targeted."""

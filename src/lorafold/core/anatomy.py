@@ -1,7 +1,7 @@
-"""A model's anatomy, found by its structure and not by its architecture: its own modules, its
-repeated blocks, the ends that hold its vocabulary, its decoder and the attentions inside.
+"""Find the parts of a model by its structure, whatever its architecture: its own modules, its
+blocks, its input and output embeddings, its decoder and the attentions inside it.
 
-Paths are dotted, as `named_modules` gives them.
+Module paths are dotted, as `named_modules` gives them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lorafold.core.attach import Deltas
 
 
 def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by path, without those of the deltas laid over it; a shared module
-    once.
+    """Yield the path and module of each of the model's own modules, without those of the deltas
+    attached to it. A module that has several paths comes once, under the first.
     """
     seen: set[int] = set()
 
@@ -34,7 +34,7 @@ def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The paths of the repeated layers: the elements of the outermost ModuleLists."""
+    """The paths of the blocks: the elements of the outermost ModuleLists."""
     lists: list[str] = []
     for path, module in bare_modules(model):
         if isinstance(module, nn.ModuleList) and not any(
@@ -47,12 +47,15 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def of_attention(path: str) -> bool:
+    """Whether the module path names an attention: it contains `attn` or `attention`."""
     return re.search(r"attn|attention", path) is not None
 
 
 def vocabulary_ends(model: Any) -> list[str]:
-    """The paths of the input embedding and of the output embedding, as far as the model has them
-    and says so. What has no weight of its own (a vision model's patches) is no vocabulary.
+    """The paths of the input embedding and of the output embedding, where the model's
+    `get_input_embeddings` and `get_output_embeddings` name them.
+
+    A module without a weight of its own (the patches of a vision model) is left out.
     """
     ends = [
         getattr(model, name)()
@@ -68,8 +71,9 @@ def vocabulary_ends(model: Any) -> list[str]:
 
 
 def decoder_of(model: Any) -> tuple[str, nn.Module]:
-    """The module between the token ids and the head, with its path: the model itself where it has
-    no head or no such part.
+    """The path and module of the decoder, which lies between the token ids and the head.
+
+    Where the model has no head or no such module, the decoder is the model itself, at path "".
     """
     part = model.get_decoder() if hasattr(model, "get_decoder") else model
     if part is model and hasattr(model, "get_input_embeddings"):
@@ -86,8 +90,8 @@ def decoder_of(model: Any) -> tuple[str, nn.Module]:
 
 
 def causal_attentions(body: nn.Module) -> list[str]:
-    """The self-attentions of a decoder: modules that say they are causal and know the layer they
-    belong to.
+    """The paths of a decoder's self-attentions: the modules with a true `is_causal` and a
+    `layer_idx`.
     """
     return [
         path
@@ -97,7 +101,7 @@ def causal_attentions(body: nn.Module) -> list[str]:
 
 
 def sharers(model: nn.Module, module: nn.Module) -> list[str]:
-    """Paths of the other modules that hold this module's very `weight`."""
+    """The paths of the other modules that have the same Parameter as their `weight`."""
     weight = module._parameters.get("weight")
     return [
         path
@@ -107,7 +111,7 @@ def sharers(model: nn.Module, module: nn.Module) -> list[str]:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter that goes by several names, the others, by any of them."""
+    """Map each name of a parameter that has several names to the other names."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

@@ -1,10 +1,10 @@
-"""Attachment by class swap: a module's class is replaced by a subclass of itself that runs the live
-deltas over it.
+"""Deltas are attached by a class swap: a module's class is replaced by a subclass of itself that
+runs the active deltas.
 
-The module stays what it was: its keys, `isinstance`, its kernel, `generate` and `save_pretrained`
-go on working, and who reads its `.weight` reads the folded one (`lorafold.core.served_weights`).
-The deltas it carries are parameters of the model but no part of its state dict. One `Selection` a
-model says which names are live.
+State dict keys, `isinstance`, the module's own kernel, `generate` and `save_pretrained` go on
+working, and code that reads `module.weight` gets the folded weight
+(`lorafold.core.served_weights`). The attached deltas are parameters of the model but not part of
+its state dict. One `Selection` per model holds the names of the active adapters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lorafold.errors import LorafoldError
 
 
 class Selection:
-    """The names that are live in one model, lowest first, and the parameters that attaching
-    froze.
+    """The names of the adapters that are active in one model, lowest first, and the parameters
+    that attaching froze.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Selection:
 
 
 class Deltas(nn.ModuleDict):
-    """One module's deltas by name.
+    """The deltas attached to one module, by the adapter's name.
 
     They train and move with the model, and are absent from its state dict.
     """
@@ -43,21 +43,29 @@ class Deltas(nn.ModuleDict):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
+        """Add nothing to `destination` and return it, so that the model's keys stay its own.
+
+        Args:
+            destination: the dictionary that the model collects its tensors in.
+            prefix, keep_vars: as in `nn.Module.state_dict`; not used.
+        """
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._prefix = prefix
 
     def forget_missing(self, _: nn.Module, incompatible: Any) -> None:
+        """Hook after `load_state_dict`: remove the deltas' keys from the missing ones."""
         incompatible.missing_keys[:] = [
             k for k in incompatible.missing_keys if not k.startswith(self._prefix)
         ]
 
 
 class Adapted(nn.Module):
-    """Mixed in front of a module's class.
+    """A module with deltas attached: the mixin that `adapted_class` puts before its own class.
 
-    `base_class` is that class, `layer_class` how its matrix is stored.
+    `base_class` is the module's own class, `layer_class` the layer that reads its storage, `site`
+    its module path.
     """
 
     base_class: ClassVar[type[nn.Module]]
@@ -67,7 +75,7 @@ class Adapted(nn.Module):
     site: str = ""
 
     def layer(self, *names: str) -> Layer:
-        """The module under the named deltas, those that it carries."""
+        """The module as a layer under those of the named deltas that are attached to it."""
         layer: Layer = self.layer_class(self)
         for name in names:
             if name in self.deltas:
@@ -80,8 +88,9 @@ class Adapted(nn.Module):
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted]:
-    """The subclass of `cls` that modules of that class are swapped to; it keeps the name, which
-    model files record.
+    """Make the subclass of `cls` that modules of class `cls` are swapped to.
+
+    It has the name of `cls`, since model files record that name.
     """
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
@@ -104,14 +113,15 @@ def _rebuild(cls: type[nn.Module], layer_class: type[Base]) -> Adapted:
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """The modules that carry deltas, with their paths."""
+    """Yield the path and module of each module with deltas attached."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, Adapted))
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The one selection of a model.
+    """Return the one selection of a model, a new one if the model has none.
 
-    Parts that were adapted on their own before come under it, in the order they are found.
+    Where parts of the model were adapted before they were joined, their selections become one, in
+    the order in which they are found. Raises LorafoldError if two of them share an adapter's name.
     """
     found = list({id(m.selection): m.selection for _, m in adapted_modules(model)}.values())
     if not found:
@@ -120,7 +130,7 @@ def selection_of(model: nn.Module) -> Selection:
     for other in others:
         if clash := set(first.names) & set(other.names):
             raise LorafoldError(
-                "two parts of this model carry adapters of the same name:"
+                "two parts of this model have adapters of the same name:"
                 f" {', '.join(sorted(clash))}; detach one of them"
             )
         first.names += other.names
@@ -135,7 +145,16 @@ def lay(
     module: nn.Module, layer_class: type[Base], name: str, delta: Delta, selection: Selection,
     site: str = "",
 ) -> None:  # fmt: skip
-    """Lay one delta over the module at `site`, above those it carries."""
+    """Attach one delta to a module, above those that are attached already.
+
+    Args:
+        module: the module; its class is swapped if it has no delta yet.
+        layer_class: the layer that reads the module's storage.
+        name: the name of the adapter that the delta belongs to.
+        delta: the delta.
+        selection: the selection of the model.
+        site: the module path, which error messages name.
+    """
     if not isinstance(module, Adapted):
         deltas = Deltas()
         deltas.register_load_state_dict_post_hook(deltas.forget_missing)
@@ -146,7 +165,7 @@ def lay(
 
 
 def lift(module: Adapted, name: str) -> None:
-    """Take a delta off a module; with the last one its own class returns."""
+    """Detach a delta from a module; without any delta the module has its own class again."""
     del module.deltas[name]
     if not len(module.deltas):
         del module.deltas, module.selection
@@ -155,7 +174,7 @@ def lift(module: Adapted, name: str) -> None:
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Freeze the base. What had been trainable is remembered, so that `thaw` restores it."""
+    """Freeze the base. The selection keeps what was trainable, so that `thaw` restores it."""
     of_deltas = {id(p) for m in model.modules() if isinstance(m, Deltas) for p in m.parameters()}
     for p in model.parameters():
         if p.requires_grad and id(p) not in of_deltas:
@@ -164,24 +183,25 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
 
 def thaw(selection: Selection) -> None:
+    """Make the parameters trainable again that `freeze` froze."""
     for p in selection.frozen:
         p.requires_grad_(True)
     selection.frozen = []
 
 
 class only:
-    """`with only(model, "sft"): ...`: these adapters and no others, in this order.
+    """Context in which the named adapters are active and no others, the first one lowest.
 
-    `only(model)` is the bare base, bit for bit.
+    `with only(model, "sft"): ...`; `only(model)` is the bare base, bit for bit.
 
-    Raises LorafoldError for a name that the model does not carry.
+    Raises LorafoldError if no adapter of a given name is attached to the model.
     """
 
     def __init__(self, model: nn.Module, *names: str) -> None:
         carried = {name for _, m in adapted_modules(model) for name in m.deltas}
         if unknown := [n for n in names if n not in carried]:
             raise LorafoldError(
-                f"no adapter {', '.join(unknown)} on this model; it carries:"
+                f"no adapter {', '.join(unknown)} is attached to this model; the attached ones:"
                 f" {', '.join(sorted(carried)) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names

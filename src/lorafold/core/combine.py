@@ -3,14 +3,14 @@
 They never know which methods they combine, nor how the base stores its weight.
 
     Stack(d1, d2)           d2 over d1 at one layer, under one name: W -> fold2(fold1(W))
-    Mix(ds, gates)          y + sum_i g_i (d_i(x) - y), y what lies beneath: learned gates
-    Rows(ds, slots)         row b of a batch takes ds[slots[b] - 1], or nothing where its slot is 0;
-                            any methods
-    Bank(ds, slots)         the same for low-rank deltas, stacked and rank-padded: two batched
-                            products, whatever the assignment
+    Mix(ds, gates)          y + sum_i g_i (d_i(x) - y), y the output of the layer below, g learned
+    PerExample(ds, slots)   element b of a batch gets ds[slots[b] - 1], or no delta where its slot
+                            is 0; the deltas may be of any methods
+    Bank(ds, slots)         the same for low-rank deltas, stacked and padded to one rank: two
+                            batched products, whatever the assignment
 
-`Mix`, `Rows` and `Bank` lie on layers that take one tensor and give one. What lies beneath runs
-once.
+`Mix`, `PerExample` and `Bank` are for layers with one input tensor and one output tensor. They run
+the layer below once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorafold.core.layer import Given, Layer, Over, add
 
 
 class Stack(Delta):
-    """Several deltas at one layer that belong to one adapter (LoRA and a trained bias), the first
-    one lowest.
+    """Several deltas of one adapter at one layer (LoRA and a trained bias), the first one
+    lowest.
     """
 
     def __init__(self, deltas: Iterable[Delta]) -> None:
@@ -50,8 +50,9 @@ class Stack(Delta):
 
 
 class Slots:
-    """Which delta each row of the next batch takes, for a whole model: `slots.at` (batch,) of whole
-    numbers, 0 for none, i for the i-th.
+    """The delta of each element of the next batch, for a whole model.
+
+    `at` (batch,) holds integers: 0 for no delta, i for the i-th.
     """
 
     def __init__(self, at: Tensor) -> None:
@@ -59,12 +60,13 @@ class Slots:
 
 
 def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
-    """The up factors of the deltas inside, under the names that they have in the combinator."""
+    """The names, within the combinator, of the up factors of all deltas inside it."""
     inside = [(path, m) for path, m in combinator.named_modules() if path and isinstance(m, Delta)]
     return tuple(f"{path}.{name}" for path, m in inside for name in type(m).up_names)
 
 
-def penalty_in(deltas: Iterable[Any]) -> Tensor | None:
+def penalty_in(deltas: Iterable[Any]) -> Tensor | None:  # ()
+    """The sum of the deltas' penalties; None if no delta has one."""
     terms = [
         term for delta in deltas for part in delta.parts() if (term := part.penalty()) is not None
     ]
@@ -72,10 +74,11 @@ def penalty_in(deltas: Iterable[Any]) -> Tensor | None:
 
 
 class Mix(Delta):
-    """Deltas under gates (n,), fp32 and learned; a Parameter given as gates is taken as it is, so
-    that layers can share it.
+    """Several deltas, each weighted by a learned gate: gates (n,), fp32.
 
-    With gates g folding gives W + sum_i g_i (fold_i(W) - W). NotMergeable if one of the deltas is.
+    A Parameter given as gates is used itself, so that layers can share it.
+
+    Folding gives W + sum_i g_i (fold_i(W) - W), and raises NotMergeable if one of the deltas does.
     """
 
     def __init__(self, deltas: Sequence[Delta], gates: Tensor) -> None:
@@ -90,7 +93,7 @@ class Mix(Delta):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         deltas = list(self.deltas)
         if all(isinstance(d, LowRank) and not (d.training and d.dropout) for d in deltas):
-            # one low-rank change of all their ranks, which is summed before the rounding
+            # one low-rank update of all their ranks, so that the sum is rounded once
             ups, downs = zip(*(d.factors() for d in deltas), strict=True)  # type: ignore[operator]
             up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], 1)
             return layer.low_rank(x, torch.cat(downs, 0), up, 0.0, onto)
@@ -113,10 +116,11 @@ class Mix(Delta):
         return w_sum, add(sum(changes[1:], start=changes[0]), b) if changes else b
 
 
-class Rows(Opaque):
-    """Each row of a batch under its own delta.
+class PerExample(Opaque):
+    """One delta for each element of a batch.
 
-    Eager, a delta computes its own rows only; compiled, all rows: one graph for any assignment.
+    In eager mode a delta computes only the elements that are its own. In compiled code it computes
+    the whole batch, so that one graph serves any assignment.
     """
 
     def __init__(self, deltas: Sequence[Delta], slots: Slots) -> None:
@@ -143,10 +147,11 @@ class Rows(Opaque):
 
 
 class Bank(Opaque):
-    """Low-rank deltas as they are now, frozen: up (n + 1, out, r) and down (n + 1, r, in), r the
-    largest rank, slot 0 all zeros.
+    """A frozen copy of low-rank deltas: up (n + 1, out, r) and down (n + 1, r, in), r the largest
+    rank, slot 0 all zeros.
 
-    Serves any mixture of rows at two batched products on top of the base; no dropout.
+    Any assignment of deltas to the batch costs two batched products in addition to the base's.
+    There is no dropout.
     """
 
     def __init__(self, deltas: Sequence[LowRank], slots: Slots) -> None:

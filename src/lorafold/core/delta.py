@@ -1,8 +1,8 @@
-"""A delta is middleware for one layer, and the same change seen in weight space.
+"""A delta is middleware for one layer, and the same change in weight space.
 
-    delta(layer, x)     what the adapted layer computes; layer(x) runs whatever lies beneath
-    delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the two
-                        dtypes
+    delta(layer, x)     what the adapted layer computes; layer(x) runs the layer below
+    delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the
+                        weight's and the delta's dtype
 
 The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises
 `NotMergeable`. Every class here is abstract; every method is a final subclass of one of them.
@@ -28,38 +28,49 @@ from lorafold.errors import NotMergeable
 class Delta(nn.Module, ABC):
     """Abstract: a trainable change of one layer.
 
-    Parameters are fp32 and live on the layer's device.
+    Parameters are fp32 and on the layer's device.
     """
 
-    up_names: tuple[str, ...] = ()  # parameters that take the up factor's learning rate (LoRA+)
-    in_place = False  # its parameters are the module's own, so that nothing lies over them
-    # tensors that checkpoints of a run hold and adapter files do not
+    up_names: tuple[str, ...] = ()  # parameters that train at the up factor's learning rate (LoRA+)
+    in_place = False  # its parameters are the module's own, so that folding has nothing to change
+    # tensors that are in the checkpoints of a run and not in adapter files
     run_names: tuple[str, ...] = ()
 
     @abstractmethod
-    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any: ...
+    def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output of the adapted layer.
+
+        On a matrix: x (..., in) -> (..., out), with `onto` (..., out) added before the one
+        rounding. Elsewhere: whatever the module takes and returns.
+
+        Args:
+            layer: the layer below; calling it runs the module and the deltas under this one.
+            *args, **kwargs: the inputs of the module's forward.
+        """
 
     @abstractmethod
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (out, in) and bias (out,) or None with the change in them.
+
+        Raises NotMergeable if the change has no weight-space form.
+        """
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """up (out, r), every scale included, and down (r, in), where the change is W + up @ down;
-        None where it has no factors.
+        """up (out, r), with every scale in it, and down (r, in), if folding gives W + up @ down;
+        None if the change has no such factors.
         """
         return None
 
     def change(self, w: Tensor) -> Tensor:  # (out, in)
-        """dW in full: what folding adds to W. NotMergeable as `fold`."""
+        """The update dW (out, in) that folding adds to W. Raises NotMergeable as `fold` does."""
         return self.fold(w, None)[0] - w
 
     def parts(self) -> Iterable[Delta]:
-        """The deltas this one is made of, in the order they apply: itself, unless it is a
-        combinator.
-        """
+        """The deltas that a combinator is made of, lowest first; for any other delta, itself."""
         return (self,)
 
     def penalty(self) -> Tensor | None:
-        """A term the training loss gains at each step, or None."""
+        """A scalar that is added to the training loss at each step, or None."""
         return None
 
     def borrowed(self) -> Iterable[nn.Parameter]:
@@ -68,15 +79,13 @@ class Delta(nn.Module, ABC):
 
     @property
     def twin(self) -> Delta | None:
-        """The delta that makes the very same change of a module whose weight is this one's too, so
-        that it can stay shared.
+        """The delta of another module with the same tied weight that makes the same change, so
+        that the weight can stay tied; None if there is none.
         """
         return None
 
     def values_at(self) -> Sequence[int]:
-        """The rows of the stored weight that folding gives outright, whatever was there, instead of
-        changing them.
-        """
+        """The indices, in the stored weight's first dimension, that folding overwrites."""
         return ()
 
 
@@ -90,11 +99,11 @@ class Opaque(Delta):
 
 
 class Additive(Delta):
-    """Abstract: W + dW."""
+    """Abstract: a change that adds dW to W."""
 
     @abstractmethod
-    def delta(self) -> Tensor:  # (out, in), scale included
-        ...
+    def delta(self) -> Tensor:  # (out, in)
+        """dW (out, in), with every scale in it."""
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + self.delta(), b
@@ -103,16 +112,16 @@ class Additive(Delta):
         return self.delta()
 
     def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (out,)
-        """The squared norms of the rows of W + dW (out, in); `own` (out,) are those of W."""
+        """The squared norm of each row of W + dW (out, in); `own` (out,) are those of W."""
         return torch.linalg.vector_norm(w + self.delta(), dim=1).square()
 
 
 class Dense(Additive):
-    """Abstract: dW must be built anyway, so it is added to W and the layer is one matmul.
+    """Abstract: dW has to be built, so it is added to W and the layer is one product.
 
-    In bf16 the sum is rounded with a dither, which keeps changes under half a unit: 3 GEMMs a step,
-    where W x + dW x takes 5. The sum is made again for the backward, so that a step never keeps
-    more than one matrix of the model's size.
+    That is 3 GEMMs a step, where W x + dW x takes 5. In bf16 the sum is rounded with a dither,
+    which keeps changes under half a unit. The backward computes the sum again, so that a step never
+    holds more than one matrix of a weight's size.
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -129,15 +138,15 @@ class Dense(Additive):
 
 
 class LowRank(Additive):
-    """Abstract: a method that is its two factors, nothing more. Dropout lies on the branch only."""
+    """Abstract: a change that is the product of two factors, with dropout on its branch only."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor]:  # up (out, r), down (r, in), scale included
-        ...
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up (out, r), with every scale in it, and down (r, in): dW = up @ down."""
 
     def delta(self) -> Tensor:  # (out, in)
         up, down = self.factors()
@@ -157,13 +166,13 @@ class LowRank(Additive):
 
 
 def alike(a: Delta, b: Delta) -> bool:
-    """Do the deltas of two modules that share a weight make the same change of it?"""
+    """Whether the deltas of two modules with a tied weight make the same change of it."""
     pairs = zip_longest(a.parts(), b.parts())
     return all(x is not None and y is not None and (x.twin is y or y.twin is x) for x, y in pairs)
 
 
 def on_meta(delta: Delta) -> Delta:
-    """A copy of the delta without its values."""
+    """A copy of the delta on the meta device, so without values."""
     tensors = [*delta.parameters(), *delta.buffers()]
     return copy.deepcopy(
         delta, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in tensors}
@@ -171,8 +180,12 @@ def on_meta(delta: Delta) -> Delta:
 
 
 def put(delta: Delta, name: str, value: Tensor) -> None:
-    """Give a delta's tensor, by its dotted name, other values: in place, or anew where the shape is
-    another one.
+    """Set a tensor of a delta: in place if it keeps its shape, as a new tensor otherwise.
+
+    Args:
+        delta: the delta that has the tensor.
+        name: the dotted name of the tensor in the delta.
+        value: the new values, of any shape.
     """
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)

@@ -1,4 +1,4 @@
-"""A model in evaluation mode, for as long as it is asked for outputs."""
+"""A context in which a model is in evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients until the `with` ends; then each of its
-    modules has its own mode again.
+    """Put the model in evaluation mode, without gradients, until the `with` block ends.
+
+    Afterwards each of its modules is in the mode that it was in before.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()

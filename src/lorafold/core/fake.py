@@ -1,7 +1,7 @@
-"""Fake tensors, torch's own: shapes, dtypes and devices without values, on which a step runs to see
-what it would hold in memory (`lorafold.memory`).
+"""Fake tensors are torch's tensors with shape, dtype and device but no values. An estimate runs a
+step on them to find how much memory it takes (`lorafold.memory`).
 
-What an operation decides by a value it can't decide there, so such code asks this one question.
+An operation that branches on values can't do so on fake tensors, so such code calls `is_fake`.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_fake(x: Tensor) -> bool:
-    """Is this a tensor without values?"""
+    """Whether x, a tensor of any shape, is a fake tensor."""
     return isinstance(x, FakeTensor)

@@ -1,15 +1,14 @@
-"""What a delta sees: a layer that can be run on an input and, where it is linear, read as a matrix.
+"""A layer is what a delta sees of a module: it can be run and, if it is linear, read as a matrix.
 
-    layer(x)            what lies beneath, with its own kernel                      (..., in) ->
-                        (..., out)
+    layer(x)            its output, by the module's own kernel: (..., in) -> (..., out)
     layer(x, onto=d)    the same, accumulated onto d before the one rounding; a bias is added after
-                        it
-    layer.op(x, m)      this layer's input times any m (k, in)                      -> (..., k)
+                        that rounding
+    layer.op(x, m)      the product of its input and any m (k, in): (..., in) -> (..., k)
     layer.dense()       W (out, in), b (out,) | None
 
-A layer under a delta is a layer (`Over`) and a layer whose answer is known is a layer (`Given`), so
-stacks and combinators need no case of their own. How a module stores its matrix is the business of
-`Base`'s subclasses in `lorafold.bases`.
+A layer under a delta is a layer (`Over`), and so is a layer whose output is known (`Given`).
+Therefore stacks and combinators need no special case. How a module stores its matrix is known only
+to the subclasses of `Base` in `lorafold.bases`.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ if TYPE_CHECKING:
 
 
 def add(a: Tensor, b: Tensor | None) -> Tensor:
+    """a + b, of any shapes that broadcast; a where b is None."""
     return a if b is None else a + b
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The module as nothing lies over it: another object of its own class with the very same state,
-    whose `weight` and `bias` are those that are stored (`lorafold.core.served_weights`).
+    """The module as it is without deltas: an object of its own class with the same state, whose
+    `weight` and `bias` are the stored ones (`lorafold.core.served_weights`).
     """
     cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
     if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
@@ -43,77 +43,95 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 class Layer(ABC):
-    """Anything a delta can lie on. `shape` is (out, in); `NotMergeable` where there is no
-    matrix.
-    """
+    """Abstract: anything that a delta can be attached to."""
 
-    __call__: Callable[..., Any]  # (x, onto=None) for a matrix, whatever it takes for anything else
+    __call__: Callable[..., Any]  # (x, onto=None) for a matrix, else as the module's own forward
 
     @abstractmethod
-    def op(self, x: Tensor, m: Tensor) -> Tensor: ...
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        """The product of this layer's input x (..., in) and m (k, in): (..., k), without a bias.
+
+        An embedding's x holds ids (...), and the product is a look-up. Raises NotMergeable if the
+        layer is no matrix.
+        """
 
     @abstractmethod
-    def drop(self, x: Tensor, p: float) -> Tensor: ...
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """x (..., in) after dropout with probability p; ids (...) are returned as they are."""
 
     @abstractmethod
-    def dense(self) -> tuple[Tensor, Tensor | None]: ...
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, in) in the dtype of computation and b (out,) or None, with the deltas below
+        folded in. Raises NotMergeable if there is no weight, or if one of these deltas does.
+        """
 
     @property
     def bias(self) -> Tensor | None:  # (out,)
+        """The bias (out,) of `dense`, or None."""
         return self.dense()[1]
 
     def original(self) -> Tensor:  # (out, in)
-        """W as it was before it was packed; `dense` where it never was.
+        """W (out, in) as it was before quantization; the W of `dense` if it was never quantized.
 
-        LorafoldError where that is not known.
+        Raises LorafoldError if it is not known.
         """
         return self.dense()[0]
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(out, in). Raises NotMergeable if the layer is no matrix."""
 
     @property
     @abstractmethod
-    def module(self) -> nn.Module: ...
+    def module(self) -> nn.Module:
+        """The module at the bottom."""
 
     @property
     def device(self) -> torch.device:
-        """Where the module's parameters lie, and what is laid on it belongs."""
+        """The device of the module's parameters, which the parameters of its deltas share."""
         return next(self.module.parameters()).device
 
     @property
     @abstractmethod
     def takes_ids(self) -> bool:
-        """Are its inputs row numbers, and not activations?"""
+        """Whether its inputs are ids, as an embedding's are, and not activations."""
 
     @property
     @abstractmethod
     def has_bias(self) -> bool:
-        """Does the module have a bias of its own?"""
+        """Whether the module has a bias of its own."""
 
     @abstractmethod
     def sources(self) -> list[Tensor] | None:
-        """The tensors that `dense` is read from; None where a delta beneath bears on it too."""
+        """The tensors, of any shape, that `dense` is computed from; None if a delta is among what
+        determines it.
+        """
 
     def low_rank(
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
     ) -> Tensor:
-        """self(x) + up down drop(x), the small product first: down (r, in), up (out, r), p the
-        dropout on the branch.
+        """self(x) + up down drop(x), the small product first: (..., in) -> (..., out).
+
+        Args:
+            x: the input (..., in).
+            down: the down factor (r, in).
+            up: the up factor (out, r), with every scale in it.
+            p: the probability of dropout on the branch.
+            onto: a tensor (..., out) that is added before the rounding, or None.
         """
         u = self.op(self.drop(x, p), down)
         return self(x, onto=add(F.linear(u, up.to(u.dtype)), onto))
 
 
 class Base(Layer):
-    """Abstract: the frozen module itself. One final subclass a storage, in `lorafold.bases`."""
+    """Abstract: the module itself, frozen. `lorafold.bases` has one final subclass per storage."""
 
-    linear = False  # a matrix applied to activations: what "all-linear" means
+    linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
     takes_ids = False
 
     def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
-        self._module, self.stored = module, stored  # `stored`: the weight as plain files hold it
+        self._module, self.stored = module, stored  # `stored`: reads the weight from plain files
         self.bare: Any = bare(module)
 
     @property
@@ -128,41 +146,39 @@ class Base(Layer):
         return [p for p in self._module._parameters.values() if p is not None]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, as if nothing lay over it."""
+        """Run the module's own forward, without any delta."""
         cls = type(self._module)
         return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
 
     @abstractmethod
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        """The parameters by which the module would store W (out, in) and b (out,), in the dtypes
-        given; the module is left as it is. NotMergeable if it can't hold them.
+        """The parameters that would store W (out, in) and b (out,) in the module, by name, in the
+        dtypes given. The module is not changed. Raises NotMergeable if it can't store them.
         """
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
-        """`dense` on the meta device: shapes and dtypes alone."""
+        """W (out, in) and b (out,) or None as `dense` gives them, on the meta device."""
         w, b = self.dense()
         return w.to("meta"), None if b is None else b.to("meta")
 
     def plain(self) -> Base:
-        """The layer that this is once `unpack` has been called."""
+        """The layer that this becomes by `dequantize`."""
         return self
 
     @abstractmethod
     def write(self, w: Tensor, b: Tensor | None) -> None:
         """Store W (out, in) and b (out,) in the module, rounded once to its dtype.
 
-        NotMergeable if the module can't hold them.
+        Raises NotMergeable if the module can't store them.
         """
 
-    def unpack(self) -> None:
-        """Let the module hold its matrix in plain floating-point numbers, which it can be written
-        in.
-        """
+    def dequantize(self) -> None:
+        """Make a quantized module store its matrix in floating point, so that `write` works."""
         return None
 
 
 class Upon(Layer):
-    """Abstract: a layer upon another, whose input, shape and module it has."""
+    """Abstract: a layer over another one, with the same input, shape and module."""
 
     under: Layer
 
@@ -193,7 +209,7 @@ class Upon(Layer):
 
 
 class Over(Upon):
-    """A layer with one delta laid over it."""
+    """A layer with one delta attached."""
 
     def __init__(self, delta: Delta, under: Layer) -> None:
         self.delta, self.under = delta, under
@@ -209,7 +225,7 @@ class Over(Upon):
 
 
 class Given(Upon):
-    """A layer whose answer is already known, so that a combinator runs what lies beneath once."""
+    """A layer whose output is known already, so that a combinator runs the layer below once."""
 
     def __init__(self, under: Layer, y: Tensor) -> None:
         self.under, self.y = under, y

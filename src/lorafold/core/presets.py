@@ -1,15 +1,16 @@
-"""Places that a method can name in any transformer, found by structure and not by architecture.
+"""Presets: named choices of modules in any transformer, found by its structure.
 
-    all-linear      every linear of the blocks (the repeated layers), so neither head nor embeddings
-    attention, mlp  those inside attention, and the others
-    sublayers       the attention and the MLP of each block, whole
+    all-linear      every linear of the blocks, so neither head nor embeddings
+    attention, mlp  the linears of the blocks that are inside an attention, and the others
+    sublayers       the attention and the MLP of each block, as whole modules
     mlp-sublayers   the MLPs only
-    biases          every module that has a bias; all-linear where the blocks have none
-    parameters      every module that holds parameters of its own, tied ones once
+    biases          every module that has a bias; all-linear where the blocks have no bias
+    parameters      every module that has parameters of its own, tied ones once
     decoder         the module between token ids and head, and the causal self-attentions inside it
-    head            what lies over the decoder: the linears of a classifier, or the output embedding
+    head            the linears outside the decoder: a classifier's head, or the output embedding
 
-Each is a function from a model to paths; an empty answer means that the model has no such place.
+Each preset is a function from a model, and a test for linear modules, to module paths. It returns
+an empty list if the model has no such modules.
 """
 
 from __future__ import annotations
@@ -24,23 +25,26 @@ IsLinear = Callable[[nn.Module], bool]
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules inside the blocks; all of them where the model has no blocks."""
+    """The linear modules inside the blocks; all linear modules if the model has no blocks."""
     inside = tuple(f"{path}." for path in blocks(model))
     linears = [path for path, m in bare_modules(model) if is_linear(m)]
     return [p for p in linears if f"{p}.".startswith(inside)] if inside else linears
 
 
 def attention(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that are inside an attention."""
     return [path for path in all_linear(model, is_linear) if of_attention(path)]
 
 
 def mlp(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that are not inside an attention."""
     return [path for path in all_linear(model, is_linear) if not of_attention(path)]
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The parts of each block that are made of parts themselves; none at all if a block lacks its
-    attention or its MLP as one module.
+    """The children of each block that have children themselves: its attention and its MLP.
+
+    The list is empty if either is not one module in some block.
     """
     body, _ = decoder_of(model)
     found: list[str] = []
@@ -59,12 +63,14 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The sublayers that are no attention."""
     return [
         path for path in sublayers(model, is_linear) if not of_attention(path.rsplit(".", 1)[-1])
     ]
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """Every module that has a bias; all-linear if no module inside the blocks has one."""
     inside = tuple(f"{path}." for path in blocks(model))
     biased = [path for path, m in bare_modules(model) if m._parameters.get("bias") is not None]
     return (
@@ -73,6 +79,7 @@ def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """Every module with parameters of its own; tied parameters count for the first module only."""
     seen: set[int] = set()
     found = []
     for path, module in bare_modules(model):
@@ -84,12 +91,14 @@ def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The decoder and the causal self-attentions inside it; empty if there are none inside it."""
     path, body = decoder_of(model)
     inside = [f"{path}.{p}" if path else p for p in causal_attentions(body)]
     return [path, *inside] if inside else []
 
 
 def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules outside the decoder."""
     path, _ = decoder_of(model)
     return (
         [p for p, m in bare_modules(model) if is_linear(m) and not f"{p}.".startswith(f"{path}.")]

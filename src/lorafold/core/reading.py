@@ -1,10 +1,10 @@
-"""What a module's weight and bias are under the deltas that are active on it.
+"""The weight and bias of a module with its active deltas folded in.
 
-    round(fold_n(... fold_1(W, b)))         W (out, in), b (out,); transposed, or packed, as the
-                                            module stores them
+    round(fold_n(... fold_1(W, b)))         W (out, in), b (out,); in the layout that the module
+                                            stores (transposed for Conv1D and embeddings)
 
-Summed in fp32 or wider, rounded with a dither to the stored dtype. Shape and dtype are told without
-folding.
+The sum is in fp32 or wider and is rounded with a dither to the stored dtype. Shape and dtype are
+known without folding.
 """
 
 from __future__ import annotations
@@ -27,26 +27,29 @@ NAMES = ("weight", "bias")
 
 @dataclass(frozen=True)
 class Reading:
-    """A module at `site`, under the deltas that were active when it was read: by the adapter's
-    name, lowest first.
+    """A module, its path `site`, and the deltas that were active when its weight or bias was read,
+    by the adapter's name, lowest first.
     """
 
     base: Base
     deltas: dict[str, Delta]
     site: str
 
-    def stored(self, name: str) -> Tensor | None:
+    def stored(self, name: str) -> Tensor | None:  # own shape
+        """The parameter of that name as the module stores it; None if there is none."""
         return self.base.module._parameters.get(name)
 
     def like(self, name: str) -> Tensor:
-        """A tensor of the same dtype and device."""
+        """A tensor, of any shape, with the dtype and device of the parameter of that name."""
         own = self.stored(name)
         return self.base.bare.weight if own is None else own
 
     def folded(self) -> Callable[[str], Tensor | None]:
-        """Fold, and give the weight or the bias, by its name, as the module would store it, rounded
-        to its dtype; the parameter itself where no delta changes it. NotMergeable where a delta or
-        the storage can't.
+        """Fold the deltas, and return a function from "weight" or "bias" to the folded tensor.
+
+        The tensor has the layout (own shape) and the dtype that the module stores. A parameter that
+        no delta changes is returned itself. Raises NotMergeable if a delta can't be folded or the
+        storage can't hold the result.
         """
         try:
             w, b = self.base.dense()
@@ -75,18 +78,18 @@ class Reading:
             try:
                 w, b = (on_meta(delta) if meta else delta).fold(w, b)
             except NotMergeable as e:
-                raise self._refused(f"adapter {adapter!r} can't be applied there: {e}") from None
+                raise self._refused(f"adapter {adapter!r} can't be folded: {e}") from None
         return w, b
 
     def _refused(self, why: str) -> NotMergeable:
         return NotMergeable(
-            f"{self.site} ({type(self.base.module).__name__}): the model reads its weight or bias"
-            f" past its forward, and {why}; leave the module out of the targets, or read what is"
-            " stored in the state dict"
+            f"{self.site} ({type(self.base.module).__name__}): the model reads the weight or bias"
+            f" of this module without calling its forward, so adapters must be folded, and {why};"
+            " leave the module out of the targets, or read the stored weight from the state dict"
         )
 
     def leaves(self) -> list[Tensor]:
-        """The parameters that the folded tensors have a gradient for."""
+        """The trainable parameters, of any shape, that the folded tensors depend on."""
         parts = [part for delta in self.deltas.values() for part in (delta, *delta.parts())]
         found = [
             *(p for part in parts for p in (*part.parameters(), *part.borrowed())),
@@ -95,7 +98,9 @@ class Reading:
         return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
 
     def gained(self) -> Tensor | None:
-        """On the meta device, the bias that the deltas give a module without one; None for none."""
+        """The bias (out,), on the meta device, that the deltas add to a module without one; None
+        if they add none.
+        """
         try:
             w, _ = self.base.dense()
             return self._fold(torch.empty_like(w, device="meta"), None, meta=True)[1]
@@ -103,7 +108,7 @@ class Reading:
             return None
 
     def shape(self, name: str) -> torch.Size:
-        """That of the stored tensor, with the rows that the deltas append to it."""
+        """The shape of the folded tensor: the stored one's, with what the deltas append to it."""
         like = self.stored(name) if self.stored(name) is not None else self.gained()
         assert like is not None
         parts = (part for delta in self.deltas.values() for part in delta.parts())

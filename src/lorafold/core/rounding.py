@@ -1,27 +1,28 @@
-"""Rounding to 16 bits that loses no small change: of the two neighbours of v, the one above is
-taken for a share (v - below) / (above - below) of values. Who says for which of them:
+"""Rounding to 16 bits that keeps small changes: v is rounded up with frequency (v - below) /
+(above - below), where below and above are its two neighbours in the 16-bit dtype. The three
+functions differ in the bits that decide:
 
     dithered      the value's own bits: for sums and products that are computed again and again
     stochastic    fp32 random numbers: for a weight that is folded once (Gupta et al. 2015, arXiv
                   1502.02551)
-    turned        16 random bits a value, which turn from one step to the next: for weights that
-                  training stores in every step
+    turned        16 random bits a value, shifted at every step: for weights that training stores at
+                  every step
 
-**dithered.** W + dW and g y are sums and products with something that lies on the bf16 grid
-already, so rounding them to the nearest drops every dW and every gain under half a unit. A dither
-keeps them on average: its bits are the value's own upper half times an odd constant, so the same
-value always rounds the same way (a replayed checkpoint, another place in the batch, decoding and
-prefill agree), and a value on the grid stays what it is.
+**dithered.** W + dW and g y change a tensor that is bf16 already, so rounding them to the nearest
+drops every dW and every gain under half a unit. A dither keeps them on average. Its bits are the
+value's own upper half times an odd constant, so the same value always rounds the same way: a
+replayed checkpoint, another place in the batch, decoding and prefill agree. A value that bf16 can
+represent stays as it is.
 
-Elements times a gain 1 + e, survival of the change (projection on it) and noise against rounding to
-the nearest, 1024 x 1536: e near 1e-4: 1.01 (nearest 0.00), noise 6.7e-4 of |y|; e near 1e-2: 1.00
-(nearest 1.00), noise 2.3e-3 (nearest 1.7e-3).
+Elements times a gain 1 + e, 1024 x 1536, compared with rounding to the nearest. Survival of the
+change (its projection on the exact one): e near 1e-4: 1.01 (nearest 0.00), noise 6.7e-4 of |y|; e
+near 1e-2: 1.00 (nearest 1.00), noise 2.3e-3 (nearest 1.7e-3).
 
 **turned.** A weight that receives an update of p units goes up if u + t ODD / 2^16 (mod 1) lies in
-an interval of length p, u the weight's own random number and t the step. Whatever t, that happens
-with probability p. Over the steps it is a Kronecker sequence of the golden ratio (Niederreiter
-1992, ch. 3): T equal updates are off by O(log T) units together, where independent numbers are off
-by sqrt(T p (1 - p)), so the weight stays closer to where fp32 would have it.
+an interval of length p, where u is the weight's own random number and t the step. At any t, that
+happens with probability p. Over the steps it is a Kronecker sequence of the golden ratio
+(Niederreiter 1992, ch. 3): the sum of T equal updates is off by O(log T) units, where independent
+random numbers are off by sqrt(T p (1 - p)), so the weight stays closer to its value in fp32.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ODD = 0x9E37  # near 65536 / golden ratio: consecutive multiples of it lie far a
 
 
 def dithered(v: Tensor) -> Tensor:
-    """v fp32 -> bf16; without a gradient."""
+    """Round v, fp32 of any shape, to bf16 with its own bits as the dither; not differentiable."""
     bits = v.view(torch.int32)
     dither = (bits >> 16).mul_(ODD).bitwise_and_(0xFFFF)
     return dither.add_(bits).bitwise_and_(-65536).view(torch.float32).bfloat16()
@@ -54,8 +55,9 @@ class _Dithered(Function):
 
 
 def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """v to dtype: dithered from fp32 to bf16, to the nearest otherwise; the gradient passes
-    straight through.
+    """Round v, of any shape, to dtype: dithered from fp32 to bf16, to the nearest otherwise.
+
+    The gradient passes straight through.
     """
     return (
         _Dithered.apply(v) if (v.dtype, dtype) == (torch.float32, torch.bfloat16) else v.to(dtype)
@@ -65,23 +67,33 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
 def generator_of(
     seed: int, name: str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """The random stream of one tensor: it depends on its name and not on the shard it lies in."""
+    """The random generator of one tensor, which does not depend on the file it is stored in.
+
+    Args:
+        seed: the seed of the whole run.
+        name: the tensor's name.
+        device: the device of the generator.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x (fp32 or fp64, finite) to a narrower dtype: one of its two neighbours there, right in
-    expectation.
+    """Round x to one of its two neighbours in a narrower dtype, so that the expectation is x.
 
-    Exact also among the subnormals of `dtype`, where the unit no longer shrinks with x.
+    It is exact among the subnormals of `dtype` too, where the unit no longer shrinks with x.
+
+    Args:
+        x: fp32 or fp64, finite, of any shape.
+        dtype: the dtype to round to.
+        generator: the source of one fp32 random number per value.
     """
     return _up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))
 
 
 def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
-    """x fp32 to the neighbour away from zero where u is less than what the other leaves of it, in
-    units.
+    """Round x, fp32, away from zero where u (x's shape, in [0, 1)) is below the remainder, in
+    units; towards zero elsewhere.
     """
     info = torch.finfo(dtype)
     # the power of two at or under |x|
@@ -93,11 +105,17 @@ def _up_below(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int) -> Tensor:
-    """x fp32 to a 16-bit dtype: one of its two neighbours there, right in expectation over the
-    generator's seed. It takes 64 random bits for 4 values.
+    """Round x to one of its two neighbours in a 16-bit dtype, so that the expectation over the
+    generator's seed is x.
 
-    Exact in bf16, subnormals included; among the subnormals of fp16 a probability is at most 2^-16
-    too large. What is not finite becomes NaN.
+    In bf16 the probabilities are exact, subnormals included; among the subnormals of fp16 they are
+    at most 2^-16 too large. Values that are not finite become NaN.
+
+    Args:
+        x: fp32, of any shape.
+        dtype: bf16 or fp16.
+        generator: the source of 64 random bits for every 4 values.
+        turn: the number of the step.
     """
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     u = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
@@ -105,5 +123,5 @@ def turned(x: Tensor, dtype: torch.dtype, generator: torch.Generator, turn: int)
     if dtype is not torch.bfloat16:
         return _up_below(x, dtype, u * 2.0**-16)
     carried = u.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
-    # a carry can make a number of what is none, and 0 x is none either then
+    # a carry can turn NaN or infinity into a number; adding 0 x makes it NaN again
     return carried.add_(x, alpha=0).bfloat16()

@@ -1,23 +1,24 @@
-"""What a model reads of an adapted module past its forward: the folded weight and bias.
+"""The folded weight and bias, for models that read them without calling the module's forward.
 
-    module.weight, module.bias      round(fold_n(... fold_1(W, b))), as the module stores them
+    module.weight, module.bias      round(fold_n(... fold_1(W, b))), in the layout that the module
+                                    stores
 
-Some models take a module's `weight` and compute with it themselves: `nn.MultiheadAttention` its
-`out_proj`, Mamba its `dt_proj`, a head the embedding. No delta runs then, so whoever reads the
-attribute while a delta is active is served a stand-in for the folded tensor, through which
-gradients reach the deltas: the law holds for any model, whatever its modules are called. A delta
-that has no form in weight space can't be served: NotMergeable, once something is computed.
+Some models compute with a module's `weight` themselves: `nn.MultiheadAttention` with that of its
+`out_proj`, Mamba with that of its `dt_proj`, a head with the embedding's. The module's forward does
+not run then, and neither do its deltas. So while a delta is active, reading the attribute returns a
+stand-in for the folded tensor, through which gradients reach the deltas. The law therefore holds
+for any model, whatever its modules are called. If a delta has no weight-space form, computing with
+the stand-in raises NotMergeable.
 
-The stand-in has shape, dtype and device, and nothing is computed to tell them. Any other torch
-function is given the folded tensor in its place (`lorafold.core.reading`). That costs the fold,
-with a dense dW, at every use; the module's own forward multiplies by the small factors. What takes
-a tensor past those functions (a custom autograd function, an operator called from C++) finds the
-folded one beneath them, and its gradient folds once more. Compilers, tracers and torch.func get the
+The stand-in knows shape, dtype and device without any computation. Any other torch function gets
+the folded tensor in its place (`lorafold.core.reading`). Each use costs a fold, with a dense dW,
+whereas the module's own forward multiplies by the small factors. Code below the level of torch
+functions (a custom autograd function, an operator called from C++) gets the folded tensor from
+`__torch_dispatch__`, and its gradient costs another fold. Compilers, tracers and torch.func get the
 folded tensor itself.
 
-Writing goes to the parameter that is stored: in place, by `.data`, as the weight of another module
-that is tied to it. The dropout of a delta lies on its branch in the forward, so a served weight has
-none.
+Writes go to the stored parameter: in-place operations, `.data`, and tying it to another module. A
+served weight has no dropout, since the dropout of a delta is on its branch in the forward.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lorafold.core.reading import Reading
 if TYPE_CHECKING:
     from lorafold.core.attach import Adapted
 
+# the functions that the stand-in answers itself: they need no values
 ASKED = frozenset(
     [
         *(
@@ -59,7 +61,9 @@ ASKED = frozenset(
         torch.numel,
     ]
 )  # fmt: skip
+# the functions that get the stored parameter in place of the stand-in
 STORED = frozenset(getattr(Tensor, name).__get__ for name in ("data", "grad", "grad_fn", "is_leaf"))
+# the functions that write in place, in addition to those whose name ends in an underscore
 WRITES = frozenset(
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
@@ -67,7 +71,7 @@ WRITES = frozenset(
 
 
 class Served(Tensor):
-    """The stand-in: it holds no numbers."""
+    """The stand-in for a folded tensor. It has no values."""
 
     reading: Reading
     which: str
@@ -75,6 +79,7 @@ class Served(Tensor):
 
     @staticmethod
     def of(reading: Reading, name: str) -> Served:
+        """The stand-in for the "weight" or the "bias" of a module."""
         like = reading.like(name)
         served = Tensor._make_wrapper_subclass(
             Served, reading.shape(name), dtype=like.dtype, device=like.device
@@ -84,12 +89,12 @@ class Served(Tensor):
 
     @property
     def stored(self) -> Any:
-        """The parameter in the module's place; the folded tensor where the module has none."""
+        """The parameter that the module stores; the folded tensor if it stores none."""
         own = self.reading.stored(self.which)
         return self.reading.folded()(self.which) if own is None else own
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.stored, name)  # a packed parameter knows more than a tensor does
+        return getattr(self.stored, name)  # a quantized parameter has more attributes than a tensor
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.stored, name, value)
@@ -108,7 +113,8 @@ class Served(Tensor):
         folded = _Folded()
         plain_args, plain_kwargs = tree_map_only(Served, folded, (args, kwargs))
         if func is Tensor.data_ptr:
-            args[0].__dict__["held"] = plain_args[0]  # the address is used after this returns
+            # the address is used after this returns, so the tensor must live on
+            args[0].__dict__["held"] = plain_args[0]
         return func(*plain_args, **plain_kwargs)
 
     @classmethod
@@ -122,7 +128,7 @@ class Served(Tensor):
 
 
 class _Folded:
-    """The folded tensors for one call, in which weight and bias of a module share a fold."""
+    """The folded tensors for one call; the weight and bias of a module are folded together."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], Callable[[str], Tensor | None]] = {}
@@ -135,7 +141,9 @@ class _Folded:
 
 
 def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a function that writes to its first one (`tensor`, in `torch.nn.init`)."""
+    """The arguments of a function that writes to its first argument, with the stored parameter
+    there; `torch.nn.init` calls that argument `tensor`.
+    """
 
     def stored(first: Any) -> Any:
         return tree_map_only(Served, lambda served: served.stored, first)
@@ -146,7 +154,9 @@ def _to_stored(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 class _Deferred(Function):
-    """The stand-in as a function of the deltas' parameters, for what no torch function is asked."""
+    """The stand-in as a differentiable function of the deltas' parameters: it gives them their
+    gradients where a computation bypasses `__torch_function__`.
+    """
 
     @staticmethod
     def forward(ctx: Any, reading: Reading, name: str, *leaves: Tensor) -> Tensor:
@@ -167,7 +177,9 @@ class _Deferred(Function):
 
 
 def _traced() -> bool:
-    """Is what runs seen by a compiler, a tracer or a transform, none of which takes a stand-in?"""
+    """Whether a compiler, a tracer or a functional transform is at work, which need the folded
+    tensor itself.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -176,7 +188,7 @@ def _traced() -> bool:
 
 
 class Read:
-    """The attribute of that name on the class of an adapted module."""
+    """The descriptor for the attribute `weight` or `bias` on the class of an adapted module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -185,21 +197,22 @@ class Read:
         if module is None:
             return self
         if self.name not in module._parameters:
-            raise AttributeError(self.name)  # Python asks nn.Module's __getattr__ then
+            raise AttributeError(self.name)  # then Python calls nn.Module's __getattr__
         try:
             return self._of(module)
         except AttributeError as e:
-            # Python would ask nn.Module for the stored one, and an adapter be passed by unseen
-            raise RuntimeError(f"{module.site}.{self.name} can't be read: {e}") from e
+            # on an AttributeError Python would get the stored tensor from nn.Module, and the
+            # adapter would be left out silently
+            raise RuntimeError(f"{module.site}.{self.name} can't be folded: {e}") from e
 
     def _of(self, module: Adapted) -> Tensor | None:
         own = module._parameters[self.name]
         deltas: Any = module.deltas
         carried = {name: deltas[name] for name in module.selection.names if name in deltas}
-        live = {name: delta for name, delta in carried.items() if not delta.in_place}
-        if not live:
+        active = {name: delta for name, delta in carried.items() if not delta.in_place}
+        if not active:
             return own
-        reading = Reading(module.layer_class(module), live, module.site)
+        reading = Reading(module.layer_class(module), active, module.site)
         if _traced():
             return reading.folded()(self.name)
         if own is None and reading.gained() is None:
@@ -211,7 +224,7 @@ class Read:
 
 
 def _tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
-    """Tie to what is stored, where the weight of one module becomes another's."""
+    """The stored parameter, where a stand-in is registered as the parameter of another module."""
     return parameter.stored if isinstance(parameter, Served) else None
 
 

@@ -1,6 +1,4 @@
-"""A spec says what to lay down: a frozen dataclass with the method's hyper-parameters and
-`build(layer) -> Delta`.
-"""
+"""A spec is a method with its hyperparameters: a frozen dataclass with `build(layer) -> Delta`."""
 
 from __future__ import annotations
 
@@ -14,22 +12,25 @@ from torch import Tensor
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 
-# losses(n, rows=None): n training losses, each a mean over `rows` rows or else a batch
+# losses(n, rows=None) yields n scalar training losses, each the mean over `rows` rows (None: over a
+# batch)
 Losses = Callable[..., Iterator[Tensor]]
 
 
 class Spec(ABC):
-    """Abstract: one method with its hyper-parameters.
+    """Abstract: one method with its hyperparameters.
 
-    What a method needs beyond one layer goes through the hooks that attach and a run call on any
-    spec: `join`, `prepare`, `after_step` and `report`; its `Delta`s may add a `penalty` to the
-    loss. A spec is frozen, so what they keep lives in the deltas.
+    What a method needs beyond a single layer it does in hooks, which attaching (`join`) and a run
+    (`prepare`, `after_step`, `report`) call on every spec. Its deltas may add a `penalty` to the
+    loss. A spec is frozen, so the hooks keep their state in the deltas.
 
-    `targets`, `lr` and `lr_b` are the method's own defaults: where it is laid, the learning rate of
-    its parameters, and that of its up factors (None: the same). `objectives`: those that it is for.
-    `diagnostic`: it measures a task and is not there to learn it. `trains_base`: it trains the
-    base's own weights, which then can't be quantized. `modifies_architecture`: it adds modules to
-    the forward path.
+    Attributes:
+        targets: the modules that the method adapts by default.
+        lr, lr_b: the default learning rate of its parameters, and of its up factors (None: lr).
+        objectives: the objectives that the method is for.
+        diagnostic: it measures a task, and is not meant for learning it.
+        trains_base: it trains the base's own weights, which therefore can't be quantized.
+        modifies_architecture: it adds modules to the forward pass.
     """
 
     targets: ClassVar[str] = "all-linear"
@@ -41,37 +42,42 @@ class Spec(ABC):
     modifies_architecture: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, layer: Layer) -> Delta: ...
+    def build(self, layer: Layer) -> Delta:
+        """Make the delta for one layer. Raises LorafoldError if the method can't adapt it."""
 
     def options(self) -> tuple[str, ...]:
-        """The names of its options, with those of a spec that it lies over."""
+        """The names of the spec's options, with those of the spec that it contains, if any."""
         return tuple(field.name for field in fields(self))  # type: ignore[arg-type]
 
     def at(self, path: str) -> Self:
-        """The spec as it holds at one module path: per-pattern overrides applied."""
+        """The spec for one module path, with overrides by pattern applied."""
         return self
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        """Called by `attach` once all of the adapter's deltas (by module path) are built: what one
-        layer can't make alone.
+        """Set up what deltas share; `attach` calls it once all of an adapter's deltas, by module
+        path, are built.
         """
         return None
 
     def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
-        """Called once before the first step of a run.
+        """Prepare the deltas for training; called once, before the first step of a run.
 
-        What `losses` yields are scalars to call backward() on.
+        `losses` yields scalars to call `backward()` on.
         """
         return None
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
-        """Called after optimizer step `step` (from 1) of `total`, with the step's gradients still
-        in place.
+        """Update the deltas after an optimizer step, whose gradients are still there.
+
+        Args:
+            deltas: the adapter's deltas by module path.
+            step: the number of the step, from 1.
+            total: the number of steps of the run.
         """
         return None
 
     def report(self, deltas: Mapping[str, Delta]) -> str:
-        """Called at the end of a run: what it decided about the deltas, to be printed; empty if
-        there was nothing to decide.
+        """A text on what the run decided about the deltas (ranks, say), which is printed at the
+        end of the run; empty if there is nothing to report.
         """
         return ""

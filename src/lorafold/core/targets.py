@@ -1,11 +1,10 @@
-"""Which modules an adapter is laid on.
+"""Targets: the modules that an adapter is attached to.
 
-    "all-linear"            a preset: a place found by the model's structure
-                            (`lorafold.core.presets` has them all)
-    ["q_proj", "h.0.fc"]    modules of these names, or whose path ends in them
-    "regex"                 modules whose whole path it matches
+    "all-linear"            a preset, found by the model's structure (`lorafold.core.presets`)
+    ["q_proj", "h.0.fc"]    the modules of these names, or whose path ends in them
+    "regex"                 the modules whose whole path it matches
 
-A pattern that matches nothing is an error that lists near names.
+A pattern that matches no module is an error, which lists similar names.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ from lorafold.errors import LorafoldError
 
 @dataclass(frozen=True)
 class Matches:
-    """Paths by the pattern that matched them; a path appears under the first pattern only."""
+    """Module paths by the pattern that matched them; each is under its first pattern only."""
 
     by_pattern: dict[str, tuple[str, ...]]
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """All module paths, in the order of the patterns."""
         return tuple(path for paths in self.by_pattern.values() for path in paths)
 
     def without(self, paths: Collection[str]) -> Matches:
-        """The same without these paths; a pattern may be left with none."""
+        """The matches without these paths; a pattern may have none left."""
         left = {
             pattern: tuple(path for path in hits if path not in paths)
             for pattern, hits in self.by_pattern.items()
@@ -42,8 +42,8 @@ class Matches:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`: the path, or its end, matches
-    as a regex.
+    """Whether the path, or its end after a dot, matches the regular expression: PEFT's rule for the
+    keys of `rank_pattern` and `alpha_pattern`.
     """
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
@@ -53,9 +53,14 @@ def match(
     targets: str | Sequence[str] | Matches,
     is_linear: Callable[[nn.Module], bool],
 ) -> Matches:
-    """Resolve targets to module paths; matches that are found already are taken as they are.
+    """Resolve targets to module paths.
 
-    LorafoldError lists every pattern that matches nothing, with near names.
+    Raises LorafoldError with every pattern that matches no module, and similar names.
+
+    Args:
+        model: the model.
+        targets: a preset, a regular expression, or names; matches are returned as they are.
+        is_linear: whether a module is linear.
     """
     if isinstance(targets, Matches):
         return targets
@@ -63,12 +68,15 @@ def match(
     if isinstance(targets, str) and targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}
         if not found[targets]:
-            raise LorafoldError(f"targets {targets!r}: {type(model).__name__} has no such place")
+            raise LorafoldError(
+                f"targets {targets!r}: {type(model).__name__} has no modules of this preset; name"
+                " the modules instead"
+            )
     elif isinstance(targets, str):
         try:
             found = {targets: [p for p in paths if re.fullmatch(targets, p)]}
         except re.error as e:
-            raise LorafoldError(f"targets {targets!r} is no regular expression: {e}") from None
+            raise LorafoldError(f"targets {targets!r} is not a regular expression: {e}") from None
     else:
         found = {t: [p for p in paths if p == t or p.endswith(f".{t}")] for t in targets}
     if missing := [t for t in found if not found[t]]:
@@ -82,6 +90,13 @@ def match(
 
 
 def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> str:
+    """The error message for a pattern that matches no module.
+
+    Args:
+        pattern: the pattern.
+        model: the model, whose linears and embeddings with similar names are listed.
+        is_linear: whether a module is linear.
+    """
     names = sorted(
         {
             path.rsplit(".", 1)[-1]
@@ -90,4 +105,4 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
         }
     )
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
-    return f"target {pattern!r} matches no module; near names: {', '.join(near) or 'none'}"
+    return f"target {pattern!r} matches no module; similar names: {', '.join(near) or 'none'}"

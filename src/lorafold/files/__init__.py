@@ -1,1 +1,1 @@
-"""Files and directories of ours: written whole or not at all, recorded, verified, shown."""
+"""The files and directories that lorafold writes: atomic directories, records, cards, pages."""

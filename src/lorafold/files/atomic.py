@@ -1,12 +1,12 @@
-"""Directories that appear whole or not at all.
+"""Directories that are written completely or not at all.
 
     with atomic_directory("out", overwrite=False) as tmp:
         save_file(tensors, tmp / "model.safetensors")
 
-What is written goes to a temporary sibling on the same file system. On success it gets a manifest
-(sha256 and size of every file), everything is flushed to the disk, and one rename puts it in place;
-on any failure it is removed. A killed process leaves its temporary sibling, which the next attempt
-at the same target removes. Use it for everything that lorafold writes for good.
+The block writes to a temporary sibling on the same file system. On success the sibling gets a
+manifest (sha256 and size of every file), everything is flushed to the disk, and one rename puts it
+in place; on failure it is removed. A killed process leaves its temporary sibling, which the next
+attempt at the same target removes. Use it for everything that lorafold writes permanently.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     """Yield an empty directory that becomes `path` when the block ends without an error.
 
     `overwrite` replaces a directory that lorafold wrote before; the old one stays until the new one
-    is complete. Raises LorafoldError as `check_out` does, and where the files can't be written (a
-    full disk, no permission).
+    is complete. Raises LorafoldError as `check_out` does, and if files can't be written (a full
+    disk, no permission).
     """
     check_out(path, overwrite)
     target = Path(path).resolve()
@@ -54,11 +54,10 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it: call it before any
-    work is done.
+    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it.
 
-    Removes what killed runs left beside it. A directory with files in it but without a manifest is
-    not ours to delete, whatever `overwrite` says.
+    Call it before any work is done. It removes what killed runs left beside `path`. A directory
+    with files but without a manifest is never replaced, since lorafold did not write it.
     """
     target = Path(path)
     with _writing(path):
@@ -68,7 +67,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     if not overwrite:
         raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
     if not target.is_dir():
-        raise LorafoldError(f"{path} is not a directory; remove it yourself")
+        raise LorafoldError(f"{path} exists and is not a directory; remove it yourself")
     if not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise LorafoldError(
             f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it"
@@ -77,12 +76,12 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON."""
+    """Write the value as indented JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """The file is replaced in one step. Raises LorafoldError where it can't be written."""
+    """Write a file, replacing an old one in one step. Raises LorafoldError if that fails."""
     target = Path(path).resolve()
     with _writing(path):
         tmp = _sibling(target, "partial")
@@ -97,10 +96,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
-    """What differs from the manifest, a line per file: missing, of another size, of other content.
+    """Compare a directory with its manifest; return one line for each file that is missing or has
+    another size or content.
 
-    `patterns`: the files that count, among those of the manifest, as a shell would name them (`*`
-    goes into folders too). Files that were added don't count.
+    Only the manifest's files that match one of the shell patterns are compared (`*` matches across
+    folders too). Files that were added are ignored.
     """
     root = Path(path)
     try:
@@ -125,14 +125,14 @@ def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of the file's content."""
+    """The SHA-256 of the file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def _writing(path: str | Path) -> Iterator[None]:
-    """The file system's and safetensors' errors as one line."""
+    """Turn errors of the file system and of safetensors into a LorafoldError of one line."""
     try:
         yield
     except OSError as error:
@@ -176,13 +176,13 @@ def _place(tmp: Path, target: Path, overwrite: bool) -> None:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    """A hidden name beside `target` that tells whose it is."""
+    """A hidden name beside `target` with the machine and the process that it belongs to."""
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what dead processes of this machine left beside `target`; the old directory of one
-    killed between two renames returns.
+    """Remove what dead processes of this machine left beside `target`. If one was killed between
+    its two renames, the old directory is put back.
     """
     beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
     for path in (p for p in beside if _is_leftover(p.name, target.name)):

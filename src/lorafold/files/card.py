@@ -1,5 +1,5 @@
-"""The model card (README.md) beside an adapter or a model trained whole: base, figures, recipe,
-data, how to load it; ready for the Hub.
+"""The model card (README.md) of an adapter or of a fully fine-tuned model, ready for the Hub: base,
+figures, recipe, data, and how to load it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
-CLASSES = "classes"  # in an adapter's record: those that a classifier tells apart, by number
-# in an adapter's record: its size, where the adapter brings tokens that the base lacks
+CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
+# in an adapter's record: the size of the vocabulary, if the adapter has new tokens
 VOCABULARY = "vocabulary"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,7 +37,7 @@ from peft import PeftModel
 ```
 """
 GROWN = (
-    "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer lies here too\n"
+    "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer is here too\n"
 )
 
 LOAD_WHOLE = """\
@@ -54,11 +54,13 @@ model = {auto}.from_pretrained("path/to/this/directory")
 def training_card(
     base: str, record: Mapping[str, Any], figures: Mapping[str, Any], whole: bool = False
 ) -> str:
-    """Markdown with YAML front matter.
+    """The card, as Markdown with YAML front matter.
 
-    `base`: a hub id or a directory. Of `record`, the tables "recipe" and "data" are shown; of
-    `figures`, the numbers. `whole`: what lies there is a model with all of its weights, not an
-    adapter.
+    Args:
+        base: the Hub id or the directory of the base.
+        record: the record, of which "recipe" and "data" are shown as tables.
+        figures: measurements by name, of which the numbers are shown.
+        whole: the directory contains a plain model, not an adapter.
     """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
@@ -74,7 +76,7 @@ def training_card(
         if whole
         else (
             f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the"
-            " base model, laid over it.\n"
+            " base model, attached to it.\n"
         )
     )
     numbers = {
@@ -100,7 +102,7 @@ def training_card(
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
-    """A section of two columns, or nothing."""
+    """A section with a table of two columns; empty if there is nothing to show."""
     lines = [
         f"| {key.replace('_', ' ')} | {_cell(value)} |"
         for key, value in rows.items()

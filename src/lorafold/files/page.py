@@ -1,6 +1,4 @@
-"""A page to look at that needs nothing beside itself: one HTML file, its plots inline as SVG,
-readable on a phone.
-"""
+"""Reports as one self-contained HTML file, with plots inline as SVG, readable on a phone."""
 
 from __future__ import annotations
 
@@ -25,7 +23,14 @@ p { max-width: 70ch; } figure { margin: 2rem 0; } svg { max-width: 100%; height:
 
 
 def document(title: str, body: str, path: str | Path, style: str = "") -> None:
-    """Write the page; `body` is HTML."""
+    """Write a page.
+
+    Args:
+        title: its title and heading, as text.
+        body: its content, as HTML.
+        path: the file to write.
+        style: CSS in addition to STYLE.
+    """
     write_text(
         path,
         f"""<!doctype html>
@@ -41,7 +46,13 @@ def document(title: str, body: str, path: str | Path, style: str = "") -> None:
 
 
 def drawing(draw: Callable[[Any], None], title: str, size: tuple[float, float] = (9, 4.5)) -> str:
-    """An SVG drawn by `draw(axes)`, to stand in a page. `size` in inches."""
+    """A plot as an HTML figure with inline SVG.
+
+    Args:
+        draw: the function that draws on matplotlib's axes.
+        title: the title of the plot.
+        size: its width and height in inches.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -1,6 +1,7 @@
-"""`lorafold.json`, the record beside an adapter or a trained model: how it was made, and on what.
+"""`lorafold.json`, the record beside an adapter or a trained model: how it was made, from what, and
+on which base.
 
-Absent in PEFT's own directories.
+Directories that PEFT wrote have none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ RECORD = "lorafold.json"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file. LorafoldError if it is no object."""
+    """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -28,9 +29,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
-    """The record of a directory, empty where there is none.
+    """The record in a directory; empty if there is none.
 
-    LorafoldError for one that can't be read, or is not the one that was written.
+    Raises LorafoldError if it can't be read, or was changed since it was written.
     """
     check_intact(directory, [RECORD])
     path = Path(directory) / RECORD
@@ -38,10 +39,10 @@ def read_record(directory: str | Path) -> dict[str, Any]:
 
 
 def base_trained_on(adapters: Sequence[str | Path]) -> str | None:
-    """The word for how the base was held while these adapters were trained, as their recipes have
-    it; None where no record says.
+    """The storage of the base on which these adapters were trained, from the recipes in their
+    records; None if no record has it.
 
-    LorafoldError where they differ.
+    Raises LorafoldError if the adapters differ in it.
     """
     found = {
         str(path): str(recipe["base"])
@@ -49,9 +50,9 @@ def base_trained_on(adapters: Sequence[str | Path]) -> str | None:
         if "base" in (recipe := read_record(path).get("recipe") or {})
     }
     if len(set(found.values())) > 1:
-        held = ", ".join(f"{path} on {base}" for path, base in found.items())
+        listed = ", ".join(f"{path} on {base}" for path, base in found.items())
         raise LorafoldError(
-            f"these adapters were trained on bases that are held differently ({held}): say which"
-            " to use"
+            f"these adapters were trained on bases in different storage ({listed}); choose one of"
+            " them (--base)"
         )
     return next(iter(found.values()), None)

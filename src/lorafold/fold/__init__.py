@@ -1,2 +1,3 @@
-"""Folding an adapter into weights: planned once (ties, biases, vocabulary, refusals), and rounded.
+"""Folding an adapter into the base's weights: the plan (tied weights, biases, vocabulary and
+problems), its execution in memory, and rounding.
 """

@@ -1,7 +1,7 @@
-"""Biases that layers gain, and where a plain model could hold them.
+"""Biases that folding adds, and the config switches by which a plain model can store them.
 
-Architectures switch their biases on in the config (Llama: attention_bias, mlp_bias), for several
-linears at a time. Those that come along with a bias that was wanted hold zeros.
+Architectures switch their biases on in the config (Llama: attention_bias, mlp_bias), each switch
+for several linears. The linears that get a bias only because of the switch get zeros.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import nn
 from lorafold.core.layer import bare
 from lorafold.errors import NotMergeable
 
-# switch of the config -> path of each module that it gives a bias -> its shape
+# switch in the config -> path of each module to which it gives a bias -> the shape of that bias
 Switches = dict[str, dict[str, torch.Size]]
 
 
 def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
-    """The config's switches that give the modules at `paths` a bias, each with all modules that it
-    gives one.
+    """The config's switches that give the modules at `paths` a bias, each with all the modules to
+    which it gives one.
 
-    A model without a config of transformers' has no switches and needs none. NotMergeable where no
+    A model that is not from transformers has no switches and needs none. Raises NotMergeable if no
     switch gives a module its bias.
     """
     config: Any = getattr(model, "config", None)
@@ -39,8 +39,8 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
     if left:
         some = ", ".join(sorted(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise NotMergeable(
-            f"{some}: the adapter adds a bias, and a plain {type(model).__name__} has none there,"
-            " whatever its config says"
+            f"{some}: the adapter adds a bias, and {type(model).__name__} has none there, whatever"
+            " its config says; keep the adapter separate"
         )
     return found
 
@@ -61,13 +61,14 @@ def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
 
 
 def has_bias(module: nn.Module) -> bool:
+    """Whether the module has a bias."""
     return module._parameters.get("bias") is not None
 
 
 @torch.no_grad()
 def switch_on(model: Any, switches: Switches) -> None:
-    """What `gained_with` found: a bias of zeros for every module, and the switches on in the
-    model's config.
+    """Turn on the switches that `gained_with` found in the model's config, and give the modules
+    biases of zeros.
     """
     for switch, shapes in switches.items():
         setattr(model.config.get_text_config(), switch, True)

@@ -1,8 +1,8 @@
-"""A plan of folding carried out on the model itself, one module at a time.
+"""Carry out a fold plan on the model itself, one module at a time.
 
     W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
 
-A quantized weight becomes a plain one, in the dtype that it is computed with.
+A quantized weight is dequantized, to the dtype that it is computed in.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ from lorafold.fold.vocabulary import declare
 def carry_out(
     model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
 ) -> None:
-    """Write the folded weights into the model; the deltas stay on it, and are to be detached.
+    """Write the folded weights into the model. The deltas stay attached; detach them afterwards.
 
-    NotMergeable, before anything is changed, lists the plan's problems and, unless `untie_weights`
-    gives them weights of their own, modules that share one which would change on one side alone.
+    Raises NotMergeable, before anything is changed, with the plan's problems and the tied weights
+    that would not change in the same way.
+
+    Args:
+        model: the model.
+        plan: the plan that `plan_fold` made for it.
+        names: the names of the adapters to fold, lowest first.
+        untie_weights: give modules their own weight where a tied one can't stay tied.
     """
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [
-            f"{module_of(name)}: its weight is tied to {', '.join(map(module_of, others))};"
-            " untie_weights=True gives it its own"
+            f"{module_of(name)}: its weight is tied to {', '.join(map(module_of, others))}, where"
+            " it would not change in the same way; untie_weights=True gives it its own"
             for name, others in plan.apart.items()
         ]
     if problems:
@@ -42,16 +48,16 @@ def carry_out(
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)
     sharing = {module_of(name) for name in plan.together}
-    # modules that share a weight are all folded before it changes
+    # all modules of a tied weight are folded before the weight changes
     ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
     for path in plan.paths:
         w, b = ahead[path] if path in ahead else _folded(model, path, names)
         module = model.get_submodule(path)
         if f"{path}.weight" in plan.apart:
             untie(model, module)
-        layer_of(module).unpack()
+        layer_of(module).dequantize()
         layer_of(module).write(w, b)
-    for name, others in plan.together.items():  # those that grew have new parameters
+    for name, others in plan.together.items():  # a weight that grew is a new parameter
         kept = bare(model.get_submodule(module_of(name)))
         for other in others:
             path, _, leaf = other.rpartition(".")

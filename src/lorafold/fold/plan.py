@@ -1,12 +1,12 @@
-"""What folding will do to a model, found out before anything is changed: by folding shapes.
+"""The plan of what folding will change in a model, made before anything is changed, by folding on
+the meta device.
 
-    plan = plan_fold(model, ["sft"])    every module that carries the named deltas is folded once on
-    plan.shapes, plan.problems          the meta device, so no method and no storage is known here
+    plan = plan_fold(model, ["sft"])    every module with a delta of these names is folded once, so
+    plan.shapes, plan.problems          no method and no storage has to be known here
 
-It decides which parameters change and their shapes, which of those that modules share stay shared
-and which part, the config's switches for biases that are gained, the size of the vocabulary, and
-all that stands in the way. It is carried out twice: in memory (`fold.in_memory`) and shard by shard
-(`merging.shards`).
+The plan has the parameters that change and their new shapes, the tied weights that stay tied and
+those that can't, the config's switches for added biases, the size of the vocabulary, and all
+problems. It is carried out in memory (`fold.in_memory`) or shard by shard (`merging.shards`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ NAMES = ("weight", "bias")
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """`shapes`, by parameter: of those that change or are added, as their module stores them.
+    """What folding will change.
 
-    `together` are those that modules share and that all of them change alike, so that they stay
-    shared; `apart` those that one side changes alone. Both map a parameter to the others that are
-    the same tensor. `switches` are the config's, for biases that the model lacks; `vocabulary` is
-    its size where it grows. `problems` are places with what is wrong there.
+    Attributes:
+        shapes: the shape of each parameter that changes or is added, as its module stores it.
+        together: the tied parameters that all their modules change in the same way, so that they
+            stay tied, each with the other names of the same tensor.
+        apart: the tied parameters that their modules do not change in the same way, likewise.
+        switches: the config's switches for the biases that are added.
+        vocabulary: the size of the vocabulary if it grows, else None.
+        problems: pairs of a module path and what is wrong there.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -48,7 +52,7 @@ class FoldPlan:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The modules that change."""
+        """The paths of the modules that change."""
         return tuple(dict.fromkeys(module_of(parameter) for parameter in self.shapes))
 
 
@@ -58,7 +62,7 @@ def module_of(parameter: str) -> str:
 
 
 def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
-    """The plan for the deltas of these names, lowest first. Nothing is computed or changed."""
+    """Plan the folding of the adapters of these names, lowest first; the model is not changed."""
     problems: list[tuple[str, str]] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in adapted_modules(model):
@@ -66,7 +70,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
             continue
         lowest = next(iter(module.deltas))
         if lowest not in names:
-            problems.append((path, f"adapter {lowest!r} lies beneath; merge that one first"))
+            problems.append((path, f"adapter {lowest!r} is attached below; merge that one first"))
             continue
         try:
             found = changes(module, names)
@@ -91,7 +95,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
 
 
 def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
-    """Those of the named deltas that the module carries, in the order of the names."""
+    """Yield those of the named deltas that are attached to the module, in the names' order."""
     deltas: Any = module.deltas if isinstance(module, Adapted) else {}
     return (deltas[name] for name in names if name in deltas)
 
@@ -99,7 +103,16 @@ def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:
 def fold(
     module: Adapted, names: Sequence[str], w: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """W (out, in) and b (out,) with the named deltas folded in. NotMergeable as the deltas'."""
+    """The weight (out, in) and bias (out,) or None with the named deltas folded in.
+
+    Raises NotMergeable if a delta has no weight-space form.
+
+    Args:
+        module: the module that the deltas are attached to.
+        names: the names of the adapters, lowest first.
+        w: the weight (out, in).
+        b: the bias (out,), or None.
+    """
     for delta in deltas_of(module, names):
         w, b = delta.fold(w, b)
     return w, b
@@ -108,7 +121,7 @@ def fold(
 def changes(module: Adapted, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters that folding changes or adds, as the module stores them.
 
-    NotMergeable where a delta, or the storage, has no form in weight space.
+    Raises NotMergeable if a delta or the module has no weight-space form.
     """
     layer = layer_of(module)
     try:
@@ -126,7 +139,7 @@ def changes(module: Adapted, names: Sequence[str]) -> dict[str, tuple[int, ...]]
 
 
 def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) -> bool:
-    """Do the named deltas make the same change of all modules that share this parameter?"""
+    """Whether the named deltas make the same change in all modules of a tied parameter."""
     first, *others = (
         list(deltas_of(model.get_submodule(module_of(name)), names)) for name in shared
     )

@@ -1,18 +1,17 @@
-"""Rounding folded weights to the dtype that they are stored in.
+"""Round folded weights to the dtype that they are stored in, and measure what that loses.
 
     T = W + dW (fp32)  ->  W' in the dtype of W
 
-    nearest         drops every change under half a unit in the last place: a weak update is lost
+    nearest         drops changes under half a unit in the last place, so small updates are lost
     stochastic      rounds up with the probability of the remainder, so that E[W'] = T (Gupta et al.
                     2015, arXiv 1502.02551)
-    auto            nearest where the update survives it, stochastic where it would not
+    auto            nearest if the update survives it, else stochastic
 
-    survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, projected on
-                                                the update
-    noise           |W' - T| / |dW|             what the rounding added, in units of the update
+    survival        <W' - W, dW> / <dW, dW>     the share of the update that is left, by projection
+    noise           |W' - T| / |dW|             the error of rounding relative to the update
 
-A weight stored in fp32 is kept as it is. Works in chunks of rows: its temporaries are a few times
-`CHUNK` elements.
+A weight stored in fp32 is not rounded. The work is done in chunks, so that temporaries take a few
+times CHUNK elements.
 """
 
 from __future__ import annotations
@@ -28,14 +27,12 @@ from lorafold.errors import LorafoldError
 
 Rounding = Literal["auto", "nearest", "stochastic"]
 CHUNK = 1 << 20  # elements
-SURVIVES = 0.98  # the least survival at which auto rounds to nearest
+SURVIVES = 0.98  # the smallest survival at which auto rounds to nearest
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Inner products over any number of tensors: kept <W' - W, dW>, update <dW, dW>, error |W' -
-    T|^2.
-    """
+    """Sums over any number of tensors: kept is <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
 
     kept: float = 0.0
     update: float = 0.0
@@ -46,17 +43,19 @@ class Sums:
 
     @property
     def survival(self) -> float:
+        """The share of the update that is left after rounding; 1 if there is no update."""
         return self.kept / self.update if self.update else 1.0
 
     @property
     def noise(self) -> float:
+        """The error of rounding relative to the update; 0 if there is no update."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """The weight to store, what became of the update, and how it was rounded: nearest, stochastic,
-    or exact where nothing was.
+    """The rounded weight, the sums that measure the rounding, and how it was rounded: nearest,
+    stochastic, or exact (no rounding needed).
     """
 
     tensor: Tensor
@@ -67,10 +66,15 @@ class Rounded:
 def round_to(
     target: Tensor, original: Tensor, how: Rounding, generator: torch.Generator
 ) -> Rounded:
-    """Round `target`, the changed weight in fp32 or wider, to the dtype of `original`, the weight
-    before the change. Same shapes.
+    """Round a folded weight to the dtype of the original weight.
 
-    Raises LorafoldError for values that the dtype can't hold.
+    Raises LorafoldError if the result is not finite in that dtype.
+
+    Args:
+        target: the folded weight, in fp32 or wider, of any shape.
+        original: the weight before folding, of the same shape.
+        how: nearest, stochastic or auto.
+        generator: the random generator of stochastic rounding.
     """
     if how != "auto":
         return _rounded(target, original, how, generator)
@@ -89,14 +93,15 @@ def _rounded(
     narrower = torch.finfo(dtype).bits < torch.finfo(target.dtype).bits
     out = torch.empty(target.shape, dtype=dtype)
     sums = Sums()
-    rows = max(1, CHUNK * len(target) // max(1, target.numel()))
-    for t, w, o in zip(target.split(rows), original.split(rows), out.split(rows), strict=True):
+    size = max(1, CHUNK * len(target) // max(1, target.numel()))
+    for t, w, o in zip(target.split(size), original.split(size), out.split(size), strict=True):
         o.copy_(stochastic(t, dtype, generator) if narrower and how == "stochastic" else t)
         wide = o.to(t.dtype)
         if not wide.isfinite().all():
             raise LorafoldError(
-                f"folded values up to {t.abs().max().item():g} don't fit"
-                f" {str(dtype).removeprefix('torch.')}"
+                f"folded values: found up to {t.abs().max().item():g}, which"
+                f" {str(dtype).removeprefix('torch.')} can't represent; store the weights in a"
+                " wider dtype"
             )
         change, update = wide - w, t - w
         sums += Sums(

@@ -1,6 +1,4 @@
-"""Weights that two modules share (input embedding and head): found, and given a copy of their own
-where one side changes.
-"""
+"""Untie a weight that two modules share, such as input embedding and head."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from lorafold.core.layer import bare
 
 
 def untie(model: nn.Module, module: nn.Module) -> None:
-    """Give the module its own copy of a shared weight, and say in the model's config that embedding
-    and head are tied no longer.
+    """Give the module its own copy of a tied weight, and record in the model's config that
+    embedding and head are not tied.
     """
     weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

@@ -1,6 +1,4 @@
-"""The vocabulary of a model whose embedding and head have gained rows: what a plain model says of
-it, and that it has one only.
-"""
+"""The size of a model's vocabulary after new tokens have grown its embedding and head."""
 
 from __future__ import annotations
 
@@ -13,11 +11,10 @@ from lorafold.errors import NotMergeable
 
 
 def grown(model: Any, rows: Mapping[str, int]) -> int | None:
-    """The vocabulary of the model once the modules at these paths have that many rows; None where
-    it stays what it is.
+    """The size of the vocabulary once the weights of the modules at these paths have that many
+    rows; None if it does not change, or if the model does not say which modules its embeddings are.
 
-    A model that does not say where its embeddings are has none to tell. NotMergeable if embedding
-    and head would differ.
+    Raises NotMergeable if embedding and head would have different sizes.
     """
     ends: dict[str, Any] = {p: bare(model.get_submodule(p)) for p in vocabulary_ends(model)}
     before = {path: len(end.weight) for path, end in ends.items()}
@@ -25,16 +22,16 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
     if after == before:
         return None
     if len(set(after.values())) > 1:
-        sizes = ", ".join(f"{path} has {n} rows" for path, n in after.items())
+        sizes = ", ".join(f"{path} with {n} tokens" for path, n in after.items())
         raise NotMergeable(
-            f"embedding and head of a plain model have one vocabulary: {sizes}; train the new"
-            " tokens' rows in both"
+            f"found {sizes}, expected one vocabulary for embedding and head; train the new tokens'"
+            " rows in both"
         )
     return max(after.values())
 
 
 def declare(model: Any, size: int) -> None:
-    """Say in the model and its config that the vocabulary has this size."""
+    """Set the size of the vocabulary in the model and in its config."""
     config = model.config.get_text_config()
     for part in model.modules():
         if getattr(part, "vocab_size", None) == config.vocab_size:

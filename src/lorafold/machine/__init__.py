@@ -1,3 +1,3 @@
-"""The machine at hand: its devices, free memory, allocator, and the environment that suits
-training.
+"""This machine: its devices, its free memory, its allocator, and environment variables that make
+training faster.
 """

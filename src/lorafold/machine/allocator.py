@@ -1,13 +1,13 @@
-"""What glibc does with freed memory, for as long as the work at hand lasts.
+"""Control whether glibc keeps freed memory or returns it to the system.
 
-    with freed_blocks_returned(): ...       loading: to the system at once
-    with freed_blocks_kept(): ...           training: ready for the next step, which asks again
+    with freed_blocks_returned(): ...       for loading: freed blocks go back to the system at once
+    with freed_blocks_kept(): ...           for training: they are kept, since each step needs them
 
-glibc returns each block over its mmap threshold to the system, and faults its pages in anew when it
-is asked for again; what lies under the threshold stays, in pieces. Both thresholds must be set:
-setting one of them switches off the rule by which the other adapts, and nothing switches it on
-again. So a scope ends with the thresholds at which that rule arrives in a process that frees large
-blocks. Elsewhere (musl, macOS, Windows) nothing is done.
+glibc returns freed blocks above its mmap threshold to the system, and the next allocation faults
+their pages in again; smaller blocks stay in the process, fragmented. Both thresholds must be set,
+because setting one of them switches off for good the rule by which glibc adapts the other.
+Therefore each context ends with the thresholds that this rule reaches in a process that frees large
+blocks. With other C libraries (musl, macOS, Windows) nothing is done.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ _ADAPTED = (_LARGEST_MMAP_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
 
 @contextmanager
 def freed_blocks_kept() -> Iterator[bool]:
-    """For steps that free and ask for the same large blocks again and again.
+    """Keep freed blocks: for steps that allocate and free the same large blocks again and again.
 
-    True where it is possible.
+    Yields whether that is possible on this system.
     """
     try:
         yield _set_thresholds(_LARGEST_MMAP_THRESHOLD, 1 << 30)
@@ -34,8 +34,10 @@ def freed_blocks_kept() -> Iterator[bool]:
 
 @contextmanager
 def freed_blocks_returned() -> Iterator[bool]:
-    """For one pass over large tensors between which small ones stay: 1.4 GB at the peak of loading
-    2.2 GB as NF4 become 0.9. True where it is possible.
+    """Return freed blocks: for one pass over large tensors that leaves small ones between them.
+    Loading 2.2 GB as NF4 peaks at 0.9 GB instead of 1.4.
+
+    Yields whether that is possible on this system.
     """
     try:
         yield _set_thresholds(1 << 20, 1 << 20)

@@ -1,6 +1,4 @@
-"""Which device a model runs on, and whether that device multiplies bf16 by an instruction of its
-own.
-"""
+"""The device that a model runs on, and whether it has instructions for bf16."""
 
 import re
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,9 +30,10 @@ def gpus() -> list[Gpu]:
 
 
 def choose_device(name: str | None = None) -> "torch.device":
-    """The device of that name (cpu, cuda, cuda:1, mps); without a name the fastest kind there is.
+    """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
+    MPS, else the CPU.
 
-    LorafoldError if it isn't there.
+    Raises LorafoldError for an unknown name, or a device that this machine does not have.
     """
     import torch
 
@@ -47,17 +46,18 @@ def choose_device(name: str | None = None) -> "torch.device":
         return torch.device(next(kind for kind, there in present.items() if there))
     kind, _, index = name.partition(":")
     if kind not in present or not re.fullmatch(r"(:\d+)?", name.removeprefix(kind), re.ASCII):
-        raise LorafoldError(f"device {name}: unknown; expected cpu, cuda, cuda:N or mps")
+        raise LorafoldError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
     if int(index or 0) >= count:
         raise LorafoldError(
-            f"device {name}: not on this machine, which has"
+            f"device {name}: not available on this machine, which has"
             f" {', '.join(k for k, there in present.items() if there)}"
         )
     return torch.device(name)
 
 
 def native_bf16(device: "torch.device") -> tuple[bool, str]:
+    """Whether the device has instructions for bf16, and the reason in words."""
     import torch
 
     if device.type == "cuda":
@@ -70,7 +70,7 @@ def native_bf16(device: "torch.device") -> tuple[bool, str]:
             ),
         )
     if device.type == "cpu":
-        # get_capabilities knows more, ARM too, but only from torch 2.13 on
+        # torch.cpu.get_capabilities covers ARM too, but exists only from torch 2.13 on
         supported = {
             "AMX": torch.cpu._is_amx_tile_supported(),
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),

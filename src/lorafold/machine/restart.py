@@ -1,18 +1,19 @@
-"""A process begun again in the environment that suits training: libraries read such wishes when a
-process starts, and never again.
+"""Restart the process with environment variables that make training faster; libraries read these
+only when a process starts.
 
-    GLIBC_TUNABLES                    huge pages behind the heap, where the kernel gives them to
-                                      those who ask
-    GOMP_SPINCOUNT                    OpenMP's threads wait for each other some microseconds before
-                                      they sleep, not milliseconds
+    GLIBC_TUNABLES                    huge pages for the heap, where the kernel gives them on
+                                      request
+    GOMP_SPINCOUNT                    OpenMP's threads spin for microseconds instead of milliseconds
+                                      before they sleep
     LRU_CACHE_CAPACITY,
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY   how many products, by shape, torch and oneDNN keep ready: by
-                                      default 1024, of 0.7 MB each
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY   the number of product kernels, by shape, that torch and oneDNN
+                                      keep: by default 1024, of 0.7 MB each
 
-A variable that is set stays as it is, and LORAFOLD_TUNE=off leaves everything alone. SmolLM2-135M
-on two cores: 0.88 of the time with huge pages; beside two busy processes a step of 8 s instead of
-28, since a thread that spins keeps the one it waits for from running; after 18 steps of rows of
-mixed length 1.57 GB and no more, instead of 1.96 and 30 MB more with every step.
+A variable that is set already stays as it is, and with LORAFOLD_TUNE=off nothing is changed.
+SmolLM2-135M on two cores: huge pages take 0.88 of the time. Beside two busy processes a step takes
+8 s instead of 28, since a spinning thread keeps the one that it waits for from running. After 18
+steps on rows of mixed length the process takes a constant 1.57 GB, instead of 1.96 GB and 30 MB
+more with every step.
 """
 
 import os
@@ -31,7 +32,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def wishes() -> dict[str, str]:
-    """The variables that are missing here."""
+    """The variables, with their values, that this process should have and does not."""
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
     asked = HUGE_PAGES if huge_pages() == "madvise" else {}
@@ -52,9 +53,9 @@ def huge_pages() -> str | None:
 
 
 def restart_tuned() -> None:
-    """Begin this process again, with its arguments, if something is missing.
+    """Restart this process with the same arguments if a variable is missing.
 
-    Call it before anything is done.
+    Call it before the process has done anything.
     """
     if missing := wishes():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)

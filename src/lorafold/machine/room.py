@@ -1,4 +1,4 @@
-"""How much memory there is for tensors, on a GPU or on the host, and how much was taken."""
+"""The memory that is free for tensors, on a GPU or on the host, and the most that was in use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import psutil
 import torch
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container is told its limit
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is
 
 
 def free_bytes(device: torch.device) -> int:
-    """What tensors may still take: of a CUDA device's memory what the driver has left and what
-    torch holds in reserve; elsewhere of the host's, or of the part of it that a container may use.
+    """The bytes that tensors can still take.
+
+    On a CUDA device, what the driver has free and what torch has reserved and not in use; elsewhere
+    the host's available memory, or what is left of a container's limit if that is less.
     """
     if device.type == "cuda":
         return (
@@ -26,20 +28,20 @@ def free_bytes(device: torch.device) -> int:
 
 
 def limited(group: Path) -> float:
-    """What a control group (version 2) leaves of its limit, files that the kernel merely keeps in
-    memory not counted; infinite if it has none.
+    """The bytes that are left of the memory limit of a control group (version 2), without counting
+    the kernel's file cache; infinite if it has no limit.
     """
     try:
         limit, statistics = (group / "memory.max").read_text(), (group / "memory.stat").read_text()
     except OSError:
         return float("inf")
-    held = dict(line.split() for line in statistics.splitlines())
-    return float("inf") if limit.strip() == "max" else max(0, int(limit) - int(held["anon"]))
+    used = dict(line.split() for line in statistics.splitlines())
+    return float("inf") if limit.strip() == "max" else max(0, int(limit) - int(used["anon"]))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory the process held: on the device where it is a GPU, resident on the host
-    otherwise.
+    """The most bytes that the process had in use: allocated on a CUDA device, else resident on the
+    host.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,17 +1,17 @@
-"""AdaLoRA: low rank in the form of an SVD, whose budget of ranks moves to the matrices where it
-counts.
+"""AdaLoRA: a low-rank update in the form of an SVD, with more rank for the matrices that need it.
 
-    y = W x + s P diag(E) Q drop(x)         P (out, r), E (r,) zero, Q (r, in), s = alpha / (r +
-                                            1e-5), r the rank at start
+    y = W x + s P diag(E) Q drop(x)         P (out, r), E (r,) zero at start, Q (r, in), s = alpha /
+                                            (r + 1e-5), r the rank at start
     loss + orth_reg mean(|P^T P - I|, |Q Q^T - I|)      Frobenius norms, over all matrices of the
                                                         adapter
 
 Zhang et al. 2023, arXiv 2303.10512. After every step each triplet (a column of P, an entry of E, a
-row of Q) is scored by smoothed sensitivity times uncertainty (eq. 8 to 12); the best b(t) of the
-whole adapter keep their E, b falling along a cubic from init_rank to rank a matrix (eq. 13). What
-the last allocation left out is dropped from what is saved. Use it where layers differ in what they
-need; it costs twice the adapter in averages, and runs long enough to have three phases: tinit steps
-at full rank, the fall, tfinal at the end.
+row of Q) is scored by smoothed sensitivity times uncertainty (eq. 8 to 12). The b(t) triplets of
+the whole adapter with the highest scores keep their E, the others' E are set to zero; b falls along
+a cubic from init_rank to rank for each matrix (eq. 13). Triplets that the last allocation left out
+are not saved. Use it where layers need different ranks. Its averages take twice the memory of the
+adapter, and it needs runs that are long enough for three phases: tinit steps at full rank, the
+fall, and tfinal steps at the end.
 
 The penalty is that of the authors' code: the mean of the norms, where the paper's eq. 4 sums their
 squares.
@@ -38,8 +38,8 @@ AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (out, r), E (r,), Q (r, in), fp32; kept (r,), the triplets of the last allocation; the
-    running averages of each part.
+    """P (out, r), E (r,), Q (r, in), fp32; kept (r,), which triplets the last allocation kept; and
+    two running averages for each of P, E and Q.
     """
 
     up_names = ("P",)
@@ -59,8 +59,8 @@ class AdaLoRADelta(LowRank):
     ) -> None:
         super().__init__(dropout)
         self.init_rank = init_rank
-        scale = alpha / (init_rank + 1e-5)  # of the rank at start, whatever is left of it
-        # two of the norms; `join` knows of how many
+        scale = alpha / (init_rank + 1e-5)  # it keeps the rank at start
+        # the mean over this delta's two norms; `join` sets it for all norms of the adapter
         self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5
         self.P = nn.Parameter(torch.randn(out, rank, device=device, dtype=torch.float32) * 0.02)
         self.E = nn.Parameter(torch.zeros(rank, device=device, dtype=torch.float32))
@@ -85,7 +85,10 @@ class AdaLoRADelta(LowRank):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """One step of the averages (eq. 9 and 10), from the parameters and their gradients."""
+        """Update the averages (eq. 9 and 10) from the parameters and their gradients.
+
+        `beta1` and `beta2` are the smoothing of sensitivity and of uncertainty.
+        """
         for part in PARTS:
             p = getattr(self, part)
             now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
@@ -96,7 +99,8 @@ class AdaLoRADelta(LowRank):
             sensitivity.lerp_(now, 1 - beta1)
             uncertainty.lerp_((now - sensitivity).abs(), 1 - beta2)
 
-    def scores(self) -> Tensor:  # (r,), eq. 8
+    def scores(self) -> Tensor:  # (r,)
+        """The score of each triplet (eq. 8)."""
         p, e, q = (
             getattr(self, f"sensitivity_{part}") * getattr(self, f"uncertainty_{part}")
             for part in PARTS
@@ -105,19 +109,26 @@ class AdaLoRADelta(LowRank):
 
     @torch.no_grad()
     def mask(self) -> None:
+        """Set E to zero at the triplets that the last allocation left out."""
         self.E.mul_(self.kept)
 
 
 @dataclass(frozen=True)
 class AdaLoRA(Spec):
-    """rank, the average at the end; init_rank at start (None: 1.5 rank); alpha (None: 2 init_rank);
-    dropout on the branch.
+    """AdaLoRA. Raises LorafoldError for values out of range.
 
-    tinit, tfinal: length of the first and the last phase, a share of the run below 1, or steps;
-    delta_t: steps between allocations; beta1, beta2: smoothing of sensitivity and uncertainty;
-    orth_reg: weight of the orthogonality penalty; rank_pattern: ranks at modules whose path ends in
-    the key (a regex), as a file of a pruned adapter has them. LorafoldError for values out of
-    range.
+    Args:
+        rank: the average rank at the end.
+        init_rank: the rank at start (None: 1.5 rank).
+        alpha: the numerator of the scale (None: 2 init_rank).
+        dropout: the probability of dropout on the branch.
+        tinit, tfinal: the length of the first and of the last phase; below 1 a share of the run,
+            else a number of steps.
+        delta_t: the number of steps from one allocation to the next.
+        beta1, beta2: the smoothing of sensitivity and of uncertainty.
+        orth_reg: the weight of the orthogonality penalty.
+        rank_pattern: ranks by regular expression, for the modules whose path ends in it; a file of
+            a pruned adapter has them.
     """
 
     rank: int = 8
@@ -139,23 +150,23 @@ class AdaLoRA(Spec):
         object.__setattr__(self, "init_rank", first)
         object.__setattr__(self, "alpha", float(2 * first if self.alpha is None else self.alpha))
         checks = {
-            f"rank {self.rank!r} (a whole number from 1)": (
+            f"rank: found {self.rank!r}, expected a whole number from 1": (
                 isinstance(self.rank, int) and self.rank >= 1
             ),
-            f"init_rank {self.init_rank!r} (at least rank, {self.rank})": (
+            f"init_rank: found {self.init_rank!r}, expected at least rank, {self.rank}": (
                 self.init_rank >= self.rank  # type: ignore[operator]
             ),
-            f"dropout {self.dropout!r} (0 or more, below 1)": 0 <= self.dropout < 1,
-            f"tinit {self.tinit!r}, tfinal {self.tfinal!r} (0 or more)": (
+            f"dropout: found {self.dropout!r}, expected 0 or more, below 1": 0 <= self.dropout < 1,
+            f"tinit and tfinal: found {self.tinit!r} and {self.tfinal!r}, expected 0 or more": (
                 self.tinit >= 0 and self.tfinal >= 0
             ),
-            f"delta_t {self.delta_t!r} (a whole number from 1)": (
+            f"delta_t: found {self.delta_t!r}, expected a whole number from 1": (
                 isinstance(self.delta_t, int) and self.delta_t >= 1
             ),
-            f"beta1 {self.beta1!r}, beta2 {self.beta2!r} (between 0 and 1)": (
+            f"beta1 and beta2: found {self.beta1!r} and {self.beta2!r}, expected between 0 and 1": (
                 0 < self.beta1 < 1 and 0 < self.beta2 < 1
             ),
-            f"orth_reg {self.orth_reg!r} (0 or more)": self.orth_reg >= 0,
+            f"orth_reg: found {self.orth_reg!r}, expected 0 or more": self.orth_reg >= 0,
         }
         if wrong := [what for what, right in checks.items() if not right]:
             raise LorafoldError(f"AdaLoRA: {'; '.join(wrong)}")
@@ -181,40 +192,47 @@ class AdaLoRA(Spec):
             delta.share = 1 / (2 * len(deltas))  # type: ignore[assignment]
 
     def phases(self, total: int) -> tuple[int, int]:
-        """The last step at full rank, and the step of the last allocation."""
+        """The last step at full rank, and the step of the last allocation, of a run of `total`
+        steps. Raises LorafoldError if tinit and tfinal leave no step between them.
+        """
         first, final = (round(n * total) if n < 1 else int(n) for n in (self.tinit, self.tfinal))
         if first >= total - final:
             raise LorafoldError(
-                f"AdaLoRA: tinit {first} and tfinal {final} steps leave none of {total} for the"
-                " ranks to fall; lower them"
+                f"AdaLoRA: tinit {first} and tfinal {final} leave none of the {total} steps for the"
+                " ranks to fall; lower them, or train for more steps"
             )
         return first, total - final
 
     def budget(self, step: int, total: int, full: int, target: int) -> int:
-        """b(t), eq. 13: triplets left after `step` of `total`, from `full` at start to `target`, of
-        the whole adapter.
+        """b(t), eq. 13: the number of triplets of the whole adapter that are kept after a step.
+
+        Args:
+            step: the number of the step, from 1.
+            total: the number of steps of the run.
+            full: the number of triplets at start.
+            target: the number of triplets at the end.
         """
         first, last = self.phases(total)
         left = 1 - min(max((step - first) / (last - first), 0), 1)
         return int((full - target) * left**3 + target)
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
-        laid: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
+        ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         first, last = self.phases(total)
         if step < last:
-            for delta in laid:
+            for delta in ours:
                 delta.observe(self.beta1, self.beta2)
         due = step == last or (first < step < last and step % self.delta_t == 0)
         if due:
-            full = sum(len(delta.E) for delta in laid)
-            allocate(laid, self.budget(step, total, full, min(full, self.rank * len(laid))))
+            full = sum(len(delta.E) for delta in ours)
+            allocate(ours, self.budget(step, total, full, min(full, self.rank * len(ours))))
         if due or step > last:
-            for delta in laid:
+            for delta in ours:
                 delta.mask()
 
     def report(self, deltas: Mapping[str, Delta]) -> str:
-        """The ranks that are left, one line for the matrices that differ in their numbers only, in
-        the order of the layers.
+        """The ranks that are left: one line for the matrices whose paths differ in numbers only, in
+        the order of the blocks.
         """
         left = ranks(deltas)
         lines: dict[str, list[str]] = {}
@@ -225,15 +243,15 @@ class AdaLoRA(Spec):
 
 
 @torch.no_grad()
-def allocate(laid: list[AdaLoRADelta], budget: int) -> None:
-    """Keep the `budget` triplets of all deltas that score highest."""
-    scores = torch.cat([delta.scores() for delta in laid])
+def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
+    """Keep the `budget` triplets with the highest scores among those of all deltas."""
+    scores = torch.cat([delta.scores() for delta in deltas])
     worst = len(scores) - budget
     threshold = scores.kthvalue(worst).values if worst else scores.new_tensor(float("-inf"))
-    for delta in laid:
+    for delta in deltas:
         delta.kept.copy_(delta.scores() > threshold)
 
 
 def ranks(deltas: Mapping[str, Delta]) -> dict[str, int]:
-    """The rank that the last allocation left to each matrix, by module path."""
+    """The rank of each matrix after the last allocation, by module path."""
     return {path: int(delta.kept.sum()) for path, delta in deltas.items()}  # type: ignore[operator]

@@ -2,11 +2,12 @@
 
     y = layer(x) + c                c (out,), zero at start
 
-Zaken et al. 2021, arXiv 2106.10199. The fewest parameters of all methods that fold; for small data.
-Every bias of the model is trained, those of norms too. A model whose blocks have none gets them
-added on the blocks' linears; merging switches them on in the model's config (Llama: attention_bias,
-mlp_bias), and is refused where the architecture has no such switch. The offset is small where the
-bias may be large, so it is summed before the layer's rounding and the bias itself after it.
+Zaken et al. 2021, arXiv 2106.10199. It has the fewest parameters of all methods that can be merged,
+and is for small data. Every bias of the model is trained, those of norms too. If the blocks of a
+model have no biases, their linears get them; merging switches these on in the model's config
+(Llama: attention_bias, mlp_bias), and is refused if the architecture has no such switch. The offset
+is small where the bias may be large, so it is added before the layer's rounding and the bias itself
+after it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from lorafold.methods.parts.bias import BiasDelta
 
 @dataclass(frozen=True)
 class BitFit(Spec):
-    """No options.
+    """BitFit, which has no options.
 
-    `targets` other than its own puts an offset on those modules, whether they have a bias or not.
+    With other targets than its own, it adds an offset to those modules even if they have no bias.
     """
 
     targets: ClassVar[str] = "biases"

@@ -4,9 +4,8 @@
                                                         or ReLU
 
 Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1 (after both); Pfeiffer et al. 2021, arXiv 2005.00247
-(after the MLP only: half the cost). The change passes through a nonlinearity, so it can't be folded
-and every token pays for it; use it as the yardstick it has been for LoRA, or where a frozen base
-must be shared by hooks alone.
+(after the MLP only: half the cost). The change passes through a nonlinearity, so it can't be
+folded, and costs time for every token. Use it as the baseline that LoRA was compared with.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ Activation = Literal["gelu", "relu"]
 
 
 class BottleneckDelta(Opaque):
-    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32; they run in the activations'
-    dtype.
+    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32; they are applied in the
+    dtype of the activations.
 
-    A sublayer that returns a tuple (attention and its weights) has its first element changed.
+    If a sublayer returns a tuple (attention and its weights), the first element is changed.
     """
 
     up_names = ("up",)
@@ -52,6 +51,7 @@ class BottleneckDelta(Opaque):
         return self.adapt(output)
 
     def adapt(self, y: Tensor) -> Tensor:  # (..., d)
+        """y (..., d) plus the output of the small network."""
         down, down_bias, up, up_bias = (
             p.to(y.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)
         )
@@ -61,10 +61,12 @@ class BottleneckDelta(Opaque):
 
 @dataclass(frozen=True)
 class Bottleneck(Spec):
-    """size m of the bottleneck; activation gelu or relu; after "both" sublayers of a block
-    (Houlsby) or its "mlp" only (Pfeiffer).
+    """A bottleneck adapter. Raises LorafoldError for values out of range.
 
-    Raises LorafoldError for values out of range.
+    Args:
+        size: the size m of the bottleneck.
+        activation: gelu or relu.
+        after: "both" sublayers of a block (Houlsby), or its "mlp" only (Pfeiffer).
     """
 
     size: int = 64
@@ -77,11 +79,11 @@ class Bottleneck(Spec):
     def __post_init__(self) -> None:
         wrong = []
         if not (isinstance(self.size, int) and self.size >= 1):
-            wrong.append(f"size {self.size!r} (a whole number from 1)")
+            wrong.append(f"size: found {self.size!r}, expected a whole number from 1")
         if self.activation not in ("gelu", "relu"):
-            wrong.append(f"activation {self.activation!r} (gelu or relu)")
+            wrong.append(f"activation: found {self.activation!r}, expected gelu or relu")
         if self.after not in ("both", "mlp"):
-            wrong.append(f"after {self.after!r} (both or mlp)")
+            wrong.append(f"after: found {self.after!r}, expected both or mlp")
         if wrong:
             raise LorafoldError(f"Bottleneck: {'; '.join(wrong)}")
 

@@ -1,16 +1,16 @@
-"""DoRA: a trained magnitude for every output, over any additive change of the direction.
+"""DoRA: a trained magnitude for every output, over any additive change of the weight.
 
     V = W + dW                      (out, in)
     y = g (V x) + b                 g = m / |V|, m (out,) starting at |W|, |.| the norm of each row,
                                     taken as a constant
 
 Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). dW is any additive
-method: LoRA in the paper, LoHa, LoKr, PiSSA and VeRA as well. Use it where LoRA at a small rank
-falls short of full fine-tuning; it merges to zero cost, as LoRA does.
+method: LoRA in the paper, here LoHa, LoKr, PiSSA and VeRA as well. Use it where LoRA at a small
+rank falls short of full fine-tuning; merged, it costs nothing, as LoRA does.
 
-The norms come from the factors, |w|^2 + 2 b.(A w) + b (A A^T) b with |w|^2 kept: one skinny GEMM a
-step, where building V takes r / T of the layer's own cost and memory for a matrix. The base runs
-once: y = g (z - b) + b from z = V x + b, dropout included.
+The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 kept. That is
+one thin product a step, where building V would take r / T of the layer's own time and the memory of
+a matrix. The base runs once: y = g (z - b) + b from z = V x + b, dropout included.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from lorafold.ops.scale import scale
 
 
 def squares(w: Tensor) -> Tensor:  # (out, in) -> (out,)
+    """The squared norm of each row of the matrix, in fp32 or wider."""
     return torch.linalg.vector_norm(
         w, dim=1, dtype=torch.promote_types(w.dtype, torch.float32)
     ).square()
 
 
 class Kept:
-    """A value and the tensors it was made from, made again once one of them was replaced, moved or
-    written to.
+    """A value computed from tensors, which is computed again once one of these was replaced, moved
+    or written to.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,8 @@ class Kept:
         self.state: list[Any] = []
         self.value: Tensor | None = None
 
-    def get(self, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    def get(self, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:  # any shape
+        """The value that `make` computes from the sources, kept while they stay the same."""
         state = [(s._version, s.device, s.dtype) for s in sources]
         same = len(sources) == len(self.sources) and all(
             a is b for a, b in zip(sources, self.sources, strict=True)
@@ -57,11 +59,12 @@ class Kept:
         return self.value
 
     def drop(self) -> None:
+        """Forget the value."""
         self.sources, self.value = (), None
 
 
 class DoRADelta(Delta):
-    """magnitude m (out,), fp32, over `inner`, the change of the direction, which starts at zero."""
+    """magnitude m (out,), fp32, over `inner`, an additive delta that starts at zero."""
 
     def __init__(self, inner: Additive, layer: Layer) -> None:
         super().__init__()
@@ -76,10 +79,9 @@ class DoRADelta(Delta):
 
     @torch.no_grad()
     def row_norms(self, layer: Layer) -> Tensor:  # (out,), fp32 or wider
-        """|V|.
+        """The norm of each row of V.
 
-        What is frozen, |w|^2, is kept while it is; the norms themselves outside training, where
-        nothing changes between steps.
+        |w|^2 is kept as long as W does not change; the norms themselves are kept outside training.
         """
         base = layer.sources()
         if torch.compiler.is_compiling() or base is None:
@@ -89,13 +91,14 @@ class DoRADelta(Delta):
             w = layer.dense()[0]
             return self.inner.row_squares(w, self.own.get(base, lambda: squares(w))).sqrt()
 
-        if self.training:  # an optimizer may write to parameters in ways that leave no trace
+        if self.training:  # an optimizer may change parameters without changing their version
             self.norms.drop()
             return make()
         return self.norms.get([*base, *self.inner.parameters()], make)
 
     def gain(self, norms: Tensor) -> Tensor:  # (out,)
-        return self.magnitude / torch.where(norms > 0, norms, 1)  # a row of zeros has no direction
+        """g = m / norms, the gain of each output; a norm of 0 counts as 1."""
+        return self.magnitude / torch.where(norms > 0, norms, 1)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         b, g = layer.bias, self.gain(self.row_norms(layer))
@@ -108,12 +111,13 @@ class DoRADelta(Delta):
 
 @dataclass(frozen=True)
 class DoRA(Spec):
-    """over: the spec of the change that the magnitude lies over, any whose delta is additive (LoRA,
-    LoHa, LoKr, PiSSA, VeRA ...).
+    """DoRA. Building raises LorafoldError if the delta that `over` builds is not additive.
 
-    By the method's word, options that are not `over` are those of what lies beneath:
-    `make_spec("dora", rank=8)`, `make_spec("dora", over="loha", rank=8)`. LorafoldError if `over`
-    builds a delta that is not additive.
+    `make_spec` passes all other options on to `over`: `make_spec("dora", rank=8)`,
+    `make_spec("dora", over="loha", rank=8)`.
+
+    Args:
+        over: the spec of the additive change below the magnitude (LoRA, LoHa, LoKr, PiSSA, VeRA).
     """
 
     over: Spec = field(default_factory=LoRA)
@@ -130,8 +134,8 @@ class DoRA(Spec):
         inner = self.over.build(layer)
         if not isinstance(inner, Additive):
             raise LorafoldError(
-                f"DoRA: over {type(self.over).__name__}; expected an additive method, such as LoRA"
-                " or LoHa"
+                f"DoRA: over: found {type(self.over).__name__}, expected an additive method, such"
+                " as LoRA or LoHa"
             )
         return DoRADelta(inner, layer)
 
@@ -149,4 +153,5 @@ class DoRA(Spec):
 
 
 def inners(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """The additive deltas inside DoRA's deltas, by module path."""
     return {path: delta.inner for path, delta in deltas.items()}  # type: ignore[misc]

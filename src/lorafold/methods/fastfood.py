@@ -1,16 +1,16 @@
-"""Training in a random subspace: how few numbers does a task take?
+"""Fastfood: training in a random subspace, which measures how few parameters a task needs.
 
-    dW_i = l_i P_i v / sqrt(d)          v (d,) zero at start, one for all matrices; l_i one at
-                                        start, one a matrix
-    P_i v = H G_i Q H B v               B random signs, Q a random order, G_i Gaussian numbers, H
-                                        Walsh-Hadamard, v filled up to 2^k
+    dW_i = l_i P_i v / sqrt(d)          v (d,) zero at start, shared by all matrices; l_i () one at
+                                        start, for each matrix
+    P_i v = H G_i Q H B v               B random signs, Q a random permutation, G_i Gaussian
+                                        numbers, H Walsh-Hadamard, v padded to 2^k numbers
 
-The smallest d that reaches 90% of what full training reaches is the task's intrinsic dimension: Li
-et al. 2018, arXiv 1804.08838; with the Fastfood projection (Le et al. 2013) and a learned scale for
-every matrix, Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2. B and Q are shared, since fresh
-Gaussians already make matrices and blocks independent. Divided by sqrt(d), a step of AdamW moves
-the weights equally far whatever d is, so one learning rate serves all. Everything random comes from
-`seed`. To measure with, not to deploy: dW is built in every step.
+The smallest d that reaches 90% of full training's performance is the task's intrinsic dimension: Li
+et al. 2018, arXiv 1804.08838. The Fastfood projection (Le et al. 2013) with a learned scale for
+every matrix: Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2. B and Q are shared, since separate
+Gaussian numbers already make matrices and blocks independent. The division by sqrt(d) makes a step
+of AdamW move the weights equally far at any d, so that one learning rate fits all. All random
+numbers come from `seed`. The method is a diagnostic: dW is built in every step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lorafold.ops.walsh import halves, walsh
 
 
 class Subspace(nn.Module):
-    """v (d,), fp32, with B (L,), Q (L,) and H of L numbers, L the power of 2 from d on."""
+    """v (d,), fp32, with B (L,), Q (L,) and H for L numbers, L the smallest power of 2 from d."""
 
     signs: Tensor
     order: Tensor
@@ -51,10 +51,11 @@ class Subspace(nn.Module):
             self.register_buffer(name, half.to(device), persistent=False)
 
     def transformed(self, x: Tensor) -> Tensor:  # (..., L)
+        """The Walsh-Hadamard transform of x (..., L)."""
         return walsh(x, self.left.to(x), self.right.to(x))
 
     def spread(self) -> Tensor:  # (L,)
-        """Q H B v / sqrt(d)"""
+        """Q H B v / sqrt(d), the part of the projection that all matrices share."""
         filled = nn.functional.pad(self.vector, (0, len(self.signs) - len(self.vector)))
         return self.transformed(filled * self.signs)[self.order] / len(self.vector) ** 0.5
 
@@ -62,7 +63,7 @@ class Subspace(nn.Module):
 class FastfoodDelta(Dense):
     """l (), fp32, and G (blocks, L), bf16.
 
-    The first delta of an adapter has the subspace, the others know it.
+    The subspace is a submodule of an adapter's first delta; the other deltas refer to it.
     """
 
     gaussians: Tensor
@@ -75,7 +76,14 @@ class FastfoodDelta(Dense):
         self.subspace = None
 
     def join(self, first: FastfoodDelta, generator: torch.Generator, device: torch.device) -> None:
-        self._first = (first,)  # not as a module: it would be a part of every delta
+        """Draw G, and refer to the delta that has the subspace.
+
+        Args:
+            first: the adapter's first delta.
+            generator: the random generator of G.
+            device: the device of G.
+        """
+        self._first = (first,)  # in a tuple, so that it is no submodule of every delta
         length = len(first.subspace.signs)  # type: ignore[union-attr]
         gaussians = torch.randn(
             ceil(prod(self.shape) / length), length, generator=generator
@@ -93,8 +101,11 @@ class FastfoodDelta(Dense):
 
 @dataclass(frozen=True)
 class Fastfood(Spec):
-    """dimension d of the subspace; seed of its directions. LorafoldError for a dimension below
-    1.
+    """Fastfood. Raises LorafoldError for a dimension below 1.
+
+    Args:
+        dimension: the dimension d of the subspace.
+        seed: the seed of its random directions.
     """
 
     dimension: int = 1024
@@ -105,17 +116,19 @@ class Fastfood(Spec):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dimension, int) and self.dimension >= 1):
-            raise LorafoldError(f"Fastfood: dimension {self.dimension!r} (a whole number from 1)")
+            raise LorafoldError(
+                f"Fastfood: dimension: found {self.dimension!r}, expected a whole number from 1"
+            )
 
     def build(self, layer: Layer) -> FastfoodDelta:
         out, inn = layer.shape
         return FastfoodDelta(out, inn, layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        laid: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
-        generator, first = torch.Generator().manual_seed(self.seed), laid[0]
-        for delta in laid:
-            # made from a seed: nothing will fill them
+        ours: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]
+        generator, first = torch.Generator().manual_seed(self.seed), ours[0]
+        for delta in ours:
+            # drawn even where parameters are on the meta device, since no file has these tensors
             device = torch.device("cpu") if delta.scale.is_meta else delta.scale.device
             if delta is first:
                 first.subspace = Subspace(

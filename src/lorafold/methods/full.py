@@ -1,14 +1,13 @@
-"""Full fine-tuning: the weights themselves, trained in place.
+"""Full fine-tuning: the base's own weights are trained in place.
 
-    y = layer(x)                    W itself is the parameter; there is no second copy and nothing
-                                    to fold
+    y = layer(x)                    W itself is the parameter; there is no copy and nothing to fold
 
-The yardstick of every other method. With gradients and AdamW's moments, which are in fp32, a
-parameter takes 16 bytes on a base in fp32 and 12 on one in bf16. On the latter most updates are
-under half a unit of the weight, so the optimizer has to round them stochastically, as
-`train.rounded_adamw` does. As an adapter it is the exception to two rules: `only(model)` is the
-model as trained so far, since the old weights are gone, and `detach` keeps what was learned. What
-it saves is a plain model (`write_model`).
+The baseline of every other method. With its gradient and AdamW's moments, which are in fp32, a
+parameter takes 16 bytes on a base in fp32 and 12 on one in bf16. In bf16 most updates are under
+half a unit of the weight, so the optimizer has to round them stochastically, as
+`step.rounded_adamw` does. This method is an exception to two rules for adapters: `only(model)` is
+the model as trained so far, since the old weights are gone, and `detach` keeps what was learned. It
+saves a plain model (`write_model`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lorafold.errors import LorafoldError
 
 
 class FullDelta(Delta):
-    """Holds the very Parameters of one module, under their names."""
+    """The Parameters of one module themselves, under their names."""
 
     in_place = True
 
@@ -45,9 +44,9 @@ class FullDelta(Delta):
 
 @dataclass(frozen=True)
 class Full(Spec):
-    """No options. `targets` other than its own trains those modules only.
+    """Full fine-tuning, which has no options. With other targets it trains only those modules.
 
-    Raises LorafoldError for weights that hold no gradient: those of a quantized base.
+    Building raises LorafoldError for weights that can have no gradient: those of a quantized base.
     """
 
     targets: ClassVar[str] = "parameters"
@@ -62,21 +61,20 @@ class Full(Spec):
             if p is not None and not p.is_floating_point()
         ]
         if fixed or not any(p is not None for p in module._parameters.values()):
-            found = f"{', '.join(fixed)} as whole numbers" if fixed else "no parameters"
+            found = f"quantized parameters: {', '.join(fixed)}" if fixed else "no parameters"
             raise LorafoldError(
-                f"Full trains floating-point weights in place; {type(module).__name__} holds"
-                f" {found}"
+                f"Full trains floating-point weights in place; {type(module).__name__} has {found}"
             )
         return FullDelta(module)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         for delta in deltas.values():
-            delta.requires_grad_(True)  # an adapter beneath may have frozen them
+            delta.requires_grad_(True)  # attaching an earlier adapter may have frozen them
 
 
 def write_model(model: Any, directory: Path) -> None:
-    """Write a transformers model as a plain one, with the weights as trained, into the directory.
+    """Write a transformers model with its trained weights into the directory, as a plain model.
 
-    Other adapters on it are not written.
+    Adapters that are attached to it are not written.
     """
     model.save_pretrained(directory)

@@ -1,15 +1,16 @@
-"""IA3: three learned vectors a block, for keys, values and what enters the last MLP matrix.
+"""IA3: three learned vectors a block, for the keys, the values and the input of the MLP's last
+matrix.
 
     keys, values    y = l * (W x + b)       l (out,) one at start
     MLP, last       y = W (l * x) + b       l (in,) one at start
 
-Liu et al. 2022, arXiv 2205.05638, sec. 3.3. The smallest of the methods, for few examples; it
-merges to zero cost.
+Liu et al. 2022, arXiv 2205.05638, sec. 3.3. The smallest of the methods, for few examples; merged,
+it costs nothing.
 
-Default places, by the names that transformers gives such matrices: in attention, a module named for
-keys, values or a fused projection that holds them (k_proj, value, qkv_proj, c_attn ...); elsewhere,
-the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...). PEFT has a table by
-architecture; it trains queries in place of keys in some of them, the paper never does.
+Its default targets are the names that transformers gives such matrices: in attention, a projection
+to keys or values, or a fused one that includes them (k_proj, value, qkv_proj, c_attn ...);
+elsewhere, the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...). PEFT has a table
+by architecture, which in some of them has queries in place of keys; the paper never does.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
 
 
 class IA3Delta(Delta):
-    """l (out,), or (in,) where the inputs are scaled, fp32."""
+    """l (out,), or (in,) if the inputs are scaled, fp32."""
 
     def __init__(self, size: int, of_input: bool, device: torch.device) -> None:
         super().__init__()
@@ -56,10 +57,11 @@ class IA3Delta(Delta):
 
 @dataclass(frozen=True)
 class IA3(Spec):
-    """feedforward: modules whose inputs are scaled, by name or path end, or by a regex over whole
-    paths (None: those outside attention).
+    """IA3. Building raises LorafoldError for an embedding among the feedforward modules.
 
-    LorafoldError for an embedding among them: its inputs are row numbers.
+    Args:
+        feedforward: the modules whose inputs are scaled: names or path ends, or a regular
+            expression over whole paths (None: those outside attention).
     """
 
     feedforward: str | Sequence[str] | None = None
@@ -82,8 +84,8 @@ class IA3(Spec):
         out, inn = layer.shape
         if self.feedforward and layer.takes_ids:
             raise LorafoldError(
-                "IA3: an embedding among the feedforward modules; its inputs are row numbers, which"
-                " can't be scaled"
+                "IA3: this embedding is among the feedforward modules, whose inputs are scaled, but"
+                " its inputs are ids; leave it out of them"
             )
         return IA3Delta(
             inn if self.feedforward else out,

@@ -1,17 +1,16 @@
-"""PiSSA and OLoRA: LoRA that starts from a part of W instead of from zero, as an offset that leaves
-W where it is.
+"""PiSSA and OLoRA: LoRA whose factors start from a part of W, as an offset that does not change W.
 
     y = W x + s (B A - B0 A0) drop(x)       A (r, in), B (out, r) trained; A0, B0 their values at
                                             start
-    s (B A - B0 A0) = [s (B - B0), s B0] [A; A - A0]        rank 2 r; both differences are taken in
-                                                            fp32
+    s (B A - B0 A0) = [s (B - B0), s B0] [A; A - A0]        rank 2 r; both differences are computed
+                                                            in fp32
 
 PiSSA: Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4: W ~ U S V^T, s B0 A0 its r largest singular
 parts, U sqrt(S) and sqrt(S) V^T. OLoRA: Bueyuekakyuez 2024, arXiv 2406.01775: W = Q R, B0 the first
-r columns of Q, A0 the first r rows of R. Use them where LoRA's first steps are too slow. The papers
-train on the residual W - s B0 A0; as an offset the base is not touched, so it stays quantizable and
-shared, and at step 0 the model is the base, bit for bit, as the second form shows. Saved as LoRA of
-rank 2 r.
+r columns of Q, A0 the first r rows of R. Use them where LoRA learns too slowly in its first steps.
+The papers train on the residual W - s B0 A0. As an offset the update leaves the base as it is, so
+that the base can be quantized and shared, and at step 0 the model equals the base bit for bit, as
+the second form shows. It is saved as LoRA of rank 2 r.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lorafold.ops.svd import best_of_rank
 
 
 class OffsetDelta(LowRank):
-    """A (r, in), B (out, r), fp32, and what they were at start as buffers A0, B0."""
+    """A (r, in), B (out, r), fp32, and the buffers A0, B0 with their values at start."""
 
     up_names = ("B",)
     run_names = ("A0", "B0")
@@ -52,35 +51,36 @@ class OffsetDelta(LowRank):
 
 
 class FromWeight(Spec):
-    """Abstract: an init read off the layer's own matrix."""
+    """Abstract: LoRA whose factors start from the layer's own matrix."""
 
     rank: int
     alpha: float | None
     dropout: float
 
     def __post_init__(self) -> None:
-        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (
+        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
             not (isinstance(self.rank, int) and self.rank >= 1)
         )
         if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
+            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
         if wrong:
             raise LorafoldError(f"{type(self).__name__}: {'; '.join(wrong)}")
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     @property
     def scale(self) -> float:
+        """s = alpha / r."""
         return self.alpha / self.rank  # type: ignore[operator]
 
     @abstractmethod
-    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:  # w (out, in) -> B0 (out, r), A0 (r, in)
-        ...
+    def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """B0 (out, r) and A0 (r, in) for a matrix w (out, in)."""
 
     def build(self, layer: Layer) -> OffsetDelta:
         if self.rank > min(layer.shape):
             raise LorafoldError(
-                f"{type(self).__name__}: rank {self.rank} of a matrix {layer.shape}; expected at"
-                f" most {min(layer.shape)}"
+                f"{type(self).__name__}: found rank {self.rank} for a matrix {layer.shape},"
+                f" expected at most {min(layer.shape)}"
             )
         with torch.no_grad():
             return OffsetDelta(*self.start(layer.dense()[0].float()), self.scale, self.dropout)
@@ -88,10 +88,13 @@ class FromWeight(Spec):
 
 @dataclass(frozen=True)
 class PiSSA(FromWeight):
-    """rank r; alpha (None: r); dropout on the branch; niter: subspace iterations of the randomized
-    SVD (0: the whole SVD).
+    """PiSSA. Raises LorafoldError for values out of range.
 
-    LorafoldError for values out of range.
+    Args:
+        rank: the rank r.
+        alpha: the numerator of the scale (None: r).
+        dropout: the probability of dropout on the branch.
+        niter: the subspace iterations of the randomized SVD (0: the full SVD).
     """
 
     rank: int = 16
@@ -107,7 +110,13 @@ class PiSSA(FromWeight):
 
 @dataclass(frozen=True)
 class OLoRA(FromWeight):
-    """rank r; alpha (None: r); dropout on the branch. LorafoldError for values out of range."""
+    """OLoRA. Raises LorafoldError for values out of range.
+
+    Args:
+        rank: the rank r.
+        alpha: the numerator of the scale (None: r).
+        dropout: the probability of dropout on the branch.
+    """
 
     rank: int = 16
     alpha: float | None = None

@@ -1,11 +1,11 @@
-"""LoHa: the product, element by element, of two low-rank changes.
+"""LoHa: the elementwise (Hadamard) product of two low-rank matrices.
 
     y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero
                                     at start
 
 Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv
-2309.14859. Rank up to r^2 from twice the parameters of LoRA at rank r. dW has to be built at every
-step, so it costs more than LoRA; use it where the rank is what is missing.
+2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r. dW has to be built at
+every step, so it costs more time than LoRA; use it where LoRA's rank is too small.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class LoHaDelta(Dense):
 
 @dataclass(frozen=True)
 class LoHa(Spec):
-    """rank r of each of the two changes; alpha (None: r), the scale is alpha / r.
+    """LoHa. Raises LorafoldError for a rank below 1.
 
-    LorafoldError for a rank below 1.
+    Args:
+        rank: the rank r of each of the two matrices.
+        alpha: the numerator of the scale alpha / r (None: r).
     """
 
     rank: int = 8
@@ -54,7 +56,7 @@ class LoHa(Spec):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.rank, int) and self.rank >= 1):
-            raise LorafoldError(f"LoHa: rank {self.rank!r} (a whole number from 1)")
+            raise LorafoldError(f"LoHa: rank: found {self.rank!r}, expected a whole number from 1")
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoHaDelta:

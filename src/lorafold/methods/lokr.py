@@ -1,13 +1,13 @@
-"""LoKr: a Kronecker product of two small matrices.
+"""LoKr: the Kronecker product of two small matrices.
 
     y = W x + dW x + b              dW = alpha / r kron(C, D), C (o1, i1) zero at start, D (o2, i2),
                                     o1 o2 = out, i1 i2 = in
-    dW x = D X C^T                  for x folded to X (i2, i1)
+    dW x = D X C^T                  for x reshaped to X (i2, i1)
 
 Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, sec. 3; Edalati et al. 2022 (KronA), arXiv 2212.10650.
-A full-rank change from very few parameters. dW is never built: at 1536 x 576 the folded form takes
-7% of the layer's own multiplications. D is itself a product D1 D2 of rank r where r is under half
-its larger side, C likewise if `decompose_both`.
+A full-rank change with very few parameters. dW is not built: at 1536 x 576 the second form takes 7%
+of the layer's own multiplications. D is itself a product D1 D2 of rank r if r is under half its
+larger side, and so is C if `decompose_both`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lorafold.errors import LorafoldError
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """size as a product (m, n), m <= n: m the largest divisor up to the root of size and up to
-    `factor` (-1: any).
+    """Split size into a product (m, n) with m <= n: m is the largest divisor up to the root of size
+    and up to `factor` (-1: no such limit).
 
-    A factor that divides size is taken as m as it is, even above the root, as PEFT does; LyCORIS
-    swaps the two there.
+    A factor that divides size becomes m even if it is above the root, as in PEFT; LyCORIS swaps m
+    and n then.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -41,9 +41,8 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 
 class LoKrDelta(Additive):
-    """C: w1 (o1, i1), or w1_a (o1, r), w1_b (r, i1).
-
-    D: w2 (o2, i2), or w2_a (o2, r), w2_b (r, i2). fp32.
+    """C is w1 (o1, i1), or w1_a (o1, r) times w1_b (r, i1). D is w2 (o2, i2), or w2_a (o2, r) times
+    w2_b (r, i2). All are fp32.
     """
 
     def __init__(
@@ -66,7 +65,8 @@ class LoKrDelta(Additive):
                 self, name, p if name in ("w1", "w1_a") else nn.init.kaiming_uniform_(p, a=5**0.5)
             )
 
-    def pair(self) -> tuple[Tensor, Tensor]:  # scale C (o1, i1), D (o2, i2)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """scale C (o1, i1) and D (o2, i2)."""
         c, d = (
             (
                 getattr(self, n)
@@ -81,7 +81,7 @@ class LoKrDelta(Additive):
         return torch.kron(*self.pair())
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if layer.takes_ids:  # row numbers do not fold
+        if layer.takes_ids:  # ids can't be reshaped to X
             return layer(x, onto=add(layer.op(x, self.delta()), onto))
         c, d = (m.to(x.dtype) for m in self.pair())
         u = F.linear(x.unflatten(-1, (c.shape[1], d.shape[1])), d)  # (..., i1, o2)
@@ -90,11 +90,13 @@ class LoKrDelta(Additive):
 
 @dataclass(frozen=True)
 class LoKr(Spec):
-    """rank r; alpha (None: r), the scale is alpha / r, also where nothing is of rank r; how sides
-    are split into two factors: decompose_factor the smaller one (-1: near the root);
-    decompose_both: C too may be of rank r.
+    """LoKr. Raises LorafoldError for values out of range.
 
-    LorafoldError for values out of range.
+    Args:
+        rank: the rank r.
+        alpha: the numerator of the scale alpha / r (None: r), which holds at full rank too.
+        decompose_factor: the smaller of the two factors of a side (-1: the closest to the root).
+        decompose_both: let C be a product of rank r too.
     """
 
     rank: int = 8
@@ -105,12 +107,13 @@ class LoKr(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (
+        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
             not (isinstance(self.rank, int) and self.rank >= 1)
         )
         if not (self.decompose_factor == -1 or self.decompose_factor >= 1):
             wrong.append(
-                f"decompose_factor {self.decompose_factor!r} (a whole number from 1, or -1)"
+                f"decompose_factor: found {self.decompose_factor!r}, expected a whole number from"
+                " 1, or -1"
             )
         if wrong:
             raise LorafoldError(f"LoKr: {'; '.join(wrong)}")

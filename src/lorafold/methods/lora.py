@@ -1,16 +1,15 @@
-"""LoRA: a low-rank change of a frozen matrix.
+"""LoRA: a low-rank update of a frozen matrix.
 
     y = W x + s B A drop(x)         A (r, in) random, B (out, r) zero, s = alpha / r, or alpha /
                                     sqrt(r) (rsLoRA)
 
 Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv
-2312.03732. The default choice: it merges to zero cost, and r (out + in) parameters a matrix. At
-step 0 the model is the base, and A's first gradient is exactly zero; or, with LoftQ's init (Li et
-al. 2023, arXiv 2310.08659, eq. 6), s B A is the best change of rank r from what a packed base holds
-to the weights that it was packed from. LoftQ goes on to pack W - s B A and so forth, which makes a
-base of its own for every adapter; here it stops at the first round, and the base stays what all
-adapters share. The learning rate of B is the larger one (LoRA+, Hayou et al. 2024, arXiv
-2402.12354).
+2312.03732. The default method: r (out + in) parameters a matrix, and no cost once merged. At step 0
+the model is the base, and A's first gradient is exactly zero. With LoftQ's init (Li et al. 2023,
+arXiv 2310.08659, eq. 6), s B A starts instead as the best update of rank r from a quantized base's
+weights to the weights before quantization. LoftQ then quantizes W - s B A and repeats, which gives
+each adapter a base of its own; here it stops after the first round, so that adapters share the
+base. B has the larger learning rate (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
-    """A (r, in), B (out, r), fp32; the scale s is applied to B in fp32 before anything is
-    rounded.
-    """
+    """A (r, in), B (out, r), fp32; the scale s multiplies B in fp32, before any rounding."""
 
     up_names = ("B",)
 
@@ -66,12 +63,17 @@ class LoRADelta(LowRank):
 
 @dataclass(frozen=True)
 class LoRA(Spec):
-    """rank r; alpha (None: 2 r); dropout on the branch; rslora: scale by sqrt(r); init: of A,
-    kaiming (uniform, as PEFT) or gaussian; or loftq, of both (see above; then merge into the
-    dequantized base, for the change undoes its rounding).
+    """LoRA. Raises LorafoldError for values out of range.
 
-    `rank_pattern` and `alpha_pattern` override both at the modules whose path ends in the key (a
-    regex); the first that matches counts. Raises LorafoldError for values out of range.
+    Args:
+        rank: the rank r.
+        alpha: the numerator of the scale (None: 2 r).
+        dropout: the probability of dropout on the branch.
+        rslora: divide alpha by sqrt(r) instead of r.
+        init: kaiming (uniform, as in PEFT) or gaussian for A; or loftq for both factors, which
+            corrects the rounding of a quantized base, so merge into the dequantized base.
+        rank_pattern, alpha_pattern: ranks and alphas by regular expression, for the modules whose
+            path ends in it; the first that matches counts.
     """
 
     rank: int = 16
@@ -90,19 +92,20 @@ class LoRA(Spec):
         )
         ranks = (self.rank, *self.rank_pattern.values())
         wrong = [
-            f"rank {r!r} (a whole number from 1)"
+            f"rank: found {r!r}, expected a whole number from 1"
             for r in ranks
             if not (isinstance(r, int) and r >= 1)
         ]
         if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
+            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
         if self.init not in get_args(Init):
-            wrong.append(f"init {self.init!r} ({', '.join(get_args(Init))})")
+            wrong.append(f"init: found {self.init!r}, expected {' or '.join(get_args(Init))}")
         if wrong:
             raise LorafoldError(f"LoRA: {'; '.join(wrong)}")
 
     @property
     def scale(self) -> float:
+        """s: alpha / r, or alpha / sqrt(r)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
 
     def at(self, path: str) -> Self:
@@ -121,8 +124,8 @@ class LoRA(Spec):
         if self.init == "loftq":
             if self.rank > min(out, inn):
                 raise LorafoldError(
-                    f"init loftq: rank {self.rank} of a matrix {layer.shape}; expected at most"
-                    f" {min(out, inn)}"
+                    f"init loftq: found rank {self.rank} for a matrix {layer.shape}, expected at"
+                    f" most {min(out, inn)}"
                 )
             with torch.no_grad():
                 b, a = best_of_rank(
@@ -136,8 +139,8 @@ class LoRA(Spec):
 
 
 def of_ranks(ranks: Mapping[str, int]) -> LoRA:
-    """LoRA of these ranks by module path, its scale 1 everywhere: the commonest rank is the rule,
-    the others are exceptions to it.
+    """LoRA with these ranks by module path, and scale 1: the most common rank is the spec's, the
+    others are in its patterns.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}

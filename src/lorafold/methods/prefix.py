@@ -3,11 +3,11 @@
     attention(q, [P_K, K], [P_V, V])        P (n, 2 L Hk D): for each of L layers n keys (Hk, D) and
                                             n values (Hk, D)
 
-Li & Liang 2021, arXiv 2101.00190, without the reparameterization. They lie at positions 0 to n - 1,
-seen by every token; the tokens follow from n. Nothing is folded and no start is the identity: n
-more keys take their share of each attention. As in the paper's sec. 7.4 it begins with the
-activations of real tokens, not with noise. Use it to steer a frozen base that no weight may be
-added to.
+Li & Liang 2021, arXiv 2101.00190, without the reparameterization. The prefix is at positions 0 to
+n - 1 and every token attends to it; the tokens' positions start at n. It can't be folded, and no
+initialization leaves the base's outputs as they are, since n more keys take a share of each
+attention. As in the paper's sec. 7.4 it starts with the activations of real tokens. Use it to steer
+a frozen base whose weights must stay as they are.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Init = Literal["activations", "random"]
 
 
 class PrefixDelta(Sender):
-    """prefix (n, 2 L Hk D), fp32, each row a token's keys and values of layer after layer: the
-    layout of PEFT's files.
+    """prefix (n, 2 L Hk D), fp32: for each virtual token its key and value in layer after layer,
+    which is the layout of PEFT's files.
     """
 
     def __init__(
@@ -42,12 +42,14 @@ class PrefixDelta(Sender):
             torch.zeros(tokens, size, device=next(body.parameters()).device, dtype=torch.float32)
         )
 
-    def by_layer(self) -> Tensor:  # (L, 2, Hk, n, D), a view
+    def by_layer(self) -> Tensor:  # (L, 2, Hk, n, D)
+        """The keys and values of each layer, as a view of the prefix."""
         return self.prefix.view(len(self.prefix), len(self.layers), 2, *self.shape).permute(
             1, 2, 3, 0, 4
         )
 
     def keys_and_values(self) -> KeysAndValues:
+        """The keys (1, Hk, n, D) and the values (1, Hk, n, D) by `layer_idx`."""
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +58,8 @@ class PrefixDelta(Sender):
 
     @torch.no_grad()
     def begin_with(self, layer: Layer, ids: Tensor) -> None:  # (n,)
-        """Take over what the decoder makes of these tokens at positions 0 to n - 1."""
+        """Set the prefix to the decoder's keys and values for these tokens at positions 0 to n - 1.
+        """
         cache = layer(input_ids=ids[None], use_cache=True).cache
         for i, kv in zip(self.layers, self.by_layer(), strict=True):
             kv.copy_(torch.cat([cache.layers[i].keys, cache.layers[i].values]))
@@ -64,10 +67,12 @@ class PrefixDelta(Sender):
 
 @dataclass(frozen=True)
 class Prefix(Spec):
-    """tokens n; init: activations of n random tokens of the vocabulary, or random (normal, 0.02).
+    """Prefix tuning. Raises LorafoldError for values out of range; building does so on a model
+    whose attentions differ in heads or head size.
 
-    Raises LorafoldError for values out of range, and when laid on a model whose attentions differ
-    in their shape.
+    Args:
+        tokens: the number n of virtual tokens.
+        init: activations of n random tokens of the vocabulary, or random (normal, std 0.02).
     """
 
     tokens: int = 20
@@ -88,14 +93,14 @@ class Prefix(Spec):
         )
         if not attentions:
             raise LorafoldError(
-                "Prefix lies on a decoder and its attentions (targets 'decoder'), not on"
+                "Prefix: expected a decoder and its attentions (targets 'decoder'), found"
                 f" {type(body).__name__}"
             )
         shapes = {key_shape(m) for m in attentions}
         if len(shapes) > 1:
             raise LorafoldError(
-                f"Prefix: the attentions of {type(body).__name__} differ in heads and head size:"
-                f" {sorted(shapes)}"
+                f"Prefix: expected attentions of one shape, but those of {type(body).__name__}"
+                f" differ in heads and head size: {sorted(shapes)}; choose another method"
             )
         layers: list[Any] = [m.layer_idx for m in attentions]
         delta = PrefixDelta(body, self.tokens, shapes.pop(), layers)
@@ -111,7 +116,7 @@ class Prefix(Spec):
 
 
 def key_shape(attention: nn.Module) -> tuple[int, int]:
-    """(Hk, D): the heads of an attention's keys and their size."""
+    """The number Hk of an attention's key heads, and their size D."""
     config: Any = attention.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (

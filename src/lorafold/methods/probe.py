@@ -1,10 +1,10 @@
-"""Linear probe: a trained head over a frozen body.
+"""Linear probe: a trained head over a frozen decoder.
 
     logits = W h + b                W (classes, d) and b (classes,) start as the model's own head; h
                                     (T, d) is never changed
 
-Alain & Bengio 2016, arXiv 1610.01644. It asks what the base knows already: whatever beats it has
-changed the representation. For sequence classification; the head of
+Alain & Bengio 2016, arXiv 1610.01644. It measures what the base's representation contains already;
+a method that does better has changed that representation. For sequence classification; the head of
 `AutoModelForSequenceClassification` is found under any name.
 """
 
@@ -20,7 +20,7 @@ from lorafold.methods.parts.replace import ReplaceDelta
 
 @dataclass(frozen=True)
 class LinearProbe(Spec):
-    """No options."""
+    """A linear probe, which has no options."""
 
     targets: ClassVar[str] = "head"
     lr: ClassVar[float] = 1e-3

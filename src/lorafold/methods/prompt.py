@@ -1,13 +1,13 @@
-"""Prompt tuning: learned embeddings of n tokens before the first one.
+"""Prompt tuning: learned embeddings of n virtual tokens before the first token.
 
     model([E, embed(ids)])          E (n, d)
 
 Lester et al. 2021, arXiv 2104.08691. A causal decoder computes the same for E whatever follows, so
-E runs through it once for a whole batch, and its keys and values lie in front of every attention
-(`lorafold.methods.parts.virtual`); where there is a cache they are kept with it, so that decoding
-computes them once. Nothing is folded and no start is the identity. Use it where an adapter must be
-tiny (n d numbers) and the base is large: the gap to full fine-tuning closes with size only (the
-paper's figure 1).
+E runs through it once for a whole batch, and every attention gets its keys and values in front of
+its own (`lorafold.methods.parts.virtual`). They are kept with the cache, if there is one, so that
+decoding computes them once. The method can't be folded, and no initialization leaves the base's
+outputs as they are. Use it where an adapter must be tiny (n d numbers) and the base is large: only
+for large models does it reach full fine-tuning (the paper's figure 1).
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ Init = Literal["vocabulary", "random"]
 
 
 class PromptDelta(Sender):
-    """embeddings (n, d), fp32."""
+    """embeddings (n, d), fp32, of the virtual tokens."""
 
     def __init__(self, body: nn.Module, embeddings: Tensor, layers: list[int]) -> None:
         super().__init__(body, layers)
         self.embeddings = nn.Parameter(embeddings.detach().float().clone())
 
     def keys_and_values(self, layer: Layer) -> KeysAndValues:
-        """What the attentions of the decoder make of the embeddings at positions 0 to n - 1."""
+        """The keys and values that the decoder's attentions compute from the embeddings at
+        positions 0 to n - 1.
+        """
         seen: Seen = {}
         dtype = layer.module.get_input_embeddings().weight.dtype  # type: ignore[operator]
         self.send(
@@ -61,8 +63,8 @@ class PromptDelta(Sender):
         )
 
     def kept_with(self, cache: Any, layer: Layer) -> KeysAndValues:
-        """The keys and values that lie with a cache since its first token; computed where there are
-        none.
+        """The keys and values that are kept with a cache since its first token; they are computed
+        if there is no cache, or it is empty.
         """
         if cache is None:
             return self.keys_and_values(layer)
@@ -74,10 +76,12 @@ class PromptDelta(Sender):
 
 @dataclass(frozen=True)
 class Prompt(Spec):
-    """tokens n; init: embeddings of n random tokens of the vocabulary, or random (normal, as spread
-    as the vocabulary's).
+    """Prompt tuning. Raises LorafoldError for values out of range.
 
-    Raises LorafoldError for values out of range.
+    Args:
+        tokens: the number n of virtual tokens.
+        init: embeddings of n random tokens of the vocabulary, or random (normal, with the standard
+            deviation of the vocabulary's).
     """
 
     tokens: int = 20
@@ -98,7 +102,7 @@ class Prompt(Spec):
         )
         if not attentions:
             raise LorafoldError(
-                "Prompt lies on a decoder and its attentions (targets 'decoder'), not on"
+                "Prompt: expected a decoder and its attentions (targets 'decoder'), found"
                 f" {type(body).__name__}"
             )
         layers: list[Any] = [m.layer_idx for m in attentions]
@@ -107,6 +111,7 @@ class Prompt(Spec):
 
     @torch.no_grad()
     def start(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
+        """The embeddings at start, by `init`."""
         weight = embedding.weight
         if self.init == "vocabulary":
             return embedding(

@@ -1,15 +1,15 @@
-"""Sparse fine-tuning: k entries of the weights, chosen first and trained then.
+"""Sparse fine-tuning: k entries of the weights are chosen, and only these are trained.
 
     W' = W + scatter(values, at)    at (k_i,) positions in row-major W (out, in), values (k_i,) zero
                                     at start; sum of k_i = density * |W|
 
-LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3): train all entries for a while, keep the k
-that moved most in the whole model, rewind. FISH mask (Sung et al. 2021, arXiv 2111.09839, eq. 6):
-the k with the largest mean squared gradient over n losses. Both choose in `prepare`, which holds
-one dense fp32 change and its gradient (LT-SFT: two moments more) for as long as it runs; after it,
-values, optimizer state and files are of size k. Before it, and without it, the entries are random
-ones. Use them where the changes of several tasks shall be added up: they rarely touch the same
-entry.
+LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3) trains all entries for a number of steps,
+chooses the k in the whole model that changed most, and starts again from W. FISH mask (Sung et al.
+2021, arXiv 2111.09839, eq. 6) chooses the k with the largest mean squared gradient over n losses.
+Both choose in `prepare`, which needs memory for a dense fp32 update and its gradient (LT-SFT: two
+moments more). Afterwards values, optimizer state and files have size k. Before `prepare`, or
+without it, the entries are random. Use them to add up the updates of several tasks, which rarely
+change the same entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorafold.errors import LorafoldError
 class SparseDelta(Dense):
     """at (k,) int64, ascending, and values (k,) fp32.
 
-    While a choice is being made `at` is None and values are all of W's.
+    While entries are being chosen, `at` is None and values (out * in,) has one for each entry.
     """
 
     at: Tensor | None
@@ -50,9 +50,9 @@ class SparseDelta(Dense):
         return self.values.new_zeros(size).index_put((self.at,), self.values).view(self.shape)
 
     def select(self, at: Tensor | None) -> None:
-        """Take these entries (None: all of them), with values of zero.
+        """Train the entries at these positions (k,) (None: all), with values of zero.
 
-        Optimizers made before know nothing of the new parameter.
+        The values are a new parameter, so make optimizers afterwards.
         """
         size = self.shape[0] * self.shape[1] if at is None else len(at)
         self.at, self.values = at, nn.Parameter(self.values.new_zeros(size))
@@ -60,7 +60,7 @@ class SparseDelta(Dense):
 
 @dataclass(frozen=True)
 class _Sparse(Spec):
-    """Abstract: how many entries, laid out at random until `prepare` chooses."""
+    """Abstract: the share of entries that are trained; random ones until `prepare` chooses."""
 
     density: float = 0.005
 
@@ -71,7 +71,9 @@ class _Sparse(Spec):
             raise LorafoldError(f"{type(self).__name__}: {'; '.join(wrong)}")
 
     def wrong(self) -> list[str]:
-        return [] if 0 < self.density <= 1 else [f"density {self.density!r} (above 0, at most 1)"]
+        """What is wrong with the options, as an error message says it."""
+        found = f"density: found {self.density!r}, expected above 0, at most 1"
+        return [] if 0 < self.density <= 1 else [found]
 
     def build(self, layer: Layer) -> SparseDelta:
         out, inn = layer.shape
@@ -88,17 +90,19 @@ class _Sparse(Spec):
 
     @abstractmethod
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
-        """How much each entry of each weight matters: (out * in,) for each delta, whose values are
-        dense while this runs.
+        """The score of each entry of each weight, (out * in,) for each delta; the values are dense
+        while this runs.
         """
 
 
 @dataclass(frozen=True)
 class LTSFT(_Sparse):
-    """density: the share of entries kept; dense_steps and dense_lr of the first phase, whose AdamW
-    is its own.
+    """LT-SFT. Raises LorafoldError for values out of range.
 
-    Raises LorafoldError for values out of range.
+    Args:
+        density: the share of entries that are trained.
+        dense_steps, dense_lr: the steps and the learning rate of the first phase, which has an
+            AdamW of its own.
     """
 
     dense_steps: int = 50
@@ -109,16 +113,16 @@ class LTSFT(_Sparse):
     def wrong(self) -> list[str]:
         wrong = super().wrong()
         if not (isinstance(self.dense_steps, int) and self.dense_steps >= 1):
-            wrong.append(f"dense_steps {self.dense_steps!r} (a whole number from 1)")
+            wrong.append(f"dense_steps: found {self.dense_steps!r}, expected a whole number from 1")
         if not self.dense_lr > 0:
-            wrong.append(f"dense_lr {self.dense_lr!r} (above 0)")
+            wrong.append(f"dense_lr: found {self.dense_lr!r}, expected above 0")
         return wrong
 
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]
         optimizer = AdamW(values, lr=self.dense_lr, weight_decay=0.0)
         for loss in losses(self.dense_steps):
-            loss.backward(inputs=values)  # and not into what else is trained
+            loss.backward(inputs=values)  # and no other trained parameters
             optimizer.step()
             optimizer.zero_grad()
         return [v.detach().abs() for v in values]
@@ -126,10 +130,11 @@ class LTSFT(_Sparse):
 
 @dataclass(frozen=True)
 class FishMask(_Sparse):
-    """density: the share of entries kept; samples: the number of rows whose squared gradients are
-    summed.
+    """FISH mask. Raises LorafoldError for values out of range.
 
-    Raises LorafoldError for values out of range.
+    Args:
+        density: the share of entries that are trained.
+        samples: the number of rows whose squared gradients are summed.
     """
 
     samples: int = 128
@@ -137,7 +142,7 @@ class FishMask(_Sparse):
     def wrong(self) -> list[str]:
         fine = isinstance(self.samples, int) and self.samples >= 1
         return super().wrong() + (
-            [] if fine else [f"samples {self.samples!r} (a whole number from 1)"]
+            [] if fine else [f"samples: found {self.samples!r}, expected a whole number from 1"]
         )
 
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
@@ -153,8 +158,8 @@ class FishMask(_Sparse):
 
 
 def largest(scores: list[Tensor], density: float) -> list[Tensor]:
-    """The positions, ascending, of the density * sum(sizes) largest scores over all weights: to
-    each weight its own, maybe none.
+    """The ascending positions (k_i,), in each weight, of the share `density` of largest scores over
+    all weights; a weight may have none. Each of the scores is (out * in,).
     """
     sizes = [len(s) for s in scores]
     keep = max(1, round(density * sum(sizes)))

@@ -1,14 +1,14 @@
-"""VeRA: one pair of frozen random projections for the whole adapter, and two learned vectors a
-matrix.
+"""VeRA: one pair of frozen random projections for the whole adapter, and two learned vectors for
+each matrix.
 
     y = W x + diag(b) B[:out] diag(d) A[:, :in] drop(x)     A (r, in), B (out, r) frozen; b (out,)
                                                             zero, d (r,) 0.1 at start
 
-Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. Parameters by the hundred where LoRA has thousands:
-for very many adapters of one base. The rank is large (256) and costs nothing to store, yet every
-product of the branch is of that rank. A and B are as large as the largest matrix asks,
-kaiming-uniform from a CPU generator seeded with `projection_prng_key`, A first: PEFT's own numbers,
-bit for bit.
+Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. It has hundreds of parameters where LoRA has
+thousands, for very many adapters of one base. The rank is large (256); that costs no storage, but
+time, since the products of the branch have that rank. A and B have the size that the largest matrix
+needs. They are kaiming-uniform from a CPU generator with the seed `projection_prng_key`, A first,
+which gives PEFT's numbers bit for bit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from lorafold.errors import LorafoldError
 class Projections(nn.Module):
     """A (r, in), B (out, r), frozen, fp32.
 
-    One module in all deltas of an adapter: shared through `.to`, deepcopy and pickle.
-
-    `saved`: adapter files hold them.
+    All deltas of an adapter have the same module, so that it stays shared through `.to`, deepcopy
+    and pickle. `saved` says whether adapter files contain A and B.
     """
 
     A: Tensor
@@ -44,7 +43,7 @@ class Projections(nn.Module):
         self.saved = saved
         generator = torch.Generator("cpu").manual_seed(key)
         for name, shape in {"A": (rank, inn), "B": (out, rank)}.items():
-            # kaiming: gain sqrt(2), uniform sqrt(3), over the root of the fan-in
+            # kaiming-uniform: gain sqrt(2) times sqrt(3), over the root of the fan-in
             bound = (6 / shape[1]) ** 0.5
             values = torch.empty(shape, dtype=torch.float32).uniform_(
                 -bound, bound, generator=generator
@@ -53,7 +52,7 @@ class Projections(nn.Module):
 
 
 class VeRADelta(LowRank):
-    """d (r,), b (out,), fp32. `projections` are set once all of the adapter's deltas are there."""
+    """d (r,), b (out,), fp32. `VeRA.join` sets the projections."""
 
     projections: Projections
 
@@ -75,11 +74,15 @@ class VeRADelta(LowRank):
 
 @dataclass(frozen=True)
 class VeRA(Spec):
-    """rank r of the projections; dropout on the branch; d_initial, d at start; projection_prng_key,
-    the projections' seed; save_projection: store them with the adapter, so that a file does not
-    depend on torch's generator.
+    """VeRA. Raises LorafoldError for values out of range.
 
-    LorafoldError for values out of range.
+    Args:
+        rank: the rank r of the projections.
+        dropout: the probability of dropout on the branch.
+        d_initial: the value of d at start.
+        projection_prng_key: the seed of the projections.
+        save_projection: save the projections with the adapter, so that its files do not depend on
+            torch's random generator.
     """
 
     rank: int = 256
@@ -91,11 +94,11 @@ class VeRA(Spec):
     lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
-        wrong = [f"rank {self.rank!r} (a whole number from 1)"] * (
+        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
             not (isinstance(self.rank, int) and self.rank >= 1)
         )
         if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout {self.dropout!r} (0 or more, below 1)")
+            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
         if wrong:
             raise LorafoldError(f"VeRA: {'; '.join(wrong)}")
 
@@ -111,11 +114,11 @@ class VeRA(Spec):
         )
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        laid: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
-        out, inn = (max(delta.shape[i] for delta in laid) for i in (0, 1))
+        ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
+        out, inn = (max(delta.shape[i] for delta in ours) for i in (0, 1))
         by_device: dict[torch.device, Projections] = {}
-        for delta in laid:
-            # made from a seed, they have no place to be filled from
+        for delta in ours:
+            # drawn even where parameters are on the meta device, since files may not contain them
             device = torch.device("cpu") if delta.b.is_meta else delta.b.device
             if device not in by_device:
                 by_device[device] = Projections(

@@ -1,2 +1,1 @@
-"""Tensor operations, fused; `reference` and `nf4` are their specifications. No model is known here.
-"""
+"""Fused tensor operations, which know no model. `reference` and `nf4` are their specifications."""

@@ -1,23 +1,23 @@
-"""The numbers in which 16-bit matrices are multiplied: those that the processor at hand is faster
-with.
+"""Whether 16-bit matrices are multiplied in 16 bits or widened to fp32: whichever is faster on this
+processor.
 
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; the sum is fp32 either way, and is
                                             rounded once
 
 A processor with matrix units (AMX), or with AVX512-BF16 at full rate (AMD's), multiplies bf16 at
-twice fp32's rate and more. Intel's without AMX has half of fp32's rate, and one without an
-instruction for it a tenth or less; there, a pass over memory to widen both matrices is soon paid
-back. What the processor is decides, not a stopwatch, so that a run repeats itself on a busy machine
-too.
+twice the rate of fp32 or more. Intel's without AMX reach half the rate of fp32, and processors
+without such an instruction a tenth or less; there the pass over memory that widens both matrices
+pays. The kind of processor decides, not a measurement, so that a run is reproducible on a busy
+machine too.
 
-    with multiplying(widened=True): ...     decides in the processor's place, until the `with` ends
+    with multiplying(widened=True): ...     overrides that choice until the `with` block ends
 
-A backward multiplies in what its forward did, wherever it runs. Checkpointed blocks run their
-forward anew in the backward, which then belongs into the scope too. Graphs that `torch.compile`
-makes, and devices other than the CPU, multiply 16-bit matrices as they are, whatever is said here.
+A backward multiplies in the same dtype as its forward. Checkpointed blocks run their forward again
+in the backward, so that must be inside the `with` block too. Graphs made by `torch.compile`, and
+devices other than the CPU, always multiply 16-bit matrices in 16 bits.
 
 1024 x 576 times 576 x 1536 on two cores in GFLOP/s, bf16 and widened: Intel Xeon with AVX512-BF16
-but without AMX 165 and 300, its gradient 165 and 280; the same held to AVX2 27 and 280, its
+but without AMX 165 and 300, its gradient 165 and 280; the same restricted to AVX2 27 and 280, its
 gradient 5 and 285. AMD EPYC with AVX512-BF16: bf16 400, fp32 140 to 180.
 """
 
@@ -39,15 +39,16 @@ from torch.autograd.function import once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
-ROWS = 64  # below, reading W is what takes the time, and it is half as long in 16 bits
-_said: ContextVar[bool | None] = ContextVar("widened", default=None)  # None: as the processor is
+# with fewer input vectors, reading W takes most of the time, which is half as long in 16 bits
+ROWS = 64
+_said: ContextVar[bool | None] = ContextVar("widened", default=None)  # None: the processor decides
 
 
 @contextmanager
 def multiplying(*, widened: bool) -> Iterator[None]:
-    """Multiply 16-bit matrices widened to fp32, or as they are, whatever processor this is.
+    """Multiply 16-bit matrices widened to fp32, or in 16 bits, whatever the processor is.
 
-    It holds in this thread or task, until the `with` ends. The innermost of several counts.
+    It holds in this thread or task until the `with` block ends. Of several, the innermost counts.
     """
     token = _said.set(widened)
     try:
@@ -57,8 +58,9 @@ def multiplying(*, widened: bool) -> Iterator[None]:
 
 
 def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
-    """Are matrices of that dtype widened on that device of this machine? On its CPU 16-bit ones
-    are where `multiplying` says so, and else where the CPU is faster so.
+    """Whether matrices of that dtype are widened on that device.
+
+    On the CPU, 16-bit ones are if `multiplying` says so, or by default if that is faster.
     """
     if dtype not in HALF or device.type != "cpu":
         return False
@@ -67,8 +69,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype to multiply x (..., in) in: its own, or fp32 where that is clearly faster with the
-    conversions counted, or asked for.
+    """The dtype in which x (..., in) is multiplied: its own, or fp32 if that is chosen by
+    `multiplying`, or clearly faster with the conversions counted.
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
@@ -77,20 +79,20 @@ def arithmetic(x: Tensor) -> torch.dtype:
 
 @cache
 def widening_pays(dtype: torch.dtype) -> bool:
-    """Does this CPU multiply matrices of a 16-bit dtype clearly faster in fp32?"""
+    """Whether this CPU multiplies matrices of a 16-bit dtype clearly faster in fp32."""
     if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
         return False
     info = Path("/proc/cpuinfo")
-    words = set(
+    flags = set(
         (info.read_text() if info.exists() else platform.processor()).replace(",", " ").split()
     )
     if dtype is torch.float16:
-        return "avx512_fp16" not in words
-    return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in words)
+        return "avx512_fp16" not in flags
+    return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in flags)
 
 
 class _Widened(Function):
-    """x m^T + b in fp32, which keeps what it was given and no wider copy."""
+    """x m^T + b in fp32; for the backward it keeps its inputs and no wider copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
@@ -111,7 +113,13 @@ class _Widened(Function):
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
-    """x (..., in), m (k, in), b (k,) of any dtype -> x m^T + b (..., k) in x's dtype."""
+    """x m^T + b (..., k), in x's dtype.
+
+    Args:
+        x: the input (..., in).
+        m: the matrix (k, in), of any dtype.
+        b: the bias (k,), of any dtype, or None.
+    """
     if arithmetic(x) is x.dtype:
         return F.linear(x, m.to(x.dtype), None if b is None else b.to(x.dtype))
     y: Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), m, b)

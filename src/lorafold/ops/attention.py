@@ -1,20 +1,20 @@
-"""Causal attention over documents that lie end to end in one row, each blind to the others.
+"""Causal attention over packed documents, each of which attends to itself alone.
 
     o_i = sum_j p_ij v_j,   p_i = softmax_j(cap * tanh(scale * q_i k_j / cap)),   j in document(i),
                             i - window < j <= i
 
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
-(grouped-query attention, Ainslie et al. 2023). Documents are worked off in tiles of at most TILE
-queries; nothing of size T x T exists, and the backward computes the probabilities again instead of
-keeping them. On CUDA, in half precision, the tiles are flash attention's (Dao 2023, arXiv
-2307.08691), which torch brings. Use it where documents are packed without padding. The
-specification is `reference.document_attention`.
+(grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
+at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again
+instead of keeping them. On CUDA in half precision, torch's flash attention (Dao 2023, arXiv
+2307.08691) is used instead. Use it where documents are packed without padding. The specification is
+`reference.document_attention`.
 
 At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
-backward: five documents of 140 to 260 tokens in 0.4 of the time of torch's causal kernel over the
-whole row, one document of 1024 in 0.9 of it. Smaller tiles skip more of what is hidden, larger ones
-make fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256 and 1.03 for
-the five.
+backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's causal kernel over all
+1024 tokens, one document of 1024 takes 0.9 of it. Smaller tiles skip more of the masked scores,
+larger ones need fewer calls: 128 rather than 256 takes 0.84 of the time for four documents of 256
+and 1.03 for the five.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ TILE = 128
 
 
 class Tile(NamedTuple):
-    """Queries lo:hi against keys first:hi of each of n neighbouring documents of one length, the
-    first of which begins at row `at`.
+    """Queries lo:hi against keys first:hi of each of n consecutive documents of one length, the
+    first of which begins at token `at`.
     """
 
     at: int
@@ -52,14 +52,19 @@ class Tile(NamedTuple):
     first: int
 
     def cut(self, x_THD: Tensor, lo: int) -> Tensor:
-        """The view (n, hi - lo, H, D) of rows lo:hi of each document."""
+        """The view (n, hi - lo, H, D) of tokens lo:hi of each document."""
         return x_THD[self.at : self.at + self.n * self.length].unflatten(0, (self.n, self.length))[
             :, lo : self.hi
         ]
 
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, G * rows, D) in that dtype: the G heads that share a key head lie under
-        each other.
+        """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
+        follow each other.
+
+        Args:
+            x_THD: the queries of all documents.
+            kv_heads: the number Hk of key heads.
+            dtype: the dtype of the copy.
         """
         by_group = self.cut(x_THD, self.lo).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
@@ -67,7 +72,7 @@ class Tile(NamedTuple):
         )
 
     def keys(self, x_THD: Tensor, dtype: torch.dtype) -> Tensor:
-        """(n * Hk, columns, D) in that dtype"""
+        """A copy (n * Hk, s, D), in that dtype, of the tile's s keys or values."""
         return (
             self.cut(x_THD, self.first)
             .transpose(1, 2)
@@ -76,22 +81,22 @@ class Tile(NamedTuple):
         )
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
-        """Writes (n * Hk, G * rows, D) to its place: what `queries` took apart."""
-        rows, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
-        by_group = part.view(self.n, -1, heads * self.n // len(part), rows, width)
+        """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
+        t, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
+        by_group = part.view(self.n, -1, heads * self.n // len(part), t, width)
         self.cut(x_THD, self.lo).copy_(
-            by_group.permute(0, 3, 1, 2, 4).reshape(self.n, rows, heads, width)
+            by_group.permute(0, 3, 1, 2, 4).reshape(self.n, t, heads, width)
         )
 
     def add_keys(self, x_THD: Tensor, part: Tensor) -> None:
-        """Adds (n * Hk, columns, D) to its place: a key is read by several tiles."""
+        """Add part (n * Hk, s, D) to its place in x_THD, since several tiles read one key."""
         self.cut(x_THD, self.first).add_(part.unflatten(0, (self.n, -1)).transpose(1, 2))
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents lie: `lens` in tokens, row after row over the batch, sum B * T. With a window
-    query i sees (i - window, i].
+    """The documents in a batch: `lens` are their lengths in tokens, sequence after sequence, with
+    sum B * T. With a window, query i sees the keys in (i - window, i].
     """
 
     lens: tuple[int, ...]
@@ -101,8 +106,12 @@ class Documents:
     )
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The attention by flash attention's kernel: q (T, H, D), k, v (T, Hk, D), fp16 or bf16 on
-        CUDA.
+        """The attention (T, H, D) by the kernel of flash attention, in fp16 or bf16 on CUDA.
+
+        Args:
+            q: the queries (T, H, D).
+            k, v: the keys and values (T, Hk, D).
+            scale: the factor of the scores.
         """
         starts = (
             torch.tensor([0, *self.lens], dtype=torch.int32)
@@ -126,10 +135,10 @@ class Documents:
         return found  # type: ignore[return-value]
 
     def tiles(self) -> Iterator[Tile]:
-        """Every query once.
+        """Yield tiles that contain every query once.
 
-        Neighbours of equal length share their tiles, so that a batch of equal rows is one batched
-        product.
+        Consecutive documents of equal length share their tiles, so that a batch of documents of one
+        length is one batched product.
         """
         at = 0
         for length, equal in groupby(self.lens):
@@ -140,22 +149,27 @@ class Documents:
             at += n * length
 
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
-        """What is added to a tile's scores, (G * rows, columns): 0 or -inf.
+        """The mask (G * t, s), 0 or -inf, that is added to the scores of a tile's t queries and s
+        keys.
 
-        Counted back from a tile's last column all tiles of as many rows have the same mask, so the
-        widest is kept and the others are its last columns: every layer of a model asks for them
-        again.
+        Aligned at the last key, all tiles of t queries have the same mask. So the widest one is
+        kept, for all layers of a model, and the others are its last columns.
+
+        Args:
+            tile: the tile.
+            groups: the number G of heads that share a key head.
+            like: a tensor, of any shape, with the mask's dtype and device.
         """
-        rows, columns, key = (
+        t, columns, key = (
             tile.hi - tile.lo,
             tile.hi - tile.first,
             (tile.hi - tile.lo, groups, like.dtype, like.device),
         )
         if key not in self._masks or self._masks[key].shape[1] < columns:
             widest = (
-                tile.length if self.window is None else min(tile.length, rows + self.window - 1)
+                tile.length if self.window is None else min(tile.length, t + self.window - 1)
             )
-            i = torch.arange(widest - rows, widest, device=like.device)[:, None]
+            i = torch.arange(widest - t, widest, device=like.device)[:, None]
             j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
             self._masks[key] = (
@@ -164,7 +178,7 @@ class Documents:
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
-        """The same as a boolean mask, True where a query sees a key: (B, 1, T, T)."""
+        """The whole mask, boolean (B, 1, T, T): True where a query sees a key."""
         lens = torch.tensor(self.lens, device=device)
         document = (
             torch.arange(len(self.lens), device=device)
@@ -179,8 +193,8 @@ class Documents:
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """q (b, G * rows, D), k (b, columns, D) -> p (b, G * rows, columns), and the tanh that a cap
-    needs again in the backward.
+    """q (b, G * t, D), k (b, s, D) -> the probabilities (b, G * t, s), and the tanh that the
+    backward of a cap needs.
     """
     if cap is None:
         return torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=scale), -1), None
@@ -209,7 +223,7 @@ class _DocumentAttention(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
         kv_heads, dtype = k.shape[1], ctx.dtype
-        # in bf16 a key's gradient would lose to rounding with every tile it adds
+        # several tiles add to a key's gradient, and in bf16 each sum would be rounded
         wide = torch.promote_types(k.dtype, torch.float32)
         gq, gk, gv = (
             torch.empty_like(q),
@@ -241,9 +255,15 @@ class _DocumentAttention(Function):
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """q (T, H, D), k (T, Hk, D), v (T, Hk, Dv), Hk dividing H and sum(docs.lens) = T -> (T, H, Dv).
+    """Causal attention (T, H, Dv) within each document. Differentiable once.
 
-    Differentiable once.
+    Args:
+        q: the queries (T, H, D).
+        k: the keys (T, Hk, D); Hk divides H.
+        v: the values (T, Hk, Dv).
+        docs: the documents, with sum(docs.lens) = T.
+        scale: the factor of the scores.
+        softcap: the cap of the scores, or None.
     """
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if half and varlen_attn is not None and softcap is None and q.shape[-1] == v.shape[-1] <= 256:

@@ -1,19 +1,19 @@
-"""Dropout by the places that it empties.
+"""Dropout that draws the indices of the dropped elements instead of a mask.
 
-    dropout(x)[i] = 0 at every place i that is dropped, x[i] / (1 - p) at the others; each is
-    dropped with probability p, independently
-    gap = 1 + floor(log(1 - u) / log(1 - p)),  u uniform in [0, 1): the way from one dropped place
-    to the next is geometric
+    dropout(x)[i] = 0 at every index i that is dropped, x[i] / (1 - p) elsewhere; each is dropped
+    with probability p, independently
+    gap = 1 + floor(log(1 - u) / log(1 - p)),  u uniform in [0, 1): the distance from one dropped
+    index to the next is geometric
 
-So n p random numbers are drawn instead of n, and n p places are kept for the backward instead of a
-mask. The factor 1 / (1 - p) is a Python float, to be folded into an fp32 factor where there is one:
-in bf16 1 / 0.95 alone would round from 1.0526 to 1.0547. Numbers come from torch's default
-generator of x's device: a checkpoint that replays its segment, or a run that resumes, drops the
-same places. Where a tensor's size must not depend on chance (accelerators, compiled code), the
-places are a boolean mask. Use `shared` inside a fused operation, `dropout` anywhere else.
+So n p random numbers are drawn instead of n, and n p indices are kept for the backward instead of a
+mask. The factor 1 / (1 - p) is a Python float, so that it can be multiplied into an fp32 factor: in
+bf16, 1 / 0.95 alone would round from 1.0526 to 1.0547. The random numbers come from torch's default
+generator of x's device, so a checkpointed segment that is replayed, or a run that resumes, drops
+the same elements. Where a tensor's size must not be random (accelerators, compiled code), a boolean
+mask is used. Use `shared` inside a fused operation, `dropout` anywhere else.
 
-1024 x 576 in bf16, p = 0.05: places drawn in 0.17 ms and emptied in 0.05; a mask from 16 random
-bits an element takes 0.54 and 0.06, `torch.nn.functional.dropout` 5.5.
+1024 x 576 in bf16, p = 0.05: indices drawn in 0.17 ms and set to zero in 0.05; a mask from 16
+random bits an element takes 0.54 and 0.06, `torch.nn.functional.dropout` 5.5.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p): what the kept elements are multiplied by to preserve the mean.
+    """1 / (1 - p), the factor of the kept elements that preserves the mean.
 
-    ValueError for p outside [0, 1).
+    Raises ValueError for p outside [0, 1).
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: found {p!r}, expected 0 or more and below 1")
@@ -37,18 +37,23 @@ def keep_scale(p: float) -> float:
 
 
 def dropped(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """The places that are dropped: (m,) int32, ascending, in the flattened x; or a boolean mask in
-    x's shape, True for them.
+    """Draw the elements to drop: their ascending indices (m,), int32, in the flattened x; or a
+    boolean mask in x's shape, True for them.
 
-    Without a generator the device's default one is advanced. ValueError for p outside [0, 1).
+    Raises ValueError for p outside [0, 1).
+
+    Args:
+        x: the input, of any shape.
+        p: the probability that an element is dropped.
+        generator: the random generator (None: the default one of x's device).
     """
     keep_scale(p)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(x.shape, device=x.device, generator=generator) < p
     if generator is not None:
         return _drawn(x, p, generator)
-    places: Tensor = torch.ops.lorafold.dropped_places.default(x, p)
-    return places
+    indices: Tensor = torch.ops.lorafold.dropped_places.default(x, p)
+    return indices
 
 
 def _drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -56,10 +61,10 @@ def _drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Ten
 
 
 def _fake(x: Tensor, p: float) -> Tensor:
-    return x.new_empty(round(x.numel() * p), dtype=torch.int32)  # as many as are expected
+    return x.new_empty(round(x.numel() * p), dtype=torch.int32)  # the expected number
 
 
-# an operation of torch's, so that tensors without values have as many places as real ones
+# an operator of torch, so that fake tensors have as many indices as real ones
 LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
 LIBRARY.define("dropped_places(Tensor x, float p) -> Tensor")
 LIBRARY.impl("dropped_places", _drawn, "CPU")
@@ -74,13 +79,13 @@ def _places(n: int, p: float, generator: torch.Generator | None) -> Tensor:
     gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=n).long().add_(1)
     places = gaps.cumsum(0).sub_(1)
     last = int(places[-1])
-    if last < n - 1:  # too few by chance: once in a billion
+    if last < n - 1:  # too few were drawn: once in a billion
         places = torch.cat([places, last + 1 + _places(n - 1 - last, p, generator)])
     return places[: int(torch.searchsorted(places, n))]
 
 
 def emptied(x: Tensor, where: Tensor) -> Tensor:
-    """A copy of x with zeros where `dropped` says."""
+    """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
     return (
         x.masked_fill(where, 0)
         if where.dtype is torch.bool
@@ -89,7 +94,7 @@ def emptied(x: Tensor, where: Tensor) -> Tensor:
 
 
 def empty_(x: Tensor, where: Tensor) -> Tensor:
-    """`emptied` in place, for a contiguous x of any shape with as many elements."""
+    """`emptied` in place, for a contiguous x of any shape with the same number of elements."""
     flat = x.view(-1)
     if where.dtype is torch.bool:
         flat.masked_fill_(where.flatten(), 0)
@@ -99,8 +104,8 @@ def empty_(x: Tensor, where: Tensor) -> Tensor:
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped places; which they are; and the version of the input, the
-    segment and the readers they are for.
+    """An input (..., in) with dropped elements; which these are (see `dropped`); and the version of
+    the input, the checkpointed segment and the readers that they are for.
     """
 
     x: Tensor
@@ -111,22 +116,27 @@ class Dropped(NamedTuple):
 
 
 def _segment() -> ReferenceType[Any] | None:
-    """The checkpointed segment that runs, told by the hooks that keep its tensors; None outside of
-    any.
+    """The checkpointed segment that is running, identified by its saved-tensor hooks; None outside
+    of one.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else ref(hooks[0])
 
 
 def shared(x: Tensor, p: float, reader: int) -> Dropped:
-    """x with places emptied, drawn once for all that read this tensor: q, k and v, or gate and up,
-    which know nothing of each other.
+    """x with dropped elements, drawn once for all layers that read this tensor: q, k and v, or gate
+    and up, which know nothing of each other.
 
-    It is kept on x itself. A reader (any number that stands for it) never gets the same places
-    twice, and a checkpointed segment shares with no other: it is replayed alone, and must then draw
-    what it drew. No gradient; ValueError for p outside [0, 1).
+    The result is kept on x itself. A reader never gets the same elements twice. A checkpointed
+    segment shares with no other one, since it must draw the same elements when it is replayed
+    alone. There is no gradient. Raises ValueError for p outside [0, 1).
+
+    Args:
+        x: the input, of any shape.
+        p: the probability that an element is dropped.
+        reader: a number that identifies the layer that reads x.
     """
-    # inference tensors do not count their changes
+    # inference tensors have no version counter
     segment, version = _segment(), None if x.is_inference() else x._version
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
     found = known.get(p)
@@ -143,8 +153,8 @@ def shared(x: Tensor, p: float, reader: int) -> Dropped:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """x with dropped elements, in x's shape and dtype; the gradient keeps their places and not x.
+    """Dropout of x, of any shape, in its dtype; for the backward the indices are kept and not x.
 
-    ValueError for p outside [0, 1).
+    Raises ValueError for p outside [0, 1).
     """
     return emptied(x, dropped(x, p)) * keep_scale(p)

@@ -1,13 +1,12 @@
-"""A frozen linear whose matrix is read anew for the backward, instead of being kept from the
+"""A frozen linear whose matrix is read again in the backward, instead of being kept from the
 forward.
 
     y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the
                                     GEMM's fp32 accumulator, rounded once
     gx = g W,  gonto = g
 
-`read` gives W in a dtype. A matrix that is stored as it is costs nothing to read; one that is
-stored in other numbers (NF4, int8) is unpacked once a use, so that a step never holds more than one
-of them.
+`read` gives W in a dtype. A matrix stored in floating point costs nothing to read; a quantized one
+(NF4, int8) is dequantized for each use, so that a step never holds more than one of them.
 """
 
 from __future__ import annotations
@@ -47,5 +46,11 @@ class _FrozenLinear(Function):
 
 
 def frozen_linear(x: Tensor, onto: Tensor | None, read: Read) -> Tensor:
-    """x (T, in), onto (T, out), (out,) or None -> (T, out) in x's dtype."""
+    """x W^T + onto (T, out), in x's dtype. Differentiable once.
+
+    Args:
+        x: the input (T, in).
+        onto: what is added before the rounding, (T, out) or (out,), or None.
+        read: returns W (out, in) in a dtype.
+    """
     return _FrozenLinear.apply(x, onto, read)

@@ -1,10 +1,9 @@
-"""A gated activation that keeps its two inputs: what it makes of the gate is made again for the
-backward.
+"""A gated activation that keeps only its two inputs; the backward computes act(gate) again.
 
     y = act(gate) * up
 
-Shazeer 2020, arXiv 2002.05202: SwiGLU for silu, GEGLU for gelu. gate, up (..., k). Written out in
-torch, the same keeps act(gate) as a third. The specification is `reference.gated`.
+Shazeer 2020, arXiv 2002.05202: SwiGLU for silu, GEGLU for gelu. gate, up (..., k). In plain torch,
+autograd keeps act(gate) too. The specification is `reference.gated`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Activation(NamedTuple):
+    """An elementwise function and its derivative."""
+
     forward: Callable[[Tensor], Tensor]
-    # gradient of the output, input -> gradient of the input
+    # (gradient of the output, input) -> gradient of the input
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -51,5 +52,10 @@ class _Gated(Function):
 
 
 def gated(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
-    """gate, up (..., k) in one dtype, act one of ACTIVATIONS -> (..., k). Differentiable once."""
+    """act(gate) * up (..., k). Differentiable once.
+
+    Args:
+        gate, up: the inputs (..., k), of one dtype.
+        act: one of ACTIVATIONS.
+    """
     return _Gated.apply(gate, up, act)

@@ -1,4 +1,4 @@
-"""The product, element by element, of two low-rank matrices, from its factors.
+"""The elementwise (Hadamard) product of two low-rank matrices, from their factors.
 
     P = s (A1 B1) * (A2 B2)         A (out, r), B (r, in)
 
@@ -31,5 +31,11 @@ class _Hadamard(Function):
 
 
 def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor:
-    """a1, a2 (out, r), b1, b2 (r, in), s a scale -> (out, in)."""
+    """s (a1 b1) * (a2 b2), (out, in). Differentiable once.
+
+    Args:
+        a1, a2: the left factors (out, r).
+        b1, b2: the right factors (r, in).
+        s: the scale.
+    """
     return _Hadamard.apply(a1, b1, a2, b2, s)

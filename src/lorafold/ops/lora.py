@@ -1,14 +1,14 @@
-"""A linear under a low-rank change with one rounding, forward and backward.
+"""A frozen linear plus a low-rank update, with one rounding in the forward and in the backward.
 
     u  = drop(x) A^T                         (T, r)
     y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32
                                             accumulator and rounds once
-    gx = addmm(drop((g k B) A), g, W)       the mirror image, with the same places emptied
+    gx = addmm(drop((g k B) A), g, W)       the same in the backward, with the same elements dropped
 
-W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets places of
-(T, in) to 0 and k = 1 / (1 - p). Only drop(x), u, those places and the small factors are kept for
-the backward; W is read again (`frozen.Read`). The specification is `reference.low_rank_linear`;
-over any other layer it is `Layer.low_rank`.
+W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets elements
+of (T, in) to 0, and k = 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and the
+small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
+`reference.low_rank_linear`; for any other layer `Layer.low_rank` does the same.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _LowRankLinear(Function):
         if need_down:
             gdown = (v.t() @ xd.to(v.dtype)).to(ctx.dtype)
         if need_up:
-            # a product with r rows runs faster than one with r columns
+            # (r, T) x (T, out) runs faster than (out, T) x (T, r)
             gup = (u.t() @ wide).t().to(ctx.dtype).mul_(ctx.scale)
         return gx, None, gdown, gup, None, None, None
 
@@ -70,10 +70,15 @@ class _LowRankLinear(Function):
 def low_rank_linear(
     x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, scale: float = 1.0
 ) -> Tensor:
-    """x (..., in), a frozen W (out, in) to be read, down (r, in), up (out, r), times scale -> (...,
-    out) in x's dtype.
+    """x W^T + scale drop(x) down^T up^T (..., out), in x's dtype. Differentiable once.
 
-    drop: what the branch sees of x, in its place.
+    Args:
+        x: the input (..., in).
+        read: returns the frozen W (out, in) in a dtype.
+        down: the down factor (r, in).
+        up: the up factor (out, r).
+        drop: x with dropped elements, the input of the branch (None: x).
+        scale: the factor of the branch.
     """
     xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
     rows, branch = (z.reshape(-1, z.shape[-1]) for z in (x, xd))

@@ -1,24 +1,24 @@
-"""4-bit NormalFloat (NF4) in plain torch: what the storage of a 4-bit base must hold, byte for
-byte.
+"""4-bit NormalFloat (NF4) in plain torch: the specification, byte for byte, of a 4-bit base's
+storage.
 
-    W (out, in), flattened row by row into blocks of 64:    c = max |w| of a block (fp32)
+    W (out, in), flattened, in blocks of 64:    c = max |w| of a block (fp32)
     code = the k with level[k] nearest to w / c, the lower one on a tie;
         two codes a byte, the first in the high nibble
     double quantization, of the constants in blocks of 256: c ~ m + d map[e]
         m = mean c, d = max |c - m|, e 8 bits
     W ~ level[code] * c         4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight
 
-The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them
-around an exact zero can't be symmetric, so 7 lie below it and 8 above, each side at even steps of
-probability between 1/2 and 0.9677083. That is the mean of 1 - 1/32 and 1 - 1/30, the middles of the
-outermost of 16 and of 15 bins of equal mass: the ends themselves would be infinite.
+The levels are quantiles of N(0, 1), scaled so that the outermost are -1 and 1. Sixteen of them with
+an exact zero among them can't be symmetric, so 7 are below zero and 8 above, each side at even
+steps of probability between 1/2 and 0.9677083. That is the mean of 1 - 1/32 and 1 - 1/30, the
+middles of the outermost of 16 and of 15 bins of equal mass, whose ends are infinite.
 
 Paper: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E. Its equation 4
-averages neighbouring quantiles; the levels that its appendix lists, which implementations have, are
+averages neighbouring quantiles, but the levels that its appendix lists and implementations use are
 quantiles, and so are these. The 8-bit levels: Dettmers et al. 2021, 8-bit Optimizers via Block-wise
 Quantization, arXiv 2110.02861.
 
-Use it to read what NF4 is, and as the oracle of faster storages (bitsandbytes). It keeps every
+Use it to understand NF4, and as the oracle of faster implementations (bitsandbytes). It keeps every
 intermediate tensor.
 """
 
@@ -34,9 +34,9 @@ BLOCK, BLOCK_OF_CONSTANTS = 64, 256
 
 
 def levels() -> Tensor:
-    """The 16 levels, ascending, fp32: level[0] = -1, level[7] = 0, level[15] = 1."""
+    """The 16 levels (16,), ascending, fp32: level[0] = -1, level[7] = 0, level[15] = 1."""
 
-    # the probabilities are rounded to fp32, as in the published table: it is met to the last bit
+    # the probabilities are rounded to fp32, so that the levels equal the published ones exactly
     def above_zero(n: int) -> Tensor:
         return torch.special.ndtri(torch.linspace(OFFSET, 0.5, n + 1)[:-1].double()).float()
 
@@ -45,10 +45,10 @@ def levels() -> Tensor:
 
 
 def dynamic_map() -> Tensor:
-    """The 256 levels of the 8-bit code, ascending, fp32: 0, 1 and, for e = 0 .. 6, +- 10^(e - 6)
-    times the centres of 2^e bins of [0.1, 1].
+    """The 256 levels (256,) of the 8-bit code, ascending, fp32: 0, 1 and, for e = 0 .. 6,
+    +- 10^(e - 6) times the centres of 2^e bins of [0.1, 1].
 
-    Fine near zero and coarse at the ends; 1 has no counterpart, the lowest level is -0.993.
+    They are fine near zero and coarse at the ends. There is no -1; the lowest level is -0.993.
     """
     edges = [torch.linspace(0.1, 1, 2**e + 1) for e in range(7)]
     positive = torch.cat(
@@ -58,19 +58,19 @@ def dynamic_map() -> Tensor:
 
 
 def normalized(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """w, any shape -> w / c (blocks, block) in fp32, the last block filled up with zeros, and c
-    (blocks,).
+    """w, of any shape -> w / c (blocks, block) in fp32, with the last block padded with zeros, and
+    c (blocks,).
     """
     flat = w.flatten().float()
     x = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
     c = x.abs().amax(1)
-    # a block of zeros stays one; kernels multiply by the reciprocal, so does this
+    # clamped, so that a block of zeros stays zero; kernels multiply by the reciprocal too
     return x * (1 / c.clamp(min=1e-38))[:, None], c
 
 
 def nearest(x: Tensor, level: Tensor) -> Tensor:
-    """The index (uint8) of the nearest of ascending levels, the lower of two that are equally
-    near.
+    """The index (uint8, x's own shape) of the nearest of the ascending levels (n,); of two that are
+    equally near, the lower one.
     """
     return torch.bucketize(x, ((level[:-1] + level[1:]) / 2).to(x.device)).to(torch.uint8)
 
@@ -83,13 +83,14 @@ class Constants:
     absmax: Tensor  # (blocks / 256,) fp32
     mean: Tensor  # () fp32
 
-    def dense(self) -> Tensor:  # (blocks,) fp32
+    def dense(self) -> Tensor:  # (blocks,)
+        """The dequantized constants (blocks,), fp32."""
         level = dynamic_map().to(self.codes.device)[self.codes.int()]
         return level * self.absmax.repeat_interleave(BLOCK_OF_CONSTANTS)[: len(level)] + self.mean
 
 
 @dataclass(frozen=True)
-class Packed:
+class Quantized:
     """A tensor of `shape` in NF4."""
 
     codes: Tensor  # (elements / 2,) uint8, the first of two elements in the high nibble
@@ -98,30 +99,34 @@ class Packed:
     block: int
 
 
-def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> Packed:
-    """w, any shape, finite, in blocks of an even number -> its NF4 form; `double` quantizes the
-    block constants too.
+def quantize(w: Tensor, block: int = BLOCK, double: bool = True) -> Quantized:
+    """Quantize w to NF4.
+
+    Args:
+        w: a finite tensor of any shape.
+        block: the size of the blocks, an even number.
+        double: quantize the block constants too.
     """
     x, c = normalized(w, block)
-    # an odd last byte is filled up with the code of zero
+    # the last byte of an odd number of elements is padded with the code of zero
     code = nearest(x, levels()).flatten()[: w.numel() + w.numel() % 2]
     constants: Constants | Tensor = c
     if double:
         y, d = normalized(c - c.mean(), BLOCK_OF_CONSTANTS)
         constants = Constants(nearest(y, dynamic_map()).flatten()[: len(c)], d, c.mean())
-    return Packed(code[::2] << 4 | code[1::2], constants, w.shape, block)
+    return Quantized(code[::2] << 4 | code[1::2], constants, w.shape, block)
 
 
-def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The tensor of `packed.shape` that the codes stand for: the product in fp32, rounded once to
-    dtype.
-    """
-    code = torch.stack([packed.codes >> 4, packed.codes & 15], 1).flatten()[: packed.shape.numel()]
-    c = packed.constants.dense() if isinstance(packed.constants, Constants) else packed.constants
+def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:  # (any shape)
+    """The tensor of `q.shape` that the codes represent, computed in fp32 and rounded once."""
+    code = torch.stack([q.codes >> 4, q.codes & 15], 1).flatten()[: q.shape.numel()]
+    c = q.constants.dense() if isinstance(q.constants, Constants) else q.constants
     level = levels().to(code.device)[code.int()]
-    return (level * c.repeat_interleave(packed.block)[: len(level)]).view(packed.shape).to(dtype)
+    return (level * c.repeat_interleave(q.block)[: len(level)]).view(q.shape).to(dtype)
 
 
 def bits_per_weight(block: int = BLOCK, double: bool = True) -> float:
-    """Storage of a large tensor: 4.127 with double quantization in blocks of 64, 4.5 without."""
+    """The bits per weight of a large tensor: 4.127 with double quantization in blocks of 64, 4.5
+    without.
+    """
     return 4 + (8 / block + 32 / (block * BLOCK_OF_CONSTANTS) if double else 32 / block)

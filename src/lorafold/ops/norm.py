@@ -1,13 +1,13 @@
-"""Root mean square layer normalization that keeps its input and nothing else.
+"""Root mean square layer normalization that keeps only its input for the backward.
 
     y = x r g,   r = (mean(x^2) + eps)^-1/2
     gx = r (g gy) - x r^3 mean(g gy x)
 
 Zhang and Sennrich 2019, arXiv 1910.07467, equation 4. x (..., d), g (d,). Sums and products are in
-fp32, with one rounding at the end. Written out in torch, as models write it, the same keeps two
-fp32 copies of x for the backward. The specification is `reference.rms_norm`.
+fp32, with one rounding at the end. In plain torch, as models implement it, autograd keeps two fp32
+copies of x. The specification is `reference.rms_norm`.
 
-1024 x 576 bf16 on two CPU cores, forward and backward: 0.58 ms; written out 0.86;
+1024 x 576 bf16 on two CPU cores, forward and backward: 0.58 ms; plain torch 0.86;
 torch.nn.functional.rms_norm 1.06.
 """
 
@@ -49,7 +49,13 @@ class _RMSNorm(Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x (..., d), a frozen gain (d,) -> (..., d) in x's dtype. Differentiable once, in x."""
+    """x normalized and multiplied by the gain, (..., d) in x's dtype. Differentiable once, in x.
+
+    Args:
+        x: the input (..., d).
+        gain: the frozen gain (d,).
+        eps: what is added to the mean square.
+    """
     if x.is_cuda and x.dtype is gain.dtype:
-        return F.rms_norm(x, gain.shape, gain, eps)  # one kernel there, which keeps no more
+        return F.rms_norm(x, gain.shape, gain, eps)  # one kernel, which keeps only x too
     return _RMSNorm.apply(x, gain, eps)

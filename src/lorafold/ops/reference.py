@@ -1,8 +1,8 @@
-"""The operations of this package in plain torch, one step a line: what the fast ones must equal, in
-values and in gradients.
+"""The operations of this package in plain torch, one step a line: the specification of the fused
+ones, in values and in gradients.
 
-Use them to read what an operation means, and as the oracle of its tests; they keep every
-intermediate tensor.
+Use them to understand an operation, and as the oracle of its tests. They keep every intermediate
+tensor.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ def document_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv): causal attention in each document
-    alone, of `lens` tokens, sum T.
+    """Causal attention (T, H, Dv) within each document.
+
+    Args:
+        q: the queries (T, H, D).
+        k: the keys (T, Hk, D); Hk divides H.
+        v: the values (T, Hk, Dv).
+        lens: the lengths of the documents in tokens, with sum T.
+        window: query i sees the keys in (i - window, i] (None: all keys up to i).
+        scale: the factor of the scores.
+        softcap: the cap of the scores, or None.
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = []
@@ -44,8 +52,8 @@ def document_attention(
 
 
 def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits (B, T, V), labels (B, T) the target of each position or -100 -> the cross-entropy
-    summed over the labelled positions.
+    """logits (B, T, V), labels (B, T) with the target of each position or -100 -> the cross-entropy
+    summed over the positions that have a target, a scalar.
     """
     return F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -55,8 +63,15 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def low_rank_linear(
     x: Tensor, w: Tensor, down: Tensor, up: Tensor, keep: Tensor | None, scale: float
 ) -> Tensor:
-    """x (..., in), w (out, in), down (r, in), up (out, r), keep 0 or 1 in x's shape -> (..., out):
-    W x + scale up down (keep x).
+    """W x + scale up down (keep x), (..., out).
+
+    Args:
+        x: the input (..., in).
+        w: the weight (out, in).
+        down: the down factor (r, in).
+        up: the up factor (out, r).
+        keep: a mask of 0 and 1 in x's shape, or None.
+        scale: the factor of the branch.
     """
     seen = x if keep is None else x * keep
     u = F.linear(seen, down.to(x.dtype))
@@ -64,8 +79,13 @@ def low_rank_linear(
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x (..., d), gain (d,) -> (..., d) in x's dtype: x over the root of its mean square, times the
-    gain, in fp32 or wider.
+    """x divided by the root of its mean square, times the gain: (..., d) in x's dtype, computed in
+    fp32 or wider.
+
+    Args:
+        x: the input (..., d).
+        gain: the gain (d,).
+        eps: what is added to the mean square.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -73,13 +93,21 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, D), cos and sin that broadcast to it -> (..., T, D): the pairs (x[i], x[i + D /
-    2]) turned by an angle each.
+    """The pairs (x[i], x[i + D / 2]) rotated by one angle each, (..., T, D).
+
+    Args:
+        x: the input (..., T, D).
+        cos, sin: the cosines and sines of the angles, which broadcast to x.
     """
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
 def gated(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """gate, up (..., k) -> (..., k)"""
+    """act(gate) * up, (..., k).
+
+    Args:
+        gate, up: the inputs (..., k).
+        act: an elementwise function.
+    """
     return act(gate) * up

@@ -1,10 +1,10 @@
-"""Rotary position embedding, without a rotated copy of its input.
+"""Rotary position embedding that makes no rotated copy of its input.
 
     y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]
 
 Su et al. 2021, arXiv 2104.09864, in the layout of transformers. x (..., T, D) with halves a and b
-(..., T, D / 2); cos and sin broadcast to x. The backward is the transpose of the same map, and
-keeps cos and sin alone. The specification is `reference.rotary`.
+(..., T, D / 2); cos and sin broadcast to x. The backward is the transposed map, for which only cos
+and sin are kept. The specification is `reference.rotary`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class _Rotary(Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, D), D even; cos, sin constants that broadcast to it -> x's shape, dtype and
-    layout. Differentiable once, in x.
+    """x cos + rotate(x) sin, in x's shape, dtype and layout. Differentiable once, in x.
+
+    Args:
+        x: the input (..., T, D), with D even.
+        cos, sin: constants that broadcast to x.
     """
     return _Rotary.apply(x, cos, sin)

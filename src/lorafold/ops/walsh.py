@@ -1,11 +1,11 @@
 """The Walsh-Hadamard transform, as two products with small Hadamard matrices.
 
-    y = H x / sqrt(n),  H[i, j] = (-1)^(number of ones that i and j share in binary)        n a
-    power of 2;  y y = x y's transform: x
+    y = H x / sqrt(n),  H[i, j] = (-1)^(number of ones that i and j share in binary),  n a power of
+                        2; the transform of y is x
 
-H of n = a b is the Kronecker product of those of a and b, so with x as a matrix (a, b) it is H_a X
-H_b: n (a + b) multiplications where the fast transform has n log n additions, which a processor's
-matrix product does sooner than passes over memory.
+H of n = a b is the Kronecker product of those of a and b, so for x reshaped to a matrix X (a, b) it
+is H_a X H_b. That takes n (a + b) multiplications where the fast transform takes n log n additions,
+but a matrix product is faster on a processor than many passes over memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def hadamard_matrix(n: int) -> Tensor:
-    """H / sqrt(n), (n, n) fp32, n a power of 2 (Sylvester's construction)."""
+    """H / sqrt(n), (n, n) in fp32, for n a power of 2 (Sylvester's construction)."""
     h = torch.ones(1, 1)
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -23,11 +23,16 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
-    """H_a and H_b for `walsh` of n = a b numbers, a and b as near as can be."""
+    """H_a (a, a) and H_b (b, b) for `walsh` of n = a b numbers, a and b as close as possible."""
     a = 1 << (n.bit_length() - 1) // 2
     return hadamard_matrix(a), hadamard_matrix(n // a)
 
 
 def walsh(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """x (..., a b), left (a, a), right (b, b) -> (..., a b). Orthonormal and its own inverse."""
+    """The transform of x, (..., a b), which is orthonormal and its own inverse.
+
+    Args:
+        x: the input (..., a b).
+        left, right: the matrices (a, a) and (b, b) that `halves` makes.
+    """
     return (left @ (x.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.beside import Bias
+from lorafold.methods.parts.extras import Bias
 from lorafold.peft.format import Field, Method, Regex, Site
 from lorafold.peft.selection import Patterns, Selection, saved_leaves
 from lorafold.peft.table import METHODS

@@ -32,7 +32,7 @@ from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, VOCABULARY, training_card
 from lorafold.files.intact import check_intact
 from lorafold.files.record import RECORD, read_object
-from lorafold.methods.parts.beside import Bias
+from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint

@@ -1,1 +1,1 @@
-"""What methods are made of, or laid beside: token rows, whole modules, biases, virtual tokens."""
+"""Parts of methods and of adapters: token rows, whole modules, biases, virtual tokens, mixtures."""

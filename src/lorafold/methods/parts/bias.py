@@ -1,8 +1,8 @@
-"""An offset on a layer's output: a trained bias.
+"""A trained bias, as an offset on a layer's output.
 
     y = layer(x) + c                c (out,), zero at start
 
-The offset is small where the bias may be large, so it is summed before the layer's rounding and the
+The offset is small where the bias may be large, so it is added before the layer's rounding and the
 bias itself after it.
 """
 
@@ -18,7 +18,7 @@ from lorafold.core.layer import Layer, add
 
 
 class BiasDelta(Delta):
-    """c (out,), fp32. Folding adds it to the bias, or becomes the bias of a layer that has none."""
+    """c (out,), fp32. Folding adds it to the layer's bias, or makes it the bias of one without."""
 
     def __init__(self, out: int, device: torch.device) -> None:
         super().__init__()

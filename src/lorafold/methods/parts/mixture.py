@@ -1,17 +1,17 @@
-"""A mixture of frozen adapters under learned gates.
+"""A mixture of frozen adapters with learned gates.
 
-    y = W x + sum_i g_i B_i A_i x       B_i (out, r_i), A_i (r_i, in) frozen and laid end to end; g
+    y = W x + sum_i g_i B_i A_i x       B_i (out, r_i), A_i (r_i, in) frozen and concatenated; g
                                         (n,) learned, 1/n at start
 
-    global      one g for the whole adapter, as LoRAHub has it (Huang et al. 2023, arXiv 2307.13269)
-    layer       a g for every adapted layer, as MoLE has it for every block (Wu et al. 2024, arXiv
+    global      one g for the whole adapter, as in LoRAHub (Huang et al. 2023, arXiv 2307.13269)
+    layer       one g for every adapted layer, as MoLE has for every block (Wu et al. 2024, arXiv
                 2404.13628)
     token       g = softmax(R x), R (n, in) zero at start: every adapted layer routes every token by
                 its own input
 
-Under global and layer gates it is a low-rank change as any other, which folds and composes; routed
-by tokens it has no form in weight space. An adapter that has nothing at a layer has no columns
-there. Made by `lorafold compose --how mixture`, which then trains the gates.
+With global or layer gates it is a low-rank update like any other, which can be merged and composed;
+with token gates it has no weight-space form. An adapter without a delta at a layer has no columns
+there. `lorafold compose --how mixture` makes a mixture and trains the gates.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 
-# the key, in the file, of the gates that an adapter has for all its layers
+# the key in the file for the gates that all layers of an adapter share
 GATES = "base_model.mixture_gates"
 Gating = Literal["global", "layer", "token"]
 
 
 class Gates(nn.Module):
-    """values (n,), fp32: a module, so that the deltas of an adapter can have one and the same.
+    """values (n,), fp32; a module, so that the deltas of an adapter can share it.
 
-    `shared`: they do.
+    `shared` says whether they do.
     """
 
     def __init__(self, n: int, shared: bool, device: torch.device) -> None:
@@ -46,9 +46,14 @@ class Gates(nn.Module):
         self.values = nn.Parameter(torch.full((n,), 1 / n, device=device, dtype=torch.float32))
 
 
-def lay_frozen(delta: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
-    """Room for the factors: up (out, R), down (R, in), fp32, and owner (R,) int64, the adapter that
-    each column is of.
+def add_factor_buffers(delta: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
+    """Give a delta empty buffers for the frozen factors: up (out, R), down (R, in), fp32, and owner
+    (R,) int64, the index of the adapter that a column of up belongs to.
+
+    Args:
+        delta: the delta.
+        shape: the shape (out, in) of its layer.
+        device: the device of the buffers.
     """
     delta.register_buffer("up", torch.zeros(shape[0], 0, device=device, dtype=torch.float32))
     delta.register_buffer("down", torch.zeros(0, shape[1], device=device, dtype=torch.float32))
@@ -56,9 +61,9 @@ def lay_frozen(delta: nn.Module, shape: tuple[int, int], device: torch.device) -
 
 
 class MixtureDelta(LowRank):
-    """The factors under gates that hold for all tokens.
+    """Frozen factors with gates that are the same for all tokens.
 
-    `gates` are its own, or those of the delta that they are shared with.
+    `gates` are its own, or those of the delta that it shares them with.
     """
 
     gates: Gates
@@ -70,12 +75,12 @@ class MixtureDelta(LowRank):
         super().__init__()
         self.n = n
         self.gates = Gates(n, shared, device)
-        lay_frozen(self, shape, device)
+        add_factor_buffers(self, shape, device)
 
     def share(self, gates: Gates) -> None:
-        """Take another delta's gates.
+        """Use another delta's gates.
 
-        They stay that one's parameters, so that they are trained, counted and saved once.
+        They remain parameters of that delta only, so that they are trained, counted and saved once.
         """
         del self.gates
         object.__setattr__(self, "gates", gates)
@@ -88,7 +93,7 @@ class MixtureDelta(LowRank):
 
 
 class RoutedDelta(Opaque):
-    """The factors under gates that a router (n, in), fp32, gives each token."""
+    """Frozen factors with gates that a router (n, in), fp32, computes for each token."""
 
     up: Tensor
     down: Tensor
@@ -98,7 +103,7 @@ class RoutedDelta(Opaque):
         super().__init__()
         self.n = n
         self.router = nn.Parameter(torch.zeros(n, shape[1], device=device, dtype=torch.float32))
-        lay_frozen(self, shape, device)
+        add_factor_buffers(self, shape, device)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         gates = layer.op(x, self.router).float().softmax(-1)  # (..., n)
@@ -109,11 +114,13 @@ class RoutedDelta(Opaque):
 
 @dataclass(frozen=True)
 class Mixture(Spec):
-    """adapters: the names of those that are mixed, in the order of their gates; gates: global,
-    layer or token.
+    """A mixture. Raises LorafoldError for no adapters or unknown gates.
 
-    What it builds is empty until it is filled: by `compose`, or from a file. LorafoldError for no
-    adapters or unknown gates.
+    The deltas that it builds have empty factors, which composing or loading fills.
+
+    Args:
+        adapters: the names of the adapters that are mixed, in the order of their gates.
+        gates: global, layer or token.
     """
 
     adapters: tuple[str, ...]
@@ -124,7 +131,7 @@ class Mixture(Spec):
     def __post_init__(self) -> None:
         wrong = [] if self.adapters else ["adapters: found none, expected at least one"]
         if self.gates not in get_args(Gating):
-            wrong.append(f"gates {self.gates!r} ({', '.join(get_args(Gating))})")
+            wrong.append(f"gates: found {self.gates!r}, expected {' or '.join(get_args(Gating))}")
         if wrong:
             raise LorafoldError(f"Mixture: {'; '.join(wrong)}")
 

@@ -1,10 +1,9 @@
-"""Modules trained whole: a copy takes the module's place (PEFT's `modules_to_save`).
+"""Modules that are trained whole: a trained copy runs in the module's place (PEFT's
+`modules_to_save`).
 
-    y = copy(x)                     the copy starts as the module; the module itself is never
-                                    touched
+    y = copy(x)                     the copy starts equal to the module, which is never changed
 
-For a fresh head, or norms, beside a low-rank change elsewhere. As a delta it goes when the adapter
-goes.
+Use it for a new head, or for norms, together with a low-rank update elsewhere.
 """
 
 from __future__ import annotations
@@ -24,26 +23,27 @@ from lorafold.errors import LorafoldError
 
 
 def leaves(module: nn.Module, path: str) -> list[str]:
-    """The paths at and under `path` of the modules that hold parameters themselves."""
+    """The paths, at and under `path`, of the modules that have parameters of their own."""
     return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
 
 
 class ReplaceDelta(Delta):
-    """fp32 copies of the module's parameters, computed in the module's own dtype."""
+    """fp32 copies of the module's parameters, which compute in the module's own dtype."""
 
     def __init__(self, module: nn.Module, path: str) -> None:
         super().__init__()
         if isinstance(module, Adapted):
             raise LorafoldError(
-                f"{path} carries another adapter already; a module to save must be bare"
+                f"{path} has another adapter attached, which a module to save must not have; merge"
+                " or detach that one first"
             )
         if others := [n for n in module._parameters if n not in ("weight", "bias")]:
             raise LorafoldError(
-                f"{path} can't be a module to save: it holds {', '.join(others)}; expected only"
-                " weight and bias"
+                f"{path} can't be a module to save: found parameters {', '.join(others)}, expected"
+                " only weight and bias"
             )
         self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-        layer_of(self.copy).unpack()
+        layer_of(self.copy).dequantize()
         self.dtype = next(self.copy.parameters()).dtype
         for owner in self.copy.modules():
             for name, p in owner.named_parameters(recurse=False):

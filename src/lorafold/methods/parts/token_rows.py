@@ -1,25 +1,22 @@
-"""New tokens: the rows of a few ids are trained, in the embedding and in the head, beside any
-method.
+"""Token rows: the embedding and head rows of a few tokens are trained, together with any method.
 
-    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else what lies beneath
+    embedding   y[t] = rows[i] where id_t is the i-th of the ids, else the layer's output
                 rows (k, d), ids (k,)
-    head        z[t, id_i] = x[t] . rows[i], else what lies beneath                               z
-                (T, V + m)
-    fold        the matrix (V, d) with these rows in the places of its own, and those of ids from V
-                on appended: (V + m, d)
+    head        z[t, id_i] = x[t] . rows[i], else the layer's output            z (T, V + m)
+    fold        the matrix (V, d) with these rows at their ids; those of ids from V on are appended:
+                (V + m, d)
 
-For words that a tokenizer gains (roles of a conversation, say), and for known ones that shall mean
-something else. The base is never resized: the m rows that it lacks belong to the delta, so the
-vocabulary is V + m while the adapter is live and V without it. A head that shares the embedding's
-weight shares its rows: they are parameters of the embedding's delta alone, and the head's is its
-`twin`.
+They are for tokens that a tokenizer gains (roles of a conversation, say), and for known tokens that
+are to mean something else. The base is never resized: the m rows that it lacks belong to the delta,
+so the vocabulary is V + m while the adapter is active and V without it. If head and embedding have
+a tied weight, they share the rows, which are parameters of the embedding's delta alone; the head's
+delta has it as its `twin`.
 
-A row that the base has starts as it is. One that it lacks starts as the mean of all rows, so that a
-new token's logit is the mean of the others' whatever the text, and takes no more than an average
-one's share of the probability (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
-Language Models"); rows that start alike part by what the data says about each. The new entries of a
-head's bias are the mean of the bias, and stay it. Rows are fp32, and rounded to the nearest before
-use: what is trained on is what a merged model stores.
+A row that the base has starts as it is. A new row starts as the mean of all rows, so that a new
+token's logit is the mean of the others' for any text, and its probability at most their average
+(Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); training makes new
+rows differ. The new entries of a head's bias are the mean of the bias, and are not trained. Rows
+are fp32, and rounded to the nearest before use, as a merged model stores them.
 """
 
 from __future__ import annotations
@@ -42,17 +39,17 @@ from lorafold.errors import LorafoldError
 
 
 class TokenRows(Delta):
-    """Abstract: rows (k, d) of the ids (k,), in the order given; its own, fp32, or those of the
-    delta whose twin it is.
+    """Abstract: the rows (k, d), fp32, of the ids (k,) in the order given; its own parameters, or
+    those of the delta that is its twin.
     """
 
-    order: Tensor  # (k,), which row belongs to the first, second, ... of the ids in ascending order
-    ascending: Tensor  # (k,)
+    order: Tensor  # (k,), the permutation that sorts the ids
+    ascending: Tensor  # (k,), the sorted ids
 
     def __init__(self, ids: Sequence[int], rows: Tensor | TokenRows) -> None:
         super().__init__()
         self.ids = tuple(ids)
-        # in a tuple, where torch does not look for submodules: the rows are one delta's parameters
+        # in a tuple, so that it is no submodule: the rows are parameters of one delta only
         self._owner = (rows,) if isinstance(rows, TokenRows) else ()
         if isinstance(rows, Tensor):
             self.rows = nn.Parameter(rows.detach().to(torch.float32, copy=True))
@@ -68,7 +65,7 @@ class TokenRows(Delta):
 
     @property
     def owner(self) -> TokenRows:
-        """The delta whose parameters the rows are."""
+        """The delta that has the rows as its parameters."""
         return self._owner[0] if self._owner else self
 
     @property
@@ -81,20 +78,22 @@ class TokenRows(Delta):
     def values_at(self) -> Sequence[int]:
         return self.ids
 
-    def sorted_rows(self, device: torch.device) -> Tensor:  # (k, d), by ascending id
+    def sorted_rows(self, device: torch.device) -> Tensor:  # (k, d)
+        """The rows by ascending id."""
         return self.owner.rows.to(device)[self.order.to(device)]
 
     def beyond(self, size: int) -> int:
-        """How many of the ids a matrix of `size` rows lacks.
+        """The number of ids that are not below `size`, the vocabulary of a matrix.
 
-        LorafoldError if appending them would leave a gap.
+        Raises LorafoldError if appending their rows would leave a gap.
         """
         missing = sum(i >= size for i in self.ids)
         if missing and max(self.ids) != size + missing - 1:
             raise LorafoldError(gap(self.ids, size))
         return missing
 
-    def placed(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d), in the wider of the two dtypes
+    def placed(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d)
+        """The matrix with the rows at their ids, in the wider of the two dtypes."""
         rows = self.sorted_rows(w.device)
         dtype, old = torch.promote_types(w.dtype, rows.dtype), len(rows) - self.beyond(len(w))
         w = torch.cat([w.to(dtype), rows[old:].to(dtype)])
@@ -105,7 +104,7 @@ class TokenRows(Delta):
 
 
 class EmbeddingRows(TokenRows):
-    """On an embedding, W (d, V)."""
+    """Token rows of an embedding, W (d, V)."""
 
     def forward(self, layer: Layer, ids: Tensor, onto: Tensor | None = None) -> Tensor:
         ascending = self.ascending.to(ids.dtype)
@@ -120,7 +119,7 @@ class EmbeddingRows(TokenRows):
 
 
 class HeadRows(TokenRows):
-    """On an output embedding, W (V, d)."""
+    """Token rows of an output embedding, W (V, d)."""
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         z: Tensor = layer(x)
@@ -146,18 +145,21 @@ class HeadRows(TokenRows):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which rows train: `ids` of the embedding and the head over it, or by module name. `fresh` are
-    those that start as the mean although the base has a row for them: matrices are often longer
-    than the vocabulary, and those rows mean nothing yet.
+    """The tokens whose rows train.
+
+    Args:
+        ids: the ids for the embedding and the head, or ids by module name.
+        fresh: ids that start as the mean although the base has a row for them: matrices are often
+            longer than the vocabulary, and the rows beyond it are untrained.
     """
 
     ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
     fresh: frozenset[int] = frozenset()
 
-    def deltas(self, model: nn.Module, live: Sequence[str]) -> dict[str, TokenRows]:
-        """The deltas by module path, to lie over the adapters that are live.
+    def deltas(self, model: nn.Module, active: Sequence[str]) -> dict[str, TokenRows]:
+        """The deltas by module path, to be attached above the active adapters of these names.
 
-        LorafoldError lists all that is wrong.
+        Raises LorafoldError with everything that is wrong.
         """
         by_path, problems = self._by_path(model)
         found: dict[str, TokenRows] = {}
@@ -165,23 +167,25 @@ class Tokens:
             module = model.get_submodule(path)
             if not (is_linear(module) or _is_embedding(module)):
                 problems.append(
-                    f"{path}: {type(module).__name__} has no rows for tokens; expected an embedding"
-                    " or the head over it"
+                    f"{path}: found {type(module).__name__}, which has no rows for tokens; expected"
+                    " an embedding or the head"
                 )
                 continue
-            w = _rows_of(module.layer(*live) if isinstance(module, Adapted) else layer_of(module))
+            w = _rows_of(module.layer(*active) if isinstance(module, Adapted) else layer_of(module))
             if wrong := self._wrong(ids, len(w)):
                 problems.append(f"{path}: {wrong}")
                 continue
-            kind = EmbeddingRows if _is_embedding(module) else HeadRows
-            found[path] = kind(ids, self._owner(model, path, by_path, found) or self._start(w, ids))
+            rows = EmbeddingRows if _is_embedding(module) else HeadRows
+            found[path] = rows(ids, self._owner(model, path, by_path, found) or self._start(w, ids))
         if problems := problems or self._one_sided(model, found):
             raise LorafoldError("; ".join(problems))
         return found
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """Embeddings first, each followed by the modules that share its weight, unless the user
-        gave these other ids.
+        """The ids by module path, and what is wrong with them.
+
+        Embeddings come first, each followed by the modules whose weight is tied to it, which get
+        the same ids unless the user gave them others.
         """
         problems: list[str] = []
         if isinstance(self.ids, Mapping):
@@ -195,8 +199,8 @@ class Tokens:
             named = dict.fromkeys(vocabulary_ends(model) if self.ids else (), tuple(self.ids))
             if self.ids and not named:
                 problems.append(
-                    f"{type(model).__name__} does not say where its embeddings are: give the ids by"
-                    " module name"
+                    f"{type(model).__name__} does not say which module its embedding is; give the"
+                    " ids by module name"
                 )
         by_path: dict[str, tuple[int, ...]] = {}
         for path in sorted(named, key=lambda p: not _is_embedding(model.get_submodule(p))):
@@ -235,7 +239,7 @@ class Tokens:
 
     @staticmethod
     def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
-        """What is wrong where only one of embedding and head would get rows for new tokens."""
+        """What is wrong if embedding and head would have different vocabularies."""
         ends = {path: bare(model.get_submodule(path)) for path in vocabulary_ends(model)}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
@@ -244,10 +248,10 @@ class Tokens:
             sizes[path] = max([rows[path], *(i + 1 for delta in held for i in delta.ids)])
         if sizes == rows or len(set(sizes.values())) == 1:
             return []
-        have = ", ".join(f"{path} would have rows for {n}" for path, n in sizes.items())
+        have = ", ".join(f"{path} would have {n} tokens" for path, n in sizes.items())
         return [
-            f"new tokens belong in the embedding and the head alike: {have} tokens; give both, or"
-            " resize the base first"
+            f"new tokens need rows in the embedding and in the head: {have}; give the ids for both,"
+            " or resize the base first"
         ]
 
     @torch.no_grad()
@@ -265,15 +269,16 @@ class Tokens:
 
 
 def gap(ids: Sequence[int], size: int) -> str:
+    """The error message for ids that would leave a gap after a vocabulary of `size` tokens."""
     beyond = sorted(i for i in ids if i >= size)
     return (
-        f"tokens {beyond} leave a gap: the rows end with {size - 1}, and new ones must follow from"
-        f" {size} on without one left out"
+        f"tokens {beyond} leave a gap: the base's last token is {size - 1}; number new tokens from"
+        f" {size} on without gaps"
     )
 
 
 def carried(module: nn.Module) -> Iterator[TokenRows]:
-    """The rows that the adapters on a module hold."""
+    """Yield the token rows among the deltas attached to a module."""
     deltas: Any = module.deltas.values() if isinstance(module, Adapted) else ()
     return (part for delta in deltas for part in delta.parts() if isinstance(part, TokenRows))
 

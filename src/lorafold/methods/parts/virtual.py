@@ -1,18 +1,18 @@
-"""Virtual tokens at the attention level: what prompt and prefix tuning have in common.
+"""Virtual tokens in every attention: the common part of prompt and prefix tuning.
 
     attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
                                                         by every query
 
-A delta on the decoder (the sender) gives every attention the keys and values of n virtual tokens
-that come before the first real one; positions shift by n. They travel as one keyword argument,
-which transformers' decoders hand on to their attentions, and a receiver laid on each attention
-takes it there: it gives the attention a view of its cache that answers with the virtual columns in
-front, and widens the mask by as many. So the real cache holds real tokens only: lengths,
-reordering, cropping and resuming mean what they always mean, packed documents each see the virtual
-tokens, and under gradient checkpointing the recomputation is handed the same tensors again.
+A delta on the decoder (the sender) gives every attention the keys and values of n virtual tokens,
+which come before the first real token; positions shift by n. They are passed as one keyword
+argument, which transformers' decoders pass on to their attentions. There a second delta (the
+receiver) takes it out, gives the attention a wrapper of its cache that prepends the virtual keys
+and values, and extends the mask by n columns. So the cache itself contains real tokens only:
+lengths, reordering, cropping and resuming work as usual, every packed document sees the virtual
+tokens, and gradient checkpointing passes the same tensors again when it recomputes.
 
-The virtual tokens never age out of a sliding window. A model without attention layers, or whose
-decoder keeps such arguments to itself, is refused.
+Virtual tokens stay visible under a sliding window. A model without attention layers, or whose
+decoder does not pass such arguments on, is refused.
 """
 
 from __future__ import annotations
@@ -35,25 +35,32 @@ KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
 Seen = dict[int, tuple[Tensor, Tensor]]
 
 _KEYWORD = "virtual_tokens"
-_CACHE_NAMES = ("cache", "layer_past")  # what attentions call their cache
+_CACHE_NAMES = ("cache", "layer_past")  # the argument of an attention that is its cache
 
 
 def check(method: str, tokens: int, init: str, inits: tuple[str, ...]) -> None:
-    """LorafoldError lists the options of a virtual-token method that are out of range."""
+    """Raise LorafoldError with the options of a virtual-token method that are out of range.
+
+    Args:
+        method: the method's name, for the message.
+        tokens: the number of virtual tokens.
+        init: the name of the initialization.
+        inits: the names that it may have.
+    """
     wrong = (
         []
         if isinstance(tokens, int) and tokens >= 1
-        else [f"tokens {tokens!r} (a whole number from 1)"]
+        else [f"tokens: found {tokens!r}, expected a whole number from 1"]
     )
     if init not in inits:
-        wrong.append(f"init {init!r} ({' or '.join(inits)})")
+        wrong.append(f"init: found {init!r}, expected {' or '.join(inits)}")
     if wrong:
         raise LorafoldError(f"{method}: {'; '.join(wrong)}")
 
 
 class Virtual:
-    """What a sender hands down: the virtual tokens of every sender so far, and where to note a
-    layer's own keys and values, if anywhere.
+    """What senders pass to the attentions: the keys and values of every sender so far, and a
+    dictionary in which to record a layer's own keys and values, or None.
     """
 
     def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
@@ -61,16 +68,18 @@ class Virtual:
         self.reached: set[int] = set()
 
     def at(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
+        """Each sender's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer; the layer is
+        recorded as reached.
+        """
         self.reached.add(layer_idx)
         return [kv[layer_idx] for kv in self.before]
 
 
 class _Prepended:
-    """An attention's cache, seen with the virtual tokens in front; `cache` None where there is
-    none.
+    """A wrapper of an attention's cache (None: no cache) that prepends the virtual tokens.
 
-    Without a mask attention is causal over its own `tokens`: columns that a cache of fixed size
-    holds in reserve are left out then.
+    Without a mask, attention is causal over its own `tokens`; then the unused positions of a cache
+    of fixed size are cut off.
     """
 
     def __init__(
@@ -97,14 +106,15 @@ class _Prepended:
 
 
 class Receiver(Opaque):
-    """Laid on one attention: takes what a sender handed down. It has no parameters."""
+    """The delta on an attention that takes what a sender passed. It has no parameters."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.names = argument_names(attention)
         if not any(name in self.names for name in _CACHE_NAMES):
             raise LorafoldError(
-                f"{type(attention).__name__} takes no cache, so it can't be given virtual tokens"
+                f"{type(attention).__name__} takes no cache, through which virtual tokens are"
+                " given; choose another method"
             )
         self.cache_name = next(name for name in _CACHE_NAMES if name in self.names)
 
@@ -123,13 +133,20 @@ class Receiver(Opaque):
 
 
 def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | None:
-    """The mask of an attention over x (B, T, d) with n columns in front that every query sees: (B,
-    1, T, n + Tk), boolean or added.
+    """An attention's mask with n columns in front that every query sees: (B, 1, T, n + Tk), boolean
+    or additive; None if there is nothing to mask.
+
+    Raises LorafoldError for a mask of another kind.
+
+    Args:
+        mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
+        n: the number of virtual tokens.
+        x: the input (B, T, d) of the attention.
     """
     if isinstance(mask, Documents):
         mask = mask.dense(len(x), x.device)
     if mask is None:
-        # without a mask attention is causal over T keys, or has a single query that sees all
+        # without a mask, attention is causal over T keys, or has one query, which sees all keys
         t = x.shape[1]
         return (
             None
@@ -138,13 +155,14 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | None
         )
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise LorafoldError(
-            "virtual tokens need attention with a mask of its own (sdpa or eager), found a mask of"
-            f" {type(mask).__name__}"
+            "virtual tokens need an attention whose mask is a tensor of 4 dimensions (sdpa or"
+            f" eager), found {type(mask).__name__}; load the model with attn_implementation='sdpa'"
         )
     return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def is_attention(module: nn.Module) -> bool:
+    """Whether the module is an attention: it has a `layer_idx`."""
     return hasattr(module, "layer_idx")
 
 
@@ -155,7 +173,9 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 class Sender(Opaque):
-    """Abstract: laid on the decoder, knows the n virtual tokens' keys and values in every layer."""
+    """Abstract: the delta on the decoder, which knows the virtual tokens' keys and values in every
+    layer.
+    """
 
     def __init__(self, body: nn.Module, layers: list[int]) -> None:
         super().__init__()
@@ -169,8 +189,16 @@ class Sender(Opaque):
         n: int,
         seen: Seen | None = None,
     ) -> Any:
-        """Run the decoder on `inputs` with n virtual tokens in front; with `seen` given, note each
-        layer's own keys and values there.
+        """Run the decoder with virtual tokens in front, and return its output.
+
+        Raises LorafoldError if they do not reach the attention of every layer.
+
+        Args:
+            run: the decoder's forward.
+            inputs: its arguments by name.
+            virtual: keys (1, Hk, n, D) and values (1, Hk, n, Dv) by `layer_idx`, or None.
+            n: the number of virtual tokens.
+            seen: a dictionary in which each layer's own keys and values are recorded, or None.
         """
         above: Virtual | None = inputs.get(_KEYWORD)
         before = () if above is None else above.before
@@ -179,8 +207,8 @@ class Sender(Opaque):
         output = run(**(inputs | {_KEYWORD: own, "position_ids": positions(inputs) + n}))
         if missed := [i for i in self.layers if i not in own.reached]:
             raise LorafoldError(
-                f"the decoder hands no keyword arguments on to attention in layers {missed}: no"
-                " virtual token gets there"
+                "the decoder does not pass keyword arguments on to the attention of layers"
+                f" {missed}, so virtual tokens can't reach it; choose another method"
             )
         if above is not None:
             above.reached |= own.reached
@@ -188,8 +216,8 @@ class Sender(Opaque):
 
 
 def positions(inputs: dict[str, Any]) -> Tensor:
-    """The positions (B or 1, T) that a decoder gives its input: what it is told, or on from what
-    its cache holds.
+    """The positions (B or 1, T) of a decoder's input: those that it is given, or else those that
+    follow the tokens in its cache.
     """
     if (told := inputs.get("position_ids")) is not None:
         return told

@@ -1,0 +1,202 @@
+"""The handle of an adapter on a model, with which it is saved, merged and detached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafold.bases import parameter_count
+from lorafold.bases.bitsandbytes import record_dequantized
+from lorafold.core.attach import Adapted, adapted_modules, freeze, lift, selection_of, thaw
+from lorafold.core.delta import Delta, put
+from lorafold.core.layer import bare
+from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches
+from lorafold.errors import LorafoldError
+from lorafold.files.card import VOCABULARY
+from lorafold.fold.in_memory import carry_out
+from lorafold.fold.plan import plan_fold
+from lorafold.methods.parts.extras import Bias
+from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.models import whole
+from lorafold.models.weights import ModelWeights, Weights
+from lorafold.peft import directory as peft
+
+
+def joined(path: str, name: str) -> str:
+    """The dotted name of a tensor of the module at `path`."""
+    return f"{path}.{name}" if path else name
+
+
+class Adapter:
+    """One named adapter on one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        spec: Spec,
+        matches: Matches,
+        bias: Bias,
+        modules_to_save: tuple[str, ...],
+    ) -> None:
+        self.model, self.name, self.spec, self.matches = model, name, spec, matches
+        self.bias, self.modules_to_save = bias, modules_to_save
+
+    @property
+    def sites(self) -> dict[str, Adapted]:
+        """The modules that have a delta of the adapter, by module path."""
+        return {path: m for path, m in adapted_modules(self.model) if self.name in m.deltas}
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """The adapter's deltas by module path."""
+        return {path: m.deltas[self.name] for path, m in self.sites.items()}  # type: ignore[misc]
+
+    def parts(self) -> Iterator[tuple[str, Delta]]:
+        """Yield the module path and the delta of every part of every delta."""
+        return ((path, part) for path, delta in self.deltas.items() for part in delta.parts())
+
+    @property
+    def own_deltas(self) -> dict[str, Delta]:
+        """The deltas that the spec built, by module path, so without trained biases, modules to
+        save and token rows.
+        """
+        deltas = self.deltas  # once, since it walks over the model
+        return {path: next(iter(deltas[path].parts())) for path in self.matches.paths}
+
+    @property
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """The ids of the tokens whose rows train, by module path."""
+        return {path: part.ids for path, part in self.parts() if isinstance(part, TokenRows)}
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The size of the vocabulary with the adapter's new tokens; None if it has none."""
+        ends: dict[str, Any] = {p: bare(self.model.get_submodule(p)) for p in self.tokens}
+        sizes = {path: max(ids) + 1 for path, ids in self.tokens.items()}
+        return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the name, `<module path>.<name>`, and the parameter, for each of the adapter's."""
+        own = ((path, delta.named_parameters()) for path, delta in self.deltas.items())
+        return ((joined(path, name), p) for path, named in own for name, p in named)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the adapter's parameters."""
+        return (p for _, p in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints
+        have these.
+        """
+        own = ((path, delta.state_dict()) for path, delta in self.deltas.items())
+        return {joined(path, name): t for path, state in own for name, t in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what `state_dict` returned.
+
+        A tensor may be of any shape, also another one than the adapter's own (a pruned rank), which
+        makes it a new parameter; so make optimizers afterwards. Raises LorafoldError with the
+        missing and unknown keys, and loads nothing then.
+        """
+        own, given = set(self.state_dict()), set(state)
+        if own != given:
+            wrong = f"missing {sorted(own - given)}, unknown {sorted(given - own)}"
+            raise LorafoldError(f"adapter {self.name!r}: keys of the state to load: {wrong}")
+        for path, delta in self.deltas.items():
+            for name, old in delta.state_dict(keep_vars=True).items():
+                put(delta, name, state[joined(path, name)].to(old.device))
+
+    def requires_grad_(self, trainable: bool = True) -> Adapter:
+        """Make the adapter's parameters trainable, or freeze them; return the adapter."""
+        for p in self.parameters():
+            p.requires_grad_(trainable)
+        return self
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        card: str | None = None,
+        record: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+        base: Weights | None = None,
+    ) -> Path:
+        """Write the adapter in PEFT's format, or a plain model if it trained the base's own
+        weights. The directory is written completely or not at all.
+
+        Raises LorafoldError if `path` exists and `overwrite` is off.
+
+        Args:
+            path: the directory.
+            overwrite: replace a directory that lorafold wrote.
+            card: the text of its README.md.
+            record: what `lorafold.json` contains in addition to the base's fingerprint.
+            tokenizer: a tokenizer to write with it: that of a plain model, or one with new tokens.
+            base: the base's own weights, if the model does not have them (see `load`).
+        """
+        grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
+        about: dict[str, Any] = {"overwrite": overwrite, "card": card}
+        about["record"] = {**(record or {}), **grown}
+        if self.spec.trains_base:
+            return whole.write(path, self.model, self.spec, tokenizer, **about)
+        own = base or ModelWeights(self.model)
+        parts, beside = dict(self._parts_by_path()), (self.bias, self.modules_to_save)
+        adapter = (self.model, self.spec, self.matches, parts, *beside)
+        return peft.write(path, *adapter, own, tokenizer, **about)
+
+    def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
+        return ((path, list(delta.parts())) for path, delta in self.deltas.items())
+
+    def merge(self, *, untie_weights: bool = False) -> None:
+        """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach
+        it. New tokens grow the vocabulary. A quantized weight (NF4, int8) is dequantized, to the
+        dtype that it is computed in.
+
+        Raises NotMergeable, before anything is changed, if a delta has no weight-space form, is
+        above another adapter's, adds a bias that a plain model can't store, gives embedding and
+        head different vocabularies, or changes one of two tied weights (`untie_weights=True` gives
+        that module a weight of its own). Weights that change in the same way stay tied.
+        """
+        plan = plan_fold(self.model, [self.name])
+        carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
+        self.detach()
+        record_dequantized(self.model, plan.paths)
+
+    def detach(self) -> None:
+        """Detach the adapter; without any adapter the model is what it was before the first."""
+        selection = selection_of(self.model)
+        for m in self.sites.values():
+            lift(m, self.name)
+        selection.names = tuple(n for n in selection.names if n != self.name)
+        if any(adapted_modules(self.model)):
+            freeze(self.model, selection)
+        else:
+            thaw(selection)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        base = parameter_count(self.model)
+        lines = [f"{self.name}: {self.spec}"]
+        lines += [
+            f"  {pattern}: {len(paths)} modules"
+            for pattern, paths in self.matches.by_pattern.items()
+        ]
+        lines += [f"  bias: {self.bias}"] * (self.bias != "none")
+        lines += [f"  modules to save: {', '.join(self.modules_to_save)}"] * bool(
+            self.modules_to_save
+        )
+        tokens = [(path, part) for path, part in self.parts() if isinstance(part, TokenRows)]
+        lines += [
+            f"  tokens: {len(t.ids)} rows of {path}"
+            + ", which shares those of the embedding" * bool(t.twin)
+            for path, t in tokens
+        ]
+        return "\n".join(
+            [*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"]
+        )

@@ -1,0 +1,77 @@
+"""The deltas that an adapter can have in addition to those of its method: trained biases, and the
+embedding rows of tokens.
+
+They are added to a dictionary from module path to a list of deltas, the lowest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from lorafold.core.anatomy import bare_modules
+from lorafold.core.delta import Delta
+from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches
+from lorafold.errors import LorafoldError
+from lorafold.methods.parts.bias import BiasDelta
+from lorafold.methods.parts.token_rows import Tokens, carried
+
+Bias = Literal["none", "lora_only", "all"]
+
+
+def add_biases(
+    model: nn.Module, matches: Matches, bias: Bias, deltas: dict[str, list[Delta]]
+) -> None:
+    """Add a delta for every bias that is to be trained.
+
+    Args:
+        model: the model.
+        matches: the modules that the method adapts.
+        bias: train the biases of these modules ("lora_only"), of all ("all") or of none ("none").
+        deltas: the adapter's deltas by module path, to which they are added.
+    """
+    every = [path for path, _ in bare_modules(model)]
+    for path in {"none": (), "lora_only": matches.paths, "all": every}[bias]:
+        own = model.get_submodule(path)._parameters.get("bias")
+        if own is not None:
+            deltas.setdefault(path, []).append(BiasDelta(len(own), own.device))
+
+
+def add_token_rows(
+    model: nn.Module, spec: Spec, tokens: Tokens, active: Sequence[str],
+    deltas: dict[str, list[Delta]],
+) -> None:  # fmt: skip
+    """Add the deltas that train the embedding rows of tokens.
+
+    Raises LorafoldError if another delta of the same module excludes them.
+
+    Args:
+        model: the model.
+        spec: the spec of the method.
+        tokens: the tokens whose rows train.
+        active: the names of the active adapters, lowest first.
+        deltas: the adapter's deltas by module path, to which they are added.
+    """
+    rows = tokens.deltas(model, active)
+    if rows and spec.trains_base:
+        raise LorafoldError(
+            f"tokens: {type(spec).__name__} trains the base's own weights, so it can't have token"
+            " rows too; leave out the tokens"
+        )
+    over = [path for path in deltas if path not in rows and any(carried(model.get_submodule(path)))]
+    problems = [
+        f"{path} has token rows of another adapter, which change its shape; merge that one first"
+        for path in over
+    ]
+    for path, delta in rows.items():
+        if any(not isinstance(other, BiasDelta) for other in deltas.get(path, ())):
+            problems.append(
+                f"tokens: {path} is a target or a module to save as well; train either its token"
+                " rows or all of it"
+            )
+        deltas.setdefault(path, []).append(delta)
+    if problems:
+        raise LorafoldError("; ".join(problems))
