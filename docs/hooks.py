@@ -13,7 +13,6 @@ from __future__ import annotations
 import html
 import inspect
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,8 @@ def options(name: str) -> str:
         rows = panels.setdefault("Arguments" if argument else panel, [])
         rows.append([code(record[0]), cell(record[1])])
     parts = [f"    {command.get_usage(context)}"]
-    parts += [f"**{panel}**\n\n{table(['', ''], rows)}" for panel, rows in panels.items() if rows]
+    head = ["option", "meaning"]
+    parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]
     parts += [*(command.epilog or "").split("\n\n")]
     return "\n\n".join(part for part in parts if part)
 
@@ -107,29 +107,47 @@ def recipe() -> str:
             parts.append("")
             title = GROUPS[name]
         default = "" if field.default is None else code(str(field.default))
-        anchor = f'<span id="{name}"></span>{code(name)}'
-        rows.append([anchor, code(records[name]), default, cell(str(field.description))])
-        head = ["field", "option", "default", "meaning"]
+        names = f'<span id="{name}"></span>{code(name)}<br>{code(records[name])}'
+        rows.append([names, default, cell(str(field.description))])
+        head = ["field, option", "default", "meaning"]
         parts[-1] = f"## {title[0].upper()}{title[1:]}\n\n{table(head, rows)}"
     return "\n\n".join(parts)
 
 
 def methods() -> str:
-    """The methods by name, with what a run takes for each where the recipe is silent."""
+    """The methods by name, with what a run takes for each where the recipe is silent, and what
+    their files say of them.
+    """
     from lorafold.methods import METHODS  # needs torch
 
-    def rows() -> Iterator[list[str]]:
-        for name, maker in METHODS.items():
-            made = maker.func if isinstance(maker, partial) else maker
-            more = maker.keywords if isinstance(maker, partial) else {}
-            call = f"lf.{made.__name__}({', '.join(f'{k}={v!r}' for k, v in more.items())})"
-            spec = maker()
-            what = (inspect.getdoc(inspect.getmodule(made)) or "").split("\n\n")[0]
-            targets = spec.targets if len(spec.targets) < 20 else "by name, see its file"
-            rate = f"{spec.lr:g}" + (f", B {spec.lr_b:g}" if spec.lr_b else "")
-            yield [code(name), code(call), cell(what), cell(targets), rate]
+    rows: list[list[str]] = []
+    sections: dict[str, list[str]] = {}
+    for name, maker in METHODS.items():
+        made = maker.func if isinstance(maker, partial) else maker
+        more = maker.keywords if isinstance(maker, partial) else {}
+        call = f"lf.{made.__name__}({', '.join(f'{k}={v!r}' for k, v in more.items())})"
+        spec = maker()
+        file = inspect.cleandoc(inspect.getmodule(made).__doc__)
+        targets = spec.targets if len(spec.targets) < 20 else "by name"
+        rates = {"": spec.lr, "B ": spec.lr_b}
+        rate = ", ".join(word + power(lr) for word, lr in rates.items() if lr)
+        rows.append([f"[{name}](#{name})", code(call), cell(targets), rate])
+        link = f"[`{call}`](api.md#lorafold.{made.__name__})"
+        sections.setdefault(file, []).append(f'<span id="{name}"></span>`{name}`: {link}')
+    head = ["name", "in Python", "targets", "learning rate"]
+    texts = [f"{heading(file)}\n\n{'; '.join(names)}" for file, names in sections.items()]
+    return "\n\n".join([table(head, rows), *texts])
 
-    return table(["name", "in Python", "what it is", "targets", "learning rate"], list(rows()))
+
+def heading(docstring: str) -> str:
+    """The docstring of a method's file with its first words, up to the colon, as a heading."""
+    title, _, text = docstring.partition(": ")
+    return f"### {title}\n\n{text[0].upper()}{text[1:]}"
+
+
+def power(rate: float) -> str:
+    """A learning rate as one writes it: 2e-4."""
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 GENERATED = {"about": about, "options": options, "recipe": recipe, "methods": methods}

@@ -24,10 +24,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import make_model_dir
 from transformers import AutoModelForCausalLM
 
 import lorafold
+from conftest import make_model_dir
 from lorafold.bases import LAYERS
 from lorafold.cli import COMMANDS, _load, app
 from lorafold.files.atomic import atomic_directory, sha256
