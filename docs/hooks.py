@@ -1,0 +1,153 @@
+"""What the build of the documentation adds to its pages: what code knows better than a page.
+
+    <!-- generated: about train -->      what a command does, and
+    <!-- generated: options train -->    its options, from the command itself
+    <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
+    <!-- generated: methods -->          the methods, from the table of methods
+
+The pages that are built are refused if they would load anything from another host.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+from lorafold.cli import _load
+from lorafold.cli.groups import OTHERS
+from lorafold.step.recipe import GROUPS, Recipe
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
+MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w-]+))? -->$", re.MULTILINE)
+# tags that load something; links to other pages of the web (a) load nothing
+REMOTE = re.compile(
+    r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
+    r"(?:src|href)=\"?(?:https?:)?//"
+)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """The pictures of the benchmarks, as if they lay among the pages."""
+    for picture in PICTURES:
+        path = ROOT / picture
+        files.append(File.generated(config, path.name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The page with its marks replaced by what they stand for."""
+    return MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> None:
+    """PluginError for a page that would load something from another host."""
+    if found := REMOTE.search(output):
+        raise PluginError(f"{page.file.src_uri}: loads from another host: {found[0]}")
+
+
+def cell(text: str) -> str:
+    """Text as a cell of a table."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+
+
+def code(text: str) -> str:
+    """Text as code in a cell."""
+    return f"<code>{cell(text)}</code>"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def about(name: str) -> str:
+    """What a command does, as its --help has it."""
+    return inspect.cleandoc(_load(name).help)
+
+
+def options(name: str) -> str:
+    """The usage of a command and its options, panel by panel, as its --help has them."""
+    command = _load(name)
+    context = typer.Context(command, info_name=f"lorafold {name}")
+    panels: dict[str, list[list[str]]] = {"Arguments": [], OTHERS: []}
+    for parameter in command.get_params(context):
+        if (record := parameter.get_help_record(context)) is None:
+            continue
+        argument = parameter.param_type_name == "argument"
+        panel = getattr(parameter, "rich_help_panel", None) or OTHERS
+        rows = panels.setdefault("Arguments" if argument else panel, [])
+        rows.append([code(record[0]), cell(record[1])])
+    parts = [f"    {command.get_usage(context)}"]
+    head = ["option", "meaning"]
+    parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]
+    parts += [*(command.epilog or "").split("\n\n")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def recipe() -> str:
+    """The fields of the recipe, subject by subject."""
+    train = _load("train")
+    context = typer.Context(train, info_name="lorafold train")
+    records = {p.name: p.get_help_record(context)[0] for p in train.get_params(context)}
+    parts: list[str] = []
+    rows: list[list[str]] = []
+    for name, field in Recipe.model_fields.items():
+        if name in GROUPS:
+            rows = []
+            parts.append("")
+            title = GROUPS[name]
+        default = "" if field.default is None else code(str(field.default))
+        names = f'<span id="{name}"></span>{code(name)}<br>{code(records[name])}'
+        rows.append([names, default, cell(str(field.description))])
+        head = ["field, option", "default", "meaning"]
+        parts[-1] = f"## {title[0].upper()}{title[1:]}\n\n{table(head, rows)}"
+    return "\n\n".join(parts)
+
+
+def methods() -> str:
+    """The methods by name, with what a run takes for each where the recipe is silent, and what
+    their files say of them.
+    """
+    from lorafold.methods import METHODS  # needs torch
+
+    rows: list[list[str]] = []
+    sections: dict[str, list[str]] = {}
+    for name, maker in METHODS.items():
+        made = maker.func if isinstance(maker, partial) else maker
+        more = maker.keywords if isinstance(maker, partial) else {}
+        call = f"lf.{made.__name__}({', '.join(f'{k}={v!r}' for k, v in more.items())})"
+        spec = maker()
+        file = inspect.cleandoc(inspect.getmodule(made).__doc__)
+        targets = spec.targets if len(spec.targets) < 20 else "by name"
+        rates = {"": spec.lr, "B ": spec.lr_b}
+        rate = ", ".join(word + power(lr) for word, lr in rates.items() if lr)
+        rows.append([f"[{name}](#{name})", code(call), cell(targets), rate])
+        link = f"[`{call}`](api.md#lorafold.{made.__name__})"
+        sections.setdefault(file, []).append(f'<span id="{name}"></span>`{name}`: {link}')
+    head = ["name", "in Python", "targets", "learning rate"]
+    texts = [f"{heading(file)}\n\n{'; '.join(names)}" for file, names in sections.items()]
+    return "\n\n".join([table(head, rows), *texts])
+
+
+def heading(docstring: str) -> str:
+    """The docstring of a method's file with its first words, up to the colon, as a heading."""
+    title, _, text = docstring.partition(": ")
+    return f"### {title}\n\n{text[0].upper()}{text[1:]}"
+
+
+def power(rate: float) -> str:
+    """A learning rate as one writes it: 2e-4."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+GENERATED = {"about": about, "options": options, "recipe": recipe, "methods": methods}
