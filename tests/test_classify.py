@@ -362,7 +362,7 @@ def test_an_adapter_merged_in_memory_is_a_plain_classifier(tiny_model_dir, tmp_p
     assert evaluate(plain, tokenizer, ROWS, 64).loss == pytest.approx(before.loss, rel=1e-5)
     with pytest.raises(
         LorafoldError,
-        match="a classifier of alarm, booking, weather, expected a language model's adapter",
+        match="a classifier of alarm, booking, weather, expected an adapter of a language",
     ):
         merge(str(directory), [tmp_path / "a"], tmp_path / "m")
     assert not (tmp_path / "m").exists()
