@@ -343,7 +343,7 @@ def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
         adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(
             layer_of(adapter.sites[receiver])
         )
-    with pytest.raises(lf.LorafoldError, match=r"in layers \[0, 1\]"):
+    with pytest.raises(lf.LorafoldError, match=r"of layers \[0, 1\]"):
         logits(model, IDS)
 
 
