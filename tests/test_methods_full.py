@@ -96,7 +96,7 @@ def test_it_says_that_it_trains_the_base_and_refuses_what_has_no_weights(tiny_mo
     assert not lf.LoRA.trains_base
     with pytest.raises(
         lf.LorafoldError,
-        match="Full trains floating-point weights in place; LlamaMLP holds no parameters",
+        match="Full trains floating-point weights in place; LlamaMLP has no parameters",
     ):
         lf.attach(tiny_model("llama"), lf.Full(), ["mlp"])
 

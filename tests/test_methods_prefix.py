@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import lorafold as lf
+from lorafold.bases import layer_of
 from lorafold.data.batches import collate
 from lorafold.generation import complete
 from lorafold.step.documents import isolates, packed
@@ -340,9 +341,9 @@ def test_what_cannot_be_is_said(spec: Any, tiny_model) -> None:
         adapter.merge()
     for receiver in [p for p in adapter.sites if p != "model"]:
         adapter.sites[receiver].deltas["default"] = lf.Bottleneck(size=2).build(
-            lf.adapter.layer_of(adapter.sites[receiver])
+            layer_of(adapter.sites[receiver])
         )
-    with pytest.raises(lf.LorafoldError, match=r"in layers \[0, 1\]"):
+    with pytest.raises(lf.LorafoldError, match=r"of layers \[0, 1\]"):
         logits(model, IDS)
 
 
