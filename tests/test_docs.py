@@ -208,9 +208,23 @@ def test_every_public_name_is_in_the_api_reference() -> None:
 
 def test_the_recipe_s_page_is_generated_from_the_recipe() -> None:
     assert "<!-- generated: recipe -->" in (DOCS / "recipe.md").read_text(encoding="utf-8")
-    hooks = pytest.importorskip("mkdocs") and load_hooks()
-    page = hooks.recipe()
+    pytest.importorskip("mkdocs")
+    page = load_hooks().recipe()
     assert [name for name in Recipe.model_fields if f'id="{name}"' not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("html", "remote"),
+    [
+        ('<a href="https://arxiv.org">paper</a> <img src="scaling.svg">', False),
+        ('<script src="https://example.org/a.js"></script>', True),
+        ("<link rel=stylesheet href=//example.org/a.css>", True),
+        ('<img alt="" src="http://example.org/a.png">', True),
+    ],
+)
+def test_a_page_that_loads_from_another_host_is_refused(html: str, remote: bool) -> None:
+    pytest.importorskip("mkdocs")
+    assert bool(load_hooks().REMOTE.search(html)) == remote
 
 
 def load_hooks() -> ModuleType:
