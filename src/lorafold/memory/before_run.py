@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
-from lorafold.data.batches import batches, labelled, parts
+from lorafold.data.batches import batches, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
@@ -57,7 +57,7 @@ def planned(
         STEPS,
     )
     runs = [
-        parts(
+        micro_batches(
             [examples[i] for i in rows[::processes]],
             recipe.accumulate,
             recipe.max_length if packed else None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.data.batches import collate, labelled, parts
+from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.step.head import labelled_loss, row_losses
@@ -41,7 +41,7 @@ class Loss(nn.Module, ABC):
         """The examples of a step in the parts that are computed at a time: n of them, or more where
         a part would exceed `tokens`.
         """
-        return parts(examples, n)
+        return micro_batches(examples, n)
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class Completions(Loss):
     def micro_batches(
         self, examples: Sequence[Example], n: int, tokens: int
     ) -> list[Sequence[Example]]:
-        return parts(examples, n, tokens if self.packed else None)
+        return micro_batches(examples, n, tokens if self.packed else None)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
