@@ -219,6 +219,12 @@ def test_inference(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("quantization", PACKERS)
+def test_inference_on_a_quantized_base(quantization: str) -> None:
+    """bitsandbytes' own forward runs there, over fake tensors as over real ones."""
+    close(CONFIGS["llama"], Setting(Storage(torch.bfloat16, quantization), rows=(200, 200)))
+
+
 def test_layers_whose_kinds_their_configuration_works_out() -> None:
     found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(64,), packed=False))
     assert found.terms["weights"] == 2 * sum(
