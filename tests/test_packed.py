@@ -271,8 +271,8 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
     with pytest.raises(
         LorafoldError,
         match=(
-            "base nf4: full trains the base's own weights, which can't be packed; expected fp32 or"
-            " bf16"
+            "base nf4: full trains the base's own weights, which can't be quantized; expected fp32"
+            " or bf16"
         ),
     ):
         train(request, Console(quiet=True))

@@ -22,7 +22,7 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantizing import QUANTIZATIONS
 from lorafold.models.storage import Storage
 from lorafold.step.adamw import check_rounding
-from lorafold.step.fitting import spec_of, whole_base
+from lorafold.step.fitting import spec_of, trainable_storage
 from lorafold.step.recipe import OF_MEMORY, Recipe
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def setting_of(
         return Setting(stored(recipe.base), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
-    base = stored(whole_base(recipe) if spec.trains_base else recipe.base)
+    base = stored(trainable_storage(recipe) if spec.trains_base else recipe.base)
     if spec.trains_base:
         check_rounding(optimizer, [base.dtype])
     return Setting(
