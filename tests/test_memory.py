@@ -274,7 +274,7 @@ def test_a_model_that_no_machine_here_holds() -> None:
     ("mode", "fields", "message"),
     [
         ("nosuch", {}, "unknown method 'nosuch'"),
-        ("lora", {"lr": 1e-3}, "lr: not taken into account"),
+        ("lora", {"lr": 1e-3}, "found lr, which an estimate does not use"),
         ("full", {"base": "nf4"}, "full trains the base's own weights"),
     ],
 )
