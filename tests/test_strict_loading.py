@@ -257,7 +257,7 @@ def test_fingerprints_that_are_none(edit: dict[str, Any], saved: Path, tiny_mode
     record = json.loads((saved / "lorafold.json").read_text())
     record["base"]["lm_head.weight"].update(edit)
     (saved / "lorafold.json").write_text(json.dumps(record))
-    assert "lorafold.json: its fingerprint is not readable (lm_head.weight" in refusal(
+    assert "lorafold.json: field base: not a valid fingerprint (lm_head.weight" in refusal(
         tiny_model("llama"), saved
     )
 
