@@ -83,7 +83,7 @@ def setting_of(
 
 
 def stored(base: str) -> Storage:
-    """Return the storage of that name. Quantized weights are unpacked to bf16; auto is bf16."""
+    """Return the storage of that name. Quantized ones are dequantized to bf16; auto is bf16."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     return Storage(dtype, base if base in QUANTIZATIONS else None)
 

@@ -133,7 +133,7 @@ def read_quantized(
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make a quantized model compute in this dtype: its other weights are converted to it, and the
-    quantized ones are unpacked to it at each use.
+    quantized ones are dequantized to it at each use.
     """
     for module in model.modules():
         set_compute_dtype(module, dtype)

@@ -32,7 +32,7 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     reason as a line to print. Raises LorafoldError for other names.
 
     auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
-    fp32. Quantized weights are unpacked to the dtype that auto would choose.
+    fp32. Quantized weights are dequantized to the dtype that auto would choose.
     """
     import torch
 
