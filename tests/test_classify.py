@@ -303,14 +303,14 @@ def test_what_is_wrong_with_rows_is_one_line(tiny_model_dir, tmp_path: Path) -> 
         LorafoldError,
         match=(
             r"rows of \{prompt, completion\}, which are for --objective sft; --objective classify"
-            r" takes"
+            r" expects"
         ),
     ):
         train(request(model, out, SFT_ROWS), quiet())
     with pytest.raises(
         LorafoldError,
         match=(
-            r"rows of \{text, label\}, which are for --objective classify; --objective sft takes"
+            r"rows of \{text, label\}, which are for --objective classify; --objective sft expects"
             r" rows of"
         ),
     ):

@@ -191,9 +191,8 @@ def test_bad_sources(tmp_path):
 def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "nobody/nothing: is no file here, and as a hub dataset it can't be loaded" in refused(
-        read_rows, "nobody/nothing"
-    )
+    said = refused(read_rows, "nobody/nothing")
+    assert "nobody/nothing: there is no such file, and it can't be loaded as a hub dataset" in said
 
 
 # encoding

@@ -99,8 +99,8 @@ def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: 
     device = said(True)
     assert device == said(False)
     assert "this machine" not in device
-    here = "of this machine's CPU, which multiplies 16-bit matrices "
-    assert said(False, "--device", "cpu") == f"{device}{here}as they are\n"
+    here = "for this machine's CPU, which multiplies 16-bit matrices "
+    assert said(False, "--device", "cpu") == f"{device}{here}in 16 bits\n"
     wider = said(True, "--device", "cpu").splitlines()
     assert wider[-1] == f"{here}in fp32"
     assert wider[-2].startswith("total")

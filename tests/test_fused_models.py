@@ -124,7 +124,7 @@ def test_the_report_and_the_model_before_and_after(name: str) -> None:
         assert (state(model) == before) is (name == "gpt2")
     assert torch.equal(torch.get_rng_state(), random)
     assert state(model) == before
-    words = f"; as the model's own code has it: {', '.join(found.plain)}" if found.plain else ""
+    words = f"; not fused: {', '.join(found.plain)}" if found.plain else ""
     assert str(found) == f"fast path: {found.fast} of 2 blocks{words}"
 
 

@@ -205,7 +205,7 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     make_adapter(base, tmp_path / "prefix", spec=lf.Prefix(tokens=2))
     with pytest.raises(LorafoldError, match="no spectrum"):
         inspect(source, tmp_path / "prefix")
-    with pytest.raises(LorafoldError, match="so this is no adapter"):
+    with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
         inspect(source, tmp_path)
     make_adapter(base, tmp_path / "a")
     other = load_model(base, torch.float32)

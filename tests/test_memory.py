@@ -219,6 +219,12 @@ def test_inference(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("quantization", PACKERS)
+def test_inference_on_a_quantized_base(quantization: str) -> None:
+    """bitsandbytes' own forward runs there, over fake tensors as over real ones."""
+    close(CONFIGS["llama"], Setting(Storage(torch.bfloat16, quantization), rows=(200, 200)))
+
+
 def test_layers_whose_kinds_their_configuration_works_out() -> None:
     found = estimate(CONFIGS["mamba"], Setting(BF16, make_spec("lora"), rows=(64,), packed=False))
     assert found.terms["weights"] == 2 * sum(
@@ -268,7 +274,7 @@ def test_a_model_that_no_machine_here_holds() -> None:
     ("mode", "fields", "message"),
     [
         ("nosuch", {}, "unknown method 'nosuch'"),
-        ("lora", {"lr": 1e-3}, "lr: not taken into account"),
+        ("lora", {"lr": 1e-3}, "found lr, which an estimate does not use"),
         ("full", {"base": "nf4"}, "full trains the base's own weights"),
     ],
 )

@@ -41,10 +41,10 @@ def test_a_directory_loads_as_transformers_loads_it(tiny_model_dir, kind):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("./no/such/model", "no such file or directory; a model is smollm2, a directory"),
-        ("missing.gguf", "no such file or directory; a model is smollm2, a directory"),
-        ("two words", "no such file or directory; a model is smollm2, a directory"),
-        ("nobody/no-such-model", "not on this machine, and the hub gave no answer"),
+        ("./no/such/model", "no such file or directory; expected smollm2, a directory"),
+        ("missing.gguf", "no such file or directory; expected smollm2, a directory"),
+        ("two words", "no such file or directory; expected smollm2, a directory"),
+        ("nobody/no-such-model", "not on this machine, and can't be loaded from the hub"),
     ],
 )
 def test_a_missing_model_is_one_line_that_says_what_is_accepted(name, said):
@@ -68,9 +68,9 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_model_dir):
     with pytest.raises(LorafoldError, match="not a model"):
         resolve_model(tmp_path / "config.json")
     (tmp_path / "fake.gguf").write_bytes(b"not one")
-    with pytest.raises(LorafoldError, match="not a GGUF file"):
+    with pytest.raises(LorafoldError, match="expected a GGUF file"):
         resolve_model(tmp_path / "fake.gguf")
-    with pytest.raises(LorafoldError, match="--revision main goes with a hub model only"):
+    with pytest.raises(LorafoldError, match="--revision main, which is for models of the hub"):
         resolve_model(tiny_model_dir("llama"), revision="main")
 
 
@@ -83,7 +83,7 @@ def test_weights_that_are_missing_or_broken_are_refused(tmp_path, tiny_model_dir
         path / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(LorafoldError, match=f"1 weights are not in its files: {lost}"):
+    with pytest.raises(LorafoldError, match=f"1 weights are missing in its files: {lost}"):
         load_model(path, torch.float32)
     save_file(
         {**weights, lost: torch.zeros(3, 3)}, path / "model.safetensors", metadata={"format": "pt"}
@@ -223,7 +223,7 @@ def test_a_gguf_file_is_unpacked_once_with_nothing_lost(tiny_model_dir, tmp_path
 def test_a_cache_that_cannot_be_written_is_one_line(tiny_model_dir, tmp_path, cache):
     write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf")
     cache.write_text("a file where the directory should be")
-    with pytest.raises(LorafoldError, match="LORAFOLD_CACHE moves it"):
+    with pytest.raises(LorafoldError, match="set LORAFOLD_CACHE to another directory"):
         resolve_model(tmp_path / "tiny.gguf")
 
 

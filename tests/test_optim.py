@@ -305,7 +305,7 @@ def test_without_bitsandbytes_the_8_bit_ones_are_one_clear_error(
     with pytest.raises(
         LorafoldError,
         match=(
-            r"optimizer adamw8bit needs bitsandbytes, .*: pip install bitsandbytes, or take .*"
+            r"optimizer adamw8bit needs bitsandbytes, .*; pip install bitsandbytes, or choose .*"
             r" adamw$"
         ),
     ):

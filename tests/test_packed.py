@@ -199,7 +199,7 @@ def test_a_checkpoint_that_is_packed_loads_as_it_is(tiny_model_dir, tmp_path, ki
     for path in packed_paths(model):
         assert torch.equal(*(layer_of(m.get_submodule(path)).dense()[0] for m in (model, again)))
     other = next(k for k in KINDS if k != kind)
-    with pytest.raises(LorafoldError, match=f"stored as {kind}, so it can't be held as {other}"):
+    with pytest.raises(LorafoldError, match=f"stored as {kind}, so it can't be loaded as {other}"):
         load_model(tmp_path / "packed", held(other))
     with pytest.raises(LorafoldError, match=f"stored as {kind}; expected the base {kind}"):
         load_model(tmp_path / "packed", torch.float32)
@@ -272,8 +272,8 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
     with pytest.raises(
         LorafoldError,
         match=(
-            "base nf4: full trains the base's own weights, which can't be packed; expected fp32 or"
-            " bf16"
+            "base nf4: full trains the base's own weights, which can't be quantized; expected fp32"
+            " or bf16"
         ),
     ):
         train(request, Console(quiet=True))

@@ -78,7 +78,7 @@ DEFECTS: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
     "inf": (lambda t: t[B][0, :1].fill_(float("inf")), [f"{B}: 1 of 128 values are not finite"]),
     "whole numbers": (
         lambda t: t.update({A: torch.ones(4, 32, dtype=torch.int64)}),
-        [f"{A}: int64, expected floating point"],
+        [f"{A}: dtype torch.int64, expected a floating-point dtype"],
     ),
     "other embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(300, 32)}),
@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "tying": ({"ensure_weight_tying": True}, ["ensure_weight_tying=true is not supported"]),
     "residual base": (
         {"init_lora_weights": "pissa"},
-        ["init_lora_weights='pissa' is not supported", "relative to a base"],
+        ["init_lora_weights='pissa' is not supported", "belongs to a base"],
     ),
     "pissa niter": (
         {"init_lora_weights": "pissa_niter_4"},
@@ -159,15 +159,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "targets broken": (
         {"target_modules": "(q_proj"},
-        ["target_modules: found '(q_proj'; value error, no regular expression"],
+        ["target_modules: found '(q_proj'; value error, not a regular expression"],
     ),
     "saved broken": (
         {"modules_to_save": ["(q_proj"]},
-        ["modules_to_save: found ['(q_proj']; value error, no regular expression"],
+        ["modules_to_save: found ['(q_proj']; value error, not a regular expression"],
     ),
     "pattern broken": (
         {"rank_pattern": {"(q": 4}},
-        ["rank_pattern: found {'(q': 4}; value error, no regular expression"],
+        ["rank_pattern: found {'(q': 4}; value error, not a regular expression"],
     ),
     "rank pattern": ({"rank_pattern": {"q_proj": "x"}}, ["rank_pattern: found"]),
 }
@@ -257,7 +257,7 @@ def test_fingerprints_that_are_none(edit: dict[str, Any], saved: Path, tiny_mode
     record = json.loads((saved / "lorafold.json").read_text())
     record["base"]["lm_head.weight"].update(edit)
     (saved / "lorafold.json").write_text(json.dumps(record))
-    assert "lorafold.json: its fingerprint is not readable (lm_head.weight" in refusal(
+    assert "lorafold.json: field base: not a valid fingerprint (lm_head.weight" in refusal(
         tiny_model("llama"), saved
     )
 

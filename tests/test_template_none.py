@@ -131,7 +131,7 @@ def test_a_file_of_that_name_is_given_with_its_folder(
 
 def test_errors_say_what_there_is(tiny_model_dir, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
-    with pytest.raises(LorafoldError, match=r"expected a file .* or none to join texts as they"):
+    with pytest.raises(LorafoldError, match=r"expected a file .* or none to join texts unchanged"):
         set_template(tokenizer, tmp_path / "nowhere.jinja")
     tokenizer.eos_token = None
     with pytest.raises(LorafoldError, match=r"chat template none: .* no end-of-sequence token"):

@@ -214,7 +214,9 @@ def test_what_is_known_already_is_said_and_trained(
         new_tokens=("<|user|>", "<|im_end|>"),
         chat_template=str(template),
     )
-    notice = "new tokens: <|user|> 300; <|im_end|> is known (2): its row trains too"
+    notice = (
+        "new tokens: <|user|> 300; <|im_end|> is a token already (2), its embedding is trained too"
+    )
     shown = said(show, asked)
     assert notice in shown
     assert "<|user|>Book a table for 0" in shown
@@ -389,7 +391,7 @@ def test_templates_that_cannot_be_used_are_one_line(tiny_model_dir, tmp_path: Pa
             r"chat template .*broken.jinja: line 2: unexpected '}'",
         ),
         ("bytes.jinja", b"\xff\xfe", r"chat template .*bytes.jinja: can't be read: 'utf-8' codec"),
-        ("empty.jinja", " \n", r"chat template .*empty.jinja: it is empty"),
+        ("empty.jinja", " \n", r"chat template .*empty.jinja: found an empty file"),
     ]:
         if content is not None:
             (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -408,8 +410,8 @@ def test_templates_that_cannot_be_used_are_one_line(tiny_model_dir, tmp_path: Pa
 
 def test_words_that_make_no_token_are_one_line(tiny_model_dir, tmp_path: Path) -> None:
     cases = {
-        ("a", " "): "new_tokens: found ' ', expected words",
-        ("<|u|>", "<|u|>"): "found '<|u|>', expected words, each once",
+        ("a", " "): "new_tokens: found ' ', expected words that are not blank",
+        ("<|u|>", "<|u|>"): "found '<|u|>', expected words that are not blank, each once",
     }
     for words, message in cases.items():
         with pytest.raises(LorafoldError, match=message.replace("|", r"\|")):

@@ -191,7 +191,7 @@ def int8(w: Tensor) -> nn.Module:  # (out, in)
     if not is_fake(w):
         return _quantized(module, w)
     codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(w.half())
-    return _with(module, codes, SCB=scales)
+    return _with(module, codes, CB=codes, SCB=scales)
 
 
 def _empty(cls: str, w: Tensor, **options: Any) -> nn.Module:

@@ -1,1 +1,1 @@
-"""A user's rows, to conversations, to tokens, to batches."""
+"""Turns a user's rows into conversations, the conversations into tokens, and these into batches."""

@@ -1,7 +1,8 @@
-"""Which rows a step computes, and how they lie together in tensors: the order of an epoch, held-out
-rows, packing plans (best fit decreasing) and collation.
+"""Batches: which rows each optimizer step trains on, which rows are held out, which examples are
+packed into one sequence (best fit decreasing), and the tensors made of them.
 
-`batches` is a pure function of the seed: step i is found again without any state.
+`batches` depends on nothing but its arguments, so a resumed run computes its batches again and a
+checkpoint stores none.
 """
 
 import random
@@ -19,8 +20,16 @@ from lorafold.errors import LorafoldError
 
 
 def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Row indices of each optimizer step, (steps, batch): one shuffle per epoch, laid end to end,
-    so every step is full.
+    """Return the row indices of each optimizer step, as (steps, batch).
+
+    The rows are shuffled anew for each epoch and the epochs are joined end to end, so a batch may
+    span two epochs and every batch is full. Raises LorafoldError if there are no rows.
+
+    Args:
+        n_rows: The number of training rows.
+        batch: Rows of an optimizer step.
+        steps: The number of optimizer steps.
+        seed: The seed of the shuffles.
     """
     if n_rows < 1:
         raise LorafoldError("found no rows to train on, expected at least one")
@@ -30,8 +39,15 @@ def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, evaluation rows), each in the order given; at least one of each unless
-    `fraction` is 0.
+    """Return (training rows, held-out rows), chosen at random, each in the order given.
+
+    Either has at least one row, unless `fraction` is 0. Raises LorafoldError if there are fewer
+    than two rows to split.
+
+    Args:
+        rows: The user's rows.
+        fraction: The share of the rows to hold out, from 0 to 1.
+        seed: The seed of the choice.
     """
     if not fraction:
         return list(rows), []
@@ -44,23 +60,31 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-class Tokens(Protocol):
-    """One document: ids (T,) and labels (T,), unshifted; -100 where a token is not to be learnt."""
+class WithLabels(Protocol):
+    """Anything with token ids (T,) and unshifted labels (T,), such as an `Example`."""
 
     @property
-    def ids(self) -> Sequence[int]: ...
+    def ids(self) -> Sequence[int]:
+        """The token ids, (T,)."""
 
     @property
-    def labels(self) -> Sequence[int]: ...
+    def labels(self) -> Sequence[int]:
+        """The label of each token, (T,): its id, or -100 if the loss leaves it out."""
 
 
-def collate(examples: Sequence[Tokens], packed: bool, pad_id: int) -> dict[str, Tensor]:
-    """Packed: input_ids, position_ids, labels (1, T), T the tokens of all.
+def collate(examples: Sequence[WithLabels], packed: bool, pad_id: int) -> dict[str, Tensor]:
+    """Return the tensors of one forward pass over the examples.
 
-    Padded at the right: input_ids, attention_mask, labels (B, T).
+    Packed: input_ids, position_ids and labels, (1, T), where T is the sum of the lengths.
+    Padded at the right: input_ids, attention_mask and labels, (B, T), where T is the longest.
 
-    labels[b, t] is the target of position t, the token after it, or -100: no document's last
-    position has one.
+    The labels returned are shifted: labels[b, t] is the token after position t, or -100 if the loss
+    leaves it out, as it does at the last position of each example.
+
+    Args:
+        examples: The tokenized rows, with unshifted labels.
+        packed: Pack the examples into one sequence instead of padding them.
+        pad_id: The token id that fills short sequences; the attention mask hides it.
     """
     ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
     targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
@@ -72,49 +96,57 @@ def collate(examples: Sequence[Tokens], packed: bool, pad_id: int) -> dict[str, 
             "labels": torch.cat(targets)[None],
         }
 
-    def pad(rows: list[Tensor], value: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    def pad(sequences: list[Tensor], value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
 
     mask = pad([torch.ones_like(i) for i in ids], 0)
     return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": pad(targets, NO_LOSS)}
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which documents share a row of at most `capacity` tokens: the longest first, each where it
-    leaves the least room.
+    """Plan which documents are packed into one sequence of at most `capacity` tokens.
 
-    Indices, ascending in every row. A document that is longer has a row of its own.
+    Best fit decreasing: the longest document is placed first, and each goes into the sequence
+    where it leaves the least room. A document longer than `capacity` has a sequence of its own.
+    Returns the indices of the documents of each sequence, ascending.
     """
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row, left in enumerate(room) if left >= lengths[i]]
+        fitting = [n for n, left in enumerate(room) if left >= lengths[i]]
         if not fitting:
-            rows.append([])
+            sequences.append([])
             room.append(capacity)
-        row = min(fitting, key=room.__getitem__) if fitting else -1
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return [sorted(row) for row in rows]
+        chosen = min(fitting, key=room.__getitem__) if fitting else -1
+        sequences[chosen].append(i)
+        room[chosen] -= lengths[i]
+    return [sorted(indices) for indices in sequences]
 
 
-def parts(examples: Sequence[Any], n: int, tokens: int | None = None) -> list[Sequence[Any]]:
-    """The examples in n runs, and these, packed, in rows of at most so many tokens."""
+def micro_batches(
+    examples: Sequence[Any], n: int, capacity: int | None = None
+) -> list[Sequence[Any]]:
+    """Divide the examples of an optimizer step into micro-batches.
+
+    Args:
+        examples: The examples of one step, each with `ids`.
+        n: The number of micro-batches; packing may make more of them.
+        capacity: The tokens that a packed sequence may have; each sequence is then a micro-batch.
+            None: the examples are padded.
+    """
     size = ceil(len(examples) / n)
     runs = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return (
-        runs
-        if tokens is None
-        else [
-            [run[i] for i in row]
-            for run in runs
-            for row in best_fit([len(e.ids) for e in run], tokens)
-        ]
-    )
+    if capacity is None:
+        return list(runs)
+    return [
+        [run[i] for i in sequence]
+        for run in runs
+        for sequence in best_fit([len(e.ids) for e in run], capacity)
+    ]
 
 
 def labelled(example: Example) -> int:
-    """Tokens of the example that count in the loss; the first token of a row has nothing to be
-    predicted from.
+    """Count the example's tokens that the loss counts. The first token is none of them, because
+    nothing comes before it.
     """
     return sum(label != -100 for label in example.labels[1:])

@@ -1,8 +1,9 @@
-"""From rows to token ids with a loss mask.
+"""Examples: the token ids of a row, with labels that say which tokens are trained on.
 
-The text of a row is tokenized once, with offsets; tokens inside a trained span keep their label,
-all others get -100. Where joining prompt and completion would merge characters across their border,
-the text is cut there, so that the ids before a completion are those that generation sees.
+The text of a row is tokenized once, with character offsets. Tokens inside a trained span are their
+own labels; all others are labelled -100. If a token would span the border between prompt and
+completion, the text is tokenized in two pieces, so that the ids before the completion are the ones
+that generation sees.
 """
 
 from bisect import bisect_left
@@ -24,8 +25,9 @@ NO_LOSS = -100  # torch's ignore_index
 
 @dataclass(frozen=True)
 class Example:
-    """One row: `ids` (T,) and `labels` (T,), unshifted: labels[t] is ids[t] or -100. The first is
-    -100, for nothing comes before it.
+    """A tokenized row: `ids` (T,) and unshifted `labels` (T,), where labels[t] is ids[t] or -100.
+
+    The first label is -100, because nothing comes before the first token.
     """
 
     ids: tuple[int, ...]
@@ -34,9 +36,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows.
+    """What `encode` made of the rows; `str` gives it as lines of text.
 
-    Lengths in tokens; `longest` before cutting, `tokens` and `labelled` after.
+    `rows` counts all rows, `tokens` and `labelled` the tokens of the examples. `longest` is the
+    length of the longest row in tokens, before cutting. `truncated` rows were cut at `max_length`
+    tokens, `unlabelled` rows have no token to train on, and `turns_left_out` assistant turns are
+    not trained on.
     """
 
     rows: int
@@ -59,15 +64,15 @@ class Report:
             text += f"\n{self.unlabelled} rows have no token to train on and are left out"
         if self.turns_left_out:
             text += (
-                f"\n{self.turns_left_out} assistant turns are not trained: the chat template shows"
-                " them differently at generation"
+                f"\n{self.turns_left_out} assistant turns are not trained on: the chat template"
+                " renders them differently at generation"
             )
         return text
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples that have something to learn, in the order of their rows, and the report over
+    """The examples that have a token to train on, in the order of their rows, and the report over
     all rows.
     """
 
@@ -76,14 +81,21 @@ class Encoded:
 
 
 def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-    """Token ids and labels of every row, at most `max_length` tokens each (the end is cut).
+    """Tokenize rows of conversations, prompts with completions, or plain text.
 
-    Conversations need a chat template: call `ensure_chat_template` before. Raises LorafoldError for
-    bad rows, for rows which the template refuses, and where no row has a token to train on.
+    Raises LorafoldError if rows are malformed, if the chat template refuses some, or if no row has
+    a token to train on.
+
+    Args:
+        rows: The user's rows, all of one shape.
+        tokenizer: A fast tokenizer. Conversations need its chat template; `ensure_chat_template`
+            sets one where there is none.
+        max_length: Longer rows are cut to this many tokens, at their end.
     """
     if not tokenizer.is_fast:
         raise LorafoldError(
-            f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed"
+            f"tokenizer: found {type(tokenizer).__name__}, which gives no character offsets;"
+            " expected a fast tokenizer (one with a tokenizer.json)"
         )
     rows = check_rows(enumerate(rows, 1), "data")
     check_objective(rows, "sft")
@@ -124,15 +136,17 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
     if not examples:
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
-            f" max_length {max_length} (longest {longest}), {left_out} assistant turns are left out"
-            " by the chat template; expected assistant turns or completions within max_length"
+            f" max_length {max_length} (the longest has {longest} tokens), and {left_out} assistant"
+            " turns are left out because the chat template renders them differently at generation;"
+            " expected assistant turns or completions within max_length"
         )
     return Encoded(examples, report)
 
 
 def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
-    """The row as the model sees it; what is trained on is bold and stands in ⟦ ⟧, to be told
-    apart without colour.
+    """Return the example's text as the model sees it.
+
+    Tokens that are trained on are bold and stand in ⟦ ⟧, which shows them without colour too.
     """
     from rich.text import Text
 
@@ -175,8 +189,9 @@ def _example(ids: Iterable[int], labels: Iterable[int]) -> Example:
 def _tokens(
     rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
-    """Token ids and the characters where they start; cut before a span whose prompt would otherwise
-    be tokenized differently.
+    """Return the token ids and the character at which each starts.
+
+    The text is cut before a trained span if tokenizing it whole would change the prompt's ids.
     """
     ids: list[int] = []
     starts: list[int] = []

@@ -1,12 +1,12 @@
-"""Labelled texts to class numbers: `{"text": ..., "label": ...}` rows for `--objective classify`.
+"""Examples for classification: `{"text": ..., "label": ...}` rows for `--objective classify`.
 
-    classes = classes_of(rows)                          ("neg", "pos"), in sorted order; the class
-                                                        number is the place in it
+    classes = classes_of(rows)                          ("neg", "pos"), sorted; a class's number is
+                                                        its index
     encode_labelled(rows, tokenizer, 512, classes)      ids (T,) as the tokenizer gives them, and
                                                         one class number a row
 
-The classes travel with what is trained: in a classifier's config, and in an adapter's
-`lorafold.json`. Labels are compared as text, so that 1 and "1" are one class.
+The classes are saved in a classifier's config and in an adapter's `lorafold.json`. Labels are
+compared as text, so that 1 and "1" are one class.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """One row: `ids` (T,) and the number of its class."""
+    """A tokenized row: `ids` (T,) and the number of its class."""
 
     ids: tuple[int, ...]
     label: int
@@ -32,9 +32,10 @@ class LabelledExample:
 
 @dataclass(frozen=True)
 class LabelledReport:
-    """What became of the rows.
+    """What `encode_labelled` made of the rows; `str` gives it as lines of text.
 
-    Lengths in tokens, `longest` before cutting; `counts` are rows by class.
+    `longest` is the length of the longest row in tokens, before cutting; `truncated` rows were cut
+    at `max_length` tokens; `counts` gives the number of rows of each class.
     """
 
     rows: int
@@ -58,16 +59,16 @@ class LabelledReport:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """The examples, one a row and in their order, and the report."""
+    """One example for each row, in the order of the rows, and the report."""
 
     examples: list[LabelledExample]
     report: LabelledReport
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The labels of the rows, sorted: whole numbers by size, text by character.
+    """Return the labels of the rows, sorted: whole numbers by size, text by character.
 
-    LorafoldError for rows without, or with one label only.
+    Raises LorafoldError if the rows have no labels, or only one.
     """
     check_objective(rows, "classify")
     labels = {row["label"] for row in rows}
@@ -86,10 +87,16 @@ def encode_labelled(
     max_length: int,
     classes: Sequence[str],
 ) -> LabelledData:
-    """Token ids, at most `max_length` a row (the end is cut), and class numbers.
+    """Tokenize labelled texts and turn their labels into class numbers.
 
-    Raises LorafoldError listing bad rows: labels that are none of the classes, texts without a
-    token.
+    Raises LorafoldError that lists the bad rows: those whose label is none of the classes and those
+    whose text has no token.
+
+    Args:
+        rows: Rows of text and label.
+        tokenizer: The model's tokenizer.
+        max_length: Longer rows are cut to this many tokens, at their end.
+        classes: The classes; a class's number is its index.
     """
     rows = check_rows(enumerate(rows, 1), "data")
     check_objective(rows, "classify")
@@ -130,7 +137,13 @@ def encode_labelled(
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """The text as the model sees it and, in ⟦ ⟧, the class to be learned."""
+    """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict.
+
+    Args:
+        example: The tokenized row.
+        tokenizer: The tokenizer that made it.
+        classes: The classes, by number.
+    """
     from rich.text import Text
 
     text = str(

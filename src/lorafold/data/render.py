@@ -1,11 +1,10 @@
-"""Conversations to text through the model's chat template, and the character spans that are
-trained.
+"""Renders conversations with the model's chat template and finds the character spans to train on.
 
-A trained span is an assistant turn with its end-of-turn token: what `render(messages[:i + 1])` adds
-to `render(messages[:i])` with the generation prompt, less trailing whitespace. It counts only where
-both are prefixes of the whole rendering: a template that rewrites earlier turns (dropping their
-reasoning, say) shows the model no such prefix at generation. Where the template marks its own spans
-with {% generation %}, those are taken.
+A trained span is an assistant turn with its end-of-turn token: the text that `render(messages[:i +
+1])` adds to `render(messages[:i])` with the generation prompt, without trailing whitespace. A turn
+is trained on only if both are prefixes of the whole rendering: where a template rewrites earlier
+turns (for example drops their reasoning), the model would not see such a prefix at generation. If
+the template marks its own spans with {% generation %}, those are the trained spans.
 """
 
 import re
@@ -34,8 +33,8 @@ OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of one conversation, its trained character spans [start, end), and the assistant
-    turns that could not be trained.
+    """The text of one conversation, its trained character spans [start, end), and the number of
+    assistant turns that are left out of training.
     """
 
     text: str
@@ -44,32 +43,37 @@ class Rendered:
 
 
 def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Sets a plain template on a tokenizer that has none; returns the notice to print, or None
-    where there was nothing to do.
+    """Give a tokenizer without a chat template a plain one; return the notice to print, or None if
+    it has a template already.
 
-    Raises LorafoldError where the tokenizer has no end-of-sequence token, without which no answer
-    would ever end.
+    Raises LorafoldError if the tokenizer has no end-of-sequence token either, without which no
+    completion would end.
     """
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:
         raise LorafoldError(
-            "the tokenizer has neither a chat template nor an end-of-sequence token: answers could"
-            " not end"
+            "tokenizer: found neither a chat template nor an end-of-sequence token, so completions"
+            " could not end; set a chat template with one (--chat-template)"
         )
     tokenizer.chat_template = opening(tokenizer) + PLAIN_TEMPLATE
     return (
         "the tokenizer has no chat template: using a plain one (### User: / ### Assistant:,"
-        f" answers end with {tokenizer.eos_token})"
+        f" completions end with {tokenizer.eos_token})"
     )
 
 
 def render(
     messages: list[Message], tokenizer: "PreTrainedTokenizerBase", for_generation: bool = False
 ) -> str:
-    """The text of `messages`; `for_generation` opens the assistant's next turn.
+    """Render messages as text with the tokenizer's chat template.
 
-    LorafoldError where the template refuses them.
+    Raises LorafoldError if the template refuses the messages.
+
+    Args:
+        messages: The messages, each with role and content.
+        tokenizer: A tokenizer with a chat template.
+        for_generation: Append the generation prompt, which opens the assistant's next turn.
     """
     try:
         return str(
@@ -84,24 +88,24 @@ def render(
 
 
 def render_trained(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    """The whole conversation with the spans of its trained assistant turns."""
+    """Render a conversation and find the spans of its trained assistant turns."""
     messages, trained = conversation.messages, conversation.trained
     text = render(messages, tokenizer)
     turns = [i for i in range(trained, len(messages)) if messages[i]["role"] == "assistant"]
     if OWN_SPANS.search(tokenizer.get_chat_template()):
         marked = _own_spans(messages, tokenizer)
-        spans = marked[max(0, len(marked) - len(turns)) :]  # those of the prompt's turns come first
+        spans = marked[max(0, len(marked) - len(turns)) :]  # the prompt's own turns come first
     else:
         spans = [span for i in turns if (span := _turn_span(messages, i, text, tokenizer))]
     return Rendered(text, tuple(spans), len(turns) - len(spans))
 
 
 def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
-    """(prompt text ready for generation, reference answer) per row; of a conversation, its last
-    assistant turn.
+    """Return (prompt text ready for generation, reference completion) for each row.
 
-    The text holds the template's special tokens: tokenize it with add_special_tokens=False.
-    Raises LorafoldError for rows of plain text and for conversations in which no assistant answers.
+    The reference of a conversation is its last assistant turn. The prompt text contains the
+    template's special tokens: tokenize it with add_special_tokens=False. Raises LorafoldError for
+    rows of plain text and for conversations without an assistant turn after a prompt.
     """
     pairs: list[tuple[str, str]] = []
     bad: list[str] = []
@@ -123,7 +127,8 @@ def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[t
     if bad:
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise LorafoldError(
-            f"evaluation by generation needs a prompt and its answer: {'; '.join(bad[:3])}{more}"
+            "data: evaluation by generation needs rows with a prompt and a reference completion:"
+            f" {'; '.join(bad[:3])}{more}"
         )
     return pairs
 
@@ -132,7 +137,7 @@ def _turn_span(
     messages: list[Message], i: int, text: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int] | None:
     if i == 0:
-        return None  # nothing was asked: there is no prompt to condition on
+        return None  # the first message has no prompt before it
     before, after = (
         render(messages[:i], tokenizer, for_generation=True),
         render(messages[: i + 1], tokenizer),

@@ -1,4 +1,5 @@
-"""User data in: JSONL, JSON, Parquet, a directory or a hub dataset, to checked rows of one shape.
+"""Reads a user's rows from JSONL, JSON, Parquet, a directory or a hub dataset, and checks that all
+are well-formed and of one shape.
 
 | shape | row |
 |---|---|
@@ -7,9 +8,9 @@
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-Further keys are ignored. Whatever is wrong is told in one message with file, row (the line of a
-JSONL file, from 1), field, found and expected. `SHAPES` is the one table: a new shape is a new
-entry.
+Further keys are ignored. One error message lists everything that is wrong, each with its file, row
+(in a JSONL file the line, from 1), field, and what was found and expected. `SHAPES` is the table
+of shapes: a new shape is a new entry.
 """
 
 import json
@@ -23,14 +24,12 @@ from lorafold.errors import LorafoldError
 
 Row = dict[str, Any]
 Message = dict[str, Any]
-LISTED = 10  # bad rows told in one message
+LISTED = 10  # bad rows that one message lists
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of one row; assistant turns from index `trained` on are what the model shall
-    learn.
-    """
+    """The messages of one row. The assistant turns from index `trained` on are trained on."""
 
     messages: list[Message]
     trained: int = 0
@@ -38,8 +37,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """One form of a row: the keys that mark it, the objective that trains on it, what is wrong with
-    a row, and its messages (None: it has none).
+    """One shape of rows: the keys by which it is recognized, the objective that trains on it, a
+    function that lists what is wrong with a row, and one that gives the row's messages (None for
+    plain and labelled text).
     """
 
     keys: tuple[str, ...]
@@ -52,11 +52,11 @@ class Shape:
 
 
 def read_rows(source: str) -> list[Row]:
-    """Rows of a .jsonl or .json file, a .parquet file, a directory, or a hub dataset id (its train
+    """Read the rows of a .jsonl, .json or .parquet file, a directory, or a hub dataset (its train
     split).
 
-    Raises LorafoldError where the source can't be read, holds no row, or holds bad rows (all
-    counted, the first ten listed).
+    Raises LorafoldError if the source can't be read, has no row, or has bad rows (all are counted,
+    the first ten listed).
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
@@ -65,9 +65,14 @@ def read_rows(source: str) -> list[Row]:
 
 
 def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[Row]:
-    """The rows, all of one shape.
+    """Return the rows, once they are known to be well-formed and of one shape.
 
-    A text in the place of a row is the reason why it could not be read.
+    Raises LorafoldError that lists the first ten bad rows, or says that there is no row.
+
+    Args:
+        numbered: (number, row) pairs. A str in place of a row is the reason why that row could not
+            be read.
+        source: The name of the data in messages, such as the path of a file.
     """
     rows: list[Row] = []
     bad: list[str] = []
@@ -98,25 +103,28 @@ def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[R
 
 
 def shape_of(row: Row) -> Shape | None:
-    """The first shape whose keys the row has (a key that holds null counts as absent)."""
+    """Return the first shape whose keys the row has (a key with the value null counts as absent),
+    or None if there is none.
+    """
     return next(
         (shape for shape in SHAPES if all(row.get(key) is not None for key in shape.keys)), None
     )
 
 
 def is_labelled(rows: Sequence[Row]) -> bool:
-    """Are these texts with a label, for a classifier?"""
+    """Tell whether the rows are labelled texts, for a classifier."""
     return (shape := shape_of(rows[0])) is not None and shape.objective == "classify"
 
 
 def check_objective(rows: Sequence[Row], objective: str) -> None:
-    """LorafoldError where rows of this shape are not what the objective trains on."""
+    """Raise LorafoldError if the objective does not train on rows of this shape."""
     shape = shape_of(rows[0])
     if shape is None or shape.objective != objective:
         takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
         other = f", which are for --objective {shape.objective}" if shape else ""
         raise LorafoldError(
-            f"data: found rows of {shape}{other}; --objective {objective} takes rows of {takes}"
+            f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
+            f" {takes}"
         )
 
 
@@ -172,21 +180,22 @@ def _dataset(source: str, path: Path) -> Iterable[Row]:
         if path.is_file():
             found = load_dataset("parquet", data_files=source)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            # what save_to_disk leaves
-            found = load_from_disk(source)
+            found = load_from_disk(source)  # the directory was written by save_to_disk
         else:
             found = load_dataset(source)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = (
-            "can't be read" if local else "is no file here, and as a hub dataset it can't be loaded"
+            "can't be read"
+            if local
+            else "there is no such file, and it can't be loaded as a hub dataset"
         )
         raise LorafoldError(f"{source}: {what}: {reason}") from error
     if not isinstance(found, DatasetDict):
         return found
     if "train" not in found and len(found) != 1:
         raise LorafoldError(
-            f"{source}: splits found: {', '.join(found)}; expected one, or one named train"
+            f"{source}: found the splits {', '.join(found)}; expected only one, or one named train"
         )
     return found["train"] if "train" in found else next(iter(found.values()))
 

@@ -1,1 +1,1 @@
-"""Will it fit? The training step traced without values, by term."""
+"""Estimates the memory of a training step or of inference, by running it on fake tensors."""

@@ -1,5 +1,5 @@
-"""Will it fit? The verdict, the largest batch and length that do, and the smallest change that
-would make a setting fit.
+"""Tells whether a setting fits in a device's memory, the largest batch and length that do, and
+which single changes would make it fit.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from lorafold.models.storage import Storage
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ROWS = 4096  # more are not looked for
-TRACED = 2**14  # tokens up to which larger settings are traced, and not extrapolated
+ROWS = 4096  # the largest batch that is looked for
+TRACED = 2**14  # tokens up to which a setting is traced; beyond, its bytes are extrapolated
 
 
 @dataclass(frozen=True)
 class Advice:
-    """fits: with `spare` bytes left (negative: short of). batch, length: the largest that fit, the
-    other left as it is, up to 4096 rows and the model's own context; 0: not even one.
+    """Whether a setting fits, with how many bytes to spare (negative: how many are missing).
 
-    changes: what would make it fit, each alone, the least harmful first, with the bytes it then
-    takes.
+    `batch` is the largest batch that fits at the setting's length, up to 4096, and `length` the
+    largest length at its batch, up to the model's context; 0 if not even 1 fits. `changes` are
+    single changes that would make it fit, the least harmful first, each with the bytes that the
+    changed setting takes.
     """
 
     fits: bool
@@ -39,7 +40,15 @@ class Advice:
 
 
 def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
-    """For a device on which tensors may take `memory` bytes."""
+    """Advise on a setting for a device.
+
+    Raises LorafoldError as `estimate` does.
+
+    Args:
+        config: The configuration of the model.
+        setting: What is trained, on what base and on which batches.
+        memory: The bytes that tensors may take on the device.
+    """
 
     @cache
     def total(batch: int, length: int) -> int:
@@ -55,7 +64,7 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
     )
     changes = []
     if spare < 0:
-        smaller = [(word, estimate(config, changed).total) for word, changed in changes_of(setting)]
+        smaller = [(name, estimate(config, changed).total) for name, changed in changes_of(setting)]
         smaller += (
             [(f"batch {batch}", total(batch, setting.length))] if 0 < batch < setting.batch else []
         )
@@ -64,29 +73,31 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
             if 1 < length < setting.length
             else []
         )
-        changes = [(word, held) for word, held in smaller if held <= memory]
+        changes = [(name, taken) for name, taken in smaller if taken <= memory]
     return Advice(spare >= 0, spare, batch, length, changes)
 
 
 def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """What may be changed without training on less at a time, the least harmful first."""
+    """Yield (name, changed setting) for changes that keep the batch and the length, the least
+    harmful first.
+    """
     if setting.spec is None:
-        yield from packed(setting)
+        yield from quantized(setting)
         return
     if not setting.checkpointing:
         yield "gradient checkpointing", replace(setting, checkpointing=True)
     in_place = setting.spec.trains_base
-    # weights that are trained in 16 bits need the optimizer that rounds stochastically
+    # 16-bit weights that are trained need stochastic rounding, which only adamw has
     if setting.optimizer == "adamw" and not (in_place and setting.base.dtype.itemsize == 2):
         yield "optimizer adamw8bit", replace(setting, optimizer="adamw8bit")
         if in_place:
             yield "base bf16", replace(setting, base=Storage(torch.bfloat16))
     if not in_place:
-        yield from packed(setting)
+        yield from quantized(setting)
         if not setting.checkpointing:
             yield from (
-                (f"{word} and gradient checkpointing", replace(s, checkpointing=True))
-                for word, s in packed(setting)
+                (f"{name} and gradient checkpointing", replace(s, checkpointing=True))
+                for name, s in quantized(setting)
             )
     spec: Any = setting.spec
     if "rank" in {field.name for field in fields(spec)}:
@@ -97,16 +108,24 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
         )
 
 
-def packed(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def quantized(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Yield the setting on a base in NF4, unless its base is quantized already."""
     if setting.base.quantization is None:
         yield "base nf4", replace(setting, base=Storage(torch.bfloat16, "nf4"))
 
 
 def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
-    """The largest n up to `most` whose total fits; 0 if not even 1 does.
+    """Return the largest n up to `most` whose total fits in memory, or 0 if not even 1 does.
 
-    Totals are affine in n but for edges, so it is looked for on the line through two of them; what
-    lies within four times of a traced one is checked, and beyond `traced` the line is trusted.
+    Totals are nearly affine in n, so n is found on the line through two of them. An n of at most
+    four times a traced one is traced to check it; beyond `traced` the line is trusted.
+
+    Args:
+        total: Gives the bytes for n.
+        start: An n to begin with.
+        memory: The bytes that there are.
+        most: The largest n to look for.
+        traced: The largest n to trace.
     """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:

@@ -1,12 +1,13 @@
-"""What a training run will hold, said before it starts, and whether it then recomputes its
-activations.
+"""Prints the memory that a training run will need before it starts, and decides whether the run
+uses gradient checkpointing.
 
     memory: 0.97 GB at the peak of a step (activations 0.61 GB, weights 0.27 GB); 21.40 GB free
 
-`gradient_checkpointing: auto` turns it on where a step would not fit without. Where nothing fits
-the run is warned, with what would help, and goes on: an estimate is no verdict on a machine. It
-is of this machine, whose CPU may multiply 16-bit matrices in fp32 (the line then says so). It
-follows the CPU's rules also for a GPU, which holds less in attention.
+`gradient_checkpointing: auto` turns it on if a step would not fit without it. If a step does not
+fit either way, the run prints a warning with the changes that would help, and continues, because
+the estimate may be wrong. The estimate is for this machine, whose CPU may multiply 16-bit matrices
+in fp32 (the line then says so). For a GPU it counts attention as on the CPU, which takes more
+memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
-from lorafold.data.batches import batches, labelled, parts
+from lorafold.data.batches import batches, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
@@ -32,8 +33,8 @@ from lorafold.ops.arithmetic import CPU, widens
 from lorafold.step.adamw import in_words
 from lorafold.step.recipe import Recipe
 
-STEPS = 1000  # of a run, looked through for the one that holds most
-SHARE = 0.9  # of the free memory that a step may take: the process, kernels and gaps have the rest
+STEPS = 1000  # steps of a run among which the largest micro-batch is looked for
+SHARE = 0.9  # of the free memory: the rest is for the process, kernels and the allocator's gaps
 
 
 def planned(
@@ -46,8 +47,17 @@ def planned(
     processes: int = 1,
     device: torch.device = CPU,
 ) -> Setting:
-    """The part of a step that holds most, of the run's first thousand steps, with the recipe's
-    method and optimizer, on that device of this machine.
+    """Return the setting of the largest micro-batch of the run's first thousand steps.
+
+    Args:
+        recipe: The recipe of the run.
+        spec: The spec of its method.
+        storage: How the base stores its weights.
+        examples: The training examples.
+        beside: Gives what `attach` takes besides spec and targets, for a model.
+        classes: The number of classes of a classifier; 0 for a language model.
+        processes: The processes that share each step's examples.
+        device: The device of this machine that the run uses.
     """
     packed = recipe.packing and not classes
     steps = islice(
@@ -57,21 +67,21 @@ def planned(
         STEPS,
     )
     runs = [
-        parts(
+        micro_batches(
             [examples[i] for i in rows[::processes]],
             recipe.accumulate,
             recipe.max_length if packed else None,
         )
         for rows in steps
     ]
-    heaviest = max((part for run in runs for part in run), key=lambda part: weight(part, packed))
+    largest = max((part for run in runs for part in run), key=lambda part: computed(part, packed))
     return Setting(
         storage,
         spec,
         recipe.targets,
         beside,
-        rows=tuple(len(e.ids) for e in heaviest),
-        labelled=None if classes else sum(labelled(e) for e in heaviest if isinstance(e, Example)),
+        rows=tuple(len(e.ids) for e in largest),
+        labelled=None if classes else sum(labelled(e) for e in largest if isinstance(e, Example)),
         packed=packed,
         classes=classes,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
@@ -80,9 +90,9 @@ def planned(
     )
 
 
-def weight(part: Sequence[Any], packed: bool) -> int:
-    """The tokens that are computed."""
-    lengths = [len(e.ids) for e in part]
+def computed(micro_batch: Sequence[Any], packed: bool) -> int:
+    """Return the number of tokens that the model computes for a micro-batch, padding included."""
+    lengths = [len(e.ids) for e in micro_batch]
     return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
@@ -93,8 +103,14 @@ def settle(
     free: int,
     console: Console,
 ) -> bool:
-    """Print what the setting holds, of so many free bytes, and say whether its activations are to
-    be recomputed.
+    """Print the memory that the setting needs, and return whether to use gradient checkpointing.
+
+    Args:
+        config: The configuration of the model.
+        setting: The setting of the run's largest micro-batch.
+        asked: The recipe's gradient_checkpointing.
+        free: The free bytes of the device.
+        console: Where to print.
     """
 
     def fits(found: Estimate) -> bool:
@@ -106,7 +122,10 @@ def settle(
         found = estimate(config, setting)
         if asked == "auto" and not fits(found):
             setting = replace(setting, checkpointing=True)
-            why = f"; gradient checkpointing is on, without it it would be {in_words(found.total)}"
+            why = (
+                "; gradient checkpointing is on, since without it a step would take"
+                f" {in_words(found.total)}"
+            )
             found = estimate(config, setting)
         console.print(
             f"memory: {summary(found)}{', 16-bit products in fp32' * setting.widened};"
@@ -115,12 +134,12 @@ def settle(
             soft_wrap=True,
         )
         if not fits(found):
-            words = [
-                word for word, changed in changes_of(setting) if fits(estimate(config, changed))
+            names = [
+                name for name, changed in changes_of(setting) if fits(estimate(config, changed))
             ]
             would = (
-                f"it would with {' or '.join(words)}"
-                if words
+                f"it would with {' or '.join(names)}"
+                if names
                 else "a smaller batch, max_length or model would help"
             )
             console.print(
@@ -135,6 +154,7 @@ def settle(
 
 
 def summary(found: Estimate) -> str:
+    """Return the total and the two largest terms as text."""
     most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
     return (
         f"{in_words(found.total)} at the peak of a step"

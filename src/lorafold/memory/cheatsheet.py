@@ -1,8 +1,7 @@
-"""The memory cheatsheet: rules of thumb as they are passed on, what is estimated in their place,
-and why the two differ.
+"""The memory cheatsheet: common rules of thumb, our estimates beside them, and why the two differ.
 
-The rules are arithmetic under stated assumptions, and as functions they give exactly what the rules
-say. The estimates are those of `memory.terms` for Llama's shapes.
+Each rule is a function, which computes exactly what the rule says. The estimates are those of
+`memory.terms` for Llama's shapes.
 """
 
 from __future__ import annotations
@@ -16,26 +15,32 @@ from lorafold.memory.terms import estimate
 from lorafold.step.adamw import in_words
 from lorafold.step.recipe import Recipe
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}  # a parameter
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}  # of a parameter, by storage
 
 
 def weights(parameters: float, base: str) -> float:
-    """Parameters times bytes: constants of packed weights, and what is never packed, are left
-    out.
+    """Return the bytes of the weights by the rule: parameters times bytes. It leaves out the
+    constants of quantized weights, and counts all weights as quantized.
     """
     return parameters * BYTES[base]
 
 
 def kv_cache(blocks: int, heads: int, width: int, tokens: int, size: int = 2) -> float:
-    """Keys and values, 2 x blocks x heads x width x tokens x bytes; every head has its own, and the
-    batch is 1.
+    """Return the bytes of a KV cache by the rule: 2 x blocks x heads x width x tokens x bytes.
+
+    Args:
+        blocks: The number of blocks.
+        heads: The number of heads, each with keys of its own.
+        width: The width of a head.
+        tokens: The tokens of one sequence.
+        size: The bytes of a number.
     """
     return 2.0 * blocks * heads * width * tokens * size
 
 
 def trained(parameters: float) -> float:
-    """16 bytes a trained parameter: 4 for itself in fp32, 4 its gradient, 8 AdamW's two moments (or
-    2, 2, 4 + 4 and 4 of a master copy).
+    """Return the bytes of trained parameters by the rule, 16 for each: 4 for the parameter in fp32,
+    4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8 and 4 for a master copy).
     """
     return 16.0 * parameters
 
@@ -53,9 +58,8 @@ WORKED: dict[str, tuple[str, Callable[[], float]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a model in a mode, what the rule gives (GB), and why we differ.
-
-    `recipe` is what the estimate sets beside the mode.
+    """A line of the table: a model in a mode, what the rule gives (GB), and why the estimate
+    differs. `recipe` has the recipe fields that the estimate sets besides the mode.
     """
 
     size: str
@@ -118,7 +122,7 @@ CASES = (
         4,
         2048,
         12,
-        "activations are those of LoRA, whatever the weights are packed into",
+        "the activations are those of LoRA, whatever the storage of the weights",
     ),
     Case(
         "7b",
@@ -126,7 +130,7 @@ CASES = (
         4,
         2048,
         12,
-        "the same; packed weights take 0.52 bytes, embedding and head stay at 2",
+        "the same; quantized weights take 0.52 bytes each, embedding and head stay at 2",
         RECOMPUTED,
     ),
     Case(
@@ -152,27 +156,27 @@ CASES = (
 
 
 def table() -> Iterator[tuple[str, ...]]:
-    """The heading, then a row a case."""
+    """Yield the heading of the table, then a line for each case."""
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
     for case in CASES:
-        held = estimate(
+        total = estimate(
             llama(case.size), setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
         ).total
         mode = case.mode + ", checkpointing" * bool(case.recipe)
-        of_rule = f"{held / (case.rule * 1e9):.0%}"
+        of_rule = f"{total / (case.rule * 1e9):.0%}"
         yield (
             case.size.upper(),
             mode,
             f"{case.batch} x {case.length}",
             f"{case.rule:.3g} GB",
-            in_words(held),
+            in_words(total),
             of_rule,
             case.why,
         )
 
 
 def markdown() -> str:
-    """Both tables."""
+    """Return both tables in Markdown."""
     worked = [
         ("what", "the rule", "bytes"),
         *((what, formula, in_words(round(of()))) for what, (formula, of) in WORKED.items()),

@@ -1,13 +1,13 @@
-"""Bytes that tensors hold, counted where they are allocated: what a step really keeps, whatever the
-process is resident in.
+"""Counts the bytes of tensors as they are allocated and freed, independent of the memory that the
+process has from the operating system.
 
     with Ledger() as ledger: ...
-    ledger.now, ledger.peak          bytes of the storages that were made meanwhile and still live;
-                                     the most there were at once
+    ledger.now, ledger.peak          bytes of the tensors made inside the block that still exist;
+                                     the most of them at any time
 
-It sees every storage that torch makes, through the dispatcher, so it counts tensors without values
-(`core.fake`) as well as real ones. It does not see what a kernel takes and gives back inside a
-single operation.
+It sees every tensor that torch makes, through torch's dispatcher, so it counts fake tensors as well
+as real ones. It does not see memory that a kernel allocates and frees within a single operation.
+Bytes are those of torch's storages (the memory behind a tensor and its views).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-DEVICE = torch.ops.prim.device.default  # what a tensor without values is asked most
+DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, one that several share counted once."""
+    """Return the bytes of tensors of any shapes; memory that several share counts once."""
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 class Ledger(TorchDispatchMode):
-    """Enter it around the operations to be counted."""
+    """Counts the tensors that are made inside its `with` block, in bytes: `now` and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""What a model and a step of it really hold, counted at the allocator: what an estimate is checked
-against.
+"""Measures the memory of a model and a step on a device, to check an estimate against it.
 
-On CUDA that is torch's own count; elsewhere a walk over the tensors that live, and a `Ledger` of
-those that the step makes.
+On CUDA the bytes are those of torch's allocator. Elsewhere they are those of all tensors that
+exist, with a `Ledger` of those that the step makes.
 """
 
 from __future__ import annotations
@@ -33,13 +32,18 @@ if TYPE_CHECKING:
 
 
 def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch.device) -> int:
-    """Bytes at the peak of the second of two steps on random tokens, or of a prompt and the token
-    after it; the model's own included. 16-bit matrices are multiplied as the setting says.
+    """Return the bytes at the peak of the second of two training steps on random tokens, or of
+    inference of a prompt and one more token; the model's bytes included.
+
+    Args:
+        load: Makes the model.
+        setting: What is trained, on which batches; 16-bit matrices are multiplied as it says.
+        device: The device of the model.
     """
-    # held, so that what lived before neither dies meanwhile nor counts as given back
-    earlier, before = _tensors(), living(device)
+    # keeps tensors from before alive: if they were freed meanwhile, the difference would shrink
+    earlier, before = _tensors(), allocated(device)
     model = load()
-    run = answering if setting.spec is None else training
+    run = inference if setting.spec is None else training
     with multiplying(widened=setting.widened), run(model, setting) as step:
         found = peak_of(step, device) - before
     del earlier
@@ -48,8 +52,8 @@ def measure(load: Callable[[], PreTrainedModel], setting: Setting, device: torch
 
 @contextmanager
 def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
-    """A step of the recipe's own parts; a first one, which makes the optimizer's state, is done
-    already.
+    """Yield a training step with everything that a run uses. One step is made before, so that the
+    optimizer's state exists.
     """
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
@@ -75,22 +79,24 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
 
 
 @contextmanager
-def answering(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
+def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], Any]]:
+    """Yield a function that computes a prompt and then one more token."""
     prompt, token = (
         torch.ones(setting.batch, n, dtype=torch.long, device=model.device)
         for n in (setting.length - 1, 1)
     )
 
     @torch.no_grad()
-    def answer() -> None:
+    def generate() -> None:
         cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
         model(input_ids=token, cache=cache, use_cache=True)
 
-    yield answer
+    yield generate
 
 
 @contextmanager
 def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
+    """Yield the loss that a run with this setting uses."""
     if setting.classes or not setting.packed:
         yield Classification(model, 0) if setting.classes else Completions(model, False, 0)
         return
@@ -99,8 +105,8 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
 
 
 def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
-    """Rows of random tokens. Labels lie on the last ones of each row, as many in one as in
-    another.
+    """Make examples of random tokens, of the setting's lengths. The labels are on the last tokens
+    of each, evenly divided among the examples.
     """
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
@@ -114,8 +120,8 @@ def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
     return found
 
 
-def living(device: torch.device) -> int:
-    """Bytes of all tensors on that device that anything in this process still holds."""
+def allocated(device: torch.device) -> int:
+    """Return the bytes of all tensors of this process on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
@@ -127,14 +133,14 @@ def _tensors() -> list[Tensor]:
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that tensors hold while the step runs, those that were there before
+    """Run the step and return the most bytes that tensors take meanwhile, those that existed before
     included.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    before = living(device)
+    before = allocated(device)
     with Ledger() as ledger:
         step()
     return before + ledger.peak

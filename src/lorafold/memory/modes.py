@@ -1,14 +1,14 @@
-"""Settings by the names that people give them: the modes of holding a model, and Llama's sizes.
+"""Settings by name: the modes of using a model, and the sizes of Llama.
 
-    inference    no training; 16 bits unless the base is said
-    full         every weight trained, in fp32 unless the base is said: 16 bytes a parameter with
-                 gradients and AdamW's moments
+    inference    no training; a base in bf16 unless the recipe sets it
+    full         every weight is trained, in fp32 unless the recipe sets bf16: 16 bytes a parameter
+                 with gradients and AdamW's moments
     lora         LoRA over a base in bf16
     qlora        LoRA over a base in NF4
-    any other    a method by its name, over the recipe's own base
+    any other    a method by its name, over the recipe's base
 
-`--params 7b, 13b, 70b` are Llama 2's shapes (Touvron et al. 2023, arXiv 2307.09288), `65b` and
-`33b` Llama's (arXiv 2302.13971, table 2).
+`--params 7b, 13b, 70b` are the shapes of Llama 2 (Touvron et al. 2023, arXiv 2307.09288), `65b` and
+`33b` those of Llama (arXiv 2302.13971, table 2).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantizing import QUANTIZATIONS
 from lorafold.models.storage import Storage
 from lorafold.step.adamw import check_rounding
-from lorafold.step.fitting import spec_of, whole_base
+from lorafold.step.fitting import spec_of, trainable_storage
 from lorafold.step.recipe import OF_MEMORY, Recipe
 
 if TYPE_CHECKING:
@@ -39,20 +39,28 @@ MODES: dict[str, dict[str, Any]] = {
 def setting_of(
     mode: str, recipe: Recipe, batch: int, length: int, labelled: int | None = None
 ) -> Setting:
-    """The setting that a mode and a recipe ask for; what the recipe sets itself goes over the mode.
+    """Return the setting for a mode and a recipe; the recipe's fields take precedence over those of
+    the mode.
 
-    LorafoldError for an unknown mode, for fields of the recipe that an estimate does not read, for
-    more labels than there are tokens, and for an optimizer that would lose a method's updates.
+    Raises LorafoldError for an unknown mode, for recipe fields that an estimate does not use, for
+    more labels than there are tokens, and for an optimizer whose rounding would lose updates.
+
+    Args:
+        mode: inference, full, lora, qlora, or the name of a method.
+        recipe: The recipe, of which only fields that concern memory may be set.
+        batch: The rows that are computed at a time.
+        length: The tokens of a row.
+        labelled: The tokens of the batch that the loss counts; None: all that can.
     """
     if unread := sorted(recipe.model_fields_set - OF_MEMORY):
         raise LorafoldError(
-            f"estimate: {', '.join(unread)}: not taken into account; expected fields among"
-            f" {', '.join(sorted(OF_MEMORY))}"
+            f"estimate: found {', '.join(unread)}, which an estimate does not use; expected fields"
+            f" among {', '.join(sorted(OF_MEMORY))}"
         )
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(
-            f"--labelled {labelled}: expected at most {batch * (length - 1)}, for {batch} rows of"
-            f" {length} tokens"
+            f"--labelled {labelled}: expected at most {batch * (length - 1)}, since {batch} rows of"
+            f" {length} tokens have no more tokens to predict"
         )
     fields = MODES.get(mode, {"method": mode})
     recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
@@ -60,7 +68,7 @@ def setting_of(
         return Setting(stored(recipe.base), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
-    base = stored(whole_base(recipe) if spec.trains_base else recipe.base)
+    base = stored(trainable_storage(recipe) if spec.trains_base else recipe.base)
     if spec.trains_base:
         check_rounding(optimizer, [base.dtype])
     return Setting(
@@ -75,12 +83,12 @@ def setting_of(
 
 
 def stored(base: str) -> Storage:
-    """The storage of that word; packed weights are computed with in bf16, and auto is bf16."""
+    """Return the storage of that name. Quantized ones are dequantized to bf16; auto is bf16."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     return Storage(dtype, base if base in QUANTIZATIONS else None)
 
 
-LLAMA = {  # width, of the MLP, blocks, heads, key heads, context
+LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context
     "7b": (4096, 11008, 32, 32, 32, 4096),
     "13b": (5120, 13824, 40, 40, 40, 4096),
     "33b": (6656, 17920, 60, 52, 52, 2048),
@@ -90,11 +98,11 @@ LLAMA = {  # width, of the MLP, blocks, heads, key heads, context
 
 
 def llama(size: str) -> PreTrainedConfig:
-    """The configuration of the Llama of that size. LorafoldError for another word."""
+    """Return the configuration of the Llama of that size. Raises LorafoldError for other sizes."""
     from transformers import LlamaConfig
 
     if size.lower() not in LLAMA:
-        raise LorafoldError(f"params {size}: expected one of {', '.join(LLAMA)}")
+        raise LorafoldError(f"--params {size}: expected one of {', '.join(LLAMA)}")
     width, mlp, blocks, heads, key_heads, context = LLAMA[size.lower()]
     return LlamaConfig(
         hidden_size=width,

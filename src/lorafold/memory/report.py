@@ -1,4 +1,4 @@
-"""An estimate to look at: bars by term on a terminal, and a page that says what each term is."""
+"""Shows an estimate: as bars on a terminal, and as a page that explains each term."""
 
 from __future__ import annotations
 
@@ -30,25 +30,29 @@ STYLE = """
 
 
 def shown(found: Estimate) -> dict[str, int]:
+    """Return the terms that are not 0."""
     return {name: n for name, n in found.terms.items() if n}
 
 
 def bars(found: Estimate) -> list[str]:
-    """A bar for every term, and their sum."""
+    """Return a line with a bar for every term, and a line with their sum."""
     most = max(found.terms.values())
-    rows = [
+    lines = [
         f"{words(name):<12} {in_words(n):>9}  {'█' * max(1, round(WIDTH * n / most))}"
         for name, n in shown(found).items()
     ]
-    return [*rows, f"{'total':<12} {in_words(found.total):>9}"]
+    return [*lines, f"{'total':<12} {in_words(found.total):>9}"]
 
 
 def words(name: str) -> str:
+    """Return the name of a term with spaces."""
     return name.replace("_", " ")
 
 
 def verdict(advice: Advice, asked: Setting) -> list[str]:
-    """Does it fit, what is the most that does, and which changes would help."""
+    """Return lines that say whether the setting fits, the largest batch and length that do, and
+    which changes would help.
+    """
     says = (
         f"fits, with {in_words(advice.spare)} to spare"
         if advice.fits
@@ -58,18 +62,18 @@ def verdict(advice: Advice, asked: Setting) -> list[str]:
         f"largest batch at {asked.length} tokens: {advice.batch}",
         f"largest length at batch {asked.batch}: {advice.length}",
     ]
-    changes = [f"would fit with {word}: {in_words(n)}" for word, n in advice.changes]
+    changes = [f"would fit with {name}: {in_words(n)}" for name, n in advice.changes]
     return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 
 
 def about(asked: Setting) -> str:
-    """What an estimate for this machine's CPU is about."""
-    how = "in fp32" if asked.widened else "as they are"
-    return f"of this machine's CPU, which multiplies 16-bit matrices {how}"
+    """Return the line that says how this machine's CPU multiplies, which the estimate follows."""
+    how = "in fp32" if asked.widened else "in 16 bits"
+    return f"for this machine's CPU, which multiplies 16-bit matrices {how}"
 
 
 def beside(found: Estimate, measured: int) -> str:
-    """The estimate beside what was measured."""
+    """Return the line that compares the estimate with the measured bytes."""
     return (
         f"measured     {in_words(measured):>9}  the estimate is"
         f" {found.total / measured - 1:+.1%} off"
@@ -79,8 +83,14 @@ def beside(found: Estimate, measured: int) -> str:
 def page(
     found: Estimate, title: str, path: Path, said: list[str], memory: int | None = None
 ) -> None:
-    """Write the stack, to scale with the device's memory if that is given, what was said about it,
-    and the terms with their meaning.
+    """Write an HTML page with the terms as a stacked bar and as a table that explains them.
+
+    Args:
+        found: The estimate.
+        title: The title of the page.
+        path: The file to write.
+        said: Lines to show below the bar.
+        memory: The device's bytes, to which the bar is drawn to scale; None if not known.
     """
     whole = max(found.total, memory or 0)
     stack = "".join(
@@ -110,7 +120,7 @@ as torch's allocator counts.</p>
 <div class="stack" role="img" aria-label="memory by term">{stack}{limit}</div>
 <ul>{lines}</ul>
 <div class="wide"><table><thead>{HEAD}</thead><tbody>{rows}</tbody></table></div>
-<p>The process itself, kernels' scratch and gaps between blocks come on top.</p>""",
+<p>The process itself, kernels' scratch memory and the allocator's gaps come on top.</p>""",
         path,
         STYLE,
     )

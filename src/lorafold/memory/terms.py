@@ -1,12 +1,12 @@
-"""Bytes by term: what a setting holds at its peak, from an architecture's configuration alone.
+"""Estimates the bytes of each term at the peak of memory, from a model's configuration alone.
 
     found = estimate(config, Setting(Storage(torch.bfloat16, "nf4"), LoRA(rank=16), rows=(2048,) *
     4))
     found.total, found.terms["activations"]
 
-The terms are a table of small functions over what was traced (`memory.trace`); they add up to the
-peak. What is counted is what torch's allocator gives out. The process itself, kernels' own scratch
-and the allocator's gaps come on top.
+The terms are a table of small functions of what was traced (`memory.trace`), and they add up to the
+peak. Their docstrings stand on the HTML page. Counted are the bytes that torch's allocator gives
+to tensors; the process itself, kernels' scratch memory and the allocator's gaps come on top.
 """
 
 from __future__ import annotations
@@ -15,65 +15,68 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafold.memory.trace import Held, Setting, trace
+from lorafold.memory.trace import Setting, Traced, trace
 from lorafold.models.fake import period
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def weights(held: Held) -> int:
+def weights(traced: Traced) -> int:
     """Every parameter and buffer of the base as it is stored.
 
-    Packed: codes, constants, constants of constants (QLoRA, sec. 3).
+    Quantized weights have codes, constants, and in NF4 constants of the constants (QLoRA, sec. 3).
     """
-    return held.weights
+    return traced.weights
 
 
-def adapter(held: Held) -> int:
-    """What the method adds, 4 bytes a parameter: r (in + out) a matrix for LoRA (Hu et al. 2021,
-    sec. 4.1).
+def adapter(traced: Traced) -> int:
+    """The parameters that the method adds, 4 bytes each. LoRA adds r (in + out) parameters to a
+    matrix (Hu et al. 2021, sec. 4.1).
     """
-    return held.adapter
+    return traced.adapter
 
 
-def gradients(held: Held) -> int:
-    """One number for every trained one, in its dtype, if the peak comes when they are there."""
-    return held.gradients if held.in_backward else held.ahead
+def gradients(traced: Traced) -> int:
+    """One number for every trained parameter, in its dtype, if they exist at the peak."""
+    return traced.gradients if traced.in_backward else traced.ahead
 
 
-def optimizer(held: Held) -> int:
+def optimizer(traced: Traced) -> int:
     """AdamW's two moments: 8 bytes a trained parameter in fp32, 2.03 in 8 bits (Dettmers et al.
     2022).
     """
-    return held.optimizer
+    return traced.optimizer
 
 
-def activations(held: Held) -> int:
-    """What the forward keeps for the backward; with checkpointing one input a block (Chen et al.
-    2016).
+def activations(traced: Traced) -> int:
+    """Tensors that the forward pass stores for the backward pass; with gradient checkpointing one
+    input for each block (Chen et al. 2016).
     """
-    return min(held.kept, held.peak - gradients(held))
+    return min(traced.kept, traced.peak - gradients(traced))
 
 
-def logits(held: Held) -> int:
-    """What head and loss hold at labelled positions, a chunk at a time, if the peak is there."""
-    return (
-        0 if held.in_backward or held.kv_cache else held.peak - activations(held) - gradients(held)
-    )
+def logits(traced: Traced) -> int:
+    """Tensors of the head and the loss at labelled positions, a chunk at a time, if the peak is in
+    the forward pass.
+    """
+    if traced.in_backward or traced.kv_cache:
+        return 0
+    return traced.peak - activations(traced) - gradients(traced)
 
 
-def kv_cache(held: Held) -> int:
-    """2 x blocks x key heads x head width x tokens x bytes."""
-    return held.kv_cache
+def kv_cache(traced: Traced) -> int:
+    """Keys and values: 2 x blocks x key heads x head width x tokens x bytes."""
+    return traced.kv_cache
 
 
-def workspace(held: Held) -> int:
-    """What comes and goes inside a block, if the peak is there."""
-    return held.peak - activations(held) - kv_cache(held) - gradients(held) - logits(held)
+def workspace(traced: Traced) -> int:
+    """Temporary tensors inside a block, if the peak is there."""
+    others = (activations, kv_cache, gradients, logits)
+    return traced.peak - sum(term(traced) for term in others)
 
 
-TERMS: dict[str, Callable[[Held], int]] = {
+TERMS: dict[str, Callable[[Traced], int]] = {
     f.__name__: f
     for f in (weights, adapter, gradients, optimizer, activations, logits, kv_cache, workspace)
 }
@@ -87,17 +90,18 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """The sum of the terms."""
         return sum(self.terms.values())
 
 
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
-    """What the model of that configuration holds at its peak.
+    """Estimate the bytes that a model of this configuration takes at its peak.
 
-    LorafoldError as `attach` and `trace` have it.
+    Raises LorafoldError as `attach` does, and if the model's code does not run on fake tensors.
     """
     few, blocks = max(2, period(config)), config.get_text_config().num_hidden_layers
-    held = trace(config, setting, few)
+    traced = trace(config, setting, few)
     if blocks != few:
         more = few + period(config)
-        held = held.at(trace(config, setting, more), (few, more, blocks))
-    return Estimate({name: term(held) for name, term in TERMS.items()})
+        traced = traced.at(trace(config, setting, more), (few, more, blocks))
+    return Estimate({name: term(traced) for name, term in TERMS.items()})

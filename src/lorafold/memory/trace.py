@@ -1,8 +1,7 @@
-"""What one step of a model with few blocks holds, traced through the very code that trains: no
-formula of its own, and no values.
+"""Traces the bytes of one step, by running the code that trains on a fake model with few blocks.
 
-Blocks hold alike, so two short models tell of any depth: a + (b - a) (n - n_a) / (n_b - n_a), n
-blocks, for every figure here.
+All blocks take the same memory, so every figure is linear in the number of blocks n, and two short
+models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
 """
 
 from __future__ import annotations
@@ -39,21 +38,29 @@ if TYPE_CHECKING:
 
 
 def nothing(model: PreTrainedModel) -> dict[str, Any]:
+    """Return no further arguments of `attach`: the default of `Setting.beside`."""
     return {}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be held. base: how the weights are stored; spec: what is trained, None for
-    inference; targets as `attach` takes them, and `beside`, given the model, what else it takes.
+    """What an estimate is of: a base, a method, and the rows of a micro-batch. It does not depend
+    on the machine that computes the estimate.
 
-    rows: those computed at a time, in tokens, end to end if they are packed and else filled up to
-    the longest; `labelled` of the tokens count in the loss (None: all that can). classes: how many
-    kinds of text the model tells apart, 0 if it says the next token. accumulating: the gradients of
-    an earlier part of the step are there already. widened: 16-bit matrices are multiplied in fp32,
-    as some CPUs are faster (`ops.arithmetic.widens`), and not as they are, which holds less. No
-    field asks what machine this is. Inference reads the rows but for their last token, then that
-    one.
+    base: How the base stores its weights.
+    spec: The method that is trained; None for inference.
+    targets: The modules to adapt, as `attach` takes them.
+    beside: Gives the further arguments of `attach`, for a model.
+    rows: The lengths in tokens of the rows computed at a time. Inference computes all but the last
+        token of each as a prompt, then the last token.
+    labelled: The tokens that the loss counts; None: all that can be predicted.
+    packed: The rows are packed into one sequence; else they are padded to the longest.
+    classes: The number of classes of a classifier; 0 for a language model.
+    checkpointing: Gradient checkpointing is on.
+    optimizer: adamw, adamw8bit or paged-adamw8bit.
+    accumulating: Gradients of an earlier micro-batch exist already.
+    widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
+        (`ops.arithmetic.widens`); this takes more memory.
     """
 
     base: Storage
@@ -71,18 +78,25 @@ class Setting:
 
     @property
     def batch(self) -> int:
+        """The number of rows computed at a time."""
         return len(self.rows)
 
     @property
     def length(self) -> int:
+        """The length of the longest row, in tokens."""
         return max(self.rows)
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes. kept: for later, when the forward is done; ahead: gradients that were there before it;
-    forward, backward: the most that there is in each beyond weights, adapter and optimizer. For
-    inference they are the prompt's forward and that of the token after it.
+class Traced:
+    """The bytes that a step takes.
+
+    weights, adapter, optimizer, gradients: The tensors of each.
+    ahead: Gradients that exist before the forward pass.
+    kept: Activations that exist when the forward pass is done.
+    kv_cache: Keys and values of inference.
+    forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
+        these are the forward passes of the prompt and of the token after it.
     """
 
     weights: int
@@ -97,16 +111,20 @@ class Held:
 
     @property
     def in_backward(self) -> bool:
+        """Whether the peak is in the backward pass."""
         return self.backward > self.forward
 
     @property
     def peak(self) -> int:
+        """The larger of both peaks."""
         return max(self.forward, self.backward)
 
-    def at(self, other: Held, blocks: tuple[int, int, int]) -> Held:
-        """With blocks[2] blocks, where this is with blocks[0] and the other with blocks[1]."""
+    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+        """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
+        for blocks[1].
+        """
         a, b, n = blocks
-        return Held(
+        return Traced(
             *(
                 x + (y - x) * (n - a) // (b - a)
                 for x, y in zip(astuple(self), astuple(other), strict=True)
@@ -114,35 +132,46 @@ class Held:
         )
 
 
-def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Held:
-    """What the first so many blocks hold, between embedding and head: the same on every machine.
+def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
+    """Trace the bytes of a step of a model with embedding, head and its first blocks. They are the
+    same on every machine.
 
-    LorafoldError where a method's code can't do without values.
+    Raises LorafoldError if the code of the model or the method does not run on fake tensors.
+
+    Args:
+        config: The configuration of the model.
+        setting: What is trained, on which rows.
+        blocks: The number of blocks.
     """
-    with unswept(), without_values(), multiplying(widened=setting.widened), Ledger() as ledger:
+    with gc_frozen(), without_values(), multiplying(widened=setting.widened), Ledger() as ledger:
         step = inference if setting.spec is None else training
         try:
             return step(fake_model(config, setting.base, blocks, setting.classes), setting, ledger)
         except LorafoldError:
             raise
         except Exception as error:
-            # whatever a model's own code raises where it finds no values: a run goes on without an
-            # estimate
+            # a model's code may raise anything on fake tensors; a run continues without an estimate
             what = config.model_type if setting.spec is None else type(setting.spec).__name__
             raise LorafoldError(
-                f"{what}: can't be estimated, its code asks for values: {one_line(error, 80)}"
+                f"{what}: can't be estimated, since its code does not run on fake tensors (tensors"
+                f" without values): {one_line(error, 80)}"
             ) from error
 
 
-def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
-    """A step of the recipe's own parts: fused operations, packed rows, loss at labelled
-    positions.
+def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
+    """Trace a training step with everything that a run uses: fused operations, packed documents,
+    the loss at labelled positions.
+
+    Args:
+        model: A fake model.
+        setting: What is trained, on which rows.
+        ledger: The ledger that counts, already entered.
     """
-    weights = settled(ledger)
+    weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
-    start = settled(ledger)
+    start = collected(ledger)
     if setting.checkpointing:
         recompute(model)
     if setting.accumulating:
@@ -150,12 +179,12 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
             p.grad = torch.zeros_like(p)
     ahead = ledger.now - start
     model.train()
-    run = classifying if setting.classes else completing
+    run = class_loss if setting.classes else next_token_loss
     with (
         fused(model),
-        laid_out(model, setting.rows) if setting.packed and not setting.classes else nullcontext(),
+        packed_as(model, setting.rows) if setting.packed and not setting.classes else nullcontext(),
     ):
-        ledger.peak = settled(ledger)
+        ledger.peak = collected(ledger)
         loss = run(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
         ledger.peak = ledger.now
@@ -163,11 +192,13 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
         backward = ledger.peak - start
     gradients = distinct_bytes(p.grad for p in trained if p.grad is not None)
     state = state_bytes(setting.optimizer, trained)
-    return Held(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+    return Traced(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
 
 
-def completing(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """The loss of the next token. Rows that are filled up have theirs in equal parts."""
+def next_token_loss(model: PreTrainedModel, setting: Setting) -> Tensor:
+    """Return the next-token loss, (), on fake ids. The labelled tokens are divided evenly among
+    padded rows.
+    """
     rows, width = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     ids, where = integers(rows, width), integers(rows, width)
@@ -178,7 +209,8 @@ def completing(model: PreTrainedModel, setting: Setting) -> Tensor:
     )[0]
 
 
-def classifying(model: PreTrainedModel, setting: Setting) -> Tensor:
+def class_loss(model: PreTrainedModel, setting: Setting) -> Tensor:
+    """Return the loss of a classifier, (), on fake ids."""
     ids, mask = integers(setting.batch, setting.length), integers(setting.batch, setting.length)
     loss: Tensor = Classification(model, 0)(
         integers(setting.batch), input_ids=ids, attention_mask=mask
@@ -187,33 +219,40 @@ def classifying(model: PreTrainedModel, setting: Setting) -> Tensor:
 
 
 def integers(*shape: int) -> Tensor:
+    """Return an integer tensor of any shape."""
     return torch.zeros(shape, dtype=torch.long)
 
 
 @torch.no_grad()
-def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Held:
-    """Reading a prompt in one piece, then one token more."""
-    weights = settled(ledger)
+def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced:
+    """Trace the forward pass of a whole prompt, then that of one more token.
+
+    Args:
+        model: A fake model.
+        setting: The rows.
+        ledger: The ledger that counts, already entered.
+    """
+    weights = collected(ledger)
     prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
-    ledger.peak = start = settled(ledger)
+    ledger.peak = start = collected(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
-    ledger.peak = settled(ledger)
+    ledger.peak = collected(ledger)
     model(input_ids=token, cache=cache, use_cache=True)
     backward = ledger.peak - start
-    return Held(weights, kv_cache=settled(ledger) - start, forward=forward, backward=backward)
+    return Traced(weights, kv_cache=collected(ledger) - start, forward=forward, backward=backward)
 
 
-def settled(ledger: Ledger) -> int:
-    """What is held once all that is garbage has gone."""
+def collected(ledger: Ledger) -> int:
+    """Return the bytes that exist after a garbage collection."""
     gc.collect()
     return ledger.now
 
 
 @contextmanager
-def unswept() -> Iterator[None]:
-    """What there is already is no matter for the garbage collector meanwhile: a process with torch
-    in it takes 0.15 s to look through.
+def gc_frozen() -> Iterator[None]:
+    """Make garbage collections inside the block skip the objects that exist already: in a process
+    that has imported torch, each collection would take 0.15 s for them.
     """
     gc.freeze()
     try:
@@ -223,8 +262,8 @@ def unswept() -> Iterator[None]:
 
 
 class LastTiles(Documents):
-    """Documents of which the last three tiles are computed. They tell what all of them hold: every
-    tile holds what the one before it does, or more, and the last may be cut short.
+    """Documents of which only the last three tiles are computed. These are enough for the peak of
+    memory: tiles grow from first to last, except that the last may be cut short.
     """
 
     def tiles(self) -> Iterator[Tile]:
@@ -232,9 +271,9 @@ class LastTiles(Documents):
 
 
 @contextmanager
-def laid_out(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
-    """Packed attention over documents of these lengths, which the positions, having no values,
-    can't tell: the longest last.
+def packed_as(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
+    """Compute attention over packed documents of these lengths until the block ends. (Fake
+    positions have no values that could tell where documents begin.) The longest is last.
     """
     with attending(model, partial(_mask, tuple(sorted(lens)))):
         yield
@@ -243,5 +282,7 @@ def laid_out(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
 def _mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
-    """Of a run of other tokens than the rows', as a prompt's own is, that it is one document."""
+    """Return documents of these lengths, or one document if the sequence has another length, as
+    that of a soft prompt has.
+    """
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)

@@ -1,1 +1,1 @@
-"""Base models: by name, by storage, in their files, or without values; tokenizers, fingerprints."""
+"""Base models by name, by storage, in files, or as fake models; tokenizers and fingerprints."""

@@ -1,8 +1,8 @@
-"""A checkpoint directory as a model whose weights stay in its files.
+"""Opens a model directory as a model whose weights stay in its files.
 
-The architecture is built on the meta device and every parameter replaced by the tensor of the file,
-mapped and not read: laying adapters over it costs their own memory only. Names in the files become
-names in the model by transformers' own rules.
+The architecture is built on the meta device, and every parameter is replaced by the file's tensor,
+which is memory-mapped and not read. So attaching adapters takes only the memory of the adapters.
+transformers' own rules turn names in the files into names in the model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weight files of a directory by name, and the index beside them if they are several."""
+    """The weight files of a model directory by name, and their index if there is one."""
 
     path: Path
     files: dict[str, Container]
@@ -52,11 +52,12 @@ class Checkpoint:
 
     @property
     def entries(self) -> dict[str, Entry]:
+        """The tensors of all files, by name."""
         return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
 
     def other_files(self) -> list[Path]:
-        """What is carried over as it is, relative to the directory: config, tokenizer, chat
-        template ..., but no weights of any format.
+        """Return the paths, relative to the directory, of all files but weights of any format:
+        config, tokenizer, chat template and so on.
         """
         found = (
             p.relative_to(self.path)
@@ -72,11 +73,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class MappedModel:
-    """The model over its files.
+    """A model whose parameters are tensors of its files.
 
-    `entries` by parameter name; `tied` gives, for a shared parameter, the other names it goes by;
-    `converted` are parameters that transformers computes from the files' tensors instead of reading
-    them.
+    `entries` gives the file's tensor by parameter name; `tied` gives the other names of a shared
+    parameter; `converted` are parameters that transformers computes from several tensors of the
+    files instead of reading them.
     """
 
     model: PreTrainedModel
@@ -86,15 +87,16 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Read the headers of all weight files. `patterns`: which of the files are going to be read.
+    """Read the headers of all weight files of a model directory.
 
-    LorafoldError where there are none, one of those that the index names is missing, or one is not
-    the one that was written.
+    `patterns` says which files are going to be read and must be undamaged. Raises LorafoldError if
+    there are no weight files, if a file that the index names is missing, or if a file was damaged
+    since it was written.
     """
     path = source.intact(*patterns)
     files = model_files(path)
     if missing := [file.name for file in files if not file.is_file()]:
-        raise LorafoldError(f"{path}: {INDEX} names files that are not there: {', '.join(missing)}")
+        raise LorafoldError(f"{path}: {INDEX} names files that are missing: {', '.join(missing)}")
     index = (
         json.loads((path / INDEX).read_text(encoding="utf-8")) if (path / INDEX).is_file() else None
     )
@@ -102,7 +104,9 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """The architecture alone, on the meta device."""
+    """Build a causal language model on the meta device from its configuration, frozen and without
+    weights. Raises LorafoldError if transformers can't.
+    """
     with loading("the model's architecture"), torch.device("meta"):
         return (
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -112,7 +116,11 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel:
-    """LorafoldError lists every weight that the files lack or hold in another shape."""
+    """Build the model of a checkpoint over its mapped files.
+
+    Raises LorafoldError if the weights are quantized, and lists every weight that is missing or has
+    another shape than the model expects.
+    """
     with loading(f"model {checkpoint.path}"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     if quantization := getattr(config, "quantization_config", None):
@@ -136,7 +144,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
                 f" {list(parameter.shape)}"
             )
         elif not any(n in entries or n in converted for n in (name, *tied.get(name, ()))):
-            problems.append(f"{name}: in no weight file")
+            problems.append(f"{name}: found in no weight file")
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
     _map_files(model, entries, tied)
@@ -144,8 +152,8 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
 
 
 def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> MappedModel:
-    """The model by that name over its mapped files, as adapters that are laid over it should name
-    their base.
+    """Open the model of a source over its mapped files. Its `name_or_path` is the source's name,
+    which adapters attached to it record as their base.
     """
     mapped = mapped_model(open_checkpoint(source), trust_remote_code)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
@@ -176,8 +184,8 @@ def _by_parameter(
 def _map_files(
     model: nn.Module, entries: dict[str, Entry], tied: dict[str, tuple[str, ...]]
 ) -> None:
-    """Put the files' tensors in the parameters' places; a name that has none, or an equal one,
-    takes that of one it is tied to.
+    """Replace the model's parameters by the files' tensors. A parameter without a tensor in the
+    files, or with an equal one, becomes the parameter that it is tied to.
     """
     by_file = defaultdict(list)
     for entry in entries.values():
@@ -189,7 +197,7 @@ def _map_files(
         name: nn.Parameter(tensors[entry.name], requires_grad=False)
         for name, entry in entries.items()
     }
-    # stored more than once: transformers ties them if they are equal
+    # the files have a tensor for both names: transformers ties these if they are equal
     for name in tied.keys() & parameters.keys():
         first = min(n for n in (name, *tied[name]) if n in parameters)
         if first != name and torch.equal(parameters[first], parameters[name]):

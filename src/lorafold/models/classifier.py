@@ -1,11 +1,11 @@
-"""Sequence classifiers: a base's body under a head for given classes.
+"""Sequence classifiers: the body of a base with a head for given classes.
 
-    logits = head(h at the last token)          (classes,); other architectures pool as their
-                                                authors chose
+    logits = head(h at the last token)          (classes,); some architectures pool the hidden
+                                                states in another way
 
-`AutoModelForSequenceClassification` builds it from any base. Where the files hold no head it is
-drawn from a seed, and an adapter saves it with itself as a module trained whole. The classes' names
-lie in the config (`id2label`), and in the adapter's `lorafold.json`.
+`AutoModelForSequenceClassification` builds it from any base. If the model's files have no head, it
+is initialized at random from a seed, trained whole, and saved with the adapter. The names of the
+classes are stored in the config (`id2label`) and in the adapter's `lorafold.json`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,19 @@ def load_classifier(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The classifier in evaluation mode on `device`, its weights in one dtype or held as `storage`
-    says.
+    """Load a classifier, in evaluation mode.
 
-    A head that the files lack is drawn from `seed`. `pad_id` is the token that fills short rows up,
-    at the right. Raises LorafoldError where transformers has no such classifier, or the files lack
-    weights of the body.
+    Raises LorafoldError if transformers has no classifier of this architecture, or if the files
+    lack weights of the body.
+
+    Args:
+        source: The base model.
+        classes: The names of the classes, in the order of their numbers.
+        pad_id: The token that fills short texts, at the right.
+        storage: How the base stores its weights; a dtype for weights that are not quantized.
+        device: Where to load the model.
+        seed: The seed of the head, if the files have none.
+        trust_remote_code: Run the code in the model's directory.
     """
     import torch
 
@@ -59,9 +66,9 @@ def load_classifier(
             model, missing = read_weights(
                 auto, source, storage, device, trust_remote_code, id2label=names, label2id=numbers
             )
-        # by which a decoder finds the last token
+        # a decoder finds the last token by it
         model.config.get_text_config().pad_token_id = pad_id
-        # one pass a text: keys and values would be kept for nothing
+        # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
     heads = tuple(f"{path}." for path in head_paths(model))
     check_complete(source, [name for name in missing if not name.startswith(heads)])
@@ -69,9 +76,9 @@ def load_classifier(
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """The modules over the body that hold parameters.
+    """Return the paths of the modules with parameters that are not part of the model's body.
 
-    LorafoldError where the model has no head that can be told from its body.
+    Raises LorafoldError if there are none.
     """
     body, _ = decoder_of(model)
     found = [
@@ -80,28 +87,28 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
         if any(p is not None for p in m._parameters.values()) and not f"{p}.".startswith(f"{body}.")
     ]
     if not body or not found:
-        raise LorafoldError(f"{type(model).__name__} has no head apart from its body")
+        raise LorafoldError(
+            f"{type(model).__name__}: found no head beside its body, expected a classifier"
+        )
     return tuple(found)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up: the tokenizer's own, or the end of sequence.
-
-    LorafoldError where there is neither.
+    """Return the id of the token that fills short texts: the tokenizer's padding token, or else its
+    end-of-sequence token. Raises LorafoldError if it has neither.
     """
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if found is None:
         raise LorafoldError(
-            "the tokenizer has neither a padding nor an end-of-sequence token: texts can't be"
-            " batched"
+            "tokenizer: found neither a padding nor an end-of-sequence token, expected one of them"
+            " to fill the texts of a batch to one length"
         )
     return int(found)
 
 
 def classes_of_adapter(path: str | Path) -> tuple[str, ...] | None:
-    """The classes that a saved adapter tells apart, by number; None if it is no classifier's.
-
-    LorafoldError for a damaged record.
+    """Return the classes of a saved adapter, in the order of their numbers, or None if it is not an
+    adapter of a classifier. Raises LorafoldError if its record is damaged.
     """
     classes = read_record(path).get(CLASSES)
     if classes is None:
@@ -114,26 +121,26 @@ def classes_of_adapter(path: str | Path) -> tuple[str, ...] | None:
 
 
 def classes_of_model(source: ModelSource) -> tuple[str, ...] | None:
-    """The classes of a model that is a classifier itself; None if it is none."""
+    """Return the classes of a model that is a classifier already, or None if it is not."""
     config = source.config()
     if not any(
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
     ):
         return None
-    # transformers leaves out its own default
+    # transformers does not write its default to the file
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(names[key] for key in sorted(names, key=int))
 
 
 def known_classes(source: ModelSource, adapters: Sequence[str | Path]) -> tuple[str, ...] | None:
-    """The classes that the adapters or else the model were trained on; None where none was.
+    """Return the classes of the adapters, or else of the model, or None if neither has classes.
 
-    LorafoldError where they differ.
+    Raises LorafoldError if the adapters' classes differ.
     """
     found = {str(path): classes for path in adapters if (classes := classes_of_adapter(path))}
     if len(set(found.values())) > 1:
         raise LorafoldError(
-            "classes differ: "
-            + "; ".join(f"{name} has {', '.join(classes)}" for name, classes in found.items())
+            "adapters: expected the same classes in all of them, found "
+            + "; ".join(f"{', '.join(classes)} in {name}" for name, classes in found.items())
         )
     return next(iter(found.values())) if found else classes_of_model(source)

@@ -1,4 +1,4 @@
-"""A model's configuration by its name: no weight is read, of a hub model one file is fetched."""
+"""Reads a model's configuration by the model's name, without its weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 def configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The configuration of a model by name: smollm2, a directory, a GGUF file (its header is read)
-    or a hub id (one file is fetched).
+    """Read the configuration of a model.
 
-    LorafoldError where there is none.
+    Raises LorafoldError if there is no such model.
+
+    Args:
+        name: smollm2, a directory, a GGUF file (its header is read) or a hub id (config.json is
+            downloaded).
+        revision: A branch, tag or commit of a hub model.
+        trust_remote_code: Run the code in the model's directory.
     """
     from transformers import AutoConfig
 
@@ -31,7 +36,7 @@ def configuration(
         if name == EMBEDDED:
             return AutoConfig.from_pretrained(resolve_model(name).intact("config.json"))
         if path.exists() and not (path / "config.json").is_file():
-            raise LorafoldError(f"model {name}: no config.json in it; {ACCEPTED}")
+            raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
         check_intact(path, ["config.json"])
         try:
             return AutoConfig.from_pretrained(
@@ -41,6 +46,6 @@ def configuration(
             )
         except OSError as error:
             raise LorafoldError(
-                f"model {name}: not on this machine, and the hub gave no answer: {one_line(error)};"
-                f" {ACCEPTED}"
+                f"model {name}: not on this machine, and can't be loaded from the hub:"
+                f" {one_line(error)}; {ACCEPTED}"
             ) from error

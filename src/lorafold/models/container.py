@@ -1,9 +1,9 @@
-"""Safetensors files, read and written a tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-    8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, end to end
+    8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, in order
 
-`safetensors.torch.save_file` wants every tensor of a file at once; a fold holds one. Tensors are
-read through safetensors and stay backed by the file: they take no memory of their own.
+`safetensors.torch.save_file` needs all tensors of a file in memory at once; merging needs only one.
+Tensors are read through safetensors and stay memory-mapped: they take no memory of their own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ALIGNMENT = 8  # of the first tensor, so that readers can map it
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its name and dtype in the file's words, shape, and where its bytes
-    lie.
+    """One tensor of a file: its name and dtype as the file writes them, its shape, and the offset
+    and number of its bytes.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Entry:
     size: int
 
     def shaped(self, shape: tuple[int, ...]) -> Entry:
-        """The entry of a tensor of that shape."""
+        """Return the entry of a tensor of another shape and the same dtype."""
         return (
             self
             if shape == self.shape
@@ -49,14 +49,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Container:
-    """One file: its tensors by name in the order of their bytes, and the free text beside them."""
+    """A safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
 
 
 def read_container(path: Path) -> Container:
-    """The header of a file. LorafoldError if it is no whole safetensors file."""
+    """Read the header of a file. Raises LorafoldError if it is not a complete safetensors file."""
     try:
         with safe_open(path, framework="pt"):  # checks the header and the length
             pass
@@ -64,7 +64,9 @@ def read_container(path: Path) -> Container:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as e:
-        raise LorafoldError(f"{path} can't be read as safetensors: {e}") from None
+        raise LorafoldError(
+            f"{path}: expected a safetensors file, but it can't be read as one: {e}"
+        ) from None
     metadata = header.pop("__metadata__", {})
     entries = []
     for name, described in header.items():
@@ -83,7 +85,7 @@ def read_container(path: Path) -> Container:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors backed by the file. They must not be written to."""
+    """Return tensors of any shapes, by name, mapped from the file. They must not be written to."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -95,10 +97,17 @@ def write_container(
     changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
 ) -> None:
-    """Write a file of tensors that are each like an entry of another file: (name, entry).
+    """Write a safetensors file whose tensors are those of other files or have new values.
 
-    `changed(name)` gives the new values, of the entry's dtype and shape, or None for the entry's
-    own bytes; `written(name, size)` is told of each tensor done.
+    Raises LorafoldError if a file that is copied from ends early.
+
+    Args:
+        path: The file to write.
+        layout: (name, entry) pairs in the order of their bytes. Each tensor has its entry's dtype
+            and shape, and its bytes unless it is changed.
+        metadata: Free text for the header.
+        changed: Gives the new values of a name, of its entry's shape, or None to copy the bytes.
+        written: Is called with the name and the number of bytes after each tensor.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
@@ -129,6 +138,8 @@ def _copy_bytes(entry: Entry, out: BinaryIO) -> None:
         while left:
             block = source.read(min(left, BLOCK))
             if not block:
-                raise LorafoldError(f"{entry.file} ends inside {entry.name}")
+                raise LorafoldError(
+                    f"{entry.file}: ends inside the tensor {entry.name}, so it was cut short"
+                )
             out.write(block)
             left -= len(block)

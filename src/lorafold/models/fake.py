@@ -1,11 +1,11 @@
-"""Models without values: every module, parameter and packed matrix in its shape and dtype, and no
-memory behind them.
+"""Fake models: every module, parameter and quantized matrix with its shape and dtype, but without
+values and without memory for them.
 
     with without_values():
         model = fake_model(config, Storage(torch.bfloat16, "nf4"), blocks=2)
 
-It is transformers' own class, so that whatever runs on a model runs on its fake_model; the numbers
-alone are missing (`core.fake`).
+A fake model is of transformers' own class, so code that runs on a model also runs on its fake
+model, unless it asks for values (`core.fake`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 
 def without_values() -> AbstractContextManager[Any]:
-    """Tensors that are made within have no values, and what is computed of them has none."""
+    """Make all tensors fake that are made inside the `with` block, or computed from fake ones."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
-    """The same architecture with fewer blocks: the first ones."""
+    """Return the configuration of the model's first `blocks` blocks."""
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
-    # some configurations work it out from the number of blocks
+    # some configurations compute layer_types from the number of blocks and can't be set
     if kinds := vars(text).get("layer_types"):
         text.layer_types = [kinds[i % len(kinds)] for i in range(blocks)]
     return short
 
 
 def period(config: PreTrainedConfig) -> int:
-    """After how many blocks their kinds repeat: 1 where all are of a kind, 2 where windows and
-    whole attention take turns.
+    """Return after how many blocks the types of blocks repeat: 1 if all are alike, 2 if sliding
+    windows and full attention alternate.
     """
     kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
     return next(
@@ -57,10 +57,15 @@ def period(config: PreTrainedConfig) -> int:
 def fake_model(
     config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0
 ) -> PreTrainedModel:
-    """The causal language model, or the classifier of so many classes, its first blocks, held as
-    `storage` says; frozen. Where there are values it has random ones.
+    """Make a frozen model; inside `without_values` a fake one, else one with random weights.
 
-    LorafoldError where transformers has no such model.
+    Raises LorafoldError if transformers has no such model.
+
+    Args:
+        config: The configuration of the model.
+        storage: How the model stores its weights.
+        blocks: The number of blocks, from the first.
+        classes: The number of classes of a classifier; 0 for a causal language model.
     """
     import transformers as tf
 
@@ -75,7 +80,7 @@ def fake_model(
         for path in packable(model):
             parent, _, name = path.rpartition(".")
             w, b = layer_of(model.get_submodule(path)).dense()
-            packed = PACKERS[storage.quantization](w)
-            packed.bias = b  # type: ignore[assignment]
-            setattr(model.get_submodule(parent), name, packed)
+            quantized = PACKERS[storage.quantization](w)
+            quantized.bias = b  # type: ignore[assignment]
+            setattr(model.get_submodule(parent), name, quantized)
     return model

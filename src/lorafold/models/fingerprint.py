@@ -1,13 +1,14 @@
-"""A model's fingerprint: shapes and a few sampled values of some of its weights, taken before any
+"""A model's fingerprint: the shapes and a few sampled values of some of its weights, before any
 quantization.
 
     {name: {"shape": [out, in], "dtype": "bfloat16", "values": "<16 fp32 numbers in hex>"}}
     up to 32 tensors
 
-An adapter means nothing on another base than its own, and nothing in its shapes tells. The
-fingerprint does, whether the base is loaded in fp32, bf16 or fp16: two values agree if they are
-equal once both are rounded to the narrower of their dtypes. A base whose vocabulary was resized is
-the same base. Taking it reads 512 numbers.
+An adapter is useless on another base than its own, but its shapes may fit all the same. The
+fingerprint shows that the base is another one. It does not depend on the dtype in which the base is
+loaded (fp32, bf16 or fp16): two values agree if they are equal after both are rounded to the
+narrower dtype. A base whose vocabulary was resized counts as the same base. A fingerprint reads 512
+numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ STRIDE = 2_654_435_761
 
 
 class Sample(BaseModel, extra="forbid"):
-    """What a file may hold for one tensor."""
+    """The shape, dtype and sampled values of one tensor, as `lorafold.json` stores them."""
 
     shape: list[PositiveInt]
     dtype: Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
@@ -43,49 +44,50 @@ class Sample(BaseModel, extra="forbid"):
 
 
 def parse(value: Any) -> Fingerprint:
-    """A fingerprint from JSON. LorafoldError if it is none."""
+    """Check a fingerprint that was read from JSON. Raises LorafoldError if it is malformed."""
     try:
         TypeAdapter(dict[str, Sample]).validate_python(value, strict=True)
     except ValidationError as e:
         place = ".".join(map(str, e.errors()[0]["loc"]))
         raise LorafoldError(
-            f"its fingerprint is not readable ({place}: {e.errors()[0]['msg'].lower()})"
+            f"field base: not a valid fingerprint ({place}: {e.errors()[0]['msg'].lower()})"
         ) from None
     fingerprint: Fingerprint = value
     return fingerprint
 
 
 def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
-    """Of the model's base weights, adapters left out.
+    """Return the fingerprint of a model's base weights, without its adapters.
 
-    `without`: paths of modules that are not the base's own, such as a fresh head.
+    `without` gives the paths of modules that are not part of the base, such as a new head.
     """
     return of(ModelWeights(model), without)
 
 
 def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
-    """The same from the safetensors files of a model directory.
+    """Return the fingerprint of the safetensors files of a model directory.
 
-    LorafoldError where there are none, or one can't be read or was damaged.
+    Raises LorafoldError if there are none, or if one can't be read or was damaged.
     """
     check_intact(directory, MODEL_FILES)
     return of(FileWeights(model_files(Path(directory))), without)
 
 
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
+    """Return the fingerprint of named weights; `without` as `of_model` takes it."""
     inside = tuple(f"{path}." for path in without)
     names = [
         n
         for n in weights.names
         if weights.is_floating(n) and 0 not in weights.shape(n) and not n.startswith(inside)
     ]
-    # an order that mixes kinds and depths
+    # the order of hashes mixes types of modules and depths
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
     matrices = [n for n in names if len(weights.shape(n)) > 1]
-    # few of them: norms and biases may be all ones and zeros
+    # only a few of the vectors are taken: norms and biases may be all ones and zeros
     vectors = [n for n in names if n not in matrices]
-    # a packed base has no linear left to compare: the largest matrix, the embedding as a rule, and
-    # the vectors stay plain there
+    # in a quantized base only the vectors and the largest matrix, usually the embedding, can be
+    # compared: all its linears are quantized
     largest = sorted(matrices, key=lambda n: math.prod(weights.shape(n)))[-1:]
     chosen = dict.fromkeys(
         [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
@@ -94,14 +96,14 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
-    """What says that these weights are another base: one line, or none.
+    """Return a line that says how the weights differ from a fingerprint, or no line if they agree.
 
-    Tensors absent here (tied, or named otherwise) don't count, unless all are.
+    Tensors that are missing here (tied, or under another name) are skipped, unless all are missing.
     """
     here = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not here:
         return [
-            f"none of its {len(expected)} fingerprinted weights is here:"
+            f"none of its {len(expected)} fingerprinted weights was found:"
             f" {', '.join(list(expected)[:3])}, ..."
         ]
     wrong = [
@@ -118,17 +120,17 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two floating-point tensors of one shape hold the same numbers, as far as the narrower
-    of their dtypes tells.
+    """Tell whether two floating-point tensors of the same shape, any shape, are equal after both
+    are rounded to the narrower of their dtypes.
     """
     return bool(equal(a, b).all())
 
 
 def equal(a: Tensor, b: Tensor) -> Tensor:
-    """The same, number by number."""
+    """Compare as `same` does, element by element: a boolean tensor of the same shape."""
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
-    # bf16 and fp16 from one fp32 number: the fp16 one may lie past a bf16 tie (one unit), or among
-    # fp16's subnormals
+    # if one fp32 number was rounded to bf16 and to fp16, rounding the latter to bf16 may differ by
+    # one unit (at a tie), and more among fp16's subnormals
     rtol, atol = (
         (2**-7, 2**-24) if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16} else (0.0, 0.0)
     )
@@ -161,7 +163,7 @@ def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | 
     if shape[1:] != asked[1:] or len(shape) != len(asked) or (shape != asked and len(shape) < 2):
         return f"{name} (shape {shape}, expected {asked})"
     positions = _positions(asked)
-    both = positions[:, 0] < shape[0]  # a vocabulary that was resized is compared as far as both go
+    both = positions[:, 0] < shape[0]  # of a resized vocabulary, the tokens that both have
     wanted = torch.frombuffer(bytearray.fromhex(expected["values"]), dtype=torch.float32).to(
         getattr(torch, expected["dtype"])
     )

@@ -1,10 +1,9 @@
-"""GGUF files as plain models: unpacked once, kept in the user's cache.
+"""Unpacks GGUF files to plain models, once, in the user's cache.
 
-A quantized GGUF can't be trained as it is, and unpacking takes tens of seconds (SmolLM2-135M: 25
-s). So the first use writes a bf16 safetensors copy with tokenizer and generation config to
-`$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`; later uses, and
-whatever reads safetensors only, take the copy. Its name holds the digest of the GGUF file. A copy
-that was damaged since is made anew.
+A quantized GGUF file can't be trained as it is, and unpacking it takes tens of seconds
+(SmolLM2-135M: 25 s). So the first use writes a bf16 safetensors copy, with tokenizer and generation
+config, to `$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. Later uses
+read the copy. Its name contains the digest of the GGUF file. A damaged copy is made anew.
 """
 
 import logging
@@ -26,16 +25,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNPACKING = 1  # raise it when copies made by an earlier version are no longer good
+UNPACKING = 1  # raise it when copies made by an earlier version must not be used any more
 
 
 def unpacked(gguf: Path) -> Path:
-    """The directory of the bf16 copy of `gguf`, made now if there is none.
+    """Return the directory of the bf16 copy of a GGUF file, which is made if there is none.
 
-    Processes that ask at the same time make one copy.
-
-    Raises LorafoldError where the file is no GGUF that transformers reads, or the cache can't be
-    written.
+    Processes that run this at the same time make one copy. Raises LorafoldError if transformers
+    can't read the file, or if the cache can't be written.
     """
     copy = cache_directory() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}-{UNPACKING}"
     if not (copy / MANIFEST).is_file():
@@ -48,7 +45,7 @@ def unpacked(gguf: Path) -> Path:
 
 
 def renew(gguf: Path, copy: Path) -> None:
-    """Make a damaged copy anew, unless another process has. LorafoldError as `unpacked`."""
+    """Make a damaged copy anew, unless another process has done so. Raises as `unpacked` does."""
     with _locked(gguf, copy):
         if problems := verify(copy):
             log.info("%s is damaged (%s): unpacking %s anew", copy, "; ".join(problems), gguf.name)
@@ -63,8 +60,8 @@ def _locked(gguf: Path, copy: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise LorafoldError(
-            f"{copy}: the copy of {gguf} was not written: {error.strerror or error}; LORAFOLD_CACHE"
-            " moves it"
+            f"{copy}: the copy of {gguf} could not be written: {error.strerror or error}; set"
+            " LORAFOLD_CACHE to another directory"
         ) from error
 
 
@@ -74,7 +71,7 @@ def _unpack(gguf: Path, copy: Path) -> None:
 
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise LorafoldError(f"{gguf}: not a GGUF file (it does not begin with GGUF)")
+            raise LorafoldError(f"{gguf}: expected a GGUF file, but it does not begin with GGUF")
     dense = GgufConfig(dequantize=True)
     with loading(str(gguf)):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -88,11 +85,11 @@ def _unpack(gguf: Path, copy: Path) -> None:
 
 
 def _isolate_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Split text at every digit where the vocabulary was learned so (SmolLM's).
+    """Make the tokenizer split text at every digit if its vocabulary was learned so, as SmolLM's.
 
-    transformers splits a byte-level vocabulary that it has no rule for as GPT-2 does, which gives
-    other tokens than the model was trained on where two spaces come before a digit. Such a
-    vocabulary is known by its having no token with a digit and anything else.
+    transformers has no rule for such a byte-level vocabulary in a GGUF file and splits as GPT-2
+    does. Two spaces before a digit then give other tokens than the model was trained on. The
+    vocabulary is recognized by having no token that joins a digit with another character.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

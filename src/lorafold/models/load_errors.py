@@ -1,5 +1,5 @@
-"""transformers, called quietly: while a model or tokenizer loads, no progress bars or notices, and
-one line for what goes wrong.
+"""Loads models and tokenizers with transformers without its progress bars and notices, and with one
+line for each error.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from lorafold.errors import LorafoldError
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Silence transformers inside the block, and turn its many errors into a LorafoldError that
-    begins with `what`.
+    """Silence transformers inside the block, and turn its errors into a LorafoldError that begins
+    with `what`.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -39,6 +39,6 @@ def loading(what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """The error's message, at most `limit` characters, without line breaks."""
+    """Return the error's message without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

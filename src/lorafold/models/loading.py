@@ -1,5 +1,6 @@
-"""A base model and its tokenizer, read from the directory that `models.sources` finds for a name:
-on a device (`machine.devices`), in a storage (`models.storage`), complete and as it was written.
+"""Loads a base model and its tokenizer from the directory that `models.sources` finds for a name,
+on a device (`machine.devices`) and in a storage (`models.storage`), and checks that no file is
+damaged and no weight missing.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# what a tokenizer is read from, but for vocabularies that its class alone has names for
+# the files of a tokenizer, except vocabularies whose names depend on its class
 TOKENIZER_FILES = (
     "added_tokens.json",
     "additional_chat_templates/*",
@@ -27,7 +28,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-# one of these holds the words, unless a tokenizer needs none
+# one of these contains the vocabulary, unless the tokenizer needs none
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
     *("*.bpe", "vocab*", "merges.txt"),
@@ -41,12 +42,18 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The causal language model in evaluation mode on `device`, its weights in one dtype or held as
-    `storage` says.
+    """Load a causal language model, in evaluation mode. Its `name_or_path` is the name asked for.
 
-    Its `name_or_path` is the name that was asked for. Raises LorafoldError as `resolve_model` does,
-    and where transformers can't load the directory, the files lack weights of the model (which
-    transformers would fill with random numbers), or lorafold wrote them and they are damaged.
+    Raises LorafoldError as `resolve_model` does; if transformers can't load the directory; if the
+    files lack weights (which transformers would fill with random numbers); and if lorafold wrote
+    the files and they are damaged.
+
+    Args:
+        source: The model, or its name.
+        storage: How the base stores its weights; a dtype for weights that are not quantized.
+        device: Where to load the model.
+        revision: A branch, tag or commit of a hub model.
+        trust_remote_code: Run the code in the model's directory.
     """
     source = resolved(source, revision)
     with loading(f"model {source.name}"):
@@ -67,23 +74,32 @@ def read_weights(
     trust_remote_code: bool,
     **config: Any,
 ) -> tuple[Any, list[str]]:
-    """The model that one of transformers' auto classes makes of the source, in evaluation mode on
-    the device, and the names of its weights that the files lack. `config` goes over the model's
-    own. LorafoldError where the files hold packed weights and whole ones are asked for, or are not
-    those that were written.
+    """Load a model, in evaluation mode, and return it with the names of its weights that are
+    missing in the files.
+
+    Raises LorafoldError if the files are damaged, or if their weights are quantized and the storage
+    is not.
+
+    Args:
+        auto: One of transformers' auto classes.
+        source: The model.
+        storage: How the base stores its weights; a dtype for weights that are not quantized.
+        device: Where to load the model.
+        trust_remote_code: Run the code in the model's directory.
+        config: Fields that replace those of the model's configuration.
     """
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * trust_remote_code)
-    held = storage if isinstance(storage, Storage) else Storage(storage)
-    if held.quantization is None and (stored := held_as(source)) != "auto":
+    wanted = storage if isinstance(storage, Storage) else Storage(storage)
+    if wanted.quantization is None and (stored := held_as(source)) != "auto":
         raise LorafoldError(
             f"model {source.name}: its weights are stored as {stored}; expected the base {stored}"
         )
-    if held.quantization is None:
+    if wanted.quantization is None:
         model, info = auto.from_pretrained(
             source.path,
-            dtype=held.dtype,
+            dtype=wanted.dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -95,22 +111,22 @@ def read_weights(
             auto,
             source.path,
             source.name,
-            held.quantization,
+            wanted.quantization,
             torch.device(device),
             trust_remote_code,
             **config,
         )
-        compute_in(model, held.dtype)
-    # what an adapter's config names as its base
+        compute_in(model, wanted.dtype)
+    # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), sorted(info["missing_keys"])
 
 
 def check_complete(source: ModelSource, missing: Sequence[str]) -> None:
-    """LorafoldError if weights are missing."""
+    """Raise LorafoldError if weights are missing."""
     if missing:
         raise LorafoldError(
-            f"model {source.name}: {len(missing)} weights are not in its files:"
+            f"model {source.name}: {len(missing)} weights are missing in its files:"
             f" {', '.join(missing[:8])}"
         )
 
@@ -118,8 +134,14 @@ def check_complete(source: ModelSource, missing: Sequence[str]) -> None:
 def load_tokenizer(
     source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer. Raises LorafoldError as `load_model` does, NoTokenizer where there is
-    none.
+    """Load a model's tokenizer.
+
+    Raises LorafoldError as `load_model` does, and NoTokenizer if the model has no tokenizer.
+
+    Args:
+        source: The model, or its name.
+        revision: A branch, tag or commit of a hub model.
+        trust_remote_code: Run the code in the model's directory.
     """
     source = resolved(source, revision)
     return read_tokenizer(source, f"model {source.name}", trust_remote_code)
@@ -128,10 +150,15 @@ def load_tokenizer(
 def read_tokenizer(
     source: ModelSource, what: str, trust_remote_code: bool
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory, called `what` in messages.
+    """Load the tokenizer of a directory.
 
-    Where there is no vocabulary, transformers makes an empty tokenizer of some classes and fails
-    with others: both are NoTokenizer here.
+    Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an
+    empty tokenizer or fail), and LorafoldError if a file is damaged or can't be loaded.
+
+    Args:
+        source: The directory.
+        what: The name of the tokenizer's owner in messages, such as "model gpt2".
+        trust_remote_code: Run the code in the directory.
     """
     source.intact(*TOKENIZER_FILES)
     has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)

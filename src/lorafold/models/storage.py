@@ -1,5 +1,5 @@
-"""How a base stores its weights (fp32, bf16, nf4, int8): as was asked, or else as its files, its
-adapters and the device suggest, with the reason.
+"""Chooses how a base stores its weights (fp32, bf16, nf4, int8): as was asked, or else by its
+files, its adapters and the device; with the reason for the choice.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,21 @@ if TYPE_CHECKING:
 
 
 class Storage(NamedTuple):
-    """How a base's weights are held: the dtype of what is computed with them, the packing of its
-    linears if any, and why.
+    """How a base stores its weights: the dtype that is computed in, the quantization of its linears
+    if there is one, and the reason for the choice.
     """
 
     dtype: "torch.dtype"
-    quantization: str | None = None  # a word of `quantized.QUANTIZATIONS`
+    quantization: str | None = None  # nf4, int8 (the keys of `quantizing.QUANTIZATIONS`)
     why: str = ""
 
 
 def choose_storage(base: str, device: "torch.device | str") -> Storage:
-    """How the base's weights are held, with the reason, a line to print.
+    """Return the storage for a base of auto, fp32, bf16, nf4 or int8 on this device, with the
+    reason as a line to print. Raises LorafoldError for other names.
 
-    `base` is auto, fp32, bf16, nf4 or int8.
-
-    auto takes bf16 where the device multiplies it natively, else fp32: emulated bf16 is slower than
-    fp32. Packed weights are computed with in the dtype that auto would take. Raises LorafoldError
-    for another word.
+    auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
+    fp32. Quantized weights are dequantized to the dtype that auto would choose.
     """
     import torch
 
@@ -54,18 +52,18 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
 
 
 def held_as(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
-    """The word for how a base is best held where none was asked for: as its files hold it if they
-    are packed, else as the adapters were trained on it, if that was packed, else auto.
-    LorafoldError where the adapters differ.
+    """Return the storage for a base if none was asked for: the quantization of its files if they
+    have one, else that of the base on which the adapters were trained, else auto.
+
+    Raises LorafoldError if the adapters were trained on different ones.
     """
-    stored = source.config().get("quantization_config")
-    word = base_trained_on(adapters) if stored is None else quantization_of(stored)
-    return word if word in QUANTIZATIONS else "auto"
+    in_files = source.config().get("quantization_config")
+    name = base_trained_on(adapters) if in_files is None else quantization_of(in_files)
+    return name if name in QUANTIZATIONS else "auto"
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """The base's own weights, from its files, where a model that is held so does not have them.
-
-    The files are those that `load_model` has checked.
+    """Return the base's original weights, read from its files, if the model's are quantized; else
+    None. `load_model` must have checked the files.
     """
     return None if storage.quantization is None else FileWeights(model_files(source.path))

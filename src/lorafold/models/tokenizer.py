@@ -1,12 +1,12 @@
-"""Tokenizers that belong to adapters: a model's own with words added to it or another chat
-template, saved beside the adapter.
+"""Tokenizers of adapters: the model's tokenizer with new tokens or another chat template, saved
+with the adapter.
 
-    words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        ids by word; those that are new
-                                                                    are special tokens, one id each
-    set_template(tokenizer, "chat.jinja")                           or "none": texts are joined as
-                                                                    they stand
-    tokenizer_of(source, adapters)                                  the last adapter's that has one,
-                                                                    or the model's
+    words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        the id of each word; new words
+                                                                    become special tokens
+    set_template(tokenizer, "chat.jinja")                           or "none", which joins texts
+                                                                    unchanged
+    tokenizer_of(source, adapters)                                  that of the last adapter with
+                                                                    one, or the model's
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "tokenizer_config.json"
-# what a tokenizer may have written, whatever its class names its vocabulary
+# files that a tokenizer may have written, besides vocabularies whose names depend on its class
 FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -42,18 +42,18 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Words:
-    """Words whose rows are to be trained: their ids, and which of them the tokenizer did not
-    know.
+    """Words that are single tokens and whose embeddings are trained: the id of each, and which of
+    them are new to the tokenizer.
     """
 
     ids: dict[str, int]
     new: frozenset[str]
 
     def __str__(self) -> str:
-        """One line, or nothing without words."""
+        """Return a line that lists the words, empty if there are none."""
         new = ", ".join(f"{word} {i}" for word, i in self.ids.items() if word in self.new)
         known = [
-            f"{word} is known ({i}): its row trains too"
+            f"{word} is a token already ({i}), its embedding is trained too"
             for word, i in self.ids.items()
             if word not in self.new
         ]
@@ -61,15 +61,17 @@ class Words:
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words:
-    """Make each word one token of the tokenizer; one that it does not know becomes a special token,
-    left out of answers.
+    """Make each word a single token of the tokenizer. A new word becomes a special token, which is
+    left out of the text of completions.
+
+    Raises LorafoldError if a word is blank or given twice.
     """
     from transformers import AddedToken
 
     if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
         raise LorafoldError(
-            f"new_tokens: found {', '.join(map(repr, dict.fromkeys(wrong)))}, expected words, each"
-            " once"
+            f"new_tokens: found {', '.join(map(repr, dict.fromkeys(wrong)))}, expected words that"
+            " are not blank, each once"
         )
     vocabulary = tokenizer.get_vocab()
     new = [word for word in words if word not in vocabulary]
@@ -81,9 +83,8 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Give the tokenizer the Jinja chat template of a file, or for "none" that of `joined`.
-
-    LorafoldError if it can't be read or is no template.
+    """Set the tokenizer's chat template to the Jinja template of a file, or for "none" to that of
+    `joined`. Raises LorafoldError if the file can't be read or is not a valid template.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
@@ -95,10 +96,10 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise LorafoldError(
             f"chat template {path}: can't be read: {getattr(error, 'strerror', None) or error};"
-            f" expected a file with a Jinja template, or {NONE} to join texts as they stand"
+            f" expected a file with a Jinja template, or {NONE} to join texts unchanged"
         ) from error
     if not text.strip():
-        raise LorafoldError(f"chat template {path}: it is empty")
+        raise LorafoldError(f"chat template {path}: found an empty file, expected a Jinja template")
     tokenizer.chat_template = text
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
@@ -107,11 +108,13 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
             f"chat template {path}: line {error.lineno}: {error.message}"
         ) from error
     except TemplateError:
-        pass  # it refuses this conversation, which is its right
+        pass  # a valid template may refuse this conversation
 
 
 def has_tokenizer(adapter: str | Path) -> bool:
-    """LorafoldError where one was written that is damaged or gone."""
+    """Tell whether an adapter has a tokenizer of its own. Raises LorafoldError if the tokenizer
+    that was saved with it is damaged or missing.
+    """
     check_intact(adapter, [CONFIG])
     return (Path(adapter) / CONFIG).is_file()
 
@@ -119,10 +122,16 @@ def has_tokenizer(adapter: str | Path) -> bool:
 def tokenizer_of(
     source: ModelSource, adapters: Sequence[str | Path], trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, with its chat template, of the last adapter that has one, or else the model's.
+    """Load the tokenizer, with its chat template, of the last adapter that has one, or else the
+    model's. It gets the new tokens of all adapters.
 
-    It knows the words of all of them. LorafoldError where two give one id different words, as
-    adapters that were trained apart may.
+    Raises LorafoldError if two adapters use one id for different tokens, as adapters that were
+    trained separately may.
+
+    Args:
+        source: The base model.
+        adapters: The directories of the adapters, in order.
+        trust_remote_code: Run the code in the directories.
     """
     own = [path for path in adapters if has_tokenizer(path)]
     if not own:
@@ -138,19 +147,20 @@ def tokenizer_of(
                 f"{path} and {own[-1]}: their tokenizers differ: {some}{more}; these adapters can't"
                 " be used together"
             )
-        if missing := sorted(theirs.keys() - words.keys()):  # the last one may know fewer words
+        if missing := sorted(theirs.keys() - words.keys()):  # the last one may have fewer tokens
             last.add_tokens([other.added_tokens_decoder.get(i, theirs[i]) for i in missing])
             words = _by_id(last)
             if any(words.get(i) != theirs[i] for i in missing):
                 raise LorafoldError(
-                    f"{path} and {own[-1]}: words of the one's tokenizer have no place in the"
-                    " other's"
+                    f"{path} and {own[-1]}: the tokens of the first adapter's tokenizer can't be"
+                    " added to the second's under the same ids; these adapters can't be used"
+                    " together"
                 )
     return last
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer into a model's directory in the place of the one that lies there."""
+    """Write the tokenizer into a model's directory, replacing the one that is there."""
     for name in {*FILES, *(getattr(tokenizer, "vocab_files_names", None) or {}).values()}:
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)

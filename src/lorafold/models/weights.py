@@ -1,8 +1,6 @@
-"""Tensors by name, wherever they lie: in a model or in safetensors files.
+"""Named tensors of a model or of safetensors files, read only when they are asked for.
 
-Nothing is read until it is asked for.
-
-    weights.shape(name)           no data read
+    weights.shape(name)           no data is read
     weights.at(name, where)       some elements, where (n, rank)  ->  (n,)
     weights.get(name)             the whole tensor
 """
@@ -23,7 +21,7 @@ from lorafold.errors import LorafoldError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# patterns of what a model is read from, but for its tokenizer
+# the files of a model, except those of its tokenizer
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -37,38 +35,42 @@ class Weights(ABC):
 
     @property
     @abstractmethod
-    def names(self) -> Iterable[str]: ...
+    def names(self) -> Iterable[str]:
+        """The names of the tensors."""
 
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
 
     @abstractmethod
-    def is_floating(self, name: str) -> bool: ...
+    def is_floating(self, name: str) -> bool:
+        """Tell whether a tensor has a floating-point dtype."""
 
     @abstractmethod
-    # where (n, rank) -> (n,), on the CPU, in the tensor's own dtype
-    def at(self, name: str, where: Tensor) -> Tensor: ...
+    def at(self, name: str, where: Tensor) -> Tensor:
+        """Return the elements at indices (n, rank) of a tensor: (n,), on the CPU, in its dtype."""
 
     @abstractmethod
-    def get(self, name: str) -> Tensor: ...
+    def get(self, name: str) -> Tensor:
+        """Return a whole tensor, of any shape."""
 
     def find(self, name: str) -> str | None:
-        """The name here of a tensor called `name` elsewhere: files often lack the model's own first
-        word ("transformer.", "model.").
+        """Return the name here of a tensor that is called `name` elsewhere, or None. Files often
+        lack the first part of the model's names ("transformer.", "model.").
         """
         if name in self.names:
             return name
-        words = name.split(".")
+        parts = name.split(".")
         shorter = next(
-            (n for i in range(1, len(words) - 1) if (n := ".".join(words[i:])) in self.names), None
+            (n for i in range(1, len(parts) - 1) if (n := ".".join(parts[i:])) in self.names), None
         )
         longer = [n for n in self.names if n.endswith(f".{name}")]
         return shorter or (longer[0] if len(longer) == 1 else None)
 
 
 class ModelWeights(Weights):
-    """The plain base weights of a model, adapters left out; what has no data (the meta device) or
-    is packed counts as absent.
+    """The floating-point base weights of a model, without its adapters. Quantized weights, and
+    those on the meta device, count as absent.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,9 +105,8 @@ class ModelWeights(Weights):
 
 
 class FileWeights(Weights):
-    """Safetensors files, mapped into memory, or else read anew for each tensor.
-
-    LorafoldError names a file that can't be read.
+    """The tensors of safetensors files, which are mapped into memory, or if not `mapped` read anew
+    for each tensor. Raises LorafoldError for a file that can't be read.
     """
 
     def __init__(self, files: Iterable[Path], *, mapped: bool = True) -> None:
@@ -142,12 +143,12 @@ class FileWeights(Weights):
         return tensor
 
     def slice(self, name: str) -> Any:
-        """safetensors' own view of a tensor, which is read when it is indexed."""
+        """Return safetensors' view of a tensor, which reads the data when it is indexed."""
         return self._file[name].get_slice(name)
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The weight files of a model directory. LorafoldError where there are none."""
+    """Return the weight files of a model directory. Raises LorafoldError if there are none."""
     if (index := directory / INDEX).is_file():
         return [
             directory / name
@@ -157,4 +158,4 @@ def model_files(directory: Path) -> list[Path]:
         ]
     if (single := directory / SINGLE).is_file():
         return [single]
-    raise LorafoldError(f"{directory}: found neither {SINGLE} nor {INDEX}")
+    raise LorafoldError(f"{directory}: found neither {SINGLE} nor {INDEX}, expected one of them")

@@ -1,11 +1,8 @@
-"""A whole model as what a run leaves behind: what a method saves that trains the base's own
-weights.
+"""Writes a whole model as the result of a run, for methods that train the base's own weights.
 
-    config.json  model*.safetensors  ...     a plain Hugging Face model, with the weights as they
-                                             are now
+    config.json  model*.safetensors  ...     a plain Hugging Face model with the trained weights
     lorafold.json  README.md                 the record of how it was made, and the model card
-
-The tokenizer that belongs to the model is written with it where there is one.
+    tokenizer.json  ...                      the tokenizer, if there is one
 """
 
 from __future__ import annotations
@@ -35,14 +32,24 @@ def write(
     card: str | None,
     record: Mapping[str, Any],
 ) -> Path:
-    """Write the directory, whole or not at all.
+    """Write the directory, completely or not at all.
 
-    LorafoldError if the path exists and overwrite is off, or it is no transformers model.
+    Raises LorafoldError if the path exists and `overwrite` is off, or if the model is not one of
+    transformers.
+
+    Args:
+        path: The directory to write.
+        model: The trained model.
+        spec: The method.
+        tokenizer: The model's tokenizer; None if there is none.
+        overwrite: Replace a directory that exists.
+        card: The text of the model card; None for a short one.
+        record: How the model was made, for lorafold.json.
     """
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
-            f"{path} was not written: {type(model).__name__} is no transformers model, and"
-            f" {type(spec).__name__} saves one"
+            f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"
+            " saves whole models and expects one of transformers (with save_pretrained)"
         )
     base = getattr(model.config, "_name_or_path", "")
     own_card = training_card(

@@ -1,1 +1,1 @@
-"""Adapters as directories in PEFT's format, both ways: one table of methods."""
+"""Reads and writes adapters as directories in PEFT's format, by one table of methods."""

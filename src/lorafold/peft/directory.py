@@ -1,4 +1,4 @@
-"""Adapters as directories in PEFT's format, written and read.
+"""Writes and reads adapters as directories in PEFT's format.
 
     adapter_config.json            method, targets, bias, modules to save
     adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module
@@ -6,11 +6,11 @@
     lorafold.json                  the base's fingerprint, the version, and a record of how it was
                                    made
     README.md                      the model card
-    tokenizer.json ...             the tokenizer, where the adapter has one of its own
+    tokenizer.json ...             the tokenizer, if the adapter has one of its own
 
-What a method looks like in them is one row of `table.py`. Reading is strict: everything in a
-directory is used and understood, or all that is not is named and nothing is changed. PEFT's own
-directories are read alike (they have no fingerprint).
+`table.py` says what each method looks like in these files. Reading is strict: if anything in a
+directory is not understood, missing or left over, an error lists all of it and the model stays
+unchanged. Directories written by PEFT are read in the same way (they have no fingerprint).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from lorafold.models.weights import FileWeights, Weights
 from lorafold.peft import tokens
 from lorafold.peft.config import CONFIG, read_config, write_config
 from lorafold.peft.format import ROOT
-from lorafold.peft.places import Parts, Place, places, sites
 from lorafold.peft.selection import Selection, describe
+from lorafold.peft.tensors import Parts, SavedTensor, saved_tensors, sites
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -63,13 +63,24 @@ def write(
     card: str | None,
     record: Mapping[str, Any],
 ) -> Path:
-    """Write the directory, whole or not at all.
+    """Write the directory, completely or not at all.
 
-    `matches` and `modules_to_save` say what the user selected modules by; `base` has the base's own
-    weights; a `tokenizer` goes into it too.
+    Raises LorafoldError if the path exists and `overwrite` is off, if PEFT's format can't express
+    the adapter, or if a value is not finite.
 
-    LorafoldError if the path exists and overwrite is off, the format has no place for something, or
-    a value is not finite.
+    Args:
+        path: The directory to write.
+        model: The model that the adapter is attached to.
+        spec: The adapter's method.
+        matches: The adapted modules, by the pattern with which the user selected them.
+        parts: The adapter's deltas by module path.
+        bias: Which biases are trained.
+        modules_to_save: The names with which the user selected modules to train whole.
+        base: The base's weights.
+        tokenizer: The adapter's tokenizer; None if it has none of its own.
+        overwrite: Replace a directory that exists.
+        card: The text of the model card; None for a short one.
+        record: How the adapter was made, for lorafold.json.
     """
     targets = matches.paths
     replaced = [
@@ -81,8 +92,8 @@ def write(
     )
     config = write_config(model, spec, sites(model, parts, targets, base), selection, bias)
     tensors = {
-        key: place.encoded().contiguous().cpu()
-        for key, place in places(model, parts, targets, base).items()
+        key: saved.encoded().contiguous().cpu()
+        for key, saved in saved_tensors(model, parts, targets, base).items()
     }
     if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
@@ -103,7 +114,7 @@ def write(
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter directory, its config understood and its tensors not yet read."""
+    """An adapter directory whose config has been read and whose tensors have not."""
 
     path: Path
     spec: Spec
@@ -113,13 +124,15 @@ class Stored:
     fingerprint: Fingerprint
 
     def targets(self, model: nn.Module) -> Matches:
+        """Return the modules of this model to adapt."""
         return self.selection.targets(model)
 
     def modules_to_save(self, model: nn.Module) -> Matches:
+        """Return the modules of this model to train whole."""
         return self.selection.saved(model)
 
     def beside(self, model: nn.Module) -> dict[str, Any]:
-        """What `attach` takes for this model besides the spec; rows of tokens are left out."""
+        """Return the arguments of `attach` for this model besides the spec and the tokens."""
         return {
             "targets": self.targets(model),
             "bias": self.bias,
@@ -127,8 +140,8 @@ class Stored:
         }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Stored]:
-        """The ids whose rows it holds, by module path, and itself with exactly those rows in its
-        weights.
+        """Return the ids of the tokens whose vectors the adapter has, by module path, and the
+        adapter with exactly these vectors among its weights.
         """
         ids, weights = tokens.completed(
             model, tokens.resolve(model, self.selection.tokens), self.weights, base
@@ -136,28 +149,28 @@ class Stored:
         return ids, replace(self, weights=weights)
 
     def base_problems(self, base: Weights) -> list[str]:
-        """What says that the adapter was trained on another base.
-
-        An adapter without a fingerprint fits any.
+        """Return a line that says that the adapter was trained on another base, or no line. An
+        adapter without a fingerprint fits any base.
         """
         found = fingerprint.differences(self.fingerprint, base)
         return [
-            f"not the base it was trained on ({d}), which --allow-other-base"
-            " (allow_other_base=True) overrides"
+            f"not the base it was trained on ({d}); load that base, or override this with"
+            " --allow-other-base (allow_other_base=True)"
             for d in found
         ]
 
 
 def read(path: str | Path) -> Stored:
-    """Open an adapter directory.
+    """Read an adapter directory, except its tensors.
 
-    LorafoldError lists all that is damaged, or all that is missing, unreadable or not supported.
+    Raises LorafoldError that lists all damaged files, or everything that is missing, can't be read
+    or is not supported.
     """
     directory = Path(path)
     if not (directory / CONFIG).is_file():
         inside = sorted(str(p.parent) for p in directory.glob(f"*/{CONFIG}"))
         raise LorafoldError(
-            f"{path}: no {CONFIG}, so this is no adapter"
+            f"{path}: found no {CONFIG}, expected the directory of an adapter"
             + f"; there is one in {', '.join(inside)}" * bool(inside)
         )
     check_intact(directory, [CONFIG, WEIGHTS, RECORD])
@@ -179,13 +192,21 @@ def fill(
     base: Weights,
     problems: Sequence[str] = (),
 ) -> None:
-    """Give the laid deltas their values: fp32, on their module's device (the CPU for modules
-    without data).
+    """Give attached deltas the values of a saved adapter, in fp32, on the devices of their modules
+    (the CPU for modules on the meta device).
 
-    LorafoldError lists `problems` and all keys that are unknown, missing, misshapen or not finite;
-    nothing is changed then.
+    Raises LorafoldError that lists `problems` and all tensors that are unknown, missing, of a wrong
+    shape or not finite; then nothing is changed.
+
+    Args:
+        model: The model that the deltas are attached to.
+        parts: The deltas by module path.
+        targets: The paths of the adapted modules.
+        stored: The saved adapter.
+        base: The base's weights.
+        problems: Lines to begin the list of errors with.
     """
-    expected = places(model, parts, targets, base)
+    expected = saved_tensors(model, parts, targets, base)
     found = set(stored.weights.names)
     loaded = {key: stored.weights.get(key) for key in sorted(found & expected.keys())}
     wrong = list(problems)
@@ -202,19 +223,22 @@ def fill(
     ]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
-    for key, place in expected.items():
-        place.assign(place.entry.from_file(loaded[key], place.site))
+    for key, saved in expected.items():
+        saved.assign(saved.entry.from_file(loaded[key], saved.site))
 
 
-def _misfit(key: str, tensor: Tensor, place: Place, file: Mapping[str, Tensor]) -> str | None:
-    if place.entry.misfit is not None:
-        wrong = place.entry.misfit(tensor, place.site, file)
+def _misfit(
+    key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
+) -> str | None:
+    """Return what is wrong with a tensor of the file, or None."""
+    if saved.entry.misfit is not None:
+        wrong = saved.entry.misfit(tensor, saved.site, file)
         return _not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
-    wanted = tuple(place.encoded().shape)
+    wanted = tuple(saved.encoded().shape)
     if tuple(tensor.shape) != wanted:
         return f"{key}: shape {list(tensor.shape)}, expected {list(wanted)}"
     if not tensor.is_floating_point():
-        return f"{key}: {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
+        return f"{key}: dtype {tensor.dtype}, expected a floating-point dtype"
     return _not_finite(key, tensor)
 
 
@@ -224,8 +248,8 @@ def _not_finite(key: str, tensor: Tensor) -> str | None:
 
 
 def _stray(key: str, stored: Weights, base: Weights) -> str | None:
-    """What is wrong with a key that no delta has: nothing if it is a copy of what is known, as PEFT
-    keeps of some base weights.
+    """Return what is wrong with a tensor that belongs to no delta, or None if it is a copy of a
+    base weight or of another tensor of the file, as PEFT saves some.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
@@ -266,9 +290,7 @@ def _open(directory: Path) -> Weights:
 
 
 def _fingerprint(directory: Path) -> Fingerprint:
-    """Of the base that the adapter was made on; empty where nothing says (PEFT's own
-    directories).
-    """
+    """Return the fingerprint of the adapter's base, empty if there is none (PEFT writes none)."""
     record = read_object(directory / RECORD) if (directory / RECORD).is_file() else {}
     try:
         return fingerprint.parse(record.get("base", {}))

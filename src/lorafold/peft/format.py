@@ -1,12 +1,11 @@
-"""The vocabulary of the table: what one method looks like in PEFT's files.
-
-The rows themselves are in `table.py`.
+"""The types with which `table.py` describes what each method looks like in PEFT's files.
 
     Field      a config key  <->  a field of the spec
     Entry      a key in the tensor file  <->  a tensor of a delta
     Method     a peft_type with its fields
 
-Each holds for both ways, with a pair of functions where the file says it differently.
+Each description serves both reading and writing; a pair of functions converts values that the file
+writes in another form.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ ROOT = "base_model.model"
 
 
 def compiles(pattern: str) -> str:
+    """Return the pattern; raises ValueError if it is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as e:
-        raise ValueError(f"no regular expression, {e}") from None
+        raise ValueError(f"not a regular expression, {e}") from None
     return pattern
 
 
@@ -41,9 +41,12 @@ Regex = Annotated[str, AfterValidator(compiles)]
 
 @dataclass(frozen=True)
 class Site:
-    """One delta at one module.
+    """A delta at a module.
 
-    `target`: the method was laid there, so that PEFT moves the module itself to `base_layer`.
+    path: The module's path.
+    layer: The class of its `Base`, which knows how the module stores its matrix.
+    target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
+    base: The base's weights.
     """
 
     path: str
@@ -54,30 +57,34 @@ class Site:
 
     @property
     def at(self) -> str:
+        """The module's path in PEFT's names."""
         return f"{ROOT}.{self.path}"
 
     @property
     def under(self) -> str:
+        """The path in PEFT's names of the module with the base's own weights."""
         return f"{self.at}.base_layer" if self.target else self.at
 
     def own(self, name: str) -> Tensor | None:
-        """The module's own parameter, from the base."""
+        """Return the module's parameter of this name in the base, of any shape, or None."""
         found = self.base.find(f"{self.path}.{name}")
         return None if found is None else self.base.get(found)
 
 
 def as_is(value: Any) -> Any:
+    """Return the value: the default of `Field`, whose values are the same in the file."""
     return value
 
 
 def unchanged(tensor: Tensor, site: Site) -> Tensor:
+    """Return the tensor, of any shape: the default of `Entry`."""
     return tensor
 
 
 @dataclass(frozen=True)
 class Field:
-    """A config key, the spec's field, what the file may hold (a type for pydantic) and what PEFT
-    assumes where the key is absent.
+    """A config key, the spec's field, the type of the value in the file (for pydantic), and the
+    value that PEFT assumes if the key is absent.
     """
 
     key: str
@@ -88,7 +95,7 @@ class Field:
     from_file: Callable[[Any], Any] = as_is
 
     def read(self, config: Mapping[str, Any]) -> Any:
-        """LorafoldError for a value of another type."""
+        """Return the field's value from a config. Raises LorafoldError if it has another type."""
         value = config.get(self.key, self.default)
         try:
             return self.from_file(TypeAdapter(self.type).validate_python(value, strict=True))
@@ -100,11 +107,12 @@ class Field:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a delta (a dotted name) and its key, a template over the site's `at` and `under`.
+    """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
+    and `under`.
 
-    The functions change between the delta's tensor and the file's. Where the file and not the spec
-    decides on its shape, `misfit` says what is wrong with a tensor of the file, given all that it
-    holds of the adapter.
+    `to_file` and `from_file` convert between the delta's tensor and the file's. If the shape
+    depends on the file and not on the spec, `misfit` returns what is wrong with a tensor of the
+    file, given the site and all tensors of the adapter, or None.
     """
 
     attribute: str
@@ -114,15 +122,16 @@ class Entry:
     misfit: Callable[[Tensor, Site, Mapping[str, Tensor]], str | None] | None = None
 
     def key(self, site: Site) -> str:
+        """Return the tensor's key in the file."""
         return self.template.format(at=site.at, under=site.under)
 
 
-# of a delta on a module that stores its matrix that way
+# the entries of a delta at a module whose `Base` is of this class
 Entries = Callable[[Delta, type[Base]], list[Entry]]
 
 
 def named(**templates: str) -> Entries:
-    """The entries of a delta that is stored in one way whatever it lies on."""
+    """Describe a delta whose entries are the same at every module: templates by tensor name."""
     return lambda delta, layer: [
         Entry(attribute, template) for attribute, template in templates.items()
     ]
@@ -130,11 +139,15 @@ def named(**templates: str) -> Entries:
 
 @dataclass(frozen=True)
 class Method:
-    """One method's config. `marks` are the values that tell it from others of its `peft_type`;
-    `irrelevant` are keys that do not bear on what a saved adapter computes; `derived` gives further
-    keys from the sites. `outer`: a spec that lies `over` this one; `biases`: PEFT's config has a
-    word on biases. `preset`: the method has this one place, so that its files name no target
-    modules.
+    """The config of a method.
+
+    fields: The config keys that are fields of the spec.
+    marks: The values that tell it from other methods of the same `peft_type`.
+    irrelevant: Keys that do not change what a saved adapter computes.
+    derived: Gives further keys, from the sites.
+    outer: A spec that combines with this one as its `over`, such as DoRA.
+    biases: PEFT's config of this method has a key for biases.
+    preset: The method always adapts this preset, so its config has no target modules.
     """
 
     spec: type[Spec]
@@ -148,6 +161,7 @@ class Method:
     preset: str | None = None
 
     def holds(self, spec: Spec) -> bool:
+        """Tell whether this is the description of the spec's method."""
         return (
             type(spec) is self.spec
             if self.outer is None
@@ -155,14 +169,17 @@ class Method:
         )
 
     def inner(self, spec: Spec) -> Spec:
+        """Return the spec with the fields: the spec itself, or the one that `outer` combines with.
+        """
         return spec if self.outer is None else spec.over  # type: ignore[attr-defined]
 
     def config(self, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
+        """Return the config of an adapter with this spec at these sites."""
         mapped = {f.key: f.to_file(getattr(self.inner(spec), f.attribute)) for f in self.fields}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
-        """The spec, or None and all that is wrong with the fields."""
+        """Return the spec of a config and no lines, or None and a line for each wrong field."""
         values, problems = {}, []
         for f in self.fields:
             try:
@@ -179,4 +196,5 @@ class Method:
 
     @property
     def known(self) -> frozenset[str]:
+        """The keys that a config of this method may have, besides those of all methods."""
         return frozenset(f.key for f in self.fields) | self.irrelevant

@@ -1,8 +1,8 @@
-"""LoRA and its relatives in PEFT's files: rows for `table.py`.
+"""LoRA and its relatives in PEFT's files, for `table.py`.
 
     LoRA            r, lora_alpha ...           lora_A, lora_B
-    PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, the offset [s (B - B0), s B0] [A;
-                    A - A0] as it is; read as LoRA
+    PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, with the factors [s (B - B0),
+                    s B0] and [A; A - A0] of the offset from the base; read as LoRA
     AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
                                                 triplets that were dropped
     VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
@@ -28,8 +28,8 @@ from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.vera import VeRA, VeRADelta
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_is
 
-# How A was drawn, where the base stayed as it is; once trained, the file holds all there is to
-# know.
+# Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
+# file has all values.
 INITS: dict[bool | str, str] = {
     True: "kaiming",
     False: "kaiming",
@@ -41,37 +41,46 @@ INITS: dict[bool | str, str] = {
 
 
 def number(value: float) -> int | float:
+    """Return whole numbers as int, since PEFT writes them so."""
     return int(value) if value == int(value) else value
 
 
 def numbers(values: Mapping[str, float]) -> dict[str, int | float]:
+    """Apply `number` to the values."""
     return {key: number(value) for key, value in values.items()}
 
 
 def or_empty(values: dict[str, Any] | None) -> dict[str, Any]:
+    """Return an empty dict for None."""
     return values or {}
 
 
 def init_to_file(init: str) -> bool | str:
+    """Return the `init_lora_weights` of an initialization of ours."""
     return next((value for value, name in INITS.items() if name == init), True)
 
 
 def init_from_file(value: bool | str) -> str:
+    """Return the initialization for an `init_lora_weights`.
+
+    Raises LorafoldError for those that change the base, which the file does not contain.
+    """
     if value not in INITS:
         raise LorafoldError(
-            f"init_lora_weights={value!r} is not supported: such a file is relative to a base that"
-            " the initialization changed; save it with PEFT's"
+            f"init_lora_weights={value!r} is not supported: the adapter belongs to a base that this"
+            " initialization changed; save it again with PEFT's"
             " path_initial_model_for_weight_conversion"
         )
     return INITS[value]
 
 
 def fan_in_fan_out(sites: Sequence[Site]) -> dict[str, bool]:
+    """Return PEFT's flag for modules whose weight is (in, out), as GPT-2's."""
     return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
 
 
-# the base's storage decides the first; the others belong to options that are off, or to how A was
-# drawn
+# the module's class decides the first; the others belong to options that are off, or to how A was
+# initialized
 LORA_IRRELEVANT = frozenset(
     {
         "fan_in_fan_out",
@@ -103,13 +112,14 @@ LORA = Method(
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """Describe the factors of LoRA, which have other keys at an embedding."""
     if layer.takes_ids:
         return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
     return [Entry("A", "{at}.lora_A.weight"), Entry("B", "{at}.lora_B.weight")]
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
-    """Written only: a config of LoRA is read as LoRA."""
+    """Describe PiSSA or OLoRA, which are written as LoRA; a file of theirs is read as LoRA."""
     return Method(
         spec, "LORA",
         (
@@ -123,6 +133,7 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
 
 
 def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
     def up(b: Tensor, site: Site) -> Tensor:  # (out, 2 r)
         return site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
 
@@ -134,19 +145,20 @@ def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def ranks_from_file(pattern: dict[str, list[bool]] | None) -> dict[str, int]:
+    """Return the ranks by module of AdaLoRA's lists of kept triplets."""
     return {
         re.escape(key.removesuffix(".lora_E")): sum(kept) for key, kept in (pattern or {}).items()
     }
 
 
 def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
-    """PEFT asks for a whole schedule even to read a file, and for a list as long as the rank at
-    start of what is left of it.
+    """Return the keys that PEFT needs to read a file: a whole schedule, and for each module a list,
+    as long as the initial rank, of the triplets that are kept.
     """
-    laid = {site.path: site.delta for site in sites if isinstance(site.delta, AdaLoRADelta)}
+    deltas = {site.path: site.delta for site in sites if isinstance(site.delta, AdaLoRADelta)}
     pattern = {
         f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
-        for p, d in laid.items()
+        for p, d in deltas.items()
     }
     whole = all(all(kept) for kept in pattern.values())
     return {
@@ -180,6 +192,8 @@ ADALORA = Method(
 
 
 def adalora(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """Describe the triplets of AdaLoRA that are kept."""
+
     def kept(site: Site) -> Tensor:
         return site.delta.kept  # type: ignore[return-value]
 
@@ -205,6 +219,7 @@ VERA = Method(
 
 
 def vera(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """Describe VeRA's vectors and, if they are saved, its shared projections."""
     own = [Entry("b", "{at}.vera_lambda_b"), Entry("d", "{at}.vera_lambda_d")]
     shared = [
         Entry("projections.A", "base_model.vera_A"),

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and IA3 in PEFT's files: rows for `table.py`.
+"""LoHa, LoKr and IA3 in PEFT's files, for `table.py`.
 
     LoHa    r, alpha                        hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b
     LoKr    r, alpha, decompose_factor ...  lokr_w1 or lokr_w1_a and lokr_w1_b, lokr_w2 likewise
@@ -21,7 +21,7 @@ from lorafold.methods.lokr import LoKr, LoKrDelta
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site
 from lorafold.peft.rows_lora import fan_in_fan_out, number
 
-# of convolutions, of the start, and of dropouts that PEFT has in training only
+# keys for convolutions, for the initialization, and for dropouts that act in training only
 LYCORIS_IRRELEVANT = frozenset(
     {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
 )
@@ -47,17 +47,20 @@ LOKR = Method(
 
 
 def prefixed(prefix: str) -> Entries:
+    """Describe a delta whose keys are its parameters' names with a prefix."""
     return lambda delta, layer: [
         Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()
     ]
 
 
 def feedforward_modules(sites: Sequence[Site]) -> dict[str, Any]:
-    """One regex, of the last names where these tell the modules apart from the others."""
-    laid = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
-    paths = [path for path, of_input in laid.items() if of_input]
+    """Return a regular expression for the modules whose input IA3 scales: of the last parts of
+    their paths if no other module has these, else of whole paths.
+    """
+    scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
+    paths = [path for path, of_input in scaled.items() if of_input]
     names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    apart = all(of_input == (path.rsplit(".", 1)[-1] in names) for path, of_input in laid.items())
+    apart = all(of_input == (path.rsplit(".", 1)[-1] in names) for path, of_input in scaled.items())
     regex = (
         rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
         if apart
@@ -85,6 +88,8 @@ IA3_ROW = Method(
 
 
 def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """Describe IA3's vector, which PEFT stores as a matrix."""
+
     def to_file(v: Tensor, site: Site) -> Tensor:
         return v[None, :] if site.delta.of_input else v[:, None]
 

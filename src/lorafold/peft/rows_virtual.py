@@ -1,8 +1,8 @@
-"""Rows of the table: prompt and prefix tuning, as PEFT stores them.
+"""Prompt and prefix tuning in PEFT's files, for `table.py`.
 
-One tensor, `prompt_embeddings`: (n, d), or (n, 2 L Hk D) with a token's keys and values of layer
-after layer; no target modules. A prefix that PEFT made by a projection is stored as what came out
-of it, so that it is read like any other.
+There is one tensor, `prompt_embeddings`: (n, d), or (n, 2 L Hk D) with a virtual token's keys and
+values of all layers in order. There are no target modules. A prefix that PEFT trained through a
+projection is stored as the projection's output, so it is read like any other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorafold.methods.prompt import Prompt, PromptDelta
 from lorafold.peft.format import Entries, Field, Method, Site, named
 
 PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
-# of encoder-decoders, of how the values came about, and sizes that the tensor has anyway
+# keys for encoder-decoders, for the initialization, and sizes that follow from the tensor
 IRRELEVANT = frozenset(
     {
         "encoder_hidden_size",
@@ -34,12 +34,14 @@ IRRELEVANT = frozenset(
 )
 
 
-def sender(sites: Sequence[Site]) -> Any:
+def delta_of(sites: Sequence[Site]) -> Any:
+    """Return the delta that has the prompt or the prefix."""
     return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
 
 
 def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
-    delta: PromptDelta = sender(sites)
+    """Return the sizes that PEFT's config of a prompt has."""
+    delta: PromptDelta = delta_of(sites)
     width = delta.embeddings.shape[1]
     return {
         "token_dim": width,
@@ -50,7 +52,8 @@ def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
 
 
 def of_prefix(sites: Sequence[Site]) -> Mapping[str, Any]:
-    delta: PrefixDelta = sender(sites)
+    """Return the sizes that PEFT's config of a prefix has."""
+    delta: PrefixDelta = delta_of(sites)
     heads, size = delta.shape
     return {
         "token_dim": heads * size,
@@ -63,7 +66,8 @@ def of_prefix(sites: Sequence[Site]) -> Mapping[str, Any]:
 
 
 def read_as_random(_: Any) -> str:
-    return "random"  # the file brings the values: no need to draw real ones first
+    """Return the initialization that is fastest, since the file's values replace it."""
+    return "random"
 
 
 TOKENS = Field("num_virtual_tokens", "tokens", int, None)

@@ -1,11 +1,11 @@
-"""Which modules a PEFT config selects, and how to say in a config which were selected.
+"""Finds the modules that a PEFT config selects, and writes a config that selects given modules.
 
-    target_modules     a list: paths, or ends of paths; a string: a regex over whole paths, or
-                       "all-linear" (all but the output layer)
-    exclude_modules    the same, taken out again; modules to save are taken out too
-    layers_to_transform, layers_pattern    only in the blocks of these numbers
-    modules_to_save    names that paths end with, in mid-word too
-    trainable_token_indices    ids whose rows are trained, by module (`tokens.py`)
+    target_modules     a list: paths, or ends of paths; a string: a regular expression over whole
+                       paths, or "all-linear" (all linears but the output layer)
+    exclude_modules    the same forms, for modules to leave out; modules to save are left out too
+    layers_to_transform, layers_pattern    adapt only modules in the blocks of these numbers
+    modules_to_save    names with which paths end, even inside a part of a path
+    trainable_token_indices    ids of tokens whose vectors are trained, by module (`tokens.py`)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Patterns = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Selection:
-    """What a config says about modules, in PEFT's terms; `target_modules` and `modules_to_save` are
-    resolved on a model.
+    """The fields of a PEFT config that select modules, under PEFT's names. `targets` and `saved`
+    find the modules in a model.
     """
 
     target_modules: Patterns
@@ -37,10 +37,12 @@ class Selection:
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     tokens: Ids = ()
-    preset: str | None = None  # the method's own place, whatever the others say
+    preset: str | None = None  # what the method always adapts, instead of target_modules
 
     def targets(self, model: nn.Module) -> Matches:
-        """By pattern; patterns that match nothing are left out. LorafoldError if all do."""
+        """Return the modules to adapt, by pattern. Patterns that match no module are left out.
+        Raises LorafoldError if no pattern matches any.
+        """
         if self.preset is not None:
             return match(model, self.preset, is_linear)
         modules = {p: m for p, m in bare_modules(model) if p and not self._excluded(p)}
@@ -66,8 +68,8 @@ class Selection:
         return Matches({pattern: hits for pattern, hits in found.items() if hits})
 
     def saved(self, model: nn.Module) -> Matches:
-        """By name; names that match nothing are left out (a config for classifiers names every head
-        there is).
+        """Return the modules to save whole, by name. Names that match no module are left out: PEFT
+        lists the heads of all architectures in the config of a classifier.
         """
         paths = [p for p, _ in bare_modules(model) if p]
         found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
@@ -95,9 +97,16 @@ def describe(
     saved: Sequence[str],
     names: Sequence[str],
 ) -> Selection:
-    """The plainest selection of exactly these modules: `targets` to adapt, whose `patterns` the
-    user gave, and the leaf modules `saved` to train whole, whose `names` the user gave.
-    LorafoldError if PEFT's rule has no name for a module to save.
+    """Return the simplest selection of exactly these modules.
+
+    Raises LorafoldError if, by PEFT's rule, names of the modules to save match other modules too.
+
+    Args:
+        model: The model.
+        targets: The paths of the modules to adapt.
+        patterns: The patterns with which the user selected them.
+        saved: The paths of the leaf modules to train whole.
+        names: The names with which the user selected those.
     """
     whole = next(
         (
@@ -124,8 +133,8 @@ def describe(
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The modules holding parameters, at and under those that PEFT's rule finds for
-    `modules_to_save`.
+    """Return the paths of all modules with parameters at or below the modules that PEFT finds for
+    these `modules_to_save`.
     """
     roots = tuple(f"{path}." for path in Selection((), tuple(names)).saved(model).paths)
     return [

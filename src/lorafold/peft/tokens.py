@@ -1,13 +1,14 @@
-"""Token rows in PEFT's files.
+"""Trained token vectors in PEFT's files: single rows of the embedding and of the head.
 
-    trainable_token_indices                        ids of the input embedding and what shares its
-                                                   weight, or ids by module name
-    {at}.token_adapter.trainable_tokens_delta      (k, d), the rows themselves despite the name, in
-                                                   the order of the ids
+    trainable_token_indices                        ids for the input embedding and the modules that
+                                                   share its weight, or ids by module name
+    {at}.token_adapter.trainable_tokens_delta      (k, d), the vectors themselves (despite the
+                                                   name), in the order of the ids
 
-Where the vocabulary was resized, PEFT also writes both matrices whole, and a tied head's rows once
-more. The rows of such a matrix that this base lacks or holds otherwise are new ones too, trained or
-not: they are read as rows of the adapter, and the rest must be the base's.
+If the vocabulary was resized, PEFT also writes the whole embedding and head, and the vectors of a
+tied head a second time. Vectors of such a matrix that this base lacks, or that differ from the
+base's, are read as vectors of the adapter, whether they were trained or not. All others must equal
+the base's.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Ids = tuple[int, ...] | ByPath
 
 
 def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
-    """The config's word on the rows at these sites: a list where the input embedding alone has rows
-    of its own, else lists by name.
+    """Return the config's key for the token vectors at these sites: a list of ids if only the input
+    embedding has vectors of its own, else lists by module name.
     """
     own = {
         site.path: list(site.delta.ids)
@@ -50,21 +51,21 @@ def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def resolve(model: nn.Module, ids: Ids) -> ByPath:
-    """The config's ids by module path. LorafoldError where a name matches no module."""
+    """Return the config's ids by module path. Raises LorafoldError if a name matches no module."""
     if not isinstance(ids, Mapping):
-        # the last is what PEFT looks for where a model does not say
+        # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *vocabulary_ends(model), "embed_tokens"
         ids = {embedding: ids} if ids else {}
     paths = [path for path, _ in bare_modules(model) if path]
     found = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in found.items() if not hits]:
-        raise LorafoldError(f"{INDICES}: no module {', '.join(missing)} in this model")
+        raise LorafoldError(f"{INDICES}: found no module {', '.join(missing)} in this model")
     return {path: ids[name] for name, hits in found.items() for path in hits}
 
 
 class Completed(Weights):
-    """A file's tensors without those that are `hidden`, and with token rows that were put together
-    from more than one.
+    """The tensors of a file without the `hidden` ones, and with token vectors that were joined from
+    several tensors.
     """
 
     def __init__(self, file: Weights, hidden: set[str], rows: Mapping[str, Tensor]) -> None:
@@ -99,8 +100,14 @@ class Completed(Weights):
 def completed(
     model: nn.Module, ids: ByPath, file: Weights, base: Weights
 ) -> tuple[ByPath, Weights]:
-    """The ids by module path and the file's tensors, once the rows that resized matrices bring are
-    among them.
+    """Return the ids by module path and the file's tensors, with the token vectors of resized
+    matrices added to both.
+
+    Args:
+        model: The model that the adapter is loaded into.
+        ids: The config's ids by module path.
+        file: The tensors of the file.
+        base: The base's weights.
     """
     if not ids:
         return {}, file
@@ -137,7 +144,7 @@ def completed(
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
-    """The embedding whose rows a module shares with its weight."""
+    """Return the path of the embedding whose weight, and so whose vectors, a module shares."""
     if layer_class(model.get_submodule(path)).takes_ids:
         return None
     shared = sharers(model, model.get_submodule(path))
@@ -145,8 +152,8 @@ def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
 
 
 def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | None:
-    """The rows of the file's matrix that the base's own lacks or has otherwise; None if it is no
-    such matrix grown for these tokens.
+    """Return the ids of the vectors of the file's matrix that the base's lacks or that differ from
+    it; None if the file's is not the base's matrix, resized for these tokens.
     """
     if (
         matrix.dim() != 2
@@ -161,16 +168,16 @@ def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | Non
 
 
 def plain(key: str) -> str:
-    """The key of a base weight that PEFT moved under one of its wrappers."""
+    """Return the key of a base weight without the names of PEFT's wrapper modules."""
     for wrapper in ("token_adapter", "base_layer", "original_module"):
         key = key.replace(f".{wrapper}.", ".")
     return key
 
 
 def _name(model: nn.Module, path: str) -> str:
-    """The shortest end of the path, by whole words, that no other module's path ends with: PEFT
-    matches ends of paths.
+    """Return the shortest end of the path, in whole parts, with which no other module's path ends:
+    PEFT matches ends of paths.
     """
-    paths, words = [p for p, _ in bare_modules(model)], path.split(".")
-    ends = (".".join(words[-n:]) for n in range(1, len(words) + 1))
+    paths, parts = [p for p, _ in bare_modules(model)], path.split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
     return next((end for end in ends if sum(p.endswith(end) for p in paths) == 1), path)

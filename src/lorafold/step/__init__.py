@@ -1,1 +1,1 @@
-"""What one training step computes: recipe, losses, packed attention, fused parts, optimizer."""
+"""A training step: recipe, losses, attention over packed documents, fused operations, optimizer."""

@@ -1,9 +1,9 @@
-"""Gradient checkpointing: a block keeps its input alone, and runs once more in the backward pass to
-have the rest.
+"""Gradient checkpointing: a block stores only its input, and the backward pass recomputes its other
+activations.
 
-One more forward pass of the blocks a step buys the memory of all that lies between their inputs.
-Random state is replayed, so dropout draws the same masks and gradients are the same, bit for bit.
-Chen et al. 2016, arXiv 1604.06174.
+It saves the memory of the activations inside the blocks and costs one more forward pass of the
+blocks in each step. The random state is replayed, so dropout draws the same masks and the gradients
+are equal, bit for bit. Chen et al. 2016, arXiv 1604.06174.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from lorafold.errors import LorafoldError
 
 
 def recompute(model: PreTrainedModel) -> None:
-    """Turn it on. LorafoldError if the model's code can't do it."""
+    """Turn gradient checkpointing on. Raises LorafoldError if the model's code does not support it.
+    """
     try:
         model.activation_checkpointing_enable()
     except ValueError as error:
@@ -22,7 +23,7 @@ def recompute(model: PreTrainedModel) -> None:
             f"gradient_checkpointing: found on, expected off for this model: {error}"
         ) from None
     if any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules()):
-        # Asking for the gradient of the embeddings, as transformers does, is for replays that need
-        # one at their input. These don't, and it would send the backward pass through every frozen
-        # block below the lowest trained one.
+        # transformers makes the embeddings require gradients, for a kind of checkpointing that
+        # needs one at a block's input. This kind does not, and the backward pass would go through
+        # every frozen block below the lowest trained one.
         model.disable_input_require_grads()

@@ -1,16 +1,16 @@
-"""AdamW in three forms, which differ in how they hold its two moments, and the choice among them.
+"""AdamW in three forms, which differ in how they store its two moments, and the choice among them.
 
-    adamw             fp32, 8 bytes a parameter: torch's, or where parameters in 16 bits are
-                      trained `rounded_adamw`, whose seed is the recipe's
-    adamw8bit         bitsandbytes'; 8 bits and an fp32 scale for every 256, 2.03 bytes a parameter
-                      (tensors under 4,096 elements: fp32)
-    paged-adamw8bit   the same, in memory that CUDA moves to the host while something else needs the
-                      room (tensors from 100,000 elements)
+    adamw             moments in fp32, 8 bytes a parameter: torch's AdamW, or `rounded_adamw` if
+                      16-bit parameters are trained (its seed is the recipe's)
+    adamw8bit         bitsandbytes' AdamW: moments in 8 bits with an fp32 scale for every 256 of
+                      them, 2.03 bytes a parameter (tensors under 4,096 elements: fp32)
+    paged-adamw8bit   the same in paged memory, which CUDA moves to the host when other tensors need
+                      the room (tensors from 100,000 elements)
 
 Dettmers et al. 2022, arXiv 2110.02861 (8 bits); Dettmers et al. 2023, arXiv 2305.14314, sec. 3
-(paging: a spike of activations then waits for a transfer instead of ending the run). `auto` takes
-fp32 as long as there is room for it. The 8-bit ones round every update to the nearest, so they are
-refused where parameters in 16 bits are trained.
+(paging: a peak of activations waits for a transfer and does not end the run). `auto` takes fp32 as
+long as there is room for it. The 8-bit forms round every update to the nearest, so they are refused
+if 16-bit parameters are trained.
 """
 
 from __future__ import annotations
@@ -31,23 +31,27 @@ from lorafold.step.recipe import Recipe
 from lorafold.step.rounded_adamw import RoundedAdamW, narrow
 
 PAGED = "paged-adamw8bit"
-SMALL = 4096  # elements from which bitsandbytes holds state in 8 bits
-# fp32 state may take a third of the free memory: gradients take half as much, which leaves half to
-# activations
+SMALL = 4096  # bitsandbytes stores the moments of smaller tensors in fp32
+# fp32 moments may take a third of the free memory: gradients take half as much, which leaves half
+# for the activations
 SHARE = 3
 DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
 class Choice(NamedTuple):
-    """An optimizer's word, and why it is that one (empty: because it was asked for)."""
+    """The name of an optimizer and why it was chosen (empty: the recipe asks for it)."""
 
     name: str
     why: str
 
 
 def choose(parameters: int, device: str, free: int) -> Choice:
-    """What `auto` stands for with so many trained parameters, on a device of this kind with so many
-    free bytes.
+    """Choose the optimizer for `auto`.
+
+    Args:
+        parameters: The number of trained parameters.
+        device: The type of the device: cpu, cuda or mps.
+        free: The device's free memory in bytes.
     """
     if device != "cuda":
         return Choice("adamw", f"{DEVICES.get(device, device)} has no paging")
@@ -61,10 +65,14 @@ def choose(parameters: int, device: str, free: int) -> Choice:
 
 
 def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) -> Choice:
-    """The optimizer of a run.
+    """Choose the optimizer of a run.
 
-    Where it is left to us, it is the one that the run had `before` it was stopped (empty: a fresh
-    run).
+    Args:
+        asked: The recipe's optimizer, possibly auto.
+        before: The optimizer that a resumed run had before it stopped, which auto keeps; empty for
+            a new run.
+        groups: The parameter groups.
+        accelerator: The run's accelerator, whose processes must all choose the same.
     """
     device = accelerator.device.type
     if asked != "auto":
@@ -83,7 +91,7 @@ def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) 
 
 
 def free_everywhere(accelerator: Accelerator) -> int:
-    """The least free bytes that any process has, so that all of them choose alike."""
+    """Return the free bytes of the process that has the fewest, so that all choose the same."""
     return int(
         accelerator.gather(
             torch.tensor([free_bytes(accelerator.device)], device=accelerator.device)
@@ -92,8 +100,15 @@ def free_everywhere(accelerator: Accelerator) -> int:
 
 
 def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:
-    """LorafoldError where bitsandbytes, which has the 8-bit ones, is not installed, and for these
-    over parameters in 16 bits.
+    """Make the optimizer.
+
+    Raises LorafoldError for an 8-bit optimizer if bitsandbytes is not installed, or if some
+    parameters have 16 bits.
+
+    Args:
+        name: adamw, adamw8bit or paged-adamw8bit.
+        groups: The parameter groups, each with its learning rate.
+        recipe: Gives betas, eps, weight decay and the seed of stochastic rounding.
     """
     check_rounding(name, (p.dtype for p in trained(groups)))
     options: dict[str, Any] = {
@@ -106,20 +121,20 @@ def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:
         if any(map(narrow, trained(groups))):
             return RoundedAdamW(groups, seed=recipe.seed, **options)
         return AdamW(groups, **options)
-    kinds = bitsandbytes_optimizers(name)
-    # elsewhere bitsandbytes would warn, and not page either
+    optim = bitsandbytes_optimizers(name)
+    # on other devices bitsandbytes would warn, and not page either
     paged = name == PAGED and all(p.is_cuda for p in trained(groups))
-    return (kinds.PagedAdamW8bit if paged else kinds.AdamW8bit)(groups, **options)
+    return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
 
 
 def check_available(asked: str) -> None:
-    """LorafoldError for an optimizer that can't be made here, before anything else is done."""
+    """Raise LorafoldError if the optimizer needs bitsandbytes and that is not installed."""
     if asked not in ("auto", "adamw"):
         bitsandbytes_optimizers(asked)
 
 
 def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
-    """LorafoldError for an 8-bit optimizer over parameters of these dtypes if any has 16 bits."""
+    """Raise LorafoldError if an 8-bit optimizer is asked for and one of the dtypes has 16 bits."""
     found = sorted({str(t).removeprefix("torch.") for t in dtypes if t.itemsize == 2})
     if asked not in ("auto", "adamw") and found:
         raise LorafoldError(
@@ -129,19 +144,26 @@ def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
 
 
 def bitsandbytes_optimizers(name: str) -> Any:
-    """bitsandbytes.optim; `name` is who needs it."""
+    """Return bitsandbytes.optim. Raises LorafoldError, in which the optimizer is called `name`, if
+    bitsandbytes can't be imported.
+    """
     try:
         return bitsandbytes().optim
     except ImportError as error:
-        hint = "pip install bitsandbytes, or take the optimizer adamw"
         raise LorafoldError(
-            f"optimizer {name} needs bitsandbytes, which can't be imported ({error}): {hint}"
+            f"optimizer {name} needs bitsandbytes, which can't be imported ({error});"
+            " pip install bitsandbytes, or choose optimizer adamw"
         ) from None
 
 
 def described(choice: Choice, groups: list[dict], seed: int) -> str:
-    """One line for people: which, how its state is held, how large it is, why, and how updates are
-    rounded.
+    """Return a line that names the optimizer, the storage and size of its state, the reason for the
+    choice, and stochastic rounding if there is any.
+
+    Args:
+        choice: The optimizer and why it was chosen.
+        groups: The parameter groups.
+        seed: The seed of stochastic rounding.
     """
     parameters = trained(groups)
     eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in parameters)
@@ -159,7 +181,7 @@ def described(choice: Choice, groups: list[dict], seed: int) -> str:
 
 
 def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
-    """Bytes of the two moments of these parameters."""
+    """Return the bytes of AdamW's two moments, for parameters of any shapes."""
     if name == "adamw":
         return sum(8 * p.numel() for p in parameters)
     return sum(
@@ -168,11 +190,12 @@ def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
 
 
 def trained(groups: list[dict]) -> list[Tensor]:
+    """Return the parameters of all groups, of any shapes."""
     return [p for group in groups for p in group["params"]]
 
 
 def in_words(n: int) -> str:
-    """Bytes for people: 39.1 MB."""
+    """Return a number of bytes as text, such as 39.1 MB."""
     size, unit = next(
         ((n / 10**power, unit) for power, unit in ((9, "GB"), (6, "MB")) if n >= 10**power),
         (n / 1e3, "kB"),

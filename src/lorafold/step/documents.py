@@ -1,18 +1,20 @@
-"""Documents packed end to end in one row, through transformers' public registries: no model class
-is touched.
+"""Attention over documents that are packed into one sequence, each attending to itself alone.
 
     with packed(model) as apart:
         batch = collate(examples, packed=apart, pad_id=tokenizer.pad_token_id)
 
-A packed batch says nothing but ids (1, T) and positions (1, T) that restart at 0 in each document.
-transformers finds the documents in the positions and hands our mask function a predicate, "may
-query i see key j?". Its sub-diagonal tells where documents begin, so the mask function answers with
-a `Documents` in place of a (T, T) mask, which the layers carry to our attention function. Whatever
-isn't a plain causal run of documents (padding, a cache being decoded, custom masks, sinks, position
-bias, attention dropout) takes a mask and the general path, so that generate() and gradient
-checkpointing work as ever. Some models mix documents all the same (recurrent and convolutional
-ones, those that ignore position_ids): `packed` asks the model first, and gives False for those that
-must train padded.
+It goes through transformers' public registries of attention and mask functions; no model class is
+changed. A packed batch consists of ids (1, T) and positions (1, T) that restart at 0 in each
+document. transformers finds the documents in the positions and gives our mask function a predicate:
+may query i see key j? Where it is false for j = i - 1, a document begins. So the mask function
+returns a `Documents` instead of a (T, T) mask, and the model's layers pass it on to our attention
+function. Everything else than plain causal documents (padding, decoding with a cache, custom masks,
+sinks, position bias, attention dropout) gets a mask and general attention, so generate() and
+gradient checkpointing work as usual.
+
+Some models let documents influence each other all the same: recurrent and convolutional ones, and
+those that ignore position_ids. `packed` tests the model first and yields False for these, which
+must train on padded batches.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ NO_LOSS = -100  # torch's ignore_index
 
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[bool]:
-    """True, with the model's attention kept inside documents until the block ends; or False, with
-    the model as it was, if it leaks.
+    """Keep the model's attention inside documents until the `with` block ends, and yield True; or
+    leave the model unchanged and yield False if its documents would influence each other.
     """
     if not isolates(model):
         yield False
@@ -52,8 +54,8 @@ def packed(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def isolates(model: PreTrainedModel) -> bool:
-    """Are two packed documents computed as the model in its present state computes each alone?
-    Leaves no trace, in random state either.
+    """Test, with two short documents, whether the model computes a packed document as it computes
+    the document alone. The model and the random state stay unchanged.
     """
     if model.get_output_embeddings() is None:
         return False
@@ -74,7 +76,8 @@ def isolates(model: PreTrainedModel) -> bool:
         )
 
     def near(found: Tensor, expected: Tensor, units: int) -> bool:
-        # norms, since experts regroup their rows: not bit-equal even where nothing leaks
+        # norms are compared, since experts group the tokens of both documents together: sums then
+        # round differently, even if no document influences the other
         return bool(
             (found - expected).norm()
             <= max(1e-5, units * torch.finfo(model.dtype).eps) * expected.norm()
@@ -86,15 +89,14 @@ def isolates(model: PreTrainedModel) -> bool:
             with attending(model, document_mask):
                 together, changed = logits(first, second), logits(other, second)
     except (AttributeError, TypeError):
-        # a decoder that computes with its masks can't do so with Documents
-        return False
+        return False  # the decoder computes with its masks, which a Documents does not support
     return near(changed[-m:], together[-m:], units=1) and near(together, alone, units=8)
 
 
 @contextmanager
 def attending(model: PreTrainedModel, mask: Callable[..., Any]) -> Iterator[None]:
-    """The model's attention is `attend`, under the masks that a function of transformers' mask
-    protocol makes.
+    """Make `attend` the model's attention function, with masks made by `mask`, a function of
+    transformers' mask protocol, until the `with` block ends.
     """
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
@@ -107,8 +109,8 @@ def attending(model: PreTrainedModel, mask: Callable[..., Any]) -> Iterator[None
 
 
 def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
-    """A model's attention implementations as set_attn_implementation takes them: its own under "",
-    nested ones by name.
+    """Return the attention implementations as set_attn_implementation takes them: the model's own
+    under "", those of nested configurations by name.
     """
     nested = {name: getattr(config, name) for name in config.sub_configs}
     return {"": config._attn_implementation} | {
@@ -129,13 +131,22 @@ def document_mask(
     device: torch.device | str = "cpu",
     **protocol: Any,
 ) -> Documents | Tensor | None:
-    """transformers' mask protocol: `Documents` where the mask is a causal run of documents, else a
-    boolean mask (B, 1, Tq, Tk).
+    """Return a `Documents` if the mask is that of causal documents, else a boolean mask (B, 1, Tq,
+    Tk); a function of transformers' mask protocol.
 
-    mask_function(b, head, i, j), on index tensors: may query i of row b see key j? `protocol` is
-    what concerns sdpa and eager masks.
+    Args:
+        batch_size: B, the number of sequences.
+        q_length, kv_length: Tq and Tk, the numbers of queries and keys.
+        q_offset, kv_offset: The positions of the first query and the first key.
+        mask_function: Called as mask_function(b, head, i, j) on index tensors, it tells whether
+            query i of sequence b may see key j.
+        attention_mask: (B, Tk), False at padding; None if there is none.
+        local_size: The width of a sliding window.
+        use_vmap: Whether mask_function needs vmap, as custom ones may.
+        device: The device of the mask.
+        protocol: Arguments that concern sdpa and eager masks only.
     """
-    # a static cache counts its offset in a tensor
+    # the offset is a tensor if the cache is static
     whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
     if attention_mask is None and not use_vmap and whole:
         b = torch.arange(batch_size, device=device)[:, None]
@@ -184,12 +195,20 @@ def attend(
     position_bias: Tensor | None = None,
     **protocol: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention protocol: query (B, H, Tq, D), key (B, Hk, Tk, D), value (B, Hk, Tk,
-    Dv) -> (B, Tq, H, Dv).
+    """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol.
 
-    s_aux (H,): a sink's score, which takes its share of the probability. position_bias (B or 1, H,
-    Tq, Tk) is added to the scores. A mask is boolean or added. `protocol` repeats what the mask
-    says (windows, positions); `isolates` checks that nothing else hides there.
+    Args:
+        module: The attention module, which says whether dropout is active.
+        query, key, value: (B, H, Tq, D), (B, Hk, Tk, D) and (B, Hk, Tk, Dv).
+        attention_mask: A `Documents`, a boolean mask, or a mask that is added to the scores, (B, 1,
+            Tq, Tk).
+        dropout: The probability with which an attention weight is dropped.
+        scaling: The factor of the scores; None: D^-0.5.
+        softcap: Scores s become softcap * tanh(s / softcap).
+        s_aux: (H,), the scores of a sink, which takes part in the softmax and has no value.
+        position_bias: (B or 1, H, Tq, Tk), added to the scores.
+        protocol: Arguments that repeat what the mask says (windows, positions). `isolates` finds
+            models that pass anything else here.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):

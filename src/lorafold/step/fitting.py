@@ -1,5 +1,7 @@
-"""How a recipe fits what is there: the method's own options, the model's files, the adapter to
-start from. What a recipe sets goes first; where it is silent, what is there decides.
+"""Completes a recipe for a method, for a model's files and for an adapter to start from.
+
+What the recipe sets takes precedence; what it leaves open follows the model's files, then the
+adapter, then the recipe's defaults.
 """
 
 from __future__ import annotations
@@ -19,22 +21,24 @@ from lorafold.step.recipe import Recipe
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """The fields that the recipe sets and its method has no option for, such as a prompt's rank."""
+    """Return the fields that the recipe sets but its method has no option for, such as the rank of
+    a prompt.
+    """
     known = known_options(recipe.method, recipe.options.get("over"))
     return [name for name in recipe.for_method() if name not in known]
 
 
 def without(recipe: Recipe) -> str | None:
-    """A line that says what is `left_out`, or None where nothing is."""
+    """Return a line that names the fields that are `left_out`, or None if there are none."""
     names, over = left_out(recipe), recipe.options.get("over")
     method = recipe.method if over is None else f"{recipe.method} over {over}"
     return f"{', '.join(names)} left out: {method} has no such option" if names else None
 
 
 def spec_of(recipe: Recipe) -> Spec:
-    """The spec of the recipe's method, without the fields that are `left_out`.
+    """Make the spec of the recipe's method, without the fields that are `left_out`.
 
-    LorafoldError for an unknown method, and for further options that it does not have.
+    Raises LorafoldError for an unknown method and for `options` that the method does not have.
     """
     absent = left_out(recipe)
     fields = {name: value for name, value in recipe.for_method().items() if name not in absent}
@@ -42,7 +46,9 @@ def spec_of(recipe: Recipe) -> Spec:
 
 
 def fitting(recipe: Recipe, method: str) -> Recipe:
-    """One recipe for many methods: for this one, without the options that it does not have."""
+    """Return the recipe for another method, without the options that the method does not have and,
+    if it trains the base's own weights, with a base that is not quantized.
+    """
     known = known_options(method, recipe.options.get("over"))
     unset = [name for name in recipe.for_method() if name not in known]
     changes: dict[str, Any] = {name: Recipe.model_fields[name].default for name in unset}
@@ -52,44 +58,51 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
     return recipe.model_copy(update=changes | {"method": method})
 
 
-def whole_base(recipe: Recipe) -> str:
-    """The word where the base's own weights are trained: fp32 unless the recipe asks for bf16.
-
-    LorafoldError where it asks to pack them.
+def trainable_storage(recipe: Recipe) -> str:
+    """Return the storage of a base whose own weights are trained: fp32, or bf16 if the recipe asks
+    for it. Raises LorafoldError if it asks for quantized weights.
     """
-    word = str(recipe.base)
-    if word in QUANTIZATIONS and "base" in recipe.model_fields_set:
+    storage = str(recipe.base)
+    if storage in QUANTIZATIONS and "base" in recipe.model_fields_set:
         raise LorafoldError(
-            f"base {word}: {recipe.method} trains the base's own weights, which can't be packed;"
-            " expected fp32 or bf16"
+            f"base {storage}: {recipe.method} trains the base's own weights, which can't be"
+            " quantized; expected fp32 or bf16"
         )
-    return "fp32" if word in (*QUANTIZATIONS, "auto") else word
+    return "fp32" if storage in (*QUANTIZATIONS, "auto") else storage
 
 
 def settled_base(
     recipe: Recipe, spec: Spec, source: ModelSource, init_adapter: Path | None = None
 ) -> str:
-    """The word to load the base by. LorafoldError for a packed base that can't be had.
+    """Return the storage to load the base in.
 
-    What the recipe does not set follows the model's files if these are packed, then the adapter to
-    start from, then the recipe's default, which is unpacked for a method that trains the base's own
-    weights, and where bitsandbytes is not there to pack them.
+    If the recipe does not set it, it is that of the model's files if these are quantized, else that
+    on which the adapter to start from was trained, else the recipe's default. It is not quantized
+    if bitsandbytes is not installed, or if the method trains the base's own weights.
+
+    Raises LorafoldError if the recipe asks for a quantized base in one of these two cases.
+
+    Args:
+        recipe: The recipe of the run.
+        spec: The spec of its method.
+        source: The base model.
+        init_adapter: The adapter to start from, if there is one.
     """
-    word, asked = str(recipe.base), "base" in recipe.model_fields_set
+    storage, asked = str(recipe.base), "base" in recipe.model_fields_set
     if spec.trains_base:
-        return whole_base(recipe)
+        return trainable_storage(recipe)
     if not asked:
-        stored = held_as(source)
-        word = (
-            stored
-            if stored != "auto"
-            else base_trained_on([init_adapter] if init_adapter else []) or word
+        in_files = held_as(source)
+        storage = (
+            in_files
+            if in_files != "auto"
+            else base_trained_on([init_adapter] if init_adapter else []) or storage
         )
-    if word in QUANTIZATIONS and importlib.util.find_spec("bitsandbytes") is None:
+    if storage in QUANTIZATIONS and importlib.util.find_spec("bitsandbytes") is None:
         if asked:
             raise LorafoldError(
-                f"base {word}: bitsandbytes packs the weights, and is not installed; expected bf16,"
-                " fp32 or auto"
+                f"base {storage}: needs bitsandbytes, which is not installed; pip install"
+                " bitsandbytes, or expected bf16, fp32 or auto"
             )
         return "auto"
-    return word
+    return storage

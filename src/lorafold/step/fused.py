@@ -1,12 +1,13 @@
-"""A model's norms, rotary embeddings, gated MLPs and frozen linears, run by fused operations while
-it trains.
+"""Replaces a model's norms, rotary embeddings, gated MLPs and frozen linears by fused operations
+while the model trains.
 
     with fused(model) as found:
         print(found)                        # fast path: 30 of 30 blocks
 
-Nothing is known by a model's name. A part is taken over if it has the structure and, given random
-numbers, answers as the fused operation does; any other runs as it is, and so does one that carries
-a delta or whose weight is trained. When the `with` ends the model is as it was.
+Parts are recognized by what they compute, never by a model's name: a part is replaced if it has
+the expected structure and computes the same outputs from random inputs as the fused operation does.
+Other parts keep their own code, as do parts that carry a delta or whose weight is trained. After
+the `with` block the model is as before.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
 
-ROTARY = "apply_rotary_pos_emb"  # what model files of transformers call it
+ROTARY = "apply_rotary_pos_emb"  # the function's name in the model files of transformers
 Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class FastPath:
-    """How many blocks run norms, MLP and rotary embedding fused, and which of these the others
-    lack.
+    """How many of the blocks run norms, MLP and rotary embedding fused, and which of these parts
+    run the model's own code in the other blocks.
     """
 
     fast: int
@@ -46,13 +47,13 @@ class FastPath:
     plain: tuple[str, ...]
 
     def __str__(self) -> str:
-        lacking = f"; as the model's own code has it: {', '.join(self.plain)}" if self.plain else ""
+        lacking = f"; not fused: {', '.join(self.plain)}" if self.plain else ""
         return f"fast path: {self.fast} of {self.blocks} blocks{lacking}"
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[FastPath]:
-    """Fuse what can be fused until the `with` ends."""
+    """Replace all parts that can be fused until the `with` block ends."""
     inside = [
         [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
     ]
@@ -65,7 +66,7 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
             for module in (module for block in inside for module in block if _free(module)):
                 _put(stack, module, "forward", _linear(module))
             _put(stack, *_trained_head(model))
-            rotation = cache(_fused_rotary)  # by the function that it stands for
+            rotation = cache(_fused_rotary)  # the fused function for each of transformers'
             for parts, block in zip(found, inside, strict=True):
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
                     parts.add("rotary embedding")
@@ -75,20 +76,22 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
 
 
 def _free(module: nn.Module) -> bool:
-    """Does it run its class's own forward, on one input, with a weight that stays?"""
+    """Tell whether the module is frozen, carries no delta, and runs its class's own forward on one
+    input.
+    """
     trained = any(p is not None and p.requires_grad for p in module._parameters.values())
     own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
-    # some norms take a gate too
+    # one input: some norms take a gate as well, which the fused norm does not
     return own and len(inspect.signature(module.forward).parameters) == 1
 
 
 def _fuse(stack: ExitStack, module: nn.Module) -> Iterator[str]:
-    """The kinds of part that this module is, and is fused as from now on."""
+    """Replace the module's forward by a fused one and yield the name of the part, if it is one."""
     return (part for part, fuse in PARTS.items() if _put(stack, module, "forward", fuse(module)))
 
 
 def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bool:
-    """Set it until the stack unwinds."""
+    """Set owner.name to `forward` until the stack unwinds. False if there is none to set."""
     if forward is None:
         return False
     own, before = name in vars(owner), getattr(owner, name)
@@ -98,13 +101,13 @@ def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bo
 
 
 def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Do they answer alike, up to the roundings of a few operations? Without values they are taken
-    to: such a model is what it seems.
+    """Tell whether both compute the same outputs, up to the rounding of a few operations. Fake
+    tensors have no values to compare, so there a part with the right structure is fused.
     """
     if is_fake(inputs[0]):
         return True
-    answers = (f(*inputs) for f in (forward, plain))
-    found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in answers)
+    outputs = (f(*inputs) for f in (forward, plain))
+    found, expected = (y if isinstance(y, Tensor) else torch.stack(y) for y in outputs)
     close = (
         found.shape == expected.shape
         and (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm()
@@ -117,8 +120,8 @@ def _random(*shape: int, like: Tensor) -> Tensor:
 
 
 def _trained_head(model: nn.Module) -> tuple[Any, str, Forward | None]:
-    """The head, where it is trained without a delta of its own, as one that is tied to a trained
-    embedding: `step.head` has a shorter way for a frozen one only.
+    """Return the arguments of `_put` for a head that is trained without a delta of its own, such as
+    a head tied to a trained embedding. `step.head` computes a frozen one itself.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     bare = head is not None and not isinstance(head, Adapted) and "forward" not in vars(head)
@@ -127,14 +130,16 @@ def _trained_head(model: nn.Module) -> tuple[Any, str, Forward | None]:
 
 
 def _linear(module: nn.Module) -> Forward | None:
-    """The forward of a linear that no delta lies on: in the numbers that this processor multiplies
-    faster, and from packed ones as well.
+    """Return the forward of a linear without a delta: that of its `Layer`, which multiplies in the
+    dtype that is fastest on this processor, from any storage.
     """
     return layer_of(module) if is_linear(module) else None
 
 
 def _fused_norm(module: nn.Module) -> Forward | None:
-    """The forward of a root mean square norm, whose gain is its weight or 1 + its weight."""
+    """Return the fused forward of a root mean square norm whose gain is its weight, or 1 + its
+    weight; None if the module is no such norm.
+    """
     weight, eps = (
         module._parameters.get("weight"),
         getattr(module, "variance_epsilon", getattr(module, "eps", None)),
@@ -146,11 +151,11 @@ def _fused_norm(module: nn.Module) -> Forward | None:
         or not isinstance(eps, float)
     ):
         return None
-    # in the second row eps counts
-    x = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)
+    # the second input is so small that eps matters
+    inputs = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)
     for gain in (lambda: weight, lambda: 1 + weight.float()):
         forward = partial(_normed, gain, eps)
-        if all(_agree(forward, module, row) for row in x):
+        if all(_agree(forward, module, x) for x in inputs):
             return forward
     return None
 
@@ -160,7 +165,9 @@ def _normed(gain: Callable[[], Tensor], eps: float, x: Tensor) -> Tensor:
 
 
 def _fused_mlp(module: nn.Module) -> Forward | None:
-    """The forward of down(act(gate(x)) * up(x)), by the names that transformers gives the parts."""
+    """Return the fused forward of down(act(gate(x)) * up(x)), whose parts have the names that
+    transformers gives them; None if the module is no such MLP.
+    """
     parts = dict(module.named_children())
     if set(parts) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return None
@@ -174,7 +181,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         return down(gated(gate(x), up(x), known))
 
-    # a packed MLP may hold no number to take the dtype of: its activations have 16 bits
+    # a quantized MLP may have no floating-point parameter: its activations have 16 bits
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
     x = _random(
         1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device)
@@ -183,24 +190,24 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
 
 
 def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -> Forward | None:
-    """An attention's own forward in which the fused rotation has the place of its file's function,
-    for this module alone.
+    """Return a copy of the attention's forward, for this module alone, that calls the fused
+    rotation instead of the function of its file; None if it can't be fused.
     """
     if isinstance(module, Adapted) or "forward" in vars(module):
         return None
-    plain = inspect.unwrap(type(module).forward)  # wrappers translate what older callers pass
+    plain = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
     known = isinstance(plain, FunctionType) and ROTARY in plain.__code__.co_names
     if not known or (fused := rotation(plain.__globals__[ROTARY])) is None:
         return None
-    places = {**plain.__globals__, ROTARY: fused}
-    own = FunctionType(plain.__code__, places, "forward", plain.__defaults__, plain.__closure__)
+    names = {**plain.__globals__, ROTARY: fused}
+    own = FunctionType(plain.__code__, names, "forward", plain.__defaults__, plain.__closure__)
     own.__kwdefaults__ = plain.__kwdefaults__
     return MethodType(own, module)
 
 
 def _fused_rotary(plain: Forward) -> Forward | None:
-    """The function that rotates queries and keys, (B, H, T, D) or with H and T exchanged, by the
-    halves of D.
+    """Return the fused function that rotates queries and keys, (B, H, T, D) or (B, T, H, D), by the
+    halves of D; None if `plain` computes something else.
     """
     if [*inspect.signature(plain).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None

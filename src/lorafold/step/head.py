@@ -1,15 +1,21 @@
-"""Next-token loss at labelled positions only, summed, in chunks whose gradients are computed as
-they go.
+"""The next-token loss at labelled positions only, in chunks, so that the logits of all positions
+never exist at once.
 
     loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) the hidden states of the n labelled
                                               positions, f the model's head, y (n,)
 
-f is the model's own business: Gemma caps its logits, Cohere and Granite scale them, a head may be
-tied, biased, quantized or adapted. So the model runs as it is. What its decoder returns is caught
-on the way to the head, which sees a single row; then the model is its own head, with the decoder's
-work replaced by given hidden states, a chunk of them at a time. A frozen linear head that agrees
-with the model on that single row takes a shorter way without a graph (`ops.cross_entropy` has
-both). Use it wherever a causal language model is trained or its loss measured.
+Models differ in f: Gemma caps its logits, Cohere and Granite scale them, and a head may be tied,
+biased, quantized or adapted. So f is computed by the model itself, in two stages:
+
+1. The model runs once. A hook stores the hidden states that its decoder returns and passes only the
+   last position on to the head.
+2. The model runs again for each chunk of hidden states. Its decoder is replaced by a function that
+   returns the chunk, so the model computes the head alone. Each chunk's gradients are computed at
+   once and its logits are freed.
+
+A frozen linear head whose logits agree with the model's at that last position is computed directly,
+without the model and without a graph. `ops.cross_entropy` computes either. Use it wherever a causal
+language model is trained or its loss is measured.
 """
 
 from __future__ import annotations
@@ -36,16 +42,19 @@ from lorafold.ops.cross_entropy import (
 
 
 def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """The loss in nats summed over the labelled positions, and their number n.
+    """Return the loss in nats summed over the labelled positions, and their number n.
 
-    Differentiable once; n = 0 gives 0 with gradients of 0.
+    The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
+    config.output_router_logits is set, the sum includes the model's load-balancing loss, times its
+    coefficient and n. To train under DDP or FSDP, wrap a module whose forward calls this function.
 
-    labels (B, T): the target of each position (already shifted), -100 for none. inputs: keyword
-    arguments of the model, input_ids (B, T) among them. model: anything shaped like a transformers
-    causal language model. Where config.output_router_logits is set, the model's load-balancing
-    loss, times its coefficient and n, is part of the sum. LorafoldError where the model offers no
-    decoder or no such loss. To train under DDP or FSDP, wrap a module whose forward calls this
-    function.
+    Raises LorafoldError if the model has no decoder below a head, or lacks the load-balancing loss
+    that its configuration asks for.
+
+    Args:
+        model: A causal language model of transformers, or a module with its interface.
+        labels: (B, T), the target of each position (already shifted), or -100.
+        inputs: Keyword arguments of the model, among them input_ids (B, T).
     """
     h, targets, linear, output = _until_head(model, labels, inputs)
     if linear is not None:
@@ -58,8 +67,13 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
 
 @torch.no_grad()
 def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The loss in nats of each row, summed over its labelled positions: (B,). Arguments and errors
-    of `labelled_loss`; no router's loss.
+    """Return the loss in nats of each sequence, summed over its labelled positions: (B,). It never
+    includes a load-balancing loss.
+
+    Raises LorafoldError if the model has no decoder below a head.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
     """
     h, targets, linear, _ = _until_head(model, labels, inputs)
     with nullcontext(linear.logits) if linear is not None else _short_circuit(model) as head:
@@ -67,9 +81,9 @@ def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tens
             F.cross_entropy(head(h[run]).to(widened(h.dtype)), targets[run], reduction="none")
             for run in chunks(len(h))
         ]
-    rows = (labels != NO_LOSS).nonzero()[:, 0].to(h.device)  # (n,)
+    of = (labels != NO_LOSS).nonzero()[:, 0].to(h.device)  # (n,), the sequence of each position
     return (
-        h.new_zeros(len(labels), dtype=widened(h.dtype)).index_add_(0, rows, torch.cat(losses))
+        h.new_zeros(len(labels), dtype=widened(h.dtype)).index_add_(0, of, torch.cat(losses))
         if losses
         else h.new_zeros(len(labels))
     )
@@ -78,28 +92,30 @@ def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tens
 def _until_head(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
-    """Hidden states (n, d) and targets (n,) of the labelled positions, the head's linear form if it
-    has one, and the model's output.
+    """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
+    form if it has one, and the model's output.
     """
     with _caught(_decoder(model)) as caught:
         output = model(**inputs, use_cache=False)
     labels = labels.to(caught[0].device)
     h, targets = caught[0][:, -labels.shape[1] :].flatten(0, 1), labels.flatten()
-    if not is_fake(labels):  # which are all taken for labels
+    if not is_fake(labels):  # fake labels have no values: all positions count as labelled
         labelled = targets != NO_LOSS
         h, targets = h[labelled], targets[labelled]
     return h, targets, _linear_form(model, output.logits[0], _last(caught[0])[0]), output
 
 
 def _runs(h: Tensor) -> list[slice]:
-    """The rows whose logits exist at a time. Without values the last ones tell what all hold: every
-    run holds what the one before it does, and the last may be cut short.
+    """Return the chunks of positions whose logits exist at a time.
+
+    For fake tensors the last three are enough to find the peak of memory: all chunks but the last
+    are equally long.
     """
     return chunks(len(h))[-3:] if is_fake(h) else chunks(len(h))
 
 
 def _decoder(model: Any) -> Any:
-    """The module between the token ids and the head."""
+    """Return the module between the token ids and the head."""
     _, decoder = decoder_of(model)
     if decoder is model or model.get_output_embeddings() is None:
         raise LorafoldError(
@@ -111,8 +127,8 @@ def _decoder(model: Any) -> Any:
 
 @contextmanager
 def _caught(decoder: Any) -> Iterator[list[Tensor]]:
-    """A list that receives the decoder's hidden states (B, T, d), while the model goes on with the
-    last row of them.
+    """Yield a list that receives the decoder's hidden states (B, T, d), while the model continues
+    with the last position only.
     """
     caught: list[Tensor] = []
 
@@ -129,14 +145,14 @@ def _caught(decoder: Any) -> Iterator[list[Tensor]]:
 
 
 def _last(h: Tensor) -> Tensor:
-    """One position of h (B, T, d), (1, 1, d) with the strides of a tensor of its own: with others
-    torch copies the whole head.
+    """Return one position of h (B, T, d), (1, 1, d), with the strides of a tensor of its own: with
+    the strides of h, torch would copy the whole head.
     """
     return h.detach()[0, -1].view(1, 1, -1)
 
 
 class _Given:
-    """A decoder's output that holds hidden states and answers None to everything else."""
+    """A decoder's output that has hidden states; every other attribute is None."""
 
     def __init__(self, h: Tensor) -> None:
         self.last_hidden_state = h
@@ -150,13 +166,13 @@ class _Given:
 
 @contextmanager
 def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
+    """Yield f: hidden states (n, d) -> logits (n, V), exactly as the model computes them."""
     given: list[Tensor] = []
     decoder = _decoder(model)
 
     def forward(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> _Given:
         h = given.pop()
-        # a model that puts soft prompts before its input may cut as many rows from its output
+        # a model with soft prompts before its input may cut as many positions from its output
         prompts = 0 if inputs_embeds is None else inputs_embeds.shape[1] - len(h)
         return _Given(F.pad(h, (0, 0, prompts, 0))[None])
 
@@ -164,7 +180,7 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         given.append(h)
         return model(inputs_embeds=h[None], use_cache=False).logits[0, -len(h) :]
 
-    replaced = decoder.__dict__.get("forward")  # accelerate's hooks live there
+    replaced = decoder.__dict__.get("forward")  # accelerate's hooks are stored there
     decoder.forward = forward
     try:
         yield head
@@ -175,8 +191,8 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _leaves(y: Tensor) -> list[Tensor]:
-    """The tensors behind y that collect gradients: whatever of the head is trained, wherever it is
-    kept.
+    """Return the leaf tensors that y depends on and that require gradients: the trained tensors of
+    the head, in whichever module they are.
     """
     found, seen, ahead = [], set(), [y.grad_fn]
     while ahead:
@@ -191,8 +207,8 @@ def _leaves(y: Tensor) -> list[Tensor]:
 
 
 def _linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
-    """The head in linear form if it is frozen and has one: if that form's logits for h (1, d) are
-    those that the model computed.
+    """Return the linear form of the head, or None. The head has one if it is frozen and the form's
+    logits for h (1, d) agree with the `logits` that the model computed.
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     plain = type(layer) is nn.Linear and isinstance(w := layer.weight, nn.Parameter)
@@ -212,8 +228,8 @@ def _linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
 
 
 def _router_loss(model: Any, output: Any) -> Tensor | float:
-    """The load-balancing loss of a mixture of experts as the model itself would add it; 0 where it
-    adds none.
+    """Return the load-balancing loss of a mixture of experts as the model itself would add it, or 0
+    if it would add none.
     """
     config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):

@@ -1,5 +1,5 @@
-"""Losses as modules over a model, so that what accelerate wraps is the whole step: inputs in,
-summed loss out.
+"""Losses as modules: each has a model, takes the inputs of a micro-batch and returns their summed
+loss, so that accelerate wraps the whole computation.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.data.batches import collate, labelled, parts
+from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.step.head import labelled_loss, row_losses
 
 
 class Loss(nn.Module, ABC):
-    """Abstract: a sum over what `count` counts, so that micro-batches add up to the batch exactly.
-
-    It starts in its model's mode.
+    """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
+    over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,29 +29,39 @@ class Loss(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its model lies."""
+        """The device of the model."""
         return next(self.parameters()).device
 
     @abstractmethod
     def count(self, example: Any) -> int:
-        """By how much the example weighs in the mean."""
+        """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
-        """The examples of a step in the parts that are computed at a time: n of them, or more where
-        a part would exceed `tokens`.
+        """Divide the examples of an optimizer step into micro-batches.
+
+        Args:
+            examples: The examples of one step.
+            n: The number of micro-batches; there are more if packed ones would exceed `tokens`.
+            tokens: The most tokens of a packed sequence.
         """
-        return parts(examples, n)
+        return micro_batches(examples, n)
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """The arguments of `forward` for these examples."""
+        """Return the arguments of `forward` for these examples, on the device: labels and inputs,
+        each (B, T), or labels (B,) for a classifier.
+        """
 
     @abstractmethod
-    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor: ...
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the loss in nats, (), summed over labels (B, T), or (B,) for a classifier.
+
+        `inputs` are the model's keyword arguments, each (B, T).
+        """
 
 
 class Completions(Loss):
-    """Next-token loss at labelled positions, in nats."""
+    """The next-token loss at labelled positions, in nats; on packed or on padded sequences."""
 
     def __init__(self, model: nn.Module, packed: bool, pad_id: int) -> None:
         super().__init__(model)
@@ -67,20 +76,20 @@ class Completions(Loss):
     def micro_batches(
         self, examples: Sequence[Example], n: int, tokens: int
     ) -> list[Sequence[Example]]:
-        return parts(examples, n, tokens if self.packed else None)
+        return micro_batches(examples, n, tokens if self.packed else None)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
 
-    # (B,), padded rows; without gradients
     def by_row(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the loss of each row, (B,), from padded labels (B, T) and inputs, without
+        gradients.
+        """
         return row_losses(self.model, labels, inputs)
 
 
 class Classification(Loss):
-    """Cross entropy of the class, in nats, one a row.
-
-    The model: anything that answers with `.logits` (B, classes).
+    """The cross entropy of the class, in nats, for a model whose output has `.logits` (B, classes).
     """
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
@@ -103,7 +112,8 @@ class Classification(Loss):
             "labels": torch.tensor([e.label for e in examples], device=device),
         }
 
-    def logits(self, **inputs: Tensor) -> Tensor:  # (B, classes), fp32
+    def logits(self, **inputs: Tensor) -> Tensor:
+        """Return the model's logits for padded inputs (B, T): (B, classes), in fp32."""
         logits: Tensor = self.model(**inputs).logits
         return logits.float()
 

@@ -1,8 +1,8 @@
-"""What any optimizer of an adapter is given and gives back: groups with a learning rate each, the
-schedule, and its state in a checkpoint.
+"""For any optimizer of an adapter: its parameter groups, the learning rate schedule, and its state
+as tensors in a checkpoint.
 
-LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lambda = 16 times as fast as A, for every
-low-rank method.
+There are two groups, because up factors B have a learning rate of their own in every low-rank
+method, as in LoRA+ (Hayou et al. 2024, arXiv 2402.12354, with a ratio of 16).
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from lorafold.step.recipe import Recipe
 
 
 def param_groups(parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float) -> list[dict]:
-    """Two groups, by the role that each delta gives its own parameters: up factors, and everything
-    else.
+    """Divide the trained parameters of deltas into up factors and all others, for the optimizer.
+
+    Args:
+        parts: (module path, delta) pairs.
+        lr: The peak learning rate of all parameters but up factors.
+        lr_up: The peak learning rate of up factors.
     """
     up: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for _, delta in parts:
         for name, p in delta.named_parameters():
-            # a choice of entries may leave a matrix none, and CUDA launches no kernel over nothing
+            # a sparse delta may have no entry at all, and CUDA launches no kernel on empty tensors
             if p.requires_grad and p.numel():
                 (up if name in delta.up_names else rest).append(p)
     groups = ({"params": rest, "lr": lr, "peak": lr}, {"params": up, "lr": lr_up, "peak": lr_up})
@@ -35,11 +39,17 @@ def param_groups(parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float) ->
 
 
 def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: int) -> None:
-    """Each group's peak rate times the schedule at `step` (from 0) of `steps`: a function of the
-    step, so nothing to resume.
+    """Set each group's learning rate to its peak rate times the schedule at this step.
 
-    Linear warm-up over the first `warmup` share of the steps (rounded up), then cosine or linear to
-    zero, or constant.
+    The rate rises linearly over the first `warmup` share of the steps (rounded up); then it falls
+    to zero along a cosine or a line, or stays. It depends on the step alone, so a checkpoint stores
+    nothing of it.
+
+    Args:
+        optimizer: An optimizer over `param_groups`.
+        recipe: Gives the schedule and the warm-up.
+        step: The number of the step, from 0.
+        steps: The number of steps of the run.
     """
     warm = math.ceil(recipe.warmup * steps)
     done = (step - warm) / max(1, steps - warm)
@@ -52,10 +62,11 @@ def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: i
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors `<parameter number>.<name>`: what a checkpoint holds.
+    """Return the optimizer's state as tensors of any shapes, by `<parameter's number>.<name>`, for
+    a checkpoint.
 
-    A number is a tensor without dimensions, and a tensor that parameters share is there once, with
-    the first of them.
+    A Python number becomes a scalar tensor. A tensor that several parameters share is stored once,
+    with the first of them.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -70,13 +81,14 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters that has made
-    no step.
+    """Restore the state of `optimizer_tensors`, of any shapes, to an optimizer over the same
+    parameters that has made no step.
 
-    It first makes a state of its own, by a step that changes nothing since rates and gradients are
-    zero; that one is filled. So every tensor lies where this optimizer puts it: load_state_dict
-    would cast it, or take it out of paged memory. LorafoldError if the tensors are those of another
-    optimizer.
+    The optimizer first makes a state of its own, with a step whose learning rates and gradients are
+    zero and which changes nothing. The tensors are then copied into that state, which keeps its
+    dtypes and its paged memory; load_state_dict would keep neither.
+
+    Raises LorafoldError if the tensors are not those of such an optimizer.
     """
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:
@@ -94,7 +106,10 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
             f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}"
             for key in wrong
         )
-        raise LorafoldError(f"the checkpoint's optimizer state is of another optimizer: {listed}")
+        raise LorafoldError(
+            f"the checkpoint's optimizer state is that of another optimizer: {listed}; resume with"
+            " the optimizer that wrote it"
+        )
     for i, p in enumerate(parameters(optimizer)):
         state = optimizer.state.get(p, {})
         for name, value in state.items():
@@ -103,16 +118,18 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of all groups, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The states of torch's generators, on CPU and on CUDA where there is one."""
+    """Return the states of torch's generators, each (bytes,), on the CPU and the CUDA devices."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"rng.cpu": torch.get_rng_state()} | {f"rng.cuda.{i}": s for i, s in enumerate(cuda)}
 
 
 def restore_rng(tensors: dict[str, Tensor]) -> None:
+    """Restore the states of torch's generators, each (bytes,), from `rng_state`."""
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
         if (state := tensors.get(f"rng.cuda.{i}")) is not None:

@@ -1,8 +1,8 @@
-"""A recipe from a YAML file, `--set key=value` pairs and flags, with every bad field told: its
-source, what was found and what is expected.
+"""Reads a recipe from a YAML file, `--set key=value` pairs and flags, and lists every bad field
+with its source, what was found and what was expected.
 
 Precedence, weakest first: the defaults, the YAML file, `--set key=value`, explicit flags. Values
-are checked once they are merged.
+are merged first and checked then.
 """
 
 import re
@@ -24,14 +24,18 @@ def load_recipe(
     defaults: Recipe | None = None,
     **flags: Any,
 ) -> Recipe:
-    """The recipe that a YAML file, `--set key=value` pairs and flags ask for; a flag that is None
-    was not given.
+    """Make a recipe of a YAML file, `--set key=value` pairs and flags.
 
-    Where none of them speaks, `defaults` holds.
+    Raises LorafoldError that lists every bad field with its source, what was found and what was
+    expected.
 
-    The value of a pair is YAML. A key may reach into options, rank_pattern and alpha_pattern at its
-    first dot (`options.init=gaussian`, `rank_pattern.0.q_proj=8`); the rest of it is taken as it
-    is. Raises LorafoldError with every bad field: its source, what was found and what is expected.
+    Args:
+        config: A YAML file of recipe fields.
+        sets: `key=value` pairs, whose values are YAML. Up to its first dot, a key may name options,
+            rank_pattern or alpha_pattern, and after it an entry of that field
+            (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
+        defaults: The recipe whose set fields apply where the others set nothing.
+        flags: Recipe fields; None means that the flag was not given.
     """
     values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources: dict[str, str] = dict.fromkeys(values, "the defaults")
@@ -48,8 +52,8 @@ def load_recipe(
             values[field], sources[field] = value, "--set"
         elif field in Recipe.model_fields and Recipe.model_fields[field].default != {}:
             problems.append(
-                f"--set {pair}: {field} has nothing inside; dotted keys reach into options,"
-                " rank_pattern and alpha_pattern"
+                f"--set {pair}: found a dotted key, but {field} has no entries; expected"
+                f" {field}=value (only options, rank_pattern and alpha_pattern have entries)"
             )
         else:
             below = values.get(field)
@@ -72,7 +76,7 @@ def load_recipe(
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with 3e-4 a number (1.1 asks for a dot and a sign)."""
+    """YAML 1.1 as PyYAML reads it, except that 3e-4 is a number (1.1 wants a dot and a sign)."""
 
 
 _Yaml.add_implicit_resolver(
@@ -114,7 +118,7 @@ def _read(config: Path) -> Mapping[str, Any]:
 def _explain(
     error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]
 ) -> Iterator[str]:
-    # (field, key inside) -> what would do, in order, once
+    # (field, key of its entry) -> the expectations that it fails, in order, each once
     expected: dict[tuple[str, str], dict[str, None]] = {}
     for problem in error.errors(include_url=False):
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -131,9 +135,9 @@ def _explain(
             hint = (
                 f"did you mean {' or '.join(near)}?"
                 if near
-                else f"known are {', '.join(Recipe.model_fields)}"
+                else f"expected one of {', '.join(Recipe.model_fields)}"
             )
-            yield f"{field} (from {sources[field]}) is no field of a recipe: {hint}"
+            yield f"{field} (from {sources[field]}) is not a field of a recipe: {hint}"
             continue
         deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
         expected.setdefault((field, inner[0] if deep else ""), {})[message] = None

@@ -3,14 +3,14 @@
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2                      fp32, of the shape of W
     W = round((1 - lr wd) W - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 
-Loshchilov & Hutter 2019, arXiv 1711.05101; rounded by `core.rounding.turned`. At a rate of 1e-5
-nearly every update of a bf16 weight is under half a unit, and torch's AdamW, which rounds to the
-nearest and holds its moments as the weights are held, loses it.
+Loshchilov & Hutter 2019, arXiv 1711.05101; rounded by `core.rounding.turned`. At a learning rate of
+1e-5 nearly every update of a bf16 weight is under half a unit in the last place. torch's AdamW
+loses such updates: it rounds to the nearest, and stores its moments in the dtype of the weights.
 
-Use it wherever parameters in 16 bits are trained: 2 bytes a weight and 8 its moments, with neither
-a master copy nor a compensation term. Which random number a weight has follows from the seed and
-its parameter's number, and how far it has turned from the step: a checkpoint holds nothing random,
-and no other generator is touched. Parameters in fp32 are updated as torch's AdamW updates them.
+Use it wherever 16-bit parameters are trained: a weight takes 2 bytes and its moments 8, without a
+master copy or a compensation term. The random numbers follow from the seed, the parameter's number
+and the step, so a checkpoint stores no random state and no other generator is used. Parameters in
+fp32 are updated as torch's AdamW updates them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from lorafold.core.rounding import generator_of, turned
 from lorafold.step.optim import parameters
 
 MOMENTS = "exp_avg", "exp_avg_sq"  # torch's names
-# elements computed at a time, some 20 bytes each: on the CPU as many as a core's cache holds
+# elements that are updated at a time, with some 20 bytes each: on the CPU they fit a core's cache
 CHUNKS = {"cpu": 1 << 16}
 CHUNK = 1 << 22
 
 
 class RoundedAdamW(Optimizer):
-    """Options and state as torch's AdamW has them, by the same names, and the seed of the rounding,
-    which the groups hold. Moments are in fp32 at the least.
+    """AdamW with stochastic rounding of 16-bit parameters. Its options and state have the names of
+    torch's AdamW; each group also has the seed of the rounding. The moments of 16-bit parameters
+    are in fp32.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once; return the loss of `closure`, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,10 +68,10 @@ class RoundedAdamW(Optimizer):
         return loss
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Its two moments, and the steps that it has made."""
+        """Return the parameter's two moments and the number of its steps, made anew if needed."""
         state = self.state[p]
         if not state and narrow(p):
-            # contiguous, as chunks are; the steps on the CPU, since each step reads them
+            # contiguous, as the chunks are; the number of steps on the CPU, where it is read
             state["step"] = torch.zeros(())
             for name in MOMENTS:
                 state[name] = torch.zeros(p.shape, device=p.device)
@@ -80,8 +82,9 @@ class RoundedAdamW(Optimizer):
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer, whose moments keep their dtypes."""
         super().load_state_dict(state_dict)
-        # torch has cast the moments to the dtype of their parameter
+        # torch has just cast the moments to the dtype of their parameter
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for p, key in zip(parameters(self), keys, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
@@ -89,11 +92,12 @@ class RoundedAdamW(Optimizer):
 
 
 def narrow(p: Tensor) -> bool:
+    """Tell whether a tensor of any shape has 16-bit elements."""
     return p.element_size() == 2
 
 
 def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
-    """One step of (parameter, gradient, moment, moment, steps done) in place, by torch's own."""
+    """Update (parameter, gradient, moment, moment, steps done) tuples in place, as torch does."""
     if not parts:
         return
     params, grads, first, second, steps = map(list, zip(*parts, strict=True))
@@ -108,13 +112,14 @@ def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
 def _update(
     group: dict[str, Any], number: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor
 ) -> None:
-    """One step of a 16-bit parameter, some rows of it at a time."""
+    """Update a 16-bit parameter, some slices along its first axis at a time."""
     generator = generator_of(group["seed"], str(number), p.device)
     tensors = [torch.atleast_1d(t) for t in (p, g, m, v)]
-    # of rows in fours, since four values share a draw: so the bytes do not depend on chunks
+    # slices in fours, since four values share a random draw: so the result does not depend on the
+    # size of the chunks
     chunk = CHUNKS.get(p.device.type, CHUNK)
-    rows = max(1, chunk * len(tensors[0]) // max(1, 4 * p.numel())) * 4
-    for w, g_part, *moments in zip(*(t.split(rows) for t in tensors), strict=True):
+    slices = max(1, chunk * len(tensors[0]) // max(1, 4 * p.numel())) * 4
+    for w, g_part, *moments in zip(*(t.split(slices) for t in tensors), strict=True):
         wide, grad = (
             t.to(torch.float32, memory_format=torch.contiguous_format) for t in (w, g_part)
         )

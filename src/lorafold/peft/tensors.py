@@ -1,5 +1,4 @@
-"""Where each tensor of an adapter lies: in the model and in PEFT's file.
-"""
+"""The tensors of an attached adapter, each with its key and form in PEFT's file."""
 
 from __future__ import annotations
 
@@ -14,27 +13,32 @@ from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
 from lorafold.peft.table import entries_of
 
-Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas laid there
+Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
 
 
 @dataclass(frozen=True)
-class Place:
-    """One tensor of an adapter: where it lies in the model and in the file."""
+class SavedTensor:
+    """A tensor of a delta, and the entry that describes it in the file."""
 
     site: Site
     entry: Entry
 
     @property
     def own(self) -> Tensor:
+        """The delta's tensor, of any shape."""
         path, _, name = self.entry.attribute.rpartition(".")
         tensor: Tensor = getattr(self.site.delta.get_submodule(path), name)
         return tensor
 
     def encoded(self) -> Tensor:
+        """Return the tensor, of any shape, as the file stores it: in fp32, or as integers."""
         tensor = self.entry.to_file(self.own.detach(), self.site)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def assign(self, tensor: Tensor) -> None:
+        """Replace the delta's tensor by a copy of this one, of any shape, in the delta's dtype and
+        on its device (the CPU if it is on the meta device).
+        """
         own = self.own
         value = tensor.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
         path, _, name = self.entry.attribute.rpartition(".")
@@ -46,20 +50,31 @@ class Place:
         )
 
 
-def places(
+def saved_tensors(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
-) -> dict[str, Place]:
-    """Every tensor of the adapter by its key in the file. A tensor that deltas share has one
+) -> dict[str, SavedTensor]:
+    """Return every tensor of the adapter by its key in the file; a tensor that deltas share has one
     key.
+
+    Args:
+        model, parts, targets, base: As `sites` takes them.
     """
     return {
-        entry.key(site): Place(site, entry)
+        entry.key(site): SavedTensor(site, entry)
         for site in sites(model, parts, targets, base)
         for entry in entries_of(site)
     }
 
 
 def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> list[Site]:
+    """Return every delta of the adapter with its module.
+
+    Args:
+        model: The model.
+        parts: The adapter's deltas by module path.
+        targets: The paths of the modules that the method adapts.
+        base: The base's weights.
+    """
     layers, aimed = {path: layer_class(model.get_submodule(path)) for path in parts}, set(targets)
     return [
         Site(path, delta, layers[path], path in aimed, base)
