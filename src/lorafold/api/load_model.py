@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.machine.devices import choose_device
 from lorafold.models import loading
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import choose_storage, held_as
+from lorafold.models.storage import choose_storage, default_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,5 +36,5 @@ def load_model(
     can't load, and for files that lack weights or were changed since lorafold wrote them.
     """
     source, where = resolve_model(model, revision), choose_device(device)
-    chosen = choose_storage(held_as(source) if storage == "auto" else storage, where)
+    chosen = choose_storage(default_storage(source) if storage == "auto" else storage, where)
     return loading.load_model(source, chosen, where, trust_remote_code=trust_remote_code)

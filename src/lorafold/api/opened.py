@@ -12,7 +12,7 @@ from lorafold.machine.devices import choose_device
 from lorafold.models.classifier import known_classes
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import choose_storage, held_as, weights_of
+from lorafold.models.storage import choose_storage, default_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.training.objectives import Classify, ModelRequest, Objective, Sft
 
@@ -77,7 +77,7 @@ def opened(
     objective: Objective = Sft() if classes is None else Classify(classes)
     tokenizer = prepared(tokenizer, objective, console)
     where = choose_device(device)
-    chosen = choose_storage(held_as(source, paths) if storage == "auto" else storage, where)
+    chosen = choose_storage(default_storage(source, paths) if storage == "auto" else storage, where)
     console.print(f"{model} on {where}, {chosen.why}", highlight=False, markup=False)
     asked = ModelRequest(source, tokenizer, chosen, where, 0, trust_remote_code)
     loaded = objective.load(asked)

@@ -22,7 +22,7 @@ from lorafold.composing.updates import change_of
 from lorafold.errors import Interrupted
 from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
-from lorafold.models.storage import held_as
+from lorafold.models.storage import default_storage
 from lorafold.step.recipe import Recipe
 from lorafold.training import run
 
@@ -35,7 +35,7 @@ def compose(job: Job, out: Path) -> Composed:
     Raises LorafoldError as `train`, and Interrupted with nothing written.
     """
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
-    storage = held_as(job.source, request.adapters) if request.base == "auto" else request.base
+    storage = default_storage(job.source, request.adapters) if request.base == "auto" else request.base
     recipe = request.recipe.model_copy(update={"base": storage, "seed": request.seed})
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"

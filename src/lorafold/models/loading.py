@@ -11,7 +11,7 @@ from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.load_errors import loading
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, resolved
-from lorafold.models.storage import Storage, held_as
+from lorafold.models.storage import Storage, default_storage
 from lorafold.models.weights import MODEL_FILES
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def read_weights(
 
     source.intact(*MODEL_FILES, *["*.py"] * trust_remote_code)
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
-    if wanted.quantization is None and (stored := held_as(source)) != "auto":
+    if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(
             f"model {source.name}: its weights are stored as {stored}; expected the base {stored}"
         )

@@ -51,7 +51,7 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))
 
 
-def held_as(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
+def default_storage(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
     """Return the storage for a base if none was asked for: the quantization of its files if they
     have one, else that of the base on which the adapters were trained, else auto.
 

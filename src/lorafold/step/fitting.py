@@ -16,7 +16,7 @@ from lorafold.files.record import base_trained_on
 from lorafold.methods import known_options, make_spec
 from lorafold.models.quantizing import QUANTIZATIONS
 from lorafold.models.sources import ModelSource
-from lorafold.models.storage import held_as
+from lorafold.models.storage import default_storage
 from lorafold.step.recipe import Recipe
 
 
@@ -92,7 +92,7 @@ def settled_base(
     if spec.trains_base:
         return trainable_storage(recipe)
     if not asked:
-        in_files = held_as(source)
+        in_files = default_storage(source)
         storage = (
             in_files
             if in_files != "auto"

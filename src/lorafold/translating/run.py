@@ -15,7 +15,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
 from lorafold.files.record import read_object
 from lorafold.peft.config import CONFIG
-from lorafold.step.fitting import left_out, spec_of, whole_base
+from lorafold.step.fitting import left_out, spec_of, trainable_storage
 from lorafold.step.reading import parse_yaml
 from lorafold.step.recipe import Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config
@@ -70,7 +70,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
         entries = tool.entries(config)
         recipe = _recipe(entries)
         if spec_of(recipe).trains_base:
-            whole_base(recipe)
+            trainable_storage(recipe)
     except LorafoldError as error:
         raise LorafoldError(f"{source}: {error}") from None
     entries = tuple(_without(entry, left_out(recipe), recipe.method) for entry in entries)
