@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from lorafold.methods.prompt import Prompt
     from lorafold.methods.sparse import LTSFT, FishMask
     from lorafold.methods.vera import VeRA
+    from lorafold.training.callback import AdapterCallback
 
 _HOME = {
     "Adapter": "adapter",
+    "AdapterCallback": "training.callback",
     "attach": "adapter",
     "load": "adapter",
     "only": "adapter",
@@ -59,6 +61,7 @@ __all__ = [
     "LTSFT",
     "AdaLoRA",
     "Adapter",
+    "AdapterCallback",
     "BitFit",
     "Bottleneck",
     "DoRA",
