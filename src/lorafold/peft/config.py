@@ -16,9 +16,10 @@ from torch import nn
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.beside import Bias
+from lorafold.peft.derived import PREFIX
 from lorafold.peft.format import Field, Method, Regex, Site
 from lorafold.peft.selection import Patterns, Selection, saved_leaves
-from lorafold.peft.table import METHODS
+from lorafold.peft.table import methods
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
@@ -78,6 +79,8 @@ ABOUT = frozenset(
         "runtime_config",
     }
 )
+# what no method's own option is called
+SHARED = ABOUT | {BIAS.key} | {field.key for field in SELECTION}
 
 # By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
 # modules to save.
@@ -95,11 +98,20 @@ def write_config(
 ) -> dict[str, Any]:
     """The config of an adapter on `model`, ready for JSON.
 
-    LorafoldError for a method without a row in the table.
+    LorafoldError for a method that is not registered, or that has an option with the name of a key
+    that all methods share.
     """
-    method = next((m for m in METHODS if m.holds(spec)), None)
+    method = next((m for m in methods() if m.holds(spec)), None)
     if method is None:
-        raise LorafoldError(f"{type(spec).__name__} has no place in PEFT's format")
+        raise LorafoldError(
+            f"{type(spec).__name__} is no method of lorafold.methods.METHODS, where a file would be"
+            " looked up by its name; register it there"
+        )
+    if taken := sorted({f.key for f in method.fields} & SHARED):
+        raise LorafoldError(
+            f"{method.spec.__name__}: {', '.join(taken)}: every config has a key of that name;"
+            " rename the option"
+        )
     config = method.config(spec, sites) | {
         "base_model_name_or_path": (
             getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -147,11 +159,13 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
 
 def _method(config: Mapping[str, Any]) -> Method:
     kind = config.get("peft_type")
-    of_kind = [m for m in METHODS if m.peft_type == kind]
+    of_kind = [m for m in methods() if m.peft_type == kind]
     if not of_kind:
-        expected = ", ".join(sorted({m.peft_type for m in METHODS}))
+        expected = ", ".join(sorted({m.peft_type for m in methods()}))
+        own = str(kind).removeprefix("DORA_").startswith(PREFIX)
+        hint = "; the code that registers this method must be imported first" * own
         raise LorafoldError(
-            f"{CONFIG}: peft_type {kind!r} is not supported; expected one of {expected}"
+            f"{CONFIG}: peft_type {kind!r} is not supported; expected one of {expected}{hint}"
         )
     return next(
         (m for m in of_kind if all(config.get(k, False) == mark for k, mark in m.marks.items())),

@@ -10,12 +10,15 @@
                              int64; {at}.mixture_gates (n,), or
                              once base_model.mixture_gates, or {at}.mixture_router (n, in)
     BITFIT, LINEAR_PROBE     the biases, and the head, under the base's own names
+
+Their keys are the fields of their specs. These files were written before methods without a row had
+one that is derived, so that their names stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,45 +31,17 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.probe import LinearProbe
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.format import Entries, Entry, Field, Method, Site, named
-
-DENSITY = Field("density", "density", float, 0.005)
+from lorafold.peft import derived
+from lorafold.peft.format import Entries, Entry, Method, Site, named
 
 METHODS: tuple[Method, ...] = (
-    Method(
-        Bottleneck,
-        "BOTTLENECK",
-        (
-            Field("size", "size", int, 64),
-            Field("activation", "activation", str, "gelu"),
-            Field("after", "after", str, "both"),
-        ),
-    ),
-    Method(
-        LTSFT,
-        "LT_SFT",
-        (
-            DENSITY,
-            Field("dense_steps", "dense_steps", int, 50),
-            Field("dense_lr", "dense_lr", float, 5e-5),
-        ),
-    ),
-    Method(FishMask, "FISH_MASK", (DENSITY, Field("samples", "samples", int, 128))),
-    Method(
-        Fastfood,
-        "FASTFOOD",
-        (Field("dimension", "dimension", int, 1024), Field("seed", "seed", int, 0)),
-    ),
-    Method(
-        Mixture,
-        "MIXTURE",
-        (
-            Field("adapters", "adapters", list[str], [], list, tuple),
-            Field("gates", "gates", Literal["global", "layer", "token"], "global"),
-        ),
-    ),
-    Method(BitFit, "BITFIT", ()),
-    Method(LinearProbe, "LINEAR_PROBE", ()),
+    derived.method(Bottleneck, "BOTTLENECK"),
+    derived.method(LTSFT, "LT_SFT"),
+    derived.method(FishMask, "FISH_MASK"),
+    derived.method(Fastfood, "FASTFOOD"),
+    derived.method(Mixture, "MIXTURE"),
+    derived.method(BitFit, "BITFIT"),
+    derived.method(LinearProbe, "LINEAR_PROBE"),
 )
 
 
