@@ -1,5 +1,9 @@
 """The methods: one a file, one table from the command's word to a spec that can be built without
 arguments.
+
+A new method is its file and a row of `METHODS`. The spec classes that are imported here are
+`lorafold`'s own names too (`lf.LoRA`); `X as X` says so to type checkers. A method's files need a
+row in `peft` only where they are not what its code says (`peft/derived.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,22 +13,24 @@ from typing import Any
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.adalora import AdaLoRA
-from lorafold.methods.bitfit import BitFit
-from lorafold.methods.bottleneck import Bottleneck
-from lorafold.methods.dora import DoRA
-from lorafold.methods.fastfood import Fastfood
-from lorafold.methods.full import Full
-from lorafold.methods.ia3 import IA3
-from lorafold.methods.inits import OLoRA, PiSSA
-from lorafold.methods.loha import LoHa
-from lorafold.methods.lokr import LoKr
-from lorafold.methods.lora import LoRA
-from lorafold.methods.prefix import Prefix
-from lorafold.methods.probe import LinearProbe
-from lorafold.methods.prompt import Prompt
-from lorafold.methods.sparse import LTSFT, FishMask
-from lorafold.methods.vera import VeRA
+from lorafold.methods.adalora import AdaLoRA as AdaLoRA
+from lorafold.methods.bitfit import BitFit as BitFit
+from lorafold.methods.bottleneck import Bottleneck as Bottleneck
+from lorafold.methods.dora import DoRA as DoRA
+from lorafold.methods.fastfood import Fastfood as Fastfood
+from lorafold.methods.full import Full as Full
+from lorafold.methods.ia3 import IA3 as IA3
+from lorafold.methods.inits import OLoRA as OLoRA
+from lorafold.methods.inits import PiSSA as PiSSA
+from lorafold.methods.loha import LoHa as LoHa
+from lorafold.methods.lokr import LoKr as LoKr
+from lorafold.methods.lora import LoRA as LoRA
+from lorafold.methods.prefix import Prefix as Prefix
+from lorafold.methods.probe import LinearProbe as LinearProbe
+from lorafold.methods.prompt import Prompt as Prompt
+from lorafold.methods.sparse import LTSFT as LTSFT
+from lorafold.methods.sparse import FishMask as FishMask
+from lorafold.methods.vera import VeRA as VeRA
 
 METHODS: dict[str, Callable[..., Spec]] = {
     "lora": LoRA,
@@ -48,6 +54,12 @@ METHODS: dict[str, Callable[..., Spec]] = {
     "linear-probe": LinearProbe,
     "fastfood": Fastfood,
 }
+
+
+def spec_classes() -> dict[str, type[Spec]]:
+    """The spec classes that are imported here, by their names."""
+    found = {name: value for name, value in globals().items() if isinstance(value, type)}
+    return {n: c for n, c in found.items() if issubclass(c, Spec) and c is not Spec}
 
 
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
