@@ -56,7 +56,7 @@ def functions(path: Path) -> Iterator[Public]:
             for method in node.body:
                 if isinstance(method, Function) and public(method):
                     found = [vars(c)[method.name] for c in ancestors if method.name in vars(c)]
-                    ours = [f for f in found if "lorafold" in getattr(f, "__module__", "lorafold")]
+                    ours = [f for f in found if not getattr(f, "__module__", "").startswith("torch")]
                     docs = next((d for f in ours if (d := f.__doc__)), "")
                     yield described(method, text, docs, bool(found))
 

@@ -5,6 +5,8 @@ classes, an exact public surface.
 import ast
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lorafold
+from lorafold.methods import METHODS
 
 SRC = Path(lorafold.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
@@ -174,3 +177,31 @@ def test_the_public_surface_is_exactly_all():
     assert all(inspect.getdoc(getattr(lorafold, name)) for name in lorafold.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = lorafold.no_such_name  # type: ignore[attr-defined]
+
+
+def test_spec_classes_are_public_names_that_type_checkers_see():
+    """Each is imported as itself, which a checker takes for an export, in one place."""
+    tree = ast.parse((SRC / "methods" / "__init__.py").read_text(encoding="utf-8"))
+    aliases = [a for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+    exported = {alias.name for alias in aliases if alias.name == alias.asname}
+    assert exported == set(METHODS.classes)
+    assert exported | {"attach", "load", "only"} <= set(lorafold.__all__)
+    assert {type(make()).__name__ for make in METHODS.values()} == exported
+
+
+def test_a_star_import_gives_the_public_names_and_only_they_load_torch():
+    script = """
+import sys
+import lorafold
+from lorafold import cli, errors
+for name in ("no_such", "__wrapped__"):
+    assert not hasattr(lorafold, name)
+assert "torch" not in sys.modules
+before = set(globals()) | {"before"}
+from lorafold import *
+assert set(globals()) - before == set(lorafold.__all__), set(globals()) - before
+assert "torch" in sys.modules
+assert LoRA is lorafold.LoRA and not hasattr(lorafold, "NoSuch")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,41 +7,34 @@ The public API on one screen. Everything is imported when it is first used, so t
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.errors import LorafoldError as LorafoldError
+from lorafold.errors import NotMergeable as NotMergeable
+from lorafold.methods import METHODS as _METHODS
 
 if TYPE_CHECKING:
-    from lorafold.adapter import Adapter, attach, load
-    from lorafold.api.compare import compare
-    from lorafold.api.compose import compose
-    from lorafold.api.estimate import estimate
-    from lorafold.api.evaluate import evaluate
-    from lorafold.api.generate import generate
-    from lorafold.api.inspect import inspect
-    from lorafold.api.load_model import load_model
-    from lorafold.api.train import train
-    from lorafold.core.attach import only
-    from lorafold.merging.run import merge
-    from lorafold.methods.adalora import AdaLoRA
-    from lorafold.methods.bitfit import BitFit
-    from lorafold.methods.bottleneck import Bottleneck
-    from lorafold.methods.dora import DoRA
-    from lorafold.methods.fastfood import Fastfood
-    from lorafold.methods.full import Full
-    from lorafold.methods.ia3 import IA3
-    from lorafold.methods.inits import OLoRA, PiSSA
-    from lorafold.methods.loha import LoHa
-    from lorafold.methods.lokr import LoKr
-    from lorafold.methods.lora import LoRA
-    from lorafold.methods.prefix import Prefix
-    from lorafold.methods.probe import LinearProbe
-    from lorafold.methods.prompt import Prompt
-    from lorafold.methods.sparse import LTSFT, FishMask
-    from lorafold.methods.vera import VeRA
-    from lorafold.models.loading import load_tokenizer
-    from lorafold.step.recipe import Recipe
+    # `X as X`: type checkers take it for a name of this module
+    from lorafold.adapter import Adapter as Adapter
+    from lorafold.adapter import attach as attach
+    from lorafold.adapter import load as load
+    from lorafold.api.compare import compare as compare
+    from lorafold.api.compose import compose as compose
+    from lorafold.api.estimate import estimate as estimate
+    from lorafold.api.evaluate import evaluate as evaluate
+    from lorafold.api.generate import generate as generate
+    from lorafold.api.inspect import inspect as inspect
+    from lorafold.api.load_model import load_model as load_model
+    from lorafold.api.train import train as train
+    from lorafold.core.attach import only as only
+    from lorafold.merging.run import merge as merge
+    from lorafold.methods import *  # noqa: F403  (the spec classes)
+    from lorafold.models.loading import load_tokenizer as load_tokenizer
+    from lorafold.step.recipe import Recipe as Recipe
+    from lorafold.training.callback import AdapterCallback as AdapterCallback
 
+# where each function and class lies; the spec classes are those of lorafold.methods
 _HOME = {
     "Adapter": "adapter",
+    "AdapterCallback": "training.callback",
     "attach": "adapter",
     "load": "adapter",
     "only": "adapter",
@@ -56,70 +49,20 @@ _HOME = {
     "merge": "merging.run",
     "load_tokenizer": "models.loading",
     "Recipe": "step.recipe",
-    "AdaLoRA": "methods.adalora",
-    "BitFit": "methods.bitfit",
-    "Bottleneck": "methods.bottleneck",
-    "DoRA": "methods.dora",
-    "Fastfood": "methods.fastfood",
-    "FishMask": "methods.sparse",
-    "Full": "methods.full",
-    "IA3": "methods.ia3",
-    "LTSFT": "methods.sparse",
-    "LinearProbe": "methods.probe",
-    "LoHa": "methods.loha",
-    "LoKr": "methods.lokr",
-    "LoRA": "methods.lora",
-    "OLoRA": "methods.inits",
-    "PiSSA": "methods.inits",
-    "Prefix": "methods.prefix",
-    "Prompt": "methods.prompt",
-    "VeRA": "methods.vera",
 }
 
-__all__ = [
-    "IA3",
-    "LTSFT",
-    "AdaLoRA",
-    "Adapter",
-    "BitFit",
-    "Bottleneck",
-    "DoRA",
-    "Fastfood",
-    "FishMask",
-    "Full",
-    "LinearProbe",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LorafoldError",
-    "NotMergeable",
-    "OLoRA",
-    "PiSSA",
-    "Prefix",
-    "Prompt",
-    "Recipe",
-    "VeRA",
-    "attach",
-    "compare",
-    "compose",
-    "estimate",
-    "evaluate",
-    "generate",
-    "inspect",
-    "load",
-    "load_model",
-    "load_tokenizer",
-    "merge",
-    "only",
-    "train",
-]
 
+if not TYPE_CHECKING:  # a wrong name is an error to type checkers, which read the imports above
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(importlib.import_module(f"lorafold.{_HOME[name]}"), name)
+        if name == "__all__":  # of `from lorafold import *`
+            return __dir__()
+        if name in (classes := _METHODS.classes):
+            return classes[name]()
         raise AttributeError(f"module 'lorafold' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lorafold.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(["LorafoldError", "NotMergeable", *_HOME, *_METHODS.classes])

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
+from lorafold.methods import METHODS
 from lorafold.step.reading import load_recipe
 from lorafold.step.recipe import GROUPS, Recipe
 
@@ -81,7 +82,9 @@ def _option(name: str, panel: str) -> Any:
     kind, choices = _kind(info.annotation)
     shown = "" if info.default in (None, {}, ()) else f"  [default: {_text(info.default)}]"
     more: dict[str, Any] = {}
-    if choices:
+    if name == "method":
+        more = {"metavar": "NAME", "autocompletion": lambda: list(METHODS)}
+    elif choices:
         more = {"metavar": "|".join(choices), "autocompletion": lambda: choices}
     elif kind == list[str]:
         mapping = isinstance(info.default, dict)

@@ -35,7 +35,9 @@ def compose(job: Job, out: Path) -> Composed:
     Raises LorafoldError as `train`, and Interrupted with nothing written.
     """
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
-    storage = default_storage(job.source, request.adapters) if request.base == "auto" else request.base
+    storage = request.base
+    if storage == "auto":
+        storage = default_storage(job.source, request.adapters)
     recipe = request.recipe.model_copy(update={"base": storage, "seed": request.seed})
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"

@@ -38,6 +38,10 @@ def bare(module: nn.Module) -> nn.Module:
     if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
         return module
     twin: nn.Module = object.__new__(cls)
+    if torch.compiler.is_compiling():  # torch before 2.13 can't trace that one dict is set
+        for name, value in module.__dict__.items():
+            object.__setattr__(twin, name, value)
+        return twin
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
 

@@ -1,53 +1,111 @@
-"""The methods: one a file, one table from the command's word to a spec that can be built without
+"""The methods: one a file, one table from a method's name to a spec that can be built without
 arguments.
+
+A new method is its file and a row of `METHODS`. The spec classes of the table are `lorafold`'s own
+names too (`lf.LoRA`); the imports for type checkers say so to them. A method's files need a row in
+`peft` only where they are not what its code says (`peft/derived.py`).
 """
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.adalora import AdaLoRA
-from lorafold.methods.bitfit import BitFit
-from lorafold.methods.bottleneck import Bottleneck
-from lorafold.methods.dora import DoRA
-from lorafold.methods.fastfood import Fastfood
-from lorafold.methods.full import Full
-from lorafold.methods.ia3 import IA3
-from lorafold.methods.inits import OLoRA, PiSSA
-from lorafold.methods.loha import LoHa
-from lorafold.methods.lokr import LoKr
-from lorafold.methods.lora import LoRA
-from lorafold.methods.prefix import Prefix
-from lorafold.methods.probe import LinearProbe
-from lorafold.methods.prompt import Prompt
-from lorafold.methods.sparse import LTSFT, FishMask
-from lorafold.methods.vera import VeRA
 
-METHODS: dict[str, Callable[..., Spec]] = {
-    "lora": LoRA,
-    "rslora": partial(LoRA, rslora=True),
-    "pissa": PiSSA,
-    "olora": OLoRA,
-    "dora": DoRA,
-    "adalora": AdaLoRA,
-    "vera": VeRA,
-    "loha": LoHa,
-    "lokr": LoKr,
-    "ia3": IA3,
-    "bitfit": BitFit,
-    "full": Full,
-    "lt-sft": LTSFT,
-    "fish": FishMask,
-    "houlsby": Bottleneck,
-    "pfeiffer": partial(Bottleneck, after="mlp"),
-    "prompt": Prompt,
-    "prefix": Prefix,
-    "linear-probe": LinearProbe,
-    "fastfood": Fastfood,
-}
+if TYPE_CHECKING:
+    from lorafold.core.spec import Spec
+    from lorafold.methods.adalora import AdaLoRA as AdaLoRA
+    from lorafold.methods.bitfit import BitFit as BitFit
+    from lorafold.methods.bottleneck import Bottleneck as Bottleneck
+    from lorafold.methods.dora import DoRA as DoRA
+    from lorafold.methods.fastfood import Fastfood as Fastfood
+    from lorafold.methods.full import Full as Full
+    from lorafold.methods.ia3 import IA3 as IA3
+    from lorafold.methods.inits import OLoRA as OLoRA
+    from lorafold.methods.inits import PiSSA as PiSSA
+    from lorafold.methods.loha import LoHa as LoHa
+    from lorafold.methods.lokr import LoKr as LoKr
+    from lorafold.methods.lora import LoRA as LoRA
+    from lorafold.methods.prefix import Prefix as Prefix
+    from lorafold.methods.probe import LinearProbe as LinearProbe
+    from lorafold.methods.prompt import Prompt as Prompt
+    from lorafold.methods.sparse import LTSFT as LTSFT
+    from lorafold.methods.sparse import FishMask as FishMask
+    from lorafold.methods.vera import VeRA as VeRA
+
+Row = str | tuple[str, dict[str, Any]] | Callable[..., "Spec"]
+
+
+class Methods(MutableMapping[str, Callable[..., "Spec"]]):
+    """Makers of specs by the names of methods.
+
+    A row is `module.Class` in this package, or that with options, and is imported when it is first
+    used: the names are known without torch. A row may also be a spec's class itself.
+    """
+
+    def __init__(self, rows: dict[str, Row]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> Callable[..., "Spec"]:
+        row = self._rows[name]
+        if callable(row):
+            return row
+        where, options = (row, {}) if isinstance(row, str) else row
+        cls: type[Spec] = self._imported(where)
+        return partial(cls, **options) if options else cls
+
+    def __setitem__(self, name: str, row: Row) -> None:
+        self._rows[name] = row
+
+    def __delitem__(self, name: str) -> None:
+        del self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def classes(self) -> dict[str, Callable[[], "type[Spec]"]]:
+        """What imports each of this package's spec classes, by the name of the class."""
+        rows = [row for row in self._rows.values() if not callable(row)]
+        places = [row if isinstance(row, str) else row[0] for row in rows]
+        return {where.partition(".")[2]: partial(self._imported, where) for where in places}
+
+    @staticmethod
+    def _imported(where: str) -> "type[Spec]":
+        module, _, name = where.partition(".")
+        cls: type[Spec] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return cls
+
+
+METHODS = Methods(
+    {
+        "lora": "lora.LoRA",
+        "rslora": ("lora.LoRA", {"rslora": True}),
+        "pissa": "inits.PiSSA",
+        "olora": "inits.OLoRA",
+        "dora": "dora.DoRA",
+        "adalora": "adalora.AdaLoRA",
+        "vera": "vera.VeRA",
+        "loha": "loha.LoHa",
+        "lokr": "lokr.LoKr",
+        "ia3": "ia3.IA3",
+        "bitfit": "bitfit.BitFit",
+        "full": "full.Full",
+        "lt-sft": "sparse.LTSFT",
+        "fish": "sparse.FishMask",
+        "houlsby": "bottleneck.Bottleneck",
+        "pfeiffer": ("bottleneck.Bottleneck", {"after": "mlp"}),
+        "prompt": "prompt.Prompt",
+        "prefix": "prefix.Prefix",
+        "linear-probe": "probe.LinearProbe",
+        "fastfood": "fastfood.Fastfood",
+    }
+)
 
 
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
@@ -57,7 +115,7 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     return make_spec(method, **({} if over is None else {"over": over})).options()
 
 
-def make_spec(method: str, **options: Any) -> Spec:
+def make_spec(method: str, **options: Any) -> "Spec":
     """The spec of a method by its name.
 
     LorafoldError for an unknown name, or options that the method does not have.
@@ -65,6 +123,8 @@ def make_spec(method: str, **options: Any) -> Spec:
     A method that lies over another (`dora`) takes that one's name as `over`, and its options with
     its own.
     """
+    from lorafold.core.spec import Spec
+
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
     maker, default = METHODS[method], METHODS[method]()

@@ -16,23 +16,27 @@ from torch import nn
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.extras import Bias
+from lorafold.peft.derived import PREFIX
 from lorafold.peft.format import Field, Method, Regex, Site
 from lorafold.peft.selection import Patterns, Selection, saved_leaves
-from lorafold.peft.table import METHODS
+from lorafold.peft.table import methods
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A list as a tuple; None as an empty one, and any other value alone in one."""
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def as_patterns(value: str | list[str] | None) -> Patterns:
+    """A regular expression as it is, or names as a tuple."""
     return value if isinstance(value, str) else as_tuple(value)
 
 
 def as_targets(value: str | list[str]) -> Patterns:
+    """Patterns, or the preset all-linear in whatever case PEFT has it."""
     return (
         value.lower()
         if isinstance(value, str) and value.lower() == "all-linear"
@@ -41,6 +45,7 @@ def as_targets(value: str | list[str]) -> Patterns:
 
 
 def as_ids(value: list[int] | dict[str, list[int]] | None) -> Ids:
+    """Token ids as a tuple, or a tuple for each named module."""
     return (
         {name: tuple(ids) for name, ids in value.items()}
         if isinstance(value, dict)
@@ -78,6 +83,8 @@ ABOUT = frozenset(
         "runtime_config",
     }
 )
+# what no method's own option is called
+SHARED = ABOUT | {BIAS.key} | {field.key for field in SELECTION}
 
 # By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
 # modules to save.
@@ -95,11 +102,27 @@ def write_config(
 ) -> dict[str, Any]:
     """The config of an adapter on `model`, ready for JSON.
 
-    LorafoldError for a method without a row in the table.
+    Args:
+        model: The adapted model, whose class decides on PEFT's task type.
+        spec: The method with its options.
+        sites: The deltas with their module paths.
+        selection: Targets, modules trained whole, and token rows.
+        bias: Which biases are trained.
+
+    LorafoldError for a method that is not registered, or that has an option with the name of a key
+    that all methods share.
     """
-    method = next((m for m in METHODS if m.holds(spec)), None)
+    method = next((m for m in methods() if m.holds(spec)), None)
     if method is None:
-        raise LorafoldError(f"{type(spec).__name__} has no place in PEFT's format")
+        raise LorafoldError(
+            f"{type(spec).__name__} is no method of lorafold.methods.METHODS, where a file would be"
+            " looked up by its name; register it there"
+        )
+    if taken := sorted({f.key for f in method.fields} & SHARED):
+        raise LorafoldError(
+            f"{method.spec.__name__}: {', '.join(taken)}: every config has a key of that name;"
+            " rename the option"
+        )
     config = method.config(spec, sites) | {
         "base_model_name_or_path": (
             getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -148,11 +171,13 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
 def method_of(config: Mapping[str, Any]) -> Method:
     """The row of the table that a config is read by. LorafoldError where there is none."""
     kind = config.get("peft_type")
-    of_kind = [m for m in METHODS if m.peft_type == kind]
+    of_kind = [m for m in methods() if m.peft_type == kind]
     if not of_kind:
-        expected = ", ".join(sorted({m.peft_type for m in METHODS}))
+        expected = ", ".join(sorted({m.peft_type for m in methods()}))
+        own = str(kind).removeprefix("DORA_").startswith(PREFIX)
+        hint = "; the code that registers this method must be imported first" * own
         raise LorafoldError(
-            f"{CONFIG}: peft_type {kind!r} is not supported; expected one of {expected}"
+            f"{CONFIG}: peft_type {kind!r} is not supported; expected one of {expected}{hint}"
         )
     return next(
         (m for m in of_kind if all(config.get(k, False) == mark for k, mark in m.marks.items())),
@@ -161,7 +186,13 @@ def method_of(config: Mapping[str, Any]) -> Method:
 
 
 def is_neutral(key: str, value: Any, method: Method) -> bool:
-    """Does a value of a key that is not understood leave unchanged what the adapter computes?"""
+    """Does a value of a key that is not understood leave unchanged what the adapter computes?
+
+    Args:
+        key: The key in adapter_config.json.
+        value: What the file has there.
+        method: The row of the adapter's method.
+    """
     return (
         value is None
         or value is False

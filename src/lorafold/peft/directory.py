@@ -234,12 +234,17 @@ def _misfit(
     if saved.entry.misfit is not None:
         wrong = saved.entry.misfit(tensor, saved.site, file)
         return _not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
-    wanted = tuple(saved.encoded().shape)
-    if tuple(tensor.shape) != wanted:
-        return f"{key}: shape {list(tensor.shape)}, expected {list(wanted)}"
-    if not tensor.is_floating_point():
-        return f"{key}: dtype {tensor.dtype}, expected a floating-point dtype"
+    own = saved.encoded()
+    if tensor.shape != own.shape:
+        return f"{key}: shape {list(tensor.shape)}, expected {list(own.shape)}"
+    if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
+        wanted = "floating point" if own.is_floating_point() else _plain(own.dtype)
+        return f"{key}: {_plain(tensor.dtype)}, expected {wanted}"
     return _not_finite(key, tensor)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _not_finite(key: str, tensor: Tensor) -> str | None:

@@ -10,12 +10,15 @@
                              int64; {at}.mixture_gates (n,), or
                              once base_model.mixture_gates, or {at}.mixture_router (n, in)
     BITFIT, LINEAR_PROBE     the biases, and the head, under the base's own names
+
+Their keys are the fields of their specs. These files were written before methods without a row had
+one that is derived, so that their names stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,45 +31,17 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.parts.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.probe import LinearProbe
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.format import Entries, Entry, Field, Method, Site, named
-
-DENSITY = Field("density", "density", float, 0.005)
+from lorafold.peft import derived
+from lorafold.peft.format import Entries, Entry, Method, Site, named
 
 METHODS: tuple[Method, ...] = (
-    Method(
-        Bottleneck,
-        "BOTTLENECK",
-        (
-            Field("size", "size", int, 64),
-            Field("activation", "activation", str, "gelu"),
-            Field("after", "after", str, "both"),
-        ),
-    ),
-    Method(
-        LTSFT,
-        "LT_SFT",
-        (
-            DENSITY,
-            Field("dense_steps", "dense_steps", int, 50),
-            Field("dense_lr", "dense_lr", float, 5e-5),
-        ),
-    ),
-    Method(FishMask, "FISH_MASK", (DENSITY, Field("samples", "samples", int, 128))),
-    Method(
-        Fastfood,
-        "FASTFOOD",
-        (Field("dimension", "dimension", int, 1024), Field("seed", "seed", int, 0)),
-    ),
-    Method(
-        Mixture,
-        "MIXTURE",
-        (
-            Field("adapters", "adapters", list[str], [], list, tuple),
-            Field("gates", "gates", Literal["global", "layer", "token"], "global"),
-        ),
-    ),
-    Method(BitFit, "BITFIT", ()),
-    Method(LinearProbe, "LINEAR_PROBE", ()),
+    derived.method(Bottleneck, "BOTTLENECK"),
+    derived.method(LTSFT, "LT_SFT"),
+    derived.method(FishMask, "FISH_MASK"),
+    derived.method(Fastfood, "FASTFOOD"),
+    derived.method(Mixture, "MIXTURE"),
+    derived.method(BitFit, "BITFIT"),
+    derived.method(LinearProbe, "LINEAR_PROBE"),
 )
 
 
@@ -82,6 +57,13 @@ def not_positions(at: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
 
 
 def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the values of a sparse delta's entries, or None.
+
+    Args:
+        values: The values (k,), one for each position.
+        site: The delta with its module path.
+        file: All tensors of the file that belong to the adapter.
+    """
     at = file.get(f"{site.at}.sparse_at")
     if not values.is_floating_point() or at is None or values.shape != at.shape:
         return f"shape {list(values.shape)}, expected a number for each position of sparse_at"
@@ -89,6 +71,7 @@ def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | 
 
 
 def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The tensors of a sparse delta: positions and values."""
     return [
         Entry("at", "{at}.sparse_at", misfit=not_positions),
         Entry("values", "{at}.sparse_values", misfit=not_values),
@@ -96,6 +79,7 @@ def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def subspace(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The tensors of a Fastfood delta: its scale and, at the first module, the vector that all share."""
     vector = (
         [Entry("subspace.vector", "{at}.fastfood_vector")]
         if isinstance(delta.subspace, Subspace)
@@ -105,8 +89,13 @@ def subspace(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the numbers of the adapters that a mixture's columns are of; how many
-    there are is for the file to say.
+    """What is wrong with the numbers of the adapters that a mixture's columns belong to, or None.
+    The file decides how many there are.
+
+    Args:
+        owner: The numbers (R,).
+        site: The delta with its module path.
+        file: All tensors of the file that belong to the adapter.
     """
     n: int = site.delta.n  # type: ignore[assignment]
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
@@ -115,8 +104,8 @@ def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
 
 
 def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str | None]:
-    """The check of a mixture's factors, which have a side of the layer and one, `dim`, of as many
-    columns as have owners.
+    """The check of a mixture's factors, up (out, R) or down (R, in): dimension `dim` has a column
+    for each owner, and the other is a side of the layer.
     """
 
     def misfit(factor: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
@@ -140,6 +129,7 @@ def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str |
 
 
 def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The frozen factors of a mixture, and which adapter each column belongs to."""
     return [
         Entry("up", "{at}.mixture_up", misfit=not_frozen(1)),
         Entry("down", "{at}.mixture_down", misfit=not_frozen(0)),
@@ -148,12 +138,14 @@ def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def gated(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The tensors of a mixture with gates, which are in the file once if they are shared."""
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
     # shared ones are there once
     return [*mixture(delta, layer), *[Entry("gates.values", key)] * ("gates" in delta._modules)]
 
 
 def routed(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The tensors of a mixture with a router."""
     return [*mixture(delta, layer), Entry("router", "{at}.mixture_router")]
 
 

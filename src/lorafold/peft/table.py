@@ -1,13 +1,14 @@
 """Methods in PEFT's files: one table, read both ways.
 
-A method is a row of each; nothing else in `io` knows which there are.
+A method is a row of each; nothing else in `peft` knows which there are.
 
     METHODS    spec class   <->  adapter_config.json
     TENSORS    delta class  <->  keys of adapter_model.safetensors
 
 The rows stand in `rows_*.py`; here they come together, with those that lie over others (DoRA) and
 beside them. Checked against PEFT 0.21.2, which is the oracle of the tests. A method that PEFT lacks
-has the same layout under a peft_type of our own.
+has the same layout under a peft_type of our own, and a method without a row one that follows from
+its code (`derived.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lorafold.methods.ia3 import IA3
 from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
-from lorafold.peft import rows_lora, rows_others, rows_own, rows_virtual
+from lorafold.peft import derived, rows_lora, rows_others, rows_own, rows_virtual
 from lorafold.peft.format import Entries, Entry, Method, Site
 from lorafold.peft.tokens import ROWS
 
@@ -33,6 +34,7 @@ PLAIN = (*rows_lora.METHODS, *rows_others.METHODS)
 
 
 def inside(site: Site) -> Site:
+    """The site with the delta that DoRA lies over, if its delta is DoRA."""
     return replace(site, delta=site.delta.inner) if isinstance(site.delta, DoRADelta) else site
 
 
@@ -54,12 +56,20 @@ METHODS: tuple[Method, ...] = (
 )
 
 
+def methods() -> tuple[Method, ...]:
+    """Every row: those written out, and those of the other registered methods."""
+    known = {method.spec for method in METHODS} | {DoRA}
+    more = derived.methods(known)
+    return (*METHODS, *more, *map(dora_over, more))
+
+
 def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The tensors of DoRA: its magnitudes, and those of the delta that it lies over."""
     def of_inner(change: Callable[[Tensor, Site], Tensor]) -> Callable[[Tensor, Site], Tensor]:
         return lambda tensor, site: change(tensor, inside(site))
 
     inner: Delta = delta.inner  # type: ignore[assignment]
-    entries = TENSORS[type(inner)](inner, layer)
+    entries = TENSORS.get(type(inner), derived.entries)(inner, layer)
     return [Entry("magnitude", "{at}.lora_magnitude_vector")] + [
         Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
         for e in entries
@@ -67,16 +77,19 @@ def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def with_bias(offset: Tensor, site: Site) -> Tensor:
+    """The bias itself (out,), from the offset (out,) that is trained."""
     own = site.own("bias")
     return offset if own is None else offset + own.to(offset)
 
 
 def without_bias(bias: Tensor, site: Site) -> Tensor:
+    """The offset (out,) that is trained, from the bias (out,) of a file."""
     own = site.own("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 
 def token_rows(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """The token rows of an embedding or head; tied ones are in the file once."""
     return [Entry("rows", f"{{at}}.{ROWS}")] * (delta.twin is None)
 
 
@@ -101,8 +114,7 @@ def entries_of(site: Site) -> list[Entry]:
 
     LorafoldError for a delta with a tensor that the format has no place for.
     """
-    row = TENSORS.get(type(site.delta))
-    entries = [] if row is None else row(site.delta, site.layer)
+    entries = TENSORS.get(type(site.delta), derived.entries)(site.delta, site.layer)
     if (
         homeless := set(site.delta.state_dict())
         - {e.attribute for e in entries}

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lorafold.methods import METHODS
+
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -42,7 +44,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Name = Field("lora", description="The adaptation method.")
+    method: Name = Field("lora", description=f"The adaptation method: {', '.join(METHODS)}.")
     rank: Count | None = Field(
         None, description="The rank r of the update. Without it the method's own; LoRA has 16."
     )
