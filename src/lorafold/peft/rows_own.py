@@ -46,8 +46,13 @@ METHODS: tuple[Method, ...] = (
 
 
 def not_positions(at: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the positions of a sparse delta's entries; how many there are is for the
-    file to say.
+    """What is wrong with the positions of a sparse delta's entries, or None. The file decides how
+    many there are.
+
+    Args:
+        at: The positions (k,) in a weight in row-major order.
+        site: The delta with its module path.
+        file: All tensors of the file that belong to the adapter.
     """
     out, inn = site.delta.shape  # type: ignore[misc]
     fine = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
@@ -79,7 +84,7 @@ def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 
 def subspace(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """The tensors of a Fastfood delta: its scale and, at the first module, the vector that all share."""
+    """The tensors of a Fastfood delta: its scale and, at the first module, the shared vector."""
     vector = (
         [Entry("subspace.vector", "{at}.fastfood_vector")]
         if isinstance(delta.subspace, Subspace)
