@@ -47,13 +47,17 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
 
     def __init__(self, rows: dict[str, Row]) -> None:
         self._rows = rows
+        named = [row for row in rows.values() if not callable(row)]
+        places = [row if isinstance(row, str) else row[0] for row in named]
+        # what imports each of this package's spec classes, by the name of the class
+        self.classes = {place.partition(".")[2]: partial(_imported, place) for place in places}
 
     def __getitem__(self, name: str) -> Callable[..., "Spec"]:
         row = self._rows[name]
         if callable(row):
             return row
         where, options = (row, {}) if isinstance(row, str) else row
-        cls: type[Spec] = self._imported(where)
+        cls = _imported(where)
         return partial(cls, **options) if options else cls
 
     def __setitem__(self, name: str, row: Row) -> None:
@@ -68,18 +72,12 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def classes(self) -> dict[str, Callable[[], "type[Spec]"]]:
-        """What imports each of this package's spec classes, by the name of the class."""
-        rows = [row for row in self._rows.values() if not callable(row)]
-        places = [row if isinstance(row, str) else row[0] for row in rows]
-        return {where.partition(".")[2]: partial(self._imported, where) for where in places}
 
-    @staticmethod
-    def _imported(where: str) -> "type[Spec]":
-        module, _, name = where.partition(".")
-        cls: type[Spec] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        return cls
+def _imported(place: str) -> "type[Spec]":
+    """The class that `module.Class` names, in this package."""
+    module, _, name = place.partition(".")
+    cls: type[Spec] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return cls
 
 
 METHODS = Methods(
