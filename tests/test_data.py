@@ -172,13 +172,30 @@ def test_bad_fields(tmp_path, row, part):
     assert part in refused(read_rows, jsonl(tmp_path, row))
 
 
+def test_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffprompt,completion,id\n"a, b","say ""c""\nd",1\n\nx,y,2\n', "utf-8")
+    expected = [("a, b", 'say "c"\nd', "1"), ("x", "y", "2")]
+    assert [tuple(row.values()) for row in read_rows(str(path))] == expected
+    path.write_text("text,label\ngood,pos\nbad\nfine,pos,extra\n")
+    message = refused(read_rows, str(path))
+    assert "row 2: found 1 values, expected 2 as in the header" in message
+    assert "row 3: found 3 values, expected 2 as in the header" in message
+    path.write_text('text\n"open\n')
+    assert "not CSV after line 1: unexpected end of data" in refused(read_rows, str(path))
+    path.write_bytes(b"text\n\xff\n")
+    assert "not UTF-8 at byte" in refused(read_rows, str(path))
+    path.write_text("question,answer\na,b\n")
+    assert "keys found: 'question', 'answer'; expected one of" in refused(read_rows, str(path))
+
+
 def test_bad_sources(tmp_path):
     assert "no rows found" in refused(read_rows, jsonl(tmp_path))
     assert "No such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
     assert "no such file or directory" in refused(read_rows, str(tmp_path / "none.parquet"))
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    assert "found a .csv file, expected .jsonl, .json or .parquet" in refused(
-        read_rows, str(tmp_path / "rows.csv")
+    (tmp_path / "rows.txt").write_text("a,b\n")
+    assert "found a .txt file, expected .jsonl, .json, .csv or .parquet" in refused(
+        read_rows, str(tmp_path / "rows.txt")
     )
     (tmp_path / "bad.parquet").write_bytes(b"nope")
     assert "can't be read" in refused(read_rows, str(tmp_path / "bad.parquet"))

@@ -35,8 +35,8 @@ def train(
 
     Args:
         recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
-        data: Training rows: a .jsonl, .json or .parquet file, a directory, a hub dataset, or a list
-            of rows such as {"prompt": ..., "completion": ...}.
+        data: Training rows: a .jsonl, .json, .csv or .parquet file, a directory, a hub dataset, or
+            a list of rows such as {"prompt": ..., "completion": ...}.
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
         eval_data: Held-out rows, of the same forms as `data`.

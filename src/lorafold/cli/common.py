@@ -42,8 +42,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         help=(
-            "A .jsonl, .json or .parquet file, a directory or a hub dataset. A row is {messages},"
-            " {prompt, completion}, {text} or {text, label}."
+            "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. A row is"
+            " {messages}, {prompt, completion}, {text} or {text, label}."
         )
     ),
 ]

@@ -1,5 +1,4 @@
-"""Reads a user's rows from JSONL, JSON, Parquet, a directory or a hub dataset, and checks that all
-are well-formed and of one shape.
+"""The shapes that a user's rows may have, and the check that all are well-formed and of one shape.
 
 | shape | row |
 |---|---|
@@ -13,13 +12,11 @@ Further keys are ignored. One error message lists everything that is wrong, each
 of shapes: a new shape is a new entry.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lorafold.data.sources import kind_of, numbered_rows
 from lorafold.errors import LorafoldError
 
 Row = dict[str, Any]
@@ -52,16 +49,13 @@ class Shape:
 
 
 def read_rows(source: str) -> list[Row]:
-    """Read the rows of a .jsonl, .json or .parquet file, a directory, or a hub dataset (its train
-    split).
+    """Read the rows of a .jsonl, .json, .csv or .parquet file, a directory, or a hub dataset (its
+    train split).
 
     Raises LorafoldError if the source can't be read, has no row, or has bad rows (all are counted,
     the first ten listed).
     """
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        return check_rows(_json_rows(path), source)
-    return check_rows(enumerate(_dataset(source, path), 1), source)
+    return check_rows(numbered_rows(source), source)
 
 
 def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[Row]:
@@ -128,101 +122,22 @@ def check_objective(rows: Sequence[Row], objective: str) -> None:
         )
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
-    try:
-        if path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
-            for number, value in enumerate(json.loads(path.read_bytes()), 1):
-                yield number, _an_object(value)
-            return
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _parse(line.removeprefix(b"\xef\xbb\xbf"))
-    except OSError as error:
-        raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise LorafoldError(
-            f"{path}: line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        ) from error
-
-
-def _parse(line: bytes) -> Row | str:
-    try:
-        return _an_object(json.loads(line))
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 at byte {error.start + 1}"
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}"
-
-
-def _an_object(value: Any) -> Row | str:
-    return value if isinstance(value, dict) else f"found {_kind(value)}, expected an object"
-
-
-def _dataset(source: str, path: Path) -> Iterable[Row]:
-    local = path.exists()
-    if not local and (
-        path.suffix == ".parquet" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
-    ):
-        raise LorafoldError(
-            f"{source}: no such file or directory, expected .jsonl, .json, .parquet, a directory or"
-            " a hub dataset id"
-        )
-    if path.is_file() and path.suffix != ".parquet":
-        raise LorafoldError(
-            f"{source}: found a {path.suffix or 'nameless'} file, expected .jsonl, .json or"
-            " .parquet"
-        )
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if path.is_file():
-            found = load_dataset("parquet", data_files=source)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            found = load_from_disk(source)  # the directory was written by save_to_disk
-        else:
-            found = load_dataset(source)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = (
-            "can't be read"
-            if local
-            else "there is no such file, and it can't be loaded as a hub dataset"
-        )
-        raise LorafoldError(f"{source}: {what}: {reason}") from error
-    if not isinstance(found, DatasetDict):
-        return found
-    if "train" not in found and len(found) != 1:
-        raise LorafoldError(
-            f"{source}: found the splits {', '.join(found)}; expected only one, or one named train"
-        )
-    return found["train"] if "train" in found else next(iter(found.values()))
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
-
-
 def _text(name: str, value: Any) -> Iterator[str]:
     if not isinstance(value, str):
-        yield f"field {name}: found {_kind(value)}, expected text"
+        yield f"field {name}: found {kind_of(value)}, expected text"
 
 
 def _messages(name: str, value: Any) -> Iterator[str]:
     if not isinstance(value, list) or not value:
         yield (
-            f"field {name}: found {'an empty list' if value == [] else _kind(value)}, expected a"
+            f"field {name}: found {'an empty list' if value == [] else kind_of(value)}, expected a"
             " list of messages"
         )
         return
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             yield (
-                f"field {name}[{index}]: found {_kind(message)}, expected an object with role and"
+                f"field {name}[{index}]: found {kind_of(message)}, expected an object with role and"
                 " content"
             )
             continue
@@ -239,8 +154,8 @@ def _pair(row: Row) -> Iterator[str]:
         and type(prompt) is not type(completion)
     ):
         yield (
-            f"fields prompt and completion: found {_kind(prompt)} and {_kind(completion)}, expected"
-            " both text or both lists of messages"
+            f"fields prompt and completion: found {kind_of(prompt)} and {kind_of(completion)},"
+            " expected both text or both lists of messages"
         )
         return
     yield from check("prompt", prompt)
@@ -250,7 +165,7 @@ def _pair(row: Row) -> Iterator[str]:
 def _labelled(row: Row) -> Iterator[str]:
     yield from _text("text", row["text"])
     if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield f"field label: found {_kind(row['label'])}, expected text or a whole number"
+        yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
 
 
 def _pair_conversation(row: Row) -> Conversation:

@@ -1,0 +1,129 @@
+"""Where rows come from: a JSONL, JSON, CSV or Parquet file, a directory, or a hub dataset.
+
+A row that can't be read is handed on as the reason, so that all bad rows are told together. Rows
+are numbered from 1: by line in a JSONL file, by record after the header in a CSV file.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lorafold.errors import LorafoldError
+
+Found = dict[str, Any] | str  # a row, or the reason why it could not be read
+
+
+def numbered_rows(source: str) -> Iterable[tuple[int, Found]]:
+    """The numbered rows of a source, unchecked. LorafoldError where it can't be read."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json"):
+        return _json_rows(path)
+    if path.suffix == ".csv":
+        return _csv_rows(path)
+    return enumerate(_dataset(source, path), 1)
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for messages: text, a list, an object, or a number or null itself."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Found]]:
+    try:
+        if path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
+            for number, value in enumerate(json.loads(path.read_bytes()), 1):
+                yield number, _an_object(value)
+            return
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse(line.removeprefix(b"\xef\xbb\xbf"))
+    except OSError as error:
+        raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise LorafoldError(
+            f"{path}: line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
+        ) from error
+
+
+def _parse(line: bytes) -> Found:
+    try:
+        return _an_object(json.loads(line))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at byte {error.start + 1}"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
+
+
+def _an_object(value: Any) -> Found:
+    return value if isinstance(value, dict) else f"found {kind_of(value)}, expected an object"
+
+
+def _dataset(source: str, path: Path) -> Iterable[dict[str, Any]]:
+    local = path.exists()
+    if not local and (
+        path.suffix == ".parquet" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
+    ):
+        raise LorafoldError(
+            f"{source}: no such file or directory, expected .jsonl, .json, .csv, .parquet, a"
+            " directory or a hub dataset id"
+        )
+    if path.is_file() and path.suffix != ".parquet":
+        raise LorafoldError(
+            f"{source}: found a {path.suffix or 'nameless'} file, expected .jsonl, .json, .csv"
+            " or .parquet"
+        )
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if path.is_file():
+            found = load_dataset("parquet", data_files=source)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            found = load_from_disk(source)  # the directory was written by save_to_disk
+        else:
+            found = load_dataset(source)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = (
+            "can't be read"
+            if local
+            else "there is no such file, and it can't be loaded as a hub dataset"
+        )
+        raise LorafoldError(f"{source}: {what}: {reason}") from error
+    if not isinstance(found, DatasetDict):
+        return found
+    if "train" not in found and len(found) != 1:
+        raise LorafoldError(
+            f"{source}: found the splits {', '.join(found)}; expected only one, or one named train"
+        )
+    return found["train"] if "train" in found else next(iter(found.values()))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Found]]:
+    """Rows under the names of the header; every value is text."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            records = csv.DictReader(lines, strict=True)
+            names = records.fieldnames or []
+            for number, record in enumerate(records, 1):
+                extra = record.pop(None, None)
+                given = sum(value is not None for value in record.values()) + len(extra or ())
+                if given == len(names):
+                    yield number, record
+                else:
+                    yield number, f"found {given} values, expected {len(names)} as in the header"
+    except OSError as error:
+        raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LorafoldError(
+            f"{path}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise LorafoldError(f"{path}: not CSV after line {records.line_num}: {error}") from error
