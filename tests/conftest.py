@@ -6,6 +6,7 @@ families.
     tiny_model("gpt2")           the model in it, freshly loaded, in evaluation mode
     smollm2                      the directory of the embedded model (unpacked on first use: half a
                                  minute)
+    lorafold("train", ...)       the command, run in this process: what it prints, and its exit code
     each_arithmetic              runs a test twice: as on a processor that multiplies 16-bit
                                  matrices as they are, and as on one that widens them
 """
@@ -16,10 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import io
+import logging
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -160,3 +166,31 @@ def smollm2() -> Path:
     from lorafold.models.sources import resolve_model
 
     return resolve_model("smollm2").path
+
+
+class Done(NamedTuple):
+    """What a command printed, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def lorafold(*arguments: str) -> Done:
+    """Run the command as a process would, in this one, which has imported what takes long."""
+    from lorafold.cli import main
+
+    out, err, logger = io.StringIO(), io.StringIO(), logging.getLogger("lorafold")
+    before = list(logger.handlers)
+    with (
+        mock.patch.object(sys, "argv", ["lorafold", *arguments]),
+        mock.patch.dict(os.environ, {"LORAFOLD_TUNE": "off"}),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    logger.handlers = before
+    code = ended.value.code
+    assert isinstance(code, int | None)
+    return Done(code or 0, out.getvalue(), err.getvalue())

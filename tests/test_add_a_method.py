@@ -170,8 +170,8 @@ def test_loading_is_strict(scaled: ModuleType, tiny_model, tmp_path: Path) -> No
     refused(f"missing key {key}", {key: None})
     refused(f"unknown key {key}2", {f"{key}2": tensors[key]})
     refused(r"scaled_s: shape \[63\], expected \[64\]", {key: tensors[key][1:]})
-    refused("scaled_order: float32, expected int64", {order: tensors[order].float()})
-    refused("scaled_s: int64, expected floating point", {key: tensors[key].long()})
+    refused("dtype torch.float32, expected torch.int64", {order: tensors[order].float()})
+    refused("dtype torch.int64, expected a floating-point dtype", {key: tensors[key].long()})
     refused("scaled_s: 1 of 64 values are not finite", {key: tensors[key].index_fill(
         0, torch.tensor([3]), torch.inf)})  # fmt: skip
     refused("strength: found 'strong'; input should be a valid number", {}, strength="strong")

@@ -143,6 +143,7 @@ def test_an_estimate_is_the_command_s(model: str) -> None:
     assert wider.terms["adapter"] == 4 * found.terms["adapter"]
 
 
+@pytest.mark.slow
 def test_a_comparison_of_two(model: str, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"steps": 1})
     found = lf.compare(

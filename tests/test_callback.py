@@ -90,7 +90,7 @@ def final(run: Path) -> bytes:
     return (run / "adapter" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["trainer", "sft"])
+@pytest.mark.parametrize("kind", ["trainer", pytest.param("sft", marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_with_the_bytes_of_a_run_that_was_not(
     kind: str, tiny_model_dir, tmp_path: Path, caplog
 ) -> None:

@@ -237,6 +237,7 @@ def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_the_command_takes_it_and_the_optimizer_as_words(tiny_model_dir, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -200,6 +200,7 @@ def test_the_fresh_head_follows_from_the_seed(tiny_model_dir) -> None:
     assert head_paths(classifier(tiny_model_dir("gpt2"))) == ("score",)
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     tiny_model_dir, tmp_path: Path
 ) -> None:

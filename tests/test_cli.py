@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import lorafold
 from lorafold.cli import COMMANDS
 from lorafold.cli.common import emit
 
@@ -39,7 +40,7 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 def refused(*arguments: str) -> str:
     """The one line on stderr with which these arguments are refused."""
-    done = run(*arguments)
+    done = lorafold(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")

@@ -21,6 +21,7 @@ ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} 
 RECIPE = Recipe(steps=3, batch=4, base="fp32", max_length=64, dropout=0.0)
 
 
+@pytest.mark.slow
 def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
     texts = [
         {"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"}

@@ -21,6 +21,9 @@ import lorafold
 
 SRC = Path(lorafold.__file__).parent
 FILES = [path for path in sorted(SRC.rglob("*.py")) if path.name != "__main__.py"]
+PACKAGES: dict[str, list[Path]] = {}
+for file in FILES:
+    PACKAGES.setdefault(file.relative_to(SRC).parts[0].removesuffix(".py"), []).append(file)
 # (out, r), (..., k), (k,), (); or a name with a suffix of dimensions, as in ids_BT; or one of
 # these words.
 SHAPE = re.compile(
@@ -85,22 +88,20 @@ def public(node: Function | ast.ClassDef) -> bool:
     return not node.name.startswith("_")
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(SRC))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_that_is_public_says_what_it_does(package: str) -> None:
+    for path in PACKAGES[package]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and public(n)]
+        silent = [n.name for n in classes if not ast.get_docstring(n)]
+        assert silent + [f.name for f in functions(path) if not f.docs] == [], path
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_all_that_is_public_says_what_it_does(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and public(n)]
-    silent = [n.name for n in classes if not ast.get_docstring(n)]
-    assert silent + [f.name for f in functions(path) if not f.docs] == []
-
-
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_tensors_come_with_shapes(path: Path) -> None:
-    found = [f for f in functions(path) if f.tensors]
-    assert [f.name for f in found if not SHAPE.search(shapes_in(f))] == []
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tensors_come_with_shapes(package: str) -> None:
+    for path in PACKAGES[package]:
+        found = [f for f in functions(path) if f.tensors]
+        assert [f.name for f in found if not SHAPE.search(shapes_in(f))] == [], path
 
 
 def shapes_in(function: Public) -> str:
@@ -109,14 +110,15 @@ def shapes_in(function: Public) -> str:
     return "\n".join([*comments, *function.parameters, function.docs])
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_more_than_two_parameters_are_described_one_by_one(path: Path) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_more_than_two_parameters_are_described_one_by_one(package: str) -> None:
     # the help of its options describes the parameters of a command
-    options = {"command"} if path.parent.name == "cli" else set()
-    found = [f for f in functions(path) if f.name not in options]
-    many = [f for f in found if len(f.parameters) > 2 and not f.overrides]
-    lacking = {f.name: [p for p in f.parameters if p not in described_in(f.docs)] for f in many}
-    assert {name: missing for name, missing in lacking.items() if missing} == {}
+    options = {"command"} if package == "cli" else set()
+    for path in PACKAGES[package]:
+        found = [f for f in functions(path) if f.name not in options]
+        many = [f for f in found if len(f.parameters) > 2 and not f.overrides]
+        lacking = {f.name: [p for p in f.parameters if p not in described_in(f.docs)] for f in many}
+        assert {name: missing for name, missing in lacking.items() if missing} == {}, path
 
 
 def described_in(docs: str) -> set[str]:

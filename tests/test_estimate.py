@@ -5,13 +5,12 @@ docs.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import Done, lorafold
 from lorafold.memory import cheatsheet
 from lorafold.memory.terms import TERMS
 from lorafold.models.configuration import configuration
@@ -20,13 +19,8 @@ from lorafold.models.sources import _embedded_gguf
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "lorafold", "estimate", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(*arguments: str) -> Done:
+    return lorafold("estimate", *arguments)
 
 
 def test_a_shape_alone() -> None:

@@ -87,7 +87,9 @@ def close(config: Any, setting: Setting) -> None:
     assert min(found.terms.values()) >= 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str, checkpointing: bool) -> None:
     base = Storage(torch.float32) if method == "full" else BF16
@@ -232,6 +234,7 @@ def test_layers_whose_kinds_their_configuration_works_out() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_is_held_once() -> None:
     """While a model is made it may hold embedding and head apart, and ties them then."""
     config = tf.LlamaConfig(**COMMON | {"vocab_size": 20000}, tie_word_embeddings=True)
@@ -239,6 +242,7 @@ def test_a_large_vocabulary_is_held_once() -> None:
     close(config, LORA)
 
 
+@pytest.mark.slow
 def test_what_is_advised_fits() -> None:
     config, setting = CONFIGS["llama"], replace(LORA, rows=(128,) * 8)
     memory = estimate(config, replace(LORA, rows=(128,) * 4)).total + 1000

@@ -51,6 +51,7 @@ def test_checkpointing_is_left_off_where_a_step_fits_and_on_where_it_would_not()
     assert "warning" not in text
 
 
+@pytest.mark.slow
 def test_what_is_asked_is_done_and_a_step_that_does_not_fit_is_warned_of() -> None:
     held = estimate(CONFIG, SETTING).total
     on, text = said(held, False)

@@ -295,6 +295,7 @@ def test_no_copy_of_the_weights_is_held_in_fp32(monkeypatch: pytest.MonkeyPatch)
     assert distinct_bytes(held) == 2 * n + 8 * n + 4 * len(tensors)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_full_fine_tuning_on_bf16_is_what_a_step_holds() -> None:
     close(CONFIGS["llama"], FULL_IN_BF16)
     found = estimate(CONFIGS["llama"], FULL_IN_BF16).terms
@@ -315,6 +316,7 @@ def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
         make_optimizer("adamw8bit", [{"params": made(torch.float16), "lr": 1e-3}], Recipe())
 
 
+@pytest.mark.slow
 def test_the_command_refuses_8_bits_in_one_line(tiny_model_dir, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n')

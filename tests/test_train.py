@@ -74,7 +74,9 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)]
+)
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     optimizer: str, tiny_model_dir, tmp_path: Path
 ) -> None:
@@ -120,7 +122,9 @@ train(request(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])), 
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stop_is_asked_for_and_the_run_goes_on_later(
     number: int, tiny_model_dir, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.step.fitting import spec_of
@@ -21,7 +22,7 @@ from lorafold.translating import axolotl, llamafactory
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
-from test_cli import refused, run
+from test_cli import refused
 
 AXOLOTL = """
 base_model: acme/tiny-llama
@@ -474,7 +475,7 @@ def test_a_translated_recipe_trains(tool, tiny_model_dir, tmp_path):
 
 def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
     (tmp_path / "theirs.yml").write_text(AXOLOTL)
-    done = run("recipe", "--from", str(tmp_path / "theirs.yml"))
+    done = lorafold("recipe", "--from", str(tmp_path / "theirs.yml"))
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["rank"] == 32
     for part in [
@@ -486,14 +487,15 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
     ]:
         assert part in done.stderr
     out = tmp_path / "recipe.yaml"
-    done = run("recipe", "--from", str(tmp_path / "theirs.yml"), "--out", str(out), "--json")
+    done = lorafold("recipe", "--from", str(tmp_path / "theirs.yml"), "--out", str(out), "--json")
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["tool"], found["recipe"]["rank"], found["out"]) == ("axolotl", 32, str(out))
     assert load_recipe(out).rank == 32
     assert not done.stderr.strip()
     message = refused("recipe", "--from", str(tmp_path / "theirs.yml"), "--out", str(out))
     assert f"{out} exists; pass --overwrite" in message
-    done = run("recipe", "--from", str(tmp_path / "theirs.yml"), "--out", str(out), "--overwrite")
+    theirs = str(tmp_path / "theirs.yml")
+    done = lorafold("recipe", "--from", theirs, "--out", str(out), "--overwrite")
     assert done.returncode == 0
 
 

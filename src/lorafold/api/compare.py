@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.opened import or_quiet
-from lorafold.api.rows import Rows, train_and_test
+from lorafold.api.arguments import Rows, or_quiet
+from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown

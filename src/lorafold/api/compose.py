@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.opened import Paths, as_paths, opened, or_quiet
-from lorafold.api.rows import Tasks, by_name
+from lorafold.api.arguments import Paths, Tasks, as_paths, as_rows, or_quiet
+from lorafold.api.opened import opened
 from lorafold.composing import run
 from lorafold.composing.job import Request
 from lorafold.composing.mixture import RECIPE
 from lorafold.composing.run import Composition
+from lorafold.composing.updates import names
+from lorafold.data.rows import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.step.recipe import Recipe
 
@@ -109,3 +111,10 @@ def compose(
         console,
     )
 
+
+def by_name(tasks: Tasks) -> dict[str, list[Row]]:
+    """Rows by the name of their task; that of a file is the last part of its path."""
+    if not isinstance(tasks, Mapping):
+        sources = [str(source) for source in tasks]
+        tasks = dict(zip(names(sources), sources, strict=True))
+    return {name: as_rows(rows) for name, rows in tasks.items()}

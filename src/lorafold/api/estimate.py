@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.opened import or_quiet
+from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
 from lorafold.machine.devices import choose_device
 from lorafold.memory import report, terms

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold import evaluation
-from lorafold.api.opened import Paths, opened
-from lorafold.api.rows import Rows, as_rows
+from lorafold.api.arguments import Paths, Rows, as_rows
 from lorafold.data.rows import is_labelled
-from lorafold.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafold.evaluation import Evaluation
 
 
 def evaluate(
@@ -53,6 +52,9 @@ def evaluate(
     the rows, and for a loss that is not finite.
     """
     rows = as_rows(data)
+    from lorafold import evaluation
+    from lorafold.api.opened import opened
+
     loaded, tokenizer = opened(
         model,
         adapters,

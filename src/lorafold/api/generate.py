@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lorafold.api.opened import Paths, opened
+from lorafold.api.arguments import Paths
+from lorafold.api.opened import opened
 from lorafold.data.render import render
 from lorafold.generation import complete, stream
 

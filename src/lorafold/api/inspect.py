@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.opened import opened, or_quiet
-from lorafold.api.rows import Rows, as_rows
+from lorafold.api.arguments import Rows, as_rows, or_quiet
+from lorafold.api.opened import opened
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.adapter import load
+from lorafold.api.arguments import Paths, as_paths, or_quiet
 from lorafold.errors import LorafoldError
 from lorafold.machine.devices import choose_device
 from lorafold.models.classifier import known_classes
@@ -19,8 +19,6 @@ from lorafold.training.objectives import Classify, ModelRequest, Objective, Sft
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Paths = str | Path | Sequence[str | Path]  # one directory, or several
 
 
 def opened(
@@ -105,16 +103,3 @@ def prepared(
     if notice := objective.set_up(tokenizer):
         console.print(notice, highlight=False, markup=False)
     return tokenizer
-
-
-def as_paths(adapters: Paths) -> list[Path]:
-    """The paths as a list, also if there is only one."""
-    one = isinstance(adapters, (str, Path))
-    return [Path(adapters)] if one else [Path(path) for path in adapters]  # type: ignore[arg-type, union-attr]
-
-
-def or_quiet(console: Console | None) -> Console:
-    """The console, or for None one that prints nothing."""
-    from rich.console import Console
-
-    return console or Console(quiet=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.opened import or_quiet
-from lorafold.api.rows import Rows, as_rows, source_of
+from lorafold.api.arguments import Rows, as_rows, or_quiet, source_of
 from lorafold.step.recipe import Recipe
-from lorafold.training import run
-from lorafold.training.finish import Trained
-from lorafold.training.request import Request
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lorafold.training.finish import Trained
 
 
 def train(
@@ -51,13 +49,17 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
+    rows, held_out = as_rows(data), None if eval_data is None else as_rows(eval_data)
+    from lorafold.training import run
+    from lorafold.training.request import Request
+
     request = Request(
         str(model),
         Path(out),
         recipe or Recipe(),
-        as_rows(data),
+        rows,
         source_of(data),
-        None if eval_data is None else as_rows(eval_data),
+        held_out,
         None if init_adapter is None else Path(init_adapter),
         device,
         revision,

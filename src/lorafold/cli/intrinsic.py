@@ -62,7 +62,7 @@ def command(
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
     from dataclasses import asdict
 
-    from lorafold.api.rows import train_and_test
+    from lorafold.api.task import train_and_test
     from lorafold.inspecting.intrinsic import search
     from lorafold.quickstart.story import RECIPE
     from lorafold.training.request import Request

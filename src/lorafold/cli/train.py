@@ -57,13 +57,15 @@ def command(
     recipe = flags.recipe()
     from dataclasses import asdict
 
-    from lorafold.api.rows import as_rows
     from lorafold.api.train import train
-    from lorafold.training.request import Request, show
 
     console = messages()
     if preview:
+        from lorafold.api.arguments import as_rows
+
         rows = as_rows(data)
+        from lorafold.training.request import Request, show
+
         return show(Request(source.model, output.out, recipe, rows, data, **source.how), console)
     result = train(
         recipe,

@@ -31,11 +31,6 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
-
 TILE = 128
 
 
@@ -113,6 +108,9 @@ class Documents:
             k, v: the keys and values (T, Hk, D).
             scale: the factor of the scores.
         """
+        # This takes over a second to import, and only GPUs need it.
+        from torch.nn.attention.varlen import varlen_attn
+
         starts = (
             torch.tensor([0, *self.lens], dtype=torch.int32)
             .cumsum(0, dtype=torch.int32)
@@ -266,6 +264,6 @@ def document_attention(
         softcap: the cap of the scores, or None.
     """
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if half and varlen_attn is not None and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
+    if half and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
         return docs.flash(q, k, v, scale)
     return _DocumentAttention.apply(q, k, v, docs, scale, softcap)

@@ -238,13 +238,9 @@ def _misfit(
     if tensor.shape != own.shape:
         return f"{key}: shape {list(tensor.shape)}, expected {list(own.shape)}"
     if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
-        wanted = "floating point" if own.is_floating_point() else _plain(own.dtype)
-        return f"{key}: {_plain(tensor.dtype)}, expected {wanted}"
+        wanted = "a floating-point dtype" if own.is_floating_point() else own.dtype
+        return f"{key}: dtype {tensor.dtype}, expected {wanted}"
     return _not_finite(key, tensor)
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _not_finite(key: str, tensor: Tensor) -> str | None:

@@ -1,0 +1,31 @@
+"""The rows of the verbs that measure on a task: the user's own, or the quickstart's."""
+
+from __future__ import annotations
+
+from lorafold.api.arguments import Rows, as_rows, source_of
+from lorafold.data.batches import split
+from lorafold.data.rows import Row
+from lorafold.quickstart.task import rows as quickstart_rows
+from lorafold.step.recipe import Recipe
+
+STEPS, TESTED = 60, 100  # of the quickstart's task: steps with new rows, held-out rows
+
+
+def train_and_test(
+    data: Rows | None, eval_data: Rows | None, recipe: Recipe
+) -> tuple[list[Row], list[Row], str]:
+    """(training rows, held-out rows, the source of the training rows).
+
+    Args:
+        data: Training rows; None takes the quickstart's task.
+        eval_data: Held-out rows; None holds out a tenth of the data.
+        recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
+
+    Raises LorafoldError as `as_rows`.
+    """
+    if data is None:
+        train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
+        return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
+    if eval_data is not None:
+        return as_rows(data), as_rows(eval_data), source_of(data)
+    return *split(as_rows(data), 0.1, recipe.seed), source_of(data)
