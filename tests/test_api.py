@@ -17,7 +17,7 @@ RECIPE = lf.Recipe(steps=2, batch=2, base="fp32", max_length=64)
 # What a user may rely on: the names and the order of the arguments of each verb.
 SIGNATURES = {
     "attach": "model spec targets name *bias modules_to_save tokens base",
-    "compare": "out *model data eval_data methods seeds recipe device console",
+    "compare": "out *model data eval_data columns methods seeds recipe device console",
     "compose": (
         "adapters out *model how weights rank density gates data examples recipe evaluations"
         " completions seed storage device revision trust_remote_code allow_other_base overwrite"
@@ -28,8 +28,8 @@ SIGNATURES = {
         " trust_remote_code console"
     ),
     "evaluate": (
-        "model data *adapters tokenizer max_length completions max_new_tokens storage device"
-        " revision trust_remote_code allow_other_base console"
+        "model data *columns adapters tokenizer max_length completions max_new_tokens storage"
+        " device revision trust_remote_code allow_other_base console"
     ),
     "generate": (
         "model prompts *adapters tokenizer system max_new_tokens temperature seed storage device"
@@ -48,8 +48,8 @@ SIGNATURES = {
     ),
     "only": "model *names",
     "train": (
-        "recipe *data out model eval_data init_adapter device revision trust_remote_code resume"
-        " overwrite console"
+        "recipe *data out model eval_data columns init_adapter device revision trust_remote_code"
+        " resume overwrite console"
     ),
 }
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorafold.data.batches import batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.render import ensure_chat_template, prompts
-from lorafold.data.rows import read_rows
+from lorafold.data.rows import Conversation, ignored_keys, notice_of_ignored, read_rows, shape_of
 from lorafold.errors import LorafoldError
 
 CHAT = {
@@ -170,6 +170,47 @@ def test_many_bad_rows_are_counted(tmp_path):
 )
 def test_bad_fields(tmp_path, row, part):
     assert part in refused(read_rows, jsonl(tmp_path, row))
+
+
+def test_sharegpt_and_alpaca_are_conversations(tmp_path):
+    share = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    system = {"role": "system", "content": "Be brief."}
+    for row, messages, trained in [
+        (share, said, 0),
+        (share | {"system": "Be brief."}, [system, *said], 0),
+        ({"instruction": "Hi", "output": "Yo", "input": ""}, said, 1),
+        ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, [system, *said], 2),
+        (
+            {"instruction": "Add", "input": "1, 2", "output": "3"},
+            [{"role": "user", "content": "Add\n1, 2"}, {"role": "assistant", "content": "3"}],
+            1,
+        ),
+    ]:
+        (read,) = read_rows(jsonl(tmp_path, row))
+        assert shape_of(read).conversation(read) == Conversation(messages, trained)
+    turn = {"from": "narrator", "value": None}
+    message = refused(read_rows, jsonl(tmp_path, {"conversations": [turn]}))
+    assert "conversations[0].from: found 'narrator', expected one of human, user, gpt" in message
+    assert "conversations[0].value: found null, expected text" in message
+    message = refused(read_rows, jsonl(tmp_path, {"instruction": "a", "output": "b", "input": 1}))
+    assert "field input: found 1, expected text" in message
+
+
+def test_columns_have_other_names_and_unknown_keys_are_named(tmp_path):
+    rows = [{"question": "a", "answer": "b", "id": 7}, {"question": "c", "answer": "d"}]
+    path = jsonl(tmp_path, *rows)
+    rows = read_rows(path, {"prompt": "question", "completion": "answer"})
+    assert rows == [{"id": 7, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    assert ignored_keys(rows) == ("id",)
+    assert notice_of_ignored(rows) == "ignored in the rows: id (rows of {prompt, completion})"
+    assert notice_of_ignored(rows[1:]) == ""
+    message = refused(lambda: read_rows(path, {"prompt": "questions"}))
+    assert "row 1: found no column 'questions'; it has 'question', 'answer', 'id'" in message
+    swapped = jsonl(tmp_path, {"prompt": "b", "completion": "a"})
+    assert read_rows(swapped, {"prompt": "completion", "completion": "prompt"}) == [
+        {"prompt": "a", "completion": "b"}
+    ]
 
 
 def test_csv(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Rows, or_quiet
+from lorafold.api.arguments import Columns, Rows, or_quiet
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
@@ -44,6 +44,7 @@ def compare(
     model: str | Path = "smollm2",
     data: Rows | None = None,
     eval_data: Rows | None = None,
+    columns: Columns | None = None,
     methods: Sequence[str] = (),
     seeds: int = 1,
     recipe: Recipe | None = None,
@@ -59,6 +60,7 @@ def compare(
         model: A name or path as `lf.load_model` takes it.
         data: Training rows; None takes the quickstart's task.
         eval_data: Held-out rows; None holds out a tenth of the data.
+        columns: The keys of the rows under other names, as in {"prompt": "question"}.
         methods: Names of methods; empty for all that can learn the recipe's objective.
         seeds: How many seeds of each method.
         recipe: The recipe of all runs; without a learning rate each method has its own.
@@ -69,7 +71,7 @@ def compare(
     that none of the methods has.
     """
     console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
-    rows, held_out, source = train_and_test(data, eval_data, recipe)
+    rows, held_out, source = train_and_test(data, eval_data, recipe, columns)
     task = Task(str(model), rows, held_out, source, recipe, device)
     names = known_methods(methods) or methods_for(recipe.objective)
     for name in names:

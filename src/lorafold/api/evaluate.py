@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Paths, Rows, as_rows
-from lorafold.data.rows import is_labelled
+from lorafold.api.arguments import Columns, Paths, Rows, as_rows
+from lorafold.data.rows import is_labelled, notice_of_ignored
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,7 @@ def evaluate(
     model: str | Path | PreTrainedModel,
     data: Rows,
     *,
+    columns: Columns | None = None,
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 1024,
@@ -36,6 +37,7 @@ def evaluate(
     Args:
         model: A name or path, or a loaded model, which is measured with its active adapters.
         data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
+        columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named.
         tokenizer: None takes that of the adapters or the model.
         max_length: Longer rows are cut to this many tokens for the loss.
@@ -51,7 +53,9 @@ def evaluate(
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, and for a loss that is not finite.
     """
-    rows = as_rows(data)
+    rows = as_rows(data, columns)
+    if console is not None and (notice := notice_of_ignored(rows)):
+        console.print(notice, highlight=False, markup=False)
     from lorafold import evaluation
     from lorafold.api.opened import opened
 

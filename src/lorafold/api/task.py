@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafold.api.arguments import Rows, as_rows, source_of
+from lorafold.api.arguments import Columns, Rows, as_rows, source_of
 from lorafold.data.batches import split
 from lorafold.data.rows import Row
 from lorafold.quickstart.task import rows as quickstart_rows
@@ -12,13 +12,14 @@ STEPS, TESTED = 60, 100  # of the quickstart's task: steps with new rows, held-o
 
 
 def train_and_test(
-    data: Rows | None, eval_data: Rows | None, recipe: Recipe
+    data: Rows | None, eval_data: Rows | None, recipe: Recipe, columns: Columns | None = None
 ) -> tuple[list[Row], list[Row], str]:
     """(training rows, held-out rows, the source of the training rows).
 
     Args:
         data: Training rows; None takes the quickstart's task.
         eval_data: Held-out rows; None holds out a tenth of the data.
+        columns: The keys of the rows under other names.
         recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
 
     Raises LorafoldError as `as_rows`.
@@ -27,5 +28,5 @@ def train_and_test(
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
     if eval_data is not None:
-        return as_rows(data), as_rows(eval_data), source_of(data)
-    return *split(as_rows(data), 0.1, recipe.seed), source_of(data)
+        return as_rows(data, columns), as_rows(eval_data, columns), source_of(data)
+    return *split(as_rows(data, columns), 0.1, recipe.seed), source_of(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Rows, as_rows, or_quiet, source_of
+from lorafold.api.arguments import Columns, Rows, as_rows, or_quiet, source_of
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def train(
     out: str | Path,
     model: str | Path = "smollm2",
     eval_data: Rows | None = None,
+    columns: Columns | None = None,
     init_adapter: str | Path | None = None,
     device: str | None = None,
     revision: str | None = None,
@@ -38,6 +39,7 @@ def train(
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
         eval_data: Held-out rows, of the same forms as `data`.
+        columns: The keys of the rows under other names, as in {"prompt": "question"}.
         init_adapter: A saved adapter to start from instead of a fresh one.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -49,7 +51,8 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    rows, held_out = as_rows(data), None if eval_data is None else as_rows(eval_data)
+    rows = as_rows(data, columns)
+    held_out = None if eval_data is None else as_rows(eval_data, columns)
     from lorafold.training import run
     from lorafold.training.request import Request
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorafold.errors import LorafoldError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,8 +45,18 @@ DataOption = Annotated[
     typer.Option(
         help=(
             "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. A row is"
-            " {messages}, {prompt, completion}, {text} or {text, label}."
+            " {messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
+            " (Alpaca), {text} or {text, label}."
         )
+    ),
+]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        metavar="NAME=COLUMN",
+        help="The columns of your rows that lorafold shall read under its own names, as in"
+        " prompt=question,completion=answer.",
     ),
 ]
 OptionalDataOption = Annotated[
@@ -167,6 +179,19 @@ class Output:
             help="Replace what an earlier run wrote to OUT, once the new result is complete.",
         ),
     ] = False
+
+
+def columns_of(pairs: list[str] | None) -> dict[str, str]:
+    """The user's names of columns by lorafold's. LorafoldError for what is no NAME=COLUMN."""
+    found: dict[str, str] = {}
+    for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
+        name, _, column = pair.partition("=")
+        if not name or not column or name in found:
+            raise LorafoldError(
+                f"--columns {pair}: expected NAME=COLUMN, each name once, as in prompt=question"
+            )
+        found[name] = column
+    return found
 
 
 def messages() -> "Console":

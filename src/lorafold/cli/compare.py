@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
+    ColumnsOption,
     DeviceOption,
     HeldOutOption,
     JsonOption,
     ModelOption,
     OptionalDataOption,
+    columns_of,
     emit,
     messages,
 )
@@ -36,6 +38,7 @@ def command(
     model: ModelOption = "smollm2",
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
+    columns: ColumnsOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +72,7 @@ def command(
         model=model,
         data=data,
         eval_data=eval_data,
+        columns=columns_of(columns),
         methods=methods.split(",") if methods else (),
         seeds=seeds,
         recipe=flags.recipe(None if data else RECIPE),

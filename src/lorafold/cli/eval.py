@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import AdapterOption, DataOption, JsonOption, Opening, emit, messages
+from lorafold.cli.common import (
+    AdapterOption,
+    ColumnsOption,
+    DataOption,
+    JsonOption,
+    Opening,
+    columns_of,
+    emit,
+    messages,
+)
 from lorafold.cli.groups import grouped
 
 
@@ -12,6 +21,7 @@ from lorafold.cli.groups import grouped
 def command(
     data: DataOption,
     opening: Opening,
+    columns: ColumnsOption = None,
     adapter: AdapterOption = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longer rows are cut to this many tokens for the loss.")
@@ -40,6 +50,7 @@ def command(
     result = evaluate(
         opening.model,
         data,
+        columns=columns_of(columns),
         adapters=adapter or (),
         max_length=max_length,
         completions=answers,

@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
+    ColumnsOption,
     DeviceOption,
     HeldOutOption,
     JsonOption,
     ModelOption,
     OptionalDataOption,
+    columns_of,
     emit,
     messages,
 )
@@ -37,6 +39,7 @@ def command(
     model: ModelOption = "smollm2",
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
+    columns: ColumnsOption = None,
     smallest: Annotated[int, typer.Option(min=1, help="The smallest dimension to try.")] = 16,
     largest: Annotated[int, typer.Option(min=1, help="The largest dimension to try.")] = 65536,
     share: Annotated[
@@ -68,7 +71,7 @@ def command(
     from lorafold.training.request import Request
 
     recipe = flags.recipe(None if data else RECIPE)
-    rows, held_out, source = train_and_test(data, eval_data, recipe)
+    rows, held_out, source = train_and_test(data, eval_data, recipe, columns_of(columns))
     console = messages()
     request = Request(model, out, recipe, rows, source, eval_rows=held_out, device=device)
     found = search(

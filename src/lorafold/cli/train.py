@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import DataOption, DeviceOption, JsonOption, Output, Source, emit, messages
+from lorafold.cli.common import (
+    ColumnsOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    Output,
+    Source,
+    columns_of,
+    emit,
+    messages,
+)
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.step.recipe import Recipe
@@ -27,6 +37,7 @@ def command(
         str | None,
         typer.Option(help="Held-out rows. Without them --eval-fraction 0.1 holds some out."),
     ] = None,
+    columns: ColumnsOption = None,
     init_adapter: Annotated[
         Path | None,
         typer.Option(help="Start from this saved adapter, with its method and targets."),
@@ -63,7 +74,7 @@ def command(
     if preview:
         from lorafold.api.arguments import as_rows
 
-        rows = as_rows(data)
+        rows = as_rows(data, columns_of(columns))
         from lorafold.training.request import Request, show
 
         return show(Request(source.model, output.out, recipe, rows, data, **source.how), console)
@@ -73,6 +84,7 @@ def command(
         out=output.out,
         model=source.model,
         eval_data=eval_data,
+        columns=columns_of(columns),
         init_adapter=init_adapter,
         device=device,
         resume=resume,

@@ -4,15 +4,17 @@
 |---|---|
 | conversation | `{"messages": [{"role": ..., "content": ...}, ...]}` |
 | prompt, completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
+| ShareGPT | `{"conversations": [{"from": "human", "value": ...}, ...]}`, with or without `system` |
+| Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` and `system` |
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-Further keys are ignored. One error message lists everything that is wrong, each with its file, row
-(in a JSONL file the line, from 1), field, and what was found and expected. `SHAPES` is the table
-of shapes: a new shape is a new entry.
+Further keys are ignored, and `ignored_keys` names them. One error message lists everything that is
+wrong, each with its file, row (in a JSONL file the line, from 1), field, and what was found and
+expected. `SHAPES` is the table of shapes: a new shape is a new entry.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +37,48 @@ class Conversation:
 @dataclass(frozen=True)
 class Shape:
     """One shape of rows: the keys by which it is recognized, the objective that trains on it, a
-    function that lists what is wrong with a row, and one that gives the row's messages (None for
-    plain and labelled text).
+    function that lists what is wrong with a row, one that gives the row's messages (None for
+    plain and labelled text), and the keys that a row may have besides.
     """
 
     keys: tuple[str, ...]
     objective: str
     problems: Callable[[Row], Iterator[str]]
     conversation: Callable[[Row], Conversation] | None = None
+    optional: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
 
 
-def read_rows(source: str) -> list[Row]:
+def read_rows(source: str, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Read the rows of a .jsonl, .json, .csv or .parquet file, a directory, or a hub dataset (its
     train split).
+
+    `columns` gives keys of the source the names that lorafold knows: {"prompt": "question"}.
 
     Raises LorafoldError if the source can't be read, has no row, or has bad rows (all are counted,
     the first ten listed).
     """
-    return check_rows(numbered_rows(source), source)
+    return check_rows(renamed(numbered_rows(source), columns or {}), source)
+
+
+def renamed(
+    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str]
+) -> Iterator[tuple[int, Row | str]]:
+    """Numbered rows whose keys have other names: the value under `columns[name]` is then under
+    `name`. A row without one of these keys becomes the reason why it can't be read.
+    """
+    for number, row in numbered:
+        missing = [] if isinstance(row, str) else [k for k in columns.values() if k not in row]
+        if missing:
+            keys = ", ".join(map(repr, row)) or "none"
+            yield number, f"found no column {', '.join(map(repr, missing))}; it has {keys}"
+        elif isinstance(row, str) or not columns:
+            yield number, row
+        else:
+            rest = {k: v for k, v in row.items() if k not in {*columns, *columns.values()}}
+            yield number, rest | {name: row[theirs] for name, theirs in columns.items()}
 
 
 def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[Row]:
@@ -103,6 +126,21 @@ def shape_of(row: Row) -> Shape | None:
     return next(
         (shape for shape in SHAPES if all(row.get(key) is not None for key in shape.keys)), None
     )
+
+
+def ignored_keys(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The keys of the rows that are no part of their shape, in the order in which they appear."""
+    shape = shape_of(rows[0])
+    known = () if shape is None else (*shape.keys, *shape.optional)
+    found = dict.fromkeys(k for row in rows for k, v in row.items() if v is not None)
+    return tuple(key for key in found if key not in known)
+
+
+def notice_of_ignored(rows: Sequence[Row]) -> str:
+    """A line that names the ignored keys; empty if there are none."""
+    names = ignored_keys(rows)
+    shape = shape_of(rows[0])
+    return f"ignored in the rows: {', '.join(names)} (rows of {shape})" if names else ""
 
 
 def is_labelled(rows: Sequence[Row]) -> bool:
@@ -178,6 +216,61 @@ def _pair_conversation(row: Row) -> Conversation:
     return Conversation([*prompt, *completion], trained=len(prompt))
 
 
+# Who speaks in ShareGPT's turns, and the role of that in messages.
+SPEAKERS = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"},
+    **{"tool": "tool", "observation": "tool", "function_response": "tool"},
+}
+
+
+def _turns(row: Row) -> Iterator[str]:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else kind_of(turns)
+        yield f"field conversations: found {found}, expected a list of turns"
+        return
+    for index, turn in enumerate(turns):
+        name = f"conversations[{index}]"
+        if not isinstance(turn, dict):
+            yield f"field {name}: found {kind_of(turn)}, expected an object with from and value"
+            continue
+        if turn.get("from") not in SPEAKERS:
+            yield (
+                f"field {name}.from: found {turn.get('from')!r}, expected one of"
+                f" {', '.join(SPEAKERS)}"
+            )
+        yield from _text(f"{name}.value", turn.get("value"))
+    yield from _optional(row, "system")
+
+
+def _turns_conversation(row: Row) -> Conversation:
+    turns = [{"role": SPEAKERS[t["from"]], "content": t["value"]} for t in row["conversations"]]
+    return Conversation([*_system(row), *turns])
+
+
+def _instruction(row: Row) -> Iterator[str]:
+    yield from _text("instruction", row["instruction"])
+    yield from _text("output", row["output"])
+    yield from _optional(row, "input", "system")
+
+
+def _instruction_conversation(row: Row) -> Conversation:
+    asked = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+    before = [*_system(row), {"role": "user", "content": asked}]
+    return Conversation([*before, {"role": "assistant", "content": row["output"]}], len(before))
+
+
+def _optional(row: Row, *names: str) -> Iterator[str]:
+    for name in names:
+        if row.get(name) is not None:
+            yield from _text(name, row[name])
+
+
+def _system(row: Row) -> list[Message]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
 SHAPES = (
     Shape(
         ("messages",),
@@ -186,6 +279,11 @@ SHAPES = (
         lambda row: Conversation(row["messages"]),
     ),
     Shape(("prompt", "completion"), "sft", _pair, _pair_conversation),
+    Shape(("conversations",), "sft", _turns, _turns_conversation, ("system",)),
+    Shape(
+        ("instruction", "output"), "sft", _instruction, _instruction_conversation,
+        ("input", "system"),
+    ),
     Shape(("text", "label"), "classify", _labelled),
     Shape(("text",), "sft", lambda row: _text("text", row["text"])),
 )
