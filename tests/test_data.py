@@ -139,7 +139,7 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
         "row 4: found a list, expected an object",
         (
             "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt,"
-            " completion}, {text, label}, {text}"
+            " completion}, {conversations}, {instruction, output}, {text, label}, {text} (--columns"
         ),
         "row 6: field messages[0].content: found null, expected text",
         "row 6: field messages[1]: found 3, expected an object with role and content",
@@ -150,9 +150,13 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
 
 
 def test_many_bad_rows_are_counted(tmp_path):
-    message = refused(read_rows, jsonl(tmp_path, *[{"text": 1}] * 25))
-    assert message.count("field text: found 1, expected text") == 10
+    message = refused(read_rows, jsonl(tmp_path, *({"text": i} for i in range(25))))
+    assert message.count("expected text") == 10
     assert message.endswith("and 15 more")
+    message = refused(read_rows, jsonl(tmp_path, *[{"text": 1}] * 25))
+    assert message.endswith(": rows 1 to 25: field text: found 1, expected text")
+    message = refused(read_rows, jsonl(tmp_path, {"text": 1}, {"text": "a"}, {"text": 1}))
+    assert message.endswith(": 2 rows from 1 to 3: field text: found 1, expected text")
 
 
 @pytest.mark.parametrize(

@@ -92,31 +92,43 @@ def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[R
         source: The name of the data in messages, such as the path of a file.
     """
     rows: list[Row] = []
-    bad: list[str] = []
+    bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
     for number, row in numbered:
         if isinstance(row, str):
-            bad.append(f"row {number}: {row}")
+            bad.setdefault(row, []).append(number)
             continue
         shape = shape_of(row)
         if shape is None:
             keys = ", ".join(repr(key) for key in row) or "none"
-            bad.append(
-                f"row {number}: keys found: {keys}; expected one of {', '.join(map(str, SHAPES))}"
-            )
+            shapes = ", ".join(map(str, SHAPES))
+            problem = f"keys found: {keys}; expected one of {shapes} (--columns renames)"
+            bad.setdefault(problem, []).append(number)
             continue
         first = first or (number, shape)
         problems = list(shape.problems(row))
         if shape is not first[1]:
             problems.append(f"shape {shape}, but row {first[0]} has {first[1]}")
-        bad += [f"row {number}: {problem}" for problem in problems]
+        for problem in problems:
+            bad.setdefault(problem, []).append(number)
         rows.append(row)
     if bad:
-        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        raise LorafoldError(f"{source}: {'; '.join(bad[:LISTED])}{more}")
+        told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
+        more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
+        raise LorafoldError(f"{source}: {'; '.join(told[:LISTED])}{more}")
     if not rows:
         raise LorafoldError(f"{source}: no rows found, expected at least one")
     return rows
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """The rows that one problem is told of, as a person would name them."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) == 1:
+        return f"row {first}"
+    if last - first == len(numbers) - 1:
+        return f"rows {first} to {last}"
+    return f"{len(numbers)} rows from {first} to {last}"
 
 
 def shape_of(row: Row) -> Shape | None:
@@ -130,17 +142,15 @@ def shape_of(row: Row) -> Shape | None:
 
 def ignored_keys(rows: Sequence[Row]) -> tuple[str, ...]:
     """The keys of the rows that are no part of their shape, in the order in which they appear."""
-    shape = shape_of(rows[0])
-    known = () if shape is None else (*shape.keys, *shape.optional)
+    known = () if (shape := shape_of(rows[0])) is None else (*shape.keys, *shape.optional)
     found = dict.fromkeys(k for row in rows for k, v in row.items() if v is not None)
     return tuple(key for key in found if key not in known)
 
 
 def notice_of_ignored(rows: Sequence[Row]) -> str:
     """A line that names the ignored keys; empty if there are none."""
-    names = ignored_keys(rows)
-    shape = shape_of(rows[0])
-    return f"ignored in the rows: {', '.join(names)} (rows of {shape})" if names else ""
+    names = ", ".join(ignored_keys(rows))
+    return f"ignored in the rows: {names} (rows of {shape_of(rows[0])})" if names else ""
 
 
 def is_labelled(rows: Sequence[Row]) -> bool:
