@@ -294,6 +294,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves_with_130(
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_in_a_terminal_lines_are_prompted_for_and_ctrl_d_ends(
     tiny_model_dir: Callable[[str], Path],
@@ -311,6 +312,7 @@ def test_in_a_terminal_lines_are_prompted_for_and_ctrl_d_ends(
     assert re.search(rb"^> /help lists the commands; Ctrl-D ends\n> ", err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_input_that_is_not_utf8_is_named(tiny_model_dir: Callable[[str], Path]) -> None:
     process = begin(tiny_model_dir("llama"))
     _, err = process.communicate(b"/system\n\xff\xfe\n", timeout=120)

@@ -61,6 +61,7 @@ def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout:
     assert without(recipe) == said
 
 
+@pytest.mark.slow
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     task = Task(str(tiny_model_dir("llama")), ROWS, ROWS[:4], "rows", RECIPE, "cpu")
     told: list[str] = []

@@ -30,6 +30,7 @@ def request_(tiny_model_dir: Any, tmp_path: Path) -> Request:
     )
 
 
+@pytest.mark.slow
 def test_the_smallest_power_of_two_that_gets_there(request_: Request) -> None:
     seen: list[Point] = []
     found = search(request_, 1, 64, 1e-6, seen.append)

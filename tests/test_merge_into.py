@@ -74,6 +74,7 @@ def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(
     assert merged.gap.kl < 1e-4
 
 
+@pytest.mark.slow
 def test_the_original_and_the_requantized_base_are_what_they_say(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama-wide")
     expected = trained(base, tmp_path / "a")
