@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorafold.comparing.measure import Task
+from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare
 from lorafold.methods.lora import LoRA
@@ -105,3 +105,13 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
         [replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)]
     )
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
+
+
+def test_a_quantized_base_whose_files_are_whole_is_recognized(tiny_model_dir) -> None:
+    """The embedding that the fingerprint has is that of the files, not the dtype of the run."""
+    recipe = Recipe(steps=1, batch=2, base="nf4", max_length=64)
+    rows = [{"prompt": f"Book a table for {i}", "completion": f" {i}"} for i in range(6)]
+    task = Task(str(tiny_model_dir("llama-wide")), rows[:4], rows[4:], "rows", recipe, None)
+    found = measure(task, "lora", 0)
+    assert found.forgetting_kl is not None
+    assert found.forgetting_kl >= 0

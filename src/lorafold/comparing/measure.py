@@ -33,7 +33,7 @@ from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import probe_ids
 from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import Storage, choose_storage
+from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.step.recipe import Recipe
@@ -175,7 +175,7 @@ class Models:
         if not (out / "adapter_config.json").is_file():
             return self.load(resolve_model(str(out)), storage, 0), None
         tuned = self.base(storage)
-        return tuned, load(tuned, out)
+        return tuned, load(tuned, out, base=weights_of(self.source, storage))
 
 
 def merge_proved(models: Models, storage: Storage) -> PreTrainedModel | None:
