@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.data.rows import Row, check_rows, read_rows, renamed
+from lorafold.data.rows import Row, check_rows, ignored_keys, read_rows, renamed, shape_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,15 +20,27 @@ Columns = Mapping[str, str]  # the user's names of keys, by lorafold's
 Tasks = Mapping[str, Rows] | Sequence[str | Path]  # rows by the name of a task, or files
 
 
-def as_rows(data: Rows, columns: Columns | None = None) -> list[Row]:
-    """The rows as a list, after they are read, if a source is named, and checked. `columns` renames
-    their keys: {"prompt": "question"}.
+def as_rows(
+    data: Rows, columns: Columns | None = None, console: Console | None = None
+) -> list[Row]:
+    """The rows as a list, after they are read, if a source is named, and checked.
+
+    Args:
+        data: A file, a directory or a hub dataset, or the rows themselves.
+        columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}.
+        console: Where the keys are named that the rows have and lorafold ignores.
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
+    source = source_of(data)
     if isinstance(data, (str, Path)):
-        return read_rows(str(data), columns)
-    return check_rows(renamed(enumerate(data, 1), columns or {}), source_of(data))
+        rows = read_rows(source, columns)
+    else:
+        rows = check_rows(renamed(enumerate(data, 1), columns or {}), source)
+    if console is not None and (names := ignored_keys(rows)):
+        text = f"{source}: ignored keys: {', '.join(names)} (rows of {shape_of(rows[0])})"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return rows
 
 
 def source_of(data: Rows) -> str:
@@ -38,8 +50,7 @@ def source_of(data: Rows) -> str:
 
 def as_paths(adapters: Paths) -> list[Path]:
     """The paths as a list, also if there is only one."""
-    one = isinstance(adapters, (str, Path))
-    return [Path(adapters)] if one else [Path(path) for path in adapters]  # type: ignore[arg-type, union-attr]
+    return [Path(path) for path in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
 
 
 def or_quiet(console: Console | None) -> Console:

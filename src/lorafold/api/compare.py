@@ -71,7 +71,7 @@ def compare(
     that none of the methods has.
     """
     console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
-    rows, held_out, source = train_and_test(data, eval_data, recipe, columns)
+    rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     task = Task(str(model), rows, held_out, source, recipe, device)
     names = known_methods(methods) or methods_for(recipe.objective)
     for name in names:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import Columns, Paths, Rows, as_rows
-from lorafold.data.rows import is_labelled, notice_of_ignored
+from lorafold.data.rows import is_labelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,9 +53,7 @@ def evaluate(
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, and for a loss that is not finite.
     """
-    rows = as_rows(data, columns)
-    if console is not None and (notice := notice_of_ignored(rows)):
-        console.print(notice, highlight=False, markup=False)
+    rows = as_rows(data, columns, console)
     from lorafold import evaluation
     from lorafold.api.opened import opened
 

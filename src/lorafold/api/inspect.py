@@ -89,7 +89,7 @@ def inspect(
     Raises LorafoldError as `lf.load` does, and for a method that does not change matrices.
     """
     console = or_quiet(console)
-    examples = None if data is None else as_rows(data)[:rows]
+    examples = None if data is None else as_rows(data, None, console)[:rows]
     with console.status("sites") as status:
         found = run.inspect(
             resolve_model(model, revision),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lorafold.api.arguments import Columns, Rows, as_rows, source_of
 from lorafold.data.batches import split
 from lorafold.data.rows import Row
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.step.recipe import Recipe
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 STEPS, TESTED = 60, 100  # of the quickstart's task: steps with new rows, held-out rows
 
 
 def train_and_test(
-    data: Rows | None, eval_data: Rows | None, recipe: Recipe, columns: Columns | None = None
+    data: Rows | None,
+    eval_data: Rows | None,
+    recipe: Recipe,
+    columns: Columns | None,
+    console: Console,
 ) -> tuple[list[Row], list[Row], str]:
     """(training rows, held-out rows, the source of the training rows).
 
@@ -20,6 +29,7 @@ def train_and_test(
         data: Training rows; None takes the quickstart's task.
         eval_data: Held-out rows; None holds out a tenth of the data.
         columns: The keys of the rows under other names.
+        console: Where ignored keys are named.
         recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
 
     Raises LorafoldError as `as_rows`.
@@ -27,6 +37,7 @@ def train_and_test(
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
+    rows = as_rows(data, columns, console)
     if eval_data is not None:
-        return as_rows(data, columns), as_rows(eval_data, columns), source_of(data)
-    return *split(as_rows(data, columns), 0.1, recipe.seed), source_of(data)
+        return rows, as_rows(eval_data, columns, console), source_of(data)
+    return *split(rows, 0.1, recipe.seed), source_of(data)

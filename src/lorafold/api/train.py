@@ -51,8 +51,8 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    rows = as_rows(data, columns)
-    held_out = None if eval_data is None else as_rows(eval_data, columns)
+    rows = as_rows(data, columns, console)
+    held_out = None if eval_data is None else as_rows(eval_data, columns, console)
     from lorafold.training import run
     from lorafold.training.request import Request
 

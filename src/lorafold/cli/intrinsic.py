@@ -71,8 +71,10 @@ def command(
     from lorafold.training.request import Request
 
     recipe = flags.recipe(None if data else RECIPE)
-    rows, held_out, source = train_and_test(data, eval_data, recipe, columns_of(columns))
     console = messages()
+    rows, held_out, source = train_and_test(
+        data, eval_data, recipe, columns_of(columns), console
+    )
     request = Request(model, out, recipe, rows, source, eval_rows=held_out, device=device)
     found = search(
         request,

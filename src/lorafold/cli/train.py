@@ -74,7 +74,7 @@ def command(
     if preview:
         from lorafold.api.arguments import as_rows
 
-        rows = as_rows(data, columns_of(columns))
+        rows = as_rows(data, columns_of(columns), console)
         from lorafold.training.request import Request, show
 
         return show(Request(source.model, output.out, recipe, rows, data, **source.how), console)

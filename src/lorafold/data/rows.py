@@ -67,18 +67,22 @@ def renamed(
     numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Row | str]]:
     """Numbered rows whose keys have other names: the value under `columns[name]` is then under
-    `name`. A row without one of these keys becomes the reason why it can't be read.
+    `name`. A row that lacks one of these keys, or has a value under `name` too, which would be
+    lost, becomes the reason why it can't be read.
     """
+    theirs = set(columns.values())
     for number, row in numbered:
-        missing = [] if isinstance(row, str) else [k for k in columns.values() if k not in row]
-        if missing:
+        if isinstance(row, str) or not columns:
+            yield number, row
+        elif missing := [key for key in columns.values() if key not in row]:
             keys = ", ".join(map(repr, row)) or "none"
             yield number, f"found no column {', '.join(map(repr, missing))}; it has {keys}"
-        elif isinstance(row, str) or not columns:
-            yield number, row
+        elif lost := [name for name in columns if name in row and name not in theirs]:
+            pairs = ", ".join(f"{name}={columns[name]}" for name in lost)
+            yield number, f"--columns {pairs}: the row has a column {', '.join(lost)} as well"
         else:
-            rest = {k: v for k, v in row.items() if k not in {*columns, *columns.values()}}
-            yield number, rest | {name: row[theirs] for name, theirs in columns.items()}
+            rest = {key: value for key, value in row.items() if key not in theirs}
+            yield number, rest | {name: row[key] for name, key in columns.items()}
 
 
 def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[Row]:
@@ -145,12 +149,6 @@ def ignored_keys(rows: Sequence[Row]) -> tuple[str, ...]:
     known = () if (shape := shape_of(rows[0])) is None else (*shape.keys, *shape.optional)
     found = dict.fromkeys(k for row in rows for k, v in row.items() if v is not None)
     return tuple(key for key in found if key not in known)
-
-
-def notice_of_ignored(rows: Sequence[Row]) -> str:
-    """A line that names the ignored keys; empty if there are none."""
-    names = ", ".join(ignored_keys(rows))
-    return f"ignored in the rows: {names} (rows of {shape_of(rows[0])})" if names else ""
 
 
 def is_labelled(rows: Sequence[Row]) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorafold.data.batches import split
-from lorafold.data.rows import Row, notice_of_ignored
+from lorafold.data.rows import Row
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
 from lorafold.step.recipe import Recipe
@@ -100,8 +100,6 @@ def tokenized(
     Raises LorafoldError for rows that the objective can't use.
     """
     rows, held_out = list(request.rows), request.eval_rows
-    if notice := notice_of_ignored(rows):
-        console.print(notice, highlight=False, markup=False)
     if held_out is None and request.recipe.eval_fraction:
         rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
     train = objective.encode(rows, tokenizer, request.recipe.max_length)
