@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorafold.data.batches import batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.render import ensure_chat_template, prompts
-from lorafold.data.rows import Conversation, ignored_keys, notice_of_ignored, read_rows, shape_of
+from lorafold.data.rows import ignored_keys, read_rows
+from lorafold.data.shapes import Conversation, shape_of
 from lorafold.errors import LorafoldError
 
 CHAT = {

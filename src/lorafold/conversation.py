@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only
 from lorafold.data.render import render
-from lorafold.data.rows import Message, read_rows
+from lorafold.data.rows import read_rows
+from lorafold.data.shapes import Message
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
 from lorafold.generation import stream

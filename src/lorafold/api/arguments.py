@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.data.rows import Row, check_rows, ignored_keys, read_rows, renamed, shape_of
+from lorafold.data.rows import check_rows, ignored_keys, read_rows, renamed
+from lorafold.data.shapes import shape_of
+from lorafold.data.sources import Row
 
 if TYPE_CHECKING:
     from rich.console import Console

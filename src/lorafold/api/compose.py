@@ -13,7 +13,7 @@ from lorafold.composing.job import Request
 from lorafold.composing.mixture import RECIPE
 from lorafold.composing.run import Composition
 from lorafold.composing.updates import names
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.step.recipe import Recipe
 

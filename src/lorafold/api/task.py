@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import Columns, Rows, as_rows, source_of
 from lorafold.data.batches import split
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.step.recipe import Recipe
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device

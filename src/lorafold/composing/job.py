@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.composing.updates import Updates
 from lorafold.core.targets import Matches
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
 from lorafold.files.record import base_trained_on

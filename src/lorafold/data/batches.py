@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
 

@@ -13,7 +13,9 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.render import Rendered, render_trained
-from lorafold.data.rows import LISTED, Row, check_objective, check_rows, shape_of
+from lorafold.data.rows import LISTED, check_objective, check_rows
+from lorafold.data.shapes import shape_of
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafold.data.rows import LISTED, Row, check_objective, check_rows
+from lorafold.data.rows import LISTED, check_objective, check_rows
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:

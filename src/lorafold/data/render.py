@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from lorafold.data.rows import Conversation, Message, Row, shape_of
+from lorafold.data.shapes import Conversation, Message, shape_of
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from lorafold.errors import LorafoldError
 
-Found = dict[str, Any] | str  # a row, or the reason why it could not be read
+Row = dict[str, Any]
+Found = Row | str  # a row, or the reason why it could not be read
 
 
 def numbered_rows(source: str) -> Iterable[tuple[int, Found]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
 from lorafold.data.examples import encode
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.evaluation import held_out_loss
 from lorafold.step.losses import Completions
 

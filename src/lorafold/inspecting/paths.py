@@ -21,7 +21,7 @@ from torch import nn
 from lorafold.bases import layer_class
 from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
 from lorafold.core.combine import Mix
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.inspecting.loss import loss_on
 
 if TYPE_CHECKING:

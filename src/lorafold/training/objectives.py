@@ -29,7 +29,7 @@ from lorafold.data.labelled import (
     preview_labelled,
 )
 from lorafold.data.render import ensure_chat_template
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorafold.data.batches import split
-from lorafold.data.rows import Row
+from lorafold.data.sources import Row
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
 from lorafold.step.recipe import Recipe
