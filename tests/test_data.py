@@ -140,7 +140,8 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
         "row 4: found a list, expected an object",
         (
             "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt,"
-            " completion}, {conversations}, {instruction, output}, {text, label}, {text} (--columns"
+            " completion}, {prompt, chosen, rejected}, {conversations, chosen, rejected}, {chosen,"
+            " rejected}, {conversations}, {instruction, output}, {text, label}, {text} (--columns"
         ),
         "row 6: field messages[0].content: found null, expected text",
         "row 6: field messages[1]: found 3, expected an object with role and content",
@@ -326,12 +327,14 @@ def test_no_template_and_no_end_of_sequence_is_an_error(plain):
     assert "end-of-sequence" in refused(ensure_chat_template, plain)
 
 
-def test_turns_that_the_template_rewrites_are_left_out_and_counted(plain):
+def test_turns_that_the_template_rewrites_have_examples_of_their_own(plain):
     plain.chat_template = THOUGHTFUL
     encoded = encode([CHAT], plain, 512)
-    assert trained(encoded.examples[0], plain) == ["<think></think>naïve 🙂<e>"]
-    assert encoded.report.turns_left_out == 1
-    assert "1 assistant turns are not trained" in str(encoded.report)
+    first, last = (trained(example, plain) for example in encoded.examples)
+    assert first == ["<think></think>Hi!\nWhat now? <e>"]
+    assert last == ["<think></think>naïve 🙂<e>"]
+    assert encoded.report.turns_left_out == 0
+    assert "2 examples: the chat template rewrites earlier turns" in str(encoded.report)
 
 
 def test_the_templates_own_marks_are_taken(plain):

@@ -1,27 +1,28 @@
-"""Renders conversations with the model's chat template and finds the character spans to train on.
+"""Renders conversations with the model's chat template: whole, as prompts, and for training.
 
-A trained span is an assistant turn with its end-of-turn token: the text that `render(messages[:i +
-1])` adds to `render(messages[:i])` with the generation prompt, without trailing whitespace. A turn
-is trained on only if both are prefixes of the whole rendering: where a template rewrites earlier
-turns (for example drops their reasoning), the model would not see such a prefix at generation. If
-the template marks its own spans with {% generation %}, those are the trained spans.
+    render(messages, tokenizer, for_generation=True, tools=tools)     one text
+    prompts(rows, tokenizer)                                          (prompt, reference) of rows
+
+`data.trained` finds what of a conversation is trained on.
 """
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from jinja2.exceptions import TemplateError
-
-from lorafold.data.shapes import Conversation, Message, shape_of
+from lorafold.data.forms import apply, form_of
+from lorafold.data.messages import Message, Tool
+from lorafold.data.reasoning import block_of
+from lorafold.data.shapes import Conversation, shape_of
+from lorafold.data.shown import check_shown
 from lorafold.data.sources import Row
+from lorafold.data.trained import Drawing, Rendered, Rendering, Trained, render_trained
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Rendered", "Rendering", "Trained", "render_trained"]
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -29,18 +30,6 @@ PLAIN_TEMPLATE = """\
 {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
-OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """The text of one conversation, its trained character spans [start, end), and the number of
-    assistant turns that are left out of training.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    left_out: int
 
 
 def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -65,61 +54,45 @@ def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 
 def render(
-    messages: list[Message], tokenizer: "PreTrainedTokenizerBase", for_generation: bool = False
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    for_generation: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> str:
     """Render messages as text with the tokenizer's chat template.
 
     Raises LorafoldError if the template refuses the messages.
 
     Args:
-        messages: The messages, each with role and content.
+        messages: The messages, in the form of `data.messages`.
         tokenizer: A tokenizer with a chat template.
         for_generation: Append the generation prompt, which opens the assistant's next turn.
+        tools: The tools that the conversation offers, in OpenAI's form.
     """
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=for_generation
-            )
-        )
-    except TemplateError as error:
-        raise LorafoldError(
-            f"the model's chat template refuses this conversation: {error}"
-        ) from error
-
-
-def render_trained(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    """Render a conversation and find the spans of its trained assistant turns."""
-    messages, trained = conversation.messages, conversation.trained
-    text = render(messages, tokenizer)
-    turns = [i for i in range(trained, len(messages)) if messages[i]["role"] == "assistant"]
-    if OWN_SPANS.search(tokenizer.get_chat_template()):
-        marked = _own_spans(messages, tokenizer)
-        spans = marked[max(0, len(marked) - len(turns)) :]  # the prompt's own turns come first
-    else:
-        spans = [span for i in turns if (span := _turn_span(messages, i, text, tokenizer))]
-    return Rendered(text, tuple(spans), len(turns) - len(spans))
+    formed = form_of(tokenizer, tools).of(messages)
+    return apply(formed, tokenizer, tools, for_generation)
 
 
 def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
     """Return (prompt text ready for generation, reference completion) for each row.
 
-    The reference of a conversation is its last assistant turn. The prompt text contains the
-    template's special tokens: tokenize it with add_special_tokens=False. Raises LorafoldError for
-    rows of plain text and for conversations without an assistant turn after a prompt.
+    The reference of a conversation is its last assistant turn: the content or, where the turn has
+    calls, the text that the template renders for it, without special tokens and reasoning. The
+    prompt text contains the template's special tokens: tokenize it with add_special_tokens=False.
+    Raises LorafoldError for rows of plain text and for conversations without an assistant turn
+    after a prompt.
     """
     pairs: list[tuple[str, str]] = []
     bad: list[str] = []
     for number, row in enumerate(rows, 1):
         shape = shape_of(row)
-        messages = shape.conversation(row).messages if shape and shape.conversation else []
+        found = shape.conversation(row) if shape and shape.conversation else Conversation([])
+        messages = found.messages
         last = max(
             (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0
         )
         if last:
-            pairs.append(
-                (render(messages[:last], tokenizer, for_generation=True), messages[last]["content"])
-            )
+            pairs.append(_pair(found, last, tokenizer))
         else:
             bad.append(
                 f"row {number}: found"
@@ -134,34 +107,24 @@ def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[t
     return pairs
 
 
-def _turn_span(
-    messages: list[Message], i: int, text: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[int, int] | None:
-    if i == 0:
-        return None  # the first message has no prompt before it
-    before, after = (
-        render(messages[:i], tokenizer, for_generation=True),
-        render(messages[: i + 1], tokenizer),
-    )
-    stable = after.startswith(before) and text.startswith(after)
-    return (len(before), max(len(before), len(after.rstrip()))) if stable else None
-
-
-def _own_spans(
-    messages: list[Message], tokenizer: "PreTrainedTokenizerBase"
-) -> list[tuple[int, int]]:
-    encoded: Any = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    spans: list[tuple[int, int]] = []
-    for marked, run in groupby(
-        zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True),
-        key=lambda pair: pair[0],
-    ):
-        if marked:
-            offsets = [offset for _, offset in run]
-            spans.append((offsets[0][0], offsets[-1][1]))
-    return spans
+def _pair(
+    conversation: Conversation, last: int, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, str]:
+    """The prompt and the reference of a conversation's turn."""
+    messages, drawing = conversation.messages, Drawing(conversation, tokenizer)
+    prompt = drawing.prompt(last)
+    if not messages[last].get("tool_calls"):
+        if conversation.tools or any(m["role"] != "assistant" for m in messages[:-1]):
+            check_shown(Conversation(messages[:last], 0, conversation.tools), prompt, tokenizer)
+        return prompt, messages[last].get("content", "")
+    turn = drawing.turn(last)
+    if turn is None:
+        raise LorafoldError(
+            f"messages[{last}]: the chat template renders this turn differently at generation"
+        )
+    check_shown(Conversation(messages[: last + 1], 0, conversation.tools), turn.text, tokenizer)
+    said = turn.text[turn.start : turn.end]
+    said = said[block_of(tokenizer).end(said, prompt) :]
+    ids = tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return prompt, str(text)

@@ -2,38 +2,58 @@
 
 | shape | row |
 |---|---|
-| conversation | `{"messages": [{"role": ..., "content": ...}, ...]}` |
+| conversation | `{"messages": [{"role": ..., "content": ...}, ...]}`, with or without `tools` |
 | prompt, completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
+| preference | `{"prompt": ..., "chosen": ..., "rejected": ...}`, or without `prompt` |
 | ShareGPT | `{"conversations": [{"from": "human", "value": ...}, ...]}`, with or without `system` |
 | Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` and `system` |
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-`SHAPES` is the table of shapes: a new shape is a new entry.
+`SHAPES` is the table of shapes: a new shape is a new entry. Of a preference the chosen answer is
+trained on; `data.preferences` gives both.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from lorafold.data.messages import (
+    Message,
+    Tool,
+    message_problems,
+    normalized,
+    text_problems,
+    tool_problems,
+    tools_of,
+)
+from lorafold.data.preferences import (
+    implicit_problems,
+    preference_of,
+    preference_problems,
+    turns_preference_problems,
+)
+from lorafold.data.sharegpt import turns_problems, turns_to_messages
 from lorafold.data.sources import Row, kind_of
 
-Message = dict[str, Any]
+UNUSED = "rejected is not used by --objective sft, which trains on the chosen answers"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of one row. The assistant turns from index `trained` on are trained on."""
+    """The messages of one row, in the form of `data.messages`, and the tools that it offers. The
+    assistant turns from index `trained` on are trained on.
+    """
 
     messages: list[Message]
     trained: int = 0
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shape:
     """One shape of rows: the keys by which it is recognized, the objective that trains on it, a
     function that lists what is wrong with a row, one that gives the row's messages (None for
-    plain and labelled text), and the keys that a row may have besides.
+    plain and labelled text), the keys that a row may have besides, and what to tell the user.
     """
 
     keys: tuple[str, ...]
@@ -41,6 +61,7 @@ class Shape:
     problems: Callable[[Row], Iterator[str]]
     conversation: Callable[[Row], Conversation] | None = None
     optional: tuple[str, ...] = ()
+    notice: str = ""
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
@@ -55,32 +76,18 @@ def shape_of(row: Row) -> Shape | None:
     )
 
 
-def _text(name: str, value: Any) -> Iterator[str]:
-    if not isinstance(value, str):
-        yield f"field {name}: found {kind_of(value)}, expected text"
+def _messages(row: Row) -> Iterator[str]:
+    yield from message_problems("messages", row["messages"])
+    yield from _tools(row)
 
 
-def _messages(name: str, value: Any) -> Iterator[str]:
-    if not isinstance(value, list) or not value:
-        yield (
-            f"field {name}: found {'an empty list' if value == [] else kind_of(value)}, expected a"
-            " list of messages"
-        )
-        return
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            yield (
-                f"field {name}[{index}]: found {kind_of(message)}, expected an object with role and"
-                " content"
-            )
-            continue
-        for key in ("role", "content"):
-            yield from _text(f"{name}[{index}].{key}", message.get(key))
+def _messages_conversation(row: Row) -> Conversation:
+    return Conversation(normalized(row["messages"]), tools=tools_of(row.get("tools")))
 
 
 def _pair(row: Row) -> Iterator[str]:
     prompt, completion = row["prompt"], row["completion"]
-    check = _messages if isinstance(prompt, list) else _text
+    check = message_problems if isinstance(prompt, list) else text_problems
     if (
         isinstance(prompt, str | list)
         and isinstance(completion, str | list)
@@ -93,12 +100,7 @@ def _pair(row: Row) -> Iterator[str]:
         return
     yield from check("prompt", prompt)
     yield from check("completion", completion)
-
-
-def _labelled(row: Row) -> Iterator[str]:
-    yield from _text("text", row["text"])
-    if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
+    yield from _tools(row)
 
 
 def _pair_conversation(row: Row) -> Conversation:
@@ -108,45 +110,33 @@ def _pair_conversation(row: Row) -> Conversation:
             [{"role": "user", "content": prompt}],
             [{"role": "assistant", "content": completion}],
         )
-    return Conversation([*prompt, *completion], trained=len(prompt))
+    messages = normalized([*prompt, *completion])
+    return Conversation(messages, trained=len(prompt), tools=tools_of(row.get("tools")))
 
 
-# Who speaks in ShareGPT's turns, and the role of that in messages.
-SPEAKERS = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
-    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"},
-    **{"tool": "tool", "observation": "tool", "function_response": "tool"},
-}
+def _chosen(row: Row) -> Conversation:
+    pair = preference_of(row)
+    messages = [*pair.prompt, *pair.chosen]
+    return Conversation(messages, trained=len(pair.prompt), tools=tools_of(row.get("tools")))
 
 
-def _turns(row: Row) -> Iterator[str]:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else kind_of(turns)
-        yield f"field conversations: found {found}, expected a list of turns"
-        return
-    for index, turn in enumerate(turns):
-        name = f"conversations[{index}]"
-        if not isinstance(turn, dict):
-            yield f"field {name}: found {kind_of(turn)}, expected an object with from and value"
-            continue
-        if turn.get("from") not in SPEAKERS:
-            yield (
-                f"field {name}.from: found {turn.get('from')!r}, expected one of"
-                f" {', '.join(SPEAKERS)}"
-            )
-        yield from _text(f"{name}.value", turn.get("value"))
-    yield from _optional(row, "system")
+def _with_tools(problems: Callable[[Row], Iterator[str]]) -> Callable[[Row], Iterator[str]]:
+    def both(row: Row) -> Iterator[str]:
+        yield from problems(row)
+        yield from _optional(row, "system")
+        yield from _tools(row)
+
+    return both
 
 
 def _turns_conversation(row: Row) -> Conversation:
-    turns = [{"role": SPEAKERS[t["from"]], "content": t["value"]} for t in row["conversations"]]
-    return Conversation([*_system(row), *turns])
+    messages = [*_system(row), *turns_to_messages(row["conversations"])]
+    return Conversation(messages, tools=tools_of(row.get("tools")))
 
 
 def _instruction(row: Row) -> Iterator[str]:
-    yield from _text("instruction", row["instruction"])
-    yield from _text("output", row["output"])
+    yield from text_problems("instruction", row["instruction"])
+    yield from text_problems("output", row["output"])
     yield from _optional(row, "input", "system")
 
 
@@ -156,10 +146,21 @@ def _instruction_conversation(row: Row) -> Conversation:
     return Conversation([*before, {"role": "assistant", "content": row["output"]}], len(before))
 
 
+def _labelled(row: Row) -> Iterator[str]:
+    yield from text_problems("text", row["text"])
+    if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
+        yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
+
+
 def _optional(row: Row, *names: str) -> Iterator[str]:
     for name in names:
         if row.get(name) is not None:
-            yield from _text(name, row[name])
+            yield from text_problems(name, row[name])
+
+
+def _tools(row: Row) -> Iterator[str]:
+    if row.get("tools") is not None:
+        yield from tool_problems(row["tools"])
 
 
 def _system(row: Row) -> list[Message]:
@@ -167,18 +168,27 @@ def _system(row: Row) -> list[Message]:
 
 
 SHAPES = (
+    Shape(("messages",), "sft", _messages, _messages_conversation, ("tools",)),
+    Shape(("prompt", "completion"), "sft", _pair, _pair_conversation, ("tools",)),
     Shape(
-        ("messages",),
-        "sft",
-        lambda row: _messages("messages", row["messages"]),
-        lambda row: Conversation(row["messages"]),
+        ("prompt", "chosen", "rejected"), "sft", _with_tools(preference_problems), _chosen,
+        ("tools",), UNUSED,
     ),
-    Shape(("prompt", "completion"), "sft", _pair, _pair_conversation),
-    Shape(("conversations",), "sft", _turns, _turns_conversation, ("system",)),
+    Shape(
+        ("conversations", "chosen", "rejected"), "sft", _with_tools(turns_preference_problems),
+        _chosen, ("system", "tools"), UNUSED,
+    ),
+    Shape(
+        ("chosen", "rejected"), "sft", _with_tools(implicit_problems), _chosen, ("tools",), UNUSED
+    ),
+    Shape(
+        ("conversations",), "sft", _with_tools(turns_problems), _turns_conversation,
+        ("system", "tools"),
+    ),
     Shape(
         ("instruction", "output"), "sft", _instruction, _instruction_conversation,
         ("input", "system"),
     ),
     Shape(("text", "label"), "classify", _labelled),
-    Shape(("text",), "sft", lambda row: _text("text", row["text"])),
-)
+    Shape(("text",), "sft", lambda row: text_problems("text", row["text"])),
+)  # fmt: skip

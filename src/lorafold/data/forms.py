@@ -1,0 +1,181 @@
+"""What chat templates take differently, found out by rendering a probe once per template.
+
+Some take a call's arguments as an object, others as JSON text; some a message of calls without
+content, others with an empty one; some content as text, others as a list of parts. The first form is
+taken whose rendering has the arguments, and not as Python prints them or quoted twice.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from lorafold.data.messages import Message, Tool
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KNOWN = 16  # templates whose form is remembered
+NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
+PROBE_TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": NAME,
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {KEY: {"type": "string", "description": "Some text."}},
+            "required": [KEY],
+        },
+    },
+}
+ASKED: Message = {"role": "user", "content": "probe question"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a template takes messages: `text`: arguments as JSON text; `empty`: an empty content
+    beside calls; `parts`: content as a list of parts.
+    """
+
+    text: bool = False
+    empty: bool = False
+    parts: bool = False
+
+    def of(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, as `data.messages` has them, in this form."""
+        return [self._of(message) for message in messages]
+
+    def _of(self, message: Message) -> Message:
+        calls = message.get("tool_calls")
+        if not calls and not self.parts:
+            return message
+        found = dict(message)
+        if calls:
+            if self.empty:
+                found.setdefault("content", "")
+            if self.text:
+                found["tool_calls"] = [_with_text(call) for call in calls]
+        if self.parts and isinstance(found.get("content"), str):
+            found["content"] = [{"type": "text", "text": found["content"]}]
+        return found
+
+
+def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call in OpenAI's form."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool] = ()) -> str:
+    """The text of the chat template that renders with these tools."""
+    return str(tokenizer.get_chat_template(tools=list(tools) or None))
+
+
+def apply(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Tool] = (),
+    for_generation: bool = False,
+) -> str:
+    """The text of messages that are in the template's form.
+
+    Args:
+        messages: The messages.
+        tokenizer: A tokenizer with a chat template.
+        tools: The tools that the conversation offers.
+        for_generation: Append the generation prompt, which opens the assistant's next turn.
+
+    Raises LorafoldError if the template refuses the messages.
+    """
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=for_generation,
+            )
+        )
+    except TemplateError as error:
+        raise LorafoldError(
+            f"the model's chat template refuses this conversation: {error}"
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise LorafoldError(
+            f"the model's chat template can't render this conversation: {type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        ) from error
+
+
+def attempt(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Tool] = (),
+    for_generation: bool = False,
+) -> str:
+    """As `apply`, with an empty text where the template refuses the messages.
+
+    Args:
+        messages: The messages.
+        tokenizer: A tokenizer with a chat template.
+        tools: The tools that the conversation offers.
+        for_generation: Append the generation prompt.
+    """
+    try:
+        return apply(messages, tokenizer, tools, for_generation)
+    except LorafoldError:
+        return ""
+
+
+def form_of(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool] = ()) -> Form:
+    """The form in which the tokenizer's chat template takes messages."""
+    return _form_of(template_of(tokenizer, tools), tokenizer)
+
+
+@lru_cache(maxsize=KNOWN)
+def _form_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Form:
+    parts = _needs_parts(tokenizer)
+    if "tool_calls" not in template:
+        return Form(parts=parts)
+    message = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
+    forms = [Form(text, empty, parts) for text, empty in product((False, True), repeat=2)]
+    shown = (_shown(attempt(form.of([ASKED, message]), tokenizer, [PROBE_TOOL])) for form in forms)
+    return next((form for form, good in zip(forms, shown, strict=True) if good), Form(parts=parts))
+
+
+def _needs_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template shows content as a list of parts only."""
+    text = str(ASKED["content"])
+    shown = (text in attempt(Form(parts=p).of([ASKED]), tokenizer) for p in (False, True))
+    return tuple(shown) == (False, True)
+
+
+def _shown(text: str) -> bool:
+    """Whether the text has the probe's arguments, not as Python prints them or as a quoted text."""
+    arguments = {KEY: VALUE}
+    after = text.rpartition(NAME)[2]
+    odd = json.dumps(json.dumps(arguments))[1:-1] in after or str(arguments) in after
+    return KEY in after and VALUE in after and not odd
+
+
+def objects(text: str) -> list[Any]:
+    """Every JSON object in a text, those within another one included."""
+    decoder, found = json.JSONDecoder(), []
+    for at, character in enumerate(text):
+        if character == "{":
+            try:
+                found.append(decoder.raw_decode(text, at)[0])
+            except json.JSONDecodeError:
+                continue
+    return found
+
+
+def _with_text(given: dict[str, Any]) -> dict[str, Any]:
+    function = given["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return given | {"function": function | {"arguments": text}}

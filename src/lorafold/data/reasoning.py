@@ -1,0 +1,82 @@
+"""The reasoning block of an assistant turn: how a chat template encloses it, where it is in a text.
+
+    block = block_of(tokenizer)                 its opening and closing, as in <think> and </think>
+    block.end(text, prompt)                     where the block ends that the text begins with, or 0
+
+The block is found by rendering a probe with reasoning and without. A template that shows none is
+taken to have <think> and </think>, which rows may have in their contents.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from os.path import commonprefix
+from typing import TYPE_CHECKING
+
+from lorafold.data.forms import ASKED, KNOWN, Form, attempt, form_of, template_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THOUGHT, WORD = "probe thought", "probe answer"
+OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation prompt leaves open
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands before and after the reasoning of a turn, without surrounding whitespace.
+
+    `shown` is whether the chat template shows the reasoning of the last turn.
+    """
+
+    opening: str
+    closing: str
+    shown: bool
+
+    def end(self, text: str, prompt: str) -> int:
+        """The length of the block at the beginning of a turn, with the whitespace after it; 0
+        without one. The opening may stand at the end of the prompt.
+        """
+        start = len(text) - len(text.lstrip())
+        if text.startswith(self.opening, start):
+            start += len(self.opening)
+        elif not prompt.rstrip().endswith(self.opening):
+            return 0
+        at = text.find(self.closing, start)
+        if at < 0:
+            return 0
+        end = at + len(self.closing)
+        return end + len(text[end:]) - len(text[end:].lstrip())
+
+
+def block_of(tokenizer: "PreTrainedTokenizerBase") -> Block:
+    """How the tokenizer's chat template encloses reasoning."""
+    return _block_of(template_of(tokenizer), tokenizer)
+
+
+@lru_cache(maxsize=KNOWN)
+def _block_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Block:
+    usual = Block("<think>", "</think>", False)
+    form = Form(parts=form_of(tokenizer).parts)
+    said = {"role": "assistant", "content": WORD}
+    texts = [
+        attempt(form.of([ASKED, turn]), tokenizer)
+        for turn in (said | {"reasoning_content": THOUGHT}, said)
+    ]
+    prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
+    if THOUGHT not in texts[0] or WORD not in texts[0]:
+        return usual
+    header = commonprefix([*texts, prompt])
+    # a tag that the prompt leaves open is part of the block
+    if opened := OPENED.search(header):
+        header = header[: opened.start()]
+    thoughtful, plain = (text[len(header) :] for text in texts)
+    block = (
+        thoughtful.removesuffix(plain)
+        if plain and thoughtful.endswith(plain) and THOUGHT in thoughtful.removesuffix(plain)
+        else thoughtful.partition(WORD)[0]
+    )
+    opening, _, closing = block.partition(THOUGHT)
+    if not opening.strip() or not closing.strip():
+        return usual
+    return Block(opening.strip(), closing.strip(), True)

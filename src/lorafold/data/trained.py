@@ -1,0 +1,217 @@
+"""What of a conversation is trained on: the texts of its examples, and the spans in them.
+
+    prompt(i) = render(messages[:i], with the generation prompt)
+    after(i)  = render(messages[:i + 1]) = prompt(i) + what the model shall generate
+
+**The law**: the ids before a trained turn are those that generation starts from, and nothing that
+the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
+`after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
+(drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
+with the prompt, `data.continued` looks for the form that generation has; a turn without one is left
+out and counted. If the template marks its own spans with {% generation %}, what lies outside
+them is not trained on.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2.exceptions import TemplateError
+
+from lorafold.data.continued import after_block, after_rewriting
+from lorafold.data.forms import apply, attempt, form_of, template_of
+from lorafold.data.messages import Message
+from lorafold.data.reasoning import block_of
+from lorafold.data.shapes import Conversation
+from lorafold.data.shown import check_able, check_shown, hidden
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What of a conversation is trained on: all turns of the assistant or the last, with their
+    reasoning or without.
+    """
+
+    train_on: Literal["all", "last"] = "all"
+    mask_reasoning: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of one example and its trained character spans [start, end). `turns` are the
+    characters at which its trained turns begin: the text before one is what generation starts from,
+    so that the tokens are to be cut there.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    turns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The examples of one conversation. `left_out` assistant turns are not trained on, and the
+    reasoning of `hidden` trained turns is not in their text, since the template leaves it out.
+    """
+
+    renderings: tuple[Rendered, ...]
+    left_out: int = 0
+    hidden: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
+    spans that the template marks, or None if it marks none anywhere.
+    """
+
+    text: str
+    start: int
+    end: int
+    marks: tuple[Span, ...] | None
+
+
+class Drawing:
+    """The renderings of one conversation."""
+
+    def __init__(self, conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer, self.tools = tokenizer, conversation.tools
+        self.messages = conversation.messages
+        form = form_of(tokenizer, self.tools)
+        self.formed = form.of(self.messages)
+        self.marks_own = bool(OWN_SPANS.search(template_of(tokenizer, self.tools)))
+
+    @cached_property
+    def whole(self) -> tuple[str, tuple[Span, ...] | None]:
+        """The text of all messages, and the template's own marks in it."""
+        return self._draw(self.formed)
+
+    def prompt(self, i: int) -> str:
+        """The text that the generation of turn i starts from."""
+        return apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
+
+    def turn(self, i: int) -> Turn | None:
+        """Turn i as generation would have it, or None where the template has no such form."""
+        if i == 0:
+            return None  # the first message has no prompt before it
+        prompt, message = self.prompt(i), self.formed[i]
+        text, marks = self.whole if i == len(self.formed) - 1 else self._draw(self.formed[: i + 1])
+        if text.startswith(prompt):
+            return _turn(text, prompt, marks)
+        if message.get("reasoning_content"):
+            bare = {k: v for k, v in message.items() if k != "reasoning_content"}
+            plain, plain_marks = self._draw([*self.formed[:i], bare])
+            if plain.startswith(prompt):
+                return _turn(plain, prompt, plain_marks)
+        reasoning = message.get("reasoning_content", "")
+        said = self.messages[i].get("content", "")
+        joined = after_block(prompt, text, reasoning, said)
+        if joined is None:
+            before = attempt(self.formed[:i], self.tokenizer, self.tools)
+            joined = after_rewriting(prompt, text, before, said)
+        if joined is None or marks == ():
+            return None
+        return _turn(joined, prompt, None if marks is None else ((len(prompt), len(joined)),))
+
+    def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
+        if not self.marks_own:
+            return apply(messages, self.tokenizer, self.tools), None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        clean = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        try:
+            texts, marked = render_jinja_template(
+                [clean],
+                tools=list(self.tools) or None,
+                chat_template=template_of(self.tokenizer, self.tools),
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
+            raise LorafoldError(f"the model's chat template: {error}") from error
+        marks: Any = marked[0]
+        return texts[0], tuple((start, end) for start, end in marks)
+
+
+def render_trained(
+    conversation: Conversation,
+    tokenizer: "PreTrainedTokenizerBase",
+    rendering: Rendering = Rendering(),  # noqa: B008  # it is frozen
+) -> Trained:
+    """Render a conversation and find the spans of its trained assistant turns.
+
+    A conversation of which nothing is trained on gives its whole text, without spans.
+
+    Args:
+        conversation: The messages, and from which on they are trained on.
+        tokenizer: A tokenizer with a chat template.
+        rendering: What of them is trained on.
+
+    Raises LorafoldError if the template refuses the conversation, or does not show its tools, a
+    call, or what is said by anyone but the assistant.
+    """
+    check_able(conversation, tokenizer)
+    drawing, messages = Drawing(conversation, tokenizer), conversation.messages
+    whole, marks = drawing.whole
+    check_shown(conversation, whole, tokenizer)
+    trained = range(conversation.trained, len(messages))
+    turns = [i for i in trained if messages[i]["role"] == "assistant"]
+    turns = turns[-1:] if rendering.train_on == "last" else turns
+    texts: list[tuple[str, tuple[Span, ...] | None]] = [(whole, marks)]  # the longest first
+    found: list[tuple[list[Span], list[int]]] = [([], [])]
+    left_out = lost = 0
+    for i in reversed(turns):
+        turn = drawing.turn(i)
+        if turn is None:
+            left_out += 1
+            continue
+        lost += hidden(messages, i, turn.text[turn.start : turn.end])
+        home = next((n for n, (text, _) in enumerate(texts) if text.startswith(turn.text)), None)
+        if home is None:
+            home = len(texts)
+            texts.append((turn.text, turn.marks))
+            found.append(([], []))
+        spans = _spans(turn, texts[home][1], rendering, tokenizer)
+        if not spans:
+            left_out += 1
+            continue
+        found[home][0].extend(spans)
+        found[home][1].append(turn.start)
+    renderings = [
+        Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
+        for (text, _), (spans, starts) in zip(texts, found, strict=True)
+        if spans
+    ]
+    return Trained(tuple(renderings[::-1]) or (Rendered(whole, ()),), left_out, lost)
+
+
+def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> Turn:
+    # whitespace after the token that ends a turn is the template's
+    return Turn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
+
+
+def _spans(
+    turn: Turn,
+    marks: tuple[Span, ...] | None,
+    rendering: Rendering,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> list[Span]:
+    """The trained spans of a turn, by the marks of the text that it stands in."""
+    start, end = turn.start, turn.end
+    if rendering.mask_reasoning:
+        start += block_of(tokenizer).end(turn.text[start:end], turn.text[:start])
+    if marks is None:
+        return [(start, end)] if start < end else []
+    # a mark may go on to the end of the line, which stands before the next turn
+    cut = ((max(start, first), min(len(turn.text), last)) for first, last in marks)
+    return [(first, last) for first, last in cut if first < last]
