@@ -32,7 +32,8 @@ from lorafold.models.sources import resolve_model
 from lorafold.step.losses import Classification
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES
-from lorafold.training.request import Request, show
+from lorafold.training.preview import show
+from lorafold.training.request import Request
 from lorafold.training.run import train
 
 TEXTS = {

@@ -22,7 +22,7 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import set_template, tokenizer_of
 from lorafold.step.reading import load_recipe
 from lorafold.training import loop
-from lorafold.training.request import show
+from lorafold.training.preview import show
 from lorafold.training.run import train
 from test_tokens_commands import lorafold, quiet, request, said
 

@@ -33,7 +33,8 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop
-from lorafold.training.request import Request, show
+from lorafold.training.preview import show
+from lorafold.training.request import Request
 from lorafold.training.run import train
 
 ROLES = "<|user|>,<|assistant|>"

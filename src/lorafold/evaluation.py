@@ -27,7 +27,7 @@ from torch import Tensor
 from lorafold.core.evaluating import evaluating
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
-from lorafold.data.render import prompts
+from lorafold.data.references import references, without_reasoning
 from lorafold.data.rows import is_labelled
 from lorafold.data.shapes import shape_of
 from lorafold.data.sources import Row
@@ -262,32 +262,21 @@ def _completions(
     console: Console | None,
 ) -> tuple[Answer, ...]:
     """The greedy completion of every row; none for rows without references."""
-    conversations = [
-        shape.conversation(row).messages
-        for row in rows
-        if (shape := shape_of(row)) and shape.conversation
-    ]
-    if not conversations:
+    if (shape := shape_of(rows[0])) is None or shape.conversation is None:
         return ()
-    pairs = prompts(rows, tokenizer)
-    longest = max(
-        len(tokenizer(reference, add_special_tokens=False).input_ids) for _, reference in pairs
-    )
+    found = references(rows, tokenizer)
+    longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
     with _bar(console, "completions") as step:
         texts = complete(
             model,
             tokenizer,
-            [prompt for prompt, _ in pairs],
+            [reference.prompt for reference in found],
             max_new_tokens or longest + SPARE,
             progress=step,
         )
-    asked = (
-        messages[max(i for i, m in enumerate(messages) if m["role"] == "assistant") - 1]["content"]
-        for messages in conversations
-    )
     return tuple(
-        Answer(*parts)
-        for parts in zip(asked, (reference for _, reference in pairs), texts, strict=True)
+        Answer(r.asked, r.text, without_reasoning(text, r.prompt, tokenizer))
+        for r, text in zip(found, texts, strict=True)
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.api.arguments import Paths
 from lorafold.api.opened import opened
+from lorafold.data.messages import tool_problems, tools_of
 from lorafold.data.render import render
+from lorafold.data.shapes import Conversation
+from lorafold.data.shown import check_able, check_shown
+from lorafold.errors import LorafoldError
 from lorafold.generation import complete, stream
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ def generate(
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     system: str | None = None,
+    tools: str | Sequence[Mapping[str, Any]] = (),
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -44,6 +50,7 @@ def generate(
         adapters: Saved adapters to load on a model that is named.
         tokenizer: None takes that of the adapters or the model.
         system: A system message before each prompt; None takes the chat template's default.
+        tools: JSON schemas of functions that the model may call, or JSON text of their list.
         max_new_tokens: The most tokens of a completion.
         temperature: 0 takes the most likely token; above 0 tokens are sampled.
         seed: The samples of every prompt follow from it.
@@ -69,7 +76,7 @@ def generate(
         console=console,
     )
     asked = [prompts] if isinstance(prompts, str) else prompts
-    texts = [rendered(prompt, system, tokenizer) for prompt in asked]
+    texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
     if temperature:
         found = [
             "".join(stream(loaded, tokenizer, text, max_new_tokens, temperature, seed))
@@ -80,15 +87,30 @@ def generate(
     return found[0] if isinstance(prompts, str) else found
 
 
-def rendered(prompt: str, system: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered(
+    prompt: str,
+    system: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: str | Sequence[Mapping[str, Any]] = (),
+) -> str:
     """A prompt as the chat template renders it.
 
     Args:
         prompt: The user's message.
         system: A system message, or None.
         tokenizer: With the chat template.
+        tools: JSON schemas of functions that the model may call, or JSON text of their list.
 
-    Raises LorafoldError where the template refuses the messages.
+    Raises LorafoldError where the template refuses the messages or does not show the tools, and for
+    tools that are no schemas.
     """
+    given = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
+    if problems := list(tool_problems(given)):
+        raise LorafoldError("; ".join(problems))
     before = [] if system is None else [{"role": "system", "content": system}]
-    return render([*before, {"role": "user", "content": prompt}], tokenizer, for_generation=True)
+    asked = Conversation([*before, {"role": "user", "content": prompt}], 0, tools_of(given))
+    check_able(asked, tokenizer)
+    text = render(asked.messages, tokenizer, for_generation=True, tools=asked.tools)
+    if asked.tools:
+        check_shown(asked, text, tokenizer)
+    return text

@@ -1,5 +1,6 @@
 """`lorafold generate`: the completion of one prompt, token by token."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,18 +18,28 @@ def command(
     opening: Opening,
     sampling: Sampling,
     adapter: AdapterOption = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file with a list of functions that the model may call."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr."""
+    """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr.
+
+    With --tools, the calls in it are read back: they are listed on stderr, and in the JSON.
+    """
     import time
 
     from lorafold.api.generate import rendered
     from lorafold.api.opened import opened
+    from lorafold.data.calls import parse_calls, read_tools
+    from lorafold.data.messages import tools_of
     from lorafold.generation import stream
 
     console = messages()
     model, tokenizer = opened(opening.model, adapter or (), console=console, **opening.how)
-    text = rendered(prompt, sampling.system, tokenizer)
+    offered = read_tools(tools) if tools else []
+    text = rendered(prompt, sampling.system, tokenizer, offered)
     pieces: list[str] = []
     start = time.perf_counter()
     length, temperature = sampling.max_new_tokens, sampling.temperature
@@ -37,6 +48,12 @@ def command(
         if not json:
             typer.echo(piece, nl=False)
     speed = len(pieces) / (time.perf_counter() - start)
+    found: dict[str, object] = {"text": "".join(pieces), "tokens_per_second": speed}
+    if tools:
+        found["tool_calls"] = calls = parse_calls("".join(pieces), tokenizer, tools_of(offered))
     # without --json the text is on stdout already, and this ends its line
-    emit(json, {"text": "".join(pieces), "tokens_per_second": speed}, "")
+    emit(json, found, "")
+    for call in calls if tools else ():
+        function = call["function"]
+        console.print(f"calls {function['name']} {function['arguments']}", markup=False)
     console.print(f"{len(pieces)} tokens, {speed:.1f} tokens/s", highlight=False)

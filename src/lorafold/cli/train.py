@@ -18,6 +18,7 @@ from lorafold.cli.common import (
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.errors import LorafoldError
 from lorafold.step.recipe import Recipe
 
 
@@ -46,10 +47,14 @@ def command(
         bool,
         typer.Option(
             "--preview",
-            help="Print the first rows as the model will see them, with the tokens that count in"
-            " the loss marked, and stop.",
+            help="Print the first rows as the model will see them, with their tools and turns and the"
+            " tokens that count in the loss marked, and stop.",
         ),
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="With --preview: write the rows as a page that needs no other file."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -75,9 +80,13 @@ def command(
         from lorafold.api.arguments import as_rows
 
         rows = as_rows(data, columns_of(columns), console)
-        from lorafold.training.request import Request, show
+        from lorafold.training.preview import show
+        from lorafold.training.request import Request
 
-        return show(Request(source.model, output.out, recipe, rows, data, **source.how), console)
+        request = Request(source.model, output.out, recipe, rows, data, **source.how)
+        return show(request, console, html=html)
+    if html is not None:
+        raise LorafoldError("--html writes the page of --preview; expected both")
     result = train(
         recipe,
         data=data,

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 
 from lorafold.data.forms import apply, form_of
 from lorafold.data.messages import Message, Tool
-from lorafold.data.reasoning import block_of
-from lorafold.data.shapes import Conversation, shape_of
-from lorafold.data.shown import check_shown
+from lorafold.data.references import references
 from lorafold.data.sources import Row
-from lorafold.data.trained import Drawing, Rendered, Rendering, Trained, render_trained
+from lorafold.data.trained import Rendered, Rendering, Trained, render_trained
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening
 
@@ -74,57 +72,7 @@ def render(
 
 
 def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
-    """Return (prompt text ready for generation, reference completion) for each row.
-
-    The reference of a conversation is its last assistant turn: the content or, where the turn has
-    calls, the text that the template renders for it, without special tokens and reasoning. The
-    prompt text contains the template's special tokens: tokenize it with add_special_tokens=False.
-    Raises LorafoldError for rows of plain text and for conversations without an assistant turn
-    after a prompt.
+    """Return (prompt text ready for generation, reference completion) for each row, as
+    `data.references` has them.
     """
-    pairs: list[tuple[str, str]] = []
-    bad: list[str] = []
-    for number, row in enumerate(rows, 1):
-        shape = shape_of(row)
-        found = shape.conversation(row) if shape and shape.conversation else Conversation([])
-        messages = found.messages
-        last = max(
-            (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0
-        )
-        if last:
-            pairs.append(_pair(found, last, tokenizer))
-        else:
-            bad.append(
-                f"row {number}: found"
-                f" {'no assistant turn after a prompt' if messages else 'plain text'}"
-            )
-    if bad:
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise LorafoldError(
-            "data: evaluation by generation needs rows with a prompt and a reference completion:"
-            f" {'; '.join(bad[:3])}{more}"
-        )
-    return pairs
-
-
-def _pair(
-    conversation: Conversation, last: int, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[str, str]:
-    """The prompt and the reference of a conversation's turn."""
-    messages, drawing = conversation.messages, Drawing(conversation, tokenizer)
-    prompt = drawing.prompt(last)
-    if not messages[last].get("tool_calls"):
-        if conversation.tools or any(m["role"] != "assistant" for m in messages[:-1]):
-            check_shown(Conversation(messages[:last], 0, conversation.tools), prompt, tokenizer)
-        return prompt, messages[last].get("content", "")
-    turn = drawing.turn(last)
-    if turn is None:
-        raise LorafoldError(
-            f"messages[{last}]: the chat template renders this turn differently at generation"
-        )
-    check_shown(Conversation(messages[: last + 1], 0, conversation.tools), turn.text, tokenizer)
-    said = turn.text[turn.start : turn.end]
-    said = said[block_of(tokenizer).end(said, prompt) :]
-    ids = tokenizer(said, add_special_tokens=False, verbose=False).input_ids
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return prompt, str(text)
+    return [(found.prompt, found.text) for found in references(rows, tokenizer)]

@@ -162,13 +162,12 @@ def render_trained(
     """
     check_able(conversation, tokenizer)
     drawing, messages = Drawing(conversation, tokenizer), conversation.messages
-    whole, marks = drawing.whole
+    whole, _ = drawing.whole
     check_shown(conversation, whole, tokenizer)
     trained = range(conversation.trained, len(messages))
     turns = [i for i in trained if messages[i]["role"] == "assistant"]
     turns = turns[-1:] if rendering.train_on == "last" else turns
-    texts: list[tuple[str, tuple[Span, ...] | None]] = [(whole, marks)]  # the longest first
-    found: list[tuple[list[Span], list[int]]] = [([], [])]
+    found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
     left_out = lost = 0
     for i in reversed(turns):
         turn = drawing.turn(i)
@@ -176,20 +175,19 @@ def render_trained(
             left_out += 1
             continue
         lost += hidden(messages, i, turn.text[turn.start : turn.end])
-        home = next((n for n, (text, _) in enumerate(texts) if text.startswith(turn.text)), None)
-        if home is None:
-            home = len(texts)
-            texts.append((turn.text, turn.marks))
-            found.append(([], []))
-        spans = _spans(turn, texts[home][1], rendering, tokenizer)
+        spans = _spans(turn, rendering, tokenizer)
         if not spans:
             left_out += 1
             continue
-        found[home][0].extend(spans)
-        found[home][1].append(turn.start)
+        home = next((entry for entry in found if entry[0].startswith(turn.text)), None)
+        if home is None:
+            home = (turn.text, [], [])
+            found.append(home)
+        home[1].extend(spans)
+        home[2].append(turn.start)
     renderings = [
         Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
-        for (text, _), (spans, starts) in zip(texts, found, strict=True)
+        for text, spans, starts in found
         if spans
     ]
     return Trained(tuple(renderings[::-1]) or (Rendered(whole, ()),), left_out, lost)
@@ -201,17 +199,14 @@ def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> Turn:
 
 
 def _spans(
-    turn: Turn,
-    marks: tuple[Span, ...] | None,
-    rendering: Rendering,
-    tokenizer: "PreTrainedTokenizerBase",
+    turn: Turn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Span]:
-    """The trained spans of a turn, by the marks of the text that it stands in."""
+    """The trained spans of a turn."""
     start, end = turn.start, turn.end
     if rendering.mask_reasoning:
         start += block_of(tokenizer).end(turn.text[start:end], turn.text[:start])
-    if marks is None:
+    if turn.marks is None:
         return [(start, end)] if start < end else []
-    # a mark may go on to the end of the line, which stands before the next turn
-    cut = ((max(start, first), min(len(turn.text), last)) for first, last in marks)
+    # a mark may go on to the end of the line, behind the token that ends the turn
+    cut = ((max(start, first), min(len(turn.text), last)) for first, last in turn.marks)
     return [(first, last) for first, last in cut if first < last]

@@ -4,7 +4,8 @@ with the adapter.
     words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        the id of each word; new words
                                                                     become special tokens
     set_template(tokenizer, "chat.jinja")                           or "none", which joins texts
-                                                                    unchanged
+                                                                    unchanged, or "tools"
+    set_variables(tokenizer, {"enable_thinking": False})            values that the template reads
     tokenizer_of(source, adapters)                                  that of the last adapter with
                                                                     one, or the model's
 """
@@ -22,6 +23,8 @@ from lorafold.files.intact import check_intact
 from lorafold.models.joined import NONE, joined
 from lorafold.models.loading import load_tokenizer, read_tokenizer
 from lorafold.models.sources import ModelSource
+from lorafold.models.template_variables import set_variables
+from lorafold.models.with_tools import TOOLS, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +40,7 @@ FILES = (
     CONFIG,
 )
 TEMPLATES = "additional_chat_templates"
+BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by the names that recipes have
 SHOWN = 3
 
 
@@ -84,19 +88,21 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Set the tokenizer's chat template to the Jinja template of a file, or for "none" to that of
-    `joined`. Raises LorafoldError if the file can't be read or is not a valid template.
+    `joined` and for "tools" to that of `with_tools`. Raises LorafoldError if the file can't be read
+    or is not a valid template.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-    if path == NONE:
-        tokenizer.chat_template = joined(tokenizer)
+    if path in BUILT_IN:
+        tokenizer.chat_template = BUILT_IN[str(path)](tokenizer)
         return
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LorafoldError(
             f"chat template {path}: can't be read: {getattr(error, 'strerror', None) or error};"
-            f" expected a file with a Jinja template, or {NONE} to join texts unchanged"
+            f" expected a file with a Jinja template, or {NONE} to join texts unchanged, or {TOOLS}"
+            " for ChatML with tools"
         ) from error
     if not text.strip():
         raise LorafoldError(f"chat template {path}: found an empty file, expected a Jinja template")

@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from lorafold.errors import LorafoldError
 from lorafold.step.recipe import Recipe
 
+MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
+
 
 def load_recipe(
     config: Path | None = None,
@@ -32,7 +34,7 @@ def load_recipe(
     Args:
         config: A YAML file of recipe fields.
         sets: `key=value` pairs, whose values are YAML. Up to its first dot, a key may name options,
-            rank_pattern or alpha_pattern, and after it an entry of that field
+            template_kwargs, rank_pattern or alpha_pattern, and after it an entry of that field
             (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
         defaults: The recipe whose set fields apply where the others set nothing.
         flags: Recipe fields; None means that the flag was not given.
@@ -53,7 +55,7 @@ def load_recipe(
         elif field in Recipe.model_fields and Recipe.model_fields[field].default != {}:
             problems.append(
                 f"--set {pair}: found a dotted key, but {field} has no entries; expected"
-                f" {field}=value (only options, rank_pattern and alpha_pattern have entries)"
+                f" {field}=value (only {', '.join(MAPPINGS[:-1])} and {MAPPINGS[-1]} have entries)"
             )
         else:
             below = values.get(field)

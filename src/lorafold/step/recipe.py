@@ -88,8 +88,21 @@ class Recipe(BaseModel):
         None,
         description=(
             "A file with a Jinja chat template, which replaces the model's own and is saved with"
-            " the adapter. none joins prompt and completion as they stand (./none is a file)."
+            " the adapter. none joins prompt and completion as they stand (./none is a file); tools"
+            " is ChatML with tools, for models whose own template has none."
         ),
+    )
+    template_kwargs: dict[Name, Any] = Field(
+        {},
+        description=(
+            "Variables of the chat template, which are saved with it, as in enable_thinking=false."
+        ),
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="The turns of the assistant to train on: all, or the last of each row."
+    )
+    mask_reasoning: bool = Field(
+        False, description="Leave the reasoning of the assistant's turns out of the loss."
     )
 
     objective: Literal["sft", "classify"] = Field(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.bases import is_linear
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
-from lorafold.data.examples import Encoded, Example, encode, preview
+from lorafold.data.examples import WHOLE, Encoded, Example, encode, preview
 from lorafold.data.labelled import (
     LabelledData,
     LabelledExample,
@@ -28,7 +28,7 @@ from lorafold.data.labelled import (
     encode_labelled,
     preview_labelled,
 )
-from lorafold.data.render import ensure_chat_template
+from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
@@ -68,7 +68,11 @@ class Objective(ABC):
 
     @abstractmethod
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rendering: Rendering = WHOLE,
     ) -> Data:
         """Tokenized rows, with a report.
 
@@ -76,6 +80,7 @@ class Objective(ABC):
             rows: Rows of the user's data.
             tokenizer: After `set_up`.
             max_length: Longer examples are cut to this many tokens.
+            rendering: What of a conversation is trained on.
 
         Raises LorafoldError for rows that this objective can't use.
         """
@@ -131,9 +136,13 @@ class Sft(Objective):
         return ensure_chat_template(tokenizer)
 
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rendering: Rendering = WHOLE,
     ) -> Encoded:
-        return encode(rows, tokenizer, max_length)
+        return encode(rows, tokenizer, max_length, rendering)
 
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
@@ -174,7 +183,11 @@ class Classify(Objective):
     classes: tuple[str, ...]
 
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rendering: Rendering = WHOLE,
     ) -> LabelledData:
         return encode_labelled(rows, tokenizer, max_length, self.classes)
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorafold.data.batches import split
+from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES, Data, Objective
@@ -54,6 +56,11 @@ def digest(rows: Sequence[Row]) -> str:
     return h.hexdigest()
 
 
+def rendering_of(recipe: Recipe) -> Rendering:
+    """What of a conversation is trained on."""
+    return Rendering(recipe.train_on, recipe.mask_reasoning)
+
+
 def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     """The model's directory, and the run's objective for it.
 
@@ -79,6 +86,7 @@ def tokenizer_for(
     tokenizer = tokenizer_of(source, adapters, request.trust_remote_code)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
+    set_variables(tokenizer, request.recipe.template_kwargs)
     words = add_words(tokenizer, request.recipe.new_tokens)
     for notice in (str(words), objective.set_up(tokenizer)):
         if notice:
@@ -102,28 +110,11 @@ def tokenized(
     rows, held_out = list(request.rows), request.eval_rows
     if held_out is None and request.recipe.eval_fraction:
         rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
-    train = objective.encode(rows, tokenizer, request.recipe.max_length)
+    max_length, rendering = request.recipe.max_length, rendering_of(request.recipe)
+    train = objective.encode(rows, tokenizer, max_length, rendering)
     console.print(f"data: {train.report}", highlight=False)
     if not held_out:
         return train, None
-    evaluation = objective.encode(held_out, tokenizer, request.recipe.max_length)
+    evaluation = objective.encode(held_out, tokenizer, max_length, rendering)
     console.print(f"held out: {evaluation.report}", highlight=False)
     return train, evaluation
-
-
-def show(request: Request, console: Console, rows: int = 3) -> None:
-    """Print the first rows as the model will see them, and mark the tokens that count in the loss.
-
-    Args:
-        request: The run that the rows are for; nothing is trained or written.
-        console: Where they are printed.
-        rows: How many.
-
-    Raises LorafoldError for rows that the objective can't use.
-    """
-    source, objective = objective_of(request)
-    tokenizer, _ = tokenizer_for(request, source, objective, console)
-    train, _ = tokenized(request, tokenizer, objective, console)
-    for example in train.examples[:rows]:
-        console.rule()
-        console.print(objective.preview(example, tokenizer))

@@ -68,4 +68,5 @@ def own_tokenizer(setup: Setup) -> bool:
     """Whether the run's tokenizer differs from the base's, and so is saved with the adapter."""
     start, recipe = setup.request.init_adapter, setup.request.recipe
     inherited = start is not None and has_tokenizer(start)
-    return bool(setup.words.ids or recipe.chat_template or inherited)
+    template = recipe.chat_template or recipe.template_kwargs
+    return bool(setup.words.ids or template or inherited)

@@ -96,7 +96,7 @@ def identity_of(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[st
         "data": digest(request.rows),
         "init_adapter": str(request.init_adapter or ""),
     }
-    if request.recipe.chat_template is not None:
+    if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
         identity["chat_template"] = str(tokenizer.chat_template)
     return identity

@@ -1,0 +1,151 @@
+"""Calls in a generated text, read back the way the chat template writes them.
+
+    parse_calls('<tool_call>\\n{"name": "weather", "arguments": {"city": "Rome"}}\\n</tool_call>',
+                tokenizer)
+    [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+
+`data.grammar` finds out how the template writes them. Runs of whitespace may differ, and special
+tokens may be left out of the text, as `lf.generate` leaves them out.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.data.forms import call
+from lorafold.data.grammar import Grammar, Pairs, grammar_of
+from lorafold.data.messages import Tool, tool_problems
+from lorafold.data.reasoning import block_of
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAME = r"(?P<name>[\w.:-]+?)"
+
+
+def parse_calls(
+    text: str, tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool] = ()
+) -> list[dict[str, Any]]:
+    """The calls in a completion, in OpenAI's form, with arguments as an object; [] without calls.
+
+    Args:
+        text: A completion, with its special tokens or without.
+        tokenizer: The tokenizer whose chat template writes the calls.
+        tools: The tools that were offered. A template that writes texts without quotes does not
+            tell 7 from "7": what a tool says is text stays text.
+
+    Raises LorafoldError for a template that writes no calls, and for arguments that can't be read.
+    """
+    grammar = grammar_of(tokenizer)
+    if grammar is None:
+        raise LorafoldError(
+            "the chat template does not show calls (tool_calls), so none can be read back"
+        )
+    block = block_of(tokenizer)
+    text = text[block.end(text, block.opening) :]
+    for form in (grammar, grammar.without(tokenizer.all_special_tokens)):
+        if found := list(_calls(text, form, tools)):
+            return found
+    return []
+
+
+def read_tools(path: Path) -> list[Tool]:
+    """The tools of a JSON file, which holds a list of them.
+
+    Raises LorafoldError for a file that can't be read or holds anything else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LorafoldError(f"{path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LorafoldError(f"{path}: not JSON: {error}") from error
+    if problems := list(tool_problems(found)):
+        raise LorafoldError(f"{path}: {'; '.join(problems)}")
+    return list(found)
+
+
+def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
+    # without anything before a name, a call can only be the whole text
+    first = _regex(grammar.before) if grammar.before.strip() else r"\A\s*"
+    named = f"(?:{_regex(grammar.named)})"
+    if grammar.bare.strip() and grammar.pairs is not None:
+        named = f"(?:{_regex(grammar.named)}|(?P<bare>{_regex(grammar.bare)}))"
+    begin = re.compile(first + NAME + named)
+    further = re.compile(_regex(grammar.between) + NAME + named) if grammar.between else None
+    at, match = 0, begin.search(text)
+    while match is not None:
+        name, at = match["name"], match.end()
+        if grammar.pairs is None:
+            arguments, at = _json(text, at, name)
+        elif match.groupdict().get("bare") is not None:
+            arguments = {}
+        else:
+            arguments, at = _pairs(text, at, grammar.pairs, _types(tools, name))
+        yield call(name, arguments)
+        match = (further.match(text, at) if further else None) or begin.search(text, at)
+
+
+def _json(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
+    try:
+        found, end = json.JSONDecoder().raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise LorafoldError(f"the call of {name}: its arguments are not JSON: {error.msg}") from error
+    if not isinstance(found, dict):
+        raise LorafoldError(f"the call of {name}: its arguments are no JSON object")
+    return found, end
+
+
+def _pairs(
+    text: str, at: int, pairs: Pairs, types: dict[str, str]
+) -> tuple[dict[str, Any], int]:
+    """The keys and values from a character on, and where they end."""
+    found: dict[str, Any] = {}
+    opening, ending = (re.escape(quote) for quote in pairs.quotes)
+    key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
+    after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\s*\\Z)"
+    plain_re = re.compile(rf"(?P<value>.*?){after}", re.DOTALL)
+    quoted_re = re.compile(rf"{opening}(?P<value>.*?){ending}{after}", re.DOTALL)
+    while key := key_re.match(text, at):
+        quoted = quoted_re.match(text, key.end()) if opening else None
+        match = quoted or plain_re.match(text, key.end())
+        if match is None:
+            break
+        value = match["value"]
+        is_text = quoted is not None or types.get(key[1].strip()) == "string"
+        found[key[1].strip()] = value if is_text else _value(value, pairs.quotes)
+        at = match.end()
+        if match["more"] is None:
+            break
+    return found, at
+
+
+def _value(text: str, quotes: tuple[str, str]) -> Any:
+    """A value that is not said to be text: as JSON or Python writes it, else as text."""
+    for quote in filter(None, quotes):
+        text = text.replace(quote, '"')
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
+    """The types of a tool's arguments."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        if function["name"] == name:
+            properties = (function.get("parameters") or {}).get("properties") or {}
+            return {key: str(value.get("type")) for key, value in properties.items()}
+    return {}
+
+
+def _regex(literal: str) -> str:
+    """A pattern for a text in which runs of whitespace may differ."""
+    return r"\s*".join(map(re.escape, re.split(r"\s+", literal)))

@@ -1,0 +1,95 @@
+"""What generation is measured against: of each row the prompt of its last assistant turn, and the
+turn as the reference.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorafold.data.reasoning import block_of
+from lorafold.data.shapes import Conversation, shape_of
+from lorafold.data.shown import check_able, check_shown
+from lorafold.data.sources import Row
+from lorafold.data.trained import Drawing
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LISTED = 3  # bad rows that one message lists
+
+
+class Reference(NamedTuple):
+    """The content of the message before a turn, the rendered prompt and the turn's own text."""
+
+    asked: str
+    prompt: str
+    text: str
+
+
+def references(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[Reference]:
+    """The prompt and the reference of each row.
+
+    The reference of a conversation is its last assistant turn: the content or, where the turn has
+    calls, the text that the template renders for it, without special tokens and reasoning. The
+    prompt has the row's tools, and the template's special tokens: tokenize it with
+    add_special_tokens=False. Raises LorafoldError for rows of plain text, for conversations without
+    an assistant turn after a prompt, and for those that the template does not show whole.
+    """
+    found: list[Reference] = []
+    bad: list[str] = []
+    for number, row in enumerate(rows, 1):
+        shape = shape_of(row)
+        given = shape.conversation(row) if shape and shape.conversation else Conversation([])
+        turns = [i for i, message in enumerate(given.messages) if message["role"] == "assistant"]
+        if not turns or not turns[-1]:
+            what = "no assistant turn after a prompt" if given.messages else "plain text"
+            bad.append(f"row {number}: found {what}")
+            continue
+        try:
+            found.append(_reference(given, turns[-1], tokenizer))
+        except LorafoldError as error:
+            raise LorafoldError(f"data: row {number}: {error}") from error
+    if bad:
+        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        raise LorafoldError(
+            "data: evaluation by generation needs rows with a prompt and a reference completion:"
+            f" {'; '.join(bad[:LISTED])}{more}"
+        )
+    return found
+
+
+def without_reasoning(text: str, prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A completion without the block of reasoning that it begins with, if it has one.
+
+    Args:
+        text: The completion.
+        prompt: The prompt that it completes, which may open the block.
+        tokenizer: Its chat template says how reasoning is enclosed.
+    """
+    if tokenizer.chat_template is None:
+        return text
+    return text[block_of(tokenizer).end(text, prompt) :]
+
+
+def _reference(
+    conversation: Conversation, last: int, tokenizer: "PreTrainedTokenizerBase"
+) -> Reference:
+    messages, tools = conversation.messages, conversation.tools
+    shown = Conversation(messages[: last + 1], 0, tools)
+    check_able(shown, tokenizer)
+    drawing = Drawing(shown, tokenizer)
+    prompt, message = drawing.prompt(last), messages[last]
+    asked = messages[last - 1].get("content", "")
+    if not message.get("tool_calls"):
+        check_shown(Conversation(messages[:last], 0, tools), prompt, tokenizer)
+        return Reference(asked, prompt, message.get("content", ""))
+    turn = drawing.turn(last)
+    if turn is None:
+        raise LorafoldError(
+            f"messages[{last}]: the chat template renders this turn differently at generation"
+        )
+    check_shown(shown, turn.text, tokenizer)
+    said = without_reasoning(turn.text[turn.start : turn.end], prompt, tokenizer)
+    ids = tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Reference(asked, prompt, str(text))

@@ -1,0 +1,178 @@
+"""The preview of a run: its first rows as the model will see them, in the terminal and as a page.
+
+Each example stands with its row, the row's tools and turns, and how many of its tokens are trained
+on; the text has these tokens marked. Nothing is trained or written but the page.
+"""
+
+from __future__ import annotations
+
+import html as markup
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lorafold.data.examples import NO_LOSS, Example, encode_row
+from lorafold.data.labelled import LabelledData
+from lorafold.data.messages import Message, Tool
+from lorafold.data.shapes import Conversation, shape_of
+from lorafold.files.page import document
+from lorafold.training.request import (
+    Request,
+    objective_of,
+    rendering_of,
+    tokenized,
+    tokenizer_for,
+)
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+    from lorafold.training.objectives import Data, Objective
+
+STYLE = """
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8f9; color: #667; }
+pre { padding: .8rem; border-radius: 6px; font-size: 13px; }
+mark { background: #cdeac0; color: #143601; border-radius: 2px; }
+h2 { font-size: 1.1rem; margin-top: 2rem; } summary { cursor: pointer; }
+td { white-space: pre-wrap; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+"""
+LEGEND = (
+    "<p>What is <mark>marked</mark> counts in the loss; the rest is what the model reads before it."
+    "</p>"
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example of a row: what heads it, the row's conversation, and its text, in which what
+    counts in the loss has a bold style.
+    """
+
+    heading: str
+    conversation: Conversation
+    text: Text
+
+
+def show(request: Request, console: Console, rows: int = 3, html: Path | None = None) -> None:
+    """Print the first rows as the model will see them, and mark the tokens that count in the loss.
+
+    Args:
+        request: The run that the rows are for.
+        console: Where they are printed.
+        rows: How many.
+        html: Write them to this file too, as a page that needs no other.
+
+    Raises LorafoldError for rows that the objective can't use.
+    """
+    source, objective = objective_of(request)
+    tokenizer, _ = tokenizer_for(request, source, objective, console)
+    train, _ = tokenized(request, tokenizer, objective, console)
+    found = list(_shown(request, train, objective, tokenizer, rows))
+    for one in found:
+        console.rule()
+        console.print(one.heading, highlight=False, markup=False, soft_wrap=True)
+        for tool in one.conversation.tools:
+            console.print(f"  tool: {_line(tool)}", highlight=False, markup=False, soft_wrap=True)
+        for turn in one.conversation.messages:
+            console.print(f"  {_said(turn)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(one.text)
+    if html is not None:
+        document(f"Preview of {request.source}", LEGEND + "".join(map(_section, found)), html, STYLE)
+        console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(
+    request: Request,
+    train: Data,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+) -> Iterator[Shown]:
+    if isinstance(train, LabelledData):
+        for number, labelled in enumerate(train.examples[:rows], 1):
+            text = objective.preview(labelled, tokenizer)
+            yield Shown(f"row {number}: {len(labelled.ids)} tokens", Conversation([]), text)
+        return
+    limit = request.recipe.max_length
+    for number, row in enumerate(request.rows[:rows], 1):
+        shape = shape_of(row)
+        given = shape.conversation(row) if shape and shape.conversation else Conversation([])
+        examples, trained = encode_row(row, tokenizer, rendering_of(request.recipe))
+        left = f"; {trained.left_out} turns are left out" if trained.left_out else ""
+        for n, example in enumerate(examples, 1):
+            cut = Example(example.ids[:limit], example.labels[:limit])
+            of = f", example {n} of {len(examples)}" if len(examples) > 1 else ""
+            counted = sum(label != NO_LOSS for label in cut.labels)
+            ended = f", cut at {limit}" if len(example.ids) > limit else ""
+            heading = (
+                f"row {number}{of}: {counted} of {len(example.ids)} tokens are trained on{ended}"
+                f"{left}"
+            )
+            yield Shown(heading, given, objective.preview(cut, tokenizer))
+
+
+def _line(tool: Tool) -> str:
+    """A tool as its name, its arguments and what it does."""
+    function = tool["function"]
+    parameters = function.get("parameters") or {}
+    names = ", ".join(parameters.get("properties") or ())
+    return f"{function['name']}({names}) {function.get('description') or ''}".rstrip()
+
+
+def _said(message: Message) -> str:
+    """A message in one line: its role, and what it has of reasoning, calls and content."""
+    parts = []
+    if thought := message.get("reasoning_content"):
+        parts.append(f"thinks: {_short(thought)}")
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        parts.append(f"calls {function['name']} {_short(arguments)}")
+    if content := message.get("content"):
+        parts.append(_short(content))
+    return f"{message['role']}: {' | '.join(parts)}"
+
+
+def _short(text: str, length: int = 72) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _section(one: Shown) -> str:
+    """One example of the page."""
+    tools = "".join(
+        f"<li>{markup.escape(_line(tool))}</li>" for tool in one.conversation.tools
+    )
+    schemas = markup.escape(json.dumps(one.conversation.tools, indent=1, ensure_ascii=False))
+    turns = "".join(
+        f"<tr><td>{markup.escape(role)}<td>{markup.escape(said)}"
+        for role, _, said in (_said(m).partition(": ") for m in one.conversation.messages)
+    )
+    return (
+        f"<h2>{markup.escape(one.heading)}</h2>"
+        + (f"<p>Tools</p><ul>{tools}</ul><details><summary>Their schemas</summary><pre>{schemas}"
+           "</pre></details>" if tools else "")
+        + (f"<details><summary>The turns of the row</summary><div class=wide><table>{turns}"
+           "</table></div></details>" if turns else "")
+        + f"<pre>{_marked(one.text)}</pre>"
+    )  # fmt: skip
+
+
+def _marked(text: Text) -> str:
+    """The text as HTML, with what is bold in it marked, and without the brackets of terminals."""
+    out, at = [], 0
+    for span in sorted(text.spans):
+        out.append(markup.escape(text.plain[at : span.start]))
+        piece = text.plain[span.start : span.end]
+        if "bold" in str(span.style):
+            bare = piece[:-1].replace("⟦", "", 1) if piece.endswith("⟧") else piece
+            out.append(f"<mark>{markup.escape(bare)}</mark>")
+        else:
+            out.append(markup.escape(piece))
+        at = span.end
+    return "".join([*out, markup.escape(text.plain[at:])])
