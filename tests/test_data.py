@@ -334,7 +334,7 @@ def test_turns_that_the_template_rewrites_have_examples_of_their_own(plain):
     assert first == ["<think></think>Hi!\nWhat now? <e>"]
     assert last == ["<think></think>naïve 🙂<e>"]
     assert encoded.report.turns_left_out == 0
-    assert "2 examples: the chat template rewrites earlier turns" in str(encoded.report)
+    assert "2 examples: a row gives several where" in str(encoded.report)
 
 
 def test_the_templates_own_marks_are_taken(plain):

@@ -30,7 +30,8 @@ def as_rows(
     Args:
         data: A file, a directory or a hub dataset, or the rows themselves.
         columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}.
-        console: Where the keys are named that the rows have and lorafold ignores.
+        console: Where the keys are named that the rows have and lorafold ignores, and what else
+            there is to say of rows of this shape.
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
@@ -42,6 +43,8 @@ def as_rows(
     if console is not None and (names := ignored_keys(rows)):
         text = f"{source}: ignored keys: {', '.join(names)} (rows of {shape_of(rows[0])})"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if console is not None and (shape := shape_of(rows[0])) is not None and shape.notice:
+        console.print(f"{source}: {shape.notice}", highlight=False, markup=False, soft_wrap=True)
     return rows
 
 

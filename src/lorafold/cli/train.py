@@ -47,8 +47,8 @@ def command(
         bool,
         typer.Option(
             "--preview",
-            help="Print the first rows as the model will see them, with their tools and turns and the"
-            " tokens that count in the loss marked, and stop.",
+            help="Print the first rows as the model will see them, with their tools and turns, mark"
+            " the tokens that count in the loss, and stop.",
         ),
     ] = False,
     html: Annotated[

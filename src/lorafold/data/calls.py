@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import call
-from lorafold.data.grammar import Grammar, Pairs, grammar_of
+from lorafold.data.forms import ASKED, attempt, call, form_of
+from lorafold.data.grammar import NAMES, Grammar, Pairs, grammar_of
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.data.reasoning import block_of
 from lorafold.errors import LorafoldError
@@ -45,8 +45,8 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
-    block = block_of(tokenizer)
-    text = text[block.end(text, block.opening) :]
+    prompt = attempt(form_of(tokenizer).of([ASKED]), tokenizer, for_generation=True)
+    text = text[block_of(tokenizer).end(text, prompt) :]
     for form in (grammar, grammar.without(tokenizer.all_special_tokens)):
         if found := list(_calls(text, form, tools)):
             return found
@@ -94,9 +94,10 @@ def _json(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
     try:
         found, end = json.JSONDecoder().raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise LorafoldError(f"the call of {name}: its arguments are not JSON: {error.msg}") from error
+        why = f"arguments that are no JSON: {error.msg}"
+        raise LorafoldError(f"the call of {name}: {why}") from error
     if not isinstance(found, dict):
-        raise LorafoldError(f"the call of {name}: its arguments are no JSON object")
+        raise LorafoldError(f"the call of {name}: arguments that are no JSON object")
     return found, end
 
 
@@ -108,14 +109,18 @@ def _pairs(
     opening, ending = (re.escape(quote) for quote in pairs.quotes)
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
     after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\s*\\Z)"
-    plain_re = re.compile(rf"(?P<value>.*?){after}", re.DOTALL)
+    after_re = re.compile(after)
     quoted_re = re.compile(rf"{opening}(?P<value>.*?){ending}{after}", re.DOTALL)
     while key := key_re.match(text, at):
         quoted = quoted_re.match(text, key.end()) if opening else None
-        match = quoted or plain_re.match(text, key.end())
+        ends = [] if quoted else list(after_re.finditer(text, key.end()))
+        values = (text[key.end() : end.start()] for end in ends)
+        # a list or an object goes on to the end at which its brackets are closed
+        whole = next((n for n, value in enumerate(values) if _closed(value)), 0)
+        match = quoted or (ends[whole] if ends else None)
         if match is None:
             break
-        value = match["value"]
+        value = match["value"] if quoted else text[key.end() : match.start()]
         is_text = quoted is not None or types.get(key[1].strip()) == "string"
         found[key[1].strip()] = value if is_text else _value(value, pairs.quotes)
         at = match.end()
@@ -124,13 +129,23 @@ def _pairs(
     return found, at
 
 
+def _closed(value: str) -> bool:
+    """Whether a value has as many closing brackets as opening ones, if it begins with one."""
+    if not value.lstrip().startswith(("[", "{")):
+        return True
+    return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))
+
+
 def _value(text: str, quotes: tuple[str, str]) -> Any:
     """A value that is not said to be text: as JSON or Python writes it, else as text."""
+    plain = text
     for quote in filter(None, quotes):
-        text = text.replace(quote, '"')
-    for read in (json.loads, ast.literal_eval):
+        plain = plain.replace(quote, '"')
+    named = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
+    readings = ((json.loads, plain), (ast.literal_eval, text), (json.loads, named))
+    for read, given in readings:
         try:
-            return read(text)
+            return read(given)
         except (ValueError, SyntaxError):
             continue
     return text
@@ -147,5 +162,6 @@ def _types(tools: Sequence[Tool], name: str) -> dict[str, str]:
 
 
 def _regex(literal: str) -> str:
-    """A pattern for a text in which runs of whitespace may differ."""
-    return r"\s*".join(map(re.escape, re.split(r"\s+", literal)))
+    """A pattern for a text in which runs of whitespace may differ, and a name may be repeated."""
+    pattern = r"\s*".join(map(re.escape, re.split(r"\s+", literal)))
+    return pattern.replace(re.escape(NAMES[0]), "(?P=name)")

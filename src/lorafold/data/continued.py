@@ -17,8 +17,8 @@ SEEN = 24  # characters of the message before the turn by which it is found agai
 
 
 def after_block(prompt: str, after: str, reasoning: str, content: str) -> str | None:
-    """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it leaves
-    to the model. None where no such form is found.
+    """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it
+    leaves to the model. None where no such form is found.
 
     A prompt that opens a block of reasoning is followed by the reasoning, which may be empty, the
     closing and the answer; one that has an empty block is followed by the answer.
@@ -29,12 +29,10 @@ def after_block(prompt: str, after: str, reasoning: str, content: str) -> str | 
         reasoning: The turn's reasoning, or an empty text.
         content: The turn's content, which may begin with a block of reasoning.
     """
-    if found := CLOSED.search(prompt):
-        header, tags = prompt[: found.start()], found.groups()
-    elif found := OPENED.search(prompt):
-        header, tags = prompt[: found.start()], found.groups()
-    else:
+    found = CLOSED.search(prompt) or OPENED.search(prompt)
+    if found is None:
         return None
+    header, tags = prompt[: found.start()], found.groups()
     if not after.startswith(header) or not after[len(header) :].strip():
         return None
     left, name, right = tags

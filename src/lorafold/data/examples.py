@@ -76,8 +76,8 @@ class Report:
             )
         if self.examples > self.rows - self.unlabelled:
             text += (
-                f"\n{self.examples} examples: the chat template rewrites earlier turns, so a row of"
-                " several turns gives several"
+                f"\n{self.examples} examples: a row gives several where the chat template rewrites"
+                " earlier turns, or tokens would span their borders"
             )
         if self.reasoning_hidden:
             text += (

@@ -1,8 +1,8 @@
 """What chat templates take differently, found out by rendering a probe once per template.
 
 Some take a call's arguments as an object, others as JSON text; some a message of calls without
-content, others with an empty one; some content as text, others as a list of parts. The first form is
-taken whose rendering has the arguments, and not as Python prints them or quoted twice.
+content, others with an empty one; some content as text, others as a list of parts. The first form
+is taken whose rendering has the arguments, and not as Python prints them or quoted twice.
 """
 
 import json
@@ -163,16 +163,11 @@ def _shown(text: str) -> bool:
     return KEY in after and VALUE in after and not odd
 
 
-def objects(text: str) -> list[Any]:
-    """Every JSON object in a text, those within another one included."""
-    decoder, found = json.JSONDecoder(), []
-    for at, character in enumerate(text):
-        if character == "{":
-            try:
-                found.append(decoder.raw_decode(text, at)[0])
-            except json.JSONDecodeError:
-                continue
-    return found
+def common(*texts: str) -> str:
+    """The beginning that texts have in common."""
+    columns = zip(*texts, strict=False)
+    length = next((n for n, found in enumerate(columns) if len(set(found)) > 1), None)
+    return min(texts, key=len) if length is None else texts[0][:length]
 
 
 def _with_text(given: dict[str, Any]) -> dict[str, Any]:

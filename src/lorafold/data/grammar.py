@@ -12,10 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import ASKED, KNOWN, attempt, call, form_of, template_of
+from lorafold.data.forms import ASKED, KNOWN, attempt, call, common, form_of, template_of
 from lorafold.data.messages import Message
 from lorafold.data.reasoning import block_of
 
@@ -44,7 +43,7 @@ class Pairs:
 class Grammar:
     """The text before the first name, between two calls up to the second name (None if a turn has
     one call at most), after a name up to the arguments, after the name of a call without arguments,
-    and the arguments as pairs, or None for JSON.
+    and the arguments as pairs, or None for JSON. NAMES[0] stands for a name that is repeated.
     """
 
     before: str
@@ -103,13 +102,15 @@ def _grammar_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Grammar 
     plain_close = plain_end or ""
     if between is not None:
         two_numbers = _said([numbers, numbers], tokenizer).partition(NAMES[1])[0]
-        plain_close = commonprefix([str(_after(two_numbers, KEYS, NUMBERS)[-1]), plain_close])
+        shared = common(str(_after(two_numbers, KEYS, NUMBERS)[-1]), plain_close)
+        plain_close = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
     else:
-        special = [plain_close.find(w) for w in tokenizer.all_special_tokens if w in plain_close]
-        plain_close = plain_close[: min(special)] if special and min(special) else plain_close
+        at = min((plain_close.find(w) for w in tokenizer.all_special_tokens if w in plain_close),
+                 default=0)  # fmt: skip
+        plain_close = plain_close[:at] if at else plain_close
     between = None if between is None else between.removeprefix(ending).removeprefix(plain_close)
     return Grammar(
-        before, between, named, commonprefix([bare, bare.rstrip()]),
+        before, between, named, bare.rstrip(),
         Pairs(plain, plain_comma or "", plain_close, (opening, ending)),
     )  # fmt: skip
 
@@ -121,7 +122,7 @@ def _said(arguments: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBa
     form = form_of(tokenizer)
     prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
     text = attempt(form.of([ASKED, turn]), tokenizer)
-    said = text[len(commonprefix([prompt, text])) :]
+    said = text[len(common(prompt, text)) :]
     return said[block_of(tokenizer).end(said, prompt) :]
 
 

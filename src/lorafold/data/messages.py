@@ -87,7 +87,8 @@ def call_problems(name: str, calls: Any) -> Iterator[str]:
     for index, call in enumerate(calls):
         field = f"{name}[{index}]"
         if not isinstance(call, dict):
-            yield f"field {field}: found {kind_of(call)}, expected an object with name and arguments"
+            found = kind_of(call)
+            yield f"field {field}: found {found}, expected an object with name and arguments"
             continue
         if call.get("function") is not None:
             field, call = f"{field}.function", call["function"]
@@ -146,9 +147,9 @@ def call_of(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function") or call
     arguments = function.get("arguments")
     arguments = json.loads(arguments) if isinstance(arguments, str) else without_nulls(arguments)
-    wanted = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+    wanted = {"name": function["name"], "arguments": arguments or {}}
     more = {k: v for k, v in call.items() if v is not None and k not in ("name", "arguments")}
-    return more | wanted
+    return more | {"type": "function", "function": wanted}
 
 
 def without_nulls(value: Any) -> Any:

@@ -10,10 +10,9 @@ taken to have <think> and </think>, which rows may have in their contents.
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from lorafold.data.forms import ASKED, KNOWN, Form, attempt, form_of, template_of
+from lorafold.data.forms import ASKED, KNOWN, Form, attempt, common, form_of, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,16 +25,18 @@ OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation pr
 class Block:
     """What stands before and after the reasoning of a turn, without surrounding whitespace.
 
-    `shown` is whether the chat template shows the reasoning of the last turn.
+    `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
+    whitespace after the closing belongs to the block.
     """
 
     opening: str
     closing: str
     shown: bool
+    spaced: bool = True
 
     def end(self, text: str, prompt: str) -> int:
-        """The length of the block at the beginning of a turn, with the whitespace after it; 0
-        without one. The opening may stand at the end of the prompt.
+        """The length of the block at the beginning of a turn, with whitespace after it; 0 without
+        one. The opening may stand at the end of the prompt.
         """
         start = len(text) - len(text.lstrip())
         if text.startswith(self.opening, start):
@@ -46,6 +47,8 @@ class Block:
         if at < 0:
             return 0
         end = at + len(self.closing)
+        if not self.spaced:
+            return end
         return end + len(text[end:]) - len(text[end:].lstrip())
 
 
@@ -66,7 +69,7 @@ def _block_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Block:
     prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
     if THOUGHT not in texts[0] or WORD not in texts[0]:
         return usual
-    header = commonprefix([*texts, prompt])
+    header = common(*texts, prompt)
     # a tag that the prompt leaves open is part of the block
     if opened := OPENED.search(header):
         header = header[: opened.start()]
@@ -79,4 +82,4 @@ def _block_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Block:
     opening, _, closing = block.partition(THOUGHT)
     if not opening.strip() or not closing.strip():
         return usual
-    return Block(opening.strip(), closing.strip(), True)
+    return Block(opening.strip(), closing.strip(), True, closing != closing.rstrip())

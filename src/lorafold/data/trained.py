@@ -126,27 +126,27 @@ class Drawing:
             return apply(messages, self.tokenizer, self.tools), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        clean = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        special: Any = self.tokenizer.special_tokens_map
         try:
-            texts, marked = render_jinja_template(
-                [clean],
+            found: Any = render_jinja_template(
+                [messages],
                 tools=list(self.tools) or None,
                 chat_template=template_of(self.tokenizer, self.tools),
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=False,
-                **self.tokenizer.special_tokens_map,
+                **special,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
             raise LorafoldError(f"the model's chat template: {error}") from error
-        marks: Any = marked[0]
-        return texts[0], tuple((start, end) for start, end in marks)
+        [text], [marks] = found
+        return text, tuple((start, end) for start, end in marks)
 
 
 def render_trained(
     conversation: Conversation,
     tokenizer: "PreTrainedTokenizerBase",
-    rendering: Rendering = Rendering(),  # noqa: B008  # it is frozen
+    rendering: Rendering = Rendering(),
 ) -> Trained:
     """Render a conversation and find the spans of its trained assistant turns.
 

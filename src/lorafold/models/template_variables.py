@@ -68,8 +68,8 @@ def _read(template: str) -> set[str]:
             f"the chat template: line {error.lineno}: {error.message}, so template_kwargs can't be"
             " set"
         ) from error
-    tests = (test for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name))
-    asked = {test.node.name for test in tests if test.name in ("defined", "undefined")}
+    tests = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
     return meta.find_undeclared_variables(tree) | asked
 
 

@@ -5,7 +5,6 @@ with the adapter.
                                                                     become special tokens
     set_template(tokenizer, "chat.jinja")                           or "none", which joins texts
                                                                     unchanged, or "tools"
-    set_variables(tokenizer, {"enable_thinking": False})            values that the template reads
     tokenizer_of(source, adapters)                                  that of the last adapter with
                                                                     one, or the model's
 """
@@ -23,7 +22,6 @@ from lorafold.files.intact import check_intact
 from lorafold.models.joined import NONE, joined
 from lorafold.models.loading import load_tokenizer, read_tokenizer
 from lorafold.models.sources import ModelSource
-from lorafold.models.template_variables import set_variables
 from lorafold.models.with_tools import TOOLS, with_tools
 
 if TYPE_CHECKING:

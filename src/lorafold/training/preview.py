@@ -20,13 +20,7 @@ from lorafold.data.labelled import LabelledData
 from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import Conversation, shape_of
 from lorafold.files.page import document
-from lorafold.training.request import (
-    Request,
-    objective_of,
-    rendering_of,
-    tokenized,
-    tokenizer_for,
-)
+from lorafold.training.request import Request, objective_of, rendering_of, tokenized, tokenizer_for
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -82,7 +76,8 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
             console.print(f"  {_said(turn)}", highlight=False, markup=False, soft_wrap=True)
         console.print(one.text)
     if html is not None:
-        document(f"Preview of {request.source}", LEGEND + "".join(map(_section, found)), html, STYLE)
+        body = LEGEND + "".join(map(_section, found))
+        document(f"Preview of {request.source}", body, html, STYLE)
         console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
 
 

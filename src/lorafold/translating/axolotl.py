@@ -87,6 +87,7 @@ RULES: tuple[Rule, ...] = (
     Rule("tokens", readers.new_tokens),
     Rule("chat_template", readers.chat_template),
     Rule("chat_template_jinja", readers.chat_template_jinja),
+    Rule("chat_template_kwargs", readers.chat_template_kwargs),
     Rule("use_wandb", readers.tracker("wandb")),
     Rule("wandb_project", readers.wandb_project),
     Rule("use_tensorboard", readers.tracker("tensorboard")),

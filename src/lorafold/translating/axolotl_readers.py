@@ -180,6 +180,15 @@ def chat_template_jinja(value: Any, settings: Settings) -> Outcome:
     return left("write the template to a file and pass it as --chat-template FILE")
 
 
+def chat_template_kwargs(value: Any, settings: Settings) -> Outcome:
+    """`chat_template_kwargs` become the variables of the chat template."""
+    if not isinstance(value, dict):
+        return left("expected an object of variables of the chat template")
+    return changed(
+        "a run refuses those that the model's chat template does not read", template_kwargs=value
+    )
+
+
 def datasets(value: Any, settings: Settings) -> Outcome:
     """`datasets` are left: their rows go to `--data`."""
     found = [d for d in value if isinstance(d, dict)] if isinstance(value, list) else []

@@ -75,6 +75,7 @@ RULES: tuple[Rule, ...] = (
     Rule("neat_packing", readers.neat_packing, False),
     Rule("train_on_prompt", readers.train_on_prompt),
     Rule("mask_history", readers.mask_history),
+    Rule("enable_thinking", readers.enable_thinking),
     Rule("disable_gradient_checkpointing", lambda value, settings: (
         taken(gradient_checkpointing=not boolean(value)))),
     Rule("gradient_checkpointing", lambda value, settings: (

@@ -173,10 +173,20 @@ def train_on_prompt(value: Any, settings: Settings) -> Outcome:
 
 
 def mask_history(value: Any, settings: Settings) -> Outcome:
-    """`mask_history` is left where it is on: every turn of the assistant is trained."""
+    """`mask_history` trains the last turn of the assistant alone, where it is on."""
     if boolean(value):
-        return left("pass rows of prompt (the messages before) and completion (the last turn)")
-    return taken("every turn of the assistant is trained")
+        return taken(train_on="last")
+    return taken("every turn of the assistant is trained", train_on="all")
+
+
+def enable_thinking(value: Any, settings: Settings) -> Outcome:
+    """`enable_thinking` becomes a variable of the chat template, where it is given."""
+    if value is None:
+        return taken("the chat template decides by the row")
+    return changed(
+        "a run refuses it where the model's chat template does not read it",
+        template_kwargs={"enable_thinking": boolean(value)},
+    )
 
 
 def init_adapter(value: Any, settings: Settings) -> Outcome | None:

@@ -66,7 +66,7 @@ AXOLOTL = (
         " dataset_keep_in_memory shuffle_merged_datasets skip_prepare_dataset group_by_length"
         " dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor streaming"
         " dataloader_drop_last remove_unused_columns curriculum_sampling min_sample_len"
-        " default_system_message eot_tokens chat_template_kwargs",
+        " default_system_message eot_tokens",
     ),
     (
         "lorafold packs rows by best fit and keeps each apart from the others",
@@ -133,7 +133,7 @@ LLAMAFACTORY = (
      " preprocessing_batch_size dataloader_num_workers dataloader_pin_memory streaming buffer_size"
      " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
      " train_sampling_strategy disable_shuffling dataloader_drop_last dataloader_prefetch_factor"
-     " remove_unused_columns tool_format default_system enable_thinking preserve_thinking data_seed"
+     " remove_unused_columns tool_format default_system preserve_thinking data_seed"
      " eval_on_each_dataset dataloader_persistent_workers ignore_data_skip"),
     (DECAY, "lr_scheduler_kwargs optim_args loraplus_lr_embedding"),
     (ABSENT, "neftune_noise_alpha label_smoothing_factor use_dft_loss use_asft_loss asft_alpha"
