@@ -134,7 +134,7 @@ def evaluate(
         for group in _batches(data.examples):
             found = loss.by_row(**loss.collate([data.examples[i] for i in group], loss.device))
             by_row |= dict(zip(group, found.tolist(), strict=True))
-            step(len(by_row), len(rows))
+            step(len(by_row), len(data.examples))
     sums = [(by_row[i], loss.count(example)) for i, example in enumerate(data.examples)]
     answers = _completions(model, tokenizer, rows, max_new_tokens, console) if generate else ()
     hits = sum(answer.exact for answer in answers)

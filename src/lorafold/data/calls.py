@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.forms import ASKED, attempt, call, form_of
-from lorafold.data.grammar import NAMES, Grammar, Pairs, grammar_of
+from lorafold.data.grammar import NAMES, Grammar, Pairs, grammar_of, special_words
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.data.reasoning import block_of
 from lorafold.errors import LorafoldError
@@ -47,7 +47,7 @@ def parse_calls(
         )
     prompt = attempt(form_of(tokenizer).of([ASKED]), tokenizer, for_generation=True)
     text = text[block_of(tokenizer).end(text, prompt) :]
-    for form in (grammar, grammar.without(tokenizer.all_special_tokens)):
+    for form in (grammar, grammar.without(special_words(tokenizer))):
         if found := list(_calls(text, form, tools)):
             return found
     return []

@@ -105,14 +105,19 @@ def _grammar_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Grammar 
         shared = common(str(_after(two_numbers, KEYS, NUMBERS)[-1]), plain_close)
         plain_close = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
     else:
-        at = min((plain_close.find(w) for w in tokenizer.all_special_tokens if w in plain_close),
-                 default=0)  # fmt: skip
+        words = (word for word in special_words(tokenizer) if word in plain_close)
+        at = min(map(plain_close.find, words), default=0)
         plain_close = plain_close[:at] if at else plain_close
     between = None if between is None else between.removeprefix(ending).removeprefix(plain_close)
     return Grammar(
         before, between, named, bare.rstrip(),
         Pairs(plain, plain_comma or "", plain_close, (opening, ending)),
     )  # fmt: skip
+
+
+def special_words(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The special tokens, which are left out of completions."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _said(arguments: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
