@@ -32,8 +32,8 @@ SIGNATURES = {
         " device revision trust_remote_code allow_other_base console"
     ),
     "generate": (
-        "model prompts *adapters tokenizer system max_new_tokens temperature seed storage device"
-        " revision trust_remote_code allow_other_base console"
+        "model prompts *adapters tokenizer system tools max_new_tokens temperature seed storage"
+        " device revision trust_remote_code allow_other_base console"
     ),
     "inspect": (
         "adapter model *against directions data rows max_length full storage device revision"
@@ -47,6 +47,7 @@ SIGNATURES = {
         " overwrite revision trust_remote_code device console"
     ),
     "only": "model *names",
+    "parse_calls": "text tokenizer tools",
     "train": (
         "recipe *data out model eval_data columns init_adapter device revision trust_remote_code"
         " resume overwrite console"

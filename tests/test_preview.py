@@ -20,7 +20,9 @@ from lorafold.training.request import Request
 from test_templates import ROWS, said, user
 
 
-def previewed(base: Path, rows: list[dict[str, Any]], html: Path | None = None, **fields: Any) -> str:
+def previewed(
+    base: Path, rows: list[dict[str, Any]], html: Path | None = None, **fields: Any
+) -> str:
     console = Console(file=io.StringIO(), width=200)
     request = Request(str(base), Path("none"), Recipe(**fields), rows, "rows.jsonl")
     show(request, console, html=html)
@@ -99,7 +101,8 @@ def test_a_row_of_several_examples_and_one_that_is_cut(tiny_model_dir: Any, tmp_
     template.write_text(
         "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}"
         "<think></think>{% endif %}{{"
-        " m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        " m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     rows = [{"messages": [user("a"), said("b"), user("c"), said("d")]}]
     how: dict[str, Any] = {"chat_template": str(template)}

@@ -1,5 +1,5 @@
-"""Tools, calls, parts, reasoning and preferences in rows: read in one form, shown by the template or
-refused, measured, and calls read back.
+"""Tools, calls, parts, reasoning and preferences in rows: read in one form, shown by the template
+or refused, measured, and calls read back.
 """
 
 from __future__ import annotations
@@ -303,7 +303,10 @@ def test_the_built_in_template_suits_a_tokenizer_without_chatml() -> None:
 
 CALLS = {
     "one": [call("get_weather", {"city": 'New York, "NY"', "days": 2})],
-    "two": [call("get_weather", {"city": "Rome"}), call("set_alarm", {"code": "007", "loud": True})],
+    "two": [
+        call("get_weather", {"city": "Rome"}),
+        call("set_alarm", {"code": "007", "loud": True}),
+    ],
     "no arguments": [call("set_alarm", {})],
     "nested": [call("get_weather", {"city": "Rome", "x": ["a", "b"], "y": {"z": 1}})],
 }
@@ -317,7 +320,11 @@ def test_calls_are_read_back(name: str, kind: str) -> None:
     try:
         [example], _ = encode_row(row, tokenizer)
     except LorafoldError as error:
-        assert re.search("does not show|single|refuses|supports", str(error)), error
+        why = str(error)
+    else:
+        why = ""
+    if why:
+        assert re.search("does not show|single|refuses|supports", why)
         return
     said = [label for label in example.labels if label != NO_LOSS]
     for bare in (False, True):  # as a model says it, and as lf.generate shows it
@@ -460,9 +467,9 @@ def test_variables_are_values_of_the_template_itself(tmp_path: Path) -> None:
     # what the template supplies is not trained on, and the last value given holds
     examples, trained = encode_row(ROWS["thinking"], tokenizer)
     assert (len(examples), trained.hidden) == (2, 2)
-    for example, said in zip(examples, ("It is 21 degrees.", "I do not know."), strict=True):
+    for example, answer in zip(examples, ("It is 21 degrees.", "I do not know."), strict=True):
         text = tokenizer.decode([label for label in example.labels if label != NO_LOSS])
-        assert text == said + "<|im_end|>"
+        assert text == answer + "<|im_end|>"
     set_variables(tokenizer, {"enable_thinking": True})
     assert tokenizer.apply_chat_template(
         [user("Hi")], tokenize=False, add_generation_prompt=True

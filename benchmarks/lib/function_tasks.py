@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,10 @@ from lorafold.quickstart.task import (
 
 OFFERED = 3  # functions in a row
 SYSTEM = "Call one function. It is 2026."
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = [
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+]
 Schema = dict[str, Any]
 
 
@@ -124,7 +125,7 @@ FUNCTIONS = {
          "(order|buy) the <item>, <count> of them, <shipping>")),
     "invite": Function(
         "Invite someone.", {"guest": text(PERSON), "place": text(PLACE), "date": DAY},
-        ("invite <guest> to <place> on <date>", "(ask|invite) <guest> for <date> to come to <place>")),
+        ("invite <guest> to <place> on <date>", "(ask|invite) <guest> to come to <place> on <date>")),
     "log_expense": Function(
         "Log an expense.",
         {"amount": whole(2, 99), "date": DAY,
@@ -194,7 +195,6 @@ def _draw(
     for key, (slot, _) in function.arguments.items():
         said[key], arguments[key] = slot(rng, split)
     phrasing = OPENINGS + rng.choice(function.requests) + CLOSINGS
-    choose: Callable[[re.Match[str]], str] = lambda found: rng.choice(found[1].split("|"))  # noqa: E731
-    phrasing = re.sub(r"\(([^()]*)\)", choose, phrasing)
+    phrasing = re.sub(r"\(([^()]*)\)", lambda found: rng.choice(found[1].split("|")), phrasing)
     request = re.sub(r"<(\w+)>", lambda key: said[key[1]], phrasing)
     return (request[0].upper() + request[1:] if rng.random() < 0.5 else request), arguments

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafold.api.load_model import load_model as load_model
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
+    from lorafold.data.calls import parse_calls as parse_calls
     from lorafold.merging.run import merge as merge
     from lorafold.methods import *  # noqa: F403  (the spec classes)
     from lorafold.models.loading import load_tokenizer as load_tokenizer
@@ -46,6 +47,7 @@ _HOME = {
     "inspect": "api.inspect",
     "load_model": "api.load_model",
     "train": "api.train",
+    "parse_calls": "data.calls",
     "merge": "merging.run",
     "load_tokenizer": "models.loading",
     "Recipe": "step.recipe",

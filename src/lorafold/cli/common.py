@@ -46,7 +46,8 @@ DataOption = Annotated[
         help=(
             "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. A row is"
             " {messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
-            " (Alpaca), {text} or {text, label}."
+            " (Alpaca), {prompt, chosen, rejected}, {text} or {text, label}; conversations may have"
+            " tools."
         )
     ),
 ]

@@ -1,12 +1,13 @@
 """`lorafold generate`: the completion of one prompt, token by token."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lorafold.cli.common import AdapterOption, JsonOption, Opening, Sampling, emit, messages
 from lorafold.cli.groups import grouped
+from lorafold.errors import LorafoldError
 
 
 @grouped
@@ -26,7 +27,8 @@ def command(
 ) -> None:
     """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr.
 
-    With --tools, the calls in it are read back: they are listed on stderr, and in the JSON.
+    With --tools, the calls in it are read back: they are listed on stderr, and in the JSON, which
+    has null for calls that can't be read.
     """
     import time
 
@@ -49,11 +51,18 @@ def command(
             typer.echo(piece, nl=False)
     speed = len(pieces) / (time.perf_counter() - start)
     found: dict[str, object] = {"text": "".join(pieces), "tokens_per_second": speed}
+    calls: list[dict[str, Any]] = []
     if tools:
-        found["tool_calls"] = calls = parse_calls("".join(pieces), tokenizer, tools_of(offered))
+        try:
+            calls = parse_calls("".join(pieces), tokenizer, tools_of(offered))
+            found["tool_calls"] = calls
+        except LorafoldError as error:
+            found["tool_calls"] = None
+            console.print(str(error), highlight=False, markup=False)
     # without --json the text is on stdout already, and this ends its line
     emit(json, found, "")
-    for call in calls if tools else ():
+    for call in calls:
         function = call["function"]
-        console.print(f"calls {function['name']} {function['arguments']}", markup=False)
+        told = f"calls {function['name']} {function['arguments']}"
+        console.print(told, highlight=False, markup=False)
     console.print(f"{len(pieces)} tokens, {speed:.1f} tokens/s", highlight=False)

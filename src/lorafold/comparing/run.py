@@ -21,6 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.methods import METHODS, known_options, make_spec
+from lorafold.step.recipe import Recipe
 from lorafold.training.request import digest
 
 
@@ -99,11 +100,17 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
         return pool.submit(measure, task, method, seed).result()
 
 
+# fields that recipes did not have at first: silent ones leave the digests as they were
+LATER = {"template_kwargs", "train_on", "mask_reasoning"}
+
+
 def key(task: Task, method: str) -> str:
     """A digest, of twelve letters, of everything that the figures depend on: the task, the method's
     defaults and the version of lorafold.
     """
     recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
+    default = Recipe().model_dump(mode="json")
+    recipe = {k: v for k, v in recipe.items() if k not in LATER or v != default[k]}
     spec = make_spec(method)
     own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
     text = json.dumps(
