@@ -105,7 +105,7 @@ def test_tools_have_one_form_however_they_are_written() -> None:
         assert tools_of(written) == (WEATHER,)
     nulls = [{**WEATHER, "strict": None}]
     assert tools_of(nulls) == (WEATHER,)
-    assert tools_of(None) == ()
+    assert tools_of(None) == tools_of("") == tools_of("[]") == ()
 
 
 def test_contents_and_reasoning_have_one_form() -> None:

@@ -89,7 +89,8 @@ FUNCTIONS = {
          "(book|reserve) <place> for <people> people on <date>")),
     "book_train": Function(
         "Book a train ticket.",
-        {"to": text(CITY), "date": DAY, "class": one_of(first="first class", second="second class")},
+        {"to": text(CITY), "date": DAY,
+         "class": one_of(first="first class", second="second class")},
         ("(book|get me|buy) a <class> train ticket to <to> (on|for) <date>",
          "(book|reserve) a train to <to> on <date> in <class>")),
     "get_forecast": Function(
@@ -125,7 +126,8 @@ FUNCTIONS = {
          "(order|buy) the <item>, <count> of them, <shipping>")),
     "invite": Function(
         "Invite someone.", {"guest": text(PERSON), "place": text(PLACE), "date": DAY},
-        ("invite <guest> to <place> on <date>", "(ask|invite) <guest> to come to <place> on <date>")),
+        ("invite <guest> to <place> on <date>",
+         "(ask|invite) <guest> to come to <place> on <date>")),
     "log_expense": Function(
         "Log an expense.",
         {"amount": whole(2, 99), "date": DAY,

@@ -110,8 +110,12 @@ def call_problems(name: str, calls: Any) -> Iterator[str]:
 
 
 def tool_problems(value: Any) -> Iterator[str]:
-    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one."""
+    """What is wrong with a row's tools: a list of JSON schemas, or JSON text of one; an empty text
+    has none.
+    """
     if isinstance(value, str):
+        if not value.strip():
+            return
         read = _json(value)
         if not isinstance(read, list):
             found = "no JSON" if read is None else f"JSON of {kind_of(read)}"
@@ -136,7 +140,10 @@ def normalized(messages: list[Message]) -> list[Message]:
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
     """The tools of a checked row in OpenAI's form: {"type": "function", "function": {...}}."""
-    tools = json.loads(value) if isinstance(value, str) else without_nulls(value or [])
+    if isinstance(value, str):
+        tools = json.loads(value) if value.strip() else []
+    else:
+        tools = without_nulls(value or [])
     return tuple(
         {"type": "function", "function": tool} if "function" not in tool else tool for tool in tools
     )
