@@ -1,7 +1,7 @@
 """Function calling learnt from scratch: the embedded model, which knows no tools, before and after
 training on synthetic calls, measured by the exact match of the call on unseen rows.
 
-    python benchmarks/function_calls.py [--rows 960] [--unseen 100] [--out DIR]
+    python benchmarks/function_calls.py [--rows 480] [--unseen 100] [--out DIR]
 
 Rows have tools, and calls with text, numbers, dates and choices (`lib/function_tasks.py`); the chat
 template is the built-in one with tools. The calls that the model says are parsed back through the
@@ -48,7 +48,7 @@ def parsed(found: Evaluation, data: list[dict[str, Any]], tokenizer: Any) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=960)
+    parser.add_argument("--rows", type=int, default=480)
     parser.add_argument("--unseen", type=int, default=100)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -59,17 +59,17 @@ def main() -> None:
 
     base = lf.load_tokenizer(MODEL)
     set_template(base, "tools")
-    bare = lf.load_model(MODEL, storage="fp32")
+    bare = lf.load_model(MODEL, storage="auto")
     before = lf.evaluate(bare, test, tokenizer=base, console=console)
     del bare
     recipe = lf.Recipe(
-        chat_template="tools", steps=asked.rows // 4, batch=4, dropout=0.0, base="fp32"
+        chat_template="tools", steps=asked.rows // 4, batch=4, dropout=0.0, base="auto"
     )
     began = time.perf_counter()
     lf.train(recipe, data=train, model=MODEL, out=out / "adapter", console=console)
     seconds = time.perf_counter() - began
     tokenizer = tokenizer_of(resolve_model(MODEL), [out / "adapter"])
-    after = lf.evaluate(MODEL, test, adapters=out / "adapter", storage="fp32", console=console)
+    after = lf.evaluate(MODEL, test, adapters=out / "adapter", console=console)
     found = [
         {"when": when, "exact match": e.exact_match or 0.0} | parsed(e, test, tokenizer)
         for when, e in (("before", before), ("after", after))
