@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.data.rows import check_rows, ignored_keys, read_rows, renamed
-from lorafold.data.shapes import shape_of
-from lorafold.data.sources import Row
+from lorafold.data.shapes import Row, shape_of
 
 if TYPE_CHECKING:
     from rich.console import Console

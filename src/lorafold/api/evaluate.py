@@ -35,7 +35,8 @@ def evaluate(
     """Measure loss in nats a labelled token, perplexity and exact match, with 95% intervals.
 
     Args:
-        model: A name or path, or a loaded model, which is measured with its active adapters.
+        model: A name or path, or a loaded model, which is measured with its active adapters and
+            takes no other `storage`, `device`, `revision` or `allow_other_base`.
         data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named.

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.data.render import Rendered, render_trained
 from lorafold.data.rows import LISTED, check_objective, check_rows
-from lorafold.data.shapes import shape_of
-from lorafold.data.sources import Row
+from lorafold.data.shapes import Row, shape_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:

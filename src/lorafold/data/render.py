@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from lorafold.data.shapes import Conversation, Message, shape_of
-from lorafold.data.sources import Row
+from lorafold.data.shapes import Conversation, Message, Row, shape_of
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening
 

@@ -7,6 +7,7 @@ are numbered from 1: by line in a JSONL file, by record after the header in a CS
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,20 @@ def _dataset(source: str, path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Found]]:
-    """Rows under the names of the header; every value is text."""
+    """Rows under the names of the header; every value is text. A column without a name, such as
+    the index that pandas writes, is called by its place: column 1.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             records = csv.DictReader(lines, strict=True)
-            names = records.fieldnames or []
+            header = records.fieldnames or []
+            names = [name if name.strip() else f"column {n}" for n, name in enumerate(header, 1)]
+            records.fieldnames = names
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise LorafoldError(
+                    f"{path}: header: found {', '.join(map(repr, twice))} more than once, expected"
+                    " each name once"
+                )
             for number, record in enumerate(records, 1):
                 extra = record.pop(None, None)
                 given = sum(value is not None for value in record.values()) + len(extra or ())

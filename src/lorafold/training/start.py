@@ -17,7 +17,7 @@ from lorafold.data.batches import batches
 from lorafold.evaluation import held_out_loss
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
-from lorafold.step.optim import param_groups, restore_optimizer, restore_rng
+from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Job
@@ -50,7 +50,7 @@ def prepare(
         accelerator: Distributes the steps and logs to the trackers.
         data, held_out: Examples to train on and to measure on.
         tokenizer: Its chat template is part of what a resumed run must share.
-        console: For the optimizer and the step from which a run is resumed.
+        console: For the optimizer, the learning rates and the step from which a run is resumed.
 
     Raises LorafoldError where the run to resume had another recipe, model or data.
     """
@@ -70,7 +70,8 @@ def prepare(
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
-    console.print(described(chosen, groups, recipe.seed), highlight=False, soft_wrap=True)
+    for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
+        console.print(line, highlight=False, soft_wrap=True)
     wrapped, optimizer = accelerator.prepare(loss, make_optimizer(chosen.name, groups, recipe))
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
