@@ -11,10 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorafold.api.arguments import as_rows
-from lorafold.data.batches import batches, split
+from lorafold.data.batches import Batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.render import ensure_chat_template, prompts
-from lorafold.data.rows import ignored_keys, read_rows
+from lorafold.data.checking import ignored_keys
+from lorafold.data.rows import read_rows
 from lorafold.data.shapes import Conversation, shape_of
 from lorafold.errors import LorafoldError
 
@@ -437,22 +438,22 @@ def test_preview_shows_the_mask_with_and_without_colour(smollm2):
 
 
 def test_batches_cover_every_row_once_an_epoch_and_any_step_is_found_again():
-    order = batches(10, 4, 5, seed=3)
+    order = list(Batches(10, 4, 5, seed=3))
     assert [len(step) for step in order] == [4] * 5
     flat = [row for step in order for row in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-    assert batches(10, 4, 3, seed=3) == order[:3]
-    assert batches(10, 4, 5, seed=4) != order
-    assert sorted(batches(2, 6, 1, seed=0)[0]) == [0, 0, 0, 1, 1, 1]
-    assert "no rows" in refused(batches, 0, 4, 1, 0)
+    assert list(Batches(10, 4, 3, seed=3)) == order[:3]
+    assert list(Batches(10, 4, 5, seed=4)) != order
+    assert sorted(Batches(2, 6, 1, seed=0)[0]) == [0, 0, 0, 1, 1, 1]
+    assert "no rows" in refused(Batches, 0, 4, 1, 0)
 
 
 def test_split_is_seeded_disjoint_and_never_empty():
     rows = [{"text": str(i)} for i in range(20)]
     train, held = split(rows, 0.25, seed=1)
     assert len(held) == 5
-    assert sorted(train + held, key=rows.index) == rows
+    assert sorted([*train, *held], key=rows.index) == rows
     assert split(rows, 0.25, seed=1) == (train, held)
     assert split(rows, 0.25, seed=2) != (train, held)
     assert [len(part) for part in split(rows, 0.001, seed=1)] == [19, 1]

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.core.evaluating import evaluating
+from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import prompts
-from lorafold.data.rows import is_labelled
 from lorafold.data.shapes import Row, shape_of
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete

@@ -112,7 +112,7 @@ def compose(
     )
 
 
-def by_name(tasks: Tasks, console: Console) -> dict[str, list[Row]]:
+def by_name(tasks: Tasks, console: Console) -> dict[str, Sequence[Row]]:
     """Rows by the name of their task; that of a file is the last part of its path. The console is
     told which keys of the rows are ignored.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Paths, Rows, as_rows
-from lorafold.data.rows import is_labelled
+from lorafold.api.arguments import Columns, Data, Paths, as_rows
+from lorafold.data.checking import is_labelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    data: Rows,
+    data: Data,
     *,
     columns: Columns | None = None,
     adapters: Paths = (),

@@ -17,11 +17,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from lorafold.comparing.measure import Measurement, Task, measure
+from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.training.request import digest
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
@@ -106,9 +106,8 @@ def key(task: Task, method: str) -> str:
     recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
     spec = make_spec(method)
     own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
-    text = json.dumps(
-        [task.model, digest(task.rows), digest(task.held_out), recipe, own], sort_keys=True
-    )
+    rows = [Rows.of(task.rows).sha256, Rows.of(task.held_out).sha256]
+    text = json.dumps([task.model, *rows, recipe, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,23 +1,28 @@
 """Examples: the token ids of a row, with labels that say which tokens are trained on.
 
-The text of a row is tokenized once, with character offsets. Tokens inside a trained span are their
-own labels; all others are labelled -100. If a token would span the border between prompt and
-completion, the text is tokenized in two pieces, so that the ids before the completion are the ones
-that generation sees.
+Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
+of its table when it is asked for, so that a million take no memory of their own.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING
 
-from lorafold.data.render import Rendered, render_trained
-from lorafold.data.rows import LISTED, check_objective, check_rows
-from lorafold.data.shapes import Row, shape_of
+import numpy as np
+
+from lorafold.data.arrow import Array, Lists, TableExamples
+from lorafold.data.checking import check_objective
+from lorafold.data.completions import Completions
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import Row
+from lorafold.data.stored import Part, parts_of
+from lorafold.data.tokenizing import tokenized
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
@@ -73,15 +78,57 @@ class Report:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples that have a token to train on, in the order of their rows, and the report over
-    all rows.
+    """The examples that have a token to train on, in the order of their rows, the report over all
+    rows, and how many examples are from each source.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     report: Report
+    parts: tuple[Part, ...]
 
 
-def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
+class Examples(TableExamples[Example]):
+    """The examples of a table that have a token to train on; `Completions` made the table."""
+
+    def __init__(self, table: "pa.Table", max_length: int) -> None:
+        self._spans = Lists(table.column("spans"))
+        lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
+        found = labelled_counts(self._spans, lengths)
+        super().__init__(table, max_length, np.flatnonzero(found))
+        self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
+
+    def _example(self, index: int, ids: tuple[int, ...]) -> Example:
+        labels = [NO_LOSS] * len(ids)
+        for start, end in self._spans[index].reshape(-1, 2).tolist():
+            labels[start:end] = ids[start:end]
+        return Example(ids, (NO_LOSS, *labels[1:]))
+
+
+def labelled_counts(spans: Lists, lengths: Array) -> Array:
+    """How many tokens of each example the loss counts, (n,). The first token is none of them,
+    because nothing comes before it.
+
+    Args:
+        spans: The starts and ends of the trained spans of each example, as lists of even length.
+        lengths: The length to which each example is cut, (n,).
+    """
+    counts, first = [np.zeros(0, np.int64)], 0
+    for ends, values in zip(spans.ends, spans.values, strict=True):
+        border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
+        start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
+        length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
+        counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
+        counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+        first += len(border) - 1
+    return np.concatenate(counts)
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    console: "Console | None" = None,
+) -> Encoded:
     """Tokenize rows of conversations, prompts with completions, or plain text.
 
     Raises LorafoldError if rows are malformed, if the chat template refuses some, or if no row has
@@ -92,48 +139,20 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
         tokenizer: A fast tokenizer. Conversations need its chat template; `ensure_chat_template`
             sets one where there is none.
         max_length: Longer rows are cut to this many tokens, at their end.
+        console: For progress; None is quiet.
     """
     if not tokenizer.is_fast:
         raise LorafoldError(
             f"tokenizer: found {type(tokenizer).__name__}, which gives no character offsets;"
             " expected a fast tokenizer (one with a tokenizer.json)"
         )
-    rows = check_rows(enumerate(rows, 1), "data")
+    rows = as_checked(rows)
     check_objective(rows, "sft")
-    examples: list[Example] = []
-    bad: list[str] = []
-    longest = truncated = left_out = 0
-    for number, row in enumerate(rows, 1):
-        try:
-            example, skipped = _encode_row(row, tokenizer)
-        except LorafoldError as error:
-            bad.append(f"row {number}: {error}")
-            continue
-        longest, truncated, left_out = (
-            max(longest, len(example.ids)),
-            truncated + (len(example.ids) > max_length),
-            left_out + skipped,
-        )
-        example = Example(example.ids[:max_length], example.labels[:max_length])
-        if any(label != NO_LOSS for label in example.labels):
-            examples.append(example)
-    if bad:
-        raise LorafoldError(
-            "; ".join(bad[:LISTED])
-            + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
-        )
-    tokens = sum(len(example.ids) for example in examples)
-    labelled = sum(label != NO_LOSS for example in examples for label in example.labels)
-    report = Report(
-        len(rows),
-        tokens,
-        labelled,
-        longest,
-        max_length,
-        truncated,
-        len(rows) - len(examples),
-        left_out,
-    )
+    table = tokenized(rows, Completions(tokenizer), console)
+    examples = Examples(table, max_length)
+    whole, row = Lists(table.column("ids")).lengths, table.column("row").to_numpy()
+    longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
+    left_out = int(table.column("left_out").to_numpy().sum())
     if not examples:
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
@@ -141,7 +160,17 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
             " turns are left out because the chat template renders them differently at generation;"
             " expected assistant turns or completions within max_length"
         )
-    return Encoded(examples, report)
+    report = Report(
+        len(rows),
+        int(examples.lengths.sum()),
+        int(examples.labelled.sum()),
+        longest,
+        max_length,
+        truncated,
+        len(rows) - len(np.unique(examples.rows)),
+        left_out,
+    )
+    return Encoded(examples, report, parts_of(examples.rows, rows.parts))
 
 
 def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
@@ -165,51 +194,3 @@ def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
         shown, style = (f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")
         text.append(shown, style=style)
     return text
-
-
-def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Example, int]:
-    shape = shape_of(row)
-    if shape is None or shape.conversation is None:
-        ids = list(tokenizer(row["text"], verbose=False).input_ids)
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        return _example(ids, ids), 0
-    rendered = render_trained(shape.conversation(row), tokenizer)
-    ids, starts = _tokens(rendered, tokenizer)
-    labels = [NO_LOSS] * len(ids)
-    for start, end in rendered.spans:
-        inside = slice(bisect_left(starts, start), bisect_left(starts, end))
-        labels[inside] = ids[inside]
-    return _example(ids, labels), rendered.left_out
-
-
-def _example(ids: Iterable[int], labels: Iterable[int]) -> Example:
-    return Example(tuple(ids), (NO_LOSS, *islice(labels, 1, None)))
-
-
-def _tokens(
-    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
-    """Return the token ids and the character at which each starts.
-
-    The text is cut before a trained span if tokenizing it whole would change the prompt's ids.
-    """
-    ids: list[int] = []
-    starts: list[int] = []
-    at = 0
-    rest, rest_starts = _tokenize(rendered.text, at, None, tokenizer)
-    for border, _ in rendered.spans:
-        head, head_starts = _tokenize(rendered.text, at, border, tokenizer)
-        if rest[: len(head)] != head:
-            ids, starts, at = ids + head, starts + head_starts, border
-            rest, rest_starts = _tokenize(rendered.text, at, None, tokenizer)
-    return ids + rest, starts + rest_starts
-
-
-def _tokenize(
-    text: str, start: int, end: int | None, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
-    encoded: Any = tokenizer(
-        text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return encoded.input_ids, [start + begin for begin, _ in encoded.offset_mapping]

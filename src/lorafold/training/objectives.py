@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Any
 from lorafold.bases import is_linear
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
+from lorafold.data.completions import Completions
 from lorafold.data.examples import Encoded, Example, encode, preview
 from lorafold.data.labelled import (
     LabelledData,
     LabelledExample,
+    Labels,
     classes_of,
     encode_labelled,
     preview_labelled,
 )
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.sources import Row
+from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id
@@ -37,7 +40,8 @@ from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
 from lorafold.step.documents import packed
-from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.losses import Classification, Loss
+from lorafold.step.losses import Completions as CompletionLoss
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +72,11 @@ class Objective(ABC):
 
     @abstractmethod
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        console: Console,
     ) -> Data:
         """Tokenized rows, with a report.
 
@@ -76,9 +84,14 @@ class Objective(ABC):
             rows: Rows of the user's data.
             tokenizer: After `set_up`.
             max_length: Longer examples are cut to this many tokens.
+            console: For progress.
 
         Raises LorafoldError for rows that this objective can't use.
         """
+
+    @abstractmethod
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """What makes examples of rows, of which not all are at hand."""
 
     @abstractmethod
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -131,9 +144,16 @@ class Sft(Objective):
         return ensure_chat_template(tokenizer)
 
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        console: Console,
     ) -> Encoded:
-        return encode(rows, tokenizer, max_length)
+        return encode(rows, tokenizer, max_length, console)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        return Completions(tokenizer)
 
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
@@ -155,7 +175,7 @@ class Sft(Objective):
         console: Console,
     ) -> Iterator[Loss]:
         if not packing:
-            yield Completions(model, False, tokenizer.pad_token_id or 0)
+            yield CompletionLoss(model, False, tokenizer.pad_token_id or 0)
             return
         with packed(model) as apart:
             if not apart:
@@ -164,7 +184,7 @@ class Sft(Objective):
                     " examples are padded instead",
                     highlight=False,
                 )
-            yield Completions(model, apart, tokenizer.pad_token_id or 0)
+            yield CompletionLoss(model, apart, tokenizer.pad_token_id or 0)
 
 
 @dataclass(frozen=True)
@@ -174,9 +194,16 @@ class Classify(Objective):
     classes: tuple[str, ...]
 
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        console: Console,
     ) -> LabelledData:
-        return encode_labelled(rows, tokenizer, max_length, self.classes)
+        return encode_labelled(rows, tokenizer, max_length, self.classes, console)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        return Labels(tokenizer, self.classes)
 
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)

@@ -4,17 +4,19 @@ the tokenizer and the tokenized rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lorafold.data.batches import split
+from lorafold.data.batches import epoch_size, split
+from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
+from lorafold.data.stream import Stream, StreamFeed
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
 from lorafold.step.recipe import Recipe
@@ -35,7 +37,7 @@ class Request:
     model: str
     out: Path
     recipe: Recipe
-    rows: Sequence[Row]
+    rows: Sequence[Row] | Stream
     source: str  # where the rows came from, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
@@ -45,13 +47,17 @@ class Request:
     resume: bool = False
     overwrite: bool = False
 
+    @property
+    def data(self) -> Rows | Stream:
+        """The rows as one of the two that know their identity."""
+        return self.rows if isinstance(self.rows, Stream) else Rows.of(self.rows)
 
-def digest(rows: Sequence[Row]) -> str:
-    """The SHA-256 of the rows as JSON, so the same rows have one digest in every file format."""
-    h = hashlib.sha256()
-    for row in rows:
-        h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-    return h.hexdigest()
+    def first_rows(self, n: int) -> Sequence[Row]:
+        """The rows that training begins with, if they are streamed, else the first ones."""
+        if not isinstance(self.rows, Stream):
+            return self.rows[:n]
+        rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
+        return [row for _, row in islice(rows, n)]
 
 
 def objective_of(request: Request) -> tuple[ModelSource, Objective]:
@@ -61,7 +67,8 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     """
     source = resolve_model(request.model, request.revision)
     adapters = [request.init_adapter] if request.init_adapter else []
-    return source, OBJECTIVES[request.recipe.objective](request.rows, source, adapters)
+    rows = () if isinstance(request.rows, Stream) else request.rows
+    return source, OBJECTIVES[request.recipe.objective](rows, source, adapters)
 
 
 def tokenizer_for(
@@ -88,8 +95,8 @@ def tokenizer_for(
 
 def tokenized(
     request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
-) -> tuple[Data, Data | None]:
-    """The examples to train on and those to measure on, which may be None; both are reported.
+) -> tuple[Feed, Data | None]:
+    """The feed of the run, and the examples to measure on, which may be None; both are reported.
 
     Args:
         request: Has the rows, or the share of them that is held out.
@@ -99,16 +106,34 @@ def tokenized(
 
     Raises LorafoldError for rows that the objective can't use.
     """
-    rows, held_out = list(request.rows), request.eval_rows
-    if held_out is None and request.recipe.eval_fraction:
-        rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
-    train = objective.encode(rows, tokenizer, request.recipe.max_length)
+    rows, held_out, recipe = request.rows, request.eval_rows, request.recipe
+
+    def held_out_data() -> Data | None:
+        if not held_out:
+            return None
+        found = objective.encode(held_out, tokenizer, recipe.max_length, console)
+        console.print(f"held out: {found.report}", highlight=False)
+        return found
+
+    if isinstance(rows, Stream):
+        encoder = objective.encoder(tokenizer)
+        feed: Feed = StreamFeed(
+            rows,
+            encoder,
+            recipe.max_length,
+            recipe.batch,
+            recipe.total_steps(0),
+            recipe.seed,
+            recipe.shuffle_buffer,
+        )
+        return feed, held_out_data()
+    if held_out is None and recipe.eval_fraction:
+        rows, held_out = split(rows, recipe.eval_fraction, recipe.seed)
+    train = objective.encode(rows, tokenizer, recipe.max_length, console)
     console.print(f"data: {train.report}", highlight=False)
-    if not held_out:
-        return train, None
-    evaluation = objective.encode(held_out, tokenizer, request.recipe.max_length)
-    console.print(f"held out: {evaluation.report}", highlight=False)
-    return train, evaluation
+    steps = recipe.total_steps(epoch_size(train.parts))
+    feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
+    return feed, held_out_data()
 
 
 def show(request: Request, console: Console, rows: int = 3) -> None:
@@ -123,7 +148,8 @@ def show(request: Request, console: Console, rows: int = 3) -> None:
     """
     source, objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, source, objective, console)
-    train, _ = tokenized(request, tokenizer, objective, console)
-    for example in train.examples[:rows]:
+    few = request.first_rows(rows)
+    train = objective.encode(few, tokenizer, request.recipe.max_length, console)
+    for example in train.examples:
         console.rule()
         console.print(objective.preview(example, tokenizer))
