@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
+from lorafold.data.checking import ignored_keys
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.render import ensure_chat_template, prompts
-from lorafold.data.checking import ignored_keys
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import Conversation, shape_of
 from lorafold.errors import LorafoldError

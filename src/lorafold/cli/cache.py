@@ -33,16 +33,16 @@ def command(
     if unknown := [name for name in kind or () if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
     found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
-    if clear:
-        remove(found)
-    total = sum(entry.bytes for entry in found)
+    busy = remove(found) if clear else []
+    total = sum(entry.bytes for entry in found if entry not in busy)
     lines = [
         f"{entry.kind:<8}{entry.bytes / 1e6:>10,.1f} MB"
         f"  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.path.name}"
+        f"{'  stays: another process is making it' if entry in busy else ''}"
         for entry in found
     ]
-    state = "removed" if clear else "in use"
-    lines.append(f"{total / 1e6:,.1f} MB {state} in {cache_directory()}")
+    state = "removed from" if clear else "kept in"
+    lines.append(f"{total / 1e6:,.1f} MB {state} {cache_directory()}")
     listed = [
         {"kind": e.kind, "path": str(e.path), "bytes": e.bytes, "used": e.used} for e in found
     ]

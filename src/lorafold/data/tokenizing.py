@@ -92,10 +92,12 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(directory: Path) -> None:
-        _check_room(rows.bytes, directory)
+        first = rows[:CHUNK]
+        size = encoder.encode(first, 0).nbytes * len(rows) // len(first)
+        _check_room(size, directory)
         notice(
-            f"tokens: about {rows.bytes / 1e9:.2f} GB will be kept in {directory.parent} for the"
-            " next run; lorafold cache clears it"
+            f"tokens: about {size / 1e9:.2f} GB will be kept in {directory.parent} for the next"
+            " run; lorafold cache clears it"
         )
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,

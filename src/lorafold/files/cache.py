@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import atomic_directory, verify
+from lorafold.files.atomic import atomic_directory, is_abandoned, verify
 
 LOCK = ".lock"
 KINDS = ("models", "rows", "svd", "tokens")
@@ -76,31 +76,36 @@ def cached(
 
 
 def entries() -> list[Entry]:
-    """Everything in the cache, by kind, what was used last first."""
+    """Everything in the cache, by kind, what was used last first; also what killed processes left,
+    but not what is being written.
+    """
     found = []
-    for path in (path for kind in KINDS for path in cache_directory().glob(f"{kind}/*")):
-        if path.is_dir():
-            files = [p.stat() for p in path.rglob("*") if p.is_file()]
-            size, used = sum(f.st_size for f in files), path.stat().st_mtime
-            found.append(Entry(path.parent.name, path, size, used))
+    for kind in KINDS:
+        for path in (cache_directory() / kind).glob("*"):
+            if path.is_dir() and (path.name[0] != "." or is_abandoned(path.name)):
+                files = [p.stat() for p in path.rglob("*") if p.is_file()]
+                size, used = sum(f.st_size for f in files), path.stat().st_mtime
+                found.append(Entry(kind, path, size, used))
     return sorted(found, key=lambda e: (e.kind, -e.used))
 
 
-def clear(chosen: Iterable[Entry]) -> int:
-    """Remove these entries, and return how many bytes they had.
+def clear(chosen: Iterable[Entry]) -> list[Entry]:
+    """Remove these entries, and return those that stay because a process is making them.
 
     A process that has an entry open keeps its data until it ends. Raises LorafoldError for what
     can't be removed.
     """
-    freed = 0
+    busy = []
     for entry in chosen:
+        lock = FileLock(str(entry.path.with_name(entry.path.name + LOCK)))
         try:
-            shutil.rmtree(entry.path)
+            with lock.acquire(timeout=0):
+                shutil.rmtree(entry.path)
+        except Timeout:
+            busy.append(entry)
         except OSError as error:
             raise LorafoldError(f"{entry.path}: can't be removed: {error.strerror}") from error
-        entry.path.with_name(entry.path.name + LOCK).unlink(missing_ok=True)
-        freed += entry.bytes
-    return freed
+    return busy
 
 
 @contextmanager
