@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import lorafold as lf
+from lorafold.api.compose import by_name
 
 ROWS = [{"prompt": f"Book a table for {i}", "completion": f' {{"people": {i}}}'} for i in range(12)]
 RECIPE = lf.Recipe(steps=2, batch=2, base="fp32", max_length=64)
@@ -106,6 +107,21 @@ def test_names_and_loaded_models_measure_alike(model: str, adapter: Path) -> Non
         lf.evaluate(loaded, ROWS, adapters=[adapter])
 
 
+def test_what_a_loaded_model_leaves_without_effect_is_refused(model: str, adapter: Path) -> None:
+    loaded = lf.load_model(model, "fp32", "cpu")
+    for given in (
+        {"storage": "fp32"},
+        {"device": "cpu"},
+        {"revision": "main"},
+        {"allow_other_base": True},
+        {"adapters": adapter, "storage": "nf4", "device": "cpu"},
+    ):
+        with pytest.raises(lf.LorafoldError, match=f"^{', '.join(given)}: expected none, because"):
+            lf.evaluate(loaded, ROWS, **given)
+        with pytest.raises(lf.LorafoldError, match=f"^{', '.join(given)}: expected none, because"):
+            lf.generate(loaded, "Hello", **given)
+
+
 def test_a_prompt_gives_a_text_and_a_list_a_list(model: str, adapter: Path) -> None:
     loaded, tokenizer = lf.load_model(model, "fp32", "cpu"), lf.load_tokenizer(model)
     one = lf.generate(loaded, "Book a table", tokenizer=tokenizer, max_new_tokens=4)
@@ -142,6 +158,8 @@ def test_an_estimate_is_the_command_s(model: str) -> None:
     assert "fits, with" in str(found)
     wider = lf.estimate(model, "lora", length=64, recipe=lf.Recipe(rank=64))
     assert wider.terms["adapter"] == 4 * found.terms["adapter"]
+    with pytest.raises(lf.LorafoldError, match=r"found --params 7b and --model .*expected one"):
+        lf.estimate(model, params="7b")
 
 
 @pytest.mark.slow
@@ -161,6 +179,13 @@ def test_quiet_unless_given_a_console(model: str, tmp_path: Path, capfd) -> None
     told = io.StringIO()
     lf.train(RECIPE, data=ROWS, out=tmp_path / "loud", model=model, console=Console(file=told))
     assert "data: 12 rows" in told.getvalue()
+
+
+def test_compose_names_the_keys_that_it_ignores() -> None:
+    told = io.StringIO()
+    rows = [{"text": "a", "id": 1}]
+    assert by_name({"task": rows}, Console(file=told, width=200)) == {"task": rows}
+    assert told.getvalue() == "rows given in Python: ignored keys: id (rows of {text})\n"
 
 
 def test_bad_rows_are_told_by_number() -> None:

@@ -315,7 +315,7 @@ def test_what_the_callback_would_not_save_is_refused(tiny_model, tmp_path: Path)
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (lf.AdaLoRA(), "AdaLoRA acts after each step"),
+        (lf.AdaLoRA(), "AdaLoRA acts after each step and adds a penalty to the loss, which"),
         (lf.DoRA(lf.AdaLoRA()), "DoRA acts after each step"),
         (lf.FishMask(), "FishMask acts before the first step"),
         (lf.Full(), "Full trains the base itself"),
@@ -325,3 +325,12 @@ def test_what_the_callback_would_not_save_is_refused(tiny_model, tmp_path: Path)
 def test_a_method_that_a_trainer_would_do_half_of_is_refused(spec, message, tiny_model) -> None:
     with pytest.raises(LorafoldError, match=message):
         lf.AdapterCallback(lf.attach(tiny_model("llama"), spec))
+
+
+def test_a_penalty_that_a_trainer_would_leave_out_is_refused(tiny_model, monkeypatch) -> None:
+    adapter = lf.attach(tiny_model("llama"), LORA)
+    lf.AdapterCallback(adapter)
+    *_, last = adapter.deltas.values()
+    monkeypatch.setattr(last, "penalty", lambda: torch.zeros(()), raising=True)
+    with pytest.raises(LorafoldError, match="LoRA adds a penalty to the loss, which a trainer"):
+        lf.AdapterCallback(adapter)

@@ -1,5 +1,6 @@
 """User data to token ids and loss mask: shapes and their errors, chat templates, spans, order."""
 
+import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,10 +10,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lorafold.data.batches import batches, split
+from lorafold.api.arguments import as_rows
+from lorafold.data.batches import Batches, split
+from lorafold.data.checking import ignored_keys
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.render import ensure_chat_template, prompts
-from lorafold.data.rows import ignored_keys, read_rows
+from lorafold.data.rows import read_rows
 from lorafold.data.shapes import Conversation, shape_of
 from lorafold.errors import LorafoldError
 
@@ -209,14 +212,35 @@ def test_columns_have_other_names_and_unknown_keys_are_named(tmp_path):
     rows = read_rows(path, {"prompt": "question", "completion": "answer"})
     assert rows == [{"id": 7, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     assert ignored_keys(rows) == ("id",)
-    assert notice_of_ignored(rows) == "ignored in the rows: id (rows of {prompt, completion})"
-    assert notice_of_ignored(rows[1:]) == ""
     message = refused(lambda: read_rows(path, {"prompt": "questions"}))
     assert "row 1: found no column 'questions'; it has 'question', 'answer', 'id'" in message
     swapped = jsonl(tmp_path, {"prompt": "b", "completion": "a"})
     assert read_rows(swapped, {"prompt": "completion", "completion": "prompt"}) == [
         {"prompt": "a", "completion": "b"}
     ]
+
+
+def test_a_row_that_has_the_new_name_too_is_refused(tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b", "prompt": "c"}]
+    columns = {"prompt": "question", "completion": "answer"}
+    message = refused(read_rows, jsonl(tmp_path, *rows), columns)
+    assert "row 2: --columns prompt=question: the row has a column prompt as well" in message
+    assert "row 2: --columns prompt=question" in refused(as_rows, rows, columns)
+
+
+def test_ignored_keys_are_named_on_the_console(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "id": 7, "[red]": 1}, {"prompt": "c", "answer": "d"}]
+    columns = {"completion": "answer"}
+    console = Console(file=io.StringIO(), width=20)
+    assert as_rows(rows[:1], None, console) == rows[:1]
+    path = jsonl(tmp_path, rows[1] | {"x": None})
+    assert as_rows(path, columns, console) == [{"prompt": "c", "x": None, "completion": "d"}]
+    told = "rows given in Python: ignored keys: id, [red] (rows of {prompt, completion})\n"
+    assert console.file.getvalue() == told
+    as_rows(jsonl(tmp_path, rows[1] | {"x": 1}), columns, console)
+    assert console.file.getvalue().removeprefix(told) == (
+        f"{path}: ignored keys: x (rows of {{prompt, completion}})\n"
+    )
 
 
 def test_csv(tmp_path):
@@ -232,6 +256,15 @@ def test_csv(tmp_path):
     assert "not CSV after line 1: unexpected end of data" in refused(read_rows, str(path))
     path.write_bytes(b"text\n\xff\n")
     assert "not UTF-8 at byte" in refused(read_rows, str(path))
+    path.write_text("text,label,text,label\na,b,c,d\n")
+    assert refused(read_rows, str(path)) == (
+        f"{path}: header: found 'text', 'label' more than once, expected each name once"
+    )
+    path.write_text(",text, ,\n0,good,,\n1,bad,,\n")  # an index as pandas writes it, and commas
+    rows = read_rows(str(path))
+    assert rows[0] == {"column 1": "0", "text": "good", "column 3": "", "column 4": ""}
+    assert ignored_keys(rows) == ("column 1", "column 3", "column 4")
+    assert read_rows(str(path), {"label": "column 1"})[1]["label"] == "1"
     path.write_text("question,answer\na,b\n")
     assert "keys found: 'question', 'answer'; expected one of" in refused(read_rows, str(path))
 
@@ -408,22 +441,22 @@ def test_preview_shows_the_mask_with_and_without_colour(smollm2):
 
 
 def test_batches_cover_every_row_once_an_epoch_and_any_step_is_found_again():
-    order = batches(10, 4, 5, seed=3)
+    order = list(Batches(10, 4, 5, seed=3))
     assert [len(step) for step in order] == [4] * 5
     flat = [row for step in order for row in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-    assert batches(10, 4, 3, seed=3) == order[:3]
-    assert batches(10, 4, 5, seed=4) != order
-    assert sorted(batches(2, 6, 1, seed=0)[0]) == [0, 0, 0, 1, 1, 1]
-    assert "no rows" in refused(batches, 0, 4, 1, 0)
+    assert list(Batches(10, 4, 3, seed=3)) == order[:3]
+    assert list(Batches(10, 4, 5, seed=4)) != order
+    assert sorted(Batches(2, 6, 1, seed=0)[0]) == [0, 0, 0, 1, 1, 1]
+    assert "no rows" in refused(Batches, 0, 4, 1, 0)
 
 
 def test_split_is_seeded_disjoint_and_never_empty():
     rows = [{"text": str(i)} for i in range(20)]
     train, held = split(rows, 0.25, seed=1)
     assert len(held) == 5
-    assert sorted(train + held, key=rows.index) == rows
+    assert sorted([*train, *held], key=rows.index) == rows
     assert split(rows, 0.25, seed=1) == (train, held)
     assert split(rows, 0.25, seed=2) != (train, held)
     assert [len(part) for part in split(rows, 0.001, seed=1)] == [19, 1]

@@ -76,6 +76,7 @@ def test_a_gguf_file_by_its_header() -> None:
     [
         (["--params", "6b"], "params 6b: expected one of 7b, "),
         (["--params", "7b", "--measure"], "--measure: found --params 7b, which has no weights"),
+        (["--params", "7b", "--model", "m"], "--params: found --params 7b and --model m, expected"),
         (["--device-memory", "lots"], "expected a size"),
         (["--mode", "nosuch"], "unknown method 'nosuch'"),
         (["--model", "no/such/model/here"], "no/such/model/here"),

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorafold as lf
+from conftest import lorafold
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import base_svd
@@ -287,3 +288,13 @@ def test_resize_and_extract_as_commands(tiny_model_dir, tmp_path):
         )["error"]
         < 1e-3
     )
+
+
+def test_resize_names_the_keys_that_it_ignores(tiny_model_dir, tmp_path):
+    base, data = tiny_model_dir("llama"), tmp_path / "d.jsonl"
+    make_adapter(base, tmp_path / "a")
+    data.write_text('{"text": "Book a table for four", "id": 1}\n')
+    given = ["--rank", "2", "--model", str(base), "--base", "fp32", "--data", str(data)]
+    done = lorafold("resize", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *given)
+    assert done.returncode == 0, done.stderr
+    assert f"{data}: ignored keys: id (rows of {{text}})\n" in done.stderr

@@ -13,6 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from lorafold.data.examples import Example
+from lorafold.data.feed import StoredFeed
+from lorafold.data.stored import Part
 from lorafold.machine.room import limited
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.terms import estimate
@@ -73,9 +75,9 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     examples = [Example(tuple(range(n)), (-100,) * (n - 2) + (1, 2)) for n in (10, 40, 30, 20)]
 
     def plan(**fields: Any) -> Setting:
-        return planned(
-            Recipe(epochs=1, **fields), SETTING.spec, SETTING.base, examples, SETTING.beside
-        )  # type: ignore[arg-type]
+        recipe = Recipe(epochs=1, **fields)
+        feed = StoredFeed(examples, [Part(4)], recipe.batch, recipe.total_steps(4), recipe.seed)
+        return planned(recipe, SETTING.spec, SETTING.base, feed, SETTING.beside)  # type: ignore[arg-type]
 
     whole = plan(batch=4)
     assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -352,6 +353,21 @@ def test_the_command_prints_json_and_refuses_an_existing_out(tiny_model_dir, tmp
     )
     assert "survives" in again.stdout
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["kl"] is None
+
+
+def test_the_summary_counts_in_words(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    adapter = make_adapter(base, tmp_path / "a", targets=["layers.0.self_attn.q_proj"])
+    result = merge(str(base), [adapter], tmp_path / "one", certificate=False)
+    assert "(1 tensor kept as computed)" in result.summary()
+    one, two = (
+        replace(result, folded=replace(result.folded, rounded={"nearest": n}, biases=("b",) * n))
+        for n in (1, 2)
+    )
+    assert "(1 tensor rounded to nearest)" in one.summary()
+    assert "  1 bias was added and enabled in config.json" in one.summary()
+    assert "(2 tensors rounded to nearest)" in two.summary()
+    assert "  2 biases were added and enabled in config.json" in two.summary()
 
 
 def refused(base: Path, adapters: list[Path], out: Path, match: str) -> str:

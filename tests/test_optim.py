@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 from lorafold.step import adamw
 from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
-from lorafold.step.optim import optimizer_tensors, param_groups, restore_optimizer
+from lorafold.step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop
 from lorafold.training.request import Request
@@ -131,6 +131,17 @@ def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() ->
     )
 
 
+def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() -> None:
+    delta = LoRA(rank=2).build(layer_of(nn.Linear(4, 4)))
+    assert rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4) == (
+        "learning rate: 2e-4; up factors (LoRA+) 3e-3"
+    )
+    assert rates(param_groups([("", delta)], 1.5e-2, 1.5e-2), 1.5e-2) == "learning rate: 1.5e-2"
+    delta.A.requires_grad_(False)
+    only = "learning rate: up factors (LoRA+) 3e-3"
+    assert rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4) == only
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -153,7 +164,8 @@ def test_each_trains_and_says_what_it_is(
             request(tiny_model_dir("llama"), tmp_path / "a", optimizer=name),
             Console(file=sys.stdout, width=200),
         )
-    assert f"optimizer: {line}\n" in capsys.readouterr().out
+    told = f"optimizer: {line}\nlearning rate: 1e-3; up factors (LoRA+) 5e-3\n"
+    assert told in capsys.readouterr().out
     assert result.losses[-1] < result.losses[0] - 0.3
 
 

@@ -28,6 +28,14 @@ def test_it_names_every_method_and_every_command() -> None:
     assert set(COMMANDS) <= named
 
 
+def test_it_names_the_methods_that_do_not_run_everywhere() -> None:
+    sentence = re.search(r"^Each runs on .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    specs = {name: make() for name, make in METHODS.items()}
+    odd = {n for n, s in specs.items() if s.trains_base or {"sft", "classify"} - {*s.objectives}}
+    assert sentence is not None
+    assert set(re.findall(r"`([a-z-]+)`", sentence[0])) == odd
+
+
 @pytest.mark.parametrize("link", LINKS)
 def test_its_links_lead_somewhere(link: str) -> None:
     assert (README.parent / link).exists()

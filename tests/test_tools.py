@@ -195,7 +195,7 @@ def test_a_template_that_shows_no_tools_is_refused_and_told_what_helps() -> None
         message = refusal(encode_row, without, tokenizer_of(name))
         assert "the chat template does not show calls" in message
     message = refusal(encode, [chat(user("a"), said("b")), row], embedded(), 512)
-    assert message.startswith("row 2: the chat template does not show the row's tools")
+    assert message.startswith("data: row 2: the chat template does not show the row's tools")
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,10 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(
 
 
 def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> None:
+    (tmp_path / "a.run").mkdir()
     with pytest.raises(LorafoldError, match=r"a.run: found no run to resume"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", resume=True), quiet())
+    (tmp_path / "a.run").rmdir()
     with pytest.raises(LorafoldError, match="loss is nan"):
         train(
             request(tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, save_every=1),

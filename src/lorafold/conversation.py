@@ -163,7 +163,7 @@ class Chat:
             raise LorafoldError(f"{path} was not written: nothing has been said yet")
         if file.suffix != ".jsonl":
             raise LorafoldError(f"{path}: expected a name that ends in .jsonl")
-        rows = read_rows(str(file)) if file.exists() else []
+        rows = list(read_rows(str(file))) if file.exists() else []
         if any("messages" not in row for row in rows):
             raise LorafoldError(f"{path}: found rows without messages, expected messages in each")
         rows.append({"messages": self.conversation()})

@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.core.evaluating import evaluating
+from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.references import references, without_reasoning
-from lorafold.data.rows import is_labelled
-from lorafold.data.shapes import shape_of
-from lorafold.data.sources import Row
+from lorafold.data.shapes import Row, shape_of
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete
 from lorafold.step.losses import Classification, Completions, Loss

@@ -7,50 +7,83 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from lorafold.data.rows import check_rows, ignored_keys, read_rows, renamed
-from lorafold.data.shapes import shape_of
-from lorafold.data.sources import Row
+from lorafold.data.checking import renamed
+from lorafold.data.rows import check_rows, read_rows
+from lorafold.data.shapes import Row, shape_of
+from lorafold.data.stored import Rows
+from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.data.stream import Stream
+    from lorafold.step.recipe import Recipe
+
 Paths = str | Path | Sequence[str | Path]  # one directory or several
-Rows = str | Path | Sequence[Row]
+Data = str | Path | Sequence[str] | Sequence[Row]  # one source, several, or the rows
 Columns = Mapping[str, str]  # the user's names of keys, by lorafold's
-Tasks = Mapping[str, Rows] | Sequence[str | Path]  # rows by the name of a task, or files
+Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
 
 
-def as_rows(
-    data: Rows, columns: Columns | None = None, console: Console | None = None
-) -> list[Row]:
-    """The rows as a list, after they are read, if a source is named, and checked.
+def as_rows(data: Data, columns: Columns | None = None, console: Console | None = None) -> Rows:
+    """The rows, after they are read, if sources are named, and checked.
 
     Args:
-        data: A file, a directory or a hub dataset, or the rows themselves.
+        data: A file, a directory or a hub dataset, several of them, or the rows themselves.
         columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}.
         console: Where the keys are named that the rows have and lorafold ignores, and what else
             there is to say of rows of this shape.
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
-    source = source_of(data)
-    if isinstance(data, (str, Path)):
-        rows = read_rows(source, columns)
+
+    def notice(text: str) -> None:
+        if console is not None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if (sources := sources_in(data)) is not None:
+        rows = read_rows(sources, columns, notice)
     else:
-        rows = check_rows(renamed(enumerate(data, 1), columns or {}), source)
-    if console is not None and (names := ignored_keys(rows)):
-        text = f"{source}: ignored keys: {', '.join(names)} (rows of {shape_of(rows[0])})"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if console is not None and (shape := shape_of(rows[0])) is not None and shape.notice:
-        console.print(f"{source}: {shape.notice}", highlight=False, markup=False, soft_wrap=True)
+        numbered = enumerate(cast(Sequence[Row], data), 1)
+        rows = check_rows(renamed(numbered, columns or {}), source_of(data))
+    if rows.ignored:
+        names = ", ".join(rows.ignored)
+        notice(f"{source_of(data)}: ignored keys: {names} (rows of {shape_of(rows[0])})")
+    if (shape := shape_of(rows[0])) is not None and shape.notice:
+        notice(f"{source_of(data)}: {shape.notice}")
     return rows
 
 
-def source_of(data: Rows) -> str:
+def rows_to_train(
+    data: Data, recipe: Recipe, columns: Columns | None, console: Console | None
+) -> Rows | Stream:
+    """As `as_rows`, or for a recipe with `streaming` the stream of the rows."""
+    if not recipe.streaming:
+        return as_rows(data, columns, console)
+    from lorafold.data.stream import stream_of
+
+    if (sources := sources_in(data)) is None:
+        raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
+    stream = stream_of(sources, columns)
+    if console is not None and (names := stream.ignored()):
+        text = f"{source_of(data)}: ignored keys: {', '.join(names)}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return stream
+
+
+def sources_in(data: Data) -> list[str] | None:
+    """The sources that data names, or None for the rows themselves."""
+    if isinstance(data, (str, Path)):
+        return [str(data)]
+    named = [item for item in data if isinstance(item, (str, Path))]
+    return [str(item) for item in named] if named and len(named) == len(data) else None
+
+
+def source_of(data: Data) -> str:
     """The source of the rows, for records and messages."""
-    return str(data) if isinstance(data, (str, Path)) else "rows given in Python"
+    return ", ".join(sources_in(data) or ["rows given in Python"])
 
 
 def as_paths(adapters: Paths) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Columns, Rows, or_quiet
+from lorafold.api.arguments import Columns, Data, or_quiet
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
@@ -42,8 +42,8 @@ def compare(
     out: str | Path,
     *,
     model: str | Path = "smollm2",
-    data: Rows | None = None,
-    eval_data: Rows | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
     columns: Columns | None = None,
     methods: Sequence[str] = (),
     seeds: int = 1,

@@ -83,8 +83,8 @@ def compose(
         rank=rank,
         density=density,
         seed=seed,
-        tasks=by_name(data),
-        examples=by_name(examples),
+        tasks=by_name(data, console),
+        examples=by_name(examples, console),
         recipe=recipe or RECIPE,
         gates=gates,
         evaluations=evaluations,
@@ -112,9 +112,11 @@ def compose(
     )
 
 
-def by_name(tasks: Tasks) -> dict[str, list[Row]]:
-    """Rows by the name of their task; that of a file is the last part of its path."""
+def by_name(tasks: Tasks, console: Console) -> dict[str, Sequence[Row]]:
+    """Rows by the name of their task; that of a file is the last part of its path. The console is
+    told which keys of the rows are ignored.
+    """
     if not isinstance(tasks, Mapping):
         sources = [str(source) for source in tasks]
         tasks = dict(zip(names(sources), sources, strict=True))
-    return {name: as_rows(rows) for name, rows in tasks.items()}
+    return {name: as_rows(rows, None, console) for name, rows in tasks.items()}

@@ -18,6 +18,7 @@ from lorafold.memory.terms import Estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
+from lorafold.models.sources import EMBEDDED
 from lorafold.ops.arithmetic import widens
 from lorafold.step.recipe import Recipe
 
@@ -106,6 +107,10 @@ def estimate(
     Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
     a model that can't be traced.
     """
+    if params is not None and str(model) != EMBEDDED:
+        raise LorafoldError(
+            f"--params: found --params {params} and --model {model}, expected one of the two"
+        )
     if measure and params is not None:
         raise LorafoldError(
             f"--measure: found --params {params}, which has no weights; expected --model"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Paths, Rows, as_rows
-from lorafold.data.rows import is_labelled
+from lorafold.api.arguments import Columns, Data, Paths, as_rows
+from lorafold.data.checking import is_labelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    data: Rows,
+    data: Data,
     *,
     columns: Columns | None = None,
     adapters: Paths = (),
@@ -35,7 +35,8 @@ def evaluate(
     """Measure loss in nats a labelled token, perplexity and exact match, with 95% intervals.
 
     Args:
-        model: A name or path, or a loaded model, which is measured with its active adapters.
+        model: A name or path, or a loaded model, which is measured with its active adapters and
+            takes no other `storage`, `device`, `revision` or `allow_other_base`.
         data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named.

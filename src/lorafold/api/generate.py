@@ -44,7 +44,8 @@ def generate(
     """The completion of a prompt, or of each of several, without special tokens.
 
     Args:
-        model: A name or path, or a loaded model, which is used with its active adapters.
+        model: A name or path, or a loaded model, which is used with its active adapters and
+            takes no other `storage`, `device`, `revision` or `allow_other_base`.
         prompts: The user's message, which the chat template renders, or a list of messages, which
             gives a list of completions.
         adapters: Saved adapters to load on a model that is named.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Rows, as_rows, or_quiet
+from lorafold.api.arguments import Data, as_rows, or_quiet
 from lorafold.api.opened import opened
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
@@ -55,7 +55,7 @@ def inspect(
     *,
     against: str | Path | None = None,
     directions: str | Path | None = None,
-    data: Rows | None = None,
+    data: Data | None = None,
     rows: int = 64,
     max_length: int = 1024,
     full: bool = False,

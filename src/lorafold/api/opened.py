@@ -38,7 +38,7 @@ def opened(
 
     Args:
         model: A name or path as `lf.load_model` takes it, or a loaded model. A loaded model keeps
-            its storage and device, and `adapters` must be empty.
+            its storage, device and adapters, and what would choose others is refused.
         adapters: One directory or several, attached in this order as adapter1, adapter2 ...
         tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
@@ -50,15 +50,23 @@ def opened(
         allow_other_base: Accept adapters whose fingerprint names another base.
         console: For notices; None is quiet.
 
-    Raises LorafoldError as the loaders do, and where a classifier is found and a language model is
-    expected, or the reverse.
+    Raises LorafoldError as the loaders do, for arguments that a loaded model leaves without effect,
+    and where a classifier is found and a language model is expected, or the reverse.
     """
     paths, console = as_paths(adapters), or_quiet(console)
     if not isinstance(model, (str, Path)):
-        if paths:
+        given = {
+            "adapters": bool(paths),
+            "storage": storage != "auto",
+            "device": device is not None,
+            "revision": revision is not None,
+            "allow_other_base": allow_other_base,
+        }
+        if any(given.values()):
             raise LorafoldError(
-                "adapters: expected none, because the model is loaded already; attach them to it"
-                " with lf.load, or pass the model's name"
+                f"{', '.join(name for name in given if given[name])}: expected none, because the"
+                " model is loaded already; pass the model's name, or give storage, device and"
+                " revision to lf.load_model, adapters and allow_other_base to lf.load"
             )
         tokenizer = tokenizer or load_tokenizer(str(model.name_or_path), None, trust_remote_code)
         return model, tokenizer if classify else prepared(tokenizer, Sft(), console)

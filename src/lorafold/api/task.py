@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Rows, as_rows, source_of
+from lorafold.api.arguments import Columns, Data, as_rows, source_of
 from lorafold.data.batches import split
 from lorafold.data.sources import Row
+from lorafold.errors import LorafoldError
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.step.recipe import Recipe
 
@@ -17,12 +19,12 @@ STEPS, TESTED = 60, 100  # of the quickstart's task: steps with new rows, held-o
 
 
 def train_and_test(
-    data: Rows | None,
-    eval_data: Rows | None,
+    data: Data | None,
+    eval_data: Data | None,
     recipe: Recipe,
     columns: Columns | None,
     console: Console,
-) -> tuple[list[Row], list[Row], str]:
+) -> tuple[Sequence[Row], Sequence[Row], str]:
     """(training rows, held-out rows, the source of the training rows).
 
     Args:
@@ -34,6 +36,8 @@ def train_and_test(
 
     Raises LorafoldError as `as_rows`.
     """
+    if recipe.streaming:
+        raise LorafoldError("streaming: is for lorafold train; here all rows must be at hand")
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"

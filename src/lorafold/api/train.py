@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Rows, as_rows, or_quiet, source_of
+from lorafold.api.arguments import Columns, Data, as_rows, or_quiet, rows_to_train, source_of
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def train(
     recipe: Recipe | None = None,
     *,
-    data: Rows,
+    data: Data,
     out: str | Path,
     model: str | Path = "smollm2",
-    eval_data: Rows | None = None,
+    eval_data: Data | None = None,
     columns: Columns | None = None,
     init_adapter: str | Path | None = None,
     device: str | None = None,
@@ -34,8 +34,9 @@ def train(
 
     Args:
         recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
-        data: Training rows: a .jsonl, .json, .csv or .parquet file, a directory, a hub dataset, or
-            a list of rows such as {"prompt": ..., "completion": ...}.
+        data: Training rows: a .jsonl, .json, .csv or .parquet file, a directory, a hub dataset, a
+            list of these ("more.jsonl:0.3" takes 0.3 of its rows an epoch), or a list of rows such
+            as {"prompt": ..., "completion": ...}.
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
         eval_data: Held-out rows, of the same forms as `data`.
@@ -51,7 +52,7 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    rows = as_rows(data, columns, console)
+    rows = rows_to_train(data, recipe or Recipe(), columns, console)
     held_out = None if eval_data is None else as_rows(eval_data, columns, console)
     from lorafold.training import run
     from lorafold.training.request import Request

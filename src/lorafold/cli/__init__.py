@@ -33,6 +33,7 @@ COMMANDS = {
     "intrinsic": "Search for the intrinsic dimension of a task.",
     "compare": "Train and measure every method on your model and data.",
     "recipe": "Translate a configuration of axolotl, LLaMA-Factory or PEFT into a recipe.",
+    "cache": "List or clear what lorafold keeps: models, rows, tokens.",
     "doctor": "Examine this machine and installation: what is wrong, what would be slow.",
 }
 TRAINING = {"quickstart", "train", "compare", "intrinsic"}

@@ -51,6 +51,17 @@ DataOption = Annotated[
         )
     ),
 ]
+TrainDataOption = Annotated[
+    list[str],
+    typer.Option(
+        help=(
+            "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. Repeat the"
+            " option for more; FILE:0.3 takes 0.3 of its rows an epoch. A row is {messages},"
+            " {prompt, completion}, {conversations} (ShareGPT), {instruction, output} (Alpaca),"
+            " {text} or {text, label}."
+        )
+    ),
+]
 ColumnsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,7 +72,7 @@ ColumnsOption = Annotated[
     ),
 ]
 OptionalDataOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(help="Training rows, as for train. Without them the quickstart's task is used."),
 ]
 HeldOutOption = Annotated[

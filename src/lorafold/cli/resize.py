@@ -43,8 +43,8 @@ def command(
     The result is plain LoRA in PEFT's format, whatever the method was. The error is the share of
     the update's (Frobenius) norm that is lost. `lorafold inspect` shows which rank is enough.
     """
+    from lorafold.api.arguments import as_rows
     from lorafold.api.opened import opened
-    from lorafold.data.rows import read_rows
     from lorafold.errors import LorafoldError
     from lorafold.inspecting.loss import losses_of
     from lorafold.inspecting.resize import resize
@@ -55,7 +55,8 @@ def command(
         raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
     if energy is not None and not 0 < energy <= 1:
         raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
-    rows = None if data is None else read_rows(data)
+    console = messages()
+    rows = None if data is None else as_rows(data, None, console)
     result = resize(
         resolve_model(opening.model, opening.revision),
         adapter,
@@ -69,7 +70,7 @@ def command(
     figures, text = result.as_json(), str(result)
     if rows is not None:
         model, tokenizer = opened(
-            opening.model, [adapter, output.out], console=messages(), **opening.how
+            opening.model, [adapter, output.out], console=console, **opening.how
         )
         figures |= losses_of(model, tokenizer, rows, max_length)
         text += f"\n  loss {figures['loss_before']:.4f} before, {figures['loss_after']:.4f} after"

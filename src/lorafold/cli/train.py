@@ -7,11 +7,11 @@ import typer
 
 from lorafold.cli.common import (
     ColumnsOption,
-    DataOption,
     DeviceOption,
     JsonOption,
     Output,
     Source,
+    TrainDataOption,
     columns_of,
     emit,
     messages,
@@ -29,7 +29,7 @@ class Flags(RecipeFlags):
 
 @grouped
 def command(
-    data: DataOption,
+    data: TrainDataOption,
     output: Output,
     source: Source,
     flags: Flags,
@@ -77,13 +77,13 @@ def command(
 
     console = messages()
     if preview:
-        from lorafold.api.arguments import as_rows
+        from lorafold.api.arguments import rows_to_train, source_of
 
-        rows = as_rows(data, columns_of(columns), console)
+        rows, where = rows_to_train(data, recipe, columns_of(columns), console), source_of(data)
         from lorafold.training.preview import show
         from lorafold.training.request import Request
 
-        request = Request(source.model, output.out, recipe, rows, data, **source.how)
+        request = Request(source.model, output.out, recipe, rows, where, **source.how)
         return show(request, console, html=html)
     if html is not None:
         raise LorafoldError("--html writes the page of --preview; expected both")

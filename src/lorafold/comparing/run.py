@@ -17,12 +17,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from lorafold.comparing.measure import Measurement, Task, measure
+from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.step.recipe import Recipe
-from lorafold.training.request import digest
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
@@ -101,7 +101,7 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
 
 
 # fields that recipes did not have at first: silent ones leave the digests as they were
-LATER = {"template_kwargs", "train_on", "mask_reasoning"}
+LATER = {"template_kwargs", "train_on", "mask_reasoning", "streaming", "shuffle_buffer"}
 
 
 def key(task: Task, method: str) -> str:
@@ -113,9 +113,8 @@ def key(task: Task, method: str) -> str:
     recipe = {k: v for k, v in recipe.items() if k not in LATER or v != default[k]}
     spec = make_spec(method)
     own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
-    text = json.dumps(
-        [task.model, digest(task.rows), digest(task.held_out), recipe, own], sort_keys=True
-    )
+    rows = [Rows.of(task.rows).sha256, Rows.of(task.held_out).sha256]
+    text = json.dumps([task.model, *rows, recipe, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

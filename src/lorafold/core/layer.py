@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from lorafold.core.delta import Delta
@@ -93,8 +96,18 @@ class Layer(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the module's parameters, which the parameters of its deltas share."""
-        return next(self.module.parameters()).device
+        """The device of the module, which the parameters of its deltas share: that of its
+        parameters, or of its buffers if it has no parameter.
+
+        Raises LorafoldError if it has neither.
+        """
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        if (first := next(tensors, None)) is None:
+            raise LorafoldError(
+                f"{type(self.module).__name__}: found no parameter and no buffer, expected a module"
+                " with a tensor"
+            )
+        return first.device
 
     @property
     @abstractmethod
@@ -147,7 +160,8 @@ class Base(Layer):
         return self._module._parameters.get("bias") is not None
 
     def sources(self) -> list[Tensor] | None:
-        return [p for p in self._module._parameters.values() if p is not None]
+        own = chain(self._module._parameters.values(), self._module._buffers.values())
+        return [tensor for tensor in own if tensor is not None]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, without any delta."""

@@ -1,44 +1,100 @@
-"""Batches: which rows each optimizer step trains on, which rows are held out, which examples are
-packed into one sequence (best fit decreasing), and the tensors made of them.
+"""Batches: which examples each optimizer step trains on, which rows are held out, which examples
+are packed into one sequence (best fit decreasing), and the tensors made of them.
 
-`batches` depends on nothing but its arguments, so a resumed run computes its batches again and a
+`Batches` depends on nothing but its arguments, so a resumed run computes its batches again and a
 checkpoint stores none.
 """
 
 import random
 from collections.abc import Sequence
-from itertools import chain, count, islice
+from functools import lru_cache
 from math import ceil
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorafold.data.arrow import Array
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.sources import Row
+from lorafold.data.shapes import Row
+from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
 
 
-def batches(n_rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Return the row indices of each optimizer step, as (steps, batch).
+class Batches(Sequence[list[int]]):
+    """The indices of the examples of each optimizer step, (steps, batch).
 
-    The rows are shuffled anew for each epoch and the epochs are joined end to end, so a batch may
-    span two epochs and every batch is full. Raises LorafoldError if there are no rows.
-
-    Args:
-        n_rows: The number of training rows.
-        batch: Rows of an optimizer step.
-        steps: The number of optimizer steps.
-        seed: The seed of the shuffles.
+    The examples are shuffled anew for each epoch and the epochs are joined end to end, so a batch
+    may span two epochs and every batch is full. Of a source with weight w an epoch takes the next
+    round(w n) of its n examples, in an order of their own that also goes on from epoch to epoch.
     """
-    if n_rows < 1:
-        raise LorafoldError("found no rows to train on, expected at least one")
-    epochs = (random.Random(f"{seed}/{epoch}").sample(range(n_rows), n_rows) for epoch in count())
-    order = chain.from_iterable(epochs)
-    return [list(islice(order, batch)) for _ in range(steps)]
+
+    def __init__(self, parts: int | Sequence[Part], batch: int, steps: int, seed: int) -> None:
+        """Raises LorafoldError if there are no examples.
+
+        Args:
+            parts: The number of examples, or that of each source with its weight.
+            batch: Examples of an optimizer step.
+            steps: The number of optimizer steps.
+            seed: The seed of the shuffles.
+        """
+        self._parts = [Part(parts)] if isinstance(parts, int) else list(parts)
+        self._taken = [epoch_size([part]) for part in self._parts]
+        self._batch, self._steps, self._seed = batch, steps, seed
+        if not sum(self._taken):
+            raise LorafoldError("found no rows to train on, expected at least one")
+        self._order = lru_cache(2)(self._epoch)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < self._steps:
+            raise IndexError(index)
+        size, start = sum(self._taken), index * self._batch
+        return [
+            int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)
+        ]
+
+    def _epoch(self, epoch: int) -> Array:
+        """The indices of an epoch's examples in the order of training, (size,)."""
+        first, pool = 0, []
+        for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
+            pool.append(first + self._next(number, part.size, taken, epoch * taken))
+            first += part.size
+        found = np.concatenate(pool)
+        rng = random.Random(f"{self._seed}/{epoch}")
+        return found[rng.sample(range(len(found)), len(found))]
+
+    def _next(self, number: int, size: int, taken: int, start: int) -> Array:
+        """The indices, within the source with this number, of the examples that an epoch takes,
+        which ascend; before it, epochs took `start`.
+        """
+        if taken == size:
+            return np.arange(size, dtype=np.int32)
+        found: list[Array] = []
+        while taken:
+            turn, at = divmod(start, size)
+            rng = random.Random(f"{self._seed}/source {number}/{turn}")
+            order = np.array(rng.sample(range(size), size), np.int32)[at : at + taken]
+            found.append(order)
+            taken, start = taken - len(order), start + len(order)
+        return np.sort(np.concatenate(found or [np.zeros(0, np.int32)]))
 
 
-def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def epoch_size(parts: Sequence[Part]) -> int:
+    """How many examples an epoch has; of a source that has any it takes at least one."""
+    return sum(max(1, round(part.weight * part.size)) for part in parts if part.size)
+
+
+def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Return (training rows, held-out rows), chosen at random, each in the order given.
 
     Either has at least one row, unless `fraction` is 0. Raises LorafoldError if there are fewer
@@ -49,15 +105,17 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
         fraction: The share of the rows to hold out, from 0 to 1.
         seed: The seed of the choice.
     """
+    rows = Rows.of(rows)
     if not fraction:
-        return list(rows), []
+        return rows, Rows.of([])
     if len(rows) < 2:
         raise LorafoldError(
             f"found {len(rows)} rows, expected at least 2 to hold out a share of {fraction}"
         )
     size = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    held = set(random.Random(f"{seed}/split").sample(range(len(rows)), size))
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+    held = np.zeros(len(rows), bool)
+    held[random.Random(f"{seed}/split").sample(range(len(rows)), size)] = True
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 class WithLabels(Protocol):

@@ -1,25 +1,29 @@
 """Examples: the token ids of a row, with labels that say which tokens are trained on.
 
-The text of a row is tokenized once, with character offsets. Tokens inside a trained span are their
-own labels; all others are labelled -100. If a token would span the border between prompt and
-completion, the text is tokenized in two pieces, so that the ids before the completion are the ones
-that generation sees. A conversation may give several examples (`data.trained`).
+Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
+of its table when it is asked for, so that a million take no memory of their own.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING
 
-from lorafold.data.render import Rendered, Rendering, Trained, render_trained
-from lorafold.data.rows import LISTED, check_objective, check_rows
-from lorafold.data.shapes import shape_of
-from lorafold.data.sources import Row
-from lorafold.data.trained import Span
+import numpy as np
+
+from lorafold.data.arrow import Array, Lists, TableExamples
+from lorafold.data.checking import check_objective
+from lorafold.data.completions import Completions
+from lorafold.data.render import Rendering, Trained
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import Row
+from lorafold.data.stored import Part, parts_of
+from lorafold.data.tokenizing import tokenized
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
@@ -89,18 +93,56 @@ class Report:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples that have a token to train on, in the order of their rows, and the report over
-    all rows.
+    """The examples that have a token to train on, in the order of their rows, the report over all
+    rows, and how many examples are from each source.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     report: Report
+    parts: tuple[Part, ...]
+
+
+class Examples(TableExamples[Example]):
+    """The examples of a table that have a token to train on; `Completions` made the table."""
+
+    def __init__(self, table: "pa.Table", max_length: int) -> None:
+        self._spans = Lists(table.column("spans"))
+        lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
+        found = labelled_counts(self._spans, lengths)
+        super().__init__(table, max_length, np.flatnonzero(found))
+        self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
+
+    def _example(self, index: int, ids: tuple[int, ...]) -> Example:
+        labels = [NO_LOSS] * len(ids)
+        for start, end in self._spans[index].reshape(-1, 2).tolist():
+            labels[start:end] = ids[start:end]
+        return Example(ids, (NO_LOSS, *labels[1:]))
+
+
+def labelled_counts(spans: Lists, lengths: Array) -> Array:
+    """How many tokens of each example the loss counts, (n,). The first token is none of them,
+    because nothing comes before it.
+
+    Args:
+        spans: The starts and ends of the trained spans of each example, as lists of even length.
+        lengths: The length to which each example is cut, (n,).
+    """
+    counts, first = [np.zeros(0, np.int64)], 0
+    for ends, values in zip(spans.ends, spans.values, strict=True):
+        border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
+        start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
+        length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
+        counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
+        counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+        first += len(border) - 1
+    return np.concatenate(counts)
 
 
 def encode(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
+    console: "Console | None" = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
     """Tokenize rows of conversations, prompts with completions, or plain text.
@@ -112,7 +154,8 @@ def encode(
         rows: The user's rows, all of one shape.
         tokenizer: A fast tokenizer. Conversations need its chat template; `ensure_chat_template`
             sets one where there is none.
-        max_length: Longer examples are cut to this many tokens, at their end.
+        max_length: Longer rows are cut to this many tokens, at their end.
+        console: For progress; None is quiet.
         rendering: What of a conversation is trained on.
     """
     if not tokenizer.is_fast:
@@ -120,43 +163,13 @@ def encode(
             f"tokenizer: found {type(tokenizer).__name__}, which gives no character offsets;"
             " expected a fast tokenizer (one with a tokenizer.json)"
         )
-    rows = check_rows(enumerate(rows, 1), "data")
+    rows = as_checked(rows)
     check_objective(rows, "sft")
-    examples: list[Example] = []
-    bad: list[str] = []
-    longest = truncated = left_out = hidden = unlabelled = 0
-    for number, row in enumerate(rows, 1):
-        try:
-            found, trained = encode_row(row, tokenizer, rendering)
-        except LorafoldError as error:
-            bad.append(f"row {number}: {error}")
-            continue
-        longest = max(longest, *(len(example.ids) for example in found))
-        truncated += any(len(example.ids) > max_length for example in found)
-        left_out, hidden = left_out + trained.left_out, hidden + trained.hidden
-        cut = [Example(e.ids[:max_length], e.labels[:max_length]) for e in found]
-        kept = [e for e in cut if any(label != NO_LOSS for label in e.labels)]
-        unlabelled += not kept
-        examples += kept
-    if bad:
-        raise LorafoldError(
-            "; ".join(bad[:LISTED])
-            + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
-        )
-    tokens = sum(len(example.ids) for example in examples)
-    labelled = sum(label != NO_LOSS for example in examples for label in example.labels)
-    report = Report(
-        len(rows),
-        tokens,
-        labelled,
-        longest,
-        max_length,
-        truncated,
-        unlabelled,
-        left_out,
-        len(examples),
-        hidden,
-    )
+    table = tokenized(rows, Completions(tokenizer, rendering), console)
+    examples = Examples(table, max_length)
+    whole, row = Lists(table.column("ids")).lengths, table.column("row").to_numpy()
+    longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
+    left_out = int(table.column("left_out").to_numpy().sum())
     if not examples:
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
@@ -164,7 +177,45 @@ def encode(
             " turns are left out because the chat template renders them differently at generation;"
             " expected assistant turns or completions within max_length"
         )
-    return Encoded(examples, report)
+    report = Report(
+        len(rows),
+        int(examples.lengths.sum()),
+        int(examples.labelled.sum()),
+        longest,
+        max_length,
+        truncated,
+        len(rows) - len(np.unique(examples.rows)),
+        left_out,
+        len(examples),
+        int(table.column("hidden").to_numpy().sum()),
+    )
+    return Encoded(examples, report, parts_of(examples.rows, rows.parts))
+
+
+def encode_row(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", rendering: Rendering = WHOLE
+) -> tuple[list[Example], Trained]:
+    """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
+
+    Args:
+        row: A checked row.
+        tokenizer: A fast tokenizer with a chat template.
+        rendering: What of a conversation is trained on.
+
+    Raises LorafoldError if the chat template refuses the row.
+    """
+    found = Completions(tokenizer, rendering).encode([row], 0).to_pylist()
+    if problem := found[0]["problem"]:
+        raise LorafoldError(problem)
+    examples = []
+    for entry in found:
+        ids, spans = entry["ids"], entry["spans"]
+        labels = [NO_LOSS] * len(ids)
+        for start, end in zip(spans[::2], spans[1::2], strict=True):
+            labels[start:end] = ids[start:end]
+        examples.append(Example(tuple(ids), (NO_LOSS, *labels[1:])))
+    counts = (sum(entry[name] for entry in found) for name in ("left_out", "hidden"))
+    return examples, Trained((), *counts)
 
 
 def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
@@ -188,73 +239,3 @@ def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
         shown, style = (f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")
         text.append(shown, style=style)
     return text
-
-
-def encode_row(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", rendering: Rendering = WHOLE
-) -> tuple[list[Example], Trained]:
-    """The examples of one row, before they are cut, and how its conversation was rendered.
-
-    Args:
-        row: A checked row.
-        tokenizer: A fast tokenizer with a chat template.
-        rendering: What of a conversation is trained on.
-
-    Raises LorafoldError if the chat template refuses the row.
-    """
-    shape = shape_of(row)
-    if shape is None or shape.conversation is None:
-        ids = list(tokenizer(row["text"], verbose=False).input_ids)
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        return [_example(ids, ids)], Trained(())
-    trained = render_trained(shape.conversation(row), tokenizer, rendering)
-    return [e for text in trained.renderings for e in encode_rendered(text, tokenizer)], trained
-
-
-def encode_rendered(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """Tokenize one rendered text: one example, unless a token would span the border between a
-    prompt and its turn. Such a turn has an example of its own, in which the text is cut there, so
-    that the ids before it are those of the prompt alone.
-    """
-    ids, starts = _tokenize(rendered.text, 0, tokenizer)
-    examples: list[Example] = []
-    together: list[Span] = [] if rendered.turns else list(rendered.spans)
-    borders = [*rendered.turns, len(rendered.text) + 1]
-    for border, following in pairwise(borders):
-        spans = [span for span in rendered.spans if border <= span[0] < following]
-        prompt = tokenizer(rendered.text[:border], add_special_tokens=False, verbose=False)
-        before = list(prompt.input_ids)
-        if ids[: len(before)] == before:
-            together += spans
-            continue
-        # up to the end of the turn, or of the text after the last one
-        end = spans[-1][1] if following <= len(rendered.text) else len(rendered.text)
-        rest, rest_starts = _tokenize(rendered.text[:end], border, tokenizer)
-        examples.append(_labelled(before + rest, [-1] * len(before) + rest_starts, spans))
-    if together or not examples:
-        examples.append(_labelled(ids, starts, together))
-    return examples
-
-
-def _labelled(ids: list[int], starts: list[int], spans: Sequence[Span]) -> Example:
-    """The example whose trained tokens are those that start within a span."""
-    labels = [NO_LOSS] * len(ids)
-    for start, end in spans:
-        inside = slice(bisect_left(starts, start), bisect_left(starts, end))
-        labels[inside] = ids[inside]
-    return _example(ids, labels)
-
-
-def _example(ids: Iterable[int], labels: Iterable[int]) -> Example:
-    return Example(tuple(ids), (NO_LOSS, *islice(labels, 1, None)))
-
-
-def _tokenize(
-    text: str, start: int, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
-    """The ids of a text from a character on, and the character at which each starts."""
-    encoded: Any = tokenizer(
-        text[start:], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return encoded.input_ids, [start + begin for begin, _ in encoded.offset_mapping]

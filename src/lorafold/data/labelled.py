@@ -9,16 +9,24 @@ The classes are saved in a classifier's config and in an adapter's `lorafold.jso
 compared as text, so that 1 and "1" are one class.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorafold.data.rows import LISTED, check_objective, check_rows
-from lorafold.data.sources import Row
+import numpy as np
+
+from lorafold.data.arrow import Lists, TableExamples, lists
+from lorafold.data.checking import check_objective
+from lorafold.data.completions import identity_of
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import Row
+from lorafold.data.stored import Part
+from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
@@ -60,10 +68,13 @@ class LabelledReport:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """One example for each row, in the order of the rows, and the report."""
+    """One example for each row, in the order of the rows, the report, and how many are from each
+    source.
+    """
 
-    examples: list[LabelledExample]
+    examples: Sequence[LabelledExample]
     report: LabelledReport
+    parts: tuple[Part, ...]
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -82,11 +93,66 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
     return classes
 
 
+@dataclass(frozen=True, eq=False)
+class Labels(Encoder):
+    """Makes examples of texts with labels. Columns: `row`, `ids` (T,), `label`, the number of the
+    class, and `problem`.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    classes: tuple[str, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
+
+    @property
+    def schema(self) -> "pa.Schema":
+        import pyarrow as pa
+
+        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32()), "label": pa.int32()}
+        return pa.schema({**columns, "problem": pa.string()})
+
+    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
+        import pyarrow as pa
+
+        number_of = {name: number for number, name in enumerate(self.classes)}
+        labels = [str(row["label"]) for row in rows]
+        ids = self.tokenizer([row["text"] for row in rows], verbose=False).input_ids
+        columns = [
+            pa.array(range(first, first + len(rows)), pa.int32()),
+            lists(ids),
+            pa.array([number_of.get(label, -1) for label in labels], pa.int32()),
+            pa.array(list(map(self._problem, rows, ids)), pa.string()),
+        ]
+        return pa.record_batch(columns, self.schema)
+
+    def _problem(self, row: Row, ids: Sequence[int]) -> str:
+        if not ids:
+            return f"field text: found no token in {row['text']!r}"
+        if str(row["label"]) not in self.classes:
+            expected = ", ".join(self.classes)
+            return f"field label: found {str(row['label'])!r}, expected one of {expected}"
+        return ""
+
+
+class LabelledExamples(TableExamples[LabelledExample]):
+    """The examples of a table that `Labels` made."""
+
+    def __init__(self, table: "pa.Table", max_length: int) -> None:
+        super().__init__(table, max_length, np.arange(len(table)))
+        self.labels = table.column("label").to_numpy()  # (n,)
+
+    def _example(self, index: int, ids: tuple[int, ...]) -> LabelledExample:
+        return LabelledExample(ids, int(self.labels[index]))
+
+
 def encode_labelled(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     classes: Sequence[str],
+    console: "Console | None" = None,
 ) -> LabelledData:
     """Tokenize labelled texts and turn their labels into class numbers.
 
@@ -98,41 +164,22 @@ def encode_labelled(
         tokenizer: The model's tokenizer.
         max_length: Longer rows are cut to this many tokens, at their end.
         classes: The classes; a class's number is its index.
+        console: For progress; None is quiet.
     """
-    rows = check_rows(enumerate(rows, 1), "data")
+    rows = as_checked(rows)
     check_objective(rows, "classify")
-    number_of = {name: number for number, name in enumerate(classes)}
-    all_ids = tokenizer([row["text"] for row in rows], verbose=False).input_ids
-    bad = [
-        f"row {n}: field text: found no token in {row['text']!r}"
-        for n, (row, ids) in enumerate(zip(rows, all_ids, strict=True), 1)
-        if not ids
-    ]
-    strange = [
-        (n, str(row["label"]))
-        for n, row in enumerate(rows, 1)
-        if str(row["label"]) not in number_of
-    ]
-    bad += [
-        f"row {n}: field label: found {label!r}, expected one of {', '.join(classes)}"
-        for n, label in strange
-    ]
-    if bad:
-        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        raise LorafoldError(f"data: {'; '.join(bad[:LISTED])}{more}")
-    labels = [str(row["label"]) for row in rows]
-    examples = [
-        LabelledExample(tuple(ids[:max_length]), number_of[label])
-        for ids, label in zip(all_ids, labels, strict=True)
-    ]
-    longest, truncated = max(map(len, all_ids)), sum(len(ids) > max_length for ids in all_ids)
-    found = Counter(labels)
-    return LabelledData(
-        examples,
-        LabelledReport(
-            len(rows), longest, max_length, truncated, {name: found[name] for name in classes}
-        ),
+    table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
+    examples = LabelledExamples(table, max_length)
+    whole = Lists(table.column("ids")).lengths
+    counts = np.bincount(examples.labels, minlength=len(classes)).tolist()
+    report = LabelledReport(
+        len(rows),
+        int(whole.max()),
+        max_length,
+        int((whole > max_length).sum()),
+        dict(zip(classes, counts, strict=True)),
     )
+    return LabelledData(examples, report, rows.parts)
 
 
 def preview_labelled(

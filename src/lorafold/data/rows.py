@@ -1,122 +1,95 @@
-"""Reads a user's rows, and checks that all are well-formed and of one shape.
+"""Reads a user's rows, and checks that those of one source are well-formed and of one shape.
 
-Further keys are ignored, and `ignored_keys` names them. One error message lists everything that is
+    rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
+
+Further keys are ignored, and `Rows.ignored` names them. One error message lists everything that is
 wrong, each with its file, row (in a JSONL file the line, from 1), field, and what was found and
-expected.
+expected. Large data is checked once: its rows are kept in the cache, under the digest of the files.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 
-from lorafold.data.shapes import SHAPES, Shape, shape_of
-from lorafold.data.sources import Row, numbered_rows
-from lorafold.errors import LorafoldError
+from lorafold.data.checking import checked, ignored_keys, renamed
+from lorafold.data.sources import Row, Source, source_from
+from lorafold.data.stored import LARGE, ArrowRows, Digest, Part, Rows, write_rows
+from lorafold.files.atomic import write_json
+from lorafold.files.cache import cached
 
-LISTED = 10  # bad rows that one message lists
-
-
-def read_rows(source: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Read the rows of a .jsonl, .json, .csv or .parquet file, a directory, or a hub dataset (its
-    train split).
-
-    `columns` gives keys of the source the names that lorafold knows: {"prompt": "question"}.
-
-    Raises LorafoldError if the source can't be read, has no row, or has bad rows (all are counted,
-    the first ten listed).
-    """
-    return check_rows(renamed(numbered_rows(source), columns or {}), source)
+FORMAT = 1  # raise it when rows that were kept by an earlier version must not be used any more
+Notice = Callable[[str], None]
 
 
-def renamed(
-    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str]
-) -> Iterator[tuple[int, Row | str]]:
-    """Numbered rows whose keys have other names: the value under `columns[name]` is then under
-    `name`. A row that lacks one of these keys, or has a value under `name` too, which would be
-    lost, becomes the reason why it can't be read.
-    """
-    theirs = set(columns.values())
-    for number, row in numbered:
-        if isinstance(row, str) or not columns:
-            yield number, row
-        elif missing := [key for key in columns.values() if key not in row]:
-            keys = ", ".join(map(repr, row)) or "none"
-            yield number, f"found no column {', '.join(map(repr, missing))}; it has {keys}"
-        elif lost := [name for name in columns if name in row and name not in theirs]:
-            pairs = ", ".join(f"{name}={columns[name]}" for name in lost)
-            yield number, f"--columns {pairs}: the row has a column {', '.join(lost)} as well"
-        else:
-            rest = {key: value for key, value in row.items() if key not in theirs}
-            yield number, rest | {name: row[key] for name, key in columns.items()}
-
-
-def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> list[Row]:
-    """Return the rows, once they are known to be well-formed and of one shape.
-
-    Raises LorafoldError that lists the first ten bad rows, or says that there is no row.
+def read_rows(
+    sources: str | Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    notice: Notice = lambda text: None,
+) -> Rows:
+    """Read the rows of one or several sources: .jsonl, .json, .csv or .parquet files, directories,
+    or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
 
     Args:
-        numbered: (number, row) pairs. A str in place of a row is the reason why that row could not
-            be read.
-        source: The name of the data in messages, such as the path of a file.
+        sources: The sources, in the order of their rows.
+        columns: The names that keys have in the sources, by those that lorafold knows, as in
+            {"prompt": "question"}.
+        notice: Is told how large data is kept, and how many of its rows are read.
+
+    Raises LorafoldError if a source can't be read, has no row, or has bad rows (all are counted,
+    the first ten listed).
     """
-    rows: list[Row] = []
-    bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
-    first: tuple[int, Shape] | None = None
-    for number, row in numbered:
-        if isinstance(row, str):
-            bad.setdefault(row, []).append(number)
-            continue
-        shape = shape_of(row)
-        if shape is None:
-            keys = ", ".join(repr(key) for key in row) or "none"
-            shapes = ", ".join(map(str, SHAPES))
-            problem = f"keys found: {keys}; expected one of {shapes} (--columns renames)"
-            bad.setdefault(problem, []).append(number)
-            continue
-        first = first or (number, shape)
-        problems = list(shape.problems(row))
-        if shape is not first[1]:
-            problems.append(f"shape {shape}, but row {first[0]} has {first[1]}")
-        for problem in problems:
-            bad.setdefault(problem, []).append(number)
-        rows.append(row)
-    if bad:
-        told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
-        more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
-        raise LorafoldError(f"{source}: {'; '.join(told[:LISTED])}{more}")
-    if not rows:
-        raise LorafoldError(f"{source}: no rows found, expected at least one")
-    return rows
+    named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
+    columns = columns or {}
+    size = sum(source.size for source in named)
+    if size <= LARGE:
+        found = [_checked(source, columns) for source in named]
+        rows = [list(rows) for rows in found]
+        parts = tuple(Part(len(r), s.weight) for r, s in zip(rows, named, strict=True))
+        together = list(chain.from_iterable(rows))
+        return Rows(together, parts, ignored_keys(together))
+    identities = [[Path(source.name).suffix, source.identity] for source in named]
+
+    def write(directory: Path) -> None:
+        notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
+        digest, counts = Digest(), list[int]()
+        seen, ignored = set[str](), dict[str, None]()
+
+        def counted() -> Iterator[Row]:
+            for source in named:
+                counts.append(0)
+                for row in _checked(source, columns):
+                    digest.add(row)
+                    if not seen.issuperset(row):
+                        ignored.update(dict.fromkeys(ignored_keys([row])))
+                        seen.update(key for key, value in row.items() if value is not None)
+                    counts[-1] += 1
+                    if counts[-1] % 100_000 == 0:
+                        notice(f"{source.name}: {counts[-1]:,} rows read")
+                    yield row
+
+        write_rows(counted(), directory / "rows.arrow")
+        known = {"sha256": digest.sha256, "bytes": digest.bytes}
+        about = {"counts": counts, "ignored": list(ignored), **known}
+        write_json(directory / "about.json", about)
+
+    path = cached("rows", json.dumps([FORMAT, identities, sorted(columns.items())]), write, notice)
+    about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    parts = tuple(Part(n, s.weight) for n, s in zip(about["counts"], named, strict=True))
+    known = about["sha256"], about["bytes"]
+    return Rows(ArrowRows(path / "rows.arrow"), parts, tuple(about["ignored"]), known)
 
 
-def _numbers(numbers: Sequence[int]) -> str:
-    """The rows that one problem is told of, as a person would name them."""
-    first, last = numbers[0], numbers[-1]
-    if len(numbers) == 1:
-        return f"row {first}"
-    if last - first == len(numbers) - 1:
-        return f"rows {first} to {last}"
-    return f"{len(numbers)} rows from {first} to {last}"
+def _checked(source: Source, columns: Mapping[str, str]) -> Iterator[Row]:
+    return checked(renamed(source.numbered(), columns), source.name)
 
 
-def ignored_keys(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The keys of the rows that are no part of their shape, in the order in which they appear."""
-    known = () if (shape := shape_of(rows[0])) is None else (*shape.keys, *shape.optional)
-    found = dict.fromkeys(k for row in rows for k, v in row.items() if v is not None)
-    return tuple(key for key in found if key not in known)
+def as_checked(rows: Sequence[Row]) -> Rows:
+    """Rows of which some may not have been checked yet; their source is named "data"."""
+    return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data")
 
 
-def is_labelled(rows: Sequence[Row]) -> bool:
-    """Tell whether the rows are labelled texts, for a classifier."""
-    return (shape := shape_of(rows[0])) is not None and shape.objective == "classify"
-
-
-def check_objective(rows: Sequence[Row], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of this shape."""
-    shape = shape_of(rows[0])
-    if shape is None or shape.objective != objective:
-        takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
-        other = f", which are for --objective {shape.objective}" if shape else ""
-        raise LorafoldError(
-            f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
-            f" {takes}"
-        )
+def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> Rows:
+    """Return rows, once they are known to be well-formed and of one shape. Raises as `checked`."""
+    rows = list(checked(numbered, source))
+    return Rows.of(rows, ignored_keys(rows))

@@ -7,24 +7,82 @@ are numbered from 1: by line in a JSONL file, by record after the header in a CS
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import sha256
 
 Row = dict[str, Any]
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
 Found = Row | str  # a row, or the reason why it could not be read
 
 
-def numbered_rows(source: str) -> Iterable[tuple[int, Found]]:
-    """The numbered rows of a source, unchecked. LorafoldError where it can't be read."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        return _json_rows(path)
-    if path.suffix == ".csv":
-        return _csv_rows(path)
-    return enumerate(_dataset(source, path), 1)
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and how often an epoch goes through them."""
+
+    name: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+
+    @property
+    def size(self) -> int:
+        """The bytes of its rows, as they are stored; 0 where it can't be read."""
+        if self._is_text:
+            return self._path.stat().st_size if self._path.is_file() else 0
+        return int(self._dataset.data.nbytes)
+
+    @property
+    def identity(self) -> str:
+        """What tells whether its rows are still the same: the digest of a file, or the fingerprint
+        of a dataset.
+        """
+        return sha256(self._path) if self._is_text else str(self._dataset._fingerprint)
+
+    def numbered(self) -> Iterable[tuple[int, Found]]:
+        """The numbered rows, unchecked. LorafoldError where they can't be read."""
+        if self._path.suffix == ".csv":
+            return _csv_rows(self._path)
+        return _json_rows(self._path) if self._is_text else enumerate(self._dataset, 1)
+
+    def streamed(self) -> Iterable[tuple[int, Found]]:
+        """The numbered rows, without a copy of a dataset. LorafoldError where they can't be read.
+        """
+        if self._is_text:
+            return self.numbered()
+        return enumerate(_dataset(self.name, self._path, streaming=True), 1)
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.name)
+
+    @property
+    def _is_text(self) -> bool:
+        return self._path.suffix in (".jsonl", ".json", ".csv") and not self._path.is_dir()
+
+    @cached_property
+    def _dataset(self) -> Any:
+        return _dataset(self.name, self._path)
+
+
+def source_from(text: str) -> Source:
+    """The source that a user names: a file, directory or hub dataset, with `:WEIGHT` or without.
+
+    Raises LorafoldError for a weight that is not above 0.
+    """
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
+        return Source(text)
+    if not 0 < float(weight) < float("inf"):
+        raise LorafoldError(f"--data {text}: found weight {weight}, expected a number above 0")
+    return Source(name, float(weight))
 
 
 def kind_of(value: Any) -> str:
@@ -66,7 +124,7 @@ def _an_object(value: Any) -> Found:
     return value if isinstance(value, dict) else f"found {kind_of(value)}, expected an object"
 
 
-def _dataset(source: str, path: Path) -> Iterable[dict[str, Any]]:
+def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
     if not local and (
         path.suffix == ".parquet" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
@@ -80,16 +138,16 @@ def _dataset(source: str, path: Path) -> Iterable[dict[str, Any]]:
             f"{source}: found a {path.suffix or 'nameless'} file, expected .jsonl, .json, .csv"
             " or .parquet"
         )
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     try:
         if path.is_file():
-            found = load_dataset("parquet", data_files=source)
+            found = load_dataset("parquet", data_files=source, streaming=streaming)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = load_from_disk(source)  # the directory was written by save_to_disk
         else:
-            found = load_dataset(source)
+            found = load_dataset(source, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = (
@@ -98,7 +156,7 @@ def _dataset(source: str, path: Path) -> Iterable[dict[str, Any]]:
             else "there is no such file, and it can't be loaded as a hub dataset"
         )
         raise LorafoldError(f"{source}: {what}: {reason}") from error
-    if not isinstance(found, DatasetDict):
+    if not isinstance(found, dict):
         return found
     if "train" not in found and len(found) != 1:
         raise LorafoldError(
@@ -108,11 +166,20 @@ def _dataset(source: str, path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Found]]:
-    """Rows under the names of the header; every value is text."""
+    """Rows under the names of the header; every value is text. A column without a name, such as
+    the index that pandas writes, is called by its place: column 1.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             records = csv.DictReader(lines, strict=True)
-            names = records.fieldnames or []
+            header = records.fieldnames or []
+            names = [name if name.strip() else f"column {n}" for n, name in enumerate(header, 1)]
+            records.fieldnames = names
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise LorafoldError(
+                    f"{path}: header: found {', '.join(map(repr, twice))} more than once, expected"
+                    " each name once"
+                )
             for number, record in enumerate(records, 1):
                 extra = record.pop(None, None)
                 given = sum(value is not None for value in record.values()) + len(extra or ())

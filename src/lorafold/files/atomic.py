@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import zlib
@@ -130,6 +131,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_abandoned(name: str) -> bool:
+    """Tell from the name of a file or directory whether a process of this machine was killed while
+    it wrote it.
+    """
+    found = re.fullmatch(rf"\..+\.{_host()}-(\d+)-[0-9a-f]+\.(partial|old)", name)
+    return found is not None and not psutil.pid_exists(int(found[1]))
+
+
 @contextmanager
 def _writing(path: str | Path) -> Iterator[None]:
     """Turn errors of the file system and of safetensors into a LorafoldError of one line."""
@@ -195,11 +204,7 @@ def _clear_leftovers(target: Path) -> None:
 
 
 def _is_leftover(name: str, target: str) -> bool:
-    prefix = f".{target}.{_host()}-"
-    if not name.startswith(prefix) or not name.endswith((".partial", ".old")):
-        return False
-    pid = name.removeprefix(prefix).partition("-")[0]
-    return pid.isdigit() and not psutil.pid_exists(int(pid))
+    return name.startswith(f".{target}.{_host()}-") and is_abandoned(name)
 
 
 def _host() -> str:

@@ -1,7 +1,42 @@
-"""The cache directory."""
+"""The cache: files that lorafold can make again, by kind and key.
+
+    LORAFOLD_CACHE/{models,rows,svd,tokens}/KEY/...       by default in the user's cache directory
+
+    path = cached("tokens", key, write, notice)           the directory, which `write(tmp)` fills if
+                                                          it is missing or damaged
+
+An entry appears whole or not at all. Two processes that want the same entry share it: the second
+one waits. A key must name everything that its entry depends on; the version of lorafold is added.
+"""
 
 import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import atomic_directory, is_abandoned, verify
+
+LOCK = ".lock"
+KINDS = ("models", "rows", "svd", "tokens")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One directory of the cache; `used` is when it was last written or read, in seconds since
+    1970.
+    """
+
+    kind: str
+    path: Path
+    bytes: int
+    used: float
 
 
 def cache_directory() -> Path:
@@ -11,3 +46,84 @@ def cache_directory() -> Path:
     if own := os.environ.get("LORAFOLD_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
+
+
+def cached(
+    kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
+) -> Path:
+    """Return the directory of an entry, complete and undamaged.
+
+    Args:
+        kind: The name of the entry's group, such as tokens.
+        key: Everything that the entry depends on, as text.
+        write: Fills an empty directory; it is called unless the entry is there already.
+        notice: Is told why this takes time: another process makes the entry, or it was damaged.
+
+    Raises LorafoldError where the cache can't be written, and what `write` raises.
+    """
+    name = sha256(f"{version('lorafold')}\n{key}".encode()).hexdigest()[:32]
+    path = cache_directory() / kind / name
+    with _locked(path, notice):
+        if path.is_dir():
+            if not (problems := verify(path)):
+                os.utime(path)
+                return path
+            notice(f"{path}: damaged ({'; '.join(problems)}); it is made again")
+            shutil.rmtree(path)
+        with atomic_directory(path) as tmp:
+            write(tmp)
+    return path
+
+
+def entries() -> list[Entry]:
+    """Everything in the cache, by kind, what was used last first; also what killed processes left,
+    but not what is being written.
+    """
+    found = []
+    for kind in KINDS:
+        for path in (cache_directory() / kind).glob("*"):
+            if path.is_dir() and (path.name[0] != "." or is_abandoned(path.name)):
+                files = [p.stat() for p in path.rglob("*") if p.is_file()]
+                size, used = sum(f.st_size for f in files), path.stat().st_mtime
+                found.append(Entry(kind, path, size, used))
+    return sorted(found, key=lambda e: (e.kind, -e.used))
+
+
+def clear(chosen: Iterable[Entry]) -> list[Entry]:
+    """Remove these entries, and return those that stay because a process is making them.
+
+    A process that has an entry open keeps its data until it ends. Raises LorafoldError for what
+    can't be removed.
+    """
+    busy = []
+    for entry in chosen:
+        lock = FileLock(str(entry.path.with_name(entry.path.name + LOCK)))
+        try:
+            with lock.acquire(timeout=0):
+                shutil.rmtree(entry.path)
+        except Timeout:
+            busy.append(entry)
+        except OSError as error:
+            raise LorafoldError(f"{entry.path}: can't be removed: {error.strerror}") from error
+    return busy
+
+
+@contextmanager
+def _locked(path: Path, notice: Callable[[str], None]) -> Iterator[None]:
+    lock = FileLock(str(path.with_name(path.name + LOCK)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            notice(f"waiting for another process that makes {path}")
+            lock.acquire()
+    except OSError as error:
+        raise LorafoldError(
+            f"{path.parent}: can't be written: {error.strerror}; LORAFOLD_CACHE names another"
+            " directory for what lorafold keeps"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

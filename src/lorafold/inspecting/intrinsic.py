@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lorafold.data.stored import Rows
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import evaluate
 from lorafold.files.atomic import write_json
@@ -31,7 +32,7 @@ from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import Request, digest
+from lorafold.training.request import Request
 from lorafold.training.run import train
 
 
@@ -84,8 +85,8 @@ def search(
             "model": request.model,
             "recipe": recipe.model_dump(mode="json"),
             "rate": Fastfood.lr,
-            "data": digest(request.rows),
-            "held_out": digest(request.eval_rows or ()),
+            "data": request.data.identity,
+            "held_out": Rows.of(request.eval_rows or ()).sha256,
         },
     )
     base = kept(out / "base.json", lambda: bare_loss(request, recipe))

@@ -22,8 +22,9 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
-from lorafold.data.batches import batches, labelled, micro_batches
+from lorafold.data.batches import labelled, micro_batches
 from lorafold.data.examples import Example
+from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
@@ -33,7 +34,6 @@ from lorafold.ops.arithmetic import CPU, widens
 from lorafold.step.adamw import in_words
 from lorafold.step.recipe import Recipe
 
-STEPS = 1000  # steps of a run among which the largest micro-batch is looked for
 SHARE = 0.9  # of the free memory: the rest is for the process, kernels and the allocator's gaps
 
 
@@ -41,40 +41,32 @@ def planned(
     recipe: Recipe,
     spec: Spec,
     storage: Storage,
-    examples: Sequence[Any],
+    feed: Feed,
     beside: Callable[[Any], Mapping[str, Any]],
     classes: int = 0,
     processes: int = 1,
     device: torch.device = CPU,
 ) -> Setting:
-    """Return the setting of the largest micro-batch of the run's first thousand steps.
+    """Return the setting of the largest micro-batch of the run's first steps.
 
     Args:
         recipe: The recipe of the run.
         spec: The spec of its method.
         storage: How the base stores its weights.
-        examples: The training examples.
+        feed: The training examples.
         beside: Gives what `attach` takes besides spec and targets, for a model.
         classes: The number of classes of a classifier; 0 for a language model.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
     """
     packed = recipe.packing and not classes
-    steps = islice(
-        batches(
-            len(examples), recipe.batch, min(STEPS, recipe.total_steps(len(examples))), recipe.seed
-        ),
-        STEPS,
-    )
-    runs = [
-        micro_batches(
-            [examples[i] for i in rows[::processes]],
-            recipe.accumulate,
-            recipe.max_length if packed else None,
-        )
-        for rows in steps
-    ]
-    largest = max((part for run in runs for part in run), key=lambda part: computed(part, packed))
+    largest: Sequence[Any] = ()
+    accumulating = False
+    for examples in islice(feed.after(0), feed.foreseen):
+        capacity = recipe.max_length if packed else None
+        parts = micro_batches(examples[::processes], recipe.accumulate, capacity)
+        accumulating = accumulating or len(parts) > 1
+        largest = max(largest, *parts, key=lambda part: computed(part, packed))
     return Setting(
         storage,
         spec,
@@ -85,7 +77,7 @@ def planned(
         packed=packed,
         classes=classes,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
-        accumulating=any(len(run) > 1 for run in runs),
+        accumulating=accumulating,
         widened=widens(storage.dtype, device),
     )
 
@@ -93,7 +85,7 @@ def planned(
 def computed(micro_batch: Sequence[Any], packed: bool) -> int:
     """Return the number of tokens that the model computes for a micro-batch, padding included."""
     lengths = [len(e.ids) for e in micro_batch]
-    return sum(lengths) if packed else len(lengths) * max(lengths)
+    return sum(lengths) if packed else len(lengths) * max(lengths, default=0)
 
 
 def settle(

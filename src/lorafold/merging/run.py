@@ -89,7 +89,8 @@ class Merged:
             "stochastic": f"rounded stochastically, seed {self.seed}",
         }
         how = ", ".join(
-            f"{count} tensors {ways[way]}" for way, count in self.folded.rounded.items()
+            f"{count} {'tensor' if count == 1 else 'tensors'} {ways[way]}"
+            for way, count in self.folded.rounded.items()
         )
         sums = self.folded.sums
         lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
@@ -103,9 +104,9 @@ class Merged:
                 f" {', '.join(self.folded.untied)} was added"
             )
         if self.folded.biases:
-            lines.append(
-                f"  {len(self.folded.biases)} biases were added and enabled in config.json"
-            )
+            n = len(self.folded.biases)
+            added = "1 bias was" if n == 1 else f"{n} biases were"
+            lines.append(f"  {added} added and enabled in config.json")
         if self.folded.vocabulary:
             lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
         if self.gap:

@@ -38,6 +38,27 @@ def param_groups(parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float) ->
     return [g for g in groups if g["params"]]
 
 
+def rates(groups: list[dict], lr: float) -> str:
+    """Return a line with the peak learning rates, as in "learning rate: 2e-4; up factors (LoRA+)
+    3e-3", in which the up factors are named if their rate is another one.
+
+    Args:
+        groups: The groups of `param_groups`.
+        lr: The peak learning rate of all parameters but up factors.
+    """
+    told = [
+        ("up factors (LoRA+) " if group["peak"] != lr else "") + in_short(group["peak"])
+        for group in groups
+    ]
+    return f"learning rate: {'; '.join(dict.fromkeys(told))}"
+
+
+def in_short(rate: float) -> str:
+    """Return a learning rate as people write it, such as 2e-4."""
+    digits, _, power = f"{rate:e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
 def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: int) -> None:
     """Set each group's learning rate to its peak rate times the schedule at this step.
 

@@ -161,6 +161,16 @@ class Recipe(BaseModel):
     accumulate: Count = Field(
         1, description="Micro-batches of an optimizer step, at least. It divides batch."
     )
+    streaming: bool = Field(
+        False,
+        description=(
+            "Read rows while training, and keep none: for data that is larger than the disk. It"
+            " takes a number of steps, and held-out rows of their own."
+        ),
+    )
+    shuffle_buffer: Count = Field(
+        10_000, description="With streaming, the rows among which the next one is drawn."
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(
         1024,
         description=(
@@ -212,6 +222,18 @@ class Recipe(BaseModel):
                 f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
                 f" {self.batch}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> "Recipe":
+        if self.streaming and self.steps is None:
+            raise ValueError("streaming: expected a number of steps, since the rows have no end")
+        if self.streaming and self.eval_fraction:
+            raise ValueError(
+                "eval_fraction: with streaming no rows can be held out; give held-out rows"
+            )
+        if self.streaming and self.objective != "sft":
+            raise ValueError("streaming: expected the objective sft")
         return self
 
     def for_method(self) -> dict[str, Any]:

@@ -63,8 +63,8 @@ class AdapterCallback(TrainerCallback):
 
     Every method raises LorafoldError: if the trainer's model does not carry the adapter, if
     something else on the model trains as well (nothing would save it), if the method needs more
-    than a trainer's steps (it chooses entries first, prunes ranks or trains the base), and if the
-    checkpoint to resume has no adapter, a damaged one or another one.
+    than a trainer's steps (it chooses entries first, prunes ranks, adds a penalty to the loss or
+    trains the base), and if the checkpoint to resume has no adapter, a damaged one or another one.
     """
 
     def __init__(
@@ -254,11 +254,14 @@ def _check_method(adapter: Adapter) -> None:
     lowest: Any = spec
     while isinstance(over := getattr(lowest, "over", None), Spec):
         lowest = over
-    when = {"prepare": "before the first step", "after_step": "after each step"}
-    if own := [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]:
+    when = {"prepare": "acts before the first step", "after_step": "acts after each step"}
+    own = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
+    if any(delta.penalty() is not None for _, delta in adapter.parts()):
+        own.append("adds a penalty to the loss")
+    if own:
         raise LorafoldError(
-            f"AdapterCallback: {name} acts {' and '.join(own)}, which a trainer leaves out; train"
-            " it with lorafold's own loop (lorafold train)"
+            f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"
+            " with lorafold's own loop (lorafold train)"
         )
 
 

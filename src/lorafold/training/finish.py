@@ -14,7 +14,7 @@ from lorafold.machine.room import peak_bytes
 from lorafold.models.weights import Weights
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
-from lorafold.training.request import Request, digest
+from lorafold.training.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,11 +83,7 @@ def finish(
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": progress.losses,
         "evals": progress.evals,
-        "data": {
-            "source": request.source,
-            "rows": len(request.rows),
-            "sha256": digest(request.rows),
-        },
+        "data": {"source": request.source, **request.data.record},
         **about,
     }
     if (size := job.adapter.vocabulary) is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
-from lorafold.data.batches import batches
+from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
@@ -42,7 +42,7 @@ class Job:
     wrapped: nn.Module
     optimizer: Optimizer
     accelerator: Accelerator
-    examples: Sequence[Any]  # what `loss.collate` takes; each has `ids`
+    feed: Feed  # of examples, which `loss.collate` takes; each has `ids`
     held_out: Callable[[], float] | None
     recipe: Recipe
     run: RunDirectory
@@ -60,12 +60,12 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient, and
     Interrupted after SIGINT or SIGTERM.
     """
-    plan = batches(len(job.examples), job.recipe.batch, job.steps, job.recipe.seed)
+    feed = job.feed.after(progress.step)
     save_every = job.recipe.checkpoint_interval(job.steps)
     with StopRequest() as stop:
         while progress.step < job.steps:
             start = time.perf_counter()
-            examples = [job.examples[i] for i in plan[progress.step]]
+            examples = next(feed)
             loss = train_step(job, examples, progress.step)
             progress.step += 1
             progress.losses.append(loss)

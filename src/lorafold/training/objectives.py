@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Any
 from lorafold.bases import is_linear
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
+from lorafold.data.completions import Completions
 from lorafold.data.examples import WHOLE, Encoded, Example, encode, preview
 from lorafold.data.labelled import (
     LabelledData,
     LabelledExample,
+    Labels,
     classes_of,
     encode_labelled,
     preview_labelled,
 )
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.sources import Row
+from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id
@@ -37,7 +40,8 @@ from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
 from lorafold.step.documents import packed
-from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.losses import Classification, Loss
+from lorafold.step.losses import Completions as CompletionLoss
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +76,7 @@ class Objective(ABC):
         rows: Sequence[Row],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        console: Console,
         rendering: Rendering = WHOLE,
     ) -> Data:
         """Tokenized rows, with a report.
@@ -80,10 +85,17 @@ class Objective(ABC):
             rows: Rows of the user's data.
             tokenizer: After `set_up`.
             max_length: Longer examples are cut to this many tokens.
+            console: For progress.
             rendering: What of a conversation is trained on.
 
         Raises LorafoldError for rows that this objective can't use.
         """
+
+    @abstractmethod
+    def encoder(
+        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
+    ) -> Encoder:
+        """What makes examples of rows, of which not all are at hand."""
 
     @abstractmethod
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -140,9 +152,15 @@ class Sft(Objective):
         rows: Sequence[Row],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        console: Console,
         rendering: Rendering = WHOLE,
     ) -> Encoded:
-        return encode(rows, tokenizer, max_length, rendering)
+        return encode(rows, tokenizer, max_length, console, rendering)
+
+    def encoder(
+        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
+    ) -> Encoder:
+        return Completions(tokenizer, rendering)
 
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
@@ -164,7 +182,7 @@ class Sft(Objective):
         console: Console,
     ) -> Iterator[Loss]:
         if not packing:
-            yield Completions(model, False, tokenizer.pad_token_id or 0)
+            yield CompletionLoss(model, False, tokenizer.pad_token_id or 0)
             return
         with packed(model) as apart:
             if not apart:
@@ -173,7 +191,7 @@ class Sft(Objective):
                     " examples are padded instead",
                     highlight=False,
                 )
-            yield Completions(model, apart, tokenizer.pad_token_id or 0)
+            yield CompletionLoss(model, apart, tokenizer.pad_token_id or 0)
 
 
 @dataclass(frozen=True)
@@ -187,9 +205,15 @@ class Classify(Objective):
         rows: Sequence[Row],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        console: Console,
         rendering: Rendering = WHOLE,
     ) -> LabelledData:
-        return encode_labelled(rows, tokenizer, max_length, self.classes)
+        return encode_labelled(rows, tokenizer, max_length, self.classes, console)
+
+    def encoder(
+        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
+    ) -> Encoder:
+        return Labels(tokenizer, self.classes)
 
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)

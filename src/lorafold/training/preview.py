@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html as markup
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ from rich.console import Console
 from lorafold.data.examples import NO_LOSS, Example, encode_row
 from lorafold.data.labelled import LabelledData
 from lorafold.data.messages import Message, Tool
-from lorafold.data.shapes import Conversation, shape_of
+from lorafold.data.shapes import Conversation, Row, shape_of
 from lorafold.files.page import document
-from lorafold.training.request import Request, objective_of, rendering_of, tokenized, tokenizer_for
+from lorafold.training.request import Request, objective_of, rendering_of, tokenizer_for
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -65,8 +65,10 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     """
     source, objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, source, objective, console)
-    train, _ = tokenized(request, tokenizer, objective, console)
-    found = list(_shown(request, train, objective, tokenizer, rows))
+    few, rendering = request.first_rows(rows), rendering_of(request.recipe)
+    train = objective.encode(few, tokenizer, request.recipe.max_length, console, rendering)
+    console.print(f"the first rows: {train.report}", highlight=False)
+    found = list(_shown(request, few, train, objective, tokenizer))
     for one in found:
         console.rule()
         console.print(one.heading, highlight=False, markup=False, soft_wrap=True)
@@ -83,18 +85,18 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
 
 def _shown(
     request: Request,
+    rows: Sequence[Row],
     train: Data,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
-    rows: int,
 ) -> Iterator[Shown]:
     if isinstance(train, LabelledData):
-        for number, labelled in enumerate(train.examples[:rows], 1):
+        for number, labelled in enumerate(train.examples, 1):
             text = objective.preview(labelled, tokenizer)
             yield Shown(f"row {number}: {len(labelled.ids)} tokens", Conversation([]), text)
         return
     limit = request.recipe.max_length
-    for number, row in enumerate(request.rows[:rows], 1):
+    for number, row in enumerate(rows, 1):
         shape = shape_of(row)
         given = shape.conversation(row) if shape and shape.conversation else Conversation([])
         examples, trained = encode_row(row, tokenizer, rendering_of(request.recipe))

@@ -4,18 +4,20 @@ the tokenizer and the tokenized rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lorafold.data.batches import split
+from lorafold.data.batches import epoch_size, split
+from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
+from lorafold.data.stream import Stream, StreamFeed
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
@@ -37,7 +39,7 @@ class Request:
     model: str
     out: Path
     recipe: Recipe
-    rows: Sequence[Row]
+    rows: Sequence[Row] | Stream
     source: str  # where the rows came from, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
@@ -47,13 +49,17 @@ class Request:
     resume: bool = False
     overwrite: bool = False
 
+    @property
+    def data(self) -> Rows | Stream:
+        """The rows as one of the two that know their identity."""
+        return self.rows if isinstance(self.rows, Stream) else Rows.of(self.rows)
 
-def digest(rows: Sequence[Row]) -> str:
-    """The SHA-256 of the rows as JSON, so the same rows have one digest in every file format."""
-    h = hashlib.sha256()
-    for row in rows:
-        h.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-    return h.hexdigest()
+    def first_rows(self, n: int) -> Sequence[Row]:
+        """The rows that training begins with, if they are streamed, else the first ones."""
+        if not isinstance(self.rows, Stream):
+            return self.rows[:n]
+        rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
+        return [row for _, row in islice(rows, n)]
 
 
 def rendering_of(recipe: Recipe) -> Rendering:
@@ -68,7 +74,8 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     """
     source = resolve_model(request.model, request.revision)
     adapters = [request.init_adapter] if request.init_adapter else []
-    return source, OBJECTIVES[request.recipe.objective](request.rows, source, adapters)
+    rows = () if isinstance(request.rows, Stream) else request.rows
+    return source, OBJECTIVES[request.recipe.objective](rows, source, adapters)
 
 
 def tokenizer_for(
@@ -96,8 +103,8 @@ def tokenizer_for(
 
 def tokenized(
     request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
-) -> tuple[Data, Data | None]:
-    """The examples to train on and those to measure on, which may be None; both are reported.
+) -> tuple[Feed, Data | None]:
+    """The feed of the run, and the examples to measure on, which may be None; both are reported.
 
     Args:
         request: Has the rows, or the share of them that is held out.
@@ -107,14 +114,32 @@ def tokenized(
 
     Raises LorafoldError for rows that the objective can't use.
     """
-    rows, held_out = list(request.rows), request.eval_rows
-    if held_out is None and request.recipe.eval_fraction:
-        rows, held_out = split(rows, request.recipe.eval_fraction, request.recipe.seed)
-    max_length, rendering = request.recipe.max_length, rendering_of(request.recipe)
-    train = objective.encode(rows, tokenizer, max_length, rendering)
+    rows, held_out, recipe = request.rows, request.eval_rows, request.recipe
+    rendering = rendering_of(recipe)
+
+    def held_out_data() -> Data | None:
+        if not held_out:
+            return None
+        found = objective.encode(held_out, tokenizer, recipe.max_length, console, rendering)
+        console.print(f"held out: {found.report}", highlight=False)
+        return found
+
+    if isinstance(rows, Stream):
+        encoder = objective.encoder(tokenizer, rendering)
+        feed: Feed = StreamFeed(
+            rows,
+            encoder,
+            recipe.max_length,
+            recipe.batch,
+            recipe.total_steps(0),
+            recipe.seed,
+            recipe.shuffle_buffer,
+        )
+        return feed, held_out_data()
+    if held_out is None and recipe.eval_fraction:
+        rows, held_out = split(rows, recipe.eval_fraction, recipe.seed)
+    train = objective.encode(rows, tokenizer, recipe.max_length, console, rendering)
     console.print(f"data: {train.report}", highlight=False)
-    if not held_out:
-        return train, None
-    evaluation = objective.encode(held_out, tokenizer, max_length, rendering)
-    console.print(f"held out: {evaluation.report}", highlight=False)
-    return train, evaluation
+    steps = recipe.total_steps(epoch_size(train.parts))
+    feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
+    return feed, held_out_data()

@@ -46,7 +46,7 @@ def train(request: Request, console: Console) -> Trained:
             adapter,
             loss,
             setup.accelerator,
-            setup.data,
+            setup.feed,
             setup.held_out,
             tokenizer,
             console,
@@ -56,6 +56,8 @@ def train(request: Request, console: Console) -> Trained:
                 fit(job, progress, display)
             finally:
                 setup.accelerator.end_training()
+    if told := str(setup.feed):
+        console.print(told, highlight=False)
     if report := adapter.spec.report(adapter.own_deltas):
         console.print(report, highlight=False)
     saved = tokenizer if own_tokenizer(setup) or adapter.spec.trains_base else None

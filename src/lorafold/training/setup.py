@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
 from lorafold.core.spec import Spec
+from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
 from lorafold.machine.devices import choose_device
@@ -51,7 +52,7 @@ class Setup:
     storage: Storage
     tokenizer: PreTrainedTokenizerBase
     words: Words
-    data: Data
+    feed: Feed
     held_out: Data | None
     accelerator: Accelerator
 
@@ -95,7 +96,7 @@ def set_up(request: Request, console: Console) -> Setup:
     if spec.trains_base:
         check_rounding(recipe.optimizer, [storage.dtype])
     tokenizer, words = tokenizer_for(request, source, objective, console)
-    data, held_out = tokenized(request, tokenizer, objective, console)
+    feed, held_out = tokenized(request, tokenizer, objective, console)
     console.print(f"base: {storage.why}", highlight=False)
     # the logs of trackers stay when the checkpoints are removed
     logs = str(request.out.with_name(request.out.name + ".logs"))
@@ -108,7 +109,7 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request, spec, source, objective, device, storage, tokenizer, words, data, held_out,
+        request, spec, source, objective, device, storage, tokenizer, words, feed, held_out,
         accelerator,
     )  # fmt: skip
 
@@ -128,7 +129,7 @@ def adapted_model(
         recipe,
         stored.spec if stored else setup.spec,
         setup.storage,
-        setup.data.examples,
+        setup.feed,
         extra,
         len(setup.objective.classes),
         setup.accelerator.num_processes,

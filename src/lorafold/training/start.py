@@ -13,16 +13,16 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import Adapter
-from lorafold.data.batches import batches
+from lorafold.data.feed import Feed
 from lorafold.evaluation import held_out_loss
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
-from lorafold.step.optim import param_groups, restore_optimizer, restore_rng
+from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Job
 from lorafold.training.objectives import Data
-from lorafold.training.request import Request, digest
+from lorafold.training.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def prepare(
     adapter: Adapter,
     loss: Loss,
     accelerator: Accelerator,
-    data: Data,
+    feed: Feed,
     held_out: Data | None,
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
@@ -48,9 +48,10 @@ def prepare(
         adapter: Attached to the model of `loss`.
         loss: Moved to the accelerator's device.
         accelerator: Distributes the steps and logs to the trackers.
-        data, held_out: Examples to train on and to measure on.
+        feed: The examples to train on.
+        held_out: Those to measure on.
         tokenizer: Its chat template is part of what a resumed run must share.
-        console: For the optimizer and the step from which a run is resumed.
+        console: For the optimizer, the learning rates and the step from which a run is resumed.
 
     Raises LorafoldError where the run to resume had another recipe, model or data.
     """
@@ -58,19 +59,24 @@ def prepare(
     identity = identity_of(request, tokenizer)
     progress, state = Progress(), None
     loss.to(accelerator.device)
-    if request.resume:
+    resume = request.resume and run.path.exists()
+    if request.resume and not resume:
+        told = f"{run.path}: no run to resume, this one starts from the beginning"
+        console.print(told, soft_wrap=True)
+    if resume:
         run.check(identity, Recipe().model_dump(mode="json"))
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             adapter.load_state_dict(tensors)
     else:
         run.start(identity)
-        adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, data, recipe))
+        adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
     lr = recipe.lr or adapter.spec.lr
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
-    console.print(described(chosen, groups, recipe.seed), highlight=False, soft_wrap=True)
+    for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
+        console.print(line, highlight=False, soft_wrap=True)
     wrapped, optimizer = accelerator.prepare(loss, make_optimizer(chosen.name, groups, recipe))
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
@@ -78,12 +84,11 @@ def prepare(
     accelerator.init_trackers(
         "lorafold", config={k: str(v) for k, v in recipe.model_dump().items()}
     )
-    steps = recipe.total_steps(len(data.examples))
-    if request.resume:
-        console.print(f"resuming after step {progress.step} of {steps}", highlight=False)
+    if resume:
+        console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
     measured = None if held_out is None else partial(held_out_loss, loss, held_out.examples)
     return Job(
-        adapter, loss, wrapped, optimizer, accelerator, data.examples, measured, recipe, run, steps
+        adapter, loss, wrapped, optimizer, accelerator, feed, measured, recipe, run, feed.steps
     ), progress
 
 
@@ -93,7 +98,7 @@ def identity_of(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[st
     identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
     identity |= {
         "model": request.model,
-        "data": digest(request.rows),
+        "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
     }
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
@@ -103,19 +108,18 @@ def identity_of(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 
 def sample_losses(
-    loss: Loss, data: Data, recipe: Recipe, n: int, rows: int | None = None
+    loss: Loss, feed: Feed, recipe: Recipe, n: int, rows: int | None = None
 ) -> Iterator[Tensor]:
     """Mean losses of n batches, each a scalar in nats, drawn as training draws them but with a seed
     of their own.
 
     Args:
         loss: Put in training mode.
-        data: The examples to draw from.
+        feed: The examples to draw from.
         recipe: Gives the batch size and the seed.
         n: The number of losses.
         rows: Examples in each loss; None takes the recipe's batch.
     """
     loss.train()
-    for drawn in batches(len(data.examples), rows or recipe.batch, n, recipe.seed + 1):
-        chosen = [data.examples[i] for i in drawn]
+    for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
         yield loss(**loss.collate(chosen, loss.device)) / max(1, sum(map(loss.count, chosen)))

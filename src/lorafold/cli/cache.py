@@ -1,0 +1,50 @@
+"""`lorafold cache`: what lorafold keeps on the disk, and how to get the room back."""
+
+from typing import Annotated
+
+import typer
+
+from lorafold.cli.common import JsonOption, emit
+from lorafold.errors import LorafoldError
+
+
+def command(
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this kind: models, rows, svd or tokens. Repeat it for more."),
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove what is listed; it is made again when needed.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """List what lorafold keeps in its cache, or clear it.
+
+    models are embedded models after they are unpacked, rows and tokens large training data after it
+    was checked and tokenized, svd decompositions of base weights. All of it is made again when it
+    is needed; a run that is using an entry keeps it until it ends. The environment variable
+    LORAFOLD_CACHE names the directory.
+    """
+    from datetime import datetime
+
+    from lorafold.files.cache import KINDS, cache_directory, entries
+    from lorafold.files.cache import clear as remove
+
+    if unknown := [name for name in kind or () if name not in KINDS]:
+        raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
+    found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
+    busy = remove(found) if clear else []
+    total = sum(entry.bytes for entry in found if entry not in busy)
+    lines = [
+        f"{entry.kind:<8}{entry.bytes / 1e6:>10,.1f} MB"
+        f"  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.path.name}"
+        f"{'  stays: another process is making it' if entry in busy else ''}"
+        for entry in found
+    ]
+    state = "removed from" if clear else "kept in"
+    lines.append(f"{total / 1e6:,.1f} MB {state} {cache_directory()}")
+    listed = [
+        {"kind": e.kind, "path": str(e.path), "bytes": e.bytes, "used": e.used} for e in found
+    ]
+    result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
+    emit(json, {**result, "entries": listed}, "\n".join(lines))

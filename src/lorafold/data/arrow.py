@@ -1,0 +1,87 @@
+"""Lists of numbers in Arrow files, memory-mapped: what a row's tokens are kept in.
+
+    table = open_table(path);  ids = Lists(table.column("ids"));  ids[3]  ->  an array (T,)
+
+Nothing is copied and no Python object is made for a token until an example is asked for.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+E = TypeVar("E")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def open_table(path: Path) -> "pa.Table":
+    """The table of an Arrow file, memory-mapped."""
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+
+
+def lists(values: Sequence[Sequence[int]]) -> "pa.ListArray":
+    """An Arrow array of lists of int32."""
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    flat = np.empty(ends[-1], np.int32)
+    for start, end, numbers in zip(ends[:-1], ends[1:], values, strict=True):
+        flat[start:end] = numbers
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+class Lists:
+    """A column of lists of int32, as arrays over the file's own bytes."""
+
+    def __init__(self, column: "pa.ChunkedArray") -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self.ends = [chunk.offsets.to_numpy() for chunk in chunks]  # of each chunk, (n + 1,)
+        self.values = [chunk.values.to_numpy() for chunk in chunks]
+        self._first = np.cumsum([0, *map(len, chunks)])
+
+    @property
+    def lengths(self) -> Array:
+        """The length of each list, (n,)."""
+        return np.concatenate([np.zeros(0, np.int32), *map(np.diff, self.ends)])
+
+    def __getitem__(self, index: int) -> Array:  # (T,)
+        chunk = int(np.searchsorted(self._first, index, side="right")) - 1
+        at = index - self._first[chunk]
+        return self.values[chunk][self.ends[chunk][at] : self.ends[chunk][at + 1]]
+
+
+class TableExamples(Sequence[E]):
+    """Abstract: examples of a table, each made when it is asked for.
+
+    `lengths` (n,) are the tokens of each, after cutting, and `rows` (n,) the index of its row.
+    """
+
+    def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
+        """Take the examples with the indices `chosen`, cut to `max_length` tokens at their end."""
+        self._ids, self._chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
+        self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
+        self.rows = table.column("row").to_numpy()[chosen]
+
+    @abstractmethod
+    def _example(self, index: int, ids: tuple[int, ...]) -> E:
+        """The example of one entry of the table, whose ids are cut already."""
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> E: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[E]: ...
+    def __getitem__(self, index: int | slice) -> E | list[E]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = int(self._chosen[index])
+        return self._example(entry, tuple(self._ids[entry][: self._max_length].tolist()))

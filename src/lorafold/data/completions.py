@@ -1,0 +1,228 @@
+"""The encoder of conversations, prompts with completions, and plain text: token ids, and the spans
+of tokens to train on.
+
+A row has one example, or several (`data.trained`). A text is tokenized once. If a token would span
+the border between a prompt and its turn, the turn has an example of its own, which is tokenized in
+two pieces, so that the ids before the turn are the ones that generation sees. To tell, the end of
+the prompt is tokenized alone, from its last added token on: tokenizers split a text at added tokens
+before all else, so what comes before has the same ids in both. That end is mostly the opening of an
+assistant turn, and is tokenized once for all rows.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from lorafold.data.arrow import lists
+from lorafold.data.render import Rendered, Rendering, render_trained
+from lorafold.data.shapes import Row, shape_of
+from lorafold.data.tokenizing import Encoder
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+OPENINGS = 1000  # ends of prompts whose ids are kept
+Spans = list[tuple[int, int]]  # [start, end), of characters or of tokens
+
+
+@dataclass
+class Piece:
+    """One example in the making: the text of a row with its trained spans of characters, or of a
+    row of plain text; then its token ids with the spans of tokens.
+    """
+
+    row: int
+    left_out: int = 0
+    hidden: int = 0
+    problem: str = ""
+    rendered: Rendered | None = None
+    text: str = ""
+    ids: Sequence[int] = ()
+    spans: Spans = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Completions(Encoder):
+    """Makes examples whose completions are trained on.
+
+    Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
+    `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
+    chat template leaves out, and `problem`, why the row can't be used. Both counts are those of the
+    row's first example. A row has one example or several; one with a problem has an empty one.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    rendering: Rendering = field(default_factory=Rendering)
+    _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        about = {"kind": "completions", "rendering": asdict(self.rendering)}
+        return about | identity_of(self.tokenizer)
+
+    @cached_property
+    def schema(self) -> "pa.Schema":
+        import pyarrow as pa
+
+        numbers = pa.list_(pa.int32())
+        columns = {"row": pa.int32(), "ids": numbers, "spans": numbers, "left_out": pa.int32()}
+        return pa.schema({**columns, "hidden": pa.int32(), "problem": pa.string()})
+
+    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
+        import pyarrow as pa
+
+        pieces = [piece for n, row in enumerate(rows, first) for piece in self._pieces(row, n)]
+        rendered = [piece for piece in pieces if piece.rendered]
+        plain = [piece for piece in pieces if not piece.rendered and not piece.problem]
+        made: dict[int, list[Piece]] = {}  # by the place among the pieces
+        tokens = iter(self._tokens(rendered, False))
+        for n, piece in enumerate(pieces):
+            made[n] = self._marked(piece, next(tokens)) if piece.rendered else [piece]
+        for piece, encoding in zip(plain, self._tokens(plain, True), strict=True):
+            end = self.tokenizer.eos_token_id
+            ended = end is None or encoding.ids[-1:] == [end]
+            piece.ids = encoding.ids if ended else [*encoding.ids, end]
+            piece.spans = [(0, len(piece.ids))]
+        pieces = [piece for n in range(len(pieces)) for piece in made[n]]
+        columns = [
+            pa.array([piece.row for piece in pieces], pa.int32()),
+            lists([piece.ids for piece in pieces]),
+            lists([[at for span in piece.spans for at in span] for piece in pieces]),
+            pa.array([piece.left_out for piece in pieces], pa.int32()),
+            pa.array([piece.hidden for piece in pieces], pa.int32()),
+            pa.array([piece.problem for piece in pieces], pa.string()),
+        ]
+        return pa.record_batch(columns, self.schema)
+
+    def _pieces(self, row: Row, number: int) -> list[Piece]:
+        shape = shape_of(row)
+        if shape is None or shape.conversation is None:
+            return [Piece(number, text=row["text"])]
+        try:
+            trained = render_trained(shape.conversation(row), self.tokenizer, self.rendering)
+        except LorafoldError as error:
+            return [Piece(number, problem=str(error))]
+        pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
+        pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
+        return pieces
+
+    def _tokens(self, pieces: Sequence[Piece], special: bool) -> "Sequence[Encoding]":
+        if not pieces:
+            return []
+        texts = [piece.text for piece in pieces]
+        found = self.tokenizer(
+            texts, add_special_tokens=special, return_attention_mask=False, verbose=False
+        )
+        encodings = found.encodings
+        assert encodings is not None  # of a fast tokenizer
+        return encodings
+
+    def _marked(self, piece: Piece, encoding: "Encoding") -> list[Piece]:
+        """The examples of a rendered piece, with their ids and trained spans: one, and one more for
+        each turn before which a token would span the border.
+        """
+        assert piece.rendered is not None
+        rendered, text, together = piece.rendered, piece.text, Spans()
+        apart: list[Piece] = []
+        for border, following in pairwise([*rendered.turns, len(text) + 1]):
+            at = first_token(encoding, border, text)
+            spans = [span for span in rendered.spans if border <= span[0] < following]
+            if self._is_prompt(text[:border], encoding, at):
+                together += spans
+                continue
+            last = following > len(text)
+            cut = Rendered(text if last else text[: spans[-1][1]], tuple(spans), (border,))
+            apart.append(Piece(piece.row))
+            apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
+        if together or not apart:
+            ends = [tuple(first_token(encoding, at, text) for at in span) for span in together]
+            apart.append(Piece(piece.row, ids=encoding.ids, spans=[(a, b) for a, b in ends]))
+        apart[0] = replace(apart[0], left_out=piece.left_out, hidden=piece.hidden)
+        return apart
+
+    def _is_prompt(self, prompt: str, encoding: "Encoding", length: int) -> bool:
+        """Tell whether the first `length` ids are those of the prompt alone."""
+        ids = encoding.ids[:length]
+        last = next((i for i in reversed(range(length)) if ids[i] in self._added), 0)
+        start = start_of(encoding, last) if last else 0
+        ending = prompt[start:]
+        if ending not in self._openings:
+            if len(self._openings) > OPENINGS:
+                self._openings.clear()
+            self._openings[ending] = tokens_of(ending, self.tokenizer)[0]
+        return self._openings[ending] == ids[last:]
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
+
+
+def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What the ids of a text depend on: the tokenizer, its template, and who runs them."""
+    import tokenizers
+    import transformers
+
+    return {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": str(tokenizer.chat_template),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+
+
+def first_token(encoding: "Encoding", character: int, text: str) -> int:
+    """The first token that starts at or after a character.
+
+    Args:
+        encoding: Of the text.
+        character: Its number, from 0.
+        text: What was tokenized.
+    """
+    if character >= len(text):
+        return len(encoding.ids)
+    at = encoding.char_to_token(character)
+    if at is None:  # no token has this character
+        return bisect_left([start for start, _ in encoding.offsets], character)
+    while at < len(encoding.ids) and start_of(encoding, at) < character:
+        at += 1  # the token spans the border
+    return at
+
+
+def start_of(encoding: "Encoding", token: int) -> int:
+    """The character at which a token starts."""
+    characters = encoding.token_to_chars(token)
+    assert characters is not None  # texts are tokenized without special tokens of their own
+    return characters[0]
+
+
+def in_pieces(
+    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], Spans]:
+    """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
+    [border] = rendered.turns
+    ids, starts = tokens_of(rendered.text[:border], tokenizer)
+    rest, rest_starts = tokens_of(rendered.text[border:], tokenizer, border)
+    ids, starts = ids + rest, [min(start, border - 1) for start in starts] + rest_starts
+    return ids, [(bisect_left(starts, a), bisect_left(starts, b)) for a, b in rendered.spans]
+
+
+def tokens_of(
+    text: str, tokenizer: "PreTrainedTokenizerBase", at: int = 0
+) -> tuple[list[int], list[int]]:
+    """(token ids, the character at which each starts).
+
+    Args:
+        text: What to tokenize.
+        tokenizer: A fast tokenizer.
+        at: The number of the text's first character.
+    """
+    encoded: Any = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return encoded.input_ids, [at + begin for begin, _ in encoded.offset_mapping]

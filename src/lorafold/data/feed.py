@@ -1,0 +1,69 @@
+"""The feed of a run: the examples of each optimizer step, from any step on.
+
+    for examples in feed.after(step): ...
+
+A feed depends on nothing but its arguments: a resumed run goes on where the stopped one was.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorafold.data.batches import Batches
+from lorafold.data.stored import Part
+
+
+class Feed(ABC):
+    """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
+    be looked at in advance at little cost.
+    """
+
+    foreseen: int
+    steps: int
+
+    @abstractmethod
+    def after(self, step: int) -> Iterator[Sequence[Any]]:
+        """The examples of the steps after the first `step`, which are at most `batch` rows each."""
+
+    @abstractmethod
+    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+        """Examples that no step depends on.
+
+        Args:
+            n: How many batches.
+            size: Rows of a batch.
+            seed: The seed of their order.
+        """
+
+    def __str__(self) -> str:
+        """What is worth telling after the last step; empty for nothing."""
+        return ""
+
+
+class StoredFeed(Feed):
+    """Examples that are all at hand."""
+
+    foreseen = 1000
+
+    def __init__(
+        self, examples: Sequence[Any], parts: Sequence[Part], batch: int, steps: int, seed: int
+    ) -> None:
+        """Plan the steps.
+
+        Args:
+            examples: All examples.
+            parts: How many of them are from each source.
+            batch: Examples of an optimizer step.
+            steps: The number of optimizer steps.
+            seed: The seed of the order.
+        """
+        self._examples, self.steps = examples, steps
+        self._batches = Batches(parts, batch, steps, seed)
+
+    def after(self, step: int) -> Iterator[Sequence[Any]]:
+        for i in range(step, len(self._batches)):
+            yield [self._examples[j] for j in self._batches[i]]
+
+    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+        for indices in Batches(len(self._examples), size, n, seed):
+            yield [self._examples[i] for i in indices]

@@ -1,0 +1,202 @@
+"""A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
+
+A file is memory-mapped: rows are parsed when they are asked for and take no memory of their own.
+`Rows` adds to either what a run must know of them all: their digest, and how many are from each
+source.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from lorafold.data.arrow import Array, open_table
+from lorafold.data.sources import Row
+
+CHUNK = 1000  # rows of an Arrow record batch
+LARGE = 16_000_000  # bytes of rows or of a file, from which on they are kept in Arrow files
+
+
+@dataclass(frozen=True)
+class Part:
+    """How many of the rows, or of the examples made of them, are from one source, and its weight:
+    how often an epoch goes through them.
+    """
+
+    size: int
+    weight: float = 1.0
+
+
+class ArrowRows(Sequence[Row]):
+    """The rows of a file that `write_rows` wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self._text = open_table(path).column("row")
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row: Row = json.loads(self._text[index].as_py())
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        for chunk in self._text.chunks:
+            yield from map(json.loads, chunk.to_pylist())
+
+
+class Chosen(Sequence[Row]):
+    """Some of other rows, by their indices."""
+
+    def __init__(self, rows: Sequence[Row], indices: Array) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self._rows[int(i)] for i in self._indices[index]]
+        return self._rows[int(self._indices[index])]
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
+    `known` is the digest and the bytes of large rows.
+    """
+
+    rows: Sequence[Row]
+    parts: tuple[Part, ...]
+    ignored: tuple[str, ...] = ()
+    known: tuple[str, int] | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(rows: Sequence[Row], ignored: tuple[str, ...] = ()) -> "Rows":
+        """Rows of one source; those that are `Rows` already stay as they are."""
+        return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), ignored)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return list(self.rows[index]) if isinstance(index, slice) else self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the rows as JSON, so the same rows have one digest in every format."""
+        return (self.known or self._measured)[0]
+
+    @property
+    def identity(self) -> str:
+        """The digest, with the weights of the sources where an epoch does not take all rows once.
+        """
+        if all(part.weight == 1 for part in self.parts):
+            return self.sha256
+        return f"{self.sha256} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an adapter's record says of them."""
+        return {"rows": len(self), "sha256": self.sha256}
+
+    @property
+    def bytes(self) -> int:
+        """The size of the rows as JSON."""
+        return (self.known or self._measured)[1]
+
+    @property
+    def large(self) -> bool:
+        """Whether what is made of the rows is worth keeping for a second run."""
+        return self.bytes > LARGE
+
+    @cached_property
+    def _measured(self) -> tuple[str, int]:
+        digest = Digest()
+        for row in self.rows:
+            digest.add(row)
+        return digest.sha256, digest.bytes
+
+    def select(self, indices: Array) -> "Rows":
+        """The rows with these indices, which ascend."""
+        parts = parts_of(indices, self.parts)
+        if self.known is None:
+            return Rows([self.rows[i] for i in indices], parts, self.ignored)
+        # the rows themselves are not read again for the digest of some of them
+        digest = hashlib.sha256(self.known[0].encode() + indices.astype(np.int64).tobytes())
+        size = self.known[1] * len(indices) // len(self.rows)
+        return Rows(Chosen(self.rows, indices), parts, self.ignored, (digest.hexdigest(), size))
+
+
+def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """How many of some rows, or of examples made of them, are from each source.
+
+    Args:
+        rows: The indices of the rows, (n,), ascending.
+        parts: How many of all rows are from each source.
+    """
+    borders = np.cumsum([0, *(part.size for part in parts)])
+    sizes = np.diff(np.searchsorted(rows, borders))
+    return tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
+
+
+class Digest:
+    """The SHA-256 and the size of rows as JSON, row by row."""
+
+    def __init__(self) -> None:
+        self._hash, self.bytes = hashlib.sha256(), 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one more row."""
+        data = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()
+        self._hash.update(data)
+        self.bytes += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the rows so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def in_chunks(rows: Iterable[Row], size: int = CHUNK) -> Iterator[list[Row]]:
+    """The rows in lists of `size`, the last of which may be shorter."""
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Write rows to an Arrow file as JSON text, whose keys keep their order."""
+    import pyarrow as pa
+
+    schema = pa.schema([("row", pa.large_string())])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for chunk in in_chunks(rows):
+            texts = [json.dumps(row, ensure_ascii=False, default=str) for row in chunk]
+            writer.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema))

@@ -1,0 +1,178 @@
+"""Rows that are read while a run trains: data of any size, of which nothing is kept.
+
+    stream = stream_of(["rows.jsonl", "owner/name:0.3"])
+    for label, row in stream.rows(seed, 10_000): ...
+
+Each row comes from a source that is drawn with a probability in proportion to its weight. A source
+that ends begins again. Rows pass through a buffer, from which one is drawn for each that enters.
+Both draws are seeded: step i of a run has the same rows whenever it is read, and a run that is
+resumed reads the rows of the steps before and leaves them out.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorafold.data.arrow import Lists
+from lorafold.data.checking import checked, ignored_keys, renamed
+from lorafold.data.examples import Examples
+from lorafold.data.feed import Feed
+from lorafold.data.shapes import Row
+from lorafold.data.sources import Source, source_from
+from lorafold.data.tokenizing import Encoder
+from lorafold.errors import LorafoldError
+
+Labelled = tuple[str, Row]  # a row after its name in messages
+PEEKED = 100  # rows that are looked at before a run starts
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Sources that are read row by row, and the names that keys have in them."""
+
+    sources: tuple[Source, ...]
+    columns: Mapping[str, str]
+
+    @property
+    def identity(self) -> str:
+        """What a resumed run must have in common with the one before: the names, and the sizes of
+        files, which are not read for this.
+        """
+        files = [Path(source.name) for source in self.sources]
+        sizes = [file.stat().st_size if file.is_file() else "" for file in files]
+        return " ".join(f"{s} {n}".strip() for s, n in zip(self.sources, sizes, strict=True))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an adapter's record says of them."""
+        return {"streamed": self.identity}
+
+    def rows(self, seed: int, buffer: int) -> Iterator[Labelled]:
+        """All rows, without end, in a shuffled order.
+
+        Args:
+            seed: Of the order.
+            buffer: The rows among which the next one is drawn.
+
+        Raises LorafoldError for the first bad row that is read, and for sources that can't be read.
+        """
+        rng = random.Random(f"{seed}/stream")
+        rows = self._drawn(random.Random(f"{seed}/sources"))
+        waiting = list(islice(rows, buffer))
+        for row in rows:
+            place = rng.randrange(len(waiting))
+            yield waiting[place]
+            waiting[place] = row
+
+    def ignored(self) -> tuple[str, ...]:
+        """The keys of the first rows of each source that no shape has."""
+        first = [row for s in self.sources for _, row in islice(self._endless(s), PEEKED)]
+        return ignored_keys(first)
+
+    def _drawn(self, rng: random.Random) -> Iterator[Labelled]:
+        readers = [self._endless(source) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        while True:
+            [reader] = rng.choices(readers, weights)
+            yield next(reader)
+
+    def _endless(self, source: Source) -> Iterator[Labelled]:
+        while True:
+            numbers: list[int] = []
+
+            def noted(numbers: list[int] = numbers) -> Iterator[tuple[int, Row | str]]:
+                for number, row in source.streamed():
+                    numbers[:] = [number]
+                    yield number, row
+
+            for row in checked(renamed(noted(), self.columns), source.name, at_once=True):
+                yield f"{source.name}: row {numbers[0]}", row
+
+
+def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> Stream:
+    """The stream of one or several sources, as `read_rows` names them.
+
+    Raises LorafoldError if the first rows of a source can't be read.
+    """
+    named = [sources] if isinstance(sources, str) else sources
+    stream = Stream(tuple(map(source_from, named)), columns or {})
+    stream.ignored()
+    return stream
+
+
+class StreamFeed(Feed):
+    """The examples of rows that are read as they are needed; `batch` rows a step."""
+
+    foreseen = 50
+
+    def __init__(
+        self,
+        stream: Stream,
+        encoder: Encoder,
+        max_length: int,
+        batch: int,
+        steps: int,
+        seed: int,
+        buffer: int,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            stream: The rows.
+            encoder: Makes examples of them.
+            max_length: Longer examples are cut to this many tokens, at their end.
+            batch: Rows of an optimizer step.
+            steps: The number of optimizer steps.
+            seed: The seed of the order.
+            buffer: The rows among which the next one is drawn.
+        """
+        self.steps = steps
+        self._stream, self._encoder, self._max_length = stream, encoder, max_length
+        self._batch, self._seed, self._buffer = batch, seed, buffer
+        self._read = self._cut = self._unlabelled = 0
+
+    def after(self, step: int) -> Iterator[Sequence[Any]]:
+        self._read = self._cut = self._unlabelled = 0
+        rows = islice(self._stream.rows(self._seed, self._buffer), step * self._batch, None)
+        for _ in range(step, self.steps):
+            yield self._examples(rows, self._batch)
+
+    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+        rows = self._stream.rows(seed, self._buffer)
+        for _ in range(n):
+            yield self._examples(rows, size)
+
+    def __str__(self) -> str:
+        text = f"stream: {self._read:,} rows read"
+        if self._cut:
+            text += f"; {self._cut:,} were cut at {self._max_length} tokens"
+        if self._unlabelled:
+            text += f"; {self._unlabelled:,} have no token to train on"
+        return text
+
+    def _examples(self, rows: Iterator[Labelled], n: int) -> Sequence[Any]:
+        """The examples of the next n rows.
+
+        Raises LorafoldError for a row that can't be used, and if none has a token to train on.
+        """
+        import pyarrow as pa
+
+        chunk = list(islice(rows, n))
+        batch = self._encoder.encode([row for _, row in chunk], 0)
+        for entry in batch.select(["row", "problem"]).to_pylist():
+            if entry["problem"]:
+                raise LorafoldError(f"{chunk[entry['row']][0]}: {entry['problem']}")
+        table = pa.Table.from_batches([batch])
+        examples = Examples(table, self._max_length)
+        if not examples:
+            raise LorafoldError(
+                f"stream: none of {n} rows from {chunk[0][0]} on has a token to train on within"
+                f" max_length {self._max_length}"
+            )
+        self._read += n
+        self._cut += int((Lists(table.column("ids")).lengths > self._max_length).sum())
+        self._unlabelled += n - len(set(examples.rows.tolist()))
+        return examples
