@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.core.evaluating import evaluating
-from lorafold.data.checking import is_labelled
 from lorafold.data.arrow import lengths_of
+from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import prompts
