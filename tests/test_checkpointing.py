@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import lorafold as lf
 from lorafold.data.examples import encode
+from lorafold.data.feed import StoredFeed
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.loading import load_tokenizer
@@ -70,13 +71,14 @@ class Step:
     ) -> None:
         torch.manual_seed(SEED)
         data = encode(ROWS, tokenizer, 64)
+        feed = StoredFeed(data.examples, data.parts, 3, 2, 0)
         adapter = lf.attach(model, make_spec(method, **options_of(method)), targets)
         if checkpointed:
             recompute(model)
         with Sft().loss(model, tokenizer, packing, quiet()) as loss:
             assert loss.packed is packing
             adapter.spec.prepare(
-                adapter.own_deltas, partial(sample_losses, loss, data, Recipe(batch=3))
+                adapter.own_deltas, partial(sample_losses, loss, feed, Recipe(batch=3))
             )
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():

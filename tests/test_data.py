@@ -272,9 +272,10 @@ def test_csv(tmp_path):
 def test_bad_sources(tmp_path):
     assert "no rows found" in refused(read_rows, jsonl(tmp_path))
     assert "No such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
-    assert "no such file or directory" in refused(read_rows, str(tmp_path / "none.parquet"))
+    assert "No such file" in refused(read_rows, str(tmp_path / "none.parquet"))
+    assert "found no such file or directory, expected .jsonl" in refused(read_rows, "a.jsonl:x")
     (tmp_path / "rows.txt").write_text("a,b\n")
-    assert "found a .txt file, expected .jsonl, .json, .csv or .parquet" in refused(
+    assert "found a .txt file, expected .jsonl, .json, .csv, .parquet, a directory" in refused(
         read_rows, str(tmp_path / "rows.txt")
     )
     (tmp_path / "bad.parquet").write_bytes(b"nope")

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from lorafold.cli import app
 from lorafold.data.examples import Example
+from lorafold.data.feed import StoredFeed
+from lorafold.data.stored import Part
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import Estimate, estimate
@@ -79,7 +81,8 @@ def test_tensors_that_die_meanwhile_do_not_count() -> None:
 def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     def plan(device: str, base: Storage = BF16) -> Setting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]
-        return planned(Recipe(), LORA, base, examples, nothing, device=torch.device(device))
+        feed = StoredFeed(examples, [Part(1)], 8, 1, 0)
+        return planned(Recipe(), LORA, base, feed, nothing, device=torch.device(device))
 
     assert plan("cpu").widened is each_arithmetic
     assert not plan("cuda").widened

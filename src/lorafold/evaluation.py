@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.core.evaluating import evaluating
+from lorafold.data.arrow import lengths_of
 from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
@@ -246,8 +247,9 @@ def _mean(sums: Sequence[tuple[float, int]]) -> float:
 def _batches(examples: Sequence[Any]) -> list[list[int]]:
     """Indices of the examples in batches of similar length, which need little padding."""
     groups: list[list[int]] = [[]]
-    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
-        if groups[-1] and (len(groups[-1]) + 1) * len(examples[i].ids) > TOKENS:
+    lengths = lengths_of(examples)
+    for i in sorted(range(len(examples)), key=lengths.__getitem__):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > TOKENS:
             groups.append([])
         groups[-1].append(i)
     return groups

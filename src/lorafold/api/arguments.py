@@ -59,7 +59,16 @@ def as_rows(data: Data, columns: Columns | None = None, console: Console | None 
 def rows_to_train(
     data: Data, recipe: Recipe, columns: Columns | None, console: Console | None
 ) -> Rows | Stream:
-    """As `as_rows`, or for a recipe with `streaming` the stream of the rows."""
+    """As `as_rows`, or for a recipe with `streaming` the stream of the rows.
+
+    Args:
+        data: As for `as_rows`; a stream needs the names of its sources.
+        recipe: Says whether to stream.
+        columns: The user's names of keys, by lorafold's.
+        console: Where ignored keys are named.
+
+    Raises LorafoldError for bad rows and for sources that can't be read.
+    """
     if not recipe.streaming:
         return as_rows(data, columns, console)
     from lorafold.data.stream import stream_of

@@ -85,3 +85,11 @@ class TableExamples(Sequence[E]):
             return [self[i] for i in range(*index.indices(len(self)))]
         entry = int(self._chosen[index])
         return self._example(entry, tuple(self._ids[entry][: self._max_length].tolist()))
+
+
+def lengths_of(examples: Sequence[Any]) -> list[int]:
+    """The tokens of each example; no example of a table is made for it."""
+    if isinstance(examples, TableExamples):
+        lengths: list[int] = examples.lengths.tolist()
+        return lengths
+    return [len(example.ids) for example in examples]

@@ -8,7 +8,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,28 +35,26 @@ class Source:
     @property
     def size(self) -> int:
         """The bytes of its rows, as they are stored; 0 where it can't be read."""
-        if self._is_text:
-            return self._path.stat().st_size if self._path.is_file() else 0
-        return int(self._dataset.data.nbytes)
+        if self._read is None:
+            return int(self._dataset.data.nbytes)
+        return self._path.stat().st_size if self._path.is_file() else 0
 
     @property
     def identity(self) -> str:
         """What tells whether its rows are still the same: the digest of a file, or the fingerprint
         of a dataset.
         """
-        return sha256(self._path) if self._is_text else str(self._dataset._fingerprint)
+        return sha256(self._path) if self._read else str(self._dataset._fingerprint)
 
     def numbered(self) -> Iterable[tuple[int, Found]]:
         """The numbered rows, unchecked. LorafoldError where they can't be read."""
-        if self._path.suffix == ".csv":
-            return _csv_rows(self._path)
-        return _json_rows(self._path) if self._is_text else enumerate(self._dataset, 1)
+        return self._read(self._path) if self._read else enumerate(self._dataset, 1)
 
     def streamed(self) -> Iterable[tuple[int, Found]]:
         """The numbered rows, without a copy of a dataset. LorafoldError where they can't be read.
         """
-        if self._is_text:
-            return self.numbered()
+        if self._read:
+            return self._read(self._path)
         return enumerate(_dataset(self.name, self._path, streaming=True), 1)
 
     @property
@@ -64,8 +62,9 @@ class Source:
         return Path(self.name)
 
     @property
-    def _is_text(self) -> bool:
-        return self._path.suffix in (".jsonl", ".json", ".csv") and not self._path.is_dir()
+    def _read(self) -> Callable[[Path], Iterator[tuple[int, Found]]] | None:
+        """What reads the rows of a file; None for a dataset."""
+        return None if self._path.is_dir() else READERS.get(self._path.suffix)
 
     @cached_property
     def _dataset(self) -> Any:
@@ -126,25 +125,16 @@ def _an_object(value: Any) -> Found:
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
-    if not local and (
-        path.suffix == ".parquet" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
-    ):
+    if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
+        found = f"a {path.suffix or 'nameless'} file" if local else "no such file or directory"
         raise LorafoldError(
-            f"{source}: no such file or directory, expected .jsonl, .json, .csv, .parquet, a"
-            " directory or a hub dataset id"
-        )
-    if path.is_file() and path.suffix != ".parquet":
-        raise LorafoldError(
-            f"{source}: found a {path.suffix or 'nameless'} file, expected .jsonl, .json, .csv"
-            " or .parquet"
+            f"{source}: found {found}, expected {', '.join(READERS)}, a directory or a hub dataset"
         )
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     try:
-        if path.is_file():
-            found = load_dataset("parquet", data_files=source, streaming=streaming)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             found = load_from_disk(source)  # the directory was written by save_to_disk
         else:
             found = load_dataset(source, streaming=streaming)
@@ -195,3 +185,24 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Found]]:
         ) from error
     except csv.Error as error:
         raise LorafoldError(f"{path}: not CSV after line {records.line_num}: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Found]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+            batches = file.iter_batches(1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise LorafoldError(f"{path}: can't be read: {reason}") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, Found]]]] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}

@@ -37,7 +37,11 @@ class ArrowRows(Sequence[Row]):
     """The rows of a file that `write_rows` wrote."""
 
     def __init__(self, path: Path) -> None:
-        self._text = open_table(path).column("row")
+        self._path, self._text = path, open_table(path).column("row")
+
+    def __reduce__(self) -> tuple[type["ArrowRows"], tuple[Path]]:
+        # another process opens the file itself
+        return ArrowRows, (self._path,)
 
     def __len__(self) -> int:
         return len(self._text)
