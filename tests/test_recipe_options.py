@@ -59,6 +59,12 @@ def test_every_field_has_an_option_with_help_in_a_panel() -> None:
             ("--rank-pattern", "0.q_proj=8", "--rank-pattern", "v_proj=4"),
             {"rank_pattern": {"0.q_proj": 8, "v_proj": 4}},
         ),
+        (
+            ("--template-kwargs", "enable_thinking=false", "--template-kwargs", "name=Ada"),
+            {"template_kwargs": {"enable_thinking": False, "name": "Ada"}},
+        ),
+        (("--train-on", "last", "--mask-reasoning"),
+         {"train_on": "last", "mask_reasoning": True}),
         (("--betas", "0.8", "0.95"), {"betas": (0.8, 0.95)}),
         (("--no-packing",), {"packing": False}),
         (("--gradient-checkpointing", "on"), {"gradient_checkpointing": True}),
