@@ -4,14 +4,17 @@
     -> book_table {"place": "The Copper Lantern", "people": 4, "date": "2026-03-05"}
 
 A row offers the function and two others, in random order. There are twelve functions with text,
-whole numbers, dates and choices as arguments, each asked for in several phrasings. Names, places
-and errands of the test rows do not occur in the training rows (`lorafold.quickstart.task`).
+whole numbers, dates and choices as arguments, each asked for in several phrasings. No call of the
+test rows occurs in the training rows, and neither do names, places and errands of its arguments
+(`lorafold.quickstart.task`).
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +150,7 @@ def rows(split: Split, n: int, seed: int) -> list[dict[str, Any]]:
     arguments.
 
     Args:
-        split: train or test, which have no words of copied values in common.
+        split: train or test, which have no call and no words of copied values in common.
         n: The number of rows.
         seed: Draws the rows.
     """
@@ -157,6 +160,9 @@ def rows(split: Split, n: int, seed: int) -> list[dict[str, Any]]:
     while len(drawn) < n:
         name = names[len(drawn) % len(names)]
         request, arguments = _draw(FUNCTIONS[name], rng, split)
+        tested = zlib.crc32(json.dumps([name, arguments]).encode()) % 5 == 0
+        if tested != (split == "test"):
+            continue
         others = rng.sample([other for other in names if other != name], OFFERED - 1)
         offered = [name, *others]
         rng.shuffle(offered)
