@@ -83,7 +83,7 @@ def main() -> None:
         "seconds in all": time.perf_counter() - start,
     }  # fmt: skip
     print(json.dumps(run))
-    keep("function_calls.md", found, [run])
+    keep("function_calls", found, [run])
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def command(
     from lorafold.generation import stream
 
     console = messages()
-    model, tokenizer = opened(opening.model, adapter or (), console=console, **opening.how)
     offered = read_tools(tools) if tools else []
+    model, tokenizer = opened(opening.model, adapter or (), console=console, **opening.how)
     text = rendered(prompt, sampling.system, tokenizer, offered)
     pieces: list[str] = []
     start = time.perf_counter()
