@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lorafold as lf
+import lorafold.evaluation as lf_evaluation
 from families import as_taken, embedded, names, tokenizer_of
 from lorafold.api.arguments import as_rows
 from lorafold.cli import app
@@ -444,6 +445,30 @@ def test_evaluation_and_generation_with_tools(
     file.unlink()
     done = CliRunner().invoke(app, asked)
     assert "can't be read: No such file" in str(done.exception) + done.stderr
+
+
+def test_the_loss_has_rows_as_its_units_whatever_examples_they_give(
+    tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lf.load_model(tiny_model_dir("llama"), storage="fp32")
+    tokenizer = copy.deepcopy(lf.load_tokenizer(tiny_model_dir("llama")))
+    tokenizer.chat_template = tokenizer_of("qwen3").chat_template
+    seen: list[Any] = []
+    real = lf_evaluation.loss_interval
+
+    def noted(sums: Any) -> Any:
+        seen.append(sums)
+        return real(sums)
+
+    monkeypatch.setattr(lf_evaluation, "loss_interval", noted)
+    rows = [ROWS["thinking"], ROWS["plain"]]
+    found = evaluate(model, tokenizer, rows, 2048, generate=False)
+    examples = encode(rows, tokenizer, 2048).examples
+    assert len(examples) > 2
+    [sums] = seen
+    assert len(sums) == found.n == 2
+    labelled = [sum(label != NO_LOSS for label in e.labels[1:]) for e in examples]
+    assert sum(n for _, n in sums) == sum(labelled)
 
 
 # variables of a template

@@ -129,13 +129,17 @@ def evaluate(
     if console and (data.report.truncated or data.report.unlabelled):
         console.print(str(data.report), highlight=False)
     loss = Completions(model, packed=False, pad_id=0)
-    by_row: dict[int, float] = {}
+    losses: dict[int, float] = {}  # by example
     with _bar(console, "loss") as step, evaluating(loss):
         for group in _batches(data.examples):
             found = loss.by_row(**loss.collate([data.examples[i] for i in group], loss.device))
-            by_row |= dict(zip(group, found.tolist(), strict=True))
-            step(len(by_row), len(data.examples))
-    sums = [(by_row[i], loss.count(example)) for i, example in enumerate(data.examples)]
+            losses |= dict(zip(group, found.tolist(), strict=True))
+            step(len(losses), len(data.examples))
+    by_row: dict[int, tuple[float, int]] = {}
+    for i, row in enumerate(data.examples.rows.tolist()):
+        s, n = by_row.get(row, (0.0, 0))
+        by_row[row] = s + losses[i], n + loss.count(data.examples[i])
+    sums = list(by_row.values())
     answers = _completions(model, tokenizer, rows, max_new_tokens, console) if generate else ()
     hits = sum(answer.exact for answer in answers)
     return Evaluation(

@@ -97,7 +97,7 @@ class Encoded:
     rows, and how many examples are from each source.
     """
 
-    examples: Sequence[Example]
+    examples: "Examples"
     report: Report
     parts: tuple[Part, ...]
 
