@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -355,14 +357,13 @@ def test_sources_may_have_shapes_of_their_own(tmp_path: Path) -> None:
     assert held.parts == (Part(2), Part(1, 0.5))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "folder"])
 def test_a_stream_is_seeded_endless_and_read_row_by_row(tmp_path: Path, name: str) -> None:
     file = written(tmp_path / "rows.jsonl", 50)
-    if name == "rows.parquet":
-        import pyarrow.parquet as pq
-        from pyarrow import Table
-
-        pq.write_table(Table.from_pylist([row(i) for i in range(50)]), tmp_path / name)
+    if name != "rows.jsonl":
+        (tmp_path / "folder").mkdir()
+        file = tmp_path / ("folder/rows.parquet" if name == "folder" else name)
+        pq.write_table(pa.Table.from_pylist([row(i) for i in range(50)]), file)
         file = tmp_path / name
 
     def taken(n: int, seed: int = 0, buffer: int = 20) -> list[dict]:

@@ -147,7 +147,8 @@ def _progress(total: int, console: "Console | None") -> Iterator[Callable[[Chunk
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=console is None) as bar:
+    quiet = console is None or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=total)
 
         def counted(chunks: Chunks) -> Chunks:
