@@ -56,6 +56,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir=out, per_device_train_batch_size=4, max_steps=3, dataset_num_proc=int(cores),
         report_to="none", bf16=True, use_cpu=True, gradient_checkpointing=False, save_strategy="no",
+        disable_tqdm=True,
     ),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[First()],

@@ -16,9 +16,12 @@ def renamed(
     `name`. A row that lacks one of these keys, or has a value under `name` too, which would be
     lost, becomes the reason why it can't be read.
     """
+    if not columns:
+        yield from numbered
+        return
     theirs = set(columns.values())
     for number, row in numbered:
-        if isinstance(row, str) or not columns:
+        if isinstance(row, str):
             yield number, row
         elif missing := [key for key in columns.values() if key not in row]:
             keys = ", ".join(map(repr, row)) or "none"

@@ -130,10 +130,11 @@ class Completions(Encoder):
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, Spans()
         apart: list[Piece] = []
+        ids = encoding.ids
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
             spans = [span for span in rendered.spans if border <= span[0] < following]
-            if self._is_prompt(text[:border], encoding, at):
+            if self._is_prompt(text[:border], encoding, ids[:at]):
                 together += spans
                 continue
             last = following > len(text)
@@ -142,14 +143,13 @@ class Completions(Encoder):
             apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
         if together or not apart:
             ends = [tuple(first_token(encoding, at, text) for at in span) for span in together]
-            apart.append(Piece(piece.row, ids=encoding.ids, spans=[(a, b) for a, b in ends]))
+            apart.append(Piece(piece.row, ids=ids, spans=[(a, b) for a, b in ends]))
         apart[0] = replace(apart[0], left_out=piece.left_out, hidden=piece.hidden)
         return apart
 
-    def _is_prompt(self, prompt: str, encoding: "Encoding", length: int) -> bool:
-        """Tell whether the first `length` ids are those of the prompt alone."""
-        ids = encoding.ids[:length]
-        last = next((i for i in reversed(range(length)) if ids[i] in self._added), 0)
+    def _is_prompt(self, prompt: str, encoding: "Encoding", ids: list[int]) -> bool:
+        """Tell whether the first ids of an encoding are those of the prompt alone."""
+        last = next((i for i in reversed(range(len(ids))) if ids[i] in self._added), 0)
         start = start_of(encoding, last) if last else 0
         ending = prompt[start:]
         if ending not in self._openings:
@@ -185,11 +185,11 @@ def first_token(encoding: "Encoding", character: int, text: str) -> int:
         text: What was tokenized.
     """
     if character >= len(text):
-        return len(encoding.ids)
+        return len(encoding)
     at = encoding.char_to_token(character)
     if at is None:  # no token has this character
         return bisect_left([start for start, _ in encoding.offsets], character)
-    while at < len(encoding.ids) and start_of(encoding, at) < character:
+    while at < len(encoding) and start_of(encoding, at) < character:
         at += 1  # the token spans the border
     return at
 

@@ -112,7 +112,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Found]]:
 
 def _parse(line: bytes) -> Found:
     try:
-        return _an_object(json.loads(line))
+        return _an_object(json.loads(line.decode()))
     except UnicodeDecodeError as error:
         return f"not UTF-8 at byte {error.start + 1}"
     except json.JSONDecodeError as error:

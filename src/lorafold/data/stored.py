@@ -20,6 +20,8 @@ from lorafold.data.arrow import Array, open_table
 from lorafold.data.sources import Row
 
 CHUNK = 1000  # rows of an Arrow record batch
+AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
+SORTED = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 LARGE = 16_000_000  # bytes of rows or of a file, from which on they are kept in Arrow files
 
 
@@ -178,7 +180,7 @@ class Digest:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one more row."""
-        data = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()
+        data = SORTED.encode(row).encode()
         self._hash.update(data)
         self.bytes += len(data)
 
@@ -202,5 +204,5 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
     schema = pa.schema([("row", pa.large_string())])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for chunk in in_chunks(rows):
-            texts = [json.dumps(row, ensure_ascii=False, default=str) for row in chunk]
+            texts = [AS_IT_IS.encode(row) for row in chunk]
             writer.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema))

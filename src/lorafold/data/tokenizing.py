@@ -8,6 +8,7 @@ Linux; elsewhere the tokenizer's own threads share the work. `datasets.map` is n
 killed run would leave its workers and its manager behind, which would keep their memory.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -237,6 +238,7 @@ class _Worker:
     def _run(self, pipe: "Connection", encoder: Encoder) -> None:
         self._pipe.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
+        gc.freeze()  # what the parent had is not looked at again
         with suppress(EOFError, ConnectionError):
             while True:
                 rows, first = pipe.recv()

@@ -14,13 +14,13 @@ them is not trained on.
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
 from lorafold.data.continued import after_block, after_rewriting
-from lorafold.data.forms import apply, attempt, form_of, template_of
+from lorafold.data.forms import KNOWN, apply, attempt, form_of, template_of
 from lorafold.data.messages import Message
 from lorafold.data.reasoning import block_of
 from lorafold.data.shapes import Conversation
@@ -79,6 +79,12 @@ class Turn:
     marks: tuple[Span, ...] | None
 
 
+@lru_cache(maxsize=KNOWN)
+def marks_own(template: str) -> bool:
+    """Whether a chat template marks its own spans."""
+    return bool(OWN_SPANS.search(template))
+
+
 class Drawing:
     """The renderings of one conversation."""
 
@@ -87,7 +93,7 @@ class Drawing:
         self.messages = conversation.messages
         form = form_of(tokenizer, self.tools)
         self.formed = form.of(self.messages)
-        self.marks_own = bool(OWN_SPANS.search(template_of(tokenizer, self.tools)))
+        self.marks_own = marks_own(template_of(tokenizer, self.tools))
 
     @cached_property
     def whole(self) -> tuple[str, tuple[Span, ...] | None]:

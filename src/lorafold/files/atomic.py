@@ -32,11 +32,18 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | Path, overwrite: bool = False, durable: bool = True
+) -> Iterator[Path]:
     """Yield an empty directory that becomes `path` when the block ends without an error.
 
-    `overwrite` replaces a directory that lorafold wrote before; the old one stays until the new one
-    is complete. Raises LorafoldError as `check_out` does, and if files can't be written (a full
+    Args:
+        path: The directory.
+        overwrite: Replace one that lorafold wrote before; it stays until the new one is complete.
+        durable: Flush everything to the disk. What can be made again need not be: `verify` tells if
+            a power cut left it torn.
+
+    Raises LorafoldError as `check_out` does, and if files can't be written (a full
     disk, no permission).
     """
     check_out(path, overwrite)
@@ -47,7 +54,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         tmp.mkdir()
         try:
             yield tmp
-            _seal(tmp)
+            _seal(tmp, durable)
             _place(tmp, target, overwrite)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -151,16 +158,17 @@ def _writing(path: str | Path) -> Iterator[None]:
         raise LorafoldError(f"{path} was not written: {error}") from error
 
 
-def _seal(root: Path) -> None:
-    """Write the manifest and flush every file and directory under `root`."""
+def _seal(root: Path, durable: bool) -> None:
+    """Write the manifest and, if it shall be durable, flush all files and directories."""
     files = sorted(p for p in root.rglob("*") if p.is_file())
     entries = {
         p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
         for p in files
     }
     write_json(root / MANIFEST, {"files": entries})
-    for path in [*files, *(p for p in root.rglob("*") if p.is_dir()), root]:
-        _sync(path)
+    if durable:
+        for path in [*files, *(p for p in root.rglob("*") if p.is_dir()), root]:
+            _sync(path)
 
 
 def _place(tmp: Path, target: Path, overwrite: bool) -> None:

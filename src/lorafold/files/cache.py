@@ -70,7 +70,7 @@ def cached(
                 return path
             notice(f"{path}: damaged ({'; '.join(problems)}); it is made again")
             shutil.rmtree(path)
-        with atomic_directory(path) as tmp:
+        with atomic_directory(path, durable=False) as tmp:
             write(tmp)
     return path
 
