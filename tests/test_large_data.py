@@ -42,6 +42,7 @@ from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
+from lorafold.machine.cores import usable_cores
 
 N = 3000
 
@@ -306,7 +307,7 @@ def test_an_error_in_a_worker_is_raised_here(large: Path, monkeypatch: pytest.Mo
         encode(rows, make_tokenizer(), 80)
     killed = lambda self, rows, first: os._exit(1) if first else whole(self, rows, first)  # noqa: E731
     monkeypatch.setattr(Completions, "encode", killed)
-    if tokenizing.usable_cores() > 1 and sys.platform == "linux":
+    if usable_cores() > 1 and sys.platform == "linux":
         with pytest.raises(LorafoldError, match="a worker process was killed"):
             encode(rows, make_tokenizer(), 80)
     assert [entry.kind for entry in cache.entries()] == ["rows"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorafold.data.checking import checked, ignored_keys, renamed
 from lorafold.data.sources import Row, Source, source_from
-from lorafold.data.stored import LARGE, ArrowRows, Digest, Part, Rows, write_rows
+from lorafold.data.stored import LARGE, ArrowRows, Part, Rows, write_rows
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
 
@@ -52,14 +52,13 @@ def read_rows(
 
     def write(directory: Path) -> None:
         notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
-        digest, counts = Digest(), list[int]()
+        counts = list[int]()
         seen, ignored = set[str](), dict[str, None]()
 
         def counted() -> Iterator[Row]:
             for source in named:
                 counts.append(0)
                 for row in _checked(source, columns):
-                    digest.add(row)
                     if not seen.issuperset(row):
                         ignored.update(dict.fromkeys(ignored_keys([row])))
                         seen.update(key for key, value in row.items() if value is not None)
@@ -68,7 +67,7 @@ def read_rows(
                         notice(f"{source.name}: {counts[-1]:,} rows read")
                     yield row
 
-        write_rows(counted(), directory / "rows.arrow")
+        digest = write_rows(counted(), directory / "rows.arrow")
         known = {"sha256": digest.sha256, "bytes": digest.bytes}
         about = {"counts": counts, "ignored": list(ignored), **known}
         write_json(directory / "about.json", about)

@@ -5,19 +5,25 @@ A file is memory-mapped: rows are parsed when they are asked for and take no mem
 source.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
 from lorafold.data.sources import Row
+from lorafold.machine.workers import workers
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
 
 CHUNK = 1000  # rows of an Arrow record batch
 AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
@@ -36,17 +42,17 @@ class Part:
 
 
 class ArrowRows(Sequence[Row]):
-    """The rows of a file that `write_rows` wrote."""
+    """The rows of a file that `write_rows` wrote: all, or those with the indices `chosen` (n,)."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._text = path, open_table(path).column("row")
+    def __init__(self, path: Path, chosen: Array | None = None) -> None:
+        self._path, self._chosen, self._text = path, chosen, open_table(path).column("row")
 
-    def __reduce__(self) -> tuple[type["ArrowRows"], tuple[Path]]:
+    def __reduce__(self) -> tuple[type["ArrowRows"], tuple[Any, ...]]:
         # another process opens the file itself
-        return ArrowRows, (self._path,)
+        return ArrowRows, (self._path, self._chosen)
 
     def __len__(self) -> int:
-        return len(self._text)
+        return len(self._text) if self._chosen is None else len(self._chosen)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -55,31 +61,24 @@ class ArrowRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row: Row = json.loads(self._text[index].as_py())
+        at = index if self._chosen is None else int(self._chosen[index])
+        row: Row = json.loads(self._text[at].as_py())
         return row
 
     def __iter__(self) -> Iterator[Row]:
+        return map(json.loads, self.texts())
+
+    def texts(self) -> Iterator[str]:
+        """The rows as JSON text."""
+        if self._chosen is not None:
+            yield from (self._text[int(i)].as_py() for i in self._chosen)
+            return
         for chunk in self._text.chunks:
-            yield from map(json.loads, chunk.to_pylist())
+            yield from chunk.to_pylist()
 
-
-class Chosen(Sequence[Row]):
-    """Some of other rows, by their indices."""
-
-    def __init__(self, rows: Sequence[Row], indices: Array) -> None:
-        self._rows, self._indices = rows, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self._rows[int(i)] for i in self._indices[index]]
-        return self._rows[int(self._indices[index])]
+    def select(self, indices: Array) -> "ArrowRows":
+        """The rows with these indices."""
+        return ArrowRows(self._path, indices if self._chosen is None else self._chosen[indices])
 
 
 @dataclass(frozen=True)
@@ -145,19 +144,23 @@ class Rows(Sequence[Row]):
     @cached_property
     def _measured(self) -> tuple[str, int]:
         digest = Digest()
-        for row in self.rows:
-            digest.add(row)
+        for chunk in in_chunks(self.rows):
+            digest.add(sorted_json(chunk))
         return digest.sha256, digest.bytes
+
+    def texts(self) -> Iterator[str]:
+        """The rows as JSON text."""
+        return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_IT_IS.encode, self)
 
     def select(self, indices: Array) -> "Rows":
         """The rows with these indices, which ascend."""
         parts = parts_of(indices, self.parts)
-        if self.known is None:
+        if not isinstance(self.rows, ArrowRows):
             return Rows([self.rows[i] for i in indices], parts, self.ignored)
         # the rows themselves are not read again for the digest of some of them
-        digest = hashlib.sha256(self.known[0].encode() + indices.astype(np.int64).tobytes())
-        size = self.known[1] * len(indices) // len(self.rows)
-        return Rows(Chosen(self.rows, indices), parts, self.ignored, (digest.hexdigest(), size))
+        digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
+        size = self.bytes * len(indices) // len(self.rows)
+        return Rows(self.rows.select(indices), parts, self.ignored, (digest, size))
 
 
 def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -176,11 +179,10 @@ class Digest:
     """The SHA-256 and the size of rows as JSON, row by row."""
 
     def __init__(self) -> None:
-        self._hash, self.bytes = hashlib.sha256(), 0
+        self._hash, self.bytes = sha256(), 0
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Count one more row."""
-        data = SORTED.encode(row).encode()
+    def add(self, data: bytes) -> None:
+        """Count more rows, as `sorted_json` writes them."""
         self._hash.update(data)
         self.bytes += len(data)
 
@@ -190,19 +192,39 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def in_chunks(rows: Iterable[Row], size: int = CHUNK) -> Iterator[list[Row]]:
-    """The rows in lists of `size`, the last of which may be shorter."""
-    remaining = iter(rows)
+def sorted_json(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """The JSON of rows with sorted keys, end to end, of which their digest is made."""
+    return "".join(map(SORTED.encode, rows)).encode()
+
+
+def in_chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
+    """The items in lists of `size`, the last of which may be shorter."""
+    remaining = iter(items)
     while chunk := list(islice(remaining, size)):
         yield chunk
 
 
-def write_rows(rows: Iterable[Row], path: Path) -> None:
-    """Write rows to an Arrow file as JSON text, whose keys keep their order."""
+def write_rows(rows: Iterable[Row], path: Path) -> Digest:
+    """Write rows to an Arrow file as JSON text, whose keys keep their order; return their digest.
+
+    A worker process writes the JSON while this one reads on.
+    """
     import pyarrow as pa
 
-    schema = pa.schema([("row", pa.large_string())])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in in_chunks(rows):
-            texts = [AS_IT_IS.encode(row) for row in chunk]
-            writer.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema))
+    schema, digest = pa.schema([("row", pa.large_string())]), Digest()
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+        workers(_as_json, most=1) as mapped,
+    ):
+        for texts, data in mapped((chunk,) for chunk in in_chunks(rows)):
+            digest.add(data)
+            writer.write_batch(pa.record_batch([texts], schema))
+    return digest
+
+
+def _as_json(rows: list[Row]) -> "tuple[pa.Array, bytes]":
+    """The rows as an array of JSON texts, and as their digest wants them."""
+    import pyarrow as pa
+
+    return pa.array(map(AS_IT_IS.encode, rows), pa.large_string()), sorted_json(rows)

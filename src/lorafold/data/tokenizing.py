@@ -3,26 +3,17 @@
     table = tokenized(rows, encoder, console)      a pyarrow.Table, memory-mapped if it is large
 
 An `Encoder` makes a record batch of some rows. The table of large data is kept in the cache, under
-the digest of the rows and all that the encoder depends on. Workers are forked where the system is
-Linux; elsewhere the tokenizer's own threads share the work. `datasets.map` is not used for this: a
+the digest of the rows and all that the encoder depends on. `datasets.map` is not used for this: a
 killed run would leave its workers and its manager behind, which would keep their memory.
 """
 
-import gc
 import json
-import os
 import shutil
-import signal
-import sys
-import warnings
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from multiprocessing import Pipe, get_context
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
@@ -31,20 +22,15 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import CHUNK, Rows, in_chunks
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import cached
-from lorafold.machine.cores import usable_cores
+from lorafold.machine.workers import workers
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     import pyarrow as pa
     from rich.console import Console
 
 FORMAT = 1  # raise it when tables that were kept by an earlier version must not be used any more
 TOKENS = "tokens.arrow"
-PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the tokenizer's own threads, which workers don't need
-AHEAD = 3  # chunks that wait for each worker
-Numbered = tuple[int, list[Row]]
-Chunks = Iterator[Numbered]
+Chunks = Iterator[tuple[int, list[Any]]]  # (index of the first row, rows)
 
 
 class Encoder(ABC):
@@ -80,10 +66,9 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
     """
     import pyarrow as pa
 
-    chunks = _numbered(rows)
     if not rows.large:
         with _progress(len(rows), console) as counted:
-            batches = [encoder.encode(chunk, first) for first, chunk in counted(chunks)]
+            batches = [encoder.encode(chunk, first) for first, chunk in counted(numbered(rows))]
         table = pa.Table.from_batches(batches, encoder.schema)
         refuse_problems(table)
         return table
@@ -103,10 +88,10 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,
             pa.ipc.new_stream(file, encoder.schema) as writer,
-            _workers(encoder) as worked,
+            workers(partial(_encoded, encoder)) as mapped,
             _progress(len(rows), console) as counted,
         ):
-            for batch in worked(counted(chunks)):
+            for batch in mapped(counted(numbered(rows.texts()))):
                 writer.write_batch(batch)
 
     key = json.dumps([FORMAT, rows.sha256, encoder.identity], sort_keys=True)
@@ -127,9 +112,13 @@ def refuse_problems(table: "pa.Table") -> None:
     raise LorafoldError(f"data: {'; '.join(listed)}{more}")
 
 
-def _numbered(rows: Rows) -> Iterator[Numbered]:
+def numbered(rows: Iterable[Any]) -> Chunks:
     """(index of the first, rows) of each chunk."""
     return ((i * CHUNK, chunk) for i, chunk in enumerate(in_chunks(rows)))
+
+
+def _encoded(encoder: Encoder, first: int, texts: list[str]) -> "pa.RecordBatch":
+    return encoder.encode(list(map(json.loads, texts)), first)
 
 
 def _check_room(expected: int, directory: Path) -> None:
@@ -158,91 +147,3 @@ def _progress(total: int, console: "Console | None") -> Iterator[Callable[[Chunk
                 bar.update(task, completed=first + len(chunk))
 
         yield counted
-
-
-@contextmanager
-def _workers(encoder: Encoder) -> "Iterator[Callable[[Chunks], Iterator[pa.RecordBatch]]]":
-    """Worker processes; it yields a function that gives the batches of chunks, in their order."""
-    cores = usable_cores()
-    if cores == 1 or sys.platform != "linux":
-        yield lambda chunks: (encoder.encode(chunk, first) for first, chunk in chunks)
-        return
-    workers = [_Worker(encoder) for _ in range(cores)]
-    free: Queue[_Worker] = Queue()
-    for worker in workers:
-        free.put(worker)
-
-    def work(first: int, chunk: list[Row]) -> "pa.RecordBatch":
-        worker = free.get()
-        try:
-            return worker.encode(chunk, first)
-        finally:
-            free.put(worker)
-
-    with ThreadPoolExecutor(cores) as threads:  # one thread waits for each worker
-
-        def worked(chunks: Chunks) -> "Iterator[pa.RecordBatch]":
-            waiting: deque[Future[pa.RecordBatch]] = deque()
-            for first, chunk in chunks:
-                waiting.append(threads.submit(work, first, chunk))
-                if len(waiting) > AHEAD * cores:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-        try:
-            yield worked
-        finally:
-            threads.shutdown(cancel_futures=True)
-            for worker in workers:
-                worker.close()
-
-
-class _Worker:
-    """A forked process that encodes chunks. It ends when its pipe is closed, also because the
-    process that made it was killed.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._pipe, other = Pipe()
-        process = get_context("fork").Process(target=self._run, args=(other, encoder), daemon=True)
-        before = os.environ.get(PARALLELISM)
-        os.environ[PARALLELISM] = "false"
-        with warnings.catch_warnings():
-            # of threads in this process: the worker uses none of their locks
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
-        if before is None:
-            del os.environ[PARALLELISM]
-        other.close()
-
-    def encode(self, rows: list[Row], first: int) -> "pa.RecordBatch":
-        """What the encoder makes of the rows. Raises what it raises, and LorafoldError if the
-        process is gone.
-        """
-        try:
-            self._pipe.send((rows, first))
-            found = self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            raise LorafoldError(
-                "tokenizing: a worker process was killed, perhaps for want of memory"
-            ) from error
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def close(self) -> None:
-        """Let the process end."""
-        self._pipe.close()
-
-    def _run(self, pipe: "Connection", encoder: Encoder) -> None:
-        self._pipe.close()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
-        gc.freeze()  # what the parent had is not looked at again
-        with suppress(EOFError, ConnectionError):
-            while True:
-                rows, first = pipe.recv()
-                try:
-                    pipe.send(encoder.encode(rows, first))
-                except Exception as error:
-                    pipe.send(error)
