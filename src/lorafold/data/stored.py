@@ -12,16 +12,12 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
 from lorafold.data.sources import Row
-from lorafold.machine.workers import workers
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 T = TypeVar("T")
 
@@ -206,25 +202,13 @@ def in_chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
 
 def write_rows(rows: Iterable[Row], path: Path) -> Digest:
     """Write rows to an Arrow file as JSON text, whose keys keep their order; return their digest.
-
-    A worker process writes the JSON while this one reads on.
     """
     import pyarrow as pa
 
     schema, digest = pa.schema([("row", pa.large_string())]), Digest()
-    with (
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_stream(file, schema) as writer,
-        workers(_as_json, most=1) as mapped,
-    ):
-        for texts, data in mapped((chunk,) for chunk in in_chunks(rows)):
-            digest.add(data)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for chunk in in_chunks(rows):
+            digest.add(sorted_json(chunk))
+            texts = pa.array(map(AS_IT_IS.encode, chunk), pa.large_string())
             writer.write_batch(pa.record_batch([texts], schema))
     return digest
-
-
-def _as_json(rows: list[Row]) -> "tuple[pa.Array, bytes]":
-    """The rows as an array of JSON texts, and as their digest wants them."""
-    import pyarrow as pa
-
-    return pa.array(map(AS_IT_IS.encode, rows), pa.large_string()), sorted_json(rows)

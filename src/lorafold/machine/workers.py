@@ -32,18 +32,15 @@ AHEAD = 3  # calls that wait for each process
 
 @contextmanager
 def workers(
-    function: Callable[..., T], most: int | None = None
+    function: Callable[..., T],
 ) -> Iterator[Callable[[Iterator[tuple[Any, ...]]], Iterator[T]]]:
-    """Start the processes; it yields a function that maps tuples of arguments to results.
-
-    Args:
-        function: What is called. Its arguments and results go through pipes, and it does not.
-        most: The number of processes; None takes one for each core.
+    """Start one process for each core; it yields a function that maps tuples of arguments, which go
+    through pipes, to results.
 
     Raises what the function raises, and LorafoldError if a process was killed.
     """
-    count = min(most or usable_cores(), usable_cores() if usable_cores() > 1 else 0)
-    if not count or sys.platform != "linux":
+    count = usable_cores()
+    if count == 1 or sys.platform != "linux":
         yield lambda calls: (function(*arguments) for arguments in calls)
         return
     processes = [_Worker(function) for _ in range(count)]
