@@ -95,10 +95,8 @@ class Plan:
 
     def stacked(self, tokens: int) -> bool:
         """Whether rows of that many tokens each are multiplied with the stacks."""
-        if self.slots is None:
-            return False
         crowded = len(self.held) * tokens > ROWS * len(self.segments)
-        return self.each or (len(self.segments) > 1 and not crowded)
+        return self.slots is not None and len(self.segments) > 1 and not crowded
 
     def rows_at(self, path: str, device: torch.device) -> PerExample | None:
         """The deltas at a module that are no products, each for its rows; None if there is none."""
@@ -131,7 +129,7 @@ class Site(Opaque):
         d = products.product(self, x, layer) if self.path in plan.products else None
         y: Tensor = layer(x, *args, onto=add(d, onto) if d is not None else onto)
         rows = plan.rows_at(self.path, y.device) if self.path in plan.others else None
-        return y if rows is None else rows(Given(layer, y), x)
+        return y if rows is None else rows(Given(layer, y, x), x)
 
 
 class Products:
