@@ -91,12 +91,16 @@ def test_stacks_of_many_ranks_and_targets(model, tmp_path) -> None:
     }
     paths = save_adapters(model, tmp_path, specs)
     torch.manual_seed(9)
-    adapter = lf.attach(model, lf.LoRA(rank=6), targets=["q_proj", "v_proj"], name="qv", bias="none")
+    adapter = lf.attach(
+        model, lf.LoRA(rank=6), targets=["q_proj", "v_proj"], name="qv", bias="none"
+    )
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.3)
     paths["qv"] = adapter.save(tmp_path / "qv")
     adapter.detach()
-    adapter = lf.attach(model, lf.LoRA(rank=2), targets=["k_proj"], name="tok", tokens=[5, 300, 301])
+    adapter = lf.attach(
+        model, lf.LoRA(rank=2), targets=["k_proj"], name="tok", tokens=[5, 300, 301]
+    )
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.3)
     paths["tok"] = adapter.save(tmp_path / "tok")
@@ -199,7 +203,11 @@ def run_random(model: Any, paths: dict[str, Path], n: int, seed: int) -> None:
     names = [None, *METHODS]
     asked = [
         Request(
-            str(i), prompt(1 + draw(45), i), 1 + draw(14), names[draw(len(names))], sampling(draw(99))
+            str(i),
+            prompt(1 + draw(45), i),
+            1 + draw(14),
+            names[draw(len(names))],
+            sampling(draw(99)),
         )
         for i in range(n)
     ]

@@ -40,9 +40,7 @@ FAMILIES: dict[str, Any] = {
     "gpt2": lambda: GPT2Config(**GPT2_SIZE, **VOCABULARY),  # learned positions, Conv1D
     "mistral": lambda: MistralConfig(**NO_HEAD_DIM, **VOCABULARY, sliding_window=6),
     # alternating windows, capped scores
-    "gemma2": lambda: Gemma2Config(
-        **SIZE, **VOCABULARY, sliding_window=6, query_pre_attn_scalar=8
-    ),
+    "gemma2": lambda: Gemma2Config(**SIZE, **VOCABULARY, sliding_window=6, query_pre_attn_scalar=8),
     "qwen3": lambda: Qwen3Config(**SIZE, **VOCABULARY),  # norms of queries and keys
     "mixtral": lambda: MixtralConfig(**NO_HEAD_DIM, **VOCABULARY, num_local_experts=4),
     "opt": lambda: OPTConfig(**SMALL, **VOCABULARY, ffn_dim=64, word_embed_proj_dim=32),
@@ -51,9 +49,7 @@ FAMILIES: dict[str, Any] = {
     "gpt-oss": lambda: GptOssConfig(**SIZE, **VOCABULARY, num_local_experts=4, sliding_window=6),
 }
 SOLO: dict[str, Any] = {
-    "mamba": lambda: MambaConfig(
-        hidden_size=32, num_hidden_layers=2, state_size=8, **VOCABULARY
-    ),
+    "mamba": lambda: MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **VOCABULARY),
     "bloom": lambda: BloomConfig(hidden_size=32, n_layer=2, n_head=4, **VOCABULARY),
 }
 

@@ -9,9 +9,9 @@ these settings, and never from the requests that share the batch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Literal
 
 from lorafold.errors import LorafoldError
@@ -133,19 +133,24 @@ class Ended:
 
 
 class Stream:
-    """The events of one request in their order, which end with its `Ended`. Any thread may read."""
+    """The events of one request in their order, which end with its `Ended`. Any threads may read,
+    each from the first event on.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._events: SimpleQueue[Token | Ended] = SimpleQueue()
+        self._events: list[Token | Ended] = []
         self._ended: Ended | None = None
+        self._more = threading.Condition()
 
     def put(self, event: Token | Ended) -> None:
         """Add an event; the engine alone does so."""
-        assert self._ended is None, f"{self.request.id}: an event after the last"
-        if isinstance(event, Ended):
-            self._ended = event
-        self._events.put(event)
+        with self._more:
+            assert self._ended is None, f"{self.request.id}: an event after the last"
+            if isinstance(event, Ended):
+                self._ended = event
+            self._events.append(event)
+            self._more.notify_all()
 
     @property
     def ended(self) -> Ended | None:
@@ -153,16 +158,20 @@ class Stream:
         return self._ended
 
     def __iter__(self) -> Iterator[Token | Ended]:
+        read = 0
         while True:
-            event = self._events.get()
+            with self._more:
+                while read == len(self._events):
+                    self._more.wait()
+                event = self._events[read]
+            read += 1
             yield event
             if isinstance(event, Ended):
-                self._events.put(event)  # so that it can be read again
                 return
 
     def result(self) -> Ended:
         """Wait for the last event and return it."""
-        for event in self:
-            if isinstance(event, Ended):
-                return event
-        raise AssertionError("a stream ends with its last event")
+        with self._more:
+            while self._ended is None:
+                self._more.wait()
+            return self._ended
