@@ -92,9 +92,14 @@ def test_the_machine(model, paths, tokens) -> None:
                 with pytest.raises(LorafoldError, match=f"found '{name}'"):
                     self.engine.unload(name)
 
-        @rule(name=st.sampled_from("abcd"))
-        def evict(self, name: str) -> None:
-            if name in self.versions and self.engine.adapters.evict(name):
+        @rule(which=st.integers(0, 3), busy=st.booleans())
+        @precondition(lambda self: self.versions)
+        def evict(self, which: int, busy: bool) -> None:
+            name = sorted(self.versions)[which % len(self.versions)]
+            if busy:  # while one of its requests is likely to run
+                self.submit(name, which % len(PROMPTS))
+                self.step(2)
+            if self.engine.adapters.evict(name):
                 assert name not in self.pinned
                 assert self.engine.adapters.status(name) == "cold"
 
