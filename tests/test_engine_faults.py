@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from engine_cases import generated, prompt, save_adapters
 
 import lorafold as lf
+from conftest import make_tokenizer
+from engine_cases import generated, prompt, save_adapters
 from lorafold.engine import Ended, Engine, Request, Sampling, Token
 from lorafold.errors import LorafoldError
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import METHODS, alone, generated, prompt, sampling, save_adapters, together
 
 import lorafold as lf
+from engine_cases import METHODS, alone, generated, prompt, sampling, save_adapters, together
 from lorafold.engine import Engine, Request, Sampling
 
 

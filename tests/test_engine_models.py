@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_SIZE, SIZE
-from engine_cases import generated, prompt, together
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -27,6 +25,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from conftest import GPT2_SIZE, SIZE
+from engine_cases import generated, prompt, together
 from lorafold.engine import Engine, Request, Sampling
 
 NO_HEAD_DIM = {k: v for k, v in SIZE.items() if k != "head_dim"}

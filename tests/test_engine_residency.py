@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_cases import alone, prompt, save_adapters
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import lorafold as lf
+from engine_cases import alone, prompt, save_adapters
 from lorafold.engine import Engine, Request, Stream
 from lorafold.engine.adapters import Entry, Held
 from lorafold.engine.residency import Residency

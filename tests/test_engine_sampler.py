@@ -4,12 +4,12 @@ the whole completion gives.
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from engine_cases import sampling
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,7 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lorafold.engine import Sampling
+from conftest import make_tokenizer
+from engine_cases import prompt, sampling
+from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.sampler import NotFinite, Sampler, filtered
 from lorafold.engine.text import Text
 from lorafold.errors import LorafoldError
@@ -186,3 +188,59 @@ def test_stop_texts_cut_the_completion_wherever_tokens_end(stop: str) -> None:
 
 def test_every_setting_of_the_cases_is_a_sampling() -> None:
     assert len({str(sampling(i)) for i in range(7)}) == 7
+
+
+def test_structured_output_fits_the_schema_or_the_regex(tiny_model) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer, model = make_tokenizer(), tiny_model("llama")
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99}, "b": {"enum": ["yes", "no"]}},
+        "required": ["n", "b"],
+        "additionalProperties": False,
+    }
+    asked = [
+        Request(str(i), prompt(5, i), 60, sampling=Sampling(temperature=t, seed=i, **kind))
+        for i, (t, kind) in enumerate(
+            (t, kind)
+            for t in (0.0, 1.0, 2.0)
+            for kind in ({"schema": json.dumps(schema)}, {"regex": "[a-f]{3}-(yes|no)"}, {})
+        )
+    ]
+    with Engine(model, tokenizer, slots=4, length=80) as engine:
+        streams = [engine.submit(request) for request in asked]
+        engine.run()
+    for i, stream in enumerate(streams):
+        ended = stream.result()
+        assert ended.message == ""
+        if i % 3 == 0 and ended.reason == "end":  # blanks may go on to the last token
+            found = json.loads(ended.text)
+            assert set(found) == {"n", "b"}
+            assert isinstance(found["n"], int)
+        if i % 3 == 1:
+            assert ended.reason == "end"
+            assert re.fullmatch("[a-f]{3}-(yes|no)", ended.text)
+    assert any(s.result().reason == "end" for s in streams[::3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ({"schema": "{"}, "schema"),
+        ({"regex": "("}, "regex"),
+        ({"schema": '{"type": "x"}'}, "schema"),
+    ],
+)
+def test_grammars_that_cannot_be_read_are_refused(tiny_model, kind, says) -> None:
+    pytest.importorskip("llguidance")
+    request = Request("1", prompt(3, 1), 5, sampling=Sampling(**kind))
+    with Engine(tiny_model("llama"), make_tokenizer(), slots=2, length=32) as engine:
+        with pytest.raises(LorafoldError, match=f"^request '1': {says}: ") as error:
+            engine.submit(request)
+        assert "\n" not in str(error.value)
+        engine.check()
+    with (
+        Engine(tiny_model("llama"), slots=2, length=32) as engine,
+        pytest.raises(LorafoldError, match="no tokenizer"),
+    ):
+        engine.submit(request)

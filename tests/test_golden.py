@@ -99,7 +99,10 @@ def test_the_command_finds_the_loss_that_it_found(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_goes_on_to_the_end_that_it_would_have_had(name: str) -> None:
     (checkpoint,) = Path(f"{name}.run").glob("step-*")
-    stopped, record = (read(str(checkpoint), "state.json"), read("adapters", name, "lorafold.json"))
+    stopped, record = (
+        read(str(checkpoint), "state.json"),
+        read("adapters", name, "lorafold.json"),
+    )
     done = lorafold("train", *RUNS[name], "--out", name, "--resume")
     steps = len(record["losses"])
     assert 0 < stopped["step"] < steps

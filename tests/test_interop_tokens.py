@@ -149,7 +149,9 @@ def test_peft_is_read_on_the_base_resized_or_not(
         if not of_the_head and not grown:
             with pytest.raises(
                 lf.LorafoldError,
-                match=("embed_tokens would have 302 tokens, lm_head would have 300 tokens"),
+                match=(
+                    "embed_tokens would have 302 tokens, lm_head would have 300 tokens"
+                ),
             ):
                 lf.load(other, tmp_path / "a")
             continue

@@ -87,7 +87,9 @@ def close(config: Any, setting: Setting) -> None:
     assert min(found.terms.values()) >= 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str, checkpointing: bool) -> None:
     base = Storage(torch.float32) if method == "full" else BF16

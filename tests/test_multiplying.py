@@ -62,4 +62,6 @@ def test_compiled_code_is_one_graph_for_every_scope() -> None:
         with multiplying(widened=widened):
             assert torch.equal(compiled(X, W), F.linear(X, W))
     (graph,) = graphs
-    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [F.linear]
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+        F.linear
+    ]

@@ -205,11 +205,9 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(way: str) -> None:
     else:
         other.load_state_dict(one.state_dict())
     stored, again = optimizer_tensors(one), optimizer_tensors(other)
-    assert (
-        stored.keys()
-        == again.keys()
-        == {f"{i}.{name}" for i in range(8) for name in ("step", "exp_avg", "exp_avg_sq")}
-    )
+    assert stored.keys() == again.keys() == {
+        f"{i}.{name}" for i in range(8) for name in ("step", "exp_avg", "exp_avg_sq")
+    }
     assert {t.dtype for t in again.values()} == {torch.float32}
     assert same([*stored.values()], [*again.values()])
     for seed in (7, 8):

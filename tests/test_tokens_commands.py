@@ -529,7 +529,10 @@ def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
     task = Task(
         str(tiny_model_dir("llama")), ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)), "cpu"
     )
-    with pytest.raises(LorafoldError, match=r"new_tokens: found <\|user\|>, expected none"):
+    with pytest.raises(
+        LorafoldError,
+        match=r"new_tokens: found <\|user\|>, expected none",
+    ):
         compare(task, ["lora"], [0], tmp_path / "c", lambda *_: None)
     assert list(tmp_path.iterdir()) == []
 

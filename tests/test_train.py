@@ -74,7 +74,9 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)]
+)
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     optimizer: str, tiny_model_dir, tmp_path: Path
 ) -> None:

@@ -178,7 +178,9 @@ def test_what_is_gone_is_not_overlooked(base: Path, adapter: Path) -> None:
     """Without its record an adapter fits every base, without its tokenizer it speaks another."""
     (adapter / "tokenizer_config.json").unlink()
     assert "tokenizer_config.json: missing" in refusal(has_tokenizer, adapter)
-    assert "tokenizer_config.json: missing" in refusal(tokenizer_of, resolve_model(base), [adapter])
+    assert "tokenizer_config.json: missing" in refusal(
+        tokenizer_of, resolve_model(base), [adapter]
+    )
     (adapter / "lorafold.json").unlink()
     for read in (read_record, classes_of_adapter):
         assert "lorafold.json: missing" in refusal(read, adapter)

@@ -40,4 +40,4 @@ def check(
     if sampling.stop and not texts:
         wrong.append("stop: found a text, expected none, since the engine has no tokenizer")
     if wrong:
-        raise LorafoldError(f"request {request.id!r}: {'; '.join(wrong)}")
+        raise LorafoldError("; ".join(wrong))

@@ -25,6 +25,8 @@ import torch
 from lorafold.core.evaluating import evaluating
 from lorafold.engine.adapters import Reader
 from lorafold.engine.admission import check
+from lorafold.engine.fast import fast as faster
+from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
 from lorafold.engine.request import Request, Stream
 from lorafold.engine.residency import Residency
@@ -55,8 +57,10 @@ class Engine:
         chunk: the most tokens of a prompt that are read in one pass.
         budget: the most tokens of prompts that are read in a step.
         adapter_bytes: the most bytes of adapters in memory, or None.
+        fast: replace parts of the model by faster ones that compute the same (`engine.fast`); the
+            matrices then take their memory twice.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
-            bits whatever shares the batch. Slower where few slots are in use.
+            bits whatever shares the batch, without the faster parts.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Engine:
         chunk: int = 256,
         budget: int = 512,
         adapter_bytes: int | None = None,
+        fast: bool = True,
         invariant: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -98,6 +103,9 @@ class Engine:
             self._stack.enter_context(slotted(model))
             parts = (model, self.structure, slots, self.length, chunk, invariant)
             self._runner: Runner = SlotRunner(*parts)
+            if fast and not invariant:
+                laid = self._runner.laid
+                self._stack.enter_context(faster(model, self.structure, laid, rows=slots))
         else:
             self._stack.enter_context(greedy(model))
             self._runner, chunk = SoloRunner(model, self.structure), self.length
@@ -106,6 +114,7 @@ class Engine:
         self.adapters = Residency(reader.read, adapter_bytes, self._wake.set)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
+        self._grammars = Grammars(tokenizer, self.vocabulary)
         self._inbox: deque[Row] = deque()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -134,16 +143,16 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Queue a request; its events come in the stream. Raises LorafoldError if it is refused."""
-        with self._lock:
-            if self._closing:
-                raise LorafoldError(f"request {request.id!r}: the engine is closed")
-            entry = None
+        entry, sampling = None, request.sampling
+        try:
             if request.adapter is not None:
-                try:
-                    entry = self.adapters.bind(request.adapter)
-                except LorafoldError as error:
-                    raise LorafoldError(f"request {request.id!r}: {error}") from None
-            try:
+                entry = self.adapters.bind(request.adapter)
+            allowed = self._grammars.start(sampling)
+            ends = self._grammars.ends(sampling)
+            row = Row(request, entry, self.tokenizer, allowed, ends)
+            with self._lock:
+                if self._closing:
+                    raise LorafoldError("the engine is closed")
                 check(
                     request,
                     length=self.length,
@@ -151,13 +160,12 @@ class Engine:
                     running=self._rows,
                     texts=self.tokenizer is not None,
                 )
-            except LorafoldError:
-                if entry is not None:
-                    self.adapters.unbind(entry)
-                raise
-            row = Row(request, entry, self.tokenizer)
-            self._rows[request.id] = row
-            self._inbox.append(row)
+                self._rows[request.id] = row
+                self._inbox.append(row)
+        except LorafoldError as error:
+            if entry is not None:
+                self.adapters.unbind(entry)
+            raise LorafoldError(f"request {request.id!r}: {error}") from None
         self._wake.set()
         return row.stream
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -35,7 +36,10 @@ class Laid:
         self.model, self.products = model, products
         self.selection = selection_of(model)
         self.base = self.selection.names
+        self.mixing = False  # whether a pass under the plan runs
+        self.aware: set[str] = set()  # modules whose own fast forward looks at the plan
         self._sites: set[str] = set()
+        self._hidden: dict[str, Any] = {}
         self._apart: Counter[Held] = Counter()
 
     def hold(self, held: Held) -> None:
@@ -62,9 +66,12 @@ class Laid:
     @contextmanager
     def mixed(self, plan: Plan) -> Iterator[None]:
         """A pass whose rows have the adapters of the plan."""
-        self.products.plan = plan
-        with self._active(*(() if plan.empty else (OWN,))):
-            yield
+        self.products.plan, self.mixing = plan, True
+        try:
+            with self._active(*(() if plan.empty else (OWN,))):
+                yield
+        finally:
+            self.mixing = False
 
     @contextmanager
     def alone(self, held: Held) -> Iterator[None]:
@@ -92,9 +99,13 @@ class Laid:
 
     def _lay(self, path: str, name: str, delta: Delta) -> None:
         module = self.model.get_submodule(path)
+        if path not in self.aware and "forward" in vars(module):
+            self._hidden[path] = vars(module).pop("forward")  # it knows of no delta
         lay(module, layer_class(module), name, delta.eval(), self.selection, path)
 
     def _lift(self, path: str, name: str) -> None:
         module = self.model.get_submodule(path)
         if isinstance(module, Adapted) and name in module.deltas:
             lift(module, name)
+        if path in self._hidden and not isinstance(module, Adapted):
+            module.forward = self._hidden.pop(path)

@@ -108,7 +108,8 @@ class Loop:
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
         plain = [b for b, row in rows if row.sampler.plain]
-        best, sums = logits_BV[plain].float().cpu().max(-1), logits_BV[plain].float().sum(-1).cpu()
+        chosen = logits_BV[plain].float()
+        best, sums = chosen.max(-1), chosen.sum(-1)
         likeliest = dict(zip(plain, best.indices.tolist(), strict=True))
         finite = dict(zip(plain, torch.isfinite(sums).tolist(), strict=True))
         for b, row in rows:

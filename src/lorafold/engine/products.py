@@ -87,6 +87,9 @@ class Plan:
         self.each = each
         self._with_others = [b for b in rows if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, PerExample | None] = {}
+        self.stacks: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # by path: down (B, in, r), up (B, r, out)
 
     @property
     def empty(self) -> bool:
@@ -121,12 +124,11 @@ class Site(Opaque):
     def __init__(self, products: Products, path: str) -> None:
         super().__init__()
         self._products, self.path = (products,), path  # in a tuple: it is no part of this module
-        self.shape, self.at = products.where.get(path, (-1, -1))  # else there are no products here
 
     def forward(self, layer: Layer, x: Tensor, *args: Any, onto: Tensor | None = None) -> Tensor:
         products = self._products[0]
         plan = products.plan
-        d = products.product(self, x, layer) if self.path in plan.products else None
+        d = products.product(self.path, x, layer) if self.path in plan.products else None
         y: Tensor = layer(x, *args, onto=add(d, onto) if d is not None else onto)
         rows = plan.rows_at(self.path, y.device) if self.path in plan.others else None
         return y if rows is None else rows(Given(layer, y, x), x)
@@ -159,26 +161,28 @@ class Products:
         for i in () if held is None else held.factors:
             self.stacks[i].clear(slot)
 
-    def product(self, site: Site, x: Tensor, layer: Layer) -> Tensor:
-        """What the low-rank adapters add at a module, (B, T, out), before rounding.
+    def product(self, path: str, x: Tensor, layer: Layer) -> Tensor:
+        """What the low-rank adapters of the plan add at a module, (B, T, out).
 
         Args:
-            site: the module.
+            path: the module's path, one of the plan's products.
             x: its input (B, T, in).
             layer: the module as a layer.
         """
-        plan, stacks = self.plan, self.stacks[site.shape]
+        plan, (shape, index) = self.plan, self.where[path]
         if plan.stacked(x[0].numel() // x.shape[-1]):
-            assert stacks.down is not None
-            assert stacks.up is not None
-            down, up = stacks.down[site.at, plan.slots], stacks.up[site.at, plan.slots]
-            flat = x.reshape(len(x), -1, x.shape[-1])
-            found = torch.bmm(torch.bmm(flat.to(down.dtype), down), up)
-            return found.view(*x.shape[:-1], -1).to(x.dtype)
+            if path not in plan.stacks:
+                stacks = self.stacks[shape]
+                assert stacks.down is not None
+                assert stacks.up is not None
+                plan.stacks[path] = stacks.down[index, plan.slots], stacks.up[index, plan.slots]
+            down, up = plan.stacks[path]
+            flat = x.reshape(len(x), -1, x.shape[-1]).to(down.dtype)
+            return torch.bmm(torch.bmm(flat, down), up).view(*x.shape[:-1], -1).to(x.dtype)
         out: Tensor | None = None
-        for held, rows in self._segments(site.path):
-            factors = held.factors[site.shape]
-            k = factors.index[site.at]
+        for held, rows in self._segments(path):
+            factors = held.factors[shape]
+            k = factors.index[index]
             taken = x if rows is None else x[rows]
             u = layer.op(taken, factors.down[k].t())
             part = torch.matmul(u.to(factors.up.dtype), factors.up[k])

@@ -34,6 +34,8 @@ class Sampling:
         frequency_penalty: the same, for each time that the token occurs.
         logit_bias: what is added to logits, by token.
         stop: texts before which the completion ends.
+        schema: a JSON schema, as text, that the completion has to fit.
+        regex: a regular expression that the whole completion has to match.
         logprobs: how many of the most likely tokens are reported with each (None: no logprobs).
         seed: the draws follow from it.
     """
@@ -47,6 +49,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    schema: str | None = None
+    regex: str | None = None
     logprobs: int | None = None
     seed: int = 0
 
@@ -70,6 +74,7 @@ class Sampling:
             f"logprobs: found {self.logprobs}, expected 0 to 20, or None": (
                 self.logprobs is None or 0 <= self.logprobs <= 20
             ),
+            "schema and regex: found both, expected one": None in (self.schema, self.regex),
             "stop: found an empty text, expected at least one character": all(self.stop),
         }
         if wrong := [what for what, right in checks.items() if not right]:

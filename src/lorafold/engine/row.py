@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.engine.adapters import Entry, Held
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
-from lorafold.engine.sampler import Choice, Sampler
+from lorafold.engine.sampler import Allowed, Choice, Sampler
 from lorafold.engine.text import Text
 
 if TYPE_CHECKING:
@@ -20,13 +20,21 @@ class Row:
         request: the request.
         entry: its adapter, or None for the base.
         tokenizer: the model's, for texts; None: events have no text.
+        allowed: which tokens may follow; None: any.
+        ends: tokens that end the completion besides the request's.
     """
 
     def __init__(
-        self, request: Request, entry: Entry | None, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        request: Request,
+        entry: Entry | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        allowed: Allowed | None,
+        ends: frozenset[int],
     ) -> None:
         self.request, self.entry, self.stream = request, entry, Stream(request)
-        self.sampler = Sampler(request.sampling, request.prompt)
+        self.sampler = Sampler(request.sampling, request.prompt, allowed)
+        self.ends = request.ends | ends
         self.text = Text(tokenizer, request.sampling.stop) if tokenizer is not None else None
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
@@ -48,7 +56,7 @@ class Row:
     def take(self, choice: Choice) -> Reason | None:
         """Take the next token; the reason why the request ends with it, if it does."""
         request = self.request
-        if choice.token in request.ends:
+        if choice.token in self.ends:
             return "end"
         self.tokens.append(choice.token)
         piece = self.text.add(choice.token) if self.text else ""

@@ -99,6 +99,7 @@ class SlotRunner(Runner):
             elif row.held not in self._views:
                 self._views[row.held] = SlotView(self.cache)
         self.rows[row.slot] = row
+        self._plan = (None, Plan([], None))
 
     def release(self, row: Row) -> None:
         self.rows[row.slot] = None

@@ -52,8 +52,10 @@ class FastPath:
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[FastPath]:
-    """Replace all parts that can be fused until the `with` block ends."""
+def fused(model: nn.Module, linears: bool = True) -> Iterator[FastPath]:
+    """Replace all parts that can be fused until the `with` block ends; `linears` says whether
+    frozen linears and a trained head are among them.
+    """
     inside = [
         [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
     ]
@@ -63,9 +65,10 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
                 {part for module in block if _free(module) for part in _fuse(stack, module)}
                 for block in inside
             ]
-            for module in (module for block in inside for module in block if _free(module)):
-                _put(stack, module, "forward", _linear(module))
-            _put(stack, *_trained_head(model))
+            if linears:
+                for module in (module for block in inside for module in block if _free(module)):
+                    _put(stack, module, "forward", _linear(module))
+                _put(stack, *_trained_head(model))
             rotation = cache(_fused_rotary)  # the fused function for each of transformers'
             for parts, block in zip(found, inside, strict=True):
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
