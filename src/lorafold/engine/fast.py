@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
+from lorafold.core.layer import Layer
 from lorafold.engine.laid import Laid
 from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import arithmetic
@@ -47,7 +48,7 @@ def fast(model: Any, structure: Structure, laid: Laid, rows: int) -> Iterator[No
             if isinstance(module, Adapted) or "forward" in vars(module):
                 continue
             if (product := packed(module, rows)) is not None:
-                module.forward = partial(_forward, module, path, product, laid)
+                module.forward = partial(_forward, module, layer_of(module), path, product, laid)
                 laid.aware.add(path)
                 stack.callback(vars(module).pop, "forward", None)
         yield
@@ -79,10 +80,12 @@ def packed(module: nn.Module, rows: int) -> Product | None:
     return product
 
 
-def _forward(module: nn.Module, path: str, product: Product, laid: Laid, x: Tensor) -> Tensor:
+def _forward(
+    module: nn.Module, layer: Layer, path: str, product: Product, laid: Laid, x: Tensor
+) -> Tensor:
     plan = laid.products.plan
     if not laid.mixing or path in plan.others:
         y: Tensor = type(module).forward(module, x)  # type: ignore[arg-type]
         return y
-    onto = laid.products.product(path, x, layer_of(module)) if path in plan.products else None
+    onto = laid.products.product(path, x, layer) if path in plan.products else None
     return product(x, onto)
