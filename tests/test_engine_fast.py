@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
 from lorafold.bases import layer_of
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.fast import packed
+from lorafold.models.loading import load_model
+from lorafold.models.storage import Storage
 
 
 def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Tensor:
@@ -91,3 +94,21 @@ def test_the_model_has_its_own_forwards_again(tiny_model, tmp_path) -> None:
         # what adapters of their own had covered is there again
         assert {path for path, m in model.named_modules() if "forward" in vars(m)} == inside
     assert not [path for path, m in model.named_modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_quantized_bases_have_mixtures_too(storage, tiny_model_dir, tmp_path) -> None:
+    """The logits are those of the model with the adapter on it, up to bf16's rounding."""
+    model = load_model(tiny_model_dir("llama-wide"), Storage(torch.bfloat16, storage))
+    paths = save_adapters(
+        model, tmp_path, {name: METHODS[name] for name in ("lora", "dora", "ia3")}
+    )
+    found = first_logits(model, paths)
+    for i, (name, row) in enumerate(zip([None, *paths, None], found, strict=True)):
+        ids = torch.tensor([(*prompt(3 + i, i), 7)])
+        adapter = lf.load(model, paths[name]) if name else None
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[0, -1].double()
+        if adapter:
+            adapter.detach()
+        assert (row - expected).norm() <= 0.02 * expected.norm()

@@ -87,7 +87,7 @@ class SlotRunner(Runner):
         self.laid = Laid(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}
-        self._plan: tuple[Any, Plan] = (None, Plan([], None))
+        self._plan: tuple[Any, Plan] = (None, Plan([], ()))
 
     def admit(self, row: Row) -> None:
         row.slot = self.rows.index(None)
@@ -99,7 +99,7 @@ class SlotRunner(Runner):
             elif row.held not in self._views:
                 self._views[row.held] = SlotView(self.cache)
         self.rows[row.slot] = row
-        self._plan = (None, Plan([], None))
+        self._plan = (None, Plan([], ()))
 
     def release(self, row: Row) -> None:
         self.rows[row.slot] = None
@@ -110,7 +110,7 @@ class SlotRunner(Runner):
             if row.held not in {r.held for r in self.rows if r is not None}:
                 self._views.pop(row.held, None)
         row.slot = -1
-        self._plan = (None, Plan([], None))
+        self._plan = (None, Plan([], ()))
 
     def check(self, rows: Sequence[Row]) -> None:
         assert [r for r in self.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
@@ -141,7 +141,7 @@ class SlotRunner(Runner):
         if row.held is not None and not row.held.apart:
             self.products.place(target, row.held)
         self.rows[source], self.rows[target], row.slot = None, row, target
-        self._plan = (None, Plan([], None))
+        self._plan = (None, Plan([], ()))
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -195,11 +195,10 @@ class SlotRunner(Runner):
         return logits[torch.arange(len(ns)), torch.tensor([lasts.index(n - 1) for n in ns])]
 
     def _planned(self, taken: Sequence[Row | None], at: Any) -> Plan:
-        slots = at if isinstance(at, slice) else None
         helds = [None if row is None else row.held for row in taken]
-        key = (slots, [id(h) for h in helds])
+        key = (at, [id(h) for h in helds])
         if self._plan[0] != key:
-            self._plan = (key, Plan(helds, slots, self.each))
+            self._plan = (key, Plan(helds, at, self.each))
         return self._plan[1]
 
 
@@ -230,7 +229,7 @@ class SoloRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        context = self.laid.alone(row.held) if row.held else self.laid.mixed(Plan([None], None))
+        context = self.laid.alone(row.held) if row.held else self.laid.mixed(Plan([None], (0,)))
         with torch.no_grad(), context:
             step = self.model.generate(
                 ids_1T,
