@@ -85,7 +85,7 @@ def _forward(
 ) -> Tensor:
     plan = laid.products.plan
     if not laid.mixing or path in plan.others:
-        y: Tensor = type(module).forward(module, x)  # type: ignore[arg-type]
+        y: Tensor = type(module).forward(module, x)
         return y
     onto = laid.products.product(path, x, layer) if path in plan.products else None
     return product(x, onto)
