@@ -18,6 +18,7 @@ from lorafold.core.attach import Selection, lay
 from lorafold.core.combine import Bank, Mix, PerExample, Slots, Stack
 from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.methods.bottleneck import BottleneckDelta
+from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.parts.bias import BiasDelta
 
 OUT, IN, BATCH, TIME = 12, 8, 6, 5
@@ -128,6 +129,27 @@ def test_each_row_is_computed_as_under_its_delta_alone(slots: list[int]) -> None
     alone = [module(X), *(under(module, copy.deepcopy(d))(X) for d in deltas)]
     y = under(module, PerExample(deltas, Slots(torch.tensor(slots))))(X)
     torch.testing.assert_close(y, torch.stack([alone[slot][b] for b, slot in enumerate(slots)]))
+
+
+def scaling(seed: int) -> IA3Delta:
+    """A delta that changes the input of its layer."""
+    return moved(IA3Delta(IN, True, torch.device("cpu")), seed)  # type: ignore[return-value]
+
+
+def test_deltas_that_change_the_input_are_combined_as_they_compute_alone() -> None:
+    module = base()
+    deltas: list[Delta] = [scaling(1), low_rank(module, 2, 2), scaling(3)]
+    slots = [0, 1, 2, 3, 3, 1]
+    alone = [module(X), *(under(module, copy.deepcopy(d))(X) for d in deltas)]
+    assert (alone[1] - alone[0]).norm() > 0.1
+    y = under(module, PerExample(deltas, Slots(torch.tensor(slots))))(X)
+    torch.testing.assert_close(y, torch.stack([alone[slot][b] for b, slot in enumerate(slots)]))
+    gates = torch.tensor([0.7, -0.4, 1.3])
+    mixed = alone[0] + sum(g * (a - alone[0]) for g, a in zip(gates, alone[1:], strict=True))
+    mix = Mix(deltas, gates)
+    torch.testing.assert_close(under(module, mix)(X), mixed)
+    w, b = mix.fold(module.weight, module.bias)
+    torch.testing.assert_close(nn.functional.linear(X, w, b), mixed)
 
 
 def test_the_base_runs_once_under_rows() -> None:

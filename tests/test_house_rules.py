@@ -34,6 +34,7 @@ FLOORS = [
     "evaluation",
     "conversation",
     "generation",
+    "engine",
     "memory",
     "translating",
     "step",

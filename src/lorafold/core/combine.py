@@ -10,7 +10,7 @@ They never know which methods they combine, nor how the base stores its weight.
                             batched products, whatever the assignment
 
 `Mix`, `PerExample` and `Bank` are for layers with one input tensor and one output tensor. They run
-the layer below once.
+the layer below once, and again for a delta that changes the layer's input.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Mix(Delta):
             up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], 1)
             return layer.low_rank(x, torch.cat(downs, 0), up, 0.0, onto)
         y = layer(x)
-        given = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)))
+        given = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)), x)
         change = sum(
             gate * (delta(given, x) - given.y)
             for gate, delta in zip(self.gates, deltas, strict=True)
@@ -138,11 +138,13 @@ class PerExample(Opaque):
             if torch.compiler.is_compiling():
                 out = torch.where(
                     taken.view(-1, *(1,) * (y.dim() - 1)),
-                    delta(Given(layer, y), x).to(y.dtype),
+                    delta(Given(layer, y, x), x).to(y.dtype),
                     out,
                 )
             elif len(rows := taken.nonzero()[:, 0]):
-                out = out.index_copy(0, rows, delta(Given(layer, y[rows]), x[rows]).to(y.dtype))
+                own = x[rows]
+                part = delta(Given(layer, y[rows], own), own)
+                out = out.index_copy(0, rows, part.to(y.dtype))
         return add(out, onto).to(y.dtype)
 
 

@@ -243,13 +243,18 @@ class Over(Upon):
 
 
 class Given(Upon):
-    """A layer whose output is known already, so that a combinator runs the layer below once."""
+    """A layer whose output y for the input x is known already, so that a combinator runs the layer
+    below once. Another input than x, which a delta may have changed, runs it again.
+    """
 
-    def __init__(self, under: Layer, y: Tensor) -> None:
-        self.under, self.y = under, y
+    def __init__(self, under: Layer, y: Tensor, x: Tensor) -> None:
+        self.under, self.y, self.x = under, y, x
 
-    def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return add(self.y, onto)
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if x is self.x:
+            return add(self.y, onto)
+        y: Tensor = self.under(x, onto=onto)
+        return y.to(torch.promote_types(y.dtype, self.y.dtype))
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.under.dense()

@@ -94,14 +94,24 @@ def isolates(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def attending(model: PreTrainedModel, mask: Callable[..., Any]) -> Iterator[None]:
-    """Make `attend` the model's attention function, with masks made by `mask`, a function of
-    transformers' mask protocol, until the `with` block ends.
+def attending(
+    model: PreTrainedModel,
+    mask: Callable[..., Any],
+    attention: Callable[..., Any] | None = None,
+    name: str = NAME,
+) -> Iterator[None]:
+    """Set the model's attention function until the `with` block ends.
+
+    Args:
+        model: the model.
+        mask: makes the masks, a function of transformers' mask protocol.
+        attention: a function of transformers' attention protocol; None: `attend`.
+        name: the name of both in transformers' registries.
     """
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, mask)
+    AttentionInterface.register(name, attention or attend)
+    AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -52,8 +52,10 @@ class FastPath:
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[FastPath]:
-    """Replace all parts that can be fused until the `with` block ends."""
+def fused(model: nn.Module, linears: bool = True) -> Iterator[FastPath]:
+    """Replace all parts that can be fused until the `with` block ends; `linears` says whether
+    frozen linears and a trained head are among them.
+    """
     inside = [
         [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
     ]
@@ -63,9 +65,10 @@ def fused(model: nn.Module) -> Iterator[FastPath]:
                 {part for module in block if _free(module) for part in _fuse(stack, module)}
                 for block in inside
             ]
-            for module in (module for block in inside for module in block if _free(module)):
-                _put(stack, module, "forward", _linear(module))
-            _put(stack, *_trained_head(model))
+            if linears:
+                for module in (module for block in inside for module in block if _free(module)):
+                    _put(stack, module, "forward", _linear(module))
+                _put(stack, *_trained_head(model))
             rotation = cache(_fused_rotary)  # the fused function for each of transformers'
             for parts, block in zip(found, inside, strict=True):
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
@@ -221,7 +224,11 @@ def _fused_rotary(plain: Forward) -> Forward | None:
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
     q, cos, sin = (_random(1, 3, 8, like=torch.empty(0)) + i for i in range(3))
-    return forward if _agree(forward, plain, q[None], q[None], cos, sin) else None
+    try:
+        agree = _agree(forward, plain, q[None], q[None], cos, sin)
+    except RuntimeError:  # its cos and sin have another size
+        agree = False
+    return forward if agree else None
 
 
 PARTS = {"norms": _fused_norm, "MLP": _fused_mlp}

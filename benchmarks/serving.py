@@ -1,0 +1,181 @@
+"""Many requests on one base, each with its own adapter: the engine beside transformers' `generate`
+and PEFT's mixed batches.
+
+    python benchmarks/serving.py [--rounds 3] [--new 64] [--many 1000] [--sides engine,peers]
+
+The embedded model in bf16, prompts of 64 random tokens and 64 new ones, greedy. Adapters are LoRA
+of rank 16 on every linear with random factors. Streams come all at once; popularity is distinct
+(each its own adapter), one (all the same) or none (the base). The sides run in turn in one process,
+after a round that warms up, and figures are medians: tokens a second from the first submission to
+the last token, the median and the slowest time to first token. `--many` loads that many adapters of
+rank 4 on q and v, and compares 64 requests for any of them with 64 for any of 16 of them. The time
+of a cold adapter is that of a first token when its files have to be read and verified. Prints JSON
+lines and a table, which `--keep` writes to results/serving.md.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.results import keep, markdown
+
+import lorafold as lf
+from lorafold.engine import Engine, Request, Token
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
+
+PROMPT, STREAMS, RANK = 64, 16, 16
+
+
+def adapters(model: Any, n: int, out: Path, rank: int, targets: Any) -> list[Path]:
+    """n adapters with random factors."""
+    paths = []
+    for i in range(n):
+        torch.manual_seed(i)
+        adapter = lf.attach(model, lf.LoRA(rank=rank, dropout=0.0), targets=targets, name="it")
+        for p in adapter.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        paths.append(adapter.save(out / f"{rank}-{i}"))
+        adapter.detach()
+    return paths
+
+
+def prompts(n: int) -> list[tuple[int, ...]]:
+    ids = torch.randint(0, 40000, (n, PROMPT), generator=torch.Generator().manual_seed(0))
+    return [tuple(row) for row in ids.tolist()]
+
+
+def serve(engine: Engine, names: list[str | None], new: int) -> dict[str, float]:
+    """Submit one request for each name at once, and step until the last has ended."""
+    asked = [
+        Request(str(i), ids, new, name)
+        for i, (ids, name) in enumerate(zip(prompts(len(names)), names, strict=True))
+    ]
+    start = time.perf_counter()
+    left = {stream: False for stream in map(engine.submit, asked)}
+    firsts: list[float] = []
+    while engine.step() or any(stream.ended is None for stream in left):
+        now = time.perf_counter() - start
+        for stream, seen in left.items():
+            if not seen and isinstance(next(iter(stream._events), None), Token):
+                left[stream] = True
+                firsts.append(now)
+    seconds = time.perf_counter() - start
+    done = [stream.result() for stream in left]
+    assert all(len(e.tokens) == new for e in done), [e.message for e in done]
+    rate = len(names) * new / seconds
+    return {"tokens_per_s": rate, "first": statistics.median(firsts), "slowest": max(firsts)}
+
+
+def generate(model: Any, new: int, n: int, **options: Any) -> dict[str, float]:
+    """transformers' generate for n prompts in one batch."""
+    ids = torch.tensor(prompts(n))
+    start = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+        do_sample=False, pad_token_id=0, **options,
+    )  # fmt: skip
+    return {"tokens_per_s": n * new / (time.perf_counter() - start)}
+
+
+def peers(new: int) -> dict[str, Callable[[], dict[str, float]]]:
+    """generate on the base, and PEFT with one adapter and with one for each row."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    path = resolve_model("smollm2").path
+    plain, own = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for _ in "ab")
+    plain.eval()
+    mixed = get_peft_model(own, config, adapter_name="a0")
+    for i in range(1, STREAMS):
+        mixed.add_adapter(f"a{i}", config)
+    mixed.eval()
+    names = [f"a{i}" for i in range(STREAMS)]
+    return {
+        "transformers generate, 16 of the base": lambda: generate(plain, new, STREAMS),
+        "transformers generate, 1 of the base": lambda: generate(plain, new, 1),
+        "PEFT, 16 of one adapter": lambda: generate(mixed, new, STREAMS),
+        "PEFT, 16 distinct": lambda: generate(mixed, new, STREAMS, adapter_names=names),
+        "PEFT, 1 with an adapter": lambda: generate(mixed, new, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--many", type=int, default=0)
+    parser.add_argument("--sides", default="engine,peers")
+    parser.add_argument("--keep", action="store_true", help="write results/serving.md")
+    a = parser.parse_args()
+    torch.set_num_threads(2)
+    model = load_model(resolve_model("smollm2").path, torch.bfloat16)
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = adapters(model, STREAMS, Path(folder), RANK, "all-linear")
+        few = adapters(model, a.many, Path(folder), 4, ["q_proj", "v_proj"])
+        beside = peers(a.new) if "peers" in a.sides else {}
+        with Engine(model, slots=STREAMS, length=256) as engine:
+            for i, path in enumerate(paths):
+                engine.load(f"a{i}", path)
+            start = time.perf_counter()
+            for i, path in enumerate(few):
+                engine.load(f"few{i}", path)
+            if few:
+                each = (time.perf_counter() - start) / len(few)
+                print(json.dumps({"load_ms_each": 1e3 * each, "bytes": engine.adapters.nbytes}))
+
+            def uniform(n: int) -> list[str | None]:
+                picks = torch.randint(n, (64,), generator=torch.Generator().manual_seed(0))
+                return [f"few{i}" for i in picks.tolist()]
+
+            def cold() -> dict[str, float]:
+                engine.adapters.evict("a0")
+                return serve(engine, ["a0"], 2)
+
+            sides: dict[str, Callable[[], dict[str, float]]] = {}
+            if "engine" in a.sides:
+                distinct = [f"a{i}" for i in range(STREAMS)]
+                sides = {
+                    "16 of the base": lambda: serve(engine, [None] * STREAMS, a.new),
+                    "16 of one adapter": lambda: serve(engine, ["a0"] * STREAMS, a.new),
+                    "16 distinct": lambda: serve(engine, distinct, a.new),
+                    "1 of the base": lambda: serve(engine, [None], a.new),
+                    "1 with an adapter": lambda: serve(engine, ["a0"], a.new),
+                    "1 with a warm adapter, 2 tokens": lambda: serve(engine, ["a0"], 2),
+                    "1 with a cold adapter, 2 tokens": cold,
+                }
+            if few:
+                sides["64 over 16 small adapters"] = lambda: serve(engine, uniform(16), a.new)
+                sides[f"64 over {a.many} small adapters"] = lambda: serve(
+                    engine, uniform(a.many), a.new
+                )
+            for round_ in range(a.rounds + 1):
+                for name, side in {**sides, **beside}.items():
+                    row = side()
+                    if round_:
+                        found[name].append(row)
+                        print(json.dumps({"side": name, **row}), flush=True)
+    table = [
+        {"side": name} | {key: statistics.median(r[key] for r in rows) for key in rows[0]}
+        for name, rows in found.items()
+    ]
+    if a.keep:
+        keep("serving", table)
+    else:
+        print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The engine: continuous batching of requests with any mixture of adapters, over one model.
+
+    with Engine(model, tokenizer) as engine:
+        engine.load("sft", "adapter")
+        stream = engine.submit(Request("1", prompt, max_new_tokens=64, adapter="sft"))
+        engine.run()                        # or engine.start(), and a thread steps
+        print(stream.result().text)
+
+A step takes what came in, gives free slots to waiting requests, decodes one token of every running
+one, and reads some of the prompts (`lorafold.engine.scheduler`). Yu et al. 2022, Orca (OSDI). Each
+request computes what it computes alone, and fails alone (`lorafold.engine.loop`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from lorafold.core.evaluating import evaluating
+from lorafold.engine.adapters import Reader
+from lorafold.engine.admission import check
+from lorafold.engine.fast import fast as faster
+from lorafold.engine.grammar import Grammars
+from lorafold.engine.loop import Loop
+from lorafold.engine.request import Request, Stream
+from lorafold.engine.residency import Residency
+from lorafold.engine.row import Row
+from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
+from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.setting import greedy, untrained
+from lorafold.engine.structure import Structure, probe, slotted
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LONGEST = 2048  # tokens of a request, unless more are asked for
+
+
+class Engine:
+    """A model that computes many requests. While it is open, the model is the engine's: in
+    evaluation mode, without gradients; `close` gives it back as it was. Adapters that are active on
+    the model belong to the base.
+
+    Args:
+        model: a causal language model.
+        tokenizer: for the texts of events and for stop texts; None: tokens only.
+        slots: how many requests run at a time.
+        length: the most tokens of a request (None: what the model has positions for, at most
+            LONGEST).
+        chunk: the most tokens of a prompt that are read in one pass.
+        budget: the most tokens of prompts that are read in a step.
+        adapter_bytes: the most bytes of adapters in memory, or None.
+        fast: replace parts of the model by faster ones that compute the same (`engine.fast`); the
+            matrices then take their memory twice.
+        invariant: keep the shapes of all passes the same, so that a request's logits are the same
+            bits whatever shares the batch, without the faster parts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        slots: int = 16,
+        length: int | None = None,
+        chunk: int = 256,
+        budget: int = 512,
+        adapter_bytes: int | None = None,
+        fast: bool = True,
+        invariant: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or LONGEST
+        self.length = min(positions, LONGEST) if length is None else length
+        wrong = [
+            f"{name}: found {n}, expected {least} or more"
+            for name, n, least in (
+                ("slots", slots, 1), ("length", self.length, 2), ("chunk", chunk, 2),
+            )
+            if n < least
+        ]  # fmt: skip
+        if self.length > positions:
+            wrong.append(f"length: found {self.length}, expected at most {positions} positions")
+        if wrong:
+            raise LorafoldError(f"engine: {'; '.join(wrong)}")
+        self.vocabulary: int = config.vocab_size
+        chunk = min(chunk, self.length)
+        self._stack = ExitStack()
+        self._stack.enter_context(evaluating(model))
+        self._stack.enter_context(untrained(model))
+        self.structure: Structure = probe(model)
+        dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
+        reader = Reader(model, self.structure, dtype)
+        if self.slotted:
+            self._stack.enter_context(slotted(model))
+            parts = (model, self.structure, slots, self.length, chunk, invariant)
+            self._runner: Runner = SlotRunner(*parts)
+            if fast and not invariant:
+                laid = self._runner.laid
+                self._stack.enter_context(faster(model, self.structure, laid, rows=slots))
+        else:
+            self._stack.enter_context(greedy(model))
+            self._runner, chunk = SoloRunner(model, self.structure), self.length
+        self._scheduler = Scheduler(self._runner.slots, chunk, budget, invariant)
+        self._wake, self._lock = threading.Event(), threading.RLock()
+        self.adapters = Residency(reader.read, adapter_bytes, self._wake.set)
+        self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
+        self._rows: dict[str, Row] = {}
+        self._grammars = Grammars(tokenizer, self.vocabulary)
+        self._inbox: deque[Row] = deque()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    @property
+    def slotted(self) -> bool:
+        """Whether requests share passes; if not, `structure.why` says why they run one by one."""
+        return not self.structure.why
+
+    def load(self, name: str, path: str | Path, *, wait: bool = True) -> None:
+        """Read and verify an adapter, and make it known under a name. Requests that run go on with
+        what they have. Raises LorafoldError if it can't be read (if it waits).
+
+        Args:
+            name: the name for requests.
+            path: the adapter's directory.
+            wait: return when it is in memory, or at once.
+        """
+        future = self.adapters.load(name, path)
+        if wait:
+            future.result()
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises LorafoldError for an unknown name."""
+        self.adapters.unload(name)
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request; its events come in the stream. Raises LorafoldError if it is refused."""
+        entry, sampling = None, request.sampling
+        try:
+            if request.adapter is not None:
+                entry = self.adapters.bind(request.adapter)
+            allowed = self._grammars.start(sampling)
+            ends = self._grammars.ends(sampling)
+            row = Row(request, entry, self.tokenizer, allowed, ends)
+            with self._lock:
+                if self._closing:
+                    raise LorafoldError("the engine is closed")
+                check(
+                    request,
+                    length=self.length,
+                    vocabulary=max(self.vocabulary, self.adapters.vocabulary(entry)),
+                    running=self._rows,
+                    texts=self.tokenizer is not None,
+                )
+                self._rows[request.id] = row
+                self._inbox.append(row)
+        except LorafoldError as error:
+            if entry is not None:
+                self.adapters.unbind(entry)
+            raise LorafoldError(f"request {request.id!r}: {error}") from None
+        self._wake.set()
+        return row.stream
+
+    def cancel(self, id: str) -> bool:
+        """End a request within a step; False if no such request waits or runs."""
+        with self._lock:
+            row = self._rows.get(id)
+            if row is not None:
+                row.cancelled = True
+        self._wake.set()
+        return row is not None
+
+    def step(self) -> bool:
+        """Compute one step; False if there was nothing to compute."""
+        with self._lock:
+            while self._inbox:
+                self._scheduler.waiting.append(self._inbox.popleft())
+            cancelled = [row for row in self._rows.values() if row.cancelled]
+        return self._loop.step(cancelled)
+
+    def _gone(self, row: Row) -> None:
+        with self._lock:
+            if row in self._inbox:
+                self._inbox.remove(row)
+            del self._rows[row.request.id]
+
+    def run(self) -> None:
+        """Step until no request waits or runs."""
+        while self._rows:
+            self._wake.clear()
+            if not self.step() and self._rows:
+                self._wake.wait(1.0)
+
+    def start(self) -> None:
+        """Step in a thread of the engine's own, until `close`."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._serve, name="lorafold-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel what runs, and give the model back as it was."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            for row in self._rows.values():
+                row.cancelled = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        for row in list(self._rows.values()):
+            self._loop.end(row, "cancelled")
+        self.adapters.close()
+        self._runner.laid.close()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Raise AssertionError if what the engine holds is not what its requests need; call it
+        between steps.
+        """
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        ids = [row.request.id for row in (*running, *waiting, *self._inbox)]
+        assert sorted(ids) == sorted(self._rows), "every request waits or runs once"
+        assert len({row.slot for row in running}) == len(running) <= self._runner.slots
+        assert all(row.stream.ended is None for row in self._rows.values())
+        self._runner.check(running)
+        self.adapters.check()
+
+    def _serve(self) -> None:
+        while not self._closing:
+            self._wake.clear()
+            if not self.step():
+                self._wake.wait(1.0)

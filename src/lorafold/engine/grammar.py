@@ -1,0 +1,104 @@
+"""Structured output: which tokens may follow, so that a completion fits a JSON schema or a regex.
+
+    grammars = Grammars(tokenizer, vocabulary)
+    allowed = grammars.start(Sampling(schema='{"type": "object"}'))
+    mask_V = allowed([12, 7])               # after these tokens
+
+The automata are those of llguidance (`pip install lorafold[serve]`), which reads the tokenizer once
+and computes a mask in well under a millisecond. The end token is allowed where the text may end,
+and nothing else is where it must.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorafold.engine.request import Sampling
+from lorafold.engine.sampler import Allowed
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Grammars:
+    """The grammars of one tokenizer.
+
+    Args:
+        tokenizer: the model's, or None, with which there are no grammars.
+        vocabulary: the number of tokens that the model knows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._read: Any = None
+
+    def start(self, sampling: Sampling) -> Allowed | None:
+        """A fresh state of the grammar that the settings ask for, None if they ask for none.
+
+        Raises LorafoldError without llguidance, a fast tokenizer with an end token, or a grammar
+        that can be read.
+        """
+        name = "schema" if sampling.schema is not None else "regex"
+        text = sampling.schema if sampling.schema is not None else sampling.regex
+        if text is None:
+            return None
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise LorafoldError(
+                f"{name}: found no llguidance, expected it; install lorafold[serve]"
+            ) from None
+        tokens = self._tokens(name)
+        try:
+            if sampling.schema is not None:
+                grammar = LLMatcher.grammar_from_json_schema(json.loads(text))
+            else:
+                grammar = LLMatcher.grammar_from_regex(text)
+        except (ValueError, TypeError) as error:
+            raise LorafoldError(f"{name}: it can't be read ({error})") from None
+        matcher = LLMatcher(tokens, grammar, log_level=0)
+        if matcher.is_error():
+            line = " ".join(matcher.get_error().split())
+            raise LorafoldError(f"{name}: it can't be read ({line})")
+        return _State(matcher)
+
+    def ends(self, sampling: Sampling) -> frozenset[int]:
+        """The token that ends a text of the grammar, if the settings ask for one."""
+        asked = sampling.schema is not None or sampling.regex is not None
+        end = None if self._tokenizer is None else self._tokenizer.eos_token_id
+        return frozenset([end] if asked and isinstance(end, int) else [])
+
+    def _tokens(self, name: str) -> Any:
+        if self._read is None:
+            from llguidance.hf import from_tokenizer
+
+            if self._tokenizer is None or self._tokenizer.eos_token_id is None:
+                raise LorafoldError(f"{name}: found no tokenizer with an end token, expected one")
+            try:
+                self._read = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise LorafoldError(f"{name}: {error}") from None
+        return self._read
+
+
+class _State:
+    """Where one completion stands in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher, self._consumed = matcher, 0
+
+    def __call__(self, tokens: Sequence[int]) -> Tensor:  # (V,)
+        for token in tokens[self._consumed :]:
+            self._matcher.consume_token(token)
+        self._consumed = len(tokens)
+        if self._matcher.is_error():
+            raise LorafoldError(f"grammar: {' '.join(self._matcher.get_error().split())}")
+        return (
+            torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
+        )

@@ -1,0 +1,133 @@
+"""One step of the engine, and what becomes of requests that fail in it.
+
+What fails fails alone: a pass that raises is halved until the requests are found that it raises
+for. Nothing that the others have is lost by it, since a row counts its tokens as computed only once
+their pass is over, and what it wrote before is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lorafold.engine.request import Reason
+from lorafold.engine.residency import Residency
+from lorafold.engine.row import Row
+from lorafold.engine.runner import Runner
+from lorafold.engine.sampler import Choice, NotFinite
+from lorafold.engine.scheduler import Batch, Scheduler
+from lorafold.errors import LorafoldError
+
+
+class Loop:
+    """The rows of an engine, and the passes that compute them.
+
+    Args:
+        runner: computes passes.
+        scheduler: the rows.
+        adapters: which adapters are in memory.
+        gone: called with each row once nothing is held for it, before its last event.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, adapters: Residency, gone: Callable[[Row], None]
+    ) -> None:
+        self.runner, self.scheduler, self.adapters, self._gone = runner, scheduler, adapters, gone
+
+    def step(self, cancelled: Sequence[Row]) -> bool:
+        """End the cancelled rows, admit others, decode, and read prompts; False if there was
+        nothing to do.
+        """
+        for row in cancelled:
+            self.end(row, "cancelled")
+        for row in self.scheduler.admitted(self._ready):
+            self._guarded(row, partial(self.runner.admit, row))
+        self.runner.compact()
+        decoding = self.scheduler.decoding()
+        for batch in decoding:
+            self._pass(batch)
+        reading = self.scheduler.reading()
+        for batch in reading:
+            self._pass(batch)
+        return bool(cancelled or decoding or reading)
+
+    def end(self, row: Row, reason: Reason, message: str = "") -> None:
+        """Free what a request holds, and put its last event.
+
+        Args:
+            row: the request.
+            reason: why it ends.
+            message: what failed.
+        """
+        if row in self.scheduler.running:
+            self.scheduler.running.remove(row)
+            self.runner.release(row)
+        elif row in self.scheduler.waiting:
+            self.scheduler.waiting.remove(row)
+        if row.entry is not None:
+            if row.held is not None:
+                self.adapters.release(row.entry)
+            self.adapters.unbind(row.entry)
+        self._gone(row)
+        row.end(reason, message)
+
+    def _ready(self, row: Row) -> bool:
+        if row.entry is None:
+            return True
+        try:
+            row.held = self.adapters.lease(row.entry)
+        except LorafoldError as error:
+            self.end(row, "failed", str(error))
+        return row.held is not None
+
+    def _pass(self, batch: Batch) -> None:
+        """Compute a batch, or, if that raises, both halves of it. A half that was computed has
+        moved on, so that the other half writes behind it.
+        """
+        rows, counts = batch
+        try:
+            logits_BV = self.runner.forward(rows, counts)
+        except Exception as error:
+            if len(rows) == 1:
+                self.end(rows[0], "failed", f"{type(error).__name__}: {error}")
+                return
+            n = len(rows) // 2
+            self._pass(Batch(rows[:n], counts[:n]))
+            self._pass(Batch(rows[n:], counts[n:]))
+            if all(row.stream.ended for row in rows):  # the fault is no request's
+                self.runner.rebuild()
+                for row in self.scheduler.running:
+                    row.filled, row.state = 0, None
+            return
+        for row, n in zip(rows, counts, strict=True):
+            row.filled += n
+        self._choose([(b, row) for b, row in enumerate(rows) if not row.pending], logits_BV)
+
+    def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
+        plain = [b for b, row in rows if row.sampler.plain]
+        chosen = logits_BV[plain].float()
+        best, sums = chosen.max(-1), chosen.sum(-1)
+        likeliest = dict(zip(plain, best.indices.tolist(), strict=True))
+        finite = dict(zip(plain, torch.isfinite(sums).tolist(), strict=True))
+        for b, row in rows:
+
+            def choose(b: int = b, row: Row = row) -> None:
+                if b not in likeliest:
+                    choice = row.sampler.choose(logits_BV[b])
+                elif finite[b]:
+                    choice = Choice(likeliest[b])
+                else:
+                    raise NotFinite("the model's logits hold NaN or infinity")
+                if (reason := row.take(choice)) is not None:
+                    self.end(row, reason)
+
+            self._guarded(row, choose)
+
+    def _guarded(self, row: Row, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except Exception as error:
+            self.end(row, "failed", str(error) or type(error).__name__)

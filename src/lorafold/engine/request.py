@@ -1,0 +1,182 @@
+"""What is asked of the engine, and what it answers: requests with their settings, and events.
+
+    Token       one more token of a completion, with the text that it adds
+    Ended       the last event of a request: every request has exactly one, whatever happens
+
+A request's `sampling` is a value: the tokens follow from the model, the adapter, the prompt and
+these settings, and never from the requests that share the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorafold.errors import LorafoldError
+
+Reason = Literal["end", "length", "stop", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Raises LorafoldError for values out of range.
+
+    Args:
+        temperature: 0 takes the most likely token; above 0 tokens are drawn.
+        top_k: draw among the k most likely tokens (0: among all).
+        top_p: draw among the fewest tokens whose probabilities sum to at least this.
+        min_p: draw among tokens at least this times as probable as the most likely one.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens in the
+            prompt or the completion (Keskar et al. 2019, arXiv 1909.05858, sec. 4.1).
+        presence_penalty: what is subtracted from the logit of each token of the completion.
+        frequency_penalty: the same, for each time that the token occurs.
+        logit_bias: what is added to logits, by token.
+        stop: texts before which the completion ends.
+        schema: a JSON schema, as text, that the completion has to fit.
+        regex: a regular expression that the whole completion has to match.
+        logprobs: how many of the most likely tokens are reported with each (None: no logprobs).
+        seed: the draws follow from it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    schema: str | None = None
+    regex: str | None = None
+    logprobs: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        number = all(
+            isinstance(x, int | float) and x - x == 0
+            for x in (
+                self.temperature, self.top_p, self.min_p, self.repetition_penalty,
+                self.presence_penalty, self.frequency_penalty, *self.logit_bias.values(),
+            )
+        )  # fmt: skip
+        checks = {
+            "sampling: found a setting that is no finite number": number,
+            f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,
+            f"top_k: found {self.top_k}, expected 0 or more": self.top_k >= 0,
+            f"top_p: found {self.top_p}, expected above 0, at most 1": 0 < self.top_p <= 1,
+            f"min_p: found {self.min_p}, expected 0 to 1": 0 <= self.min_p <= 1,
+            f"repetition_penalty: found {self.repetition_penalty}, expected above 0": (
+                self.repetition_penalty > 0
+            ),
+            f"logprobs: found {self.logprobs}, expected 0 to 20, or None": (
+                self.logprobs is None or 0 <= self.logprobs <= 20
+            ),
+            "schema and regex: found both, expected one": None in (self.schema, self.regex),
+            "stop: found an empty text, expected at least one character": all(self.stop),
+        }
+        if wrong := [what for what, right in checks.items() if not right]:
+            raise LorafoldError("; ".join(wrong))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the most likely one, and nothing else is asked for."""
+        return (
+            self.temperature == 0
+            and self.repetition_penalty == 1
+            and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+            and self.logprobs is None
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to compute.
+
+    Args:
+        id: a name that no other running request has.
+        prompt: the token ids of the prompt.
+        max_new_tokens: the most tokens of the completion.
+        adapter: the name of an adapter, or None for the base.
+        sampling: how tokens are chosen.
+        ends: the tokens that end the completion; they are no part of it.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    adapter: str | None = None
+    sampling: Sampling = Sampling()
+    ends: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Token:
+    """One more token. `text` is what it adds to the text: empty while a character is incomplete, or
+    a stop text may have begun, or if the engine has no tokenizer. `top` has the most likely tokens
+    with their log probabilities, before temperature and penalties.
+    """
+
+    id: str
+    token: int
+    text: str = ""
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a request: why, all its tokens and its text, and a message if it failed."""
+
+    id: str
+    reason: Reason
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    message: str = ""
+
+
+class Stream:
+    """The events of one request in their order, which end with its `Ended`. Any threads may read,
+    each from the first event on.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._events: list[Token | Ended] = []
+        self._ended: Ended | None = None
+        self._more = threading.Condition()
+
+    def put(self, event: Token | Ended) -> None:
+        """Add an event; the engine alone does so."""
+        with self._more:
+            assert self._ended is None, f"{self.request.id}: an event after the last"
+            if isinstance(event, Ended):
+                self._ended = event
+            self._events.append(event)
+            self._more.notify_all()
+
+    @property
+    def ended(self) -> Ended | None:
+        """The last event, or None while the request runs."""
+        return self._ended
+
+    def __iter__(self) -> Iterator[Token | Ended]:
+        read = 0
+        while True:
+            with self._more:
+                while read == len(self._events):
+                    self._more.wait()
+                event = self._events[read]
+            read += 1
+            yield event
+            if isinstance(event, Ended):
+                return
+
+    def result(self) -> Ended:
+        """Wait for the last event and return it."""
+        with self._more:
+            while self._ended is None:
+                self._more.wait()
+            return self._ended

@@ -1,0 +1,280 @@
+"""Which adapters are in memory.
+
+    cold -> loading -> resident -> cold ...
+
+A name stands for one entry at a time: loading other files under it makes a new entry, and requests
+keep the one that they were submitted with. An entry has a reference for each request that waits or
+runs and a lease for each that runs. Where bytes are limited, the least recently used adapters leave
+that have no lease, are not pinned, and are not about to be used; they are read and verified again
+when a request needs them. An entry whose name was unloaded is forgotten with its last reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from lorafold.engine.adapters import Entry, Held, digest
+from lorafold.errors import LorafoldError
+
+Status = Literal["cold", "loading", "resident"]
+
+
+class _State:
+    """What is known of one entry."""
+
+    def __init__(self) -> None:
+        self.held: Held | None = None
+        self.future: Future[None] | None = None
+        self.error: LorafoldError | None = None
+        self.references = self.leases = self.used = self.vocabulary = 0
+        self.reserved = False  # read for a request that has not run yet
+
+
+class Residency:
+    """The adapters of one engine. Any thread may call it.
+
+    Args:
+        read: reads and checks an adapter; a worker calls it.
+        budget: the most bytes of resident adapters, or None.
+        changed: called, by the worker too, when waiting requests may go on.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Entry], Held],
+        budget: int | None = None,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._read, self.budget, self._changed = read, budget, changed
+        self._lock = threading.RLock()
+        self._names: dict[str, Entry] = {}
+        self._states: dict[Entry, _State] = {}
+        self._pinned: set[str] = set()
+        self._blocked: set[Entry] = set()  # read in vain: there was no room until something leaves
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="lorafold-adapters")
+        self._clock, self._generations = itertools.count(1), itertools.count(1)
+
+    def load(self, name: str, path: str | Path) -> Future[None]:
+        """Make an adapter known under a name and read it; the future has the error if that fails,
+        and then the name is what it was. The same files again change nothing.
+        """
+        if not name:
+            raise LorafoldError("adapter name: found '', expected at least one character")
+        found = digest(path)
+        with self._lock:
+            known = self._names.get(name)
+            if known is not None and known.digest == found:
+                return self._start(known)
+            entry = Entry(name, Path(path), found, next(self._generations))
+            self._states[entry] = _State()
+            self._states[entry].references += 1  # until it has its name
+            future = self._start(entry)
+        done: Future[None] = Future()
+        future.add_done_callback(lambda f: self._name(entry, f, done))
+        return done
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Requests that have its adapter finish with it. Raises LorafoldError for an
+        unknown name.
+        """
+        with self._lock:
+            entry = self.entry(name)
+            del self._names[name]
+            self._pinned.discard(name)
+            self._forget(entry)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep the adapter of that name in memory, or no longer. Raises LorafoldError for an
+        unknown name.
+        """
+        with self._lock:
+            self.entry(name)
+            (self._pinned.add if pinned else self._pinned.discard)(name)
+            self._blocked.clear()
+
+    def evict(self, name: str) -> bool:
+        """Let the adapter of that name leave memory; False if it is in use or pinned."""
+        with self._lock:
+            entry = self.entry(name)
+            if not self._evictable(entry):
+                return False
+            self._states[entry].held = None
+            self._blocked.clear()
+            return True
+
+    def entry(self, name: str) -> Entry:
+        """The entry that a name stands for. Raises LorafoldError for an unknown name."""
+        with self._lock:
+            if name not in self._names:
+                known = ", ".join(sorted(self._names)[:8]) or "none"
+                raise LorafoldError(
+                    f"adapter: found {name!r}, expected one of those loaded: {known}"
+                )
+            return self._names[name]
+
+    def bind(self, name: str) -> Entry:
+        """The entry of a name, with one more reference."""
+        with self._lock:
+            entry = self.entry(name)
+            self._states[entry].references += 1
+            return entry
+
+    def unbind(self, entry: Entry) -> None:
+        """Give back a reference."""
+        with self._lock:
+            state = self._states[entry]
+            state.references -= 1
+            if not state.references:
+                state.reserved = False
+                self._blocked.clear()
+                self._forget(entry)
+
+    def lease(self, entry: Entry) -> Held | None:
+        """The adapter, kept in memory until `release`; None if it is being read. Raises
+        LorafoldError if that failed or there is no room for it.
+        """
+        with self._lock:
+            state = self._states[entry]
+            if state.error is not None:
+                error, state.error = state.error, None
+                raise error
+            if state.held is None:
+                if entry not in self._blocked:
+                    self._start(entry, reserve=True)
+                return None
+            state.leases, state.reserved, state.used = state.leases + 1, False, next(self._clock)
+            return state.held
+
+    def release(self, entry: Entry) -> None:
+        """Give back a lease."""
+        with self._lock:
+            self._states[entry].leases -= 1
+            assert self._states[entry].leases >= 0
+            self._blocked.clear()
+        self._changed()
+
+    def status(self, name: str) -> Status:
+        """Where the adapter of a name is. Raises LorafoldError for an unknown name."""
+        with self._lock:
+            state = self._states[self.entry(name)]
+            return "resident" if state.held else "loading" if state.future else "cold"
+
+    def vocabulary(self, entry: Entry | None) -> int:
+        """The tokens that an adapter knows, 0 if it adds none to the model's."""
+        with self._lock:
+            return 0 if entry is None else self._states[entry].vocabulary
+
+    def names(self) -> tuple[str, ...]:
+        """The names that are known."""
+        with self._lock:
+            return tuple(self._names)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all resident adapters."""
+        with self._lock:
+            return sum(s.held.nbytes for s in self._states.values() if s.held)
+
+    def check(self) -> None:
+        """Raise AssertionError if the books do not balance."""
+        with self._lock:
+            for entry, state in self._states.items():
+                assert 0 <= state.leases <= state.references, entry
+                assert not state.leases or state.held, f"{entry}: leased, not resident"
+                current = self._names.get(entry.name) == entry
+                assert current or state.references or state.future, f"{entry}: left over"
+            assert self.budget is None or self.nbytes <= self.budget, self.nbytes
+            assert self._pinned <= self._names.keys()
+
+    def close(self) -> None:
+        """Stop the worker."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, entry: Entry, reserve: bool = False) -> Future[None]:
+        state = self._states[entry]
+        state.reserved |= reserve and state.held is None
+        if state.future is None and state.held is None:
+            state.error = None
+            state.future = self._worker.submit(self._work, entry)
+        if state.future is None:
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        return state.future
+
+    def _work(self, entry: Entry) -> None:
+        state = self._states[entry]
+        try:
+            held = self._read(entry)
+            with self._lock:
+                if self._make_room(held.nbytes):
+                    state.held, state.used = held, next(self._clock)
+                    state.vocabulary = held.vocabulary or 0
+                elif any(s.leases or s.reserved for s in self._states.values() if s.held):
+                    self._blocked.add(entry)
+                else:
+                    raise LorafoldError(
+                        f"adapter {entry.name!r}: found {held.nbytes:,} bytes, expected at most"
+                        f" {self.budget:,} in all, with those that are pinned"
+                    )
+        except Exception as error:
+            known = isinstance(error, LorafoldError)
+            told = error if known else LorafoldError(f"adapter {entry.name!r}: {error}")
+            with self._lock:
+                state.error = told if state.references else None  # type: ignore[assignment]
+            raise told from None
+        finally:
+            with self._lock:
+                state.future = None
+                self._forget(entry)
+            self._changed()
+
+    def _make_room(self, nbytes: int) -> bool:
+        if self.budget is None:
+            return True
+        over = self.nbytes + nbytes - self.budget
+        free = {
+            self._states[e].used: (self._states[e], held.nbytes)
+            for e in self._states
+            if (held := self._states[e].held) is not None and self._evictable(e)
+        }
+        if over > sum(n for _, n in free.values()):
+            return False
+        for _, (state, n) in sorted(free.items()):
+            if over > 0:
+                state.held, over = None, over - n
+        return True
+
+    def _evictable(self, entry: Entry) -> bool:
+        state = self._states[entry]
+        pinned = entry.name in self._pinned and self._names.get(entry.name) == entry
+        return state.held is not None and not (state.leases or state.reserved or pinned)
+
+    def _name(self, entry: Entry, future: Future[None], done: Future[None]) -> None:
+        error = future.exception()
+        with self._lock:
+            old = self._names.get(entry.name)
+            if error is None and (old is None or old.generation < entry.generation):
+                self._names[entry.name] = entry
+            else:
+                self._states[entry].error = None
+            if old is not None and error is None:
+                self._forget(old)
+            self.unbind(entry)
+        self._changed()
+        done.set_exception(error) if error else done.set_result(None)
+
+    def _forget(self, entry: Entry) -> None:
+        """Drop an entry that no name stands for and nothing refers to."""
+        state = self._states.get(entry)
+        if (
+            state
+            and not (state.references or state.future)
+            and self._names.get(entry.name) != entry
+        ):
+            del self._states[entry]

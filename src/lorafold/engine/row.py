@@ -1,0 +1,75 @@
+"""A request while it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.request import Ended, Reason, Request, Stream, Token
+from lorafold.engine.sampler import Allowed, Choice, Sampler
+from lorafold.engine.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Row:
+    """One request: its tokens, how many of them the cache holds, its adapter and its slot.
+
+    Args:
+        request: the request.
+        entry: its adapter, or None for the base.
+        tokenizer: the model's, for texts; None: events have no text.
+        allowed: which tokens may follow; None: any.
+        ends: tokens that end the completion besides the request's.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        entry: Entry | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        allowed: Allowed | None,
+        ends: frozenset[int],
+    ) -> None:
+        self.request, self.entry, self.stream = request, entry, Stream(request)
+        self.sampler = Sampler(request.sampling, request.prompt, allowed)
+        self.ends = request.ends | ends
+        self.text = Text(tokenizer, request.sampling.stop) if tokenizer is not None else None
+        self.tokens = list(request.prompt)
+        self.filled = 0  # of these tokens the cache has this many
+        self.held: Held | None = None
+        self.slot = -1
+        self.state: Any = None  # a cache of its own, where the model has no slots
+        self.cancelled = False
+
+    @property
+    def pending(self) -> int:
+        """How many tokens the model has not seen yet."""
+        return len(self.tokens) - self.filled
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """The tokens of the completion so far."""
+        return tuple(self.tokens[len(self.request.prompt) :])
+
+    def take(self, choice: Choice) -> Reason | None:
+        """Take the next token; the reason why the request ends with it, if it does."""
+        request = self.request
+        if choice.token in self.ends:
+            return "end"
+        self.tokens.append(choice.token)
+        piece = self.text.add(choice.token) if self.text else ""
+        self.stream.put(Token(request.id, choice.token, piece, choice.logprob, choice.top))
+        if self.text and self.text.stopped:
+            return "stop"
+        full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
+        return "length" if full else None
+
+    def end(self, reason: Reason, message: str = "") -> None:
+        """Put the last event."""
+        text = ""
+        if self.text:
+            self.text.finish()
+            text = self.text.text
+        self.stream.put(Ended(self.request.id, reason, self.completion, text, message))

@@ -1,0 +1,248 @@
+"""Forward passes of running requests: in slots, or one request at a time.
+
+`SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
+from the first one on, as a view of the cache; slots in between that have nothing to decode are
+computed for nothing, at their own next position, which is written again before it is read. With
+`each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
+chunks of one size, and whole slots are read. `SoloRunner` computes one row with the model's own
+cache, by transformers' `generate`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.engine.adapters import Held
+from lorafold.engine.laid import Laid
+from lorafold.engine.products import Plan, Products
+from lorafold.engine.row import Row
+from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.engine.structure import Structure, run
+
+
+class Runner(ABC):
+    """Abstract: computes the logits of rows."""
+
+    slots: int
+    laid: Laid
+
+    @abstractmethod
+    def admit(self, row: Row) -> None:
+        """Give a row a slot that is free."""
+
+    @abstractmethod
+    def release(self, row: Row) -> None:
+        """Free a row's slot."""
+
+    @abstractmethod
+    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        """The logits (B, V) after the given number of pending tokens of each row.
+
+        Args:
+            rows: B rows that can share a pass (`together`).
+            counts: how many tokens of each are computed.
+        """
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise AssertionError if what is held is not what these running rows need."""
+        return None
+
+    def rebuild(self) -> None:
+        """Make a new cache, which holds nothing."""
+        return None
+
+    def compact(self) -> None:
+        """Close gaps that ended requests left."""
+        return None
+
+
+def together(row: Row) -> Held | None:
+    """What rows that share a pass have in common: None for all that can be mixed."""
+    return row.held if row.held is not None and row.held.apart else None
+
+
+class SlotRunner(Runner):
+    """Many rows a pass.
+
+    Args:
+        model: a causal language model inside `structure.slotted`.
+        structure: what is known of it.
+        slots: how many requests run at a time.
+        length: the most tokens of a request.
+        chunk: the most tokens of a row in a pass.
+        each: keep all shapes the same.
+    """
+
+    def __init__(
+        self, model: Any, structure: Structure, slots: int, length: int, chunk: int, each: bool
+    ) -> None:
+        self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
+        self.cache = SlotCache(slots, length + chunk, whole=each)  # padding is written too
+        self.products = Products(structure, slots)
+        self.laid = Laid(model, self.products)
+        self.rows: list[Row | None] = [None] * slots
+        self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}
+        self._plan: tuple[Any, Plan] = (None, Plan([], ()))
+
+    def admit(self, row: Row) -> None:
+        row.slot = self.rows.index(None)
+        self.cache.zero(row.slot)
+        if row.held is not None:
+            self.laid.hold(row.held)
+            if not row.held.apart:
+                self.products.place(row.slot, row.held)
+            elif row.held not in self._views:
+                self._views[row.held] = SlotView(self.cache)
+        self.rows[row.slot] = row
+        self._plan = (None, Plan([], ()))
+
+    def release(self, row: Row) -> None:
+        self.rows[row.slot] = None
+        self.products.clear(row.slot)
+        self.cache.zero(row.slot)
+        if row.held is not None:
+            self.laid.drop(row.held)
+            if row.held not in {r.held for r in self.rows if r is not None}:
+                self._views.pop(row.held, None)
+        row.slot = -1
+        self._plan = (None, Plan([], ()))
+
+    def check(self, rows: Sequence[Row]) -> None:
+        assert [r for r in self.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
+        assert all(self.rows[row.slot] is row for row in rows)
+        placed = {r.slot: r.held for r in rows if r.held is not None and not r.held.apart}
+        assert self.products.placed == placed, "each slot has its request's adapter"
+
+    def rebuild(self) -> None:
+        self.cache = SlotCache(self.slots, self.cache.length, self.cache.whole)
+        self._views = {held: SlotView(self.cache) for held in self._views}
+
+    def compact(self) -> None:
+        live = [r for r in self.rows if r is not None]
+        if self.each or not live or live[-1].slot + 1 <= 1.25 * len(live):
+            return
+        for row in reversed(live):
+            target = next((i for i, r in enumerate(self.rows) if r is None), self.slots)
+            if target > row.slot:
+                return
+            self._move(row, target)
+
+    def _move(self, row: Row, target: int) -> None:
+        source = row.slot
+        self.cache.zero(target)
+        self.cache.move(source, target, row.filled)
+        self.cache.zero(source)
+        self.products.clear(source)
+        if row.held is not None and not row.held.apart:
+            self.products.place(target, row.held)
+        self.rows[source], self.rows[target], row.slot = None, row, target
+        self._plan = (None, Plan([], ()))
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        held = together(rows[0])
+        decoding = max(counts) == 1
+        if decoding and held is None:
+            last = self.slots if self.each else max(row.slot for row in rows) + 1
+            at = slice(0, last)
+            taken: list[Row | None] = [None] * last
+            for row in rows:
+                taken[row.slot] = row
+            starts = [r.filled if r is not None else 0 for r in self.rows[:last]]
+            ns = [1] * last
+        else:
+            order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
+            taken = [rows[i] for i in order]
+            ns = [counts[i] for i in order]
+            first = rows[order[0]].slot
+            follow = all(rows[i].slot == first + k for k, i in enumerate(order))
+            at = slice(first, first + len(rows)) if follow else [rows[i].slot for i in order]  # type: ignore[assignment]
+            starts = [rows[i].filled for i in order]
+        width = self.chunk if self.each and not decoding else max(ns)
+        logits = self._pass(held, taken, ns, at, starts, width)
+        index = {id(row): b for b, row in enumerate(taken) if row is not None}
+        return logits[[index[id(row)] for row in rows]]
+
+    def _pass(
+        self,
+        held: Held | None,
+        taken: Sequence[Row | None],
+        ns: Sequence[int],
+        at: Any,
+        starts: Sequence[int],
+        width: int,
+    ) -> Tensor:  # (B, V)
+        device = self.model.device
+        ids = [
+            [0] * width if row is None else _padded(row.tokens[row.filled : row.filled + n], width)
+            for row, n in zip(taken, ns, strict=True)
+        ]
+        rows = at if isinstance(at, slice) else torch.tensor(at, device=device)
+        view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
+        lasts = sorted({n - 1 for n in ns})
+        keep = torch.tensor(lasts, device=device)
+        context = self.laid.alone(held) if held else self.laid.mixed(self._planned(taken, at))
+        ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
+        with context:
+            logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
+        if len(lasts) == 1:
+            return logits[:, 0]
+        return logits[torch.arange(len(ns)), torch.tensor([lasts.index(n - 1) for n in ns])]
+
+    def _planned(self, taken: Sequence[Row | None], at: Any) -> Plan:
+        helds = [None if row is None else row.held for row in taken]
+        key = (at, [id(h) for h in helds])
+        if self._plan[0] != key:
+            self._plan = (key, Plan(helds, at, self.each))
+        return self._plan[1]
+
+
+class SoloRunner(Runner):
+    """One row at a time, with the model's own cache, for models that have no slots.
+
+    Args:
+        model: a causal language model whose generation config is greedy.
+        structure: what is known of it.
+    """
+
+    slots = 1
+
+    def __init__(self, model: Any, structure: Structure) -> None:
+        self.model = model
+        self.laid = Laid(model, Products(structure, 1))
+
+    def admit(self, row: Row) -> None:
+        row.slot = 0
+        if row.held is not None:
+            self.laid.hold(row.held)
+
+    def release(self, row: Row) -> None:
+        row.slot, row.state = -1, None
+        if row.held is not None:
+            self.laid.drop(row.held)
+
+    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        (row,) = rows
+        ids_1T = torch.tensor([row.tokens], device=self.model.device)
+        context = self.laid.alone(row.held) if row.held else self.laid.mixed(Plan([None], (0,)))
+        with torch.no_grad(), context:
+            step = self.model.generate(
+                ids_1T,
+                attention_mask=torch.ones_like(ids_1T),
+                cache=row.state,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        row.state = step.cache
+        logits: Tensor = step.logits[0]
+        return logits
+
+
+def _padded(tokens: list[int], width: int) -> list[int]:
+    return tokens + tokens[-1:] * (width - len(tokens))

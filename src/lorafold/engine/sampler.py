@@ -1,0 +1,123 @@
+"""The next token of one request, from its logits and its settings alone.
+
+    l -> penalties -> + bias -> / temperature -> top-k -> top-p -> min-p -> softmax -> draw
+
+The order is that of transformers. Every request has its own generator, so that its tokens do not
+depend on the requests that share the batch. Logits that are not finite raise `NotFinite`, which
+ends that request alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafold.engine.request import Sampling
+from lorafold.errors import LorafoldError
+
+# the tokens so far -> the tokens that may follow, boolean (V,), or None for any
+Allowed = Callable[[Sequence[int]], Tensor | None]
+
+
+class NotFinite(LorafoldError):
+    """A request's logits hold NaN or infinity."""
+
+
+class Choice(NamedTuple):
+    """A token, its log probability, and those of the most likely tokens, if asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """The settings of one request and the state of its draws.
+
+    Args:
+        sampling: the settings.
+        prompt: the prompt's tokens, for the repetition penalty.
+        allowed: which tokens may follow, for structured output; None: any.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], allowed: Allowed | None = None
+    ) -> None:
+        self.sampling, self.allowed = sampling, allowed
+        self.plain = sampling.plain and allowed is None
+        self.generator = (
+            torch.Generator().manual_seed(sampling.seed) if sampling.temperature else None
+        )
+        self.tokens: list[int] = []
+        self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+
+    def choose(self, logits_V: Tensor) -> Choice:
+        """Choose the token that follows, and record it. Raises NotFinite."""
+        logits_V = logits_V.detach().to("cpu", torch.float32)
+        if not torch.isfinite(logits_V.sum()):
+            raise NotFinite("the model's logits hold NaN or infinity")
+        changed_V = self._penalized(logits_V)
+        if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
+            changed_V = changed_V.masked_fill(~mask_V[: len(changed_V)], float("-inf"))
+        if self.generator is None:
+            token = int(changed_V.argmax())
+        else:
+            kept_V = filtered(changed_V / self.sampling.temperature, self.sampling)
+            p_1V = torch.softmax(kept_V, -1)[None]
+            token = int(torch.multinomial(p_1V, 1, generator=self.generator))
+        self.record(token)
+        return Choice(token, *self._report(logits_V, token))
+
+    def record(self, token: int) -> None:
+        """Count a token of the completion."""
+        self.tokens.append(token)
+
+    def _penalized(self, logits_V: Tensor) -> Tensor:
+        own = self.sampling
+        if own.repetition_penalty != 1:
+            ids = torch.tensor(sorted(self.seen | set(self.tokens)))
+            found = logits_V[ids]
+            rate = own.repetition_penalty
+            logits_V = logits_V.index_copy(
+                0, ids, torch.where(found > 0, found / rate, found * rate)
+            )
+        if (own.presence_penalty or own.frequency_penalty) and self.tokens:
+            counts = Counter(self.tokens)
+            ids, n = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
+            down = own.presence_penalty + own.frequency_penalty * n
+            logits_V = logits_V.index_add(0, ids, -down.float())
+        if own.logit_bias:
+            ids = torch.tensor(list(own.logit_bias))
+            logits_V = logits_V.index_add(0, ids, torch.tensor([*own.logit_bias.values()]).float())
+        return logits_V
+
+    def _report(
+        self, logits_V: Tensor, token: int
+    ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        n = self.sampling.logprobs
+        if n is None:
+            return None, ()
+        logp_V = torch.log_softmax(logits_V, -1)
+        best = logp_V.topk(n) if n else None
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
+        return float(logp_V[token]), tuple(pairs)
+
+
+def filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """The logits (V,) with those that top-k, top-p and min-p leave out at minus infinity."""
+    low = float("-inf")
+    if 0 < sampling.top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], low)
+    if sampling.top_p < 1:
+        ordered, ids = logits_V.sort()  # ascending: what is left out has at most 1 - p in sum
+        out = torch.softmax(ordered, -1).cumsum(-1) <= 1 - sampling.top_p
+        out[-1] = False
+        logits_V = logits_V.masked_fill(torch.zeros_like(out).scatter(0, ids, out), low)
+    if sampling.min_p > 0:
+        p_V = torch.softmax(logits_V, -1)
+        logits_V = logits_V.masked_fill(p_V < sampling.min_p * p_V.max(), low)
+    return logits_V

@@ -1,0 +1,92 @@
+"""Which rows the next passes compute.
+
+Every step decodes all rows that have one token pending, and then reads at most `budget` tokens of
+prompts, so that a long prompt never keeps the others waiting for more than that. Rows wait in the
+order in which they came; one whose adapter is still being read lets the next ones pass.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from lorafold.engine.row import Row
+from lorafold.engine.runner import together
+
+
+class Batch(NamedTuple):
+    """Rows that share a pass, and how many tokens of each it computes."""
+
+    rows: list[Row]
+    counts: list[int]
+
+
+class Scheduler:
+    """The rows that wait and those that run.
+
+    Args:
+        slots: how many run at a time.
+        chunk: the most tokens of a row in a pass.
+        budget: the most tokens of prompts in a step, with padding.
+        each: read prompts one row at a time.
+    """
+
+    def __init__(self, slots: int, chunk: int, budget: int, each: bool) -> None:
+        self.slots, self.chunk, self.each = slots, chunk, each
+        self.budget = max(budget, chunk)
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+
+    def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
+        """Yield waiting rows that get a free slot now, each moved to those that run.
+
+        Args:
+            ready: whether a row can run; asked for as many rows as slots are free.
+        """
+        asked = list(self.waiting)[: self.slots - len(self.running)]
+        for row in asked:
+            if ready(row):
+                self.waiting.remove(row)
+                self.running.append(row)
+                yield row
+
+    def decoding(self) -> list[Batch]:
+        """The passes that decode: one for all rows that can be mixed, one for each adapter else."""
+        return [
+            Batch(rows, [1] * len(rows))
+            for rows in self._apart([row for row in self.running if row.pending == 1])
+        ]
+
+    def reading(self) -> list[Batch]:
+        """The passes that read prompts, oldest rows first."""
+        left, batches = self.budget, []
+        for rows in self._apart([row for row in self.running if row.pending > 1]):
+            while rows and left > 0:
+                batch = self._fitting(rows, left)
+                if not batch.rows:
+                    break
+                batches.append(batch)
+                left -= len(batch.rows) * max(batch.counts)
+                rows = rows[len(batch.rows) :]
+        return batches
+
+    def _fitting(self, rows: Sequence[Row], left: int) -> Batch:
+        taken: list[Row] = []
+        width = 0
+        for row in rows if not self.each else rows[:1]:
+            wider = max(width, min(row.pending, self.chunk))
+            if taken and (len(taken) + 1) * wider > left:
+                break
+            taken, width = [*taken, row], wider
+        if len(taken) == 1 and width > left < self.budget:
+            return Batch([], [])  # the next step has room
+        return Batch(taken, [min(row.pending, self.chunk) for row in taken])
+
+    def _apart(self, rows: Sequence[Row]) -> list[list[Row]]:
+        groups: dict[object, list[Row]] = {}
+        for row in rows:
+            alone = together(row)
+            key: object = (alone, row.request.id) if self.each and alone else alone
+            groups.setdefault(key, []).append(row)
+        return list(groups.values())

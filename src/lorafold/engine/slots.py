@@ -1,0 +1,140 @@
+"""The keys and values of every running request, in one buffer a layer: (slots, Hk, length, D).
+
+    cache = SlotCache(slots=16, length=1024)
+    model(ids_BT, cache=cache.view(slice(0, 16), start_B, T), position_ids=...)
+
+A request has a slot, that is a row of the buffers. A view is what one forward pass gets in place
+of transformers' cache: it writes T tokens of each of its rows from that row's own position on, and
+reads the rows up to the longest. What a row may see is for the mask (`lorafold.engine.attention`),
+which finds the rows' positions in `get_query_offset`. A slot is zeroed before it is used again,
+since 0 times a stale NaN in a masked position would be NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
+
+
+class SlotCache:
+    """The buffers of all layers, which are made when a layer first writes.
+
+    Args:
+        slots: how many requests run at a time.
+        length: the tokens that a slot holds.
+        whole: always read whole slots, so that shapes never change.
+    """
+
+    def __init__(self, slots: int, length: int, whole: bool = False) -> None:
+        self.slots, self.length, self.whole = slots, -(-length // STEP) * STEP, whole
+        self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, length, D)
+        self.values: dict[int, Tensor] = {}
+
+    def buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and the values (slots, Hk, length, D) of a layer.
+
+        Args:
+            layer: the layer's index.
+            key, value: what the layer computed, (B, Hk, T, D), for the shapes.
+        """
+        if layer not in self.keys:
+            for held, like in ((self.keys, key), (self.values, value)):
+                heads, width = like.shape[1], like.shape[3]
+                with torch.inference_mode(False):
+                    held[layer] = torch.zeros(
+                        self.slots, heads, self.length, width, dtype=like.dtype, device=like.device
+                    )
+        return self.keys[layer], self.values[layer]
+
+    def zero(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        for held in (self.keys, self.values):
+            for buffer in held.values():
+                buffer[slot].zero_()
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of a slot to another one.
+
+        Args:
+            source, target: the slots.
+            tokens: how many tokens the source holds.
+        """
+        for held in (self.keys, self.values):
+            for buffer in held.values():
+                buffer[target, :, :tokens] = buffer[source, :, :tokens]
+
+    def is_zero(self, slot: int) -> bool:
+        """Whether a slot holds nothing."""
+        return not any(b[slot].any() for held in (self.keys, self.values) for b in held.values())
+
+    def width(self, longest: int) -> int:
+        """How many columns a pass reads whose longest row has that many tokens."""
+        return self.length if self.whole else min(self.length, -(-longest // STEP) * STEP)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all buffers."""
+        return sum(b.nbytes for held in (self.keys, self.values) for b in held.values())
+
+
+class SlotView(Cache):
+    """Rows of a `SlotCache` as the cache of forward passes; `aim` says of which.
+
+    Deltas may keep things with it, as they may with any cache.
+    """
+
+    def __init__(self, of: SlotCache) -> None:
+        super().__init__(layers=[])
+        self.of = of
+
+    def aim(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
+        """Point the view at a pass, and return it.
+
+        Args:
+            rows: the slots of the pass: a range, or indices (B,).
+            start_B: how many tokens each row holds already.
+            tokens: how many tokens T the pass writes to each row.
+        """
+        self.rows, self.start_B = rows, start_B
+        self.longest = int(start_B.max()) + tokens
+        self.width = self.of.width(self.longest)
+        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        self.row_B1 = index.to(start_B.device)[:, None]
+        self.position_BT = start_B[:, None] + torch.arange(tokens, device=start_B.device)
+        return self
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values (B, Hk, T, D) of a layer, and return those of the whole rows,
+        (B, Hk, width, D).
+
+        Args:
+            key_states, value_states: what the layer computed.
+            layer_idx: the layer's index.
+            *args, **kwargs: what transformers passes to other caches.
+        """
+        found = []
+        states = (key_states, value_states)
+        for buffer, new in zip(self.of.buffers(layer_idx, *states), states, strict=True):
+            buffer[self.row_B1, :, self.position_BT] = new.transpose(1, 2)
+            found.append(buffer[self.rows, :, : self.width])
+        return found[0], found[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.start_B.max())
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override] # (B,)
+        """How many tokens each row holds (B,), where transformers' own caches have one number."""
+        return self.start_B
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.width, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.of.length

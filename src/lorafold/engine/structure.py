@@ -1,0 +1,175 @@
+"""What the engine finds out about a model, by running it once: nothing depends on its name.
+
+    structure = probe(model)
+    structure.why           "" if rows at different positions can share a pass, else why not
+    structure.rowwise       the modules whose input and output have one row for each of the batch
+    structure.shapes        the matrices among them, by shape
+
+Three prompts of different lengths run in slots, in chunks and token by token; the logits must be
+those of each prompt alone. A model for which this fails (a recurrent state, positions that it
+counts itself, an attention of its own) computes one request at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import is_linear, layer_of
+from lorafold.core.anatomy import bare_modules
+from lorafold.core.evaluating import evaluating
+from lorafold.engine.attention import slot_attention, slot_mask
+from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.step.documents import attending
+
+NAME = "lorafold_slots"
+LENGTHS, CHUNK = (11, 5, 8), 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Matrices (out, in) of one size, by module path in the order of the model."""
+
+    out: int
+    inn: int
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found: why the model has no slots, if so, and its modules that take rows."""
+
+    why: str
+    rowwise: frozenset[str]
+    shapes: tuple[Shape, ...]
+
+    @cached_property
+    def where(self) -> dict[str, tuple[int, int]]:
+        """For each matrix, the index of its shape and its own among the shape's paths."""
+        return {
+            path: (i, at)
+            for i, shape in enumerate(self.shapes)
+            for at, path in enumerate(shape.paths)
+        }
+
+
+def slotted(model: Any) -> Any:
+    """A context in which the model's attention takes rows at different positions."""
+    return attending(model, slot_mask, slot_attention, NAME)
+
+
+def run(
+    model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
+) -> Tensor:  # (B, len(keep), V)
+    """The logits of a pass, (B, n, V), at the n indices that are kept.
+
+    Args:
+        model: a causal language model inside `slotted`.
+        view: the cache, aimed at the rows.
+        ids_BT: the tokens, padded on the right.
+        counts_B: how many of the T tokens of each row are no padding.
+        keep: the indices (n,) among the T tokens whose logits are wanted.
+    """
+    last_B1 = (view.start_B + counts_B - 1)[:, None]
+    positions_BT = torch.minimum(view.position_BT, last_B1)
+    out = model(
+        input_ids=ids_BT, position_ids=positions_BT, cache=view, use_cache=True, logits_to_keep=keep
+    )
+    return out.logits if out.logits.shape[1] == len(keep) else out.logits[:, keep]
+
+
+def probe(model: Any) -> Structure:
+    """Run a causal language model on short prompts and find out how it can be batched. The model
+    and the random state stay unchanged.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS]
+    with evaluating(model):
+        alone = torch.stack(
+            [
+                model(input_ids=p[None].to(model.device), use_cache=False).logits[0, -1]
+                for p in prompts
+            ]
+        ).float()
+        try:
+            with _rows_seen(model) as seen, slotted(model):
+                together = _in_slots(model, prompts).float()
+        except Exception as error:
+            return Structure(
+                f"it can't run in slots ({type(error).__name__}: {error})", frozenset(), ()
+            )
+    eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
+    if not (together - alone).norm() <= eps * alone.norm():
+        return Structure("in slots it computes other logits than alone", frozenset(), ())
+    rowwise = frozenset(path for path, fits in seen.items() if fits)
+    return Structure("", rowwise, shapes(model, rowwise))
+
+
+def shapes(model: nn.Module, rowwise: frozenset[str]) -> tuple[Shape, ...]:
+    """The matrices at these paths, by their shapes."""
+    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for path, module in bare_modules(model):
+        if path in rowwise and is_linear(module):
+            found[layer_of(module).shape].append(path)
+    return tuple(Shape(*shape, tuple(paths)) for shape, paths in found.items())
+
+
+def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
+    """The logits (B, V) after the last token of each prompt, which are fed in chunks and then one
+    at a time; short prompts repeat their last token, as rows do that have nothing to compute.
+    """
+    rows, device = len(prompts), model.device
+    view = SlotView(SlotCache(rows, max(LENGTHS) + CHUNK))
+    done, out = [0] * rows, {}
+    while any(done[b] < len(p) for b, p in enumerate(prompts)):
+        left = [len(p) - n for p, n in zip(prompts, done, strict=True)]
+        width = CHUNK if max(left) >= CHUNK else 1
+        counts = [max(0, min(width, n)) for n in left]
+        ids = torch.zeros(rows, width, dtype=torch.long)
+        for b, p in enumerate(prompts):
+            ids[b, : counts[b]] = p[done[b] : done[b] + counts[b]]
+        view.aim(slice(0, rows), torch.tensor(done, device=device), width)
+        counts_B = torch.tensor([max(1, n) for n in counts], device=device)
+        keep = torch.arange(width, device=device)
+        logits = run(model, view, ids.to(device), counts_B, keep)
+        for b, n in enumerate(counts):
+            done[b] += n
+            if n and done[b] == len(prompts[b]):
+                out[b] = logits[b, n - 1]
+    return torch.stack([out[b] for b in range(rows)])
+
+
+@contextmanager
+def _rows_seen(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """Yield a dictionary that says of each module with a matrix that runs whether all its inputs
+    have one row for each of the batch.
+    """
+    seen: dict[str, bool] = {}
+
+    def hook(path: str, ids: bool) -> Any:
+        def look(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if len(args) == 1 and not kwargs else None
+            dims = 2 if ids else 3
+            fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
+            seen[path] = seen.get(path, True) and fits
+
+        return look
+
+    handles = [
+        module.register_forward_pre_hook(hook(path, layer.takes_ids), with_kwargs=True)
+        for path, module in bare_modules(model)
+        if (layer := layer_of(module)).linear or layer.takes_ids
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,103 @@
+"""What the engine's tests share: adapters of eight methods on a tiny model, requests, and oracles
+that know nothing of the engine: transformers' `generate`, and the sampler's steps with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorafold as lf
+from lorafold.engine import Engine, Request, Sampling
+
+METHODS: dict[str, Any] = {
+    "lora": lf.LoRA(rank=4),
+    "dora": lf.DoRA(over=lf.LoRA(rank=3)),
+    "prompt": lf.Prompt(tokens=3),
+    "houlsby": lf.Bottleneck(size=4),
+    "ia3": lf.IA3(),
+    "loha": lf.LoHa(rank=2),
+    "vera": lf.VeRA(rank=16),
+    "lokr": lf.LoKr(rank=2),
+}
+
+
+def save_adapters(model: nn.Module, directory: Path, specs: Mapping[str, Any]) -> dict[str, Path]:
+    """An adapter of each spec, far from its start, in a directory each."""
+    paths = {}
+    for i, (name, spec) in enumerate(specs.items()):
+        torch.manual_seed(i)
+        adapter = lf.attach(model, spec, name="saved")
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+        paths[name] = adapter.save(directory / name)
+        adapter.detach()
+    return paths
+
+
+def prompt(n: int, seed: int, vocabulary: int = 300) -> tuple[int, ...]:
+    """n random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
+
+
+def generated(model: Any, request: Request) -> tuple[int, ...]:
+    """The greedy tokens by transformers' own `generate`."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([request.prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+    )
+    return tuple(out[0, len(request.prompt) :].tolist())
+
+
+def alone(
+    model: Any, request: Request, paths: Mapping[str, Path], **options: Any
+) -> tuple[int, ...]:
+    """The tokens of one request in an engine of its own."""
+    with Engine(model, **options) as engine:
+        if request.adapter:
+            engine.load(request.adapter, paths[request.adapter])
+        stream = engine.submit(request)
+        engine.run()
+        return stream.result().tokens
+
+
+def together(
+    engine: Engine, requests: Sequence[Request], steps_between: int = 0
+) -> list[tuple[int, ...]]:
+    """The tokens of requests that share an engine; each comes some steps after the one before."""
+    streams = []
+    for request in requests:
+        streams.append(engine.submit(request))
+        for _ in range(steps_between):
+            engine.step()
+            engine.check()
+    while engine.step():
+        engine.check()
+    engine.run()
+    ended = [stream.result() for stream in streams]
+    assert [e.message for e in ended] == [""] * len(ended)
+    return [e.tokens for e in ended]
+
+
+def sampling(i: int) -> Sampling:
+    """One of seven settings."""
+    return (
+        Sampling(),
+        Sampling(temperature=0.8, seed=i),
+        Sampling(temperature=1.2, top_k=20, seed=i),
+        Sampling(temperature=0.9, top_p=0.8, seed=i, logprobs=2),
+        Sampling(temperature=1.0, min_p=0.1, seed=i),
+        Sampling(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1),
+        Sampling(temperature=0.7, seed=i, logit_bias={i % 300: 2.0}),
+    )[i % 7]

@@ -1,0 +1,114 @@
+"""The fast path computes what the plain one computes, with every kind of adapter over it, and is
+gone when the engine is closed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorafold as lf
+from engine_cases import METHODS, prompt, save_adapters, together
+from lorafold.bases import layer_of
+from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.fast import packed
+from lorafold.models.loading import load_model
+from lorafold.models.storage import Storage
+
+
+def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Tensor:
+    """The logits (n, V) after the prompt and one token of requests with each adapter, and none."""
+    seen: dict[str, torch.Tensor] = {}
+    with Engine(model, slots=12, length=64, **options) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        forward = engine._runner.forward
+
+        def spied(rows: Any, counts: Any) -> torch.Tensor:
+            logits = forward(rows, counts)
+            for b, row in enumerate(rows):
+                if len(row.completion) == 1:
+                    seen[row.request.id] = logits[b].double()
+            return logits
+
+        engine._runner.forward = spied  # type: ignore[method-assign]
+        for i, name in enumerate([None, *paths, None]):
+            same = Sampling(logit_bias={7: 1e4})  # the same tokens in every engine
+            engine.submit(Request(f"{i:02d}", prompt(3 + i, i), 3, name, same))
+        engine.run()
+    return torch.stack([seen[id] for id in sorted(seen)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+def test_in_bf16_it_errs_no_more_than_the_plain_path(kind, tiny_model, tmp_path) -> None:
+    methods = METHODS if kind == "llama" else {k: METHODS[k] for k in ("lora", "dora", "prompt")}
+    paths = save_adapters(tiny_model(kind), tmp_path, methods)
+    exact = first_logits(tiny_model(kind).double(), paths, fast=False)
+    plain = first_logits(tiny_model(kind).bfloat16(), paths, fast=False)
+    quick = first_logits(tiny_model(kind).bfloat16(), paths)
+    assert len(exact) == len(methods) + 2
+    for e, p, q in zip(exact, plain, quick, strict=True):
+        unit = 2**-8 * e.norm()
+        assert (q - e).norm() <= 1.5 * (p - e).norm() + unit
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_packed_product_is_rounded_once(bias: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(48, 32, bias=bias).bfloat16().requires_grad_(False)
+    product = packed(module, 16)
+    assert product is not None
+    x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, 32).bfloat16()
+    own = torch.zeros(32).double() if module.bias is None else module.bias.double()
+    exact = x.double() @ module.weight.double().t() + own
+    for found, wanted in ((product(x, None), exact), (product(x, onto), exact + onto.double())):
+        assert found.dtype == torch.bfloat16
+        # half a unit in the last place, and the sum in fp32
+        assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
+
+
+def test_other_storages_are_left_alone() -> None:
+    assert packed(nn.Linear(8, 8).requires_grad_(False), 4) is None
+    bitsandbytes = pytest.importorskip("lorafold.bases.bitsandbytes")
+    quantized = bitsandbytes.nf4(torch.randn(64, 64).bfloat16())
+    assert layer_of(quantized).linear
+    assert packed(quantized, 4) is None
+
+
+def test_the_model_has_its_own_forwards_again(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama").bfloat16()
+    names = ("lora", "houlsby", "prompt")
+    paths = save_adapters(model, tmp_path, {name: METHODS[name] for name in names})
+    asked = [Request(str(i), prompt(4, i), 5, [None, *names][i % 4]) for i in range(8)]
+    with Engine(model, slots=4, length=64) as engine:
+        inside = {path for path, m in model.named_modules() if "forward" in vars(m)}
+        assert {"lm_head", "model.layers.0.mlp", "model.layers.1.self_attn"} <= inside
+        for name, path in paths.items():
+            engine.load(name, path)
+        together(engine, asked)
+        # what adapters of their own had covered is there again
+        assert {path for path, m in model.named_modules() if "forward" in vars(m)} == inside
+    assert not [path for path, m in model.named_modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_quantized_bases_have_mixtures_too(storage, tiny_model_dir, tmp_path) -> None:
+    """The logits are those of the model with the adapter on it, up to bf16's rounding."""
+    model = load_model(tiny_model_dir("llama-wide"), Storage(torch.bfloat16, storage))
+    paths = save_adapters(
+        model, tmp_path, {name: METHODS[name] for name in ("lora", "dora", "ia3")}
+    )
+    found = first_logits(model, paths)
+    for i, (name, row) in enumerate(zip([None, *paths, None], found, strict=True)):
+        ids = torch.tensor([(*prompt(3 + i, i), 7)])
+        adapter = lf.load(model, paths[name]) if name else None
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[0, -1].double()
+        if adapter:
+            adapter.detach()
+        assert (row - expected).norm() <= 0.02 * expected.norm()

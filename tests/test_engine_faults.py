@@ -1,0 +1,240 @@
+"""What is refused, cancelled or fails, and that nobody else notices: every request has exactly one
+last event, and what it held is free again.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorafold as lf
+from conftest import make_tokenizer
+from engine_cases import generated, prompt, save_adapters
+from lorafold.engine import Ended, Engine, Request, Sampling, Token
+from lorafold.errors import LorafoldError
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def paths(model, tmp_path_factory) -> dict[str, Path]:
+    specs = {"one": lf.LoRA(rank=2), "two": lf.LoRA(rank=3), "opaque": lf.Bottleneck(size=4)}
+    return save_adapters(model, tmp_path_factory.mktemp("adapters"), specs)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request("a", (), 4), "prompt: found no tokens"),
+        (Request("a", (1, 300), 4), "prompt: found token 300, expected 0 to 299"),
+        (Request("a", (1, -1), 4), "prompt: found token -1"),
+        (Request("a", (1, 2), 0), "max_new_tokens: found 0"),
+        (Request("a", (1, 2), 31), r"found 2 \+ 31 tokens, expected at most 32"),
+        (Request("a", (1,) * 40, 1), r"found 40 \+ 1 tokens"),
+        (Request("running", (1, 2), 4), "id: found 'running'"),
+        (
+            Request("a", (1, 2), 4, adapter="none"),
+            "found 'none', expected one of those loaded: one",
+        ),
+        (Request("a", (1,), 4, sampling=Sampling(logit_bias={400: 1.0})), "logit_bias.*400"),
+        (Request("a", (1,), 4, sampling=Sampling(stop=("x",))), "no tokenizer"),
+        (Request("a", (), 0), "prompt: found no tokens.*max_new_tokens: found 0"),
+    ],
+    ids=lambda x: x.id + str(x.prompt)[:9] + str(x.adapter) if isinstance(x, Request) else None,
+)
+def test_what_cannot_be_computed_is_refused_in_one_line(model, paths, request_, says) -> None:
+    running = Request("running", prompt(5, 1), 8)
+    expected = generated(model, running)
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("one", paths["one"])
+        stream = engine.submit(running)
+        engine.step()
+        with pytest.raises(LorafoldError, match=says) as error:
+            engine.submit(request_)
+        assert "\n" not in str(error.value)
+        assert str(error.value).startswith(f"request {request_.id!r}: ")
+        engine.check()
+        engine.run()
+        assert stream.result().tokens == expected
+        engine.submit(running)  # its id is free again
+        engine.run()
+
+
+def test_cancelling_frees_the_slot_within_a_step(model, paths) -> None:
+    asked = [Request(str(i), prompt(5 + i, i), 10) for i in range(4)]
+    expected = [generated(model, request) for request in asked]
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("one", paths["one"])
+        streams = [engine.submit(request) for request in asked]
+        late = engine.submit(Request("late", prompt(3, 9), 5, adapter="one"))
+        engine.step()
+        engine.step()
+        assert engine.cancel("0")
+        assert engine.cancel("late")  # it waits
+        engine.step()
+        engine.check()
+        assert not engine.cancel("0")
+        engine.run()
+        ended = [stream.result() for stream in streams]
+    assert ended[0].reason == "cancelled"
+    assert ended[0].tokens == expected[0][: len(ended[0].tokens)]
+    assert [e.tokens for e in ended[1:]] == expected[1:]
+    assert late.result() == Ended("late", "cancelled")
+
+
+def test_ends_stops_and_texts(model) -> None:
+    tokenizer = make_tokenizer()
+    whole = generated(model, Request("", prompt(6, 2), 12))
+    text = tokenizer.decode(whole, skip_special_tokens=True)
+    end = whole[7]
+    stop = text[4:6]
+    asked = {
+        "length": Request("length", prompt(6, 2), 12),
+        "end": Request("end", prompt(6, 2), 12, ends=frozenset([end, 1])),
+        "stop": Request("stop", prompt(6, 2), 12, sampling=Sampling(stop=(stop,))),
+    }
+    with Engine(model, tokenizer, slots=3, length=32) as engine:
+        streams = {name: engine.submit(request) for name, request in asked.items()}
+        engine.run()
+    for name, stream in streams.items():
+        events = list(stream)
+        assert [type(event) for event in events] == [Token] * (len(events) - 1) + [Ended]
+        last = events[-1]
+        assert isinstance(last, Ended)
+        assert last.reason == name
+        assert last.tokens == tuple(e.token for e in events[:-1])  # type: ignore[union-attr]
+        assert last.text.startswith("".join(e.text for e in events[:-1]))  # type: ignore[union-attr]
+    assert streams["length"].result().text == text
+    assert streams["length"].result().tokens == whole
+    assert streams["end"].result().tokens == whole[: whole.index(end)]
+    assert streams["stop"].result().text == text.split(stop)[0]
+
+
+@pytest.mark.parametrize("bad", [["3"], ["0", "5"], [str(i) for i in range(6)]], ids=len)
+def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad, monkeypatch) -> None:
+    """The fault is in the requests, or (all six) in the machine; then new requests run again."""
+    names = [None, "one", "two", "opaque", "one", None]
+    asked = [Request(str(i), prompt(3 + 5 * i, i), 8, adapter=names[i]) for i in range(6)]
+    with Engine(model, slots=6, length=64, chunk=8, budget=24) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+
+        def all_tokens() -> dict[str, Ended]:
+            streams = [engine.submit(request) for request in asked]
+            engine.run()
+            engine.check()
+            return {stream.request.id: stream.result() for stream in streams}
+
+        sound, forward = all_tokens(), engine._runner.forward
+
+        def faulty(rows: Any, counts: Any) -> torch.Tensor:
+            if any(row.request.id in bad and len(row.completion) == 3 for row in rows):
+                raise MemoryError("no room for the pass")
+            return forward(rows, counts)
+
+        monkeypatch.setattr(engine._runner, "forward", faulty)
+        found = all_tokens()
+        monkeypatch.setattr(engine._runner, "forward", forward)
+        for id, ended in found.items():
+            if id in bad:
+                assert (ended.reason, ended.message) == (
+                    "failed",
+                    "MemoryError: no room for the pass",
+                )
+                assert ended.tokens == sound[id].tokens[:3]
+            else:
+                assert ended == sound[id]
+        assert all_tokens() == sound
+
+
+def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model, monkeypatch) -> None:
+    """Both rows that decode fail, so the cache is made anew, and the row that was reading its
+    prompt reads it again.
+    """
+    asked = [Request("0", prompt(3, 0), 8), Request("1", prompt(4, 1), 8)]
+    long = Request("long", prompt(40, 2), 8)
+    expected = generated(model, long)
+    with Engine(model, slots=3, length=64, chunk=8, budget=8) as engine:
+        forward, cache = engine._runner.forward, engine._runner.cache  # type: ignore[attr-defined]
+
+        def faulty(rows: Any, counts: Any) -> torch.Tensor:
+            if any(len(row.completion) == 2 and row.request.id != "long" for row in rows):
+                raise RuntimeError("the device is gone")
+            return forward(rows, counts)
+
+        monkeypatch.setattr(engine._runner, "forward", faulty)
+        streams = [engine.submit(request) for request in [*asked, long]]
+        engine.run()
+        assert [s.result().reason for s in streams] == ["failed", "failed", "length"]
+        assert streams[2].result().tokens == expected
+        assert engine._runner.cache is not cache  # type: ignore[attr-defined]
+
+
+def test_what_a_sampler_raises_fails_its_request_alone(model, monkeypatch) -> None:
+    asked = [Request(str(i), prompt(4, i), 6, sampling=Sampling(temperature=1.0)) for i in range(3)]
+    with Engine(model, slots=3, length=32) as engine:
+        streams = [engine.submit(request) for request in asked]
+        row = engine._rows["1"]
+        monkeypatch.setattr(row.sampler, "allowed", lambda tokens: 1 / 0)
+        engine.run()
+        engine.check()
+    assert [s.result().reason for s in streams] == ["length", "failed", "length"]
+    assert "division" in streams[1].result().message
+
+
+def test_a_thread_serves_and_closing_ends_everything(model, paths) -> None:
+    asked = [Request(str(i), prompt(4 + i, i), 12, adapter=[None, "one"][i % 2]) for i in range(12)]
+    with Engine(model, slots=1, length=32) as engine:
+        engine.load("one", paths["one"])
+        expected = []
+        for request in asked:
+            stream = engine.submit(request)
+            engine.run()
+            expected.append(stream.result().tokens)
+    engine = Engine(model, slots=3, length=32)
+    engine.load("one", paths["one"])
+    engine.start()
+    found: dict[int, Any] = {}
+
+    def client(i: int) -> None:
+        found[i] = engine.submit(asked[i]).result().tokens
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[i] for i in range(12)] == expected
+    open_ = [engine.submit(Request(f"long{i}", prompt(4, i), 28)) for i in range(6)]
+    engine.close()
+    engine.close()
+    assert {stream.result().reason for stream in open_} <= {"cancelled", "length"}
+    with pytest.raises(LorafoldError, match="closed"):
+        engine.submit(asked[0])
+
+
+def test_many_cancelled_requests_leave_nothing(model) -> None:
+    with Engine(model, slots=4, length=32) as engine:
+        engine.start()
+        streams = [engine.submit(Request(str(i), prompt(6, i), 20)) for i in range(60)]
+        for stream in streams:
+            engine.cancel(stream.request.id)
+        assert all(stream.result().reason in ("cancelled", "length") for stream in streams)
+        assert not engine._rows
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"slots": 0}, "slots: found 0"), ({"length": 1}, "length: found 1"),
+     ({"length": 513}, "length: found 513, expected at most 512")],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(model, options, says) -> None:
+    with pytest.raises(LorafoldError, match=says):
+        Engine(model, **options)

@@ -1,0 +1,251 @@
+"""Any mixture of adapters in one batch: each request has the tokens that it has alone, and what is
+wrong with one adapter touches no other request.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorafold as lf
+from engine_cases import METHODS, alone, generated, prompt, sampling, save_adapters, together
+from lorafold.engine import Engine, Request, Sampling
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def paths(model, tmp_path_factory) -> dict[str, Path]:
+    return save_adapters(model, tmp_path_factory.mktemp("adapters"), METHODS)
+
+
+def mixture(n: int, *, new: int = 8) -> list[Request]:
+    names = [None, *METHODS]
+    return [
+        Request(str(i), prompt(3 + 7 * i % 31, i), new + i % 5, adapter=names[i % len(names)])
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
+def test_eight_methods_in_one_batch_are_each_as_generate_has_it(model, paths, invariant) -> None:
+    asked, expected = mixture(20), []
+    for request in asked:
+        adapter = lf.load(model, paths[request.adapter]) if request.adapter else None
+        expected.append(generated(model, request))
+        if adapter:
+            adapter.detach()
+    assert len(set(expected[:9])) == 9  # the adapters do something
+    with Engine(model, slots=6, length=64, chunk=8, budget=16, invariant=invariant) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        assert together(engine, asked, steps_between=1) == expected
+    assert not any("deltas" in vars(m).get("_modules", {}) for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "qwen2"])
+def test_other_models_mix_them_too(kind, tiny_model, tmp_path) -> None:
+    model = tiny_model(kind)
+    specs = {name: METHODS[name] for name in ("lora", "dora", "prompt", "houlsby", "ia3")}
+    paths = save_adapters(model, tmp_path, specs)
+    names = [None, *specs]
+    asked = [Request(str(i), prompt(4 + i, i), 6, adapter=names[i % 6]) for i in range(12)]
+    expected = [alone(model, request, paths, length=64, slots=1) for request in asked]
+    for request, tokens in zip(asked[:6], expected, strict=False):
+        adapter = lf.load(model, paths[request.adapter]) if request.adapter else None
+        assert generated(model, request) == tokens
+        if adapter:
+            adapter.detach()
+    with Engine(model, slots=8, length=64) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        assert together(engine, asked) == expected
+
+
+def test_adapters_that_are_active_belong_to_the_base(model, paths) -> None:
+    active = lf.load(model, paths["loha"], name="below")
+    request = Request("1", prompt(6, 1), 8, adapter="lora")
+    over = lf.load(model, paths["lora"], name="over")
+    expected = generated(model, request)
+    over.detach()
+    with Engine(model, slots=3, length=64) as engine:
+        engine.load("lora", paths["lora"])
+        both = together(engine, [request, Request("2", prompt(6, 1), 8)])
+    assert both[0] == expected
+    assert both[1] == generated(model, Request("2", prompt(6, 1), 8)) != expected
+    active.detach()
+
+
+def test_stacks_of_many_ranks_and_targets(model, tmp_path) -> None:
+    specs = {
+        "one": lf.LoRA(rank=1),
+        "wide": lf.LoRA(rank=9, rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 12}),
+        "ada": lf.AdaLoRA(rank=3),
+        "rs": lf.LoRA(rank=5, rslora=True),
+    }
+    paths = save_adapters(model, tmp_path, specs)
+    torch.manual_seed(9)
+    adapter = lf.attach(
+        model, lf.LoRA(rank=6), targets=["q_proj", "v_proj"], name="qv", bias="none"
+    )
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    paths["qv"] = adapter.save(tmp_path / "qv")
+    adapter.detach()
+    adapter = lf.attach(
+        model, lf.LoRA(rank=2), targets=["k_proj"], name="tok", tokens=[5, 300, 301]
+    )
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    paths["tok"] = adapter.save(tmp_path / "tok")
+    adapter.detach()
+    names = [*paths, None]
+    asked = [Request(str(i), prompt(5 + i, i), 7, adapter=names[i % 7]) for i in range(21)]
+    asked.append(Request("new", (*prompt(5, 3), 300, 301), 7, adapter="tok"))
+    expected = []
+    for request in asked:
+        adapter = lf.load(model, paths[request.adapter]) if request.adapter else None
+        expected.append(generated(model, request))
+        if adapter:
+            adapter.detach()
+    with Engine(model, slots=7, length=64) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        assert together(engine, asked, steps_between=1) == expected
+
+
+def logits_seen(engine: Engine, request: Request, others: list[Request]) -> list[torch.Tensor]:
+    """The logits of each token of a request, bit for bit, with others in the batch."""
+    seen, forward = [], engine._runner.forward
+
+    def spied(rows: Any, counts: Any) -> torch.Tensor:
+        logits = forward(rows, counts)
+        for b, (row, n) in enumerate(zip(rows, counts, strict=True)):
+            if row.request.id == request.id and row.pending == n:
+                seen.append(logits[b].clone())
+        return logits
+
+    engine._runner.forward = spied  # type: ignore[method-assign]
+    streams = [engine.submit(other) for other in others[: len(others) // 2]]
+    engine.step()
+    stream = engine.submit(request)
+    streams += [engine.submit(other) for other in others[len(others) // 2 :]]
+    engine.run()
+    assert stream.result().message == ""
+    engine._runner.forward = forward  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "dora", "prompt", "houlsby", "vera"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_invariant_logits_are_the_same_bits_in_any_company(
+    model, paths, tiny_model, adapter, dtype
+) -> None:
+    model = model if dtype is torch.float32 else tiny_model("llama").to(dtype)
+    request = Request("it", prompt(21, 5), 10, adapter=adapter)
+    with Engine(model, slots=6, length=64, chunk=8, invariant=True) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        by_itself = logits_seen(engine, request, [])
+        with_others = logits_seen(engine, request, mixture(14))
+    assert len(by_itself) == request.max_new_tokens
+    assert all(torch.equal(a, b) for a, b in zip(by_itself, with_others, strict=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "houlsby", "ia3"])
+def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None:
+    """The poisoned rows run in both engines' batches at the same places; in one they are sound."""
+    asked = [
+        Request(str(i), prompt(4 + 3 * i, i), 9, adapter=name, sampling=sampling(i))
+        for i, name in enumerate([None, method, "loha", "lokr", None, method])
+    ]
+
+    def tokens(poison: bool) -> dict[str, Any]:
+        with Engine(model, slots=6, length=64, chunk=16) as engine:
+            for name in ("loha", "lokr", method):
+                engine.load(name, paths[name])
+            if poison:
+                held = engine.adapters._states[engine.adapters.entry(method)].held
+                assert held is not None
+                for factors in held.factors.values():
+                    factors.up[0].fill_(float("nan"))
+                for delta in list(held.deltas.values())[:1]:
+                    for p in delta.parameters():
+                        p.data.fill_(float("nan"))
+            streams = [engine.submit(request) for request in asked]
+            engine.run()
+            engine.check()
+            for slot in range(6):
+                assert engine._runner.cache.is_zero(slot) or not poison  # type: ignore[attr-defined]
+            again = engine.submit(Request("after", prompt(9, 9), 6))
+            engine.run()
+            return {s.request.id: s.result() for s in [*streams, again]}
+
+    sound, poisoned = tokens(False), tokens(True)
+    for request in asked:
+        if request.adapter == method:
+            assert poisoned[request.id].reason == "failed"
+            assert "NaN" in poisoned[request.id].message
+        else:
+            assert poisoned[request.id] == sound[request.id]
+    assert poisoned["after"] == sound["after"]
+
+
+def run_random(model: Any, paths: dict[str, Path], n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
+    names = [None, *METHODS]
+    asked = [
+        Request(
+            str(i),
+            prompt(1 + draw(45), i),
+            1 + draw(14),
+            names[draw(len(names))],
+            sampling(draw(99)),
+        )
+        for i in range(n)
+    ]
+    with Engine(model, slots=1, length=64) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        expected = [together(engine, [request])[0] for request in asked]
+    with Engine(model, slots=7, length=64, chunk=12, budget=24) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        streams = []
+        for request in asked:
+            streams.append(engine.submit(request))
+            for _ in range(draw(3)):
+                engine.step()
+        engine.run()
+        engine.check()
+    found = [stream.result().tokens for stream in streams]
+    assert [i for i in range(n) if found[i] != expected[i]] == []
+
+
+def test_two_hundred_random_requests_are_each_as_alone(model, paths) -> None:
+    run_random(model, paths, 200, 0)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_requests_are_each_as_alone(model, paths) -> None:
+    for seed in (1, 2):
+        run_random(model, paths, 500, seed)
+
+
+def test_sampled_with_adapters_as_alone(model, paths) -> None:
+    asked = [
+        Request(str(i), prompt(5, i), 10, name, Sampling(temperature=1.0, seed=7))
+        for i, name in enumerate(paths)
+    ]
+    expected = [alone(model, request, paths, slots=1, length=64) for request in asked]
+    with Engine(model, slots=8, length=64) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        assert together(engine, asked) == expected

@@ -1,0 +1,123 @@
+"""Requests in the engine get the tokens that transformers' `generate` gives them, whatever the
+model: ten families in slots, others one at a time, with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from conftest import GPT2_SIZE, SIZE
+from engine_cases import generated, prompt, together
+from lorafold.engine import Engine, Request, Sampling
+
+NO_HEAD_DIM = {k: v for k, v in SIZE.items() if k != "head_dim"}
+VOCABULARY = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SIZE, **VOCABULARY),  # grouped queries
+    "qwen2": lambda: Qwen2Config(**NO_HEAD_DIM, **VOCABULARY),  # biases
+    "gemma": lambda: GemmaConfig(**SIZE, **VOCABULARY),  # tied, scaled embeddings
+    "gpt2": lambda: GPT2Config(**GPT2_SIZE, **VOCABULARY),  # learned positions, Conv1D
+    "mistral": lambda: MistralConfig(**NO_HEAD_DIM, **VOCABULARY, sliding_window=6),
+    # alternating windows, capped scores
+    "gemma2": lambda: Gemma2Config(**SIZE, **VOCABULARY, sliding_window=6, query_pre_attn_scalar=8),
+    "qwen3": lambda: Qwen3Config(**SIZE, **VOCABULARY),  # norms of queries and keys
+    "mixtral": lambda: MixtralConfig(**NO_HEAD_DIM, **VOCABULARY, num_local_experts=4),
+    "opt": lambda: OPTConfig(**SMALL, **VOCABULARY, ffn_dim=64, word_embed_proj_dim=32),
+    "neox": lambda: GPTNeoXConfig(**SMALL, **VOCABULARY, intermediate_size=64),  # partial rotary
+    # sinks, windows, experts
+    "gpt-oss": lambda: GptOssConfig(**SIZE, **VOCABULARY, num_local_experts=4, sliding_window=6),
+}
+SOLO: dict[str, Any] = {
+    "mamba": lambda: MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **VOCABULARY),
+    "bloom": lambda: BloomConfig(hidden_size=32, n_layer=2, n_head=4, **VOCABULARY),
+}
+
+
+def model_of(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def requests(n: int) -> list[Request]:
+    lengths = (3, 17, 1, 40, 8, 23)
+    return [Request(str(i), prompt(lengths[i % 6], i), 5 + i % 7) for i in range(n)]
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_generate(family: str, invariant: bool) -> None:
+    model, asked = model_of(FAMILIES[family]()), requests(9)
+    expected = [generated(model, request) for request in asked]
+    implementation = model.config._attn_implementation
+    with Engine(model, slots=4, length=64, chunk=7, budget=14, invariant=invariant) as engine:
+        assert engine.slotted, engine.structure.why
+        assert together(engine, asked, steps_between=1) == expected
+    assert model.config._attn_implementation == implementation
+    assert [generated(model, request) for request in asked[:2]] == expected[:2]
+
+
+@pytest.mark.parametrize("family", SOLO)
+def test_a_model_without_slots_runs_one_request_at_a_time_and_says_so(family: str) -> None:
+    model, asked = model_of(SOLO[family]()), requests(4)
+    expected = [generated(model, request) for request in asked]
+    with Engine(model, slots=4, length=64) as engine:
+        assert not engine.slotted
+        assert "slots" in engine.structure.why
+        assert together(engine, asked) == expected
+
+
+def test_sampled_tokens_follow_from_the_seed_alone() -> None:
+    model = model_of(FAMILIES["llama"]())
+    asked = [
+        Request(str(i), prompt(4 + i, i), 12, sampling=Sampling(temperature=1.0, seed=i % 3))
+        for i in range(7)
+    ]
+    expected = []
+    for request in asked:  # by hand: no cache, no engine
+        generator = torch.Generator().manual_seed(request.sampling.seed)
+        ids = torch.tensor([request.prompt])
+        for _ in range(request.max_new_tokens):
+            with torch.no_grad():
+                p = model(ids, use_cache=False).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+        expected.append(tuple(ids[0, len(request.prompt) :].tolist()))
+    before = torch.random.get_rng_state()
+    with Engine(model, slots=3, length=64, chunk=5, budget=10) as engine:
+        assert together(engine, asked, steps_between=2) == expected
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_model_is_given_back_as_it_was() -> None:
+    model = model_of(FAMILIES["llama"]()).train()
+    model.requires_grad_(True)
+    classes = {path: type(m) for path, m in model.named_modules()}
+    with Engine(model, slots=2, length=32):
+        assert not model.training
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert classes == {path: type(m) for path, m in model.named_modules()}

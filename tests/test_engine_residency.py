@@ -1,0 +1,286 @@
+"""Adapters come, go and change under a running engine: a request has exactly the adapter that its
+name stood for when it was submitted, whatever happens to that afterwards.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import lorafold as lf
+from engine_cases import alone, prompt, save_adapters
+from lorafold.engine import Engine, Request, Stream
+from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.residency import Residency
+from lorafold.errors import LorafoldError
+
+SPECS = {
+    "a1": lf.LoRA(rank=2),
+    "a2": lf.LoRA(rank=3),
+    "b1": lf.DoRA(over=lf.LoRA(rank=2)),
+    "c1": lf.Bottleneck(size=4),
+    "d1": lf.Prompt(tokens=2),
+}
+PROMPTS = [prompt(3, 0), prompt(19, 1), prompt(8, 2)]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def paths(model, tmp_path_factory) -> dict[str, Path]:
+    return save_adapters(model, tmp_path_factory.mktemp("adapters"), SPECS)
+
+
+@pytest.fixture(scope="module")
+def tokens(model, paths) -> dict[tuple[str | None, int], tuple[int, ...]]:
+    return {
+        (name, i): alone(model, Request("1", p, NEW, adapter=name), paths, slots=1, length=32)
+        for name in (None, *paths)
+        for i, p in enumerate(PROMPTS)
+    }
+
+
+def bytes_of(engine: Engine, name: str) -> int:
+    held = engine.adapters._states[engine.adapters.entry(name)].held
+    assert held is not None
+    return held.nbytes
+
+
+def test_the_machine(model, paths, tokens) -> None:
+    """Any order of submit, step, cancel, load, unload, evict and pin, with room for about two of
+    the adapters; what the engine holds is right after each.
+    """
+    with Engine(model, slots=1, length=32) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        room = sum(sorted(bytes_of(engine, name) for name in paths)[-2:])
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engine = Engine(model, slots=3, length=32, chunk=5, budget=10, adapter_bytes=room)
+            self.versions: dict[str, str] = {}
+            self.pinned: set[str] = set()
+            self.streams: list[tuple[Stream, str | None, int, bool]] = []
+
+        @rule(version=st.sampled_from(sorted(paths)), wait=st.booleans())
+        @precondition(lambda self: not self.pinned)
+        def load(self, version: str, wait: bool) -> None:
+            name = version[0]
+            loading = self.engine.adapters.load(name, paths[version])
+            if loading.exception() is None:
+                self.versions[name] = version
+
+        @rule(name=st.sampled_from("abcd"))
+        def unload(self, name: str) -> None:
+            if name in self.versions:
+                self.engine.unload(name)
+                del self.versions[name]
+                self.pinned.discard(name)
+            else:
+                with pytest.raises(LorafoldError, match=f"found '{name}'"):
+                    self.engine.unload(name)
+
+        @rule(which=st.integers(0, 3), busy=st.booleans())
+        @precondition(lambda self: self.versions)
+        def evict(self, which: int, busy: bool) -> None:
+            name = sorted(self.versions)[which % len(self.versions)]
+            if busy:  # while one of its requests is likely to run
+                self.submit(name, which % len(PROMPTS))
+                self.step(2)
+            if self.engine.adapters.evict(name):
+                assert name not in self.pinned
+                assert self.engine.adapters.status(name) == "cold"
+
+        @rule(name=st.sampled_from("abcd"), pinned=st.booleans())
+        def pin(self, name: str, pinned: bool) -> None:
+            if name in self.versions and (not pinned or not self.pinned):
+                self.engine.adapters.pin(name, pinned)
+                (self.pinned.add if pinned else self.pinned.discard)(name)
+
+        @rule(name=st.sampled_from([None, *"abcd"]), i=st.integers(0, len(PROMPTS) - 1))
+        def submit(self, name: str | None, i: int) -> None:
+            request = Request(str(len(self.streams)), PROMPTS[i], NEW, adapter=name)
+            if name is not None and name not in self.versions:
+                with pytest.raises(LorafoldError, match=f"found '{name}'"):
+                    self.engine.submit(request)
+                return
+            version = None if name is None else self.versions[name]
+            self.streams.append((self.engine.submit(request), version, i, False))
+
+        @rule(which=st.integers(0, 30))
+        def cancel(self, which: int) -> None:
+            if which < len(self.streams):
+                stream, version, i, _ = self.streams[which]
+                if self.engine.cancel(stream.request.id):
+                    self.streams[which] = stream, version, i, True
+
+        @rule(n=st.integers(1, 6))
+        def step(self, n: int) -> None:
+            for _ in range(n):
+                self.engine.step()
+
+        @invariant()
+        def right(self) -> None:
+            self.engine.check()
+            assert set(self.engine.adapters.names()) == set(self.versions)
+
+        def teardown(self) -> None:
+            try:
+                self.engine.run()
+                self.engine.check()
+                for stream, version, i, cancelled in self.streams:
+                    ended = stream.result()
+                    expected = tokens[version, i]
+                    if ended.reason == "cancelled":
+                        assert cancelled
+                        assert ended.tokens == expected[: len(ended.tokens)]
+                    elif ended.reason == "failed":  # two that are pinned or large leave no room
+                        assert "bytes" in ended.message
+                    else:
+                        assert ended.tokens == expected, (version, i)
+                assert all(not s.leases for s in self.engine.adapters._states.values())
+            finally:
+                self.engine.close()
+
+    Machine.TestCase.settings = settings(
+        max_examples=60,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    case = Machine.TestCase()
+    case.runTest()
+
+
+def test_a_name_that_is_loaded_again_is_another_adapter_for_new_requests(
+    model, paths, tokens, tmp_path
+) -> None:
+    where = tmp_path / "a"
+    shutil.copytree(paths["a1"], where)
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("a", where)
+        generation = engine.adapters.entry("a").generation
+        engine.load("a", where)
+        assert engine.adapters.entry("a").generation == generation  # the same files
+        first = engine.submit(Request("1", PROMPTS[1], NEW, adapter="a"))
+        waiting = engine.submit(Request("2", PROMPTS[0], NEW, adapter="a"))
+        engine.step()
+        shutil.rmtree(where)
+        shutil.copytree(paths["a2"], where)
+        engine.load("a", where)
+        second = engine.submit(Request("3", PROMPTS[1], NEW, adapter="a"))
+        engine.run()
+        assert first.result().tokens == tokens["a1", 1]
+        assert waiting.result().tokens == tokens["a1", 0]
+        assert second.result().tokens == tokens["a2", 1]
+        assert len(engine.adapters._states) == 1
+
+
+def test_files_that_changed_are_not_read_under_the_old_digest(model, paths, tmp_path) -> None:
+    where = tmp_path / "a"
+    shutil.copytree(paths["a1"], where)
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("a", where)
+        assert engine.adapters.evict("a")
+        weights = where / "adapter_model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
+        other = engine.submit(Request("2", PROMPTS[0], NEW))
+        engine.run()
+        assert stream.result().reason == "failed"
+        assert "changed since it was loaded" in stream.result().message
+        assert other.result().reason == "length"
+        with pytest.raises(LorafoldError, match="content differs"):
+            engine.load("a", where)
+        assert engine.adapters.names() == ("a",)
+
+
+@pytest.mark.parametrize("kind", ["missing", "other-model", "truncated"])
+def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, kind) -> None:
+    where = tmp_path / "it"
+    if kind == "other-model":
+        where = save_adapters(tiny_model("gpt2"), tmp_path, {"it": lf.LoRA(rank=2)})["it"]
+    if kind == "truncated":
+        shutil.copytree(paths["a1"], where)
+        weights = where / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("a", paths["a1"])
+        with pytest.raises(LorafoldError, match=str(where)):
+            engine.load("it", where)
+        assert engine.adapters.names() == ("a",)
+        with pytest.raises(LorafoldError, match=str(where)):
+            engine.load("a", where)
+        engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
+        engine.run()
+        engine.check()
+
+
+def test_an_evicted_adapter_is_read_again_and_others_go_on_meanwhile(model, paths, tokens) -> None:
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("a", paths["a1"])
+        engine.adapters.evict("a")
+        read, gate = engine.adapters._read, threading.Event()
+
+        def slow(entry: Entry) -> Held:
+            assert gate.wait(30)
+            return read(entry)
+
+        engine.adapters._read = slow  # type: ignore[method-assign]
+        cold = engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
+        warm = engine.submit(Request("2", PROMPTS[1], NEW))
+        while warm.ended is None:
+            engine.step()
+        assert cold.ended is None
+        assert engine.adapters.status("a") == "loading"
+        gate.set()
+        engine.run()
+        assert warm.result().tokens == tokens[None, 1]
+        assert cold.result().tokens == tokens["a1", 0]
+
+
+def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
+    with Engine(model, slots=2, length=32) as engine:
+        engine.load("a", paths["a1"])
+        engine.load("b", paths["a2"])
+        engine.load("c", paths["b1"])
+        sizes = {name: bytes_of(engine, name) for name in "abc"}
+        read = engine.adapters._read
+    books = Residency(read, budget=sizes["a"] + sizes["b"])
+    try:
+        books.load("a", paths["a1"]).result()
+        books.load("b", paths["a2"]).result()
+        entry = books.bind("a")
+        assert books.lease(entry)
+        books.release(entry)
+        books.unbind(entry)
+        books.load("c", paths["b1"]).result()
+        assert [books.status(n) for n in "abc"] == ["resident", "cold", "resident"] or (
+            books.status("b") == "cold"
+        )
+        books.pin("c")
+        books.pin("a")
+        with pytest.raises(LorafoldError, match="bytes, expected at most"):
+            books.load("big", paths["c1"]).result()
+        books.check()
+        books.pin("a", False)
+        books.unload("c")
+        with pytest.raises(LorafoldError, match="found 'c'"):
+            books.pin("c")
+        books.check()
+    finally:
+        books.close()

@@ -1,0 +1,246 @@
+"""The sampler computes what transformers' logits processors compute, and texts are what decoding
+the whole completion gives.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from conftest import make_tokenizer
+from engine_cases import prompt, sampling
+from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.sampler import NotFinite, Sampler, filtered
+from lorafold.engine.text import Text
+from lorafold.errors import LorafoldError
+
+V = 60
+PROMPT = (3, 7, 7, 11)
+
+
+def logits(seed: int) -> torch.Tensor:
+    return 3 * torch.randn(V, generator=torch.Generator().manual_seed(seed))
+
+
+def processors(s: Sampling) -> LogitsProcessorList:
+    found: list[Any] = []
+    if s.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+    if s.temperature:
+        found.append(TemperatureLogitsWarper(s.temperature))
+    if s.top_k:
+        found.append(TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        found.append(TopPLogitsWarper(s.top_p))
+    if s.min_p:
+        found.append(MinPLogitsWarper(s.min_p))
+    return LogitsProcessorList(found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 1.0, "repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_transformers_processors(settings: dict[str, Any]) -> None:
+    own = Sampling(**settings, seed=4)
+    sampler, generator = Sampler(own, PROMPT), torch.Generator().manual_seed(4)
+    ids = list(PROMPT)
+    for step in range(40):
+        scores = processors(own)(torch.tensor([ids]), logits(step)[None].clone())
+        if own.temperature:
+            p = scores.softmax(-1)
+            expected = int(torch.multinomial(p, 1, generator=generator))
+        else:
+            expected = int(scores.argmax())
+        assert sampler.choose(logits(step)).token == expected
+        ids.append(expected)
+
+
+def test_filters_keep_at_least_the_likeliest() -> None:
+    for settings in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        kept = filtered(logits(0), Sampling(temperature=1.0, **settings))
+        assert torch.isfinite(kept).nonzero()[:, 0].tolist() == [int(logits(0).argmax())]
+
+
+def test_presence_frequency_and_bias_are_their_formula() -> None:
+    own = Sampling(presence_penalty=0.7, frequency_penalty=0.3, logit_bias={2: 1.5, 9: -4.0})
+    sampler, counts = Sampler(own, PROMPT), torch.zeros(V)
+    for step in range(60):
+        scores = logits(step % 3) - 0.7 * (counts > 0) - 0.3 * counts
+        scores[2] += 1.5
+        scores[9] -= 4
+        token = sampler.choose(logits(step % 3)).token
+        assert token == int(scores.argmax())
+        counts[token] += 1
+    assert len(set(sampler.tokens)) > 10  # the penalties do something
+
+
+def test_logprobs_are_the_models_own() -> None:
+    found = Sampler(Sampling(temperature=0.3, logprobs=3, logit_bias={1: 9.0}), PROMPT).choose(
+        logits(1)
+    )
+    own = logits(1).log_softmax(-1)
+    assert found.logprob == pytest.approx(float(own[found.token]))
+    assert [token for token, _ in found.top] == own.topk(3).indices.tolist()
+    assert [p for _, p in found.top] == pytest.approx(own.topk(3).values.tolist())
+    assert Sampler(Sampling(logprobs=0), PROMPT).choose(logits(1)).top == ()
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    allowed = torch.zeros(V, dtype=torch.bool)
+    allowed[[5, 6]] = True
+    for own in (Sampling(), Sampling(temperature=2.0)):
+        sampler = Sampler(own, PROMPT, lambda tokens: allowed if len(tokens) < 5 else None)
+        chosen = [sampler.choose(logits(i)).token for i in range(10)]
+        assert set(chosen[:5]) <= {5, 6}
+        assert not set(chosen[5:]) <= {5, 6}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("own", [Sampling(), Sampling(temperature=1.0)], ids=["greedy", "drawn"])
+def test_logits_that_are_not_finite_raise(bad: float, own: Sampling) -> None:
+    row = logits(0)
+    row[7] = bad
+    with pytest.raises(NotFinite):
+        Sampler(own, PROMPT).choose(row)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"logit_bias": {1: float("inf")}}, "finite"),
+        ({"stop": ("",)}, "stop"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"top_p": 2.0, "top_k": -1}, "top_k.*top_p"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(LorafoldError, match=says):
+        Sampling(**settings)
+
+
+def pieces(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Text]:
+    text, found = Text(tokenizer, stop), []
+    for token in ids:
+        found.append(text.add(token))
+        if text.stopped:
+            break
+    found.append(text.finish())
+    return found, text
+
+
+def test_pieces_are_the_text() -> None:
+    tokenizer = make_tokenizer()
+    for words in ("Book a table for four.", "naïve café, 日本語 \N{GRINNING FACE} ok", " a  b \n"):
+        ids = tokenizer(words, add_special_tokens=False).input_ids
+        found, text = pieces(tokenizer, ids)
+        assert "".join(found) == text.text == words
+        assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in found)
+    cut = tokenizer("日", add_special_tokens=False).input_ids[:1]
+    assert "".join(pieces(tokenizer, cut)[0]) == tokenizer.decode(cut)
+
+
+def test_random_tokens_give_the_text_of_all_of_them() -> None:
+    tokenizer = make_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids = torch.randint(3, 128, (12,), generator=generator).tolist()
+        assert "".join(pieces(tokenizer, ids)[0]) == tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+@pytest.mark.parametrize("stop", ["ai", "o", "a table f", "B", "four.", "xyz", "our.!"])
+def test_stop_texts_cut_the_completion_wherever_tokens_end(stop: str) -> None:
+    tokenizer, words = make_tokenizer(), "Book a table for four. It rains."
+    ids = [i for c in words for i in tokenizer(c, add_special_tokens=False).input_ids]
+    found, text = pieces(tokenizer, ids, (stop, "never"))
+    assert text.stopped == (stop in words)
+    assert "".join(found) == text.text == words.split(stop)[0]
+
+
+def test_every_setting_of_the_cases_is_a_sampling() -> None:
+    assert len({str(sampling(i)) for i in range(7)}) == 7
+
+
+def test_structured_output_fits_the_schema_or_the_regex(tiny_model) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer, model = make_tokenizer(), tiny_model("llama")
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99}, "b": {"enum": ["yes", "no"]}},
+        "required": ["n", "b"],
+        "additionalProperties": False,
+    }
+    asked = [
+        Request(str(i), prompt(5, i), 60, sampling=Sampling(temperature=t, seed=i, **kind))
+        for i, (t, kind) in enumerate(
+            (t, kind)
+            for t in (0.0, 1.0, 2.0)
+            for kind in ({"schema": json.dumps(schema)}, {"regex": "[a-f]{3}-(yes|no)"}, {})
+        )
+    ]
+    with Engine(model, tokenizer, slots=4, length=80) as engine:
+        streams = [engine.submit(request) for request in asked]
+        engine.run()
+    for i, stream in enumerate(streams):
+        ended = stream.result()
+        assert ended.message == ""
+        if i % 3 == 0 and ended.reason == "end":  # blanks may go on to the last token
+            found = json.loads(ended.text)
+            assert set(found) == {"n", "b"}
+            assert isinstance(found["n"], int)
+        if i % 3 == 1:
+            assert ended.reason == "end"
+            assert re.fullmatch("[a-f]{3}-(yes|no)", ended.text)
+    assert any(s.result().reason == "end" for s in streams[::3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ({"schema": "{"}, "schema"),
+        ({"regex": "("}, "regex"),
+        ({"schema": '{"type": "x"}'}, "schema"),
+    ],
+)
+def test_grammars_that_cannot_be_read_are_refused(tiny_model, kind, says) -> None:
+    pytest.importorskip("llguidance")
+    request = Request("1", prompt(3, 1), 5, sampling=Sampling(**kind))
+    with Engine(tiny_model("llama"), make_tokenizer(), slots=2, length=32) as engine:
+        with pytest.raises(LorafoldError, match=f"^request '1': {says}: ") as error:
+            engine.submit(request)
+        assert "\n" not in str(error.value)
+        engine.check()
+    with (
+        Engine(tiny_model("llama"), slots=2, length=32) as engine,
+        pytest.raises(LorafoldError, match="no tokenizer"),
+    ):
+        engine.submit(request)
