@@ -328,6 +328,12 @@ def test_weights_are_read_after_the_last_colon_before_a_number(tmp_path: Path) -
             source_from(wrong)
 
 
+def test_only_training_rows_have_weights(tmp_path: Path) -> None:
+    data = written(tmp_path / "a.jsonl", 4)
+    with pytest.raises(LorafoldError, match="found a weight, which only training rows may have"):
+        lf.evaluate("smollm2", f"{data}:0.5")
+
+
 def test_an_epoch_takes_each_source_by_its_weight() -> None:
     parts = [Part(10), Part(100, 0.3), Part(4, 2.0)]
     size = epoch_size(parts)
@@ -413,6 +419,18 @@ def test_other_verbs_need_all_rows(tmp_path: Path) -> None:
         lf.compare(tmp_path / "out", recipe=lf.Recipe(streaming=True, steps=2))
     with pytest.raises(LorafoldError, match="found rows given in Python"):
         lf.train(lf.Recipe(streaming=True, steps=2), data=[row(1)], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_source_has_rows_of_the_objective(
+    streaming: bool, tiny_model_dir, tmp_path: Path
+) -> None:
+    first, second = written(tmp_path / "a.jsonl", 5), tmp_path / "b.jsonl"
+    second.write_text('{"text": "Book a table", "label": "x"}\n' * 5)
+    data, model = [str(first), str(second)], tiny_model_dir("llama")
+    with pytest.raises(LorafoldError, match=r"found rows of \{text, label\}, which are for"):
+        train(data, tmp_path / "out", model, streaming=streaming)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,12 @@ Columns = Mapping[str, str]  # the user's names of keys, by lorafold's
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
 
 
-def as_rows(data: Data, columns: Columns | None = None, console: Console | None = None) -> Rows:
+def as_rows(
+    data: Data,
+    columns: Columns | None = None,
+    console: Console | None = None,
+    weighted: bool = False,
+) -> Rows:
     """The rows, after they are read, if sources are named, and checked.
 
     Args:
@@ -35,6 +40,7 @@ def as_rows(data: Data, columns: Columns | None = None, console: Console | None 
         columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}.
         console: Where the keys are named that the rows have and lorafold ignores, and what else
             there is to say of rows of this shape.
+        weighted: Whether sources may have weights, as in rows.jsonl:0.3.
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
@@ -48,12 +54,20 @@ def as_rows(data: Data, columns: Columns | None = None, console: Console | None 
     else:
         numbered = enumerate(cast(Sequence[Row], data), 1)
         rows = check_rows(renamed(numbered, columns or {}), source_of(data))
+    if not weighted and any(part.weight != 1 for part in rows.parts):
+        raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
     if rows.ignored:
         names = ", ".join(rows.ignored)
         notice(f"{source_of(data)}: ignored keys: {names} (rows of {shape_of(rows[0])})")
-    if (shape := shape_of(rows[0])) is not None and shape.notice:
-        notice(f"{source_of(data)}: {shape.notice}")
+    for told in notices_of(rows.firsts()):
+        notice(f"{source_of(data)}: {told}")
     return rows
+
+
+def notices_of(firsts: Sequence[Row]) -> list[str]:
+    """What there is to say of the shapes of the sources' first rows, each once."""
+    shapes = dict.fromkeys(filter(None, map(shape_of, firsts)))
+    return [shape.notice for shape in shapes if shape.notice]
 
 
 def rows_to_train(
@@ -70,15 +84,19 @@ def rows_to_train(
     Raises LorafoldError for bad rows and for sources that can't be read.
     """
     if not recipe.streaming:
-        return as_rows(data, columns, console)
+        return as_rows(data, columns, console, weighted=True)
     from lorafold.data.stream import stream_of
 
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
     stream = stream_of(sources, columns)
-    if console is not None and (names := stream.ignored()):
-        text = f"{source_of(data)}: ignored keys: {', '.join(names)}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    told = notices_of(stream.firsts())
+    if names := stream.ignored():
+        told.append(f"ignored keys: {', '.join(names)}")
+    if console is not None:
+        for text in told:
+            line = f"{source_of(data)}: {text}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return stream
 
 

@@ -41,7 +41,7 @@ def train_and_test(
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
-    rows = as_rows(data, columns, console)
+    rows = as_rows(data, columns, console, weighted=True)
     if eval_data is not None:
         return rows, as_rows(eval_data, columns, console), source_of(data)
     return *split(rows, 0.1, recipe.seed), source_of(data)

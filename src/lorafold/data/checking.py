@@ -102,13 +102,15 @@ def is_labelled(rows: Sequence[Row]) -> bool:
     return (shape := shape_of(rows[0])) is not None and shape.objective == "classify"
 
 
-def check_objective(rows: Sequence[Row], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of this shape."""
-    shape = shape_of(rows[0])
-    if shape is None or shape.objective != objective:
-        takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
-        other = f", which are for --objective {shape.objective}" if shape else ""
-        raise LorafoldError(
-            f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
-            f" {takes}"
-        )
+def check_objective(firsts: Iterable[Row], objective: str) -> None:
+    """Raise LorafoldError if the objective does not train on rows of the shapes that the first rows
+    of all sources have.
+    """
+    for shape in map(shape_of, firsts):
+        if shape is None or shape.objective != objective:
+            takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
+            other = f", which are for --objective {shape.objective}" if shape else ""
+            raise LorafoldError(
+                f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
+                f" {takes}"
+            )

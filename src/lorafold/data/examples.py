@@ -164,7 +164,7 @@ def encode(
             " expected a fast tokenizer (one with a tokenizer.json)"
         )
     rows = as_checked(rows)
-    check_objective(rows, "sft")
+    check_objective(rows.firsts(), "sft")
     table = tokenized(rows, Completions(tokenizer, rendering), console)
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, table.column("row").to_numpy()

@@ -20,7 +20,7 @@ from lorafold.data.checking import check_objective
 from lorafold.data.completions import identity_of
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import Row
-from lorafold.data.stored import Part
+from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 
@@ -82,7 +82,7 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
     Raises LorafoldError if the rows have no labels, or only one.
     """
-    check_objective(rows, "classify")
+    check_objective(Rows.of(rows).firsts(), "classify")
     labels = {row["label"] for row in rows}
     numbers = all(isinstance(label, int) for label in labels)
     classes = tuple(map(str, sorted(labels))) if numbers else tuple(sorted(set(map(str, labels))))
@@ -167,7 +167,7 @@ def encode_labelled(
         console: For progress; None is quiet.
     """
     rows = as_checked(rows)
-    check_objective(rows, "classify")
+    check_objective(rows.firsts(), "classify")
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     examples = LabelledExamples(table, max_length)
     whole = Lists(table.column("ids")).lengths

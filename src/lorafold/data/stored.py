@@ -144,6 +144,11 @@ class Rows(Sequence[Row]):
             digest.add(sorted_json(chunk))
         return digest.sha256, digest.bytes
 
+    def firsts(self) -> list[Row]:
+        """The first row of each source."""
+        starts = np.cumsum([0, *(part.size for part in self.parts)])
+        return [self[int(n)] for n, p in zip(starts, self.parts, strict=False) if p.size]
+
     def texts(self) -> Iterator[str]:
         """The rows as JSON text."""
         return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_IT_IS.encode, self)

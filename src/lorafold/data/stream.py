@@ -67,6 +67,10 @@ class Stream:
             yield waiting[place]
             waiting[place] = row
 
+    def firsts(self) -> list[Row]:
+        """The first row of each source."""
+        return [next(self._endless(source))[1] for source in self.sources]
+
     def ignored(self) -> tuple[str, ...]:
         """The keys of the first rows of each source that no shape has."""
         first = [row for s in self.sources for _, row in islice(self._endless(s), PEEKED)]

@@ -81,7 +81,8 @@ class Grammars:
             if self._tokenizer is None or self._tokenizer.eos_token_id is None:
                 raise LorafoldError(f"{name}: found no tokenizer with an end token, expected one")
             try:
-                self._read = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary)  # type: ignore[arg-type]
+                known: Any = self._tokenizer
+                self._read = from_tokenizer(known, n_vocab=self._vocabulary)
             except ValueError as error:
                 raise LorafoldError(f"{name}: {error}") from None
         return self._read

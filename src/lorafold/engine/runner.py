@@ -161,7 +161,8 @@ class SlotRunner(Runner):
             ns = [counts[i] for i in order]
             first = rows[order[0]].slot
             follow = all(rows[i].slot == first + k for k, i in enumerate(order))
-            at = slice(first, first + len(rows)) if follow else [rows[i].slot for i in order]  # type: ignore[assignment]
+            own = [rows[i].slot for i in order]
+            at = slice(first, first + len(rows)) if follow else own  # type: ignore[assignment]
             starts = [rows[i].filled for i in order]
         width = self.chunk if self.each and not decoding else max(ns)
         logits = self._pass(held, taken, ns, at, starts, width)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorafold.data.batches import epoch_size, split
+from lorafold.data.checking import check_objective
 from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
@@ -125,6 +126,7 @@ def tokenized(
         return found
 
     if isinstance(rows, Stream):
+        check_objective(rows.firsts(), recipe.objective)
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
             rows,
