@@ -6,9 +6,7 @@
 q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K, Dv) -> (B, T, H, Dv). transformers asks a function of
 its registry for a model's mask and gives it a predicate on positions (causal, sliding, chunked);
 here that is evaluated at each row's own positions. Query heads that share a key head are rows of
-one product. A single query is the smaller factor, on the right: for 16 rows and 128 keys of
-SmolLM2 in bf16, 63 us instead of 139, where torch's own kernel takes 386 for all (two cores of an
-AMD EPYC, beside other work).
+one product; a single query is computed by `Operations.attend`.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from lorafold.engine.operations import Operations
 from lorafold.step.documents import attend
 
 
@@ -69,6 +68,7 @@ def slot_mask(
 
 
 def slot_attention(
+    operations: Operations,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -81,6 +81,7 @@ def slot_attention(
     """Compute attention (B, T, H, Dv); a function of transformers' attention protocol.
 
     Args:
+        operations: computes it where rows have a single query.
         module: the attention module.
         query, key, value: (B, H, T, D), (B, Hk, K, D) and (B, Hk, K, Dv).
         attention_mask: a mask (B, 1, T, K) that is added to the scores, a boolean one, or None.
@@ -92,16 +93,13 @@ def slot_attention(
     if attention_mask is None or attention_mask.dtype == torch.bool or special:
         return attend(module, query, key, value, attention_mask, 0.0, scaling, **protocol)
     (b, heads, t, d), kv_heads, width = query.shape, key.shape[1], key.shape[2]
-    groups, scale = heads // kv_heads, d**-0.5 if scaling is None else scaling
-    mask = attention_mask[:, :, None, :, :width]  # (B, 1, 1, T, K)
-    mask = mask.expand(b, kv_heads, groups if t > 1 else 1, t, width)
-    q = query.reshape(b * kv_heads, groups * t, d)
-    m = mask.reshape(b * kv_heads, -1, width)
-    k, v = key.flatten(0, 1), value.flatten(0, 1)
-    wide = torch.promote_types(m.dtype, torch.float32)
+    scale, mask = d**-0.5 if scaling is None else scaling, attention_mask[..., :width]
     if t == 1:
-        scores = torch.add(m.to(wide), torch.bmm(k, q.mT).mT, alpha=scale)
-    else:
-        scores = torch.baddbmm(m, q, k.mT, alpha=scale)
+        return operations.attend(query, key, value, mask, scale).transpose(1, 2), None
+    groups = heads // kv_heads
+    m = mask[:, :, None].expand(b, kv_heads, groups, t, width).reshape(b * kv_heads, -1, width)
+    q = query.reshape(b * kv_heads, groups * t, d)
+    k, v = key.flatten(0, 1), value.flatten(0, 1)
+    scores = torch.baddbmm(m, q, k.mT, alpha=scale)
     o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
     return o.view(b, heads, t, -1).transpose(1, 2), None

@@ -28,6 +28,8 @@ from lorafold.engine.admission import check
 from lorafold.engine.fast import fast as faster
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
+from lorafold.engine.native import available
+from lorafold.engine.operations import Plain
 from lorafold.engine.request import Request, Stream
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
@@ -36,6 +38,7 @@ from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.setting import greedy, untrained
 from lorafold.engine.structure import Structure, probe, slotted
 from lorafold.errors import LorafoldError
+from lorafold.machine.threads import disband
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,12 +103,14 @@ class Engine:
         dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
         reader = Reader(model, self.structure, dtype)
         if self.slotted:
-            self._stack.enter_context(slotted(model))
-            parts = (model, self.structure, slots, self.length, chunk, invariant)
+            fast = fast and not invariant
+            operations = available() if fast else Plain()
+            self._stack.enter_context(slotted(model, operations))
+            parts = (model, self.structure, operations, slots, self.length, chunk, invariant)
             self._runner: Runner = SlotRunner(*parts)
-            if fast and not invariant:
+            if fast:
                 laid = self._runner.laid
-                self._stack.enter_context(faster(model, self.structure, laid, rows=slots))
+                self._stack.enter_context(faster(model, self.structure, laid, operations, slots))
         else:
             self._stack.enter_context(greedy(model))
             self._runner, chunk = SoloRunner(model, self.structure), self.length
@@ -202,6 +207,7 @@ class Engine:
     def start(self) -> None:
         """Step in a thread of the engine's own, until `close`."""
         assert self._thread is None
+        disband()  # the engine's thread has its own team
         self._thread = threading.Thread(target=self._serve, name="lorafold-engine", daemon=True)
         self._thread.start()
 

@@ -24,6 +24,7 @@ from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
 from lorafold.core.layer import Layer
 from lorafold.engine.laid import Laid
+from lorafold.engine.operations import Operations
 from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.step.fused import fused
@@ -32,17 +33,21 @@ Product = Callable[[Tensor, Tensor | None], Tensor]  # x (..., in), onto (..., o
 
 
 @contextmanager
-def fast(model: Any, structure: Structure, laid: Laid, rows: int) -> Iterator[None]:
+def fast(
+    model: Any, structure: Structure, laid: Laid, operations: Operations, rows: int
+) -> Iterator[None]:
     """Replace what can be replaced until the `with` block ends.
 
     Args:
         model: the model, frozen, in evaluation mode.
         structure: what is known of it.
         laid: the engine's deltas on it.
+        operations: those of its norms and rotary embeddings.
         rows: how many rows a pass usually has.
     """
     with ExitStack() as stack:
-        stack.enter_context(fused(model, linears=False))
+        norm, rotate = operations.rms_norm, operations.rotary
+        stack.enter_context(fused(model, False, norm, rotate))
         for path in structure.where:
             module = model.get_submodule(path)
             if isinstance(module, Adapted) or "forward" in vars(module):

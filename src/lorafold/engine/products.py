@@ -2,16 +2,14 @@
 
     y_b = W x_b + up_s(b) down_s(b) x_b         s(b) the slot of row b
 
-Low-rank adapters are two batched products a matrix, accumulated by the base's own product before
-the one rounding. Their factors are copied to stacks, down (n, slots, in, r) and up (n, slots, r,
-out) for the n matrices of one shape, when a request gets its slot, so that a step gathers nothing.
-Where all rows have one adapter, they are one product instead (Chen et al. 2023, Punica, arXiv
-2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Adapters of other kinds run
-through `PerExample` over the same output. Rows of the base are computed by nothing.
-
-The stacks are fp32 on a CPU, whose batched product with one row takes 11 us for 16 x (576, 16) in
-fp32, and 34 us in bf16; with 64 rows each, 8 x (576, 16) and its up factor of 1536 take 103 us in
-bf16, and 542 us one adapter after the other (two cores of an AMD EPYC).
+What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
+factors are copied to stacks, down (n, slots, r, in) and up (n, slots, r, out) for the n matrices of
+one shape, when a request gets its slot, so that a step gathers nothing (Chen et al. 2023, Punica,
+arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Rows of one token are computed by
+`Operations.low_rank`, prompts by batched products: with 64 tokens each, 8 x (576, 16) and its up
+factor of 1536 take 103 us in bf16, and 542 one adapter after the other (two cores of an AMD EPYC).
+Where all rows have one adapter, they are one product instead. Adapters of other kinds run through
+`PerExample` over the same output. Rows of the base are computed by nothing.
 """
 
 from __future__ import annotations
@@ -26,43 +24,53 @@ from lorafold.core.combine import PerExample, Slots
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Given, Layer, add
 from lorafold.engine.adapters import Factors, Held
+from lorafold.engine.operations import Operations, Product
 from lorafold.engine.structure import Shape, Structure
 
 ROWS = 4  # more input vectors than this with one adapter are one product
 
 
 class Stacks:
-    """The factors of the adapter in each slot, for the matrices of one shape."""
+    """The factors of the adapter in each slot, for the matrices of one shape.
 
-    def __init__(self, shape: Shape, slots: int) -> None:
-        self.shape, self.slots = shape, slots
-        self.down: Tensor | None = None  # (n, slots, in, r)
+    Args:
+        shape: the shape.
+        slots: how many.
+        operations: what multiplies with them.
+    """
+
+    def __init__(self, shape: Shape, slots: int, operations: Operations) -> None:
+        self.shape, self.slots, self.operations = shape, slots, operations
+        self.ranks = torch.zeros(slots, dtype=torch.long)
+        self.down: Tensor | None = None  # (n, slots, r, in)
         self.up: Tensor | None = None  # (n, slots, r, out)
 
     def place(self, slot: int, factors: Factors) -> None:
         """Copy an adapter's factors to a slot, which is zero."""
         rank = factors.down.shape[2]
-        if self.down is None or self.down.shape[3] < rank:
+        if self.down is None or self.down.shape[2] < rank:
             self._grow(rank, factors.down)
         assert self.down is not None
         assert self.up is not None
-        self.down[factors.at, slot, :, :rank] = factors.down.to(self.down.dtype)
+        self.down[factors.at, slot, :rank] = factors.down.mT.to(self.down.dtype)
         self.up[factors.at, slot, :rank] = factors.up.to(self.up.dtype)
+        self.ranks[slot] = rank
 
     def clear(self, slot: int) -> None:
         """Set a slot to zero."""
         if self.down is not None and self.up is not None:
             self.down[:, slot].zero_()
             self.up[:, slot].zero_()
+            self.ranks[slot] = 0
 
     def _grow(self, rank: int, like: Tensor) -> None:
         n, old = len(self.shape.paths), (self.down, self.up)
         with torch.inference_mode(False):
-            dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-            self.down = like.new_zeros(n, self.slots, self.shape.inn, rank, dtype=dtype)
+            dtype = self.operations.stored(like)
+            self.down = like.new_zeros(n, self.slots, rank, self.shape.inn, dtype=dtype)
             self.up = like.new_zeros(n, self.slots, rank, self.shape.out, dtype=dtype)
         if old[0] is not None and old[1] is not None:
-            self.down[..., : old[0].shape[3]] = old[0]
+            self.down[:, :, : old[0].shape[2]] = old[0]
             self.up[:, :, : old[1].shape[2]] = old[1]
 
 
@@ -90,20 +98,21 @@ class Plan:
             at = [b for b in rows if held[b] is one]
             if one.products:
                 self.segments.append((one, None if len(at) == len(held) else torch.tensor(at)))
+        self.mixed = len(self.segments) > 1
         self.each = each
         self._with_others = [b for b in rows if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, PerExample | None] = {}
-        self.stacks: dict[str, tuple[Tensor, Tensor]] = {}  # down (B, in, r), up (B, r, out)
+        # rows of one adapter read the factors of one slot
+        own = [*range(slots.start, slots.stop)] if isinstance(slots, slice) else [*slots]
+        first = dict(zip(reversed(held), reversed(own), strict=True))
+        shared = [s if h is None else first[h] for h, s in zip(held, own, strict=True)]
+        self.shared = torch.tensor(shared)
+        self.one: dict[str, Product] = {}  # by path, for rows of one token
 
     @property
     def empty(self) -> bool:
         """Whether every row is the base's."""
         return not (self.products or self.others)
-
-    def stacked(self, tokens: int) -> bool:
-        """Whether rows of that many tokens each are multiplied with the stacks."""
-        alone = len(self.segments) == 1 and len(self.held) * tokens > ROWS
-        return bool(self.segments) and not alone
 
     def rows_at(self, path: str, device: torch.device) -> PerExample | None:
         """The deltas at a module that are no products, each for its rows; None if there is none."""
@@ -144,11 +153,12 @@ class Products:
     Args:
         structure: what is known of the model.
         slots: how many requests run at a time.
+        operations: what multiplies with them.
     """
 
-    def __init__(self, structure: Structure, slots: int) -> None:
-        self.where = structure.where
-        self.stacks = [Stacks(shape, slots) for shape in structure.shapes]
+    def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
+        self.where, self.operations = structure.where, operations
+        self.stacks = [Stacks(shape, slots, operations) for shape in structure.shapes]
         self.plan = Plan([], ())
         self.placed: dict[int, Held] = {}
 
@@ -174,32 +184,48 @@ class Products:
             layer: the module as a layer.
         """
         plan, (shape, index) = self.plan, self.where[path]
-        tokens = x[0].numel() // x.shape[-1]
-        if plan.stacked(tokens):
-            if path not in plan.stacks:
-                stacks = self.stacks[shape]
-                assert stacks.down is not None
-                assert stacks.up is not None
-                plan.stacks[path] = stacks.down[index][plan.slots], stacks.up[index][plan.slots]
-            down, up = plan.stacks[path]
-            if tokens > 1:  # the factors' values are those of this dtype
-                down, up = down.to(x.dtype), up.to(x.dtype)
-            flat = x.reshape(len(x), -1, x.shape[-1]).to(down.dtype)
-            return torch.bmm(torch.bmm(flat, down), up).view(*x.shape[:-1], -1).to(x.dtype)
+        rows, width = x.shape[0], x.shape[-1]
+        tokens = x.numel() // (rows * width)
+        if plan.segments and tokens == 1 and (plan.mixed or self.operations.repeats):
+            return self._one(path, x.reshape(rows, width)).view(*x.shape[:-1], -1)
+        if plan.segments and (plan.mixed or rows * tokens <= ROWS):
+            return self._many(path, x.reshape(rows, tokens, width)).view(*x.shape[:-1], -1)
         out: Tensor | None = None
-        for held, rows in self._segments(path):
+        for held, at in self._segments(path):
             factors = held.factors[shape]
             k = factors.index[index]
-            taken = x if rows is None else x[rows]
+            taken = x if at is None else x[at]
             u = layer.op(taken, factors.down[k].t())
             part = torch.matmul(u.to(factors.up.dtype), factors.up[k])
-            if rows is None:
+            if at is None:
                 return part
             if out is None:
                 out = part.new_zeros(len(x), *part.shape[1:])
-            out.index_copy_(0, rows, part)
+            out.index_copy_(0, at, part)
         assert out is not None
         return out
+
+    def _one(self, path: str, x_BI: Tensor) -> Tensor:  # (B, out)
+        plan, (shape, index) = self.plan, self.where[path]
+        if path not in plan.one:
+            stacks = self.stacks[shape]
+            assert stacks.down is not None
+            assert stacks.up is not None
+            ranks = stacks.ranks[plan.shared]
+            plan.one[path] = self.operations.low_rank(
+                stacks.down[index], stacks.up[index], plan.shared, ranks
+            )
+        return plan.one[path](x_BI)
+
+    def _many(self, path: str, x_BTI: Tensor) -> Tensor:  # (B, T, out)
+        shape, index = self.where[path]
+        stacks = self.stacks[shape]
+        assert stacks.down is not None
+        assert stacks.up is not None
+        # the factors' values are those of this dtype
+        down = stacks.down[index][self.plan.slots].to(x_BTI.dtype)
+        up = stacks.up[index][self.plan.slots].to(x_BTI.dtype)
+        return torch.bmm(torch.bmm(x_BTI, down.mT), up)
 
     def _segments(self, path: str) -> list[tuple[Held, Tensor | None]]:
         plan = self.plan

@@ -20,6 +20,7 @@ from typing import Literal
 
 from lorafold.engine.adapters import Entry, Held, digest
 from lorafold.errors import LorafoldError
+from lorafold.machine.threads import alone
 
 Status = Literal["cold", "loading", "resident"]
 
@@ -56,7 +57,7 @@ class Residency:
         self._states: dict[Entry, _State] = {}
         self._pinned: set[str] = set()
         self._blocked: set[Entry] = set()  # read in vain: there was no room until something leaves
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="lorafold-adapters")
+        self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
     def load(self, name: str, path: str | Path) -> Future[None]:

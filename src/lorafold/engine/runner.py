@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafold.engine.adapters import Held
 from lorafold.engine.laid import Laid
+from lorafold.engine.operations import Operations, Plain
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.slots import SlotCache, SlotView
@@ -72,6 +73,7 @@ class SlotRunner(Runner):
     Args:
         model: a causal language model inside `structure.slotted`.
         structure: what is known of it.
+        operations: what it computes with.
         slots: how many requests run at a time.
         length: the most tokens of a request.
         chunk: the most tokens of a row in a pass.
@@ -79,11 +81,19 @@ class SlotRunner(Runner):
     """
 
     def __init__(
-        self, model: Any, structure: Structure, slots: int, length: int, chunk: int, each: bool
+        self,
+        model: Any,
+        structure: Structure,
+        operations: Operations,
+        slots: int,
+        length: int,
+        chunk: int,
+        each: bool,
     ) -> None:
         self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
-        self.cache = SlotCache(slots, length + chunk, whole=each)  # padding is written too
-        self.products = Products(structure, slots)
+        # padding is written too
+        self.cache = SlotCache(slots, length + chunk, operations, whole=each)
+        self.products = Products(structure, slots, operations)
         self.laid = Laid(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}
@@ -119,7 +129,9 @@ class SlotRunner(Runner):
         assert self.products.placed == placed, "each slot has its request's adapter"
 
     def rebuild(self) -> None:
-        self.cache = SlotCache(self.slots, self.cache.length, self.cache.whole)
+        self.cache = SlotCache(
+            self.slots, self.cache.length, self.cache.operations, self.cache.whole
+        )
         self._views = {held: SlotView(self.cache) for held in self._views}
 
     def compact(self) -> None:
@@ -215,7 +227,7 @@ class SoloRunner(Runner):
 
     def __init__(self, model: Any, structure: Structure) -> None:
         self.model = model
-        self.laid = Laid(model, Products(structure, 1))
+        self.laid = Laid(model, Products(structure, 1, Plain()))
 
     def admit(self, row: Row) -> None:
         row.slot = 0

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lorafold.engine.operations import Operations
+
 STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 
 
@@ -27,10 +29,14 @@ class SlotCache:
     Args:
         slots: how many requests run at a time.
         length: the tokens that a slot holds.
+        operations: what writes to it.
         whole: always read whole slots, so that shapes never change.
     """
 
-    def __init__(self, slots: int, length: int, whole: bool = False) -> None:
+    def __init__(
+        self, slots: int, length: int, operations: Operations, whole: bool = False
+    ) -> None:
+        self.operations = operations
         self.slots, self.length, self.whole = slots, -(-length // STEP) * STEP, whole
         self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, length, D)
         self.values: dict[int, Tensor] = {}
@@ -104,7 +110,7 @@ class SlotView(Cache):
         self.longest = int(start_B.max()) + tokens
         self.width = self.of.width(self.longest)
         index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        self.row_B1 = index.to(start_B.device)[:, None]
+        self.row_B = index.to(start_B.device)
         self.position_BT = start_B[:, None] + torch.arange(tokens, device=start_B.device)
         return self
 
@@ -122,7 +128,7 @@ class SlotView(Cache):
         found = []
         states = (key_states, value_states)
         for buffer, new in zip(self.of.buffers(layer_idx, *states), states, strict=True):
-            buffer[self.row_B1, :, self.position_BT] = new.transpose(1, 2)
+            self.of.operations.write(buffer, new, self.row_B, self.start_B)
             found.append(buffer[self.rows, :, : self.width])
         return found[0], found[1]
 

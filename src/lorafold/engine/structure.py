@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.evaluating import evaluating
 from lorafold.engine.attention import slot_attention, slot_mask
+from lorafold.engine.operations import Operations, Plain
 from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.step.documents import attending
 
@@ -60,9 +61,15 @@ class Structure:
         }
 
 
-def slotted(model: Any) -> Any:
-    """A context in which the model's attention takes rows at different positions."""
-    return attending(model, slot_mask, slot_attention, NAME)
+def slotted(model: Any, operations: Operations) -> Any:
+    """A context in which the model's attention takes rows at different positions.
+
+    Args:
+        model: a causal language model.
+        operations: those that it computes with.
+    """
+    name = f"{NAME}_{type(operations).__name__.lower()}"
+    return attending(model, slot_mask, partial(slot_attention, operations), name)
 
 
 def run(
@@ -100,7 +107,7 @@ def probe(model: Any) -> Structure:
             ]
         ).float()
         try:
-            with _rows_seen(model) as seen, slotted(model):
+            with _rows_seen(model) as seen, slotted(model, Plain()):
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(
@@ -127,7 +134,7 @@ def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     at a time; short prompts repeat their last token, as rows do that have nothing to compute.
     """
     rows, device = len(prompts), model.device
-    view = SlotView(SlotCache(rows, max(LENGTHS) + CHUNK))
+    view = SlotView(SlotCache(rows, max(LENGTHS) + CHUNK, Plain()))
     done, out = [0] * rows, {}
     while any(done[b] < len(p) for b, p in enumerate(prompts)):
         left = [len(p) - n for p, n in zip(prompts, done, strict=True)]

@@ -1,6 +1,7 @@
 """The cache: files that lorafold can make again, by kind and key.
 
-    LORAFOLD_CACHE/{models,rows,svd,tokens}/KEY/...       by default in the user's cache directory
+    LORAFOLD_CACHE/{models,native,rows,svd,tokens}/KEY/...   by default in the user's cache
+                                                          directory
 
     path = cached("tokens", key, write, notice)           the directory, which `write(tmp)` fills if
                                                           it is missing or damaged
@@ -24,7 +25,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, is_abandoned, verify
 
 LOCK = ".lock"
-KINDS = ("models", "rows", "svd", "tokens")
+KINDS = ("models", "native", "rows", "svd", "tokens")
 
 
 @dataclass(frozen=True)

@@ -52,28 +52,43 @@ class FastPath:
 
 
 @contextmanager
-def fused(model: nn.Module, linears: bool = True) -> Iterator[FastPath]:
-    """Replace all parts that can be fused until the `with` block ends; `linears` says whether
-    frozen linears and a trained head are among them.
+def fused(
+    model: nn.Module,
+    linears: bool = True,
+    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary,
+) -> Iterator[FastPath]:
+    """Replace all parts that can be fused until the `with` block ends.
+
+    Args:
+        model: the model.
+        linears: whether frozen linears and a trained head are among the parts.
+        norm: what computes `lorafold.ops.norm.rms_norm`.
+        rotate: what computes `lorafold.ops.rotary.rotary`.
     """
+    make: dict[str, Callable[[nn.Module], Forward | None]] = {
+        "norms": partial(_fused_norm, norm),
+        "MLP": _fused_mlp,
+    }
     inside = [
         [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
     ]
     with ExitStack() as stack:
         with evaluating(model):
             found = [
-                {part for module in block if _free(module) for part in _fuse(stack, module)}
+                {part for module in block if _free(module) for part in _fuse(stack, module, make)}
                 for block in inside
             ]
             if linears:
                 for module in (module for block in inside for module in block if _free(module)):
                     _put(stack, module, "forward", _linear(module))
                 _put(stack, *_trained_head(model))
-            rotation = cache(_fused_rotary)  # the fused function for each of transformers'
+            # the fused function for each of transformers'
+            rotation = cache(partial(_fused_rotary, rotate))
             for parts, block in zip(found, inside, strict=True):
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
                     parts.add("rotary embedding")
-        wanted = {*PARTS, "rotary embedding"}
+        wanted = {*make, "rotary embedding"}
         lacking = set[str]().union(*(wanted - parts for parts in found))
         yield FastPath(sum(parts == wanted for parts in found), len(found), tuple(sorted(lacking)))
 
@@ -88,9 +103,17 @@ def _free(module: nn.Module) -> bool:
     return own and len(inspect.signature(module.forward).parameters) == 1
 
 
-def _fuse(stack: ExitStack, module: nn.Module) -> Iterator[str]:
-    """Replace the module's forward by a fused one and yield the name of the part, if it is one."""
-    return (part for part, fuse in PARTS.items() if _put(stack, module, "forward", fuse(module)))
+def _fuse(
+    stack: ExitStack, module: nn.Module, make: dict[str, Callable[[nn.Module], Forward | None]]
+) -> Iterator[str]:
+    """Replace the module's forward by a fused one and yield the name of the part, if it is one.
+
+    Args:
+        stack: undoes it.
+        module: the module.
+        make: what makes the fused forward of each part.
+    """
+    return (part for part, fuse in make.items() if _put(stack, module, "forward", fuse(module)))
 
 
 def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bool:
@@ -139,7 +162,7 @@ def _linear(module: nn.Module) -> Forward | None:
     return layer_of(module) if is_linear(module) else None
 
 
-def _fused_norm(module: nn.Module) -> Forward | None:
+def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
     """Return the fused forward of a root mean square norm whose gain is its weight, or 1 + its
     weight; None if the module is no such norm.
     """
@@ -157,14 +180,14 @@ def _fused_norm(module: nn.Module) -> Forward | None:
     # the second input is so small that eps matters
     inputs = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)
     for gain in (lambda: weight, lambda: 1 + weight.float()):
-        forward = partial(_normed, gain, eps)
+        forward = partial(_normed, norm, gain, eps)
         if all(_agree(forward, module, x) for x in inputs):
             return forward
     return None
 
 
-def _normed(gain: Callable[[], Tensor], eps: float, x: Tensor) -> Tensor:
-    return rms_norm(x, gain(), eps)
+def _normed(norm: Forward, gain: Callable[[], Tensor], eps: float, x: Tensor) -> Any:
+    return norm(x, gain(), eps)
 
 
 def _fused_mlp(module: nn.Module) -> Forward | None:
@@ -208,7 +231,7 @@ def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -
     return MethodType(own, module)
 
 
-def _fused_rotary(plain: Forward) -> Forward | None:
+def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
     """Return the fused function that rotates queries and keys, (B, H, T, D) or (B, T, H, D), by the
     halves of D; None if `plain` computes something else.
     """
@@ -221,7 +244,7 @@ def _fused_rotary(plain: Forward) -> Forward | None:
         if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
             return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     q, cos, sin = (_random(1, 3, 8, like=torch.empty(0)) + i for i in range(3))
     try:
@@ -230,5 +253,3 @@ def _fused_rotary(plain: Forward) -> Forward | None:
         agree = False
     return forward if agree else None
 
-
-PARTS = {"norms": _fused_norm, "MLP": _fused_mlp}

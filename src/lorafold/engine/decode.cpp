@@ -1,0 +1,318 @@
+// The operations of a decode step, one query a row; `native.py` has their equations and shapes.
+//
+// A row's numbers follow from that row alone, in an order that does not depend on the others. Inputs
+// and outputs are float or bfloat16 (raw 16 bits); sums are in fp32.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16, BLOCK = 2 * LANES, AHEAD = 4096;  // AHEAD: bytes
+constexpr int GROUP = 4;  // query heads that are computed together
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// vectors of the compiler, which it maps to whatever the processor has
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+
+template <class To, class From>
+inline To as(From x) {
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// BLOCK numbers in two vectors: of bfloat16 those at even places and those at odd ones
+struct pair {
+  vector a, b;
+};
+
+inline pair load_block(const float* from) {
+  pair x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline pair load_block(const bf16* from) {
+  words two;
+  std::memcpy(&two, from, sizeof two);
+  return {as<vector>(two << 16), as<vector>(two & 0xffff0000u)};
+}
+
+inline words rounded(vector x) {
+  words bits = as<words>(x), even = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : even;
+}
+
+inline void store_block(float* to, pair x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store_block(bf16* to, pair x) {
+  words two = (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u);
+  std::memcpy(to, &two, sizeof two);
+}
+
+// the processor's own prefetching ends with each page
+template <class T>
+inline void prefetch(const T* at) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD);
+}
+
+inline float load(const float* from) { return *from; }
+
+inline float load(const bf16* from) { return as<float>(static_cast<uint32_t>(from->bits) << 16); }
+
+inline void store(float* to, float x) { *to = x; }
+
+inline void store(bf16* to, float x) {
+  uint32_t bits = as<uint32_t>(x), even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
+}
+
+inline float sum(vector x) {
+  typedef float eight __attribute__((vector_size(32)));
+  typedef float four __attribute__((vector_size(16)));
+  struct { eight a, b; } two = as<decltype(two)>(x);
+  struct { four a, b; } halves = as<decltype(halves)>(two.a + two.b);
+  four y = halves.a + halves.b;
+  return (y[0] + y[2]) + (y[1] + y[3]);
+}
+
+// e^x for x <= 0, to 2e-7 relative; 0 below -87
+inline float exponential(float x) {
+  float t = x * 1.442695041f;
+  float n = std::nearbyint(t < -126.0f ? -126.0f : t);
+  float f = (t - n) * 0.693147181f;
+  float p = 1.0f / 5040.0f;
+  p = p * f + 1.0f / 720.0f;
+  p = p * f + 1.0f / 120.0f;
+  p = p * f + 1.0f / 24.0f;
+  p = p * f + 1.0f / 6.0f;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  float scale = as<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return t < -126.0f ? 0.0f : p * scale;
+}
+
+// as floats, in the order of blocks
+template <class T>
+void widen(const T* x, float* y, long n) {
+  long i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) store_block(y + i, load_block(x + i));
+  for (; i < n; i++) y[i] = load(x + i);
+}
+
+// out_gj = x_g . m_j for G widened vectors x and R rows of M, all of n numbers
+template <int G, int R, class T>
+inline void dots_of(const float* x, const T* m, float* out, long rows, long n) {
+  pair sums[G][R] = {};
+  long i = 0;
+  for (; i + BLOCK <= n; i += BLOCK)
+    for (int r = 0; r < R; r++) {
+      prefetch(m + r * n + i);
+      pair y = load_block(m + r * n + i);
+      for (int g = 0; g < G; g++) {
+        pair z = load_block(x + g * n + i);
+        sums[g][r].a += z.a * y.a;
+        sums[g][r].b += z.b * y.b;
+      }
+    }
+  for (int g = 0; g < G; g++)
+    for (int r = 0; r < R; r++) {
+      float rest = 0;
+      for (long k = i; k < n; k++) rest += x[g * n + k] * load(m + r * n + k);
+      out[g * rows + r] = sum(sums[g][r].a + sums[g][r].b) + rest;
+    }
+}
+
+template <int G, int R, class T>
+void dots(const float* x, const T* m, float* out, long rows, long n) {
+  long j = 0;
+  for (; j + R <= rows; j += R) dots_of<G, R>(x, m + j * n, out + j, rows, n);
+  for (; j < rows; j++) dots_of<G, 1>(x, m + j * n, out + j, rows, n);
+}
+
+// out = sum_j a_j m_j over n numbers, M read once from first to last; y holds n of them
+template <class T>
+void combined(const float* a, const T* m, float* y, T* out, long rows, long n) {
+  long blocks = n - n % BLOCK;
+  std::memset(y, 0, n * sizeof(float));
+  for (long j = 0; j < rows; j++, m += n) {
+    for (long i = 0; i < blocks; i += BLOCK) {
+      prefetch(m + i);
+      pair x = load_block(m + i), z = load_block(y + i);
+      store_block(y + i, {z.a + a[j] * x.a, z.b + a[j] * x.b});
+    }
+    for (long i = blocks; i < n; i++) y[i] += a[j] * load(m + i);
+  }
+  for (long i = 0; i < blocks; i += BLOCK) store_block(out + i, load_block(y + i));
+  for (long i = blocks; i < n; i++) store(out + i, y[i]);
+}
+
+// out_g = scale_g sum_j a_gj m_j for G outputs of n numbers, which stay in registers
+template <int G, class T>
+void averages(const float* a, const float* scale, const T* m, T* out, long rows, long n) {
+  long at = 0;
+  for (; at + BLOCK <= n; at += BLOCK) {
+    pair y[G] = {};
+    for (long j = 0; j < rows; j++) {
+      prefetch(m + j * n + at);
+      pair x = load_block(m + j * n + at);
+      for (int g = 0; g < G; g++) {
+        y[g].a += a[g * rows + j] * x.a;
+        y[g].b += a[g * rows + j] * x.b;
+      }
+    }
+    for (int g = 0; g < G; g++)
+      store_block(out + g * n + at, {scale[g] * y[g].a, scale[g] * y[g].b});
+  }
+  for (; at < n; at++)
+    for (int g = 0; g < G; g++) {
+      float y = 0;
+      for (long j = 0; j < rows; j++) y += a[g * rows + j] * load(m + j * n + at);
+      store(out + g * n + at, scale[g] * y);
+    }
+}
+
+template <class T>
+void low_rank(const T* x, const T* down, const T* up, const int64_t* slots, const int64_t* ranks,
+              T* out, long rows, long in, long rank, long width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
+  for (long b = 0; b < rows; b++) {
+    std::vector<float> wide(in), u(ranks[b]), y(width);
+    widen(x + b * in, wide.data(), in);
+    dots<1, 1>(wide.data(), down + slots[b] * rank * in, u.data(), ranks[b], in);
+    combined(u.data(), up + slots[b] * rank * width, y.data(), out + b * width, ranks[b], width);
+  }
+}
+
+template <int G, class T>
+void attend_heads(const float* q, const T* k, const T* v, const T* mask, T* out, float* p,
+                  long keys, long d, long dv, float scale) {
+  float over[G];
+  dots<G, 2>(q, k, p, keys, d);
+  for (int g = 0; g < G; g++) {
+    float *own = p + g * keys, top = -std::numeric_limits<float>::infinity(), total = 0;
+#pragma omp simd reduction(max : top)
+    for (long j = 0; j < keys; j++) {
+      own[j] = scale * own[j] + load(mask + j);
+      top = own[j] > top ? own[j] : top;
+    }
+#pragma omp simd reduction(+ : total)
+    for (long j = 0; j < keys; j++) total += (own[j] = exponential(own[j] - top));
+    over[g] = 1 / total;
+  }
+  averages<G>(p, over, v, out, keys, dv);
+}
+
+template <class T>
+void attend(const T* q, const T* k, const T* v, const T* mask, T* out, long rows, long heads,
+            long kv, long keys, long d, long dv, long q_row, long q_head, long k_row, long k_head,
+            long v_row, long v_head, long m_row, float scale, int threads) {
+  long group = heads / kv;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
+  for (long at = 0; at < rows * kv; at++) {
+    long b = at / kv, h = at % kv, first = 0, last = keys;
+    const T* m = mask + b * m_row;
+    while (last > 0 && load(m + last - 1) == -INFINITY) last--;
+    while (first < last && load(m + first) == -INFINITY) first++;
+    const T *ks = k + b * k_row + h * k_head + first * d, *vs = v + b * v_row + h * v_head + first * dv;
+    std::vector<float> p(GROUP * (last - first)), query(GROUP * d);
+    for (long g = 0; g < group; g += GROUP) {
+      long many = group - g < GROUP ? group - g : GROUP;
+      for (long i = 0; i < many; i++)
+        widen(q + b * q_row + (h * group + g + i) * q_head, query.data() + i * d, d);
+      auto compute = many == 1   ? attend_heads<1, T>
+                     : many == 2 ? attend_heads<2, T>
+                     : many == 3 ? attend_heads<3, T>
+                                 : attend_heads<GROUP, T>;
+      compute(query.data(), ks, vs, m + first, out + (b * heads + h * group + g) * dv, p.data(),
+              last - first, d, dv, scale);
+    }
+  }
+}
+
+template <class T>
+void rms_norm(const T* x, const T* gain, T* out, long rows, long n, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 64)
+  for (long b = 0; b < rows; b++) {
+    const T* from = x + b * n;
+    T* to = out + b * n;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += load(from + i) * load(from + i);
+    float r = 1.0f / std::sqrt(sum / n + eps);
+#pragma omp simd
+    for (long i = 0; i < n; i++) store(to + i, load(from + i) * r * load(gain + i));
+  }
+}
+
+template <class T>
+void rotary(const T* x, const T* cos, const T* sin, T* out, long rows, long heads, long d,
+            long x_row, long x_head, long c_row) {
+  long half = d / 2;
+  for (long b = 0; b < rows; b++) {
+    const T *c = cos + b * c_row, *s = sin + b * c_row;
+    for (long h = 0; h < heads; h++) {
+      const T* from = x + b * x_row + h * x_head;
+      T* to = out + (b * heads + h) * d;
+#pragma omp simd
+      for (long i = 0; i < half; i++) {
+        float a = load(from + i), e = load(from + half + i);
+        store(to + i, a * load(c + i) - e * load(s + i));
+        store(to + half + i, e * load(c + half + i) + a * load(s + half + i));
+      }
+    }
+  }
+}
+
+template <class T>
+void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, long rows,
+           long heads, long tokens, long d, long to_slot, long to_head, long row, long head,
+           long token) {
+  for (long b = 0; b < rows; b++)
+    for (long h = 0; h < heads; h++)
+      for (long t = 0; t < tokens; t++)
+        std::memcpy(buffer + slots[b] * to_slot + h * to_head + (starts[b] + t) * d,
+                    x + b * row + h * head + t * token, d * sizeof(T));
+}
+
+}  // namespace
+
+// ctypes finds functions by name: low_rank_float32, low_rank_bfloat16, ...
+#define EXPORT(T, NAME)                                                                            \
+  extern "C" void low_rank_##NAME(const T* x, const T* down, const T* up, const int64_t* slots,    \
+                                  const int64_t* ranks, T* out, long rows, long in, long rank,     \
+                                  long width, int threads) {                                       \
+    low_rank(x, down, up, slots, ranks, out, rows, in, rank, width, threads);                      \
+  }                                                                                                \
+  extern "C" void attend_##NAME(const T* q, const T* k, const T* v, const T* mask, T* out,         \
+                                long rows, long heads, long kv, long keys, long d, long dv,        \
+                                long q_row, long q_head, long k_row, long k_head, long v_row,      \
+                                long v_head, long m_row, float scale, int threads) {               \
+    attend(q, k, v, mask, out, rows, heads, kv, keys, d, dv, q_row, q_head, k_row, k_head, v_row,  \
+           v_head, m_row, scale, threads);                                                         \
+  }                                                                                                \
+  extern "C" void rms_norm_##NAME(const T* x, const T* gain, T* out, long rows, long n, float eps, \
+                                  int threads) {                                                   \
+    rms_norm(x, gain, out, rows, n, eps, threads);                                                 \
+  }                                                                                                \
+  extern "C" void rotary_##NAME(const T* x, const T* cos, const T* sin, T* out, long rows,         \
+                                long heads, long d, long x_row, long x_head, long c_row) {         \
+    rotary(x, cos, sin, out, rows, heads, d, x_row, x_head, c_row);                                \
+  }                                                                                                \
+  extern "C" void write_##NAME(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, \
+                               long rows, long heads, long tokens, long d, long to_slot,           \
+                               long to_head, long row, long head, long token) {                    \
+    write(buffer, x, slots, starts, rows, heads, tokens, d, to_slot, to_head, row, head, token);   \
+  }
+
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)

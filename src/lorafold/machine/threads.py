@@ -1,0 +1,34 @@
+"""OpenMP's threads, of which a process should not have more than it has cores.
+
+Every Python thread that computes in parallel gets a team of its own. Once all teams together have
+more threads than the machine has cores, GCC's OpenMP lets none of them wait actively any more, so
+that each parallel region begins with waking a thread: a step of the engine took 48 ms instead of 28
+after another thread had computed in parallel once (two cores of an AMD EPYC). PyTorch has no call
+for this: its `set_num_threads` is partly the whole process's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+SOFT = 1  # omp_pause_soft: threads are made again when they are needed
+
+
+def alone() -> None:
+    """Let the calling thread compute without a team from now on."""
+    torch.get_num_threads()  # PyTorch sets the number itself when a thread first asks for it
+    _call("omp_set_num_threads", 1)
+
+
+def disband() -> None:
+    """End the calling thread's team; its next parallel region makes a new one."""
+    _call("omp_pause_resource_all", SOFT)
+
+
+def _call(name: str, argument: int) -> None:
+    function: Any = getattr(ctypes.CDLL(None), name, None)  # none without OpenMP
+    if function is not None:
+        function(argument)

@@ -1,0 +1,142 @@
+"""The engine's operations: C++ against torch in fp64, alone against in company, and what is not
+theirs.
+"""
+
+import shutil
+
+import pytest
+import torch
+
+from lorafold.engine.native import Native, Unavailable, available, compiled
+from lorafold.engine.operations import Operations, Plain
+from lorafold.files.cache import entries
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def native() -> Native:
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    try:
+        return compiled()
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor) -> None:
+    """At most twice as far from the values in fp64 as torch's result is, or a rounding."""
+    assert found.dtype == plain.dtype
+    assert found.shape == expected.shape
+    wide = expected.double()
+    allowed = max(
+        float(2 * (plain.double() - wide).norm()),
+        float(torch.finfo(found.dtype).eps * wide.norm()),
+    )
+    assert float((found.double() - wide).norm()) <= allowed
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "rank", "width"), [(64, 16, 96), (37, 3, 51), (96, 1, 64)])
+def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: int) -> None:
+    down, up = random(5, rank, n, dtype=dtype), random(5, rank, width, dtype=dtype, seed=1)
+    ranks = torch.tensor([rank, 1, rank, 0, rank])
+    for slot, r in enumerate(ranks.tolist()):
+        down[slot, r:], up[slot, r:] = 0, 0
+    slots = torch.tensor([0, 1, 4, 3, 4, 1])
+    x = random(6, n, dtype=dtype, seed=2)
+
+    def product(operations: Operations, dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():
+            made = operations.low_rank(down.to(dtype), up.to(dtype), slots, ranks[slots])
+            return made(x.to(dtype))
+
+    found = product(native, dtype)
+    close(found, product(Plain(), torch.float64), product(Plain(), dtype))
+    assert not found[3].any()
+    alone = native.low_rank(down, up, slots[2:3], ranks[slots[2:3]])(x[2:3])
+    assert torch.equal(alone[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv", "d", "dv"), [(9, 3, 64, 64), (4, 4, 24, 40), (10, 2, 33, 16)]
+)
+def test_attend(
+    native: Native, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int
+) -> None:
+    q = random(3, 1, heads, d, dtype=dtype).transpose(1, 2)
+    buffers = random(3, kv, 50, d, dtype=dtype, seed=1), random(3, kv, 50, dv, dtype=dtype, seed=2)
+    k, v = (b[:, :, :45] for b in buffers)
+    mask = torch.zeros(3, 1, 1, 45, dtype=dtype)
+    mask[0, ..., 20:], mask[1, ..., :7], mask[2, ..., 5:9] = (float("-inf"),) * 3
+    wide = Plain().attend(q.double(), k.double(), v.double(), mask.double(), 0.2)
+    found = native.attend(q, k, v, mask, 0.2)
+    close(found, wide, Plain().attend(q, k, v, mask, 0.2))
+    alone = native.attend(q[1:2], k[1:2], v[1:2], mask[1:2], 0.2)
+    assert torch.equal(alone[0], found[1])
+    v[1, 0, 30] = float("nan")
+    broken = native.attend(q, k, v, mask, 0.2)
+    assert broken[1].isnan().any()
+    assert torch.equal(broken[0], found[0])
+    assert torch.equal(broken[2], found[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_rotary_and_write(native: Native, dtype: torch.dtype) -> None:
+    x, gain = random(5, 1, 70, dtype=dtype), random(70, dtype=dtype, seed=1)
+    plain = Plain()
+    close(
+        native.rms_norm(x, gain, 1e-5),
+        plain.rms_norm(x.double(), gain.double(), 1e-5),
+        plain.rms_norm(x, gain, 1e-5),
+    )
+    q = random(5, 1, 3, 20, dtype=dtype).transpose(1, 2)
+    cos, sin = random(5, 1, 1, 20, dtype=dtype, seed=1), random(5, 1, 1, 20, dtype=dtype, seed=2)
+    close(
+        native.rotary(q, cos, sin),
+        plain.rotary(q.double(), cos.double(), sin.double()),
+        plain.rotary(q, cos, sin),
+    )
+    buffers = [random(8, 3, 40, 20, dtype=dtype) for _ in range(2)]
+    new = random(5, 4, 3, 20, dtype=dtype, seed=3).transpose(1, 2)
+    slots, starts = torch.tensor([6, 0, 3, 1, 7]), torch.tensor([0, 5, 36, 11, 2])
+    native.write(buffers[0], new, slots, starts)
+    plain.write(buffers[1], new, slots, starts)
+    assert torch.equal(*buffers)
+
+
+def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Native) -> None:
+    x = torch.tensor([1.0, float("nan"), float("inf"), -0.0, 3.3e38, 1e-40] * 8)
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    up = x.to(torch.bfloat16).view(1, 1, -1)
+    at = torch.tensor([0])
+    found = native.low_rank(one, up, at, at + 1)(one[0])
+    assert torch.equal(found.isnan(), up[0].isnan())
+    assert torch.equal(found.nan_to_num(), up[0].nan_to_num())
+
+
+def test_other_dtypes_and_layouts_are_computed_in_torch(native: Native) -> None:
+    x, gain = random(5, 1, 70, dtype=torch.float64), random(70, dtype=torch.float64)
+    assert torch.equal(native.rms_norm(x, gain, 1e-5), Plain().rms_norm(x, gain, 1e-5))
+
+
+def test_it_is_compiled_once_and_listed_in_the_cache(native: Native) -> None:
+    assert compiled() is native
+    assert available() is native
+    assert any(entry.kind == "native" for entry in entries())
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    compiled.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match="/nowhere/c"):
+            compiled()
+        assert isinstance(available(), Plain)
+    finally:
+        compiled.cache_clear()
