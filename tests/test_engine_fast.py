@@ -15,7 +15,11 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
 from lorafold.bases import layer_of
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.fast import packed
+from lorafold.engine.fast import Packed, packable
+from lorafold.engine.laid import Laid
+from lorafold.engine.operations import Plain
+from lorafold.engine.products import Products
+from lorafold.engine.structure import Structure, probe
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 
@@ -56,28 +60,45 @@ def test_in_bf16_it_errs_no_more_than_the_plain_path(kind, tiny_model, tmp_path)
         assert (q - e).norm() <= 1.5 * (p - e).norm() + unit
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("biases", [(False,), (True,), (True, False), (False, False, False)])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_a_packed_product_is_rounded_once(bias: bool, rows: int) -> None:
+def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -> None:
     torch.manual_seed(0)
-    module = nn.Linear(48, 32, bias=bias).bfloat16().requires_grad_(False)
-    product = packed(module, 16)
-    assert product is not None
-    x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, 32).bfloat16()
-    own = torch.zeros(32).double() if module.bias is None else module.bias.double()
-    exact = x.double() @ module.weight.double().t() + own
-    for found, wanted in ((product(x, None), exact), (product(x, onto), exact + onto.double())):
+    modules = {f"m{i}": nn.Linear(48, 16 * (i + 1), bias=b) for i, b in enumerate(biases)}
+    model = nn.ModuleDict(modules).bfloat16().requires_grad_(False)
+    assert all(packable(module) for module in model.values())
+    laid = Laid(model, Products(Structure(""), 1, Plain()))
+    packed = Packed(dict(model.items()), laid, 16)
+    width = sum(m.out_features for m in modules.values())
+    x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, width).bfloat16()
+    exact = torch.cat([module.double()(x.double()) for module in model.values()], -1)
+    for found, wanted in (
+        (packed.product(x, None), exact),
+        (packed.product(x, onto), exact + onto.double()),
+    ):
         assert found.dtype == torch.bfloat16
         # half a unit in the last place, and the sum in fp32
         assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
 
 
 def test_other_storages_are_left_alone() -> None:
-    assert packed(nn.Linear(8, 8).requires_grad_(False), 4) is None
+    assert not packable(nn.Linear(8, 8).requires_grad_(False))
     bitsandbytes = pytest.importorskip("lorafold.bases.bitsandbytes")
     quantized = bitsandbytes.nf4(torch.randn(64, 64).bfloat16())
     assert layer_of(quantized).linear
-    assert packed(quantized, 4) is None
+    assert not packable(quantized)
+
+
+def test_matrices_that_read_the_same_tensor_are_found(tiny_model) -> None:
+    groups = probe(tiny_model("llama")).groups
+    layer = "model.layers.0."
+    assert groups[:4] == (
+        tuple(f"{layer}self_attn.{name}_proj" for name in "qkv"),
+        (f"{layer}self_attn.o_proj",),
+        (f"{layer}mlp.gate_proj", f"{layer}mlp.up_proj"),
+        (f"{layer}mlp.down_proj",),
+    )
+    assert groups[-1] == ("lm_head",)
 
 
 def test_the_model_has_its_own_forwards_again(tiny_model, tmp_path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorafold.engine.native import Native, Unavailable, available, compiled
-from lorafold.engine.operations import Operations, Plain
+from lorafold.engine.operations import Operations, Part, Plain
 from lorafold.files.cache import entries
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,19 +47,24 @@ def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: 
     ranks = torch.tensor([rank, 1, rank, 0, rank])
     for slot, r in enumerate(ranks.tolist()):
         down[slot, r:], up[slot, r:] = 0, 0
+    other = random(5, 2, n, dtype=dtype, seed=3), random(5, 2, 33, dtype=dtype, seed=4)
     slots = torch.tensor([0, 1, 4, 3, 4, 1])
     x = random(6, n, dtype=dtype, seed=2)
 
-    def product(operations: Operations, dtype: torch.dtype) -> torch.Tensor:
-        with torch.no_grad():
-            made = operations.low_rank(down.to(dtype), up.to(dtype), slots, ranks[slots])
-            return made(x.to(dtype))
+    def product(operations: Operations, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        parts = [
+            Part(down.to(dtype), up.to(dtype), ranks, width),
+            Part(None, None, torch.zeros(5, dtype=torch.long), 7),
+            Part(other[0].to(dtype), other[1].to(dtype), torch.full((5,), 2), 33),
+        ]
+        return operations.low_rank(parts, slots[rows])(x[rows].to(dtype))
 
-    found = product(native, dtype)
-    close(found, product(Plain(), torch.float64), product(Plain(), dtype))
-    assert not found[3].any()
-    alone = native.low_rank(down, up, slots[2:3], ranks[slots[2:3]])(x[2:3])
-    assert torch.equal(alone[0], found[2])
+    found = product(native, dtype, slice(None))
+    wide = product(Plain(), torch.float64, slice(None))
+    close(found, wide, product(Plain(), dtype, slice(None)))
+    assert not found[3, :width].any()
+    assert not found[:, width : width + 7].any()
+    assert torch.equal(product(native, dtype, slice(2, 3))[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +120,7 @@ def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Native) 
     one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
     up = x.to(torch.bfloat16).view(1, 1, -1)
     at = torch.tensor([0])
-    found = native.low_rank(one, up, at, at + 1)(one[0])
+    found = native.low_rank([Part(one, up, at + 1, 48)], at)(one[0])
     assert torch.equal(found.isnan(), up[0].isnan())
     assert torch.equal(found.nan_to_num(), up[0].nan_to_num())
 

@@ -181,15 +181,29 @@ void averages(const float* a, const float* scale, const T* m, T* out, long rows,
     }
 }
 
+// one matrix of those that read the same x, as a row of a table of int64
 template <class T>
-void low_rank(const T* x, const T* down, const T* up, const int64_t* slots, const int64_t* ranks,
-              T* out, long rows, long in, long rank, long width, int threads) {
+struct part {
+  const T *down, *up;
+  const int64_t* ranks;  // of each row
+  int64_t rank, width;
+};
+
+template <class T>
+void low_rank(const T* x, const part<T>* parts, long many, const int64_t* slots, T* out, long rows,
+              long in, long width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
   for (long b = 0; b < rows; b++) {
-    std::vector<float> wide(in), u(ranks[b]), y(width);
+    std::vector<float> wide(in), u, y;
     widen(x + b * in, wide.data(), in);
-    dots<1, 1>(wide.data(), down + slots[b] * rank * in, u.data(), ranks[b], in);
-    combined(u.data(), up + slots[b] * rank * width, y.data(), out + b * width, ranks[b], width);
+    T* to = out + b * width;
+    for (const part<T>* p = parts; p < parts + many; to += p->width, p++) {
+      long r = p->ranks[b];
+      u.resize(r);
+      y.resize(p->width);
+      dots<1, 1>(wide.data(), p->down + slots[b] * p->rank * in, u.data(), r, in);
+      combined(u.data(), p->up + slots[b] * p->rank * p->width, y.data(), to, r, p->width);
+    }
   }
 }
 
@@ -288,10 +302,10 @@ void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, l
 
 // ctypes finds functions by name: low_rank_float32, low_rank_bfloat16, ...
 #define EXPORT(T, NAME)                                                                            \
-  extern "C" void low_rank_##NAME(const T* x, const T* down, const T* up, const int64_t* slots,    \
-                                  const int64_t* ranks, T* out, long rows, long in, long rank,     \
-                                  long width, int threads) {                                       \
-    low_rank(x, down, up, slots, ranks, out, rows, in, rank, width, threads);                      \
+  extern "C" void low_rank_##NAME(const T* x, const part<T>* parts, long many,                     \
+                                  const int64_t* slots, T* out, long rows, long in, long width,    \
+                                  int threads) {                                                   \
+    low_rank(x, parts, many, slots, out, rows, in, width, threads);                                \
   }                                                                                                \
   extern "C" void attend_##NAME(const T* q, const T* k, const T* v, const T* mask, T* out,         \
                                 long rows, long heads, long kv, long keys, long d, long dv,        \

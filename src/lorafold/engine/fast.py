@@ -1,17 +1,18 @@
 """The fast path: the model's own classes with faster parts, recognized by what they compute.
 
-    with fast(model, structure, laid, rows=16): ...
+    with fast(model, structure, laid, operations, rows=16): ...
 
-Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). A matrix in
-bf16 on a CPU is kept once more in the order that oneDNN's kernel wants, and what adapters add is
-the start of the kernel's sum: one product and one rounding. With 16 rows on two cores of an AMD
-EPYC, the product with a matrix of 1536 x 576 takes 70 us so, and 300 us by `F.linear`. Whatever
-does not fit keeps its own code, so the plain path stays the specification.
+Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices in
+bf16 on a CPU are kept once more in the order that oneDNN's kernel wants, those that read the same
+tensor as one, and what adapters add is the start of the kernel's sum: one product and one rounding.
+With 16 rows on two cores of an AMD EPYC, the product with a matrix of 1536 x 576 takes 70 us so,
+and 300 us by `F.linear`. Whatever does not fit keeps its own code, so the plain path stays the
+specification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
@@ -22,14 +23,11 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
-from lorafold.core.layer import Layer
 from lorafold.engine.laid import Laid
 from lorafold.engine.operations import Operations
 from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.step.fused import fused
-
-Product = Callable[[Tensor, Tensor | None], Tensor]  # x (..., in), onto (..., out) -> (..., out)
 
 
 @contextmanager
@@ -46,51 +44,88 @@ def fast(
         rows: how many rows a pass usually has.
     """
     with ExitStack() as stack:
-        norm, rotate = operations.rms_norm, operations.rotary
-        stack.enter_context(fused(model, False, norm, rotate))
-        for path in structure.where:
-            module = model.get_submodule(path)
-            if isinstance(module, Adapted) or "forward" in vars(module):
+        stack.enter_context(fused(model, False, operations.rms_norm, operations.rotary))
+        for group in structure.groups:
+            found = {path: model.get_submodule(path) for path in group}
+            fits = {path: module for path, module in found.items() if packable(module)}
+            if not fits:
                 continue
-            if (product := packed(module, rows)) is not None:
-                module.forward = partial(_forward, module, layer_of(module), path, product, laid)
+            packed = Packed(fits, laid, rows)
+            for path, module in fits.items():
+                module.forward = partial(packed, path)
                 laid.aware.add(path)
                 stack.callback(vars(module).pop, "forward", None)
         yield
 
 
-def packed(module: nn.Module, rows: int) -> Product | None:
-    """W x + b + onto of a module, with W (out, in) in the kernel's order; None if it is not stored
-    in bf16 on a CPU.
+def packable(module: nn.Module) -> bool:
+    """Whether a module is a matrix in bf16 on a CPU that runs its class's own code."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.numel() == prod(layer_of(module).shape)
+        and torch.backends.mkldnn.is_available()
+        and not (isinstance(module, Adapted) or "forward" in vars(module))
+    )
+
+
+class Packed:
+    """Matrices that read the same tensor, as one in the kernel's order. The first that is called
+    computes the outputs of all.
+
+    Args:
+        modules: the modules by path.
+        laid: the engine's deltas on the model.
+        rows: how many rows a pass usually has.
     """
-    weight, layer = module._parameters.get("weight"), layer_of(module)
-    if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return None
-    if weight.numel() != prod(layer.shape) or not torch.backends.mkldnn.is_available():
-        return None
-    w, bias = layer.dense()
-    with torch.no_grad():
-        ordered = torch.ops.mkldnn._reorder_linear_weight(w.detach().contiguous(), rows)
-    plain, added = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._linear_pointwise.binary
 
-    def product(x: Tensor, onto: Tensor | None) -> Tensor:
-        if x.dtype != torch.bfloat16 or arithmetic(x) is not x.dtype:
-            y: Tensor = layer(x, onto=onto)
-        elif onto is None:
-            y = plain(x, ordered, bias, "none", [], "")
+    def __init__(self, modules: Mapping[str, nn.Module], laid: Laid, rows: int) -> None:
+        self.modules, self.paths, self.laid = dict(modules), tuple(modules), laid
+        self.layers = [layer_of(module) for module in modules.values()]
+        self.widths = [layer.shape[0] for layer in self.layers]
+        dense = [layer.dense() for layer in self.layers]
+        with torch.no_grad():
+            w = torch.cat([w.detach() for w, _ in dense])
+            self._w = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+            biases = [w.new_zeros(len(w)) if b is None else b for w, b in dense]
+            self._bias = torch.cat(biases) if any(b is not None for _, b in dense) else None
+        kernel = torch.ops.mkldnn._linear_pointwise
+        self._plain, self._added = kernel.default, kernel.binary
+        self._x: Tensor | None = None
+        self._left: dict[str, Tensor] = {}  # outputs for x that were not asked for yet
+
+    def __call__(self, path: str, x: Tensor) -> Tensor:
+        """The output of the module at a path."""
+        plan, module = self.laid.products.plan, self.modules[path]
+        takes = x.dtype == torch.bfloat16 and arithmetic(x) is x.dtype
+        if not (self.laid.mixing and takes) or path in plan.others:
+            y: Tensor = type(module).forward(module, x)
+            return y
+        if self._x is not x or path not in self._left:
+            parts = self.product(x, self._onto(x)).split(self.widths, -1)
+            self._x, self._left = x, dict(zip(self.paths, parts, strict=True))
+        y = self._left.pop(path)
+        if not self._left:
+            self._x = None
+        return y
+
+    def product(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        """W x + b + onto (..., out + ...), rounded once.
+
+        Args:
+            x: (..., in), in bf16.
+            onto: what is added, in bf16, or None.
+        """
+        if onto is None:
+            y: Tensor = self._plain(x, self._w, self._bias, "none", [], "")
         else:
-            y = added(x, onto, ordered, bias, "add")
+            y = self._added(x, onto, self._w, self._bias, "add")
         return y
 
-    return product
-
-
-def _forward(
-    module: nn.Module, layer: Layer, path: str, product: Product, laid: Laid, x: Tensor
-) -> Tensor:
-    plan = laid.products.plan
-    if not laid.mixing or path in plan.others:
-        y: Tensor = type(module).forward(module, x)
-        return y
-    onto = laid.products.product(path, x, layer) if path in plan.products else None
-    return product(x, onto)
+    def _onto(self, x: Tensor) -> Tensor | None:
+        products = self.laid.products
+        if products.plan.products.isdisjoint(self.paths):
+            return None
+        return products.product(self.paths, x, self.layers)

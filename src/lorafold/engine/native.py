@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.engine.operations import Operations, Plain, Product
+from lorafold.engine.operations import Operations, Part, Plain, Product
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import cached
 
@@ -31,7 +32,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SECONDS = 120  # to compile
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "low_rank": [P] * 6 + [N] * 4 + [INT],
+    "low_rank": [P, P, N, P, P, N, N, N, INT],
     "attend": [P] * 5 + [N] * 13 + [F, INT],
     "write": [P] * 4 + [N] * 9,
     "rms_norm": [P] * 3 + [N] * 2 + [F, INT],
@@ -69,23 +70,32 @@ class Native(Operations):
     def stored(self, factors: Tensor) -> torch.dtype:
         return factors.dtype if self._takes(factors) else self._plain.stored(factors)
 
-    def low_rank(self, down: Tensor, up: Tensor, slots: Tensor, ranks: Tensor) -> Product:
-        if not self._takes(down, up) or not (down.is_contiguous() and up.is_contiguous()):
-            return self._plain.low_rank(down, up, slots, ranks)
-        function = self._functions["low_rank", down.dtype]
-        (rank, n), width = down.shape[1:], up.shape[2]
+    def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
+        factors = [t for part in parts for t in part[:2] if t is not None]
+        if not self._takes(*factors) or not all(t.is_contiguous() for t in factors):
+            return self._plain.low_rank(parts, slots)
+        dtype, width = factors[0].dtype, sum(part.width for part in parts)
+        function, threads = self._functions["low_rank", dtype], torch.get_num_threads()
+        ranks = [part.ranks[slots] for part in parts]
+        table = torch.zeros(len(parts), 5, dtype=torch.long)
+        for row, part, found in zip(table, parts, ranks, strict=True):
+            row[2], row[4] = found.data_ptr(), part.width
+            if part.down is not None and part.up is not None:
+                row[0], row[1] = part.down.data_ptr(), part.up.data_ptr()
+                row[3] = part.down.shape[1]
 
         def product(x: Tensor) -> Tensor:
-            if not self._takes(x, down):
-                return self._plain.low_rank(down, up, slots, ranks)(x)
+            if x.dtype is not dtype:
+                return self._plain.low_rank(parts, slots)(x)
             x = x.contiguous()
             out = x.new_empty(len(x), width)
             function(
-                x.data_ptr(), down.data_ptr(), up.data_ptr(), slots.data_ptr(), ranks.data_ptr(),
-                out.data_ptr(), len(x), n, rank, width, torch.get_num_threads(),
+                x.data_ptr(), table.data_ptr(), len(table), slots.data_ptr(), out.data_ptr(),
+                len(x), x.shape[1], width, threads,
             )  # fmt: skip
             return out
 
+        product.keeps = factors, ranks  # type: ignore[attr-defined] # the table has their addresses
         return product
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

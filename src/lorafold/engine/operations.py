@@ -1,7 +1,7 @@
 """The operations of a pass that torch has no single kernel for.
 
-    low_rank    y_b = up_s(b) down_s(b) x_b            x (B, in), down (slots, r, in), up
-                                                        (slots, r, out) -> (B, out)
+    low_rank    y_b = [up_s(b) down_s(b) x_b, ...]      x (B, in), parts of down (slots, r, in) and
+                                                        up (slots, r, out) -> (B, out + ...)
     attend      o = softmax(scale q k^T + m) v          q (B, H, 1, D), k (B, Hk, K, D), v (B, Hk,
                                                         K, Dv), m (B, 1, 1, K) -> (B, H, 1, Dv)
     write       buffer_s(b), start_b + t = x_bt         x (B, Hk, T, D) -> buffer (slots, Hk, L, D)
@@ -12,13 +12,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
+
+
+class Part(NamedTuple):
+    """Factors in slots, down (slots, r, in) and up (slots, r, width), of which ranks (slots,) are
+    not zero, int64 on the CPU; None where no slot has any.
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+    ranks: Tensor
+    width: int
+
 
 Product = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 
@@ -33,14 +46,13 @@ class Operations(ABC):
         """The dtype in which `low_rank` wants stacks of these factors."""
 
     @abstractmethod
-    def low_rank(self, down: Tensor, up: Tensor, slots: Tensor, ranks: Tensor) -> Product:
-        """A function of x that multiplies each of B rows with the factors in its slot.
+    def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
+        """A function of x that multiplies each of B rows with the factors in its slot, and lays the
+        outputs of all parts side by side.
 
         Args:
-            down: (slots, r, in).
-            up: (slots, r, out).
+            parts: the factors of matrices that read the same x.
             slots: the slot of each row, int64 (B,), on the CPU.
-            ranks: how many of the r are not zero in it, int64 (B,), on the CPU.
         """
 
     @abstractmethod
@@ -84,10 +96,23 @@ class Plain(Operations):
     in bf16 (two cores of an AMD EPYC, beside other work).
     """
 
+    repeats = False
+
     def stored(self, factors: Tensor) -> torch.dtype:
         return torch.float32 if factors.device.type == "cpu" else factors.dtype
 
-    def low_rank(self, down: Tensor, up: Tensor, slots: Tensor, ranks: Tensor) -> Product:
+    def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
+        products = [self._low_rank(part, slots) for part in parts]
+
+        def product(x: Tensor) -> Tensor:
+            return torch.cat([part(x) for part in products], 1)
+
+        return product if len(parts) > 1 else products[0]
+
+    def _low_rank(self, part: Part, slots: Tensor) -> Product:
+        down, up, _, width = part
+        if down is None or up is None:
+            return lambda x: x.new_zeros(len(x), width)
         first, n = int(slots[0]), len(slots)
         if torch.equal(slots, torch.arange(first, first + n)):
             down, up = down[first : first + n], up[first : first + n]

@@ -24,7 +24,7 @@ from lorafold.core.combine import PerExample, Slots
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Given, Layer, add
 from lorafold.engine.adapters import Factors, Held
-from lorafold.engine.operations import Operations, Product
+from lorafold.engine.operations import Operations, Part, Product
 from lorafold.engine.structure import Shape, Structure
 
 ROWS = 4  # more input vectors than this with one adapter are one product
@@ -107,7 +107,7 @@ class Plan:
         first = dict(zip(reversed(held), reversed(own), strict=True))
         shared = [s if h is None else first[h] for h, s in zip(held, own, strict=True)]
         self.shared = torch.tensor(shared)
-        self.one: dict[str, Product] = {}  # by path, for rows of one token
+        self.one: dict[tuple[str, ...], Product] = {}  # by paths, for rows of one token
 
     @property
     def empty(self) -> bool:
@@ -141,7 +141,7 @@ class Site(Opaque):
     def forward(self, layer: Layer, x: Tensor, *args: Any, onto: Tensor | None = None) -> Tensor:
         products = self._products[0]
         plan = products.plan
-        d = products.product(self.path, x, layer) if self.path in plan.products else None
+        d = products.product((self.path,), x, [layer]) if self.path in plan.products else None
         y: Tensor = layer(x, *args, onto=add(d, onto) if d is not None else onto)
         rows = plan.rows_at(self.path, y.device) if self.path in plan.others else None
         return y if rows is None else rows(Given(layer, y, x), x)
@@ -175,21 +175,51 @@ class Products:
         for i in () if held is None else held.factors:
             self.stacks[i].clear(slot)
 
-    def product(self, path: str, x: Tensor, layer: Layer) -> Tensor:
-        """What the low-rank adapters of the plan add at a module, (B, T, out).
+    def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
+        """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
+        side: (B, T, out + ...).
 
         Args:
-            path: the module's path, one of the plan's products.
-            x: its input (B, T, in).
-            layer: the module as a layer.
+            paths: the modules' paths, at least one of them among the plan's products.
+            x: what they read (B, T, in).
+            layers: the modules as layers.
         """
-        plan, (shape, index) = self.plan, self.where[path]
-        rows, width = x.shape[0], x.shape[-1]
+        plan, rows, width = self.plan, x.shape[0], x.shape[-1]
         tokens = x.numel() // (rows * width)
         if plan.segments and tokens == 1 and (plan.mixed or self.operations.repeats):
-            return self._one(path, x.reshape(rows, width)).view(*x.shape[:-1], -1)
-        if plan.segments and (plan.mixed or rows * tokens <= ROWS):
-            return self._many(path, x.reshape(rows, tokens, width)).view(*x.shape[:-1], -1)
+            if paths not in plan.one:
+                parts = [self._part(path) for path in paths]
+                plan.one[paths] = self.operations.low_rank(parts, plan.shared)
+            return plan.one[paths](x.reshape(rows, width)).view(*x.shape[:-1], -1)
+        many = plan.segments and (plan.mixed or rows * tokens <= ROWS)
+        found = []
+        for path, layer in zip(paths, layers, strict=True):
+            if path not in plan.products:
+                found.append(x.new_zeros(*x.shape[:-1], layer.shape[0]))
+            elif many:
+                flat = x.reshape(rows, tokens, width)
+                found.append(self._many(path, flat).view(*x.shape[:-1], -1))
+            else:
+                found.append(self._by_segment(path, x, layer))
+        return torch.cat(found, -1) if len(found) > 1 else found[0]
+
+    def _part(self, path: str) -> Part:
+        shape, index = self.where[path]
+        stacks = self.stacks[shape]
+        if path not in self.plan.products or stacks.down is None or stacks.up is None:
+            return Part(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
+        return Part(stacks.down[index], stacks.up[index], stacks.ranks, stacks.shape.out)
+
+    def _many(self, path: str, x_BTI: Tensor) -> Tensor:  # (B, T, out)
+        down, up, _, _ = self._part(path)
+        assert down is not None
+        assert up is not None
+        # the factors' values are those of this dtype
+        down, up = (t[self.plan.slots].to(x_BTI.dtype) for t in (down, up))
+        return torch.bmm(torch.bmm(x_BTI, down.mT), up)
+
+    def _by_segment(self, path: str, x: Tensor, layer: Layer) -> Tensor:
+        shape, index = self.where[path]
         out: Tensor | None = None
         for held, at in self._segments(path):
             factors = held.factors[shape]
@@ -204,28 +234,6 @@ class Products:
             out.index_copy_(0, at, part)
         assert out is not None
         return out
-
-    def _one(self, path: str, x_BI: Tensor) -> Tensor:  # (B, out)
-        plan, (shape, index) = self.plan, self.where[path]
-        if path not in plan.one:
-            stacks = self.stacks[shape]
-            assert stacks.down is not None
-            assert stacks.up is not None
-            ranks = stacks.ranks[plan.shared]
-            plan.one[path] = self.operations.low_rank(
-                stacks.down[index], stacks.up[index], plan.shared, ranks
-            )
-        return plan.one[path](x_BI)
-
-    def _many(self, path: str, x_BTI: Tensor) -> Tensor:  # (B, T, out)
-        shape, index = self.where[path]
-        stacks = self.stacks[shape]
-        assert stacks.down is not None
-        assert stacks.up is not None
-        # the factors' values are those of this dtype
-        down = stacks.down[index][self.plan.slots].to(x_BTI.dtype)
-        up = stacks.up[index][self.plan.slots].to(x_BTI.dtype)
-        return torch.bmm(torch.bmm(x_BTI, down.mT), up)
 
     def _segments(self, path: str) -> list[tuple[Held, Tensor | None]]:
         plan = self.plan

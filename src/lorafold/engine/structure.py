@@ -4,6 +4,7 @@
     structure.why           "" if rows at different positions can share a pass, else why not
     structure.rowwise       the modules whose input and output have one row for each of the batch
     structure.shapes        the matrices among them, by shape
+    structure.groups        the matrices that read the same tensor, such as those of q, k and v
 
 Three prompts of different lengths run in slots, in chunks and token by token; the logits must be
 those of each prompt alone. A model for which this fails (a recurrent state, positions that it
@@ -45,11 +46,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found: why the model has no slots, if so, and its modules that take rows."""
+    """What was found: why the model has no slots, if so, its modules that take rows, and groups of
+    matrices that read the same tensor one after the other; every matrix is in one.
+    """
 
     why: str
-    rowwise: frozenset[str]
-    shapes: tuple[Shape, ...]
+    rowwise: frozenset[str] = frozenset()
+    shapes: tuple[Shape, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
 
     @cached_property
     def where(self) -> dict[str, tuple[int, int]]:
@@ -107,17 +111,19 @@ def probe(model: Any) -> Structure:
             ]
         ).float()
         try:
-            with _rows_seen(model) as seen, slotted(model, Plain()):
+            with _inputs_seen(model) as seen, slotted(model, Plain()):
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(
-                f"it can't run in slots ({type(error).__name__}: {error})", frozenset(), ()
+                f"it can't run in slots ({type(error).__name__}: {error})"
             )
     eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
     if not (together - alone).norm() <= eps * alone.norm():
-        return Structure("in slots it computes other logits than alone", frozenset(), ())
-    rowwise = frozenset(path for path, fits in seen.items() if fits)
-    return Structure("", rowwise, shapes(model, rowwise))
+        return Structure("in slots it computes other logits than alone")
+    rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
+    found = shapes(model, rowwise)
+    matrices = {path for shape in found for path in shape.paths}
+    return Structure("", rowwise, found, seen.groups(matrices))
 
 
 def shapes(model: nn.Module, rowwise: frozenset[str]) -> tuple[Shape, ...]:
@@ -154,19 +160,41 @@ def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     return torch.stack([out[b] for b in range(rows)])
 
 
-@contextmanager
-def _rows_seen(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """Yield a dictionary that says of each module with a matrix that runs whether all its inputs
-    have one row for each of the batch.
+class _Seen:
+    """The inputs of the modules with a matrix in one or several passes: `rows` says of each whether
+    all its inputs have one row for each of the batch.
     """
-    seen: dict[str, bool] = {}
+
+    def __init__(self) -> None:
+        self.rows: dict[str, bool] = {}
+        self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
+
+    def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
+        """Those of the paths that read the same tensor, in the order of the first pass."""
+        found: list[tuple[str, ...]] = []
+        before: Any = None
+        known: set[str] = set()
+        for path, *read in self.calls:
+            if path in paths - known:
+                same = before is not None and read[0] is before[0] and read[1] == before[1]
+                found[-1:] = [(*found[-1], path)] if same else [*found[-1:], (path,)]
+                known.add(path)
+            before = read
+        return tuple(found)
+
+
+@contextmanager
+def _inputs_seen(model: nn.Module) -> Iterator[_Seen]:
+    """Yield what the modules with a matrix read."""
+    seen = _Seen()
 
     def hook(path: str, ids: bool) -> Any:
         def look(_: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if len(args) == 1 and not kwargs else None
             dims = 2 if ids else 3
             fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
-            seen[path] = seen.get(path, True) and fits
+            seen.rows[path] = seen.rows.get(path, True) and fits
+            seen.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
 
         return look
 
