@@ -2,6 +2,7 @@
 theirs.
 """
 
+import itertools
 import shutil
 
 import pytest
@@ -48,8 +49,8 @@ def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: 
     for slot, r in enumerate(ranks.tolist()):
         down[slot, r:], up[slot, r:] = 0, 0
     other = random(5, 2, n, dtype=dtype, seed=3), random(5, 2, 33, dtype=dtype, seed=4)
-    slots = torch.tensor([0, 1, 4, 3, 4, 1])
-    x = random(6, n, dtype=dtype, seed=2)
+    slots = torch.tensor([0, 1, 4, 3, 4, 1, 1])
+    x = random(7, 3, n, dtype=dtype, seed=2)
 
     def product(operations: Operations, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         parts = [
@@ -62,9 +63,12 @@ def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: 
     found = product(native, dtype, slice(None))
     wide = product(Plain(), torch.float64, slice(None))
     close(found, wide, product(Plain(), dtype, slice(None)))
-    assert not found[3, :width].any()
-    assert not found[:, width : width + 7].any()
-    assert torch.equal(product(native, dtype, slice(2, 3))[0], found[2])
+    assert not found[3, :, :width].any()
+    assert not found[..., width : width + 7].any()
+    for b in range(7):  # the bits are the same alone, and a token at a time
+        assert torch.equal(product(native, dtype, slice(b, b + 1))[0], found[b])
+    x = x[:, 1:2]
+    assert torch.equal(product(native, dtype, slice(None)), found[:, 1:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,17 +78,22 @@ def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: 
 def test_attend(
     native: Native, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int
 ) -> None:
-    q = random(3, 1, heads, d, dtype=dtype).transpose(1, 2)
+    q = random(3, 5, heads, d, dtype=dtype).transpose(1, 2)
     buffers = random(3, kv, 50, d, dtype=dtype, seed=1), random(3, kv, 50, dv, dtype=dtype, seed=2)
     k, v = (b[:, :, :45] for b in buffers)
-    mask = torch.zeros(3, 1, 1, 45, dtype=dtype)
-    mask[0, ..., 20:], mask[1, ..., :7], mask[2, ..., 5:9] = (float("-inf"),) * 3
+    mask = torch.zeros(3, 1, 5, 45, dtype=dtype)
+    for b, t in itertools.product(range(3), range(5)):
+        mask[b, 0, t, 20 * b + t + 1 :] = float("-inf")
+    mask[2, ..., :7], mask[1, ..., 5:9] = float("-inf"), float("-inf")
     wide = Plain().attend(q.double(), k.double(), v.double(), mask.double(), 0.2)
     found = native.attend(q, k, v, mask, 0.2)
     close(found, wide, Plain().attend(q, k, v, mask, 0.2))
-    alone = native.attend(q[1:2], k[1:2], v[1:2], mask[1:2], 0.2)
-    assert torch.equal(alone[0], found[1])
-    v[1, 0, 30] = float("nan")
+    for b, t in itertools.product(range(3), range(5)):  # alone, and with keys that it can't see
+        n = 20 * b + t + 1
+        parts = q[b : b + 1, :, t : t + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n]
+        alone = native.attend(*parts, mask[b : b + 1, :, t : t + 1, :n], 0.2)
+        assert torch.equal(alone[0, 0], found[b, t])
+    v[1, 0, 3] = float("nan")
     broken = native.attend(q, k, v, mask, 0.2)
     assert broken[1].isnan().any()
     assert torch.equal(broken[0], found[0])
@@ -120,9 +129,9 @@ def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Native) 
     one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
     up = x.to(torch.bfloat16).view(1, 1, -1)
     at = torch.tensor([0])
-    found = native.low_rank([Part(one, up, at + 1, 48)], at)(one[0])
-    assert torch.equal(found.isnan(), up[0].isnan())
-    assert torch.equal(found.nan_to_num(), up[0].nan_to_num())
+    found = native.low_rank([Part(one, up, at + 1, 48)], at)(one)
+    assert torch.equal(found.isnan(), up.isnan())
+    assert torch.equal(found.nan_to_num(), up.nan_to_num())
 
 
 def test_other_dtypes_and_layouts_are_computed_in_torch(native: Native) -> None:

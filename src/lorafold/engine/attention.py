@@ -5,8 +5,7 @@
 
 q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K, Dv) -> (B, T, H, Dv). transformers asks a function of
 its registry for a model's mask and gives it a predicate on positions (causal, sliding, chunked);
-here that is evaluated at each row's own positions. Query heads that share a key head are rows of
-one product; a single query is computed by `Operations.attend`.
+here that is evaluated at each row's own positions. `Operations.attend` computes with it.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def slot_attention(
     """Compute attention (B, T, H, Dv); a function of transformers' attention protocol.
 
     Args:
-        operations: computes it where rows have a single query.
+        operations: what computes it.
         module: the attention module.
         query, key, value: (B, H, T, D), (B, Hk, K, D) and (B, Hk, K, Dv).
         attention_mask: a mask (B, 1, T, K) that is added to the scores, a boolean one, or None.
@@ -92,14 +91,6 @@ def slot_attention(
     special = any(protocol.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if attention_mask is None or attention_mask.dtype == torch.bool or special:
         return attend(module, query, key, value, attention_mask, 0.0, scaling, **protocol)
-    (b, heads, t, d), kv_heads, width = query.shape, key.shape[1], key.shape[2]
-    scale, mask = d**-0.5 if scaling is None else scaling, attention_mask[..., :width]
-    if t == 1:
-        return operations.attend(query, key, value, mask, scale).transpose(1, 2), None
-    groups = heads // kv_heads
-    m = mask[:, :, None].expand(b, kv_heads, groups, t, width).reshape(b * kv_heads, -1, width)
-    q = query.reshape(b * kv_heads, groups * t, d)
-    k, v = key.flatten(0, 1), value.flatten(0, 1)
-    scores = torch.baddbmm(m, q, k.mT, alpha=scale)
-    o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
-    return o.view(b, heads, t, -1).transpose(1, 2), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = attention_mask[..., : key.shape[2]]
+    return operations.attend(query, key, value, mask, scale), None

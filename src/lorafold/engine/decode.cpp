@@ -1,6 +1,6 @@
-// The operations of a decode step, one query a row; `native.py` has their equations and shapes.
+// The operations of a pass; `operations.py` has their equations and shapes.
 //
-// A row's numbers follow from that row alone, in an order that does not depend on the others. Inputs
+// The numbers of a token follow from its row alone, in an order that depends on nothing else. Inputs
 // and outputs are float or bfloat16 (raw 16 bits); sums are in fp32.
 
 #include <cmath>
@@ -127,7 +127,7 @@ inline void dots_of(const float* x, const T* m, float* out, long rows, long n) {
   for (int g = 0; g < G; g++)
     for (int r = 0; r < R; r++) {
       float rest = 0;
-      for (long k = i; k < n; k++) rest += x[g * n + k] * load(m + r * n + k);
+      for (long k = i; k < n; k++) rest = std::fma(x[g * n + k], load(m + r * n + k), rest);
       out[g * rows + r] = sum(sums[g][r].a + sums[g][r].b) + rest;
     }
 }
@@ -150,15 +150,17 @@ void combined(const float* a, const T* m, float* y, T* out, long rows, long n) {
       pair x = load_block(m + i), z = load_block(y + i);
       store_block(y + i, {z.a + a[j] * x.a, z.b + a[j] * x.b});
     }
-    for (long i = blocks; i < n; i++) y[i] += a[j] * load(m + i);
+    for (long i = blocks; i < n; i++) y[i] = std::fma(a[j], load(m + i), y[i]);
   }
   for (long i = 0; i < blocks; i += BLOCK) store_block(out + i, load_block(y + i));
   for (long i = blocks; i < n; i++) store(out + i, y[i]);
 }
 
-// out_g = scale_g sum_j a_gj m_j for G outputs of n numbers, which stay in registers
+// out_g = scale_g sum_j a_gj m_j for G outputs of n numbers, which stay in registers and are
+// `step` apart
 template <int G, class T>
-void averages(const float* a, const float* scale, const T* m, T* out, long rows, long n) {
+void averages(const float* a, const float* scale, const T* m, T* out, long rows, long n,
+              long step) {
   long at = 0;
   for (; at + BLOCK <= n; at += BLOCK) {
     pair y[G] = {};
@@ -171,13 +173,13 @@ void averages(const float* a, const float* scale, const T* m, T* out, long rows,
       }
     }
     for (int g = 0; g < G; g++)
-      store_block(out + g * n + at, {scale[g] * y[g].a, scale[g] * y[g].b});
+      store_block(out + g * step + at, {scale[g] * y[g].a, scale[g] * y[g].b});
   }
   for (; at < n; at++)
     for (int g = 0; g < G; g++) {
       float y = 0;
-      for (long j = 0; j < rows; j++) y += a[g * rows + j] * load(m + j * n + at);
-      store(out + g * n + at, scale[g] * y);
+      for (long j = 0; j < rows; j++) y = std::fma(a[g * rows + j], load(m + j * n + at), y);
+      store(out + g * step + at, scale[g] * y);
     }
 }
 
@@ -189,21 +191,48 @@ struct part {
   int64_t rank, width;
 };
 
+// the same for G rows of one slot
+template <int G, class T>
+void low_rank_rows(const T* x, const part<T>* parts, long many, int64_t slot, long row, T* out,
+                   long in, long width) {
+  std::vector<float> wide(G * in), u, y;
+  const std::vector<float> one(G, 1);
+  for (int g = 0; g < G; g++) widen(x + g * in, wide.data() + g * in, in);
+  for (const part<T>* p = parts; p < parts + many; out += p->width, p++) {
+    long r = p->ranks[row];
+    const T* up = p->up + slot * p->rank * p->width;
+    u.resize(G * r);
+    dots<G, 1>(wide.data(), p->down + slot * p->rank * in, u.data(), r, in);
+    if (G == 1) {
+      y.resize(p->width);
+      combined(u.data(), up, y.data(), out, r, p->width);
+    } else {
+      averages<G>(u.data(), one.data(), up, out, r, p->width, width);
+    }
+  }
+}
+
 template <class T>
 void low_rank(const T* x, const part<T>* parts, long many, const int64_t* slots, T* out, long rows,
-              long in, long width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
-  for (long b = 0; b < rows; b++) {
-    std::vector<float> wide(in), u, y;
-    widen(x + b * in, wide.data(), in);
-    T* to = out + b * width;
-    for (const part<T>* p = parts; p < parts + many; to += p->width, p++) {
-      long r = p->ranks[b];
-      u.resize(r);
-      y.resize(p->width);
-      dots<1, 1>(wide.data(), p->down + slots[b] * p->rank * in, u.data(), r, in);
-      combined(u.data(), p->up + slots[b] * p->rank * p->width, y.data(), to, r, p->width);
-    }
+              long tokens, long in, long width, int threads) {
+  // as many rows at a time as have one slot, at most GROUP
+  std::vector<long> starts;
+  for (long b = 0; b < rows * tokens;) {
+    starts.push_back(b);
+    long n = 1;
+    while (n < GROUP && b + n < rows * tokens && slots[(b + n) / tokens] == slots[b / tokens]) n++;
+    b += n;
+  }
+  long runs = starts.size();
+  starts.push_back(rows * tokens);
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * tokens > 1)
+  for (long i = 0; i < runs; i++) {
+    long b = starts[i], n = starts[i + 1] - b, row = b / tokens;
+    auto compute = n == 1   ? low_rank_rows<1, T>
+                   : n == 2 ? low_rank_rows<2, T>
+                   : n == 3 ? low_rank_rows<3, T>
+                            : low_rank_rows<GROUP, T>;
+    compute(x + b * in, parts, many, slots[row], row, out + b * width, in, width);
   }
 }
 
@@ -223,32 +252,34 @@ void attend_heads(const float* q, const T* k, const T* v, const T* mask, T* out,
     for (long j = 0; j < keys; j++) total += (own[j] = exponential(own[j] - top));
     over[g] = 1 / total;
   }
-  averages<G>(p, over, v, out, keys, dv);
+  averages<G>(p, over, v, out, keys, dv, dv);
 }
 
 template <class T>
 void attend(const T* q, const T* k, const T* v, const T* mask, T* out, long rows, long heads,
-            long kv, long keys, long d, long dv, long q_row, long q_head, long k_row, long k_head,
-            long v_row, long v_head, long m_row, float scale, int threads) {
+            long tokens, long kv, long keys, long d, long dv, long q_row, long q_head, long q_token,
+            long k_row, long k_head, long v_row, long v_head, long m_row, long m_token,
+            float scale, int threads) {
   long group = heads / kv;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
-  for (long at = 0; at < rows * kv; at++) {
-    long b = at / kv, h = at % kv, first = 0, last = keys;
-    const T* m = mask + b * m_row;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (rows * tokens > 1)
+  for (long at = 0; at < rows * kv * tokens; at++) {
+    long t = at % tokens, h = at / tokens % kv, b = at / tokens / kv, first = 0, last = keys;
+    const T* m = mask + b * m_row + t * m_token;
     while (last > 0 && load(m + last - 1) == -INFINITY) last--;
     while (first < last && load(m + first) == -INFINITY) first++;
-    const T *ks = k + b * k_row + h * k_head + first * d, *vs = v + b * v_row + h * v_head + first * dv;
+    const T* ks = k + b * k_row + h * k_head + first * d;
+    const T* vs = v + b * v_row + h * v_head + first * dv;
     std::vector<float> p(GROUP * (last - first)), query(GROUP * d);
     for (long g = 0; g < group; g += GROUP) {
       long many = group - g < GROUP ? group - g : GROUP;
       for (long i = 0; i < many; i++)
-        widen(q + b * q_row + (h * group + g + i) * q_head, query.data() + i * d, d);
+        widen(q + b * q_row + (h * group + g + i) * q_head + t * q_token, query.data() + i * d, d);
       auto compute = many == 1   ? attend_heads<1, T>
                      : many == 2 ? attend_heads<2, T>
                      : many == 3 ? attend_heads<3, T>
                                  : attend_heads<GROUP, T>;
-      compute(query.data(), ks, vs, m + first, out + (b * heads + h * group + g) * dv, p.data(),
-              last - first, d, dv, scale);
+      compute(query.data(), ks, vs, m + first, out + ((b * tokens + t) * heads + h * group + g) * dv,
+              p.data(), last - first, d, dv, scale);
     }
   }
 }
@@ -303,16 +334,17 @@ void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, l
 // ctypes finds functions by name: low_rank_float32, low_rank_bfloat16, ...
 #define EXPORT(T, NAME)                                                                            \
   extern "C" void low_rank_##NAME(const T* x, const part<T>* parts, long many,                     \
-                                  const int64_t* slots, T* out, long rows, long in, long width,    \
-                                  int threads) {                                                   \
-    low_rank(x, parts, many, slots, out, rows, in, width, threads);                                \
+                                  const int64_t* slots, T* out, long rows, long tokens, long in,   \
+                                  long width, int threads) {                                       \
+    low_rank(x, parts, many, slots, out, rows, tokens, in, width, threads);                        \
   }                                                                                                \
   extern "C" void attend_##NAME(const T* q, const T* k, const T* v, const T* mask, T* out,         \
-                                long rows, long heads, long kv, long keys, long d, long dv,        \
-                                long q_row, long q_head, long k_row, long k_head, long v_row,      \
-                                long v_head, long m_row, float scale, int threads) {               \
-    attend(q, k, v, mask, out, rows, heads, kv, keys, d, dv, q_row, q_head, k_row, k_head, v_row,  \
-           v_head, m_row, scale, threads);                                                         \
+                                long rows, long heads, long tokens, long kv, long keys, long d,    \
+                                long dv, long q_row, long q_head, long q_token, long k_row,        \
+                                long k_head, long v_row, long v_head, long m_row, long m_token,    \
+                                float scale, int threads) {                                        \
+    attend(q, k, v, mask, out, rows, heads, tokens, kv, keys, d, dv, q_row, q_head, q_token,       \
+           k_row, k_head, v_row, v_head, m_row, m_token, scale, threads);                          \
   }                                                                                                \
   extern "C" void rms_norm_##NAME(const T* x, const T* gain, T* out, long rows, long n, float eps, \
                                   int threads) {                                                   \

@@ -29,6 +29,8 @@ from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.step.fused import fused
 
+ROWS = (1, 2, 3, 4, 6, 8, 16)  # numbers of rows that may be summed in orders of their own
+
 
 @contextmanager
 def fast(
@@ -44,7 +46,9 @@ def fast(
         rows: how many rows a pass usually has.
     """
     with ExitStack() as stack:
-        stack.enter_context(fused(model, False, operations.rms_norm, operations.rotary))
+        stack.enter_context(
+            fused(model, False, operations.rms_norm, operations.rotary, operations.gated)
+        )
         for group in structure.groups:
             found = {path: model.get_submodule(path) for path in group}
             fits = {path: module for path, module in found.items() if packable(module)}
@@ -93,6 +97,7 @@ class Packed:
             self._bias = torch.cat(biases) if any(b is not None for _, b in dense) else None
         kernel = torch.ops.mkldnn._linear_pointwise
         self._plain, self._added = kernel.default, kernel.binary
+        self._least = self._steady(self.layers[0].shape[1])
         self._x: Tensor | None = None
         self._left: dict[str, Tensor] = {}  # outputs for x that were not asked for yet
 
@@ -104,7 +109,10 @@ class Packed:
             y: Tensor = type(module).forward(module, x)
             return y
         if self._x is not x or path not in self._left:
-            parts = self.product(x, self._onto(x)).split(self.widths, -1)
+            whole = self.product(x, self._onto(x))
+            if len(self.paths) == 1:
+                return whole
+            parts = torch.split_with_sizes(whole, self.widths, -1)
             self._x, self._left = x, dict(zip(self.paths, parts, strict=True))
         y = self._left.pop(path)
         if not self._left:
@@ -118,14 +126,40 @@ class Packed:
             x: (..., in), in bf16.
             onto: what is added, in bf16, or None.
         """
+        if (rows := x.numel() // x.shape[-1]) < self._least:
+            more = [x, onto] if onto is not None else [x]
+            padded = [_padded(t.reshape(rows, -1), self._least) for t in more]
+            return self._kernel(*padded)[:rows].view(*x.shape[:-1], -1)
+        return self._kernel(x, onto)
+
+    def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is None:
             y: Tensor = self._plain(x, self._w, self._bias, "none", [], "")
         else:
             y = self._added(x, onto, self._w, self._bias, "add")
         return y
 
+    def _steady(self, width: int) -> int:
+        """The number of rows from which on the kernel sums in one order, whatever their number; it
+        has another one for a single row where the sums are long.
+        """
+        x = torch.randn(ROWS[-1], width, generator=torch.Generator().manual_seed(0)).bfloat16()
+        rest = -self._kernel(x)
+        whole = self._kernel(x, rest)  # the rounding errors, which differ where the order does
+        least = ROWS[-1]
+        for n in reversed(ROWS[:-1]):
+            if not torch.equal(self._kernel(x[:n], rest[:n]), whole[:n]):
+                break
+            least = n
+        return least
+
     def _onto(self, x: Tensor) -> Tensor | None:
         products = self.laid.products
         if products.plan.products.isdisjoint(self.paths):
             return None
         return products.product(self.paths, x, self.layers)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x (n, ...) with its first row repeated until there are that many."""
+    return torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])

@@ -32,8 +32,8 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SECONDS = 120  # to compile
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "low_rank": [P, P, N, P, P, N, N, N, INT],
-    "attend": [P] * 5 + [N] * 13 + [F, INT],
+    "low_rank": [P, P, N, P, P, N, N, N, N, INT],
+    "attend": [P] * 5 + [N] * 16 + [F, INT],
     "write": [P] * 4 + [N] * 9,
     "rms_norm": [P] * 3 + [N] * 2 + [F, INT],
     "rotary": [P] * 4 + [N] * 6,
@@ -50,8 +50,6 @@ class Native(Operations):
     Args:
         library: the compiled file.
     """
-
-    repeats = True
 
     def __init__(self, library: Path) -> None:
         try:
@@ -87,11 +85,11 @@ class Native(Operations):
         def product(x: Tensor) -> Tensor:
             if x.dtype is not dtype:
                 return self._plain.low_rank(parts, slots)(x)
-            x = x.contiguous()
-            out = x.new_empty(len(x), width)
+            x, (rows, tokens, n) = x.contiguous(), x.shape
+            out = x.new_empty(rows, tokens, width)
             function(
-                x.data_ptr(), table.data_ptr(), len(table), slots.data_ptr(), out.data_ptr(),
-                len(x), x.shape[1], width, threads,
+                x.data_ptr(), table.data_ptr(), len(table), slots.data_ptr(), out.data_ptr(), rows,
+                tokens, n, width, threads,
             )  # fmt: skip
             return out
 
@@ -99,14 +97,16 @@ class Native(Operations):
         return product
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        (b, heads, _, d), (_, kv, keys, dv) = q.shape, v.shape
-        if not self._takes(q, k, v, mask) or (q.stride(3), k.stride(2), v.stride(2)) != (1, d, dv):
+        (b, heads, tokens, d), (_, kv, keys, dv) = q.shape, v.shape
+        ends = q.stride(3), k.stride(3), v.stride(3), mask.stride(3), k.stride(2), v.stride(2)
+        if not self._takes(q, k, v, mask) or ends != (1, 1, 1, 1, d, dv):
             return self._plain.attend(q, k, v, mask, scale)
-        out = q.new_empty(b, heads, 1, dv)
+        out = q.new_empty(b, tokens, heads, dv)
         self._functions["attend", q.dtype](
             q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), out.data_ptr(), b, heads,
-            kv, keys, d, dv, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), mask.stride(0), scale, torch.get_num_threads(),
+            tokens, kv, keys, d, dv, q.stride(0), q.stride(1), q.stride(2), k.stride(0),
+            k.stride(1), v.stride(0), v.stride(1), mask.stride(0), mask.stride(2), scale,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -1,9 +1,9 @@
 """The operations of a pass that torch has no single kernel for.
 
-    low_rank    y_b = [up_s(b) down_s(b) x_b, ...]      x (B, in), parts of down (slots, r, in) and
-                                                        up (slots, r, out) -> (B, out + ...)
-    attend      o = softmax(scale q k^T + m) v          q (B, H, 1, D), k (B, Hk, K, D), v (B, Hk,
-                                                        K, Dv), m (B, 1, 1, K) -> (B, H, 1, Dv)
+    low_rank    y_b = [up_s(b) down_s(b) x_b, ...]      x (B, T, in), parts of down (slots, r, in)
+                                                        and up (slots, r, out) -> (B, T, out + ...)
+    attend      o = softmax(scale q k^T + m) v          q (B, H, T, D), k (B, Hk, K, D), v (B, Hk,
+                                                        K, Dv), m (B, 1, T, K) -> (B, T, H, Dv)
     write       buffer_s(b), start_b + t = x_bt         x (B, Hk, T, D) -> buffer (slots, Hk, L, D)
 
 `Plain` is the specification, in torch on any device. `lorafold.engine.native` has the same in C++.
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.gated import Activation
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
 
@@ -33,13 +35,11 @@ class Part(NamedTuple):
     width: int
 
 
-Product = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
+Product = Callable[[Tensor], Tensor]  # (B, T, in) -> (B, T, out)
 
 
 class Operations(ABC):
-    """Abstract. `repeats`: whether `low_rank` is also the best for many rows of one adapter."""
-
-    repeats: bool
+    """Abstract."""
 
     @abstractmethod
     def stored(self, factors: Tensor) -> torch.dtype:
@@ -47,8 +47,8 @@ class Operations(ABC):
 
     @abstractmethod
     def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
-        """A function of x that multiplies each of B rows with the factors in its slot, and lays the
-        outputs of all parts side by side.
+        """A function of x that multiplies the tokens of each of B rows with the factors in its
+        slot, and lays the outputs of all parts side by side.
 
         Args:
             parts: the factors of matrices that read the same x.
@@ -58,14 +58,14 @@ class Operations(ABC):
     @abstractmethod
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
-    ) -> Tensor:  # (B, H, 1, Dv)
-        """Attention of one query a row.
+    ) -> Tensor:  # (B, T, H, Dv)
+        """Attention of T queries a row.
 
         Args:
-            q: (B, H, 1, D).
+            q: (B, H, T, D).
             k: (B, Hk, K, D), of which H / Hk query heads share one.
             v: (B, Hk, K, Dv).
-            mask: what is added to the scores, (B, 1, 1, K).
+            mask: what is added to the scores, (B, 1, T, K).
             scale: the factor of the scores.
         """
 
@@ -88,6 +88,10 @@ class Operations(ABC):
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`lorafold.ops.rotary.rotary`."""
 
+    def gated(self, gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+        """`lorafold.ops.gated.gated`, without gradients."""
+        return act.forward(gate).mul_(up)
+
 
 class Plain(Operations):
     """In torch. A single query is the smaller factor, on the right: for 16 rows and 128 keys of
@@ -96,8 +100,6 @@ class Plain(Operations):
     in bf16 (two cores of an AMD EPYC, beside other work).
     """
 
-    repeats = False
-
     def stored(self, factors: Tensor) -> torch.dtype:
         return torch.float32 if factors.device.type == "cpu" else factors.dtype
 
@@ -105,34 +107,43 @@ class Plain(Operations):
         products = [self._low_rank(part, slots) for part in parts]
 
         def product(x: Tensor) -> Tensor:
-            return torch.cat([part(x) for part in products], 1)
+            return torch.cat([part(x) for part in products], -1)
 
         return product if len(parts) > 1 else products[0]
 
     def _low_rank(self, part: Part, slots: Tensor) -> Product:
         down, up, _, width = part
         if down is None or up is None:
-            return lambda x: x.new_zeros(len(x), width)
+            return lambda x: x.new_zeros(*x.shape[:2], width)
         first, n = int(slots[0]), len(slots)
-        if torch.equal(slots, torch.arange(first, first + n)):
+        if torch.equal(slots, torch.full_like(slots, first)):
+            down, up = down[first], up[first]
+        elif torch.equal(slots, torch.arange(first, first + n)):
             down, up = down[first : first + n], up[first : first + n]
         else:
             down, up = down[slots], up[slots]
 
         def product(x: Tensor) -> Tensor:
-            u = torch.bmm(x[:, None].to(down.dtype), down.mT)
-            return torch.bmm(u, up)[:, 0].to(x.dtype)
+            # the factors' values are those of x's dtype; with one token the stored one is faster
+            dtype = down.dtype if x.shape[1] == 1 else arithmetic(x)
+            u = torch.matmul(x.to(dtype), down.to(dtype).mT)
+            return torch.matmul(u, up.to(dtype)).to(x.dtype)
 
         return product
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        (b, heads, _, d), kv, width = q.shape, k.shape[1], k.shape[2]
-        m = mask[:, None].expand(b, kv, 1, 1, width).reshape(b * kv, 1, width)
-        wide = torch.promote_types(m.dtype, torch.float32)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)
-        scores = torch.bmm(k, q.reshape(b * kv, heads // kv, d).mT).mT
-        p = torch.softmax(torch.add(m.to(wide), scores, alpha=scale), -1)
-        return torch.bmm(p.to(v.dtype), v).view(b, heads, 1, -1)
+        (b, heads, t, d), kv, width = q.shape, k.shape[1], k.shape[2]
+        groups = heads // kv
+        m = mask[:, :, None].expand(b, kv, groups if t > 1 else 1, t, width)
+        m = m.reshape(b * kv, -1, width)
+        q, k, v = q.reshape(b * kv, groups * t, d), k.flatten(0, 1), v.flatten(0, 1)
+        if t == 1:
+            wide = m.to(torch.promote_types(m.dtype, torch.float32))
+            scores = torch.add(wide, torch.bmm(k, q.mT).mT, alpha=scale)
+        else:
+            scores = torch.baddbmm(m, q, k.mT, alpha=scale)
+        o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+        return o.view(b, heads, t, -1).transpose(1, 2)
 
     def write(self, buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
         at = starts[:, None] + torch.arange(x.shape[2], device=starts.device)

@@ -5,10 +5,7 @@
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
 factors are copied to stacks, down (n, slots, r, in) and up (n, slots, r, out) for the n matrices of
 one shape, when a request gets its slot, so that a step gathers nothing (Chen et al. 2023, Punica,
-arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Rows of one token are computed by
-`Operations.low_rank`, prompts by batched products: with 64 tokens each, 8 x (576, 16) and its up
-factor of 1536 take 103 us in bf16, and 542 one adapter after the other (two cores of an AMD EPYC).
-Where all rows have one adapter, they are one product instead. Adapters of other kinds run through
+arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Adapters of other kinds run through
 `PerExample` over the same output. Rows of the base are computed by nothing.
 """
 
@@ -26,8 +23,6 @@ from lorafold.core.layer import Given, Layer, add
 from lorafold.engine.adapters import Factors, Held
 from lorafold.engine.operations import Operations, Part, Product
 from lorafold.engine.structure import Shape, Structure
-
-ROWS = 4  # more input vectors than this with one adapter are one product
 
 
 class Stacks:
@@ -89,25 +84,17 @@ class Plan:
         self.held = tuple(held)
         self.slots = slots if isinstance(slots, slice) else torch.tensor(slots)
         found = [h for h in held if h is not None]
-        distinct = [*dict.fromkeys(found)] if not each else found
         self.products = frozenset().union(*(h.products for h in found))
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
-        rows = range(len(held))
-        self.segments: list[tuple[Held, Tensor | None]] = []
-        for one in distinct if not each else ():
-            at = [b for b in rows if held[b] is one]
-            if one.products:
-                self.segments.append((one, None if len(at) == len(held) else torch.tensor(at)))
-        self.mixed = len(self.segments) > 1
         self.each = each
-        self._with_others = [b for b in rows if (h := held[b]) is not None and h.deltas]
+        self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, PerExample | None] = {}
         # rows of one adapter read the factors of one slot
         own = [*range(slots.start, slots.stop)] if isinstance(slots, slice) else [*slots]
         first = dict(zip(reversed(held), reversed(own), strict=True))
         shared = [s if h is None else first[h] for h, s in zip(held, own, strict=True)]
         self.shared = torch.tensor(shared)
-        self.one: dict[tuple[str, ...], Product] = {}  # by paths, for rows of one token
+        self.one: dict[tuple[str, ...], Product] = {}  # by paths
 
     @property
     def empty(self) -> bool:
@@ -184,24 +171,15 @@ class Products:
             x: what they read (B, T, in).
             layers: the modules as layers.
         """
-        plan, rows, width = self.plan, x.shape[0], x.shape[-1]
-        tokens = x.numel() // (rows * width)
-        if plan.segments and tokens == 1 and (plan.mixed or self.operations.repeats):
-            if paths not in plan.one:
-                parts = [self._part(path) for path in paths]
-                plan.one[paths] = self.operations.low_rank(parts, plan.shared)
-            return plan.one[paths](x.reshape(rows, width)).view(*x.shape[:-1], -1)
-        many = plan.segments and (plan.mixed or rows * tokens <= ROWS)
-        found = []
-        for path, layer in zip(paths, layers, strict=True):
-            if path not in plan.products:
-                found.append(x.new_zeros(*x.shape[:-1], layer.shape[0]))
-            elif many:
-                flat = x.reshape(rows, tokens, width)
-                found.append(self._many(path, flat).view(*x.shape[:-1], -1))
-            else:
-                found.append(self._by_segment(path, x, layer))
-        return torch.cat(found, -1) if len(found) > 1 else found[0]
+        plan = self.plan
+        if plan.each:
+            found = [self._by_row(*at, x) for at in zip(paths, layers, strict=True)]
+            return torch.cat(found, -1) if len(found) > 1 else found[0]
+        if paths not in plan.one:
+            parts = [self._part(path) for path in paths]
+            plan.one[paths] = self.operations.low_rank(parts, plan.shared)
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        return plan.one[paths](flat).view(*x.shape[:-1], -1)
 
     def _part(self, path: str) -> Part:
         shape, index = self.where[path]
@@ -210,35 +188,13 @@ class Products:
             return Part(None, None, torch.zeros_like(stacks.ranks), stacks.shape.out)
         return Part(stacks.down[index], stacks.up[index], stacks.ranks, stacks.shape.out)
 
-    def _many(self, path: str, x_BTI: Tensor) -> Tensor:  # (B, T, out)
-        down, up, _, _ = self._part(path)
-        assert down is not None
-        assert up is not None
-        # the factors' values are those of this dtype
-        down, up = (t[self.plan.slots].to(x_BTI.dtype) for t in (down, up))
-        return torch.bmm(torch.bmm(x_BTI, down.mT), up)
-
-    def _by_segment(self, path: str, x: Tensor, layer: Layer) -> Tensor:
+    def _by_row(self, path: str, layer: Layer, x: Tensor) -> Tensor:
         shape, index = self.where[path]
-        out: Tensor | None = None
-        for held, at in self._segments(path):
-            factors = held.factors[shape]
-            k = factors.index[index]
-            taken = x if at is None else x[at]
-            u = layer.op(taken, factors.down[k].t())
-            part = torch.matmul(u.to(factors.up.dtype), factors.up[k])
-            if at is None:
-                return part
-            if out is None:
-                out = part.new_zeros(len(x), *part.shape[1:])
-            out.index_copy_(0, at, part)
-        assert out is not None
+        out = x.new_zeros(*x.shape[:-1], layer.shape[0])
+        for b, held in enumerate(self.plan.held):
+            if held is not None and path in held.products:
+                factors = held.factors[shape]
+                k = factors.index[index]
+                u = layer.op(x[b : b + 1], factors.down[k].t())
+                out[b] = torch.matmul(u.to(factors.up.dtype), factors.up[k])[0]
         return out
-
-    def _segments(self, path: str) -> list[tuple[Held, Tensor | None]]:
-        plan = self.plan
-        if plan.each:
-            rows = enumerate(plan.held)
-            found = [(h, torch.tensor([b])) for b, h in rows if h and path in h.products]
-            return found  # type: ignore[return-value]
-        return [(h, rows) for h, rows in plan.segments if path in h.products]

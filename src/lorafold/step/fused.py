@@ -28,7 +28,7 @@ from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.attach import Adapted
 from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
-from lorafold.ops.gated import ACTIVATIONS, gated
+from lorafold.ops.gated import ACTIVATIONS, Activation, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
 
@@ -57,6 +57,7 @@ def fused(
     linears: bool = True,
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary,
+    gate: Callable[[Tensor, Tensor, Activation], Tensor] = gated,
 ) -> Iterator[FastPath]:
     """Replace all parts that can be fused until the `with` block ends.
 
@@ -65,10 +66,11 @@ def fused(
         linears: whether frozen linears and a trained head are among the parts.
         norm: what computes `lorafold.ops.norm.rms_norm`.
         rotate: what computes `lorafold.ops.rotary.rotary`.
+        gate: what computes `lorafold.ops.gated.gated`.
     """
     make: dict[str, Callable[[nn.Module], Forward | None]] = {
         "norms": partial(_fused_norm, norm),
-        "MLP": _fused_mlp,
+        "MLP": partial(_fused_mlp, gate),
     }
     inside = [
         [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
@@ -190,7 +192,7 @@ def _normed(norm: Forward, gain: Callable[[], Tensor], eps: float, x: Tensor) ->
     return norm(x, gain(), eps)
 
 
-def _fused_mlp(module: nn.Module) -> Forward | None:
+def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
     """Return the fused forward of down(act(gate(x)) * up(x)), whose parts have the names that
     transformers gives them; None if the module is no such MLP.
     """
@@ -205,7 +207,7 @@ def _fused_mlp(module: nn.Module) -> Forward | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        return down(gated(gate(x), up(x), known))
+        return down(gating(gate(x), up(x), known))
 
     # a quantized MLP may have no floating-point parameter: its activations have 16 bits
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)

@@ -1,0 +1,160 @@
+"""How often a request's tokens in a busy batch are not those that it has alone, in bf16.
+
+    python benchmarks/alone.py [--requests 500] [--keep]
+
+The embedded model in bf16, adapters of eight methods and the base, prompts of 4 to 96 tokens, 8 to
+32 new ones, greedy or sampled with random settings; requests arrive between steps. Each is then run
+alone in the same engine. Where all tokens so far are the same, the logits of both runs are
+compared: their largest difference is the rounding bound b. Two runs whose logits differ by at most
+b can only choose different tokens where two candidates are closer than 2 b, in logits (greedy) or
+in the logarithms of the draw's odds (sampled, after temperature). Prints JSON and a table, which
+`--keep` writes to results/alone.md.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.results import keep, markdown
+
+import lorafold as lf
+from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.sampler import filtered
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
+
+METHODS: dict[str, Any] = {
+    "lora": lf.LoRA(rank=16), "dora": lf.DoRA(over=lf.LoRA(rank=8)), "vera": lf.VeRA(rank=64),
+    "loha": lf.LoHa(rank=4), "lokr": lf.LoKr(rank=4), "ia3": lf.IA3(),
+    "houlsby": lf.Bottleneck(size=8), "prompt": lf.Prompt(tokens=8),
+}  # fmt: skip
+GROUP = 50  # requests that arrive in one company
+
+
+def adapters(model: Any, out: Path) -> dict[str, Path]:
+    """One of each method, away from its start."""
+    paths = {}
+    for i, (name, spec) in enumerate(METHODS.items()):
+        torch.manual_seed(i)
+        adapter = lf.attach(model, spec, name="it")
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        paths[name] = adapter.save(out / name)
+        adapter.detach()
+    return paths
+
+
+def asked(n: int) -> list[Request]:
+    rng = random.Random(0)
+    found = []
+    for i in range(n):
+        ids = tuple(rng.randrange(1000, 40000) for _ in range(rng.randint(4, 96)))
+        drawn = Sampling(
+            temperature=rng.choice([0.7, 1.0]), top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 40]), seed=i,
+        )  # fmt: skip
+        sampling = drawn if rng.random() < 0.5 else Sampling()
+        name = rng.choice([None, *METHODS])
+        found.append(Request(str(i), ids, rng.randint(8, 32), name, sampling))
+    return found
+
+
+class Watched(Engine):
+    """An engine that keeps the logits of every choice, and the odds of every draw."""
+
+    def watch(self) -> None:
+        self.seen: dict[str, list[torch.Tensor]] = defaultdict(list)  # (V,) a token
+        forward = self._runner.forward
+
+        def spied(rows: Any, counts: Any) -> torch.Tensor:
+            logits = forward(rows, counts)
+            for row, n, own in zip(rows, counts, logits, strict=True):
+                if row.pending == n:
+                    self.seen[row.request.id].append(own.clone())
+            return logits
+
+        self._runner.forward = spied  # type: ignore[method-assign]
+
+
+def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
+    """How far the chosen candidate is ahead of the next one."""
+    own = request.sampling
+    if not own.temperature:
+        first, second = logits_V.float().topk(2).values.tolist()
+        return first - second
+    generator = torch.Generator().manual_seed(own.seed)
+    for _ in range(at + 1):  # torch.multinomial divides by an exponential draw
+        noise_V = torch.empty(1, len(logits_V)).exponential_(generator=generator)[0]
+    log_p = torch.log_softmax(filtered(logits_V.float() / own.temperature, own), -1)
+    first, second = (log_p - noise_V.log()).topk(2).values.tolist()
+    return first - second
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--keep", action="store_true", help="write results/alone.md")
+    a = parser.parse_args()
+    model = load_model(resolve_model("smollm2").path, torch.bfloat16)
+    requests, bound, differ = asked(a.requests), 0.0, []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = adapters(model, Path(folder))
+        with Watched(model, slots=16, length=160) as engine:
+            for name, path in paths.items():
+                engine.load(name, path)
+            engine.watch()
+            for start in range(0, len(requests), GROUP):
+                group = requests[start : start + GROUP]
+                waiting, rng, company = list(group), random.Random(start), {}
+                while waiting or engine.step():
+                    for _ in range(rng.randint(0, 3)):
+                        if waiting:
+                            request = waiting.pop(0)
+                            company[request.id] = engine.submit(request)
+                    if waiting:
+                        engine.step()
+                among = dict(engine.seen)
+                engine.seen.clear()
+                for request in group:
+                    stream = engine.submit(request)
+                    engine.run()
+                    alone, found = stream.result(), company[request.id].result()
+                    assert "failed" not in (alone.reason, found.reason), (alone, found)
+                    pairs = zip(alone.tokens, found.tokens, strict=False)
+                    same = next((t for t, (x, y) in enumerate(pairs) if x != y), None)
+                    own, theirs = engine.seen.pop(request.id), among[request.id]
+                    until = len(alone.tokens) if same is None else same + 1
+                    for x, y in zip(own[:until], theirs[:until], strict=True):
+                        bound = max(bound, float((x.float() - y.float()).abs().max()))
+                    if same is not None:
+                        differ.append((request, gap(own[same], request, same)))
+                told = {"requests": start + len(group), "differ": len(differ), "bound": bound}
+                print(json.dumps(told), flush=True)
+    inside = [
+        g for request, g in differ if g <= 2 * bound / (request.sampling.temperature or 1.0)
+    ]
+    table = [
+        {
+            "requests": len(requests),
+            "that differ": len(differ),
+            "% of requests": 100 * len(differ) / len(requests),
+            "largest difference of logits": bound,
+            "largest gap": max((g for _, g in differ), default=0.0),
+            "closer than the bound": len(inside),
+        }
+    ]
+    print(json.dumps({"by adapter": Counter(str(request.adapter) for request, _ in differ)}))
+    if a.keep:
+        keep("alone", table)
+    else:
+        print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
