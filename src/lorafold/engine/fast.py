@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
-from lorafold.core.attach import Adapted
+from lorafold.core.attach import deltas_on
 from lorafold.core.layer import Layer
 from lorafold.engine.laid import Laid
 from lorafold.engine.structure import Structure
@@ -45,7 +45,7 @@ def fast(model: Any, structure: Structure, laid: Laid, rows: int) -> Iterator[No
         stack.enter_context(fused(model, linears=False))
         for path in structure.where:
             module = model.get_submodule(path)
-            if isinstance(module, Adapted) or "forward" in vars(module):
+            if "forward" in vars(module) or deltas_on(module, laid.base):
                 continue
             if (product := packed(module, rows)) is not None:
                 module.forward = partial(_forward, module, layer_of(module), path, product, laid)
@@ -84,8 +84,8 @@ def _forward(
     module: nn.Module, layer: Layer, path: str, product: Product, laid: Laid, x: Tensor
 ) -> Tensor:
     plan = laid.products.plan
-    if not laid.mixing or path in plan.others:
+    if path in plan.others if laid.mixing else deltas_on(module, laid.selection.names):
         y: Tensor = type(module).forward(module, x)
         return y
-    onto = laid.products.product(path, x, layer) if path in plan.products else None
-    return product(x, onto)
+    adds = laid.mixing and path in plan.products
+    return product(x, laid.products.product(path, x, layer) if adds else None)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorafold.core.combine import PerExample, Slots
-from lorafold.core.delta import Opaque
+from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Given, Layer, add
 from lorafold.engine.adapters import Factors, Held
 from lorafold.engine.structure import Shape, Structure
@@ -92,7 +92,7 @@ class Plan:
                 self.segments.append((one, None if len(at) == len(held) else torch.tensor(at)))
         self.each = each
         self._with_others = [b for b in rows if (h := held[b]) is not None and h.deltas]
-        self._by_path: dict[str, PerExample | None] = {}
+        self._by_path: dict[str, Delta | None] = {}
         self.stacks: dict[str, tuple[Tensor, Tensor]] = {}  # down (B, in, r), up (B, r, out)
 
     @property
@@ -105,8 +105,10 @@ class Plan:
         alone = len(self.segments) == 1 and len(self.held) * tokens > ROWS
         return bool(self.segments) and not alone
 
-    def rows_at(self, path: str, device: torch.device) -> PerExample | None:
-        """The deltas at a module that are no products, each for its rows; None if there is none."""
+    def rows_at(self, path: str, device: torch.device) -> Delta | None:
+        """The deltas at a module that are no products, each for its rows, or the one that all rows
+        have; None if there is none.
+        """
         if path not in self._by_path:
             at, deltas, numbers = [0] * len(self.held), [], {}
             for b in self._with_others:
@@ -117,7 +119,9 @@ class Plan:
                     deltas.append(delta)
                     numbers[id(delta)] = len(deltas)
                 at[b] = numbers[id(delta)]
-            made = PerExample(deltas, Slots(torch.tensor(at, device=device))) if deltas else None
+            made: Delta | None = PerExample(deltas, Slots(torch.tensor(at, device=device)))
+            if len(deltas) < 2 and (not deltas or all(at)):
+                made = next(iter(deltas), None)
             self._by_path[path] = made
         return self._by_path[path]
 
