@@ -99,7 +99,9 @@ def talk(chat: Chat, text: str) -> str:
     return answer
 
 
-def test_each_answer_is_the_models_own_to_all_that_was_said(chat: Chat, alone: Callable[..., str]) -> None:
+def test_each_answer_is_the_models_own_to_all_that_was_said(
+    chat: Chat, alone: Callable[..., str]
+) -> None:
     chat.system = "Be brief."
     messages = [said("system", "Be brief.")]
     for text in ("a table for four", "rain", "six"):
@@ -115,7 +117,9 @@ def test_each_answer_is_the_models_own_to_all_that_was_said(chat: Chat, alone: C
     )
 
 
-def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat: Chat, alone: Callable[..., str]) -> None:
+def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(
+    chat: Chat, alone: Callable[..., str]
+) -> None:
     names = {
         "first": ["on_model_first"],
         "second": ["on_model_second"],
@@ -137,6 +141,21 @@ def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat: Chat
     next(unfinished)
     unfinished.close()
     assert torch.equal(chat.model(ids).logits, before)
+
+
+def test_a_closed_chat_gives_the_model_back(chat: Chat, made: Callable[[], Any]) -> None:
+    """Also where an answer was left halfway."""
+    model, untouched = chat.model, made()
+    ids, answer = torch.tensor([[5, 6, 7]]), chat.answer(chat.ask("rain"), chat.active)
+    next(answer)
+    chat.close()
+    answer.close()
+    assert torch.equal(model(ids).logits, untouched(ids).logits)
+    with lf.only(model), lf.only(untouched):
+        assert torch.equal(model(ids).logits, untouched(ids).logits)
+    assert {path: type(m) for path, m in model.named_modules()} == {
+        path: type(m) for path, m in untouched.named_modules()
+    }
 
 
 def test_both_goes_on_with_the_adapters_answer(chat: Chat, alone: Callable[..., str]) -> None:
@@ -244,7 +263,10 @@ def begin(model: Path, *arguments: str, **options: Any) -> "subprocess.Popen[byt
 
 
 def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
-    chat: Chat, adapters: list[Path], tiny_model_dir: Callable[[str], Path], tmp_path: Path, alone: Callable[..., str],
+    alone: Callable[..., str],
+    adapters: list[Path],
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     lines = [
         "/adapter",
