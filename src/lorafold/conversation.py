@@ -163,7 +163,7 @@ class Chat:
         Close the iterator if you stop before its end, so that the answer is not computed further.
         """
         adapter = "/".join(names) or None  # a name that the user says has no slash
-        if adapter not in (None, *self._engine.adapters.names()):
+        if adapter and adapter not in self._engine.adapters.names():
             self._engine.adopt(adapter, [self.adapters[name] for name in names])
         sampling = Sampling(temperature=self.temperature, seed=self.seed + len(self.messages) // 2)
         ids = tokens_of(self.tokenizer, turn.prompt)

@@ -77,7 +77,7 @@ def complete(
             engine.step()
             ended = {i: found for i, events in running.items() if (found := events.ended)}
             for i, found in ended.items():
-                completions[i] = _text(tokenizer, _sound(found).tokens)
+                completions[i] = _text(tokenizer, [*_sound(found).tokens])
                 del running[i]
             if progress and ended:
                 progress(len(ids) - len(waiting) - len(running), len(ids))
@@ -184,7 +184,7 @@ def _sound(ended: Ended) -> Ended:
     return ended
 
 
-def _text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
