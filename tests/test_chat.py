@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lorafold.conversation import Chat, unique_names
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
-from lorafold.generation import complete
+from lorafold.generation import end_tokens
 from lorafold.models.loading import load_tokenizer
 
 USER, ASSISTANT = "user", "assistant"
@@ -44,14 +44,51 @@ def adapters(tiny_model_dir: Callable[[str], Path], tmp_path_factory: Any) -> li
 
 
 @pytest.fixture
-def chat(
+def made(
     tiny_model: Callable[[str], Any], tiny_model_dir: Callable[[str], Path], adapters: list[Path]
-) -> Chat:
-    model = tiny_model("llama")
-    for path in adapters:
-        lf.load(model, path, name=f"on_model_{path.name}")
+) -> Callable[[], Any]:
+    """Makes the tiny model with both adapters active on it."""
+
+    def make() -> Any:
+        model = tiny_model("llama")
+        for path in adapters:
+            lf.load(model, path, name=f"on_model_{path.name}")
+        return model
+
+    return make
+
+
+@pytest.fixture
+def chat(
+    made: Callable[[], Any], tiny_model_dir: Callable[[str], Path], adapters: list[Path]
+) -> Iterator[Chat]:
     names = {path.name: f"on_model_{path.name}" for path in adapters}
-    return Chat(model, load_tokenizer(tiny_model_dir("llama")), names, max_new_tokens=6)
+    tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    with Chat(made(), tokenizer, names, max_new_tokens=6) as chat:
+        yield chat
+
+
+@pytest.fixture
+def alone(made: Callable[[], Any], tiny_model_dir: Callable[[str], Path]) -> Callable[..., str]:
+    """The answer to a whole conversation under the adapters of these names on the model, by another
+    model and transformers' own `generate`.
+    """
+    model, tokenizer = made(), load_tokenizer(tiny_model_dir("llama"))
+
+    def answer(messages: list[dict[str, str]], *names: str) -> str:
+        prompt = render(messages, tokenizer, for_generation=True)
+        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+        with lf.only(model, *names):
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=6,
+                do_sample=False,
+                eos_token_id=[*end_tokens(model, tokenizer)],
+            )
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return answer
 
 
 def talk(chat: Chat, text: str) -> str:
@@ -62,30 +99,27 @@ def talk(chat: Chat, text: str) -> str:
     return answer
 
 
-def alone(chat: Chat, messages: list[dict[str, str]], *names: str) -> str:
-    """The answer to a whole conversation, computed without any of this."""
-    prompt = render(messages, chat.tokenizer, for_generation=True)
-    with lf.only(chat.model, *names):
-        return complete(chat.model, chat.tokenizer, [prompt], 6)[0]
-
-
-def test_each_answer_is_the_models_own_to_all_that_was_said(chat: Chat) -> None:
+def test_each_answer_is_the_models_own_to_all_that_was_said(
+    chat: Chat, alone: Callable[..., str]
+) -> None:
     chat.system = "Be brief."
     messages = [said("system", "Be brief.")]
     for text in ("a table for four", "rain", "six"):
         messages.append(said(USER, text))
         answer = talk(chat, text)
-        assert answer == alone(chat, messages, "on_model_first", "on_model_second")
+        assert answer == alone(messages, "on_model_first", "on_model_second")
         messages.append(said(ASSISTANT, answer))
     assert chat.conversation() == messages
     chat.reset()
     assert chat.conversation() == messages[:1]
     assert talk(chat, "rain") == alone(
-        chat, [messages[0], said(USER, "rain")], "on_model_first", "on_model_second"
+        [messages[0], said(USER, "rain")], "on_model_first", "on_model_second"
     )
 
 
-def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat: Chat) -> None:
+def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(
+    chat: Chat, alone: Callable[..., str]
+) -> None:
     names = {
         "first": ["on_model_first"],
         "second": ["on_model_second"],
@@ -97,7 +131,7 @@ def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat: Chat
         chat.reset()
         chat.switch(name)
         answers[name] = talk(chat, "book a table")
-        assert answers[name] == alone(chat, [said(USER, "book a table")], *attached)
+        assert answers[name] == alone([said(USER, "book a table")], *attached)
     assert len(set(answers.values())) == 4, "they must differ for this to test anything"
     with pytest.raises(LorafoldError, match="no adapter third; expected first, second, none"):
         chat.switch("third")
@@ -109,13 +143,28 @@ def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat: Chat
     assert torch.equal(chat.model(ids).logits, before)
 
 
-def test_both_goes_on_with_the_adapters_answer(chat: Chat) -> None:
+def test_a_closed_chat_gives_the_model_back(chat: Chat, made: Callable[[], Any]) -> None:
+    """Also where an answer was left halfway."""
+    model, untouched = chat.model, made()
+    ids, answer = torch.tensor([[5, 6, 7]]), chat.answer(chat.ask("rain"), chat.active)
+    next(answer)
+    chat.close()
+    answer.close()
+    assert torch.equal(model(ids).logits, untouched(ids).logits)
+    with lf.only(model), lf.only(untouched):
+        assert torch.equal(model(ids).logits, untouched(ids).logits)
+    assert {path: type(m) for path, m in model.named_modules()} == {
+        path: type(m) for path, m in untouched.named_modules()
+    }
+
+
+def test_both_goes_on_with_the_adapters_answer(chat: Chat, alone: Callable[..., str]) -> None:
     chat.switch("first")
     chat.both = True
     assert chat.speakers() == [(), ("first",)]
     answer = talk(chat, "rain")
-    assert answer == alone(chat, [said(USER, "rain")], "on_model_first")
-    assert answer != alone(chat, [said(USER, "rain")])
+    assert answer == alone([said(USER, "rain")], "on_model_first")
+    assert answer != alone([said(USER, "rain")])
     chat.switch("none")
     assert chat.speakers() == [()]
 
@@ -214,7 +263,10 @@ def begin(model: Path, *arguments: str, **options: Any) -> "subprocess.Popen[byt
 
 
 def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
-    chat: Chat, adapters: list[Path], tiny_model_dir: Callable[[str], Path], tmp_path: Path
+    alone: Callable[..., str],
+    adapters: list[Path],
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     lines = [
         "/adapter",
@@ -245,12 +297,12 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
     )
     assert process.returncode == 0, err
     messages = [said(USER, "rain")]
-    stacked = alone(chat, messages, "on_model_first", "on_model_second")
+    stacked = alone(messages, "on_model_first", "on_model_second")
     messages += [said(ASSISTANT, stacked), said(USER, "/six")]
-    of_base, of_second = alone(chat, messages), alone(chat, messages, "on_model_second")
+    of_base, of_second = alone(messages), alone(messages, "on_model_second")
     messages.append(said(ASSISTANT, of_second))
     last = [said("system", "Be brief."), said(USER, "rain")]
-    bare = alone(chat, last)
+    bare = alone(last)
     *answers, result = out.rsplit("\n", 2)[:-1]
     assert answers == [f"{stacked}\n[base] {of_base}\n[second] {of_second}\n{bare}"]
     assert json.loads(result) == {"messages": [*last, said(ASSISTANT, bare)], "adapters": []}

@@ -119,17 +119,23 @@ def test_the_model_has_its_own_forwards_again(tiny_model, tmp_path) -> None:
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_quantized_bases_have_mixtures_too(storage, tiny_model_dir, tmp_path) -> None:
-    """The logits are those of the model with the adapter on it, up to bf16's rounding."""
-    model = load_model(tiny_model_dir("llama-wide"), Storage(torch.bfloat16, storage))
+    """The logits err no more than those of the model with the adapter on it, in bf16."""
+    model, wide = (
+        load_model(tiny_model_dir("llama-wide"), Storage(dtype, storage))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     paths = save_adapters(
         model, tmp_path, {name: METHODS[name] for name in ("lora", "dora", "ia3")}
     )
     found = first_logits(model, paths)
     for i, (name, row) in enumerate(zip([None, *paths, None], found, strict=True)):
         ids = torch.tensor([(*prompt(3 + i, i), 7)])
-        adapter = lf.load(model, paths[name]) if name else None
-        with torch.no_grad():
-            expected = model(ids, use_cache=False).logits[0, -1].double()
-        if adapter:
-            adapter.detach()
-        assert (row - expected).norm() <= 0.02 * expected.norm()
+        logits = []
+        for each in (model, wide):
+            adapter = lf.load(each, paths[name]) if name else None
+            with torch.no_grad():
+                logits.append(each(ids, use_cache=False).logits[0, -1].double())
+            if adapter:
+                adapter.detach()
+        plain, exact = logits
+        assert (row - exact).norm() <= 1.5 * (plain - exact).norm() + 2**-8 * exact.norm()

@@ -13,6 +13,7 @@ import torch
 import lorafold as lf
 from engine_cases import METHODS, alone, generated, prompt, sampling, save_adapters, together
 from lorafold.engine import Engine, Request, Sampling
+from lorafold.errors import LorafoldError
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,46 @@ def test_adapters_that_are_active_belong_to_the_base(model, paths) -> None:
     assert both[0] == expected
     assert both[1] == generated(model, Request("2", prompt(6, 1), 8)) != expected
     active.detach()
+
+
+def test_what_is_attached_can_be_adopted_beside_what_is_loaded(model, paths, tmp_path) -> None:
+    """Each under its own name, several as one stack, and beside adapters from files."""
+    stacks = {name: (name,) for name in METHODS} | {
+        "low": ("vera", "lora"),
+        "both": ("lora", "dora"),
+        "mixed": ("prompt", "lora"),
+    }
+    handles = [lf.load(model, paths[name], name=name) for name in METHODS]
+    asked = [Request(str(i), prompt(3 + i, i), 8, name) for i, name in enumerate(stacks)]
+    expected = []
+    for request in asked:
+        with lf.only(model, *stacks[str(request.adapter)]):
+            expected.append(generated(model, request))
+    asked += [Request("file", prompt(5, 5), 8, "file"), Request("base", prompt(5, 5), 8)]
+    with lf.only(model, "lora"):
+        expected.append(generated(model, asked[-2]))
+    with lf.only(model):
+        expected.append(generated(model, asked[-1]))
+        with Engine(model, slots=6, length=64, chunk=8, adapter_bytes=10**5) as engine:
+            for name, on_model in stacks.items():
+                engine.adopt(name, on_model)
+            engine.load("file", paths["lora"])
+            assert together(engine, asked, steps_between=1) == expected
+            assert not engine.adapters.evict("lora")
+            engine.unload("lora")
+            with pytest.raises(LorafoldError, match="found 'lora'"):
+                engine.submit(Request("again", prompt(3, 1), 4, "lora"))
+            with pytest.raises(LorafoldError, match="no adapter other"):
+                engine.adopt("other", ["other"])
+    assert generated(model, asked[0]) != expected[0]  # all are active again
+    with (
+        Engine(model, slots=2, length=64) as engine,
+        pytest.raises(LorafoldError, match="adapter lora: found it active"),
+    ):
+        engine.adopt("lora", ["lora"])
+    for handle in reversed(handles):
+        handle.detach()
+    assert not any("deltas" in vars(m).get("_modules", {}) for m in model.modules())
 
 
 def test_stacks_of_many_ranks_and_targets(model, tmp_path) -> None:

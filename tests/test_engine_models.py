@@ -25,9 +25,10 @@ from transformers import (
     Qwen3Config,
 )
 
+import lorafold as lf
 from conftest import GPT2_SIZE, SIZE
 from engine_cases import generated, prompt, together
-from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine import Engine, Request, Sampling, structure
 
 NO_HEAD_DIM = {k: v for k, v in SIZE.items() if k != "head_dim"}
 VOCABULARY = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -121,3 +122,39 @@ def test_the_model_is_given_back_as_it_was() -> None:
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert classes == {path: type(m) for path, m in model.named_modules()}
+
+
+def test_a_model_is_probed_once_until_its_modules_or_what_is_active_change(monkeypatch) -> None:
+    model, probed = model_of(FAMILIES["llama"]()), []
+
+    def probe(model: Any) -> structure.Structure:
+        probed.append(model)
+        return found(model)
+
+    found = structure.probe
+    monkeypatch.setattr(structure, "probe", probe)
+    before = structure.structure_of(model)
+    with Engine(model, slots=2, length=32) as engine:
+        assert engine.structure is before
+    adapter = lf.attach(model, lf.IA3())
+    with lf.only(model):
+        assert structure.structure_of(model) is before
+    assert len(probed) == 1
+    structure.structure_of(model)
+    adapter.detach()
+    model.resize_token_embeddings(320)
+    assert structure.structure_of(model).shapes != before.shapes
+    assert structure.structure_of(model.bfloat16()).why == ""
+    assert len(probed) == 4
+
+
+def test_the_cache_grows_with_its_requests_and_not_with_the_length() -> None:
+    model = model_of(FAMILIES["llama"]())
+    asked = [Request("0", prompt(5, 0), 4), Request("1", prompt(40, 1), 60)]
+    expected = [generated(model, request) for request in asked]
+    with Engine(model, slots=2, length=2**40, beyond=True) as engine:
+        cache = engine._runner.cache  # type: ignore[attr-defined]
+        assert together(engine, asked[:1]) == expected[:1]
+        assert {buffer.shape[2] for buffer in cache.keys.values()} == {32}
+        assert together(engine, asked[1:]) == expected[1:]
+        assert {buffer.shape[2] for buffer in cache.keys.values()} == {128}

@@ -2,6 +2,8 @@
 modes and random state are kept.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import lorafold as lf
+from lorafold.core.attach import selection_of
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete, stream
 
@@ -197,3 +201,113 @@ def test_what_cannot_be_answered_is_refused(tokenizer: PreTrainedTokenizerFast) 
     with pytest.raises(LorafoldError, match="temperature"):
         list(stream(tiny("llama"), tokenizer, "a", 4, temperature=-1.0))
     assert complete(tiny("llama"), tokenizer, [], 4) == []
+
+
+def test_sampled_completions_of_many_prompts_are_each_that_of_its_own_stream(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny("llama")
+    found = complete(model, tokenizer, PROMPTS, 9, 3, temperature=1.5, seed=4)
+    assert found == ["".join(stream(model, tokenizer, p, 9, 1.5, 4)) for p in PROMPTS]
+
+
+METHODS: dict[str, Any] = {
+    "lora": lf.LoRA(rank=4, dropout=0.0),
+    "dora": lf.DoRA(over=lf.LoRA(rank=3)),
+    "ia3": lf.IA3(),
+    "prompt": lf.Prompt(tokens=3),
+    "prefix": lf.Prefix(tokens=3),
+    "houlsby": lf.Bottleneck(size=4),
+    "bitfit": lf.BitFit(),
+}
+STACKS = [*((name,) for name in METHODS), ("lora", "dora"), ("dora", "lora"), ("lora", "prompt")]
+
+
+def adapted(kind: str, names: tuple[str, ...]) -> PreTrainedModel:
+    """A model with these adapters, one over the other, far from their start."""
+    model = tiny(kind)
+    for i, name in enumerate(names):
+        torch.manual_seed(i)
+        for p in lf.attach(model, METHODS[name], name=name).parameters():
+            p.data.add_(0.2 * torch.randn(p.shape))
+    return model.eval()
+
+
+@pytest.mark.parametrize("names", STACKS, ids="+".join)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_adapters_that_are_active_complete_as_generate_has_it(
+    kind: str, names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = adapted(kind, names)
+    answers = complete(model, tokenizer, PROMPTS, 12, 3)
+    assert answers == [generated(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    with lf.only(model):
+        bare = complete(model, tokenizer, PROMPTS, 12, 3)
+        assert bare == [generated(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert bare != answers
+
+
+def generated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, n: int
+) -> str:
+    """The completion by transformers' own `generate`."""
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+        eos_token_id=EOS, pad_token_id=EOS,
+    )  # fmt: skip
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("names", [(), ("lora",), ("prefix",)], ids="+".join)
+def test_an_iterator_that_is_closed_halfway_gives_the_model_back(
+    names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = adapted("llama", names).train()
+    ids = torch.tensor([[5, 6, 7]])
+
+    def state() -> Any:
+        return (
+            [type(m) for m in model.modules()],
+            [m.training for m in model.modules()],
+            [(p.requires_grad, id(p)) for p in model.parameters()],
+            selection_of(model).names,
+            [sorted(vars(m)) for m in model.modules() if m is not model],
+            model.config._attn_implementation,
+        )
+
+    before, logits = state(), model(ids).logits
+    pieces = stream(model, tokenizer, PROMPTS[1], 40)
+    next(pieces)
+    assert torch.is_grad_enabled()
+    with pytest.raises(LorafoldError, match="another one that has this model"):
+        complete(model, tokenizer, ["a"], 4)
+    pieces.close()
+    assert state() == before
+    assert torch.equal(model(ids).logits, logits)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        complete(model, tokenizer, PROMPTS, 4, progress=interrupt)
+    assert state() == before
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_model_that_computes_nan_is_named_so(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama")
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(LorafoldError, match="NaN"):
+        complete(model, tokenizer, PROMPTS, 4)
+    with pytest.raises(LorafoldError, match="NaN"):
+        list(stream(model, tokenizer, "a", 4))
+    assert not model.training
+
+
+def test_prompts_may_go_beyond_the_positions_of_the_config(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny("llama")
+    model.config.max_position_embeddings = 8
+    assert complete(model, tokenizer, PROMPTS, 6) == expected(model, tokenizer, PROMPTS, 6)

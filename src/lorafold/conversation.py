@@ -1,32 +1,37 @@
 """A conversation with one model under any of the adapters that it carries.
 
-    chat = Chat(model, tokenizer, {"sql": "adapter1"}, system="You are brief.")
-    turn = chat.ask("Which users signed up today?")
-    answer = "".join(chat.answer(turn, chat.active))        it streams: a piece of text a token
-    chat.keep(turn, answer)
+    with Chat(model, tokenizer, {"sql": "adapter1"}, system="You are brief.") as chat:
+        turn = chat.ask("Which users signed up today?")
+        answer = "".join(chat.answer(turn, chat.active))    it streams: a piece of text a token
+        chat.keep(turn, answer)
 
 Each turn renders the system message, the history and the question through the chat template. Where
 that leaves no room for an answer in the model's context, the oldest turns are left out of what the
-model sees; the system message never is, and `save` writes all turns. The model is in memory once:
-an adapter is chosen with `only`. Nothing here reads from or prints to a terminal.
+model sees; the system message never is, and `save` writes all turns. One engine answers them all:
+the model is in memory once, and each answer is a request under the adapters that give it. Nothing
+here reads from or prints to a terminal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from lorafold.core.attach import only
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import Message
+from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.generation import stream
+from lorafold.generation import end_tokens, pieces, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +55,9 @@ class Turn:
 
 
 class Chat:
-    """The history, who answers next, and the limits of an answer."""
+    """The history, who answers next, and the limits of an answer. The model is the engine's until
+    `close`, which gives it back as it was.
+    """
 
     def __init__(
         self,
@@ -81,6 +88,26 @@ class Chat:
         self.both = False
         self.context = context_of(model)
         self.reset()
+        self._ends, length = end_tokens(model, tokenizer), self.context or sys.maxsize
+        with ExitStack() as stack:
+            stack.enter_context(only(model))
+            self._engine = stack.enter_context(Engine(model, tokenizer, slots=1, length=length))
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Give the model back."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def reset(self) -> None:
         """Forget what was said. The system message and the choice of adapters stay."""
@@ -133,13 +160,16 @@ class Chat:
     def answer(self, turn: Turn, names: Sequence[str]) -> Generator[str, None, None]:
         """The answer under these adapters, a piece of text a token. The history is left as it is.
 
-        Close the iterator if you stop before its end, so that the model's own selection returns.
+        Close the iterator if you stop before its end, so that the answer is not computed further.
         """
-        seed = self.seed + len(self.messages) // 2
-        with only(self.model, *(self.adapters[name] for name in names)):
-            yield from stream(
-                self.model, self.tokenizer, turn.prompt, turn.room, self.temperature, seed
-            )
+        adapter = "/".join(names) or None  # a name that the user says has no slash
+        if adapter and adapter not in self._engine.adapters.names():
+            self._engine.adopt(adapter, [self.adapters[name] for name in names])
+        sampling = Sampling(temperature=self.temperature, seed=self.seed + len(self.messages) // 2)
+        ids = tokens_of(self.tokenizer, turn.prompt)
+        yield from pieces(
+            self._engine, Request("answer", ids, turn.room, adapter, sampling, self._ends)
+        )
 
     def keep(self, turn: Turn, answer: str) -> None:
         """Add the question and its answer to the history."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,22 @@ from lorafold.peft import directory as peft
 def joined(path: str, name: str) -> str:
     """The dotted name of a tensor of the module at `path`."""
     return f"{path}.{name}" if path else name
+
+
+def tokens(deltas: Mapping[str, Delta]) -> dict[str, tuple[int, ...]]:
+    """The ids of the tokens whose rows these deltas train, by module path."""
+    parts = ((path, part) for path, delta in deltas.items() for part in delta.parts())
+    return {path: part.ids for path, part in parts if isinstance(part, TokenRows)}
+
+
+def vocabulary(model: nn.Module, deltas: Mapping[str, Delta]) -> int | None:
+    """The size of the vocabulary with the new tokens of these deltas, which are by module path;
+    None if they have none.
+    """
+    own = tokens(deltas)
+    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in own}
+    sizes = {path: max(ids) + 1 for path, ids in own.items()}
+    return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
 
 
 class Adapter:
@@ -71,14 +87,12 @@ class Adapter:
     @property
     def tokens(self) -> dict[str, tuple[int, ...]]:
         """The ids of the tokens whose rows train, by module path."""
-        return {path: part.ids for path, part in self.parts() if isinstance(part, TokenRows)}
+        return tokens(self.deltas)
 
     @property
     def vocabulary(self) -> int | None:
         """The size of the vocabulary with the adapter's new tokens; None if it has none."""
-        ends: dict[str, Any] = {p: bare(self.model.get_submodule(p)) for p in self.tokens}
-        sizes = {path: max(ids) + 1 for path, ids in self.tokens.items()}
-        return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
+        return vocabulary(self.model, self.deltas)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the name, `<module path>.<name>`, and the parameter, for each of the adapter's."""

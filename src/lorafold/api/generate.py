@@ -13,7 +13,7 @@ from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
 from lorafold.data.shown import check_able, check_shown
 from lorafold.errors import LorafoldError
-from lorafold.generation import complete, stream
+from lorafold.generation import complete
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,13 +78,7 @@ def generate(
     )
     asked = [prompts] if isinstance(prompts, str) else prompts
     texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
-    if temperature:
-        found = [
-            "".join(stream(loaded, tokenizer, text, max_new_tokens, temperature, seed))
-            for text in texts
-        ]
-    else:
-        found = complete(loaded, tokenizer, texts, max_new_tokens)
+    found = complete(loaded, tokenizer, texts, max_new_tokens, temperature=temperature, seed=seed)
     return found[0] if isinstance(prompts, str) else found
 
 

@@ -63,11 +63,11 @@ def command(
     model, tokenizer = opened(opening.model, paths, console=console, **opening.how)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
     names = dict(zip(unique_names(paths), attached, strict=True))
-    chat = Chat(model, tokenizer, names, **vars(sampling))
-    session = Session(chat, console)
-    if chat.adapters:
-        session.answering()
-    session.run(_typed(console) if sys.stdin.isatty() else _piped())
+    with Chat(model, tokenizer, names, **vars(sampling)) as chat:
+        session = Session(chat, console)
+        if chat.adapters:
+            session.answering()
+        session.run(_typed(console) if sys.stdin.isatty() else _piped())
     if json:
         emit(True, {"messages": chat.conversation(), "adapters": chat.active}, "")
 

@@ -10,7 +10,7 @@ its state dict. One `Selection` per model holds the names of the active adapters
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import nn
@@ -77,9 +77,8 @@ class Adapted(nn.Module):
     def layer(self, *names: str) -> Layer:
         """The module as a layer under those of the named deltas that are attached to it."""
         layer: Layer = self.layer_class(self)
-        for name in names:
-            if name in self.deltas:
-                layer = Over(self.deltas[name], layer)  # type: ignore[arg-type]
+        for delta in deltas_on(self, names):
+            layer = Over(delta, layer)
         return layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -110,6 +109,13 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
 def _rebuild(cls: type[nn.Module], layer_class: type[Base]) -> Adapted:
     swapped = adapted_class(cls, layer_class)  # type: ignore[arg-type]
     return swapped.__new__(swapped)
+
+
+def deltas_on(module: nn.Module, names: Iterable[str]) -> list[Delta]:
+    """The deltas that the named adapters have on a module, in their order."""
+    if not isinstance(module, Adapted):
+        return []
+    return [module.deltas[name] for name in names if name in module.deltas]  # type: ignore[misc]
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:

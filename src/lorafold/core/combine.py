@@ -38,6 +38,13 @@ class Stack(Delta):
     def parts(self) -> Iterable[Delta]:
         return (part for delta in self.deltas for part in delta.parts())  # type: ignore[operator]
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        found = [delta.factors() for delta in self.deltas]  # type: ignore[operator]
+        if any(pair is None for pair in found):
+            return None
+        ups, downs = zip(*found, strict=True)
+        return torch.cat(ups, 1), torch.cat(downs, 0)
+
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         for delta in self.deltas:
             layer = Over(delta, layer)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A context in which a model is in evaluation mode."""
+"""Contexts in which a model is in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Afterwards each of its modules is in the mode that it was in before.
     """
+    with evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The same, where whoever runs the model sees to gradients: torch's switch for them belongs to
+    the thread, so a generator can't hold it between two of its values.
+    """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, flag in training:
             module.training = flag

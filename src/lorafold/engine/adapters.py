@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapter import load
+from lorafold.core.attach import adapted_modules, deltas_on
+from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
@@ -38,11 +40,12 @@ RANK = 64
 @dataclass(frozen=True)
 class Entry:
     """An adapter that the engine knows: its name, its directory, the digest of its files, and the
-    number of the call that made it known. Another digest under the same name is another entry.
+    number of the call that made it known. Another digest under the same name is another entry. One
+    that is attached on the model has no files.
     """
 
     name: str
-    path: Path
+    path: Path | None
     digest: str
     generation: int
 
@@ -113,6 +116,12 @@ def digest(path: str | Path, copy_to: Path | None = None) -> str:
     return whole.hexdigest()
 
 
+def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
+    """What adapters on the model are together, the first one lowest: deltas by module path."""
+    found = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
+    return {path: d[0] if len(d) == 1 else Stack(d) for path, d in found.items() if d}
+
+
 class Reader:
     """Reads adapters for one model.
 
@@ -131,6 +140,7 @@ class Reader:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
         or do not fit the model.
         """
+        assert entry.path is not None
         with tempfile.TemporaryDirectory(prefix="lorafold-") as private:
             found = digest(entry.path, Path(private))
             if found != entry.digest:
@@ -145,12 +155,19 @@ class Reader:
                     text = str(error).replace(private, str(entry.path))
                     raise LorafoldError(f"adapter {entry.name!r}: {text}") from None
         try:
-            return self._held(entry, dict(adapter.deltas), adapter.vocabulary)
+            return self.held(entry, dict(adapter.deltas), adapter.vocabulary)
         finally:
             adapter.detach()
 
     @torch.no_grad()
-    def _held(self, entry: Entry, deltas: dict[str, Delta], vocabulary: int | None) -> Held:
+    def held(self, entry: Entry, deltas: Mapping[str, Delta], vocabulary: int | None) -> Held:
+        """An adapter as the engine holds it.
+
+        Args:
+            entry: what it is known as.
+            deltas: its deltas by module path.
+            vocabulary: the size of the vocabulary with its new tokens, or None.
+        """
         apart = vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         pairs = {} if apart else {p: f for p, d in deltas.items() if (f := self._low_rank(p, d))}
         factors = {}

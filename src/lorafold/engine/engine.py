@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,10 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from lorafold.core.evaluating import evaluating
-from lorafold.engine.adapters import Reader
+from lorafold.adapter.handle import vocabulary
+from lorafold.core.attach import only
+from lorafold.core.evaluating import evaluation_mode
+from lorafold.engine.adapters import Reader, attached
 from lorafold.engine.admission import check
 from lorafold.engine.fast import fast as faster
 from lorafold.engine.grammar import Grammars
@@ -35,8 +38,8 @@ from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.setting import greedy, untrained
-from lorafold.engine.structure import Structure, probe, slotted
+from lorafold.engine.setting import greedy, taken, untrained
+from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import disband
 
@@ -49,7 +52,7 @@ LONGEST = 2048  # tokens of a request, unless more are asked for
 class Engine:
     """A model that computes many requests. While it is open, the model is the engine's: in
     evaluation mode, without gradients; `close` gives it back as it was. Adapters that are active on
-    the model belong to the base.
+    the model belong to the base, others can be adopted.
 
     Args:
         model: a causal language model.
@@ -62,6 +65,7 @@ class Engine:
         adapter_bytes: the most bytes of adapters in memory, or None.
         fast: replace parts of the model by faster ones that compute the same (`engine.fast`); the
             matrices then take their memory twice.
+        beyond: accept a length beyond the positions that the model was made for.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts.
     """
@@ -77,6 +81,7 @@ class Engine:
         budget: int = 512,
         adapter_bytes: int | None = None,
         fast: bool = True,
+        beyond: bool = False,
         invariant: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -90,33 +95,36 @@ class Engine:
             )
             if n < least
         ]  # fmt: skip
-        if self.length > positions:
+        if self.length > positions and not beyond:
             wrong.append(f"length: found {self.length}, expected at most {positions} positions")
         if wrong:
             raise LorafoldError(f"engine: {'; '.join(wrong)}")
-        self.vocabulary: int = config.vocab_size
         chunk = min(chunk, self.length)
-        self._stack = ExitStack()
-        self._stack.enter_context(evaluating(model))
-        self._stack.enter_context(untrained(model))
-        self.structure: Structure = probe(model)
-        dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-        reader = Reader(model, self.structure, dtype)
-        if self.slotted:
-            fast = fast and not invariant
-            operations = available() if fast else Plain()
-            self._stack.enter_context(slotted(model, operations))
-            parts = (model, self.structure, operations, slots, self.length, chunk, invariant)
-            self._runner: Runner = SlotRunner(*parts)
-            if fast:
-                laid = self._runner.laid
-                self._stack.enter_context(faster(model, self.structure, laid, operations, slots))
-        else:
-            self._stack.enter_context(greedy(model))
-            self._runner, chunk = SoloRunner(model, self.structure), self.length
+        with ExitStack() as stack:
+            stack.enter_context(taken(model))
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(untrained(model))
+            self.structure: Structure = structure_of(model)
+            dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
+            self._reader = Reader(model, self.structure, dtype)
+            if self.slotted:
+                fast = fast and not invariant
+                operations = available() if fast else Plain()
+                stack.enter_context(slotted(model, operations))
+                parts = (model, self.structure, operations, slots, self.length, chunk, invariant)
+                self._runner: Runner = SlotRunner(*parts)
+                if fast:
+                    laid = self._runner.laid
+                    stack.enter_context(faster(model, self.structure, laid, operations, slots))
+            else:
+                stack.enter_context(greedy(model))
+                self._runner, chunk = SoloRunner(model, self.structure), self.length
+            self._stack = stack.pop_all()
+        below = vocabulary(model, attached(model, self._runner.laid.base))
+        self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(self._runner.slots, chunk, budget, invariant)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(reader.read, adapter_bytes, self._wake.set)
+        self.adapters = Residency(self._reader.read, adapter_bytes, self._wake.set)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
@@ -141,6 +149,24 @@ class Engine:
         future = self.adapters.load(name, path)
         if wait:
             future.result()
+
+    def adopt(self, name: str, on_model: Sequence[str]) -> None:
+        """Make adapters that are attached on the model, one over the other, known under one name.
+        Raises LorafoldError for one that is not there, or is active and belongs to the base.
+
+        Args:
+            name: the name for requests.
+            on_model: their names on the model, the lowest first.
+        """
+        only(self.model, *on_model)  # they are there
+        if both := ", ".join(sorted(set(on_model) & set(self._runner.laid.base))):
+            raise LorafoldError(
+                f"adapter {both}: found it active, so it belongs to the base, expected an engine"
+                " that was opened inside lf.only(model)"
+            )
+        deltas = attached(self.model, on_model)
+        size = vocabulary(self.model, deltas)
+        self.adapters.adopt(name, lambda entry: self._reader.held(entry, deltas, size))
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Raises LorafoldError for an unknown name."""

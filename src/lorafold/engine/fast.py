@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
-from lorafold.core.attach import Adapted
+from lorafold.core.attach import deltas_on
 from lorafold.engine.laid import Laid
 from lorafold.engine.operations import Operations
 from lorafold.engine.structure import Structure
@@ -51,7 +51,11 @@ def fast(
         )
         for group in structure.groups:
             found = {path: model.get_submodule(path) for path in group}
-            fits = {path: module for path, module in found.items() if packable(module)}
+            fits = {
+                path: module
+                for path, module in found.items()
+                if packable(module) and not deltas_on(module, laid.base)
+            }
             if not fits:
                 continue
             packed = Packed(fits, laid, rows)
@@ -71,7 +75,7 @@ def packable(module: nn.Module) -> bool:
         and weight.device.type == "cpu"
         and weight.numel() == prod(layer_of(module).shape)
         and torch.backends.mkldnn.is_available()
-        and not (isinstance(module, Adapted) or "forward" in vars(module))
+        and "forward" not in vars(module)
     )
 
 
@@ -103,16 +107,19 @@ class Packed:
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
         """The output of the module at a path."""
-        plan, module = self.laid.products.plan, self.modules[path]
-        takes = x.dtype == torch.bfloat16 and arithmetic(x) is x.dtype
-        if not (self.laid.mixing and takes) or path in plan.others:
+        laid, module = self.laid, self.modules[path]
+        own = not laid.mixing and deltas_on(module, laid.selection.names)
+        if own or x.dtype != torch.bfloat16 or arithmetic(x) is not x.dtype:
             y: Tensor = type(module).forward(module, x)
             return y
+        y = self._output(path, x)
+        return laid.products.changed(path, layer_of(module), x, y) if laid.mixing else y
+
+    def _output(self, path: str, x: Tensor) -> Tensor:
+        if len(self.paths) == 1:
+            return self.product(x, self._onto(x))
         if self._x is not x or path not in self._left:
-            whole = self.product(x, self._onto(x))
-            if len(self.paths) == 1:
-                return whole
-            parts = torch.split_with_sizes(whole, self.widths, -1)
+            parts = torch.split_with_sizes(self.product(x, self._onto(x)), self.widths, -1)
             self._x, self._left = x, dict(zip(self.paths, parts, strict=True))
         y = self._left.pop(path)
         if not self._left:
@@ -155,7 +162,7 @@ class Packed:
 
     def _onto(self, x: Tensor) -> Tensor | None:
         products = self.laid.products
-        if products.plan.products.isdisjoint(self.paths):
+        if not self.laid.mixing or products.plan.products.isdisjoint(self.paths):
             return None
         return products.product(self.paths, x, self.layers)
 

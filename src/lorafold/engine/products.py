@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lorafold.core.combine import PerExample, Slots
-from lorafold.core.delta import Opaque
+from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Given, Layer, add
 from lorafold.engine.adapters import Factors, Held
 from lorafold.engine.operations import Operations, Part, Product
@@ -88,7 +88,7 @@ class Plan:
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
-        self._by_path: dict[str, PerExample | None] = {}
+        self._by_path: dict[str, Delta | None] = {}
         # rows of one adapter read the factors of one slot
         own = [*range(slots.start, slots.stop)] if isinstance(slots, slice) else [*slots]
         first = dict(zip(reversed(held), reversed(own), strict=True))
@@ -101,8 +101,10 @@ class Plan:
         """Whether every row is the base's."""
         return not (self.products or self.others)
 
-    def rows_at(self, path: str, device: torch.device) -> PerExample | None:
-        """The deltas at a module that are no products, each for its rows; None if there is none."""
+    def rows_at(self, path: str, device: torch.device) -> Delta | None:
+        """The deltas at a module that are no products, each for its rows, or the one that all rows
+        have; None if there is none.
+        """
         if path not in self._by_path:
             at, deltas, numbers = [0] * len(self.held), [], {}
             for b in self._with_others:
@@ -113,7 +115,9 @@ class Plan:
                     deltas.append(delta)
                     numbers[id(delta)] = len(deltas)
                 at[b] = numbers[id(delta)]
-            made = PerExample(deltas, Slots(torch.tensor(at, device=device))) if deltas else None
+            made: Delta | None = PerExample(deltas, Slots(torch.tensor(at, device=device)))
+            if len(deltas) < 2 and (not deltas or all(at)):
+                made = next(iter(deltas), None)
             self._by_path[path] = made
         return self._by_path[path]
 
@@ -130,8 +134,7 @@ class Site(Opaque):
         plan = products.plan
         d = products.product((self.path,), x, [layer]) if self.path in plan.products else None
         y: Tensor = layer(x, *args, onto=add(d, onto) if d is not None else onto)
-        rows = plan.rows_at(self.path, y.device) if self.path in plan.others else None
-        return y if rows is None else rows(Given(layer, y, x), x)
+        return products.changed(self.path, layer, x, y)
 
 
 class Products:
@@ -180,6 +183,19 @@ class Products:
             plan.one[paths] = self.operations.low_rank(parts, plan.shared)
         flat = x.reshape(len(x), -1, x.shape[-1])
         return plan.one[paths](flat).view(*x.shape[:-1], -1)
+
+    def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+        """The output of a module after those of the plan's deltas that are no products.
+
+        Args:
+            path: the module's path.
+            layer: the module as a layer.
+            x: its input.
+            y: its output.
+        """
+        plan = self.plan
+        rows = plan.rows_at(path, y.device) if path in plan.others else None
+        return y if rows is None else rows(Given(layer, y, x), x)
 
     def _part(self, path: str) -> Part:
         shape, index = self.where[path]

@@ -157,6 +157,11 @@ class Stream:
             self._events.append(event)
             self._more.notify_all()
 
+    def so_far(self, start: int = 0) -> list[Token | Ended]:
+        """The events that are there, from the one of that number on."""
+        with self._more:
+            return self._events[start:]
+
     @property
     def ended(self) -> Ended | None:
         """The last event, or None while the request runs."""

@@ -79,6 +79,22 @@ class Residency:
         future.add_done_callback(lambda f: self._name(entry, f, done))
         return done
 
+    def adopt(self, name: str, make: Callable[[Entry], Held]) -> None:
+        """Make an adapter known under a name that has no files; it stays in memory until `unload`.
+
+        Args:
+            name: the name for requests.
+            make: makes it.
+        """
+        with self._lock:
+            entry = Entry(name, None, "", next(self._generations))
+            held = make(entry)
+            self._states[entry] = state = _State()
+            state.held, state.vocabulary = held, held.vocabulary or 0
+            old, self._names[name] = self._names.get(name), entry
+            if old is not None:
+                self._forget(old)
+
     def unload(self, name: str) -> None:
         """Forget a name. Requests that have its adapter finish with it. Raises LorafoldError for an
         unknown name.
@@ -177,9 +193,9 @@ class Residency:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all resident adapters."""
+        """The bytes of all resident adapters that were read from files."""
         with self._lock:
-            return sum(s.held.nbytes for s in self._states.values() if s.held)
+            return sum(s.held.nbytes for e, s in self._states.items() if s.held and e.path)
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance."""
@@ -254,6 +270,7 @@ class Residency:
     def _evictable(self, entry: Entry) -> bool:
         state = self._states[entry]
         pinned = entry.name in self._pinned and self._names.get(entry.name) == entry
+        pinned |= entry.path is None  # it could not be read again
         return state.held is not None and not (state.leases or state.reserved or pinned)
 
     def _name(self, entry: Entry, future: Future[None], done: Future[None]) -> None:

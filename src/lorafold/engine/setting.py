@@ -8,6 +8,25 @@ from typing import Any
 
 from torch import nn
 
+from lorafold.errors import LorafoldError
+
+TAKEN = "lorafold_engine"  # the attribute of a model
+
+
+@contextmanager
+def taken(model: nn.Module) -> Iterator[None]:
+    """A model that no other engine has. Raises LorafoldError if one does."""
+    if TAKEN in vars(model):
+        raise LorafoldError(
+            "engine: found another one that has this model, expected that to be closed, or its"
+            " completion to be read to the end"
+        )
+    vars(model)[TAKEN] = True
+    try:
+        yield
+    finally:
+        del vars(model)[TAKEN]
+
 
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:

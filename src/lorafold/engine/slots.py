@@ -1,4 +1,4 @@
-"""The keys and values of every running request, in one buffer a layer: (slots, Hk, length, D).
+"""The keys and values of every running request, in one buffer a layer: (slots, Hk, columns, D).
 
     cache = SlotCache(slots=16, length=1024)
     model(ids_BT, cache=cache.view(slice(0, 16), start_B, T), position_ids=...)
@@ -24,7 +24,8 @@ STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 
 
 class SlotCache:
-    """The buffers of all layers, which are made when a layer first writes.
+    """The buffers of all layers, which are made when a layer first writes, and grow to the length
+    as rows need it: a model may have positions for far more tokens than its requests have.
 
     Args:
         slots: how many requests run at a time.
@@ -38,24 +39,34 @@ class SlotCache:
     ) -> None:
         self.operations = operations
         self.slots, self.length, self.whole = slots, -(-length // STEP) * STEP, whole
-        self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, length, D)
+        self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, columns, D)
         self.values: dict[int, Tensor] = {}
 
-    def buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and the values (slots, Hk, length, D) of a layer.
+    def buffers(
+        self, layer: int, key: Tensor, value: Tensor, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and the values (slots, Hk, columns, D) of a layer.
 
         Args:
             layer: the layer's index.
             key, value: what the layer computed, (B, Hk, T, D), for the shapes.
+            width: the least number of columns.
         """
-        if layer not in self.keys:
-            for held, like in ((self.keys, key), (self.values, value)):
-                heads, width = like.shape[1], like.shape[3]
-                with torch.inference_mode(False):
-                    held[layer] = torch.zeros(
-                        self.slots, heads, self.length, width, dtype=like.dtype, device=like.device
-                    )
+        for held, like in ((self.keys, key), (self.values, value)):
+            old = held.get(layer)
+            if old is None or old.shape[2] < width:
+                held[layer] = self._grown(old, like, width)
         return self.keys[layer], self.values[layer]
+
+    def _grown(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
+        before = 0 if old is None else old.shape[2]
+        columns = min(self.length, max(width, 2 * before))
+        shape = (self.slots, like.shape[1], columns, like.shape[3])
+        with torch.inference_mode(False):
+            buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            if old is not None:
+                buffer[:, :, :before] = old
+        return buffer
 
     def zero(self, slot: int) -> None:
         """Forget what a slot holds."""
@@ -127,7 +138,8 @@ class SlotView(Cache):
         """
         found = []
         states = (key_states, value_states)
-        for buffer, new in zip(self.of.buffers(layer_idx, *states), states, strict=True):
+        buffers = self.of.buffers(layer_idx, *states, self.width)
+        for buffer, new in zip(buffers, states, strict=True):
             self.of.operations.write(buffer, new, self.row_B, self.start_B)
             found.append(buffer[self.rows, :, : self.width])
         return found[0], found[1]

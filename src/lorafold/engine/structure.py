@@ -1,6 +1,6 @@
 """What the engine finds out about a model, by running it once: nothing depends on its name.
 
-    structure = probe(model)
+    structure = structure_of(model)
     structure.why           "" if rows at different positions can share a pass, else why not
     structure.rowwise       the modules whose input and output have one row for each of the batch
     structure.shapes        the matrices among them, by shape
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.attach import deltas_on, selection_of
 from lorafold.core.evaluating import evaluating
 from lorafold.engine.attention import slot_attention, slot_mask
 from lorafold.engine.operations import Operations, Plain
@@ -32,6 +33,7 @@ from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.step.documents import attending
 
 NAME = "lorafold_slots"
+KEPT = "lorafold_structure"  # the attribute of a model
 LENGTHS, CHUNK = (11, 5, 8), 4
 
 
@@ -63,6 +65,27 @@ class Structure:
             for i, shape in enumerate(self.shapes)
             for at, path in enumerate(shape.paths)
         }
+
+
+def structure_of(model: Any) -> Structure:
+    """What `probe` finds. It is kept with the model, for as long as that has the same modules and
+    the same kinds of deltas are active on them.
+    """
+    names = selection_of(model).names
+    modules = [
+        (
+            path,
+            getattr(type(module), "base_class", type(module)),
+            [p.shape for p in module._parameters.values() if p is not None],
+            [type(delta) for delta in deltas_on(module, names)],
+        )
+        for path, module in bare_modules(model)
+    ]
+    state = (model.dtype, model.device, modules)
+    kept: tuple[Any, Structure] | None = vars(model).get(KEPT)
+    if kept is None or kept[0] != state:
+        kept = vars(model)[KEPT] = (state, probe(model))
+    return kept[1]
 
 
 def slotted(model: Any, operations: Operations) -> Any:

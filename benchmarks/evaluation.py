@@ -1,0 +1,98 @@
+"""How long the completions of an evaluation take: 200 unseen rows of the quickstart on the embedded
+model, without an adapter and with the quickstart's own.
+
+    python benchmarks/evaluation.py [--adapter adapter] [--rounds 3] [--base bf16,fp32]
+
+Seconds are those of the completions alone, without the loss, and of 16 tokens for a single prompt;
+`cpu_s` is processor time, which with `--threads 1` is steadier on a machine that others use, and
+`tokens` counts the completions. The sides run in turn in one process after a short round that warms
+up, and figures are medians. Without `--adapter` the quickstart's is trained first. `--texts FILE`
+writes all completions as JSON, by side, so that two versions of the code can be compared. Prints
+JSON lines and a table, which `--keep` writes to results/evaluation.md.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.results import keep, markdown
+from rich.console import Console
+
+import lorafold as lf
+from lorafold.data.references import references
+from lorafold.evaluation import SPARE
+from lorafold.generation import complete, stream
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.storage import choose_storage
+from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
+from lorafold.quickstart.task import rows
+from lorafold.training.request import Request
+from lorafold.training.run import train
+
+
+def trained(out: Path) -> Path:
+    """The quickstart's adapter."""
+    data = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
+    train(Request(MODEL, out, RECIPE, data, "rows", device="cpu"), Console(quiet=True))
+    return out
+
+
+def completed(model: Any, tokenizer: Any, found: Any) -> tuple[dict[str, float], list[str]]:
+    """The figures of one round, and the completions."""
+    longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
+    start, cpu = time.perf_counter(), time.process_time()
+    texts = complete(model, tokenizer, [r.prompt for r in found], longest + SPARE)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    start = time.perf_counter()
+    "".join(stream(model, tokenizer, found[0].prompt, 16))
+    one = time.perf_counter() - start
+    tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    return {"seconds": seconds, "cpu_s": cpu, "tokens": tokens, "one_prompt_s": one}, texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--base", default="bf16,fp32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--keep", action="store_true", help="write results/evaluation.md")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    tokenizer = load_tokenizer(MODEL)
+    found = references(rows("test", UNSEEN, seed=0), tokenizer)
+    figures: dict[str, list[dict[str, float]]] = defaultdict(list)
+    texts: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = a.adapter or trained(Path(folder) / "adapter")
+        sides = {}
+        for base in a.base.split(","):
+            for name in ("no adapter", "one adapter"):
+                model = load_model(MODEL, choose_storage(base, "cpu"))
+                if name == "one adapter":
+                    lf.load(model, path)
+                sides[f"{base}, {name}"] = model
+                completed(model, tokenizer, found[:4])
+        for _ in range(a.rounds):
+            for side, model in sides.items():
+                row, texts[side] = completed(model, tokenizer, found)
+                figures[side].append(row)
+                print(json.dumps({"side": side, **row}), flush=True)
+    table = [
+        {"side": side} | {key: statistics.median(r[key] for r in rows_) for key in rows_[0]}
+        for side, rows_ in figures.items()
+    ]
+    if a.texts:
+        a.texts.write_text(json.dumps(texts))
+    keep("evaluation", table) if a.keep else print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
