@@ -12,14 +12,13 @@ from lorafold.bases import parameter_count
 from lorafold.bases.bitsandbytes import record_dequantized
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
-from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY
 from lorafold.fold.in_memory import carry_out
 from lorafold.fold.plan import plan_fold
-from lorafold.methods.parts.extras import Bias
+from lorafold.methods.parts.extras import Bias, vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
 from lorafold.models.weights import ModelWeights, Weights
@@ -76,9 +75,7 @@ class Adapter:
     @property
     def vocabulary(self) -> int | None:
         """The size of the vocabulary with the adapter's new tokens; None if it has none."""
-        ends: dict[str, Any] = {p: bare(self.model.get_submodule(p)) for p in self.tokens}
-        sizes = {path: max(ids) + 1 for path, ids in self.tokens.items()}
-        return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
+        return vocabulary(self.model, self.parts())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the name, `<module path>.<name>`, and the parameter, for each of the adapter's."""
