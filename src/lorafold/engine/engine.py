@@ -61,6 +61,9 @@ class Engine:
             matrices then take their memory twice.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts.
+        prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
+            the prompt begins the same; never where `invariant`. In 16 bits a prompt is then read in
+            other chunks, which round differently.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Engine:
         adapter_bytes: int | None = None,
         fast: bool = True,
         invariant: bool = False,
+        prefix_reuse: bool = True,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
@@ -101,7 +105,7 @@ class Engine:
         reader = Reader(model, self.structure, dtype)
         if self.slotted:
             self._stack.enter_context(slotted(model))
-            parts = (model, self.structure, slots, self.length, chunk, invariant)
+            parts = (model, self.structure, slots, self.length, chunk, invariant, prefix_reuse)
             self._runner: Runner = SlotRunner(*parts)
             if fast and not invariant:
                 laid = self._runner.laid

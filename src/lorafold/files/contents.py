@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,13 @@ class Contents:
     @cached_property
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each file, in hexadecimal."""
-        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+        return {name: sha256(content).hexdigest() for name, content in self.files.items()}
 
     @property
     def digest(self) -> str:
         """The SHA-256 over the names and the contents of all files, in hexadecimal."""
         lines = [f"{name} {len(self.files[name])} {d}\n" for name, d in self.digests.items()]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return sha256("".join(lines).encode()).hexdigest()
 
     def check_intact(self) -> None:
         """Raise LorafoldError unless the files are as lorafold wrote them."""
