@@ -61,7 +61,10 @@ def serve(engine: Engine, names: list[str | None], new: int) -> dict[str, float]
     start = time.perf_counter()
     left = {stream: False for stream in map(engine.submit, asked)}
     firsts: list[float] = []
-    while engine.step() or any(stream.ended is None for stream in left):
+    while any(stream.ended is None for stream in left):
+        engine._wake.clear()
+        if not engine.step():  # an adapter is being read; stepping meanwhile would hold it up
+            engine._wake.wait(1.0)
         now = time.perf_counter() - start
         for stream, seen in left.items():
             if not seen and isinstance(next(iter(stream._events), None), Token):

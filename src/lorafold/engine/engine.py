@@ -64,6 +64,8 @@ class Engine:
         prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
             the prompt begins the same; never where `invariant`. In 16 bits a prompt is then read in
             other chunks, which round differently.
+        strikes: after how many requests that failed by logits that are not finite an adapter is
+            refused.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         fast: bool = True,
         invariant: bool = False,
         prefix_reuse: bool = True,
+        strikes: int = 3,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
@@ -115,7 +118,7 @@ class Engine:
             self._runner, chunk = SoloRunner(model, self.structure), self.length
         self._scheduler = Scheduler(self._runner.slots, chunk, budget, invariant)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(reader.read, adapter_bytes, self._wake.set)
+        self.adapters = Residency(reader.read, adapter_bytes, self._wake.set, strikes)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
@@ -252,5 +255,5 @@ class Engine:
     def _serve(self) -> None:
         while not self._closing:
             self._wake.clear()
-            if not self.step():
-                self._wake.wait(1.0)
+            if not self.step() and not self._wake.wait(1.0) and not self._rows:
+                self.adapters.look()

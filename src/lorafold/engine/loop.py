@@ -131,4 +131,6 @@ class Loop:
         try:
             do()
         except Exception as error:
+            if isinstance(error, NotFinite) and row.entry is not None:
+                self.adapters.strike(row.entry)
             self.end(row, "failed", str(error) or type(error).__name__)
