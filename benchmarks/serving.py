@@ -7,10 +7,11 @@ The embedded model in bf16, prompts of 64 random tokens and 64 new ones, greedy.
 of rank 16 on every linear with random factors. Streams come all at once; popularity is distinct
 (each its own adapter), one (all the same) or none (the base). The sides run in turn in one process,
 after a round that warms up, and figures are medians: tokens a second from the first submission to
-the last token, the median and the slowest time to first token. `--many` loads that many adapters of
-rank 4 on q and v, and compares 64 requests for any of them with 64 for any of 16 of them. The time
-of a cold adapter is that of a first token when its files have to be read and verified. Prints JSON
-lines and a table, which `--keep` writes to results/serving.md.
+the last token, the median and the slowest time to first token. No prompt starts from an earlier
+one's keys and values. `--many` loads that many adapters of rank 4 on q and v, and compares 64
+requests for any of them with 64 for any of 16 of them. The time of a cold adapter is that of a
+first token when its files have to be read and verified. Prints JSON lines and a table, which
+`--keep` writes to results/serving.md.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from lib.results import keep, markdown
+from psutil import Process
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Token
@@ -129,7 +131,7 @@ def main() -> None:
         paths = adapters(model, STREAMS, Path(folder), RANK, "all-linear")
         few = adapters(model, a.many, Path(folder), 4, ["q_proj", "v_proj"])
         beside = peers(a.new) if "peers" in a.sides else {}
-        with Engine(model, slots=STREAMS, length=256) as engine:
+        with Engine(model, slots=STREAMS, length=256, prefix_reuse=False) as engine:
             for i, path in enumerate(paths):
                 engine.load(f"a{i}", path)
             start = time.perf_counter()
@@ -137,7 +139,8 @@ def main() -> None:
                 engine.load(f"few{i}", path)
             if few:
                 each = (time.perf_counter() - start) / len(few)
-                print(json.dumps({"load_ms_each": 1e3 * each, "bytes": engine.adapters.nbytes}))
+                held = [s.held.nbytes for s in engine.adapters._states.values() if s.held]
+                print(json.dumps({"load_ms_each": 1e3 * each, "bytes_each": min(held)}))
 
             def uniform(n: int) -> list[str | None]:
                 picks = torch.randint(n, (64,), generator=torch.Generator().manual_seed(0))
@@ -164,12 +167,14 @@ def main() -> None:
                 sides[f"64 over {a.many} small adapters"] = lambda: serve(
                     engine, uniform(a.many), a.new
                 )
+            memory = Process().memory_info
             for round_ in range(a.rounds + 1):
                 for name, side in {**sides, **beside}.items():
                     row = side()
                     if round_:
                         found[name].append(row)
                         print(json.dumps({"side": name, **row}), flush=True)
+                print(json.dumps({"round": round_, "rss_mb": memory().rss / 2**20}), flush=True)
     table = [
         {"side": name} | {key: statistics.median(r[key] for r in rows) for key in rows[0]}
         for name, rows in found.items()
