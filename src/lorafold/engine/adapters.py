@@ -113,17 +113,19 @@ class Reader:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
         or do not fit the model.
         """
-        contents = Contents(entry.path, FILES)
-        if contents.digest != entry.digest:
-            raise LorafoldError(
-                f"adapter {entry.name!r}: {entry.path} changed since it was loaded: found digest"
-                f" {contents.digest[:12]}, expected {entry.digest[:12]}; load it again"
-            )
+        contents, wrong = Contents(entry.path, FILES), None
         try:
             with torch.random.fork_rng(devices=[]):
                 built = read(self.shadow, contents, base=self.base)
         except LorafoldError as error:
-            raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
+            wrong = str(error)
+        if contents.digest != entry.digest:
+            wrong = (
+                f"{entry.path} changed since it was loaded: found digest {contents.digest[:12]},"
+                f" expected {entry.digest[:12]}; load it again"
+            )
+        if wrong is not None:
+            raise LorafoldError(f"adapter {entry.name!r}: {wrong}")
         parts = ((path, part) for path, parts in built.parts.items() for part in parts)
         return self._held(entry, built.deltas(), vocabulary(self.shadow, parts))
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +22,9 @@ from lorafold.files.record import as_object
 
 
 class Contents:
-    """The bytes of those of the named files that exist, by name, and of the manifest. Raises
-    LorafoldError if one can't be read.
+    """The bytes of those of the named files that exist, by name, and of the manifest. Where there
+    is one, they are hashed by a thread while the caller interprets them. Raises LorafoldError if a
+    file can't be read.
 
     Args:
         directory: the directory.
@@ -40,10 +42,18 @@ class Contents:
             except OSError as error:
                 text = f"{self.path}: {name} can't be read ({error.strerror})"
                 raise LorafoldError(text) from None
+        self._hashing = None
+        if MANIFEST in self.files:
+            thread = ThreadPoolExecutor(1)
+            self._hashing = thread.submit(self._hash)
+            thread.shutdown(wait=False)
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each file, in hexadecimal."""
+        return self._hash() if self._hashing is None else self._hashing.result()
+
+    def _hash(self) -> dict[str, str]:
         return {name: sha256(content).hexdigest() for name, content in self.files.items()}
 
     @property

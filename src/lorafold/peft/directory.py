@@ -174,11 +174,11 @@ def read(path: str | Path | Contents) -> Stored:
             f"{contents.path}: found no {CONFIG}, expected the directory of an adapter"
             + f"; there is one in {', '.join(inside)}" * bool(inside)
         )
-    contents.check_intact()
     problems: list[str] = []
     config = _attempt(problems, lambda: read_config(contents.object(CONFIG)))
     weights = _attempt(problems, lambda: _open(contents))
     base = _attempt(problems, lambda: _fingerprint(contents))
+    contents.check_intact()  # what is damaged explains the problems
     if config is None or weights is None or base is None:
         raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
     spec, selection, bias = config
