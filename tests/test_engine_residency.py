@@ -18,6 +18,7 @@ import lorafold as lf
 from engine_cases import alone, prompt, save_adapters
 from lorafold.engine import Engine, Request, Stream
 from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.prefix import common
 from lorafold.engine.residency import Residency
 from lorafold.errors import LorafoldError
 
@@ -29,7 +30,9 @@ SPECS = {
     "d1": lf.Prompt(tokens=2),
 }
 PROMPTS = [prompt(3, 0), prompt(19, 1), prompt(8, 2)]
+PROMPTS += [(*PROMPTS[1][:9], *prompt(4, 3)), (*PROMPTS[1], *prompt(3, 4))]  # begin the same
 NEW = 6
+APART = ("c1", "d1")  # can't be mixed with others, and start from nothing
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,9 @@ def bytes_of(engine: Engine, name: str) -> int:
 
 
 def test_the_machine(model, paths, tokens) -> None:
-    """Any order of submit, step, cancel, load, unload, evict and pin, with room for about two of
-    the adapters; what the engine holds is right after each.
+    """Any order of submit, step, cancel, load, unload, evict, pin and look, with room for about two
+    of the adapters; what the engine holds is right after each. Requests of two tenants have prompts
+    that begin the same, and start from nobody else's.
     """
     with Engine(model, slots=1, length=32) as engine:
         for name, path in paths.items():
@@ -73,6 +77,7 @@ def test_the_machine(model, paths, tokens) -> None:
             self.versions: dict[str, str] = {}
             self.pinned: set[str] = set()
             self.streams: list[tuple[Stream, str | None, int, bool]] = []
+            self.generations: list[int] = []
 
         @rule(version=st.sampled_from(sorted(paths)), wait=st.booleans())
         @precondition(lambda self: not self.pinned)
@@ -109,14 +114,25 @@ def test_the_machine(model, paths, tokens) -> None:
                 self.engine.adapters.pin(name, pinned)
                 (self.pinned.add if pinned else self.pinned.discard)(name)
 
-        @rule(name=st.sampled_from([None, *"abcd"]), i=st.integers(0, len(PROMPTS) - 1))
-        def submit(self, name: str | None, i: int) -> None:
-            request = Request(str(len(self.streams)), PROMPTS[i], NEW, adapter=name)
+        @rule()
+        def look(self) -> None:
+            self.engine.adapters.look()
+            assert self.engine.adapters.damaged == 0
+
+        @rule(
+            name=st.sampled_from([None, *"abcd"]),
+            i=st.integers(0, len(PROMPTS) - 1),
+            tenant=st.sampled_from(["", "other"]),
+        )
+        def submit(self, name: str | None, i: int, tenant: str = "") -> None:
+            request = Request(str(len(self.streams)), PROMPTS[i], NEW, name, tenant=tenant)
             if name is not None and name not in self.versions:
                 with pytest.raises(LorafoldError, match=f"found '{name}'"):
                     self.engine.submit(request)
                 return
             version = None if name is None else self.versions[name]
+            generation = self.engine.adapters.entry(name).generation if name else 0
+            self.generations.append(generation)
             self.streams.append((self.engine.submit(request), version, i, False))
 
         @rule(which=st.integers(0, 30))
@@ -140,9 +156,15 @@ def test_the_machine(model, paths, tokens) -> None:
             try:
                 self.engine.run()
                 self.engine.check()
-                for stream, version, i, cancelled in self.streams:
+                computed: dict[tuple[int, str], list[tuple[int, ...]]] = {}
+                for at, (stream, version, i, cancelled) in enumerate(self.streams):
                     ended = stream.result()
                     expected = tokens[version, i]
+                    key = self.generations[at], stream.request.tenant
+                    same = computed.setdefault(key, [])
+                    most = max((common(ids, PROMPTS[i][:-1]) for ids in same), default=0)
+                    assert ended.cached <= (0 if version in APART else most)
+                    same.append(PROMPTS[i] + expected)
                     if ended.reason == "cancelled":
                         assert cancelled
                         assert ended.tokens == expected[: len(ended.tokens)]

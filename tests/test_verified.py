@@ -2,6 +2,7 @@
 write, or does not read, may be what it likes.
 """
 
+import hashlib
 import json
 import logging
 import random
@@ -16,7 +17,7 @@ import torch
 import lorafold as lf
 from lorafold.cli import main
 from lorafold.errors import LorafoldError
-from lorafold.files import atomic
+from lorafold.files import atomic, contents
 from lorafold.files.atomic import MANIFEST, verify
 from lorafold.files.cache import cache_directory
 from lorafold.files.record import read_record
@@ -294,11 +295,19 @@ def test_each_file_is_hashed_once_a_load(
         hashed.append(path.name)
         return sha256(path)
 
+    read: list[bytes] = []
+
+    def counted_bytes(content: bytes) -> Any:
+        read.append(content)
+        return hashlib.sha256(content)
+
     model = load_model(base, torch.float32)
     monkeypatch.setattr(atomic, "sha256", counted)
+    monkeypatch.setattr(contents, "sha256", counted_bytes)
     lf.load(model, adapter)
-    assert sorted(hashed) == ["adapter_config.json", WEIGHTS, "lorafold.json"]
-    hashed.clear()
+    files = ["adapter_config.json", WEIGHTS, "lorafold.json", MANIFEST]
+    assert sorted(read) == sorted((adapter / name).read_bytes() for name in files)
+    assert hashed == []
     load_model(merged, Storage(torch.float32, "nf4"))
     assert {name: hashed.count(name) for name in hashed if "safetensors" in name} == {
         path.name: 1 for path in merged.glob("*.safetensors*")

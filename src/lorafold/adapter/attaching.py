@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
+from lorafold.adapter.building import Built, build, read
 from lorafold.adapter.handle import Adapter
-from lorafold.bases import is_linear, layer_class, layer_of
-from lorafold.core.attach import Adapted, adapted_modules, freeze, lay, selection_of
-from lorafold.core.combine import Stack
-from lorafold.core.delta import Delta
+from lorafold.bases import layer_class
+from lorafold.core.attach import adapted_modules, freeze, lay, selection_of
 from lorafold.core.spec import Spec
-from lorafold.core.targets import Matches, match
+from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
-from lorafold.methods.parts.replace import ReplaceDelta, leaves
+from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.weights import ModelWeights, Weights
-from lorafold.peft import directory as peft
+from lorafold.models.weights import Weights
 
 
 def attach(
@@ -55,51 +51,9 @@ def attach(
         base: the base's own weights, if the model does not have them (see `load`); loftq needs
             them.
     """
-    selection = selection_of(model)
-    if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
-        raise LorafoldError(
-            f"adapter name: found {name!r}, expected a name without a dot that is not in use on"
-            " this model; choose another"
-        )
-    saved = match(model, modules_to_save, is_linear)
-    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
-    matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
-    if not matches.paths:
-        raise LorafoldError(
-            f"modules_to_save includes every target ({', '.join(matches.by_pattern)}); leave some"
-            " modules to the method"
-        )
-    deltas: dict[str, list[Delta]] = {}
-    for path in matches.paths:
-        module = model.get_submodule(path)
-        if isinstance(module, Adapted):
-            layer = module.layer(*selection.names)
-        else:
-            layer = layer_of(module, reader(base, path))
-        try:
-            deltas[path] = [spec.at(path).build(layer)]
-        except LorafoldError as e:
-            raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {e}") from None
-    add_biases(model, matches, bias, deltas)
-    deltas |= {path: [ReplaceDelta(model.get_submodule(path), path)] for path in whole}
-    rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-    add_token_rows(model, spec, rows, selection.names, deltas)
-    spec.join({path: deltas[path][0] for path in matches.paths})
-    for path, parts in deltas.items():
-        module = model.get_submodule(path)
-        delta = parts[0] if len(parts) == 1 else Stack(parts)
-        lay(module, layer_class(module), name, delta, selection, path)
-    freeze(model, selection)
-    selection.names += (name,)
-    return Adapter(model, name, spec, matches, bias, tuple(saved.by_pattern))
-
-
-def reader(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
-    """A function that reads the weight (out, in) of a module from the base's own files; None if
-    they do not have it.
-    """
-    found = None if base is None else base.find(f"{path}.weight")
-    return None if base is None or found is None else partial(base.get, found)
+    _check_name(model, name)
+    beside = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
+    return _place(model, build(model, spec, targets, **beside), name)  # type: ignore[arg-type]
 
 
 def load(
@@ -121,18 +75,25 @@ def load(
         base: the base's own weights, if the model does not have them, because it is quantized or on
             the meta device.
     """
-    stored, base = peft.read(path), base or ModelWeights(model)
-    problems = [] if allow_other_base else stored.base_problems(base)
-    try:
-        tokens, stored = stored.token_rows(model, base)
-        adapter = attach(model, stored.spec, name=name, tokens=tokens, **stored.beside(model))
-    except LorafoldError as e:
-        raise LorafoldError(f"{path}: {'; '.join([*problems, str(e)])}") from None
-    try:
-        peft.fill(
-            model, dict(adapter._parts_by_path()), adapter.matches.paths, stored, base, problems
+    _check_name(model, name)
+    built = read(model, path, allow_other_base=allow_other_base, base=base)
+    return _place(model, built, name).requires_grad_(trainable)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
+        raise LorafoldError(
+            f"adapter name: found {name!r}, expected a name without a dot that is not in use on"
+            " this model; choose another"
         )
-    except LorafoldError:
-        adapter.detach()
-        raise
-    return adapter.requires_grad_(trainable)
+
+
+def _place(model: nn.Module, built: Built, name: str) -> Adapter:
+    selection = selection_of(model)
+    for path, delta in built.deltas().items():
+        module = model.get_submodule(path)
+        lay(module, layer_class(module), name, delta, selection, path)
+    freeze(model, selection)
+    selection.names += (name,)
+    beside = (built.spec, built.matches, built.bias, built.modules_to_save)
+    return Adapter(model, name, *beside)

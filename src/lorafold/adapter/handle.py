@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ from lorafold.bases import parameter_count
 from lorafold.bases.bitsandbytes import record_dequantized
 from lorafold.core.attach import Adapted, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
-from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY
 from lorafold.fold.in_memory import carry_out
 from lorafold.fold.plan import plan_fold
-from lorafold.methods.parts.extras import Bias
+from lorafold.methods.parts.extras import Bias, vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
 from lorafold.models.weights import ModelWeights, Weights
@@ -29,22 +28,6 @@ from lorafold.peft import directory as peft
 def joined(path: str, name: str) -> str:
     """The dotted name of a tensor of the module at `path`."""
     return f"{path}.{name}" if path else name
-
-
-def tokens(deltas: Mapping[str, Delta]) -> dict[str, tuple[int, ...]]:
-    """The ids of the tokens whose rows these deltas train, by module path."""
-    parts = ((path, part) for path, delta in deltas.items() for part in delta.parts())
-    return {path: part.ids for path, part in parts if isinstance(part, TokenRows)}
-
-
-def vocabulary(model: nn.Module, deltas: Mapping[str, Delta]) -> int | None:
-    """The size of the vocabulary with the new tokens of these deltas, which are by module path;
-    None if they have none.
-    """
-    own = tokens(deltas)
-    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in own}
-    sizes = {path: max(ids) + 1 for path, ids in own.items()}
-    return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)
 
 
 class Adapter:
@@ -87,12 +70,12 @@ class Adapter:
     @property
     def tokens(self) -> dict[str, tuple[int, ...]]:
         """The ids of the tokens whose rows train, by module path."""
-        return tokens(self.deltas)
+        return {path: part.ids for path, part in self.parts() if isinstance(part, TokenRows)}
 
     @property
     def vocabulary(self) -> int | None:
         """The size of the vocabulary with the adapter's new tokens; None if it has none."""
-        return vocabulary(self.model, self.deltas)
+        return vocabulary(self.model, self.parts())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the name, `<module path>.<name>`, and the parameter, for each of the adapter's."""

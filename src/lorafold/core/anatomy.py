@@ -21,16 +21,15 @@ def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
     attached to it. A module that has several paths comes once, under the first.
     """
     seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    left = [(path, model)]
+    while left:
+        path, module = left.pop()
         if id(module) in seen or isinstance(module, Deltas):
-            return
+            continue
         seen.add(id(module))
         yield path, module
-        for name, child in module.named_children():
-            yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, path)
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
 
 
 def blocks(model: nn.Module) -> list[str]:

@@ -3,36 +3,34 @@
     entry = Entry("sft", path, digest(path), generation)
     held = Reader(model).read(entry)        # Held: factors of products, and deltas of other kinds
 
-What is read is what was verified: the files are copied to a private directory while their digest is
-taken, and `lorafold.adapter.load` reads the copy, with all its checks. It loads onto a shadow of
-the model, which has modules of its own and the model's tensors, so that a worker can load while the
+What is read is what was verified: each file is read once, into memory, and its bytes are digested
+and interpreted, with all the checks of `lorafold.adapter.load`. That happens for a shadow of the
+model, which has modules of its own and the model's tensors, so that a worker can read while the
 engine computes with the model itself.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapter import load
+from lorafold.adapter.building import read
 from lorafold.core.attach import adapted_modules, deltas_on
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST
-from lorafold.files.record import RECORD
+from lorafold.files.contents import Contents
+from lorafold.methods.parts.extras import vocabulary
+from lorafold.models.weights import ModelWeights
 from lorafold.peft.config import CONFIG
-from lorafold.peft.directory import WEIGHTS
+from lorafold.peft.directory import FILES
 
-FILES = (CONFIG, WEIGHTS, RECORD, MANIFEST)
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
 RANK = 64
 
@@ -89,37 +87,25 @@ class Held:
         return self.products | frozenset(self.deltas)
 
 
-def digest(path: str | Path, copy_to: Path | None = None) -> str:
-    """The SHA-256 over the names and contents of an adapter's files, in hexadecimal.
-
-    Each file is read once. Raises LorafoldError if there is none.
-
-    Args:
-        path: the adapter's directory.
-        copy_to: a directory that gets the bytes that were digested, or None.
+def digest(path: str | Path) -> str:
+    """The SHA-256 over the names and contents of an adapter's files, in hexadecimal. Raises
+    LorafoldError if there is none.
     """
-    found, whole = 0, hashlib.sha256()
-    for name in FILES:
-        try:
-            content = (Path(path) / name).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise LorafoldError(f"{path}: {name} can't be read ({error.strerror})") from None
-        found += 1
-        whole.update(f"{name} {len(content)} ".encode())
-        whole.update(hashlib.sha256(content).digest())
-        if copy_to is not None:
-            (copy_to / name).write_bytes(content)
-    if not found:
+    contents = Contents(path, FILES)
+    if not contents.files:
         raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
-    return whole.hexdigest()
+    return contents.digest
 
 
 def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
     """What adapters on the model are together, the first one lowest: deltas by module path."""
     found = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
     return {path: d[0] if len(d) == 1 else Stack(d) for path, d in found.items() if d}
+
+
+def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
+    """Every part of every delta with its module path."""
+    return ((path, part) for path, delta in deltas.items() for part in delta.parts())
 
 
 class Reader:
@@ -135,29 +121,28 @@ class Reader:
         self.structure, self.dtype = structure, dtype
         tensors = [*model.parameters(), *model.buffers()]
         self.shadow = copy.deepcopy(model, {id(t): t for t in tensors})
+        self.base = ModelWeights(self.shadow)
 
     def read(self, entry: Entry) -> Held:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
         or do not fit the model.
         """
         assert entry.path is not None
-        with tempfile.TemporaryDirectory(prefix="lorafold-") as private:
-            found = digest(entry.path, Path(private))
-            if found != entry.digest:
-                raise LorafoldError(
-                    f"adapter {entry.name!r}: {entry.path} changed since it was loaded: found"
-                    f" digest {found[:12]}, expected {entry.digest[:12]}; load it again"
-                )
-            with torch.random.fork_rng(devices=[]):
-                try:
-                    adapter = load(self.shadow, private, entry.key)
-                except LorafoldError as error:
-                    text = str(error).replace(private, str(entry.path))
-                    raise LorafoldError(f"adapter {entry.name!r}: {text}") from None
+        contents, wrong = Contents(entry.path, FILES), None
         try:
-            return self.held(entry, dict(adapter.deltas), adapter.vocabulary)
-        finally:
-            adapter.detach()
+            with torch.random.fork_rng(devices=[]):
+                built = read(self.shadow, contents, base=self.base)
+        except LorafoldError as error:
+            wrong = str(error)
+        if contents.digest != entry.digest:
+            wrong = (
+                f"{entry.path} changed since it was loaded: found digest {contents.digest[:12]},"
+                f" expected {entry.digest[:12]}; load it again"
+            )
+        if wrong is not None:
+            raise LorafoldError(f"adapter {entry.name!r}: {wrong}")
+        deltas = built.deltas()
+        return self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
 
     @torch.no_grad()
     def held(self, entry: Entry, deltas: Mapping[str, Delta], vocabulary: int | None) -> Held:
@@ -175,7 +160,11 @@ class Reader:
             ours = [path for path in shape.paths if path in pairs]
             if ours:
                 factors[i] = self._stacked(shape, [(shape.paths.index(p), *pairs[p]) for p in ours])
-        others = {path: delta for path, delta in deltas.items() if path not in pairs}
+        others = {
+            path: delta.eval().requires_grad_(False)
+            for path, delta in deltas.items()
+            if path not in pairs
+        }
         kept = {id(t): t.nbytes for d in others.values() for t in (*d.parameters(), *d.buffers())}
         nbytes = sum(f.down.nbytes + f.up.nbytes for f in factors.values()) + sum(kept.values())
         return Held(entry, factors, frozenset(pairs), others, apart, vocabulary, nbytes)
@@ -185,13 +174,15 @@ class Reader:
         return None if found is None or len(found[1]) > RANK else found
 
     def _stacked(self, shape: Shape, found: list[tuple[int, Tensor, Tensor]]) -> Factors:
+        """Factors from the index, the up factor (out, r) and the down factor (r, in) of each."""
         rank = max(len(down) for _, _, down in found)
         like = found[0][1]
-        down = like.new_zeros(len(found), shape.inn, rank, dtype=self.dtype)
-        up = like.new_zeros(len(found), rank, shape.out, dtype=self.dtype)
+        # as files have them, since transposing takes six times as long as this copy
+        down = like.new_zeros(len(found), rank, shape.inn, dtype=self.dtype)
+        up = like.new_zeros(len(found), shape.out, rank, dtype=self.dtype)
         for k, (_, u, d) in enumerate(found):
-            down[k, :, : len(d)] = d.t()
-            up[k, : len(d)] = u.t()
+            down[k, : len(d)] = d
+            up[k, :, : len(d)] = u
         at = [at for at, _, _ in found]
         index = {at: k for k, at in enumerate(at)}
-        return Factors(torch.tensor(at, device=like.device), down, up, index)
+        return Factors(torch.tensor(at, device=like.device), down.mT, up.mT, index)

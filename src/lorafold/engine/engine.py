@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from lorafold.adapter.handle import vocabulary
 from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
-from lorafold.engine.adapters import Reader, attached
+from lorafold.engine.adapters import Reader, attached, parts_of
 from lorafold.engine.admission import check
 from lorafold.engine.fast import fast as faster
 from lorafold.engine.grammar import Grammars
@@ -42,6 +41,7 @@ from lorafold.engine.setting import greedy, taken, untrained
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import disband
+from lorafold.methods.parts.extras import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +68,11 @@ class Engine:
         beyond: accept a length beyond the positions that the model was made for.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts.
+        prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
+            the prompt begins the same; never where `invariant`. In 16 bits a prompt is then read in
+            other chunks, which round differently.
+        strikes: after how many requests that failed by logits that are not finite an adapter is
+            refused.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class Engine:
         fast: bool = True,
         beyond: bool = False,
         invariant: bool = False,
+        prefix_reuse: bool = True,
+        strikes: int = 3,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
@@ -111,8 +118,10 @@ class Engine:
                 fast = fast and not invariant
                 operations = available() if fast else Plain()
                 stack.enter_context(slotted(model, operations))
-                parts = (model, self.structure, operations, slots, self.length, chunk, invariant)
-                self._runner: Runner = SlotRunner(*parts)
+                self._runner: Runner = SlotRunner(
+                    model, self.structure, operations, slots, self.length, chunk, invariant,
+                    prefix_reuse,
+                )  # fmt: skip
                 if fast:
                     laid = self._runner.laid
                     stack.enter_context(faster(model, self.structure, laid, operations, slots))
@@ -120,11 +129,11 @@ class Engine:
                 stack.enter_context(greedy(model))
                 self._runner, chunk = SoloRunner(model, self.structure), self.length
             self._stack = stack.pop_all()
-        below = vocabulary(model, attached(model, self._runner.laid.base))
+        below = vocabulary(model, parts_of(attached(model, self._runner.laid.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(self._runner.slots, chunk, budget, invariant)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(self._reader.read, adapter_bytes, self._wake.set)
+        self.adapters = Residency(self._reader.read, adapter_bytes, self._wake.set, strikes)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
@@ -165,7 +174,7 @@ class Engine:
                 " that was opened inside lf.only(model)"
             )
         deltas = attached(self.model, on_model)
-        size = vocabulary(self.model, deltas)
+        size = vocabulary(self.model, parts_of(deltas))
         self.adapters.adopt(name, lambda entry: self._reader.held(entry, deltas, size))
 
     def unload(self, name: str) -> None:
@@ -280,5 +289,5 @@ class Engine:
     def _serve(self) -> None:
         while not self._closing:
             self._wake.clear()
-            if not self.step():
-                self._wake.wait(1.0)
+            if not self.step() and not self._wake.wait(1.0) and not self._rows:
+                self.adapters.look()

@@ -64,7 +64,7 @@ class Loop:
         """
         if row in self.scheduler.running:
             self.scheduler.running.remove(row)
-            self.runner.release(row)
+            self.runner.release(row, well=reason in ("end", "length", "stop"))
         elif row in self.scheduler.waiting:
             self.scheduler.waiting.remove(row)
         if row.entry is not None:
@@ -100,7 +100,8 @@ class Loop:
             if all(row.stream.ended for row in rows):  # the fault is no request's
                 self.runner.rebuild()
                 for row in self.scheduler.running:
-                    row.filled, row.state = 0, None
+                    row.filled = row.cached = 0
+                    row.state = None
             return
         for row, n in zip(rows, counts, strict=True):
             row.filled += n
@@ -130,4 +131,6 @@ class Loop:
         try:
             do()
         except Exception as error:
+            if isinstance(error, NotFinite) and row.entry is not None:
+                self.adapters.strike(row.entry)
             self.end(row, "failed", str(error) or type(error).__name__)

@@ -102,6 +102,7 @@ class Request:
         adapter: the name of an adapter, or None for the base.
         sampling: how tokens are chosen.
         ends: the tokens that end the completion; they are no part of it.
+        tenant: on whose behalf; what is kept of one tenant's prompts serves no other's.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Request:
     adapter: str | None = None
     sampling: Sampling = Sampling()
     ends: frozenset[int] = frozenset()
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,16 @@ class Token:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a request: why, all its tokens and its text, and a message if it failed."""
+    """The end of a request: why, all its tokens and its text, a message if it failed, and how many
+    tokens of the prompt were there already. Two ends that differ in the last alone are equal.
+    """
 
     id: str
     reason: Reason
     tokens: tuple[int, ...] = ()
     text: str = ""
     message: str = ""
+    cached: int = field(default=0, compare=False)
 
 
 class Stream:

@@ -7,6 +7,9 @@ keep the one that they were submitted with. An entry has a reference for each re
 runs and a lease for each that runs. Where bytes are limited, the least recently used adapters leave
 that have no lease, are not pinned, and are not about to be used; they are read and verified again
 when a request needs them. An entry whose name was unloaded is forgotten with its last reference.
+
+One whose requests failed too often, since the model's logits were not finite, is in quarantine: it
+is refused until other files are loaded under its name. One whose tensors changed in memory leaves.
 """
 
 from __future__ import annotations
@@ -19,21 +22,11 @@ from pathlib import Path
 from typing import Literal
 
 from lorafold.engine.adapters import Entry, Held, digest
+from lorafold.engine.state import State, evict, look
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
 
-Status = Literal["cold", "loading", "resident"]
-
-
-class _State:
-    """What is known of one entry."""
-
-    def __init__(self) -> None:
-        self.held: Held | None = None
-        self.future: Future[None] | None = None
-        self.error: LorafoldError | None = None
-        self.references = self.leases = self.used = self.vocabulary = 0
-        self.reserved = False  # read for a request that has not run yet
+Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class Residency:
@@ -43,6 +36,7 @@ class Residency:
         read: reads and checks an adapter; a worker calls it.
         budget: the most bytes of resident adapters, or None.
         changed: called, by the worker too, when waiting requests may go on.
+        strikes: how many requests of an adapter may fail by logits that are not finite.
     """
 
     def __init__(
@@ -50,11 +44,13 @@ class Residency:
         read: Callable[[Entry], Held],
         budget: int | None = None,
         changed: Callable[[], None] = lambda: None,
+        strikes: int = 3,
     ) -> None:
-        self._read, self.budget, self._changed = read, budget, changed
+        self._read, self.budget, self._changed, self.strikes = read, budget, changed, strikes
+        self.damaged = 0  # how many adapters had changed in memory
         self._lock = threading.RLock()
         self._names: dict[str, Entry] = {}
-        self._states: dict[Entry, _State] = {}
+        self._states: dict[Entry, State] = {}
         self._pinned: set[str] = set()
         self._blocked: set[Entry] = set()  # read in vain: there was no room until something leaves
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
@@ -72,7 +68,7 @@ class Residency:
             if known is not None and known.digest == found:
                 return self._start(known)
             entry = Entry(name, Path(path), found, next(self._generations))
-            self._states[entry] = _State()
+            self._states[entry] = State()
             self._states[entry].references += 1  # until it has its name
             future = self._start(entry)
         done: Future[None] = Future()
@@ -89,8 +85,8 @@ class Residency:
         with self._lock:
             entry = Entry(name, None, "", next(self._generations))
             held = make(entry)
-            self._states[entry] = state = _State()
-            state.held, state.vocabulary = held, held.vocabulary or 0
+            self._states[entry] = State()
+            self._states[entry].hold(held, next(self._clock))
             old, self._names[name] = self._names.get(name), entry
             if old is not None:
                 self._forget(old)
@@ -135,9 +131,12 @@ class Residency:
             return self._names[name]
 
     def bind(self, name: str) -> Entry:
-        """The entry of a name, with one more reference."""
+        """The entry of a name, with one more reference. Raises LorafoldError for an unknown name or
+        one in quarantine.
+        """
         with self._lock:
             entry = self.entry(name)
+            self._states[entry].refuse(entry.name, self.strikes)
             self._states[entry].references += 1
             return entry
 
@@ -153,10 +152,11 @@ class Residency:
 
     def lease(self, entry: Entry) -> Held | None:
         """The adapter, kept in memory until `release`; None if it is being read. Raises
-        LorafoldError if that failed or there is no room for it.
+        LorafoldError if that failed, there is no room for it, or it is in quarantine.
         """
         with self._lock:
             state = self._states[entry]
+            state.refuse(entry.name, self.strikes)
             if state.error is not None:
                 error, state.error = state.error, None
                 raise error
@@ -175,10 +175,24 @@ class Residency:
             self._blocked.clear()
         self._changed()
 
+    def strike(self, entry: Entry) -> None:
+        """Count a request that failed by logits that are not finite."""
+        with self._lock:
+            self._states[entry].strikes += 1
+
+    def look(self) -> None:
+        """Compare one adapter that nothing uses with what was read. One that changed leaves memory,
+        and `damaged` counts it.
+        """
+        with self._lock:
+            self.damaged += not look(self._states.values(), next(self._clock))
+
     def status(self, name: str) -> Status:
         """Where the adapter of a name is. Raises LorafoldError for an unknown name."""
         with self._lock:
             state = self._states[self.entry(name)]
+            if state.strikes >= self.strikes:
+                return "quarantined"
             return "resident" if state.held else "loading" if state.future else "cold"
 
     def vocabulary(self, entry: Entry | None) -> int:
@@ -230,8 +244,7 @@ class Residency:
             held = self._read(entry)
             with self._lock:
                 if self._make_room(held.nbytes):
-                    state.held, state.used = held, next(self._clock)
-                    state.vocabulary = held.vocabulary or 0
+                    state.hold(held, next(self._clock))
                 elif any(s.leases or s.reserved for s in self._states.values() if s.held):
                     self._blocked.add(entry)
                 else:
@@ -252,20 +265,8 @@ class Residency:
             self._changed()
 
     def _make_room(self, nbytes: int) -> bool:
-        if self.budget is None:
-            return True
-        over = self.nbytes + nbytes - self.budget
-        free = {
-            self._states[e].used: (self._states[e], held.nbytes)
-            for e in self._states
-            if (held := self._states[e].held) is not None and self._evictable(e)
-        }
-        if over > sum(n for _, n in free.values()):
-            return False
-        for _, (state, n) in sorted(free.items()):
-            if over > 0:
-                state.held, over = None, over - n
-        return True
+        free = [state for entry, state in self._states.items() if self._evictable(entry)]
+        return self.budget is None or evict(free, self.nbytes + nbytes - self.budget)
 
     def _evictable(self, entry: Entry) -> bool:
         state = self._states[entry]
@@ -290,9 +291,6 @@ class Residency:
     def _forget(self, entry: Entry) -> None:
         """Drop an entry that no name stands for and nothing refers to."""
         state = self._states.get(entry)
-        if (
-            state
-            and not (state.references or state.future)
-            and self._names.get(entry.name) != entry
-        ):
+        needed = self._names.get(entry.name) == entry
+        if state and not (needed or state.references or state.future):
             del self._states[entry]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.prefix import Prefix
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import Allowed, Choice, Sampler
 from lorafold.engine.text import Text
@@ -38,6 +39,7 @@ class Row:
         self.text = Text(tokenizer, request.sampling.stop) if tokenizer is not None else None
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
+        self.cached = 0  # tokens of the prompt that a slot held already
         self.held: Held | None = None
         self.slot = -1
         self.state: Any = None  # a cache of its own, where the model has no slots
@@ -47,6 +49,12 @@ class Row:
     def pending(self) -> int:
         """How many tokens the model has not seen yet."""
         return len(self.tokens) - self.filled
+
+    @property
+    def prefix(self) -> Prefix:
+        """What its keys and values follow from, beside its tokens."""
+        entry, tenant = self.entry, self.request.tenant
+        return Prefix(entry.digest, entry.generation, tenant) if entry else Prefix("", 0, tenant)
 
     @property
     def completion(self) -> tuple[int, ...]:
@@ -72,4 +80,5 @@ class Row:
         if self.text:
             self.text.finish()
             text = self.text.text
-        self.stream.put(Ended(self.request.id, reason, self.completion, text, message))
+        ended = Ended(self.request.id, reason, self.completion, text, message, self.cached)
+        self.stream.put(ended)

@@ -2,7 +2,8 @@
 
 `SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
 from the first one on, as a view of the cache; slots in between that have nothing to decode are
-computed for nothing, at their own next position, which is written again before it is read. With
+computed for nothing, at their own next position, which is written again before it is read. A slot
+whose request ended well is kept as it is (`lorafold.engine.prefix`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
 chunks of one size, and whole slots are read. `SoloRunner` computes one row with the model's own
 cache, by transformers' `generate`.
@@ -20,6 +21,7 @@ from torch import Tensor
 from lorafold.engine.adapters import Held
 from lorafold.engine.laid import Laid
 from lorafold.engine.operations import Operations, Plain
+from lorafold.engine.prefix import Kept
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.slots import SlotCache, SlotView
@@ -37,8 +39,8 @@ class Runner(ABC):
         """Give a row a slot that is free."""
 
     @abstractmethod
-    def release(self, row: Row) -> None:
-        """Free a row's slot."""
+    def release(self, row: Row, well: bool) -> None:
+        """Free the slot of a row, which ended well or not."""
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -78,6 +80,7 @@ class SlotRunner(Runner):
         length: the most tokens of a request.
         chunk: the most tokens of a row in a pass.
         each: keep all shapes the same.
+        reuse: start rows from what free slots still hold.
     """
 
     def __init__(
@@ -89,8 +92,10 @@ class SlotRunner(Runner):
         length: int,
         chunk: int,
         each: bool,
+        reuse: bool,
     ) -> None:
         self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
+        self.reuse, self.kept = reuse and not each, Kept()
         # padding is written too
         self.cache = SlotCache(slots, length + chunk, operations, whole=each)
         self.products = Products(structure, slots, operations)
@@ -100,8 +105,16 @@ class SlotRunner(Runner):
         self._plan: tuple[Any, Plan] = (None, Plan([], ()))
 
     def admit(self, row: Row) -> None:
-        row.slot = self.rows.index(None)
-        self.cache.zero(row.slot)
+        free = [slot for slot, other in enumerate(self.rows) if other is None]
+        oldest = min(free, key=self.kept.age)
+        source, n = self.kept.find(row.prefix, row.tokens) if self._reusable(row) else (-1, 0)
+        lost = self.kept.length(source) - n  # of what is kept, if the row goes on in that slot
+        at = source if n and lost <= self.kept.length(oldest) else oldest
+        row.slot, row.filled, row.cached = at, n, n
+        if row.slot != source:
+            self.cache.copy(source, row.slot, n)
+        self.cache.zero(row.slot, n)
+        self.kept.slots.pop(row.slot, None)
         if row.held is not None:
             self.laid.hold(row.held)
             if not row.held.apart:
@@ -111,10 +124,13 @@ class SlotRunner(Runner):
         self.rows[row.slot] = row
         self._plan = (None, Plan([], ()))
 
-    def release(self, row: Row) -> None:
+    def release(self, row: Row, well: bool) -> None:
         self.rows[row.slot] = None
         self.products.clear(row.slot)
-        self.cache.zero(row.slot)
+        kept = row.filled if well and self._reusable(row) else 0
+        self.cache.zero(row.slot, kept)
+        if kept:
+            self.kept.keep(row.slot, row.prefix, row.tokens[:kept])
         if row.held is not None:
             self.laid.drop(row.held)
             if row.held not in {r.held for r in self.rows if r is not None}:
@@ -127,8 +143,16 @@ class SlotRunner(Runner):
         assert all(self.rows[row.slot] is row for row in rows)
         placed = {r.slot: r.held for r in rows if r.held is not None and not r.held.apart}
         assert self.products.placed == placed, "each slot has its request's adapter"
+        for slot in self.kept.slots:
+            assert self.rows[slot] is None, f"slot {slot} is kept, and a request's"
+            assert self.cache.is_finite(slot), f"slot {slot} is kept, and not finite"
+
+    def _reusable(self, row: Row) -> bool:
+        """Whether the row's keys and values follow from its prefix and its tokens alone."""
+        return self.reuse and together(row) is None
 
     def rebuild(self) -> None:
+        self.kept = Kept()
         self.cache = SlotCache(
             self.slots, self.cache.length, self.cache.operations, self.cache.whole
         )
@@ -136,7 +160,10 @@ class SlotRunner(Runner):
 
     def compact(self) -> None:
         live = [r for r in self.rows if r is not None]
-        if self.each or not live or live[-1].slot + 1 <= 1.25 * len(live):
+        if self.each or not live:
+            return
+        last = live[-1].slot
+        if last + 1 <= 1.25 * len(live) and last < min(self.kept.slots, default=self.slots):
             return
         for row in reversed(live):
             target = next((i for i, r in enumerate(self.rows) if r is None), self.slots)
@@ -145,10 +172,11 @@ class SlotRunner(Runner):
             self._move(row, target)
 
     def _move(self, row: Row, target: int) -> None:
-        source = row.slot
-        self.cache.zero(target)
-        self.cache.move(source, target, row.filled)
-        self.cache.zero(source)
+        source, kept = row.slot, self.kept.length(target)
+        self.cache.swap(source, target, max(row.filled, kept))
+        self.cache.zero(target, row.filled)
+        self.cache.zero(source, kept)
+        self.kept.moved(target, source)
         self.products.clear(source)
         if row.held is not None and not row.held.apart:
             self.products.place(target, row.held)
@@ -165,7 +193,10 @@ class SlotRunner(Runner):
             taken: list[Row | None] = [None] * last
             for row in rows:
                 taken[row.slot] = row
-            starts = [r.filled if r is not None else 0 for r in self.rows[:last]]
+            starts = [
+                self.kept.length(slot) if r is None else r.filled
+                for slot, r in enumerate(self.rows[:last])
+            ]
             ns = [1] * last
         else:
             order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
@@ -234,7 +265,7 @@ class SoloRunner(Runner):
         if row.held is not None:
             self.laid.hold(row.held)
 
-    def release(self, row: Row) -> None:
+    def release(self, row: Row, well: bool) -> None:
         row.slot, row.state = -1, None
         if row.held is not None:
             self.laid.drop(row.held)

@@ -12,6 +12,8 @@ since 0 times a stale NaN in a masked position would be NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,26 +70,41 @@ class SlotCache:
                 buffer[:, :, :before] = old
         return buffer
 
-    def zero(self, slot: int) -> None:
-        """Forget what a slot holds."""
-        for held in (self.keys, self.values):
-            for buffer in held.values():
-                buffer[slot].zero_()
+    def zero(self, slot: int, after: int = 0) -> None:
+        """Forget what a slot holds after its first tokens."""
+        for buffer in self._buffers():
+            buffer[slot, :, after:].zero_()
 
-    def move(self, source: int, target: int, tokens: int) -> None:
+    def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a slot to another one.
 
         Args:
             source, target: the slots.
-            tokens: how many tokens the source holds.
+            tokens: how many tokens are copied.
         """
-        for held in (self.keys, self.values):
-            for buffer in held.values():
-                buffer[target, :, :tokens] = buffer[source, :, :tokens]
+        for buffer in self._buffers():
+            buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
-    def is_zero(self, slot: int) -> bool:
-        """Whether a slot holds nothing."""
-        return not any(b[slot].any() for held in (self.keys, self.values) for b in held.values())
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first tokens of two slots.
+
+        Args:
+            a, b: the slots.
+            tokens: how many tokens the fuller one holds.
+        """
+        for buffer in self._buffers():
+            buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
+
+    def is_zero(self, slot: int, after: int = 0) -> bool:
+        """Whether a slot holds nothing after its first tokens."""
+        return not any(buffer[slot, :, after:].any() for buffer in self._buffers())
+
+    def is_finite(self, slot: int) -> bool:
+        """Whether all that a slot holds are finite numbers."""
+        return all(bool(buffer[slot].isfinite().all()) for buffer in self._buffers())
+
+    def _buffers(self) -> Iterator[Tensor]:
+        return chain(self.keys.values(), self.values.values())
 
     def width(self, longest: int) -> int:
         """How many columns a pass reads whose longest row has that many tokens."""
@@ -96,7 +113,7 @@ class SlotCache:
     @property
     def nbytes(self) -> int:
         """The bytes of all buffers."""
-        return sum(b.nbytes for held in (self.keys, self.values) for b in held.values())
+        return sum(buffer.nbytes for buffer in self._buffers())
 
 
 class SlotView(Cache):

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from lorafold.errors import LorafoldError
 
 MANIFEST = "manifest.json"
+Found = tuple[int, Callable[[], str]]
 
 
 @contextmanager
@@ -112,22 +113,45 @@ def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
     """
     root = Path(path)
     try:
-        files = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        manifest = (root / MANIFEST).read_bytes()
     except FileNotFoundError:
         return [f"{MANIFEST}: missing"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError:
+        return [f"{MANIFEST}: not readable as a manifest"]
+
+    def found(name: str) -> Found | None:
+        file = root / name
+        return (file.stat().st_size, lambda: sha256(file)) if file.is_file() else None
+
+    return compare(manifest, patterns, found)
+
+
+def compare(
+    manifest: bytes, patterns: Sequence[str], found: Callable[[str], Found | None]
+) -> list[str]:
+    """Compare files with a manifest, as `verify` does.
+
+    Args:
+        manifest: the content of the manifest.
+        patterns: shell patterns of the files to compare.
+        found: what is there under a name: a size, and a function that returns the SHA-256 in
+            hexadecimal; None for a file that is missing.
+    """
+    try:
+        files = json.loads(manifest)["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST}: not readable as a manifest"]
     problems = []
     for name, (size, digest) in expected.items():
         if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
-        file = root / name
-        if not file.is_file():
+        file = found(name)
+        if file is None:
             problems.append(f"{name}: missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
-        elif sha256(file) != digest:
+        elif file[0] != size:
+            problems.append(f"{name}: {file[0]} bytes, expected {size}")
+        elif file[1]() != digest:
             problems.append(f"{name}: content differs from the manifest")
     return problems
 

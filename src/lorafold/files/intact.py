@@ -20,21 +20,29 @@ from lorafold.files.atomic import MANIFEST, verify
 
 def check_intact(directory: str | Path, patterns: Sequence[str]) -> None:
     """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them."""
-    if not _has_manifest(Path(directory)):
+    try:
+        ours = is_ours((Path(directory) / MANIFEST).read_bytes())
+    except FileNotFoundError:
         return
-    if problems := verify(directory, patterns):
+    except OSError:
+        ours = True
+    if ours:
+        check(directory, verify(directory, patterns))
+
+
+def check(directory: str | Path, problems: Sequence[str]) -> None:
+    """Raise LorafoldError if a comparison with the manifest found problems."""
+    if problems:
         raise LorafoldError(
             f"{directory}: {'; '.join(problems)}: damaged, or changed by hand; restore it, or"
             f" delete {MANIFEST} if you changed it yourself"
         )
 
 
-def _has_manifest(directory: Path) -> bool:
-    """Whether lorafold wrote a manifest there, readable or not; other programs' have no "files"."""
+def is_ours(manifest: bytes) -> bool:
+    """Whether lorafold wrote this manifest, readable or not; other programs' have no "files"."""
     try:
-        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
+        found = json.loads(manifest)
+    except ValueError:
         return True
     return not isinstance(found, dict) or "files" in found

@@ -19,8 +19,13 @@ RECORD = "lorafold.json"
 
 def read_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
+    return as_object(path.read_bytes(), path)
+
+
+def as_object(content: bytes, path: Path) -> dict[str, Any]:
+    """The content of a JSON file, as `read_object`; `path` is for the message."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise LorafoldError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):

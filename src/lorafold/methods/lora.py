@@ -109,6 +109,8 @@ class LoRA(Spec):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
 
     def at(self, path: str) -> Self:
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
         rank = next(
             (r for key, r in self.rank_pattern.items() if pattern_matches(key, path)), self.rank
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
@@ -104,6 +105,38 @@ class ModelWeights(Weights):
         return self._tensors[name]
 
 
+class LoadedWeights(Weights):
+    """The tensors of a safetensors file that was read into memory. Raises LorafoldError for one
+    that can't be read.
+
+    Args:
+        content: the bytes of the file.
+        path: where they are from, for the message.
+    """
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        try:
+            self._tensors = load(content)
+        except (SafetensorError, KeyError) as e:
+            raise unreadable(path, e) from None
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def is_floating(self, name: str) -> bool:
+        return self._tensors[name].is_floating_point()
+
+    def at(self, name: str, where: Tensor) -> Tensor:
+        return self._tensors[name][tuple(where.unbind(1))]
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 class FileWeights(Weights):
     """The tensors of safetensors files, which are mapped into memory, or if not `mapped` read anew
     for each tensor. Raises LorafoldError for a file that can't be read.
@@ -115,10 +148,7 @@ class FileWeights(Weights):
             try:
                 file = safe_open(path, "pt", backend="mmap" if mapped else "pread")
             except (OSError, SafetensorError) as e:
-                raise LorafoldError(
-                    f"{path}: not readable as safetensors, it may have been cut short or damaged"
-                    f" ({e})"
-                ) from None
+                raise unreadable(path, e) from None
             self._file.update(dict.fromkeys(file.keys(), file))
 
     @property
@@ -145,6 +175,13 @@ class FileWeights(Weights):
     def slice(self, name: str) -> Any:
         """Return safetensors' view of a tensor, which reads the data when it is indexed."""
         return self._file[name].get_slice(name)
+
+
+def unreadable(path: Path, error: Exception) -> LorafoldError:
+    """The error for a file of tensors that can't be read."""
+    return LorafoldError(
+        f"{path}: not readable as safetensors, it may have been cut short or damaged ({error})"
+    )
 
 
 def model_files(directory: Path) -> list[Path]:

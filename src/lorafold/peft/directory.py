@@ -15,6 +15,7 @@ unchanged. Directories written by PEFT are read in the same way (they have no fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -30,13 +31,13 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, VOCABULARY, training_card
-from lorafold.files.intact import check_intact
-from lorafold.files.record import RECORD, read_object
+from lorafold.files.contents import Contents
+from lorafold.files.record import RECORD
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
-from lorafold.models.weights import FileWeights, Weights
+from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
 from lorafold.peft.config import CONFIG, read_config, write_config
 from lorafold.peft.format import ROOT
@@ -44,6 +45,7 @@ from lorafold.peft.selection import Selection, describe
 from lorafold.peft.tensors import Parts, SavedTensor, saved_tensors, sites
 
 WEIGHTS = "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS, RECORD)
 
 T = TypeVar("T")
 
@@ -114,7 +116,7 @@ def write(
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter directory whose config has been read and whose tensors have not."""
+    """An adapter directory whose config has been read; its tensors are not interpreted yet."""
 
     path: Path
     spec: Spec
@@ -143,9 +145,8 @@ class Stored:
         """Return the ids of the tokens whose vectors the adapter has, by module path, and the
         adapter with exactly these vectors among its weights.
         """
-        ids, weights = tokens.completed(
-            model, tokens.resolve(model, self.selection.tokens), self.weights, base
-        )
+        resolved = tokens.resolve(model, self.selection.tokens)
+        ids, weights = tokens.completed(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
 
     def base_problems(self, base: Weights) -> list[str]:
@@ -160,28 +161,28 @@ class Stored:
         ]
 
 
-def read(path: str | Path) -> Stored:
-    """Read an adapter directory, except its tensors.
+def read(path: str | Path | Contents) -> Stored:
+    """Read an adapter directory, or what was read of it; the tensors are not interpreted yet.
 
     Raises LorafoldError that lists all damaged files, or everything that is missing, can't be read
     or is not supported.
     """
-    directory = Path(path)
-    if not (directory / CONFIG).is_file():
-        inside = sorted(str(p.parent) for p in directory.glob(f"*/{CONFIG}"))
+    contents = path if isinstance(path, Contents) else Contents(path, FILES)
+    if CONFIG not in contents.files:
+        inside = sorted(str(p.parent) for p in contents.path.glob(f"*/{CONFIG}"))
         raise LorafoldError(
-            f"{path}: found no {CONFIG}, expected the directory of an adapter"
+            f"{contents.path}: found no {CONFIG}, expected the directory of an adapter"
             + f"; there is one in {', '.join(inside)}" * bool(inside)
         )
-    check_intact(directory, [CONFIG, WEIGHTS, RECORD])
     problems: list[str] = []
-    config = _attempt(problems, lambda: read_config(read_object(directory / CONFIG)))
-    weights = _attempt(problems, lambda: _open(directory))
-    base = _attempt(problems, lambda: _fingerprint(directory))
+    config = _attempt(problems, lambda: read_config(contents.object(CONFIG)))
+    weights = _attempt(problems, lambda: _open(contents))
+    base = _attempt(problems, lambda: _fingerprint(contents))
+    contents.check_intact()  # what is damaged explains the problems
     if config is None or weights is None or base is None:
-        raise LorafoldError(f"{path}: {'; '.join(problems)}")
+        raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
     spec, selection, bias = config
-    return Stored(directory, spec, bias, selection, weights, base)
+    return Stored(contents.path, spec, bias, selection, weights, base)
 
 
 def fill(
@@ -210,11 +211,8 @@ def fill(
     found = set(stored.weights.names)
     loaded = {key: stored.weights.get(key) for key in sorted(found & expected.keys())}
     wrong = list(problems)
-    wrong += [
-        text
-        for key in sorted(found - expected.keys())
-        if (text := _stray(key, stored.weights, base))
-    ]
+    strays = (_stray(key, stored.weights, base) for key in sorted(found - expected.keys()))
+    wrong += [text for text in strays if text]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
     wrong += [
         text
@@ -244,6 +242,8 @@ def _misfit(
 
 
 def _not_finite(key: str, tensor: Tensor) -> str | None:
+    if math.isfinite(tensor.detach().sum()):
+        return None
     count = tensor.numel() - int(torch.isfinite(tensor).sum())
     return f"{key}: {count} of {tensor.numel()} values are not finite" if count else None
 
@@ -278,21 +278,20 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
         return None
 
 
-def _open(directory: Path) -> Weights:
-    if (directory / WEIGHTS).is_file():
-        return FileWeights([directory / WEIGHTS])
-    pickles = sorted(p.name for p in directory.glob("adapter_model.*"))
+def _open(contents: Contents) -> Weights:
+    if WEIGHTS in contents.files:
+        return LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS)
+    pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
         f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"
-        if pickles
-        else "it is missing"
+        if pickles else "it is missing"
     )
     raise LorafoldError(f"{WEIGHTS}: {reason}")
 
 
-def _fingerprint(directory: Path) -> Fingerprint:
+def _fingerprint(contents: Contents) -> Fingerprint:
     """Return the fingerprint of the adapter's base, empty if there is none (PEFT writes none)."""
-    record = read_object(directory / RECORD) if (directory / RECORD).is_file() else {}
+    record = contents.object(RECORD) if RECORD in contents.files else {}
     try:
         return fingerprint.parse(record.get("base", {}))
     except LorafoldError as e:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
@@ -94,11 +95,15 @@ class Field:
     to_file: Callable[[Any], Any] = as_is
     from_file: Callable[[Any], Any] = as_is
 
+    @cached_property
+    def _checked(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.type)
+
     def read(self, config: Mapping[str, Any]) -> Any:
         """Return the field's value from a config. Raises LorafoldError if it has another type."""
         value = config.get(self.key, self.default)
         try:
-            return self.from_file(TypeAdapter(self.type).validate_python(value, strict=True))
+            return self.from_file(self._checked.validate_python(value, strict=True))
         except ValidationError as e:
             raise LorafoldError(
                 f"{self.key}: found {value!r}; {e.errors()[0]['msg'].lower()}"

@@ -56,6 +56,8 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
         # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *vocabulary_ends(model), "embed_tokens"
         ids = {embedding: ids} if ids else {}
+    if not ids:
+        return {}
     paths = [path for path, _ in bare_modules(model) if path]
     found = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in found.items() if not hits]:

@@ -6,18 +6,20 @@ They are added to a dictionary from module path to a list of deltas, the lowest 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta
+from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.bias import BiasDelta
-from lorafold.methods.parts.token_rows import Tokens, carried
+from lorafold.methods.parts.token_rows import TokenRows, Tokens, carried
 
 Bias = Literal["none", "lora_only", "all"]
 
@@ -33,7 +35,7 @@ def add_biases(
         bias: train the biases of these modules ("lora_only"), of all ("all") or of none ("none").
         deltas: the adapter's deltas by module path, to which they are added.
     """
-    every = [path for path, _ in bare_modules(model)]
+    every = (path for path, _ in bare_modules(model))
     for path in {"none": (), "lora_only": matches.paths, "all": every}[bias]:
         own = model.get_submodule(path)._parameters.get("bias")
         if own is not None:
@@ -61,7 +63,9 @@ def add_token_rows(
             f"tokens: {type(spec).__name__} trains the base's own weights, so it can't have token"
             " rows too; leave out the tokens"
         )
-    over = [path for path in deltas if path not in rows and any(carried(model.get_submodule(path)))]
+    carry = {id(m) for _, m in adapted_modules(model) if any(carried(m))}
+    others = [path for path in deltas if path not in rows] if carry else []
+    over = [path for path in others if id(model.get_submodule(path)) in carry]
     problems = [
         f"{path} has token rows of another adapter, which change its shape; merge that one first"
         for path in over
@@ -75,3 +79,13 @@ def add_token_rows(
         deltas.setdefault(path, []).append(delta)
     if problems:
         raise LorafoldError("; ".join(problems))
+
+
+def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | None:
+    """The size of the vocabulary with the new tokens of an adapter, whose parts these are by module
+    path; None if it has none.
+    """
+    ids = {path: part.ids for path, part in parts if isinstance(part, TokenRows)}
+    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in ids}
+    sizes = {path: max(own) + 1 for path, own in ids.items()}
+    return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)

@@ -161,6 +161,8 @@ class Tokens:
 
         Raises LorafoldError with everything that is wrong.
         """
+        if not self.ids:
+            return {}
         by_path, problems = self._by_path(model)
         found: dict[str, TokenRows] = {}
         for path, ids in by_path.items():
@@ -196,8 +198,8 @@ class Tokens:
                 problems += [] if hits else [no_match(name, model, is_linear)]
                 named |= dict.fromkeys(hits, tuple(ids))
         else:
-            named = dict.fromkeys(vocabulary_ends(model) if self.ids else (), tuple(self.ids))
-            if self.ids and not named:
+            named = dict.fromkeys(vocabulary_ends(model), tuple(self.ids))
+            if not named:
                 problems.append(
                     f"{type(model).__name__} does not say which module its embedding is; give the"
                     " ids by module name"

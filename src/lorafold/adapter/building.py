@@ -1,0 +1,136 @@
+"""Adapters before they are on a model: new ones, and saved ones with their values.
+
+    built = build(model, lf.LoRA(rank=16), "all-linear")      built = read(model, "adapter")
+    built.deltas()          {module path: delta}; the model is as it was
+
+Attaching is this and the class swaps (`attaching.py`); the engine, whose worker reads adapters
+while the model computes, needs the deltas alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lorafold.bases import is_linear, layer_of
+from lorafold.core.attach import Adapted, selection_of
+from lorafold.core.combine import Stack
+from lorafold.core.delta import Delta
+from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches, match
+from lorafold.core.unfilled import unfilled
+from lorafold.errors import LorafoldError
+from lorafold.files.contents import Contents
+from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
+from lorafold.methods.parts.replace import ReplaceDelta, leaves
+from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.weights import ModelWeights, Weights
+from lorafold.peft import directory as peft
+
+
+@dataclass(frozen=True)
+class Built:
+    """An adapter for one model: its method, the modules that were selected, and by module path the
+    parts of its deltas, the lowest first.
+    """
+
+    spec: Spec
+    matches: Matches
+    bias: Bias
+    modules_to_save: tuple[str, ...]
+    parts: Mapping[str, list[Delta]]
+
+    def deltas(self) -> dict[str, Delta]:
+        """One delta for each module path."""
+        return {
+            path: parts[0] if len(parts) == 1 else Stack(parts)
+            for path, parts in self.parts.items()
+        }
+
+
+def build(
+    model: nn.Module,
+    spec: Spec,
+    targets: str | Sequence[str] | Matches | None = None,
+    *,
+    bias: Bias = "none",
+    modules_to_save: Sequence[str] | Matches = (),
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | Tokens = (),
+    base: Weights | None = None,
+) -> Built:
+    """Build a new adapter. Raises LorafoldError as `attach` does, whose arguments these are.
+
+    Args:
+        model: the model.
+        spec: the method with its hyperparameters.
+        targets: the modules to adapt.
+        bias: which biases train too.
+        modules_to_save: modules to train whole.
+        tokens: the ids whose rows train.
+        base: the base's own weights, if the model does not have them.
+    """
+    names = selection_of(model).names
+    saved = match(model, modules_to_save, is_linear)
+    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
+    matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
+    if not matches.paths:
+        raise LorafoldError(
+            f"modules_to_save includes every target ({', '.join(matches.by_pattern)}); leave some"
+            " modules to the method"
+        )
+    deltas: dict[str, list[Delta]] = {}
+    for path in matches.paths:
+        module = model.get_submodule(path)
+        if isinstance(module, Adapted):
+            layer = module.layer(*names)
+        else:
+            layer = layer_of(module, reader(base, path))
+        try:
+            deltas[path] = [spec.at(path).build(layer)]
+        except LorafoldError as e:
+            raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {e}") from None
+    add_biases(model, matches, bias, deltas)
+    deltas |= {path: [ReplaceDelta(model.get_submodule(path), path)] for path in whole}
+    rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+    add_token_rows(model, spec, rows, names, deltas)
+    spec.join({path: deltas[path][0] for path in matches.paths})
+    return Built(spec, matches, bias, tuple(saved.by_pattern), deltas)
+
+
+def reader(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
+    """A function that reads the weight (out, in) of a module from the base's own files; None if
+    they do not have it.
+    """
+    found = None if base is None else base.find(f"{path}.weight")
+    return None if base is None or found is None else partial(base.get, found)
+
+
+def read(
+    model: nn.Module,
+    path: str | Path | Contents,
+    *,
+    allow_other_base: bool = False,
+    base: Weights | None = None,
+) -> Built:
+    """Read a saved adapter. Raises LorafoldError as `load` does, whose arguments these are.
+
+    Args:
+        model: the model.
+        path: the adapter's directory, or what was read of it.
+        allow_other_base: accept a base with another fingerprint.
+        base: the base's own weights, if the model does not have them or they are at hand.
+    """
+    stored, base = peft.read(path), base or ModelWeights(model)
+    problems = [] if allow_other_base else stored.base_problems(base)
+    try:
+        tokens, stored = stored.token_rows(model, base)
+        with unfilled():
+            built = build(model, stored.spec, tokens=tokens, **stored.beside(model))
+    except LorafoldError as e:
+        raise LorafoldError(f"{stored.path}: {'; '.join([*problems, str(e)])}") from None
+    peft.fill(model, built.parts, built.matches.paths, stored, base, problems)
+    return built

@@ -1,0 +1,77 @@
+"""The files of a directory, each read once: what is verified is what is used.
+
+    contents = Contents("adapter", ["adapter_config.json", ...])
+    contents.digest                     SHA-256 over their names and bytes
+    contents.check_intact()             as `intact.check_intact` checks files on the disk
+    contents.object("adapter_config.json")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import MANIFEST, compare
+from lorafold.files.intact import check, is_ours
+from lorafold.files.record import as_object
+
+
+class Contents:
+    """The bytes of those of the named files that exist, by name, and of the manifest. Where there
+    is one, they are hashed by a thread while the caller interprets them. Raises LorafoldError if a
+    file can't be read.
+
+    Args:
+        directory: the directory.
+        names: the files.
+    """
+
+    def __init__(self, directory: str | Path, names: Sequence[str]) -> None:
+        self.path, self.names = Path(directory), tuple(names)
+        self.files: dict[str, bytes] = {}
+        for name in (*names, MANIFEST):
+            try:
+                self.files[name] = (self.path / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                text = f"{self.path}: {name} can't be read ({error.strerror})"
+                raise LorafoldError(text) from None
+        self._hashing = None
+        if MANIFEST in self.files:
+            thread = ThreadPoolExecutor(1)
+            self._hashing = thread.submit(self._hash)
+            thread.shutdown(wait=False)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each file, in hexadecimal."""
+        return self._hash() if self._hashing is None else self._hashing.result()
+
+    def _hash(self) -> dict[str, str]:
+        return {name: sha256(content).hexdigest() for name, content in self.files.items()}
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 over the names and the contents of all files, in hexadecimal."""
+        lines = [f"{name} {len(self.files[name])} {d}\n" for name, d in self.digests.items()]
+        return sha256("".join(lines).encode()).hexdigest()
+
+    def check_intact(self) -> None:
+        """Raise LorafoldError unless the files are as lorafold wrote them."""
+        manifest = self.files.get(MANIFEST)
+        if manifest is not None and is_ours(manifest):
+            check(self.path, compare(manifest, self.names, self._found))
+
+    def object(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
+        return as_object(self.files[name], self.path / name)
+
+    def _found(self, name: str) -> tuple[int, Any] | None:
+        content = self.files.get(name)
+        return None if content is None else (len(content), lambda: self.digests[name])
