@@ -39,7 +39,7 @@ class Laid:
         self.mixing = False  # whether a pass under the plan runs
         self.aware: set[str] = set()  # modules whose own fast forward looks at the plan
         self._sites: set[str] = set()
-        self._hidden: dict[str, Any] = {}
+        self._fused: dict[str, Any] = {}  # modules with deltas whose fast forward knows of none
         self._apart: Counter[Held] = Counter()
 
     def hold(self, held: Held) -> None:
@@ -68,7 +68,7 @@ class Laid:
         """A pass whose rows have the adapters of the plan."""
         self.products.plan, self.mixing = plan, True
         try:
-            with self._active(*(() if plan.empty else (OWN,))):
+            with self._active(plan.products | plan.others, *(() if plan.empty else (OWN,))):
                 yield
         finally:
             self.mixing = False
@@ -76,7 +76,7 @@ class Laid:
     @contextmanager
     def alone(self, held: Held) -> Iterator[None]:
         """A pass whose rows all have this adapter, which can't be mixed."""
-        with self._active(held.entry.key):
+        with self._active(held.paths, held.entry.key):
             yield
 
     def close(self) -> None:
@@ -89,23 +89,30 @@ class Laid:
         self._sites.clear()
 
     @contextmanager
-    def _active(self, *names: str) -> Iterator[None]:
+    def _active(self, paths: frozenset[str], *names: str) -> Iterator[None]:
         before = self.selection.names
+        hidden = {
+            path: vars(module).pop("forward")
+            for path, module in self._fused.items()
+            if path in paths
+        }
         self.selection.names = (*self.base, *names)
         try:
             yield
         finally:
             self.selection.names = before
+            for path, forward in hidden.items():
+                self._fused[path].forward = forward
 
     def _lay(self, path: str, name: str, delta: Delta) -> None:
         module = self.model.get_submodule(path)
         if path not in self.aware and "forward" in vars(module):
-            self._hidden[path] = vars(module).pop("forward")  # it knows of no delta
+            self._fused[path] = module
         lay(module, layer_class(module), name, delta.eval(), self.selection, path)
 
     def _lift(self, path: str, name: str) -> None:
         module = self.model.get_submodule(path)
         if isinstance(module, Adapted) and name in module.deltas:
             lift(module, name)
-        if path in self._hidden and not isinstance(module, Adapted):
-            module.forward = self._hidden.pop(path)
+        if not isinstance(module, Adapted):
+            self._fused.pop(path, None)
