@@ -5,8 +5,8 @@
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
 factors are copied to stacks, down (n, slots, r, in) and up (n, slots, r, out) for the n matrices of
 one shape, when a request gets its slot, so that a step gathers nothing (Chen et al. 2023, Punica,
-arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Adapters of other kinds run through
-`PerExample` over the same output. Rows of the base are computed by nothing.
+arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Adapters of other kinds compute
+their rows over the same output. Rows of the base are computed by nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.combine import PerExample, Slots
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Given, Layer, add
 from lorafold.engine.adapters import Factors, Held
@@ -88,7 +87,7 @@ class Plan:
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
-        self._by_path: dict[str, Delta | None] = {}
+        self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
         # rows of one adapter read the factors of one slot
         own = [*range(slots.start, slots.stop)] if isinstance(slots, slice) else [*slots]
         first = dict(zip(reversed(held), reversed(own), strict=True))
@@ -101,24 +100,15 @@ class Plan:
         """Whether every row is the base's."""
         return not (self.products or self.others)
 
-    def rows_at(self, path: str, device: torch.device) -> Delta | None:
-        """The deltas at a module that are no products, each for its rows, or the one that all rows
-        have; None if there is none.
-        """
+    def deltas_at(self, path: str) -> list[tuple[Delta, Tensor]]:
+        """The deltas at a module that are no products, each with its rows (n,)."""
         if path not in self._by_path:
-            at, deltas, numbers = [0] * len(self.held), [], {}
+            rows: dict[Any, tuple[Delta, list[int]]] = {}
             for b in self._with_others:
                 delta = self.held[b].deltas.get(path)  # type: ignore[union-attr]
-                if delta is None:
-                    continue
-                if self.each or id(delta) not in numbers:
-                    deltas.append(delta)
-                    numbers[id(delta)] = len(deltas)
-                at[b] = numbers[id(delta)]
-            made: Delta | None = PerExample(deltas, Slots(torch.tensor(at, device=device)))
-            if len(deltas) < 2 and (not deltas or all(at)):
-                made = next(iter(deltas), None)
-            self._by_path[path] = made
+                if delta is not None:
+                    rows.setdefault(b if self.each else id(delta), (delta, []))[1].append(b)
+            self._by_path[path] = [(delta, torch.tensor(at)) for delta, at in rows.values()]
         return self._by_path[path]
 
 
@@ -193,9 +183,14 @@ class Products:
             x: its input.
             y: its output.
         """
-        plan = self.plan
-        rows = plan.rows_at(path, y.device) if path in plan.others else None
-        return y if rows is None else rows(Given(layer, y, x), x)
+        for delta, rows in self.plan.deltas_at(path) if path in self.plan.others else ():
+            rows = rows.to(y.device)
+            own, its = x[rows], y[rows]
+            if own.numel() == own.shape[-1]:  # kernels sum a single token in an order of its own
+                own, its = torch.cat([own, own]), torch.cat([its, its])
+            part = delta(Given(layer, its, own), own)[: len(rows)]
+            y = y.index_copy(0, rows, part.to(y.dtype))
+        return y
 
     def _part(self, path: str) -> Part:
         shape, index = self.where[path]
