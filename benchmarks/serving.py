@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--sides", default="engine,peers")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
+    parser.add_argument("--invariant", action="store_true", help="the same shapes in every pass")
     parser.add_argument("--keep", action="store_true", help="write results/serving.md")
     a = parser.parse_args()
     torch.set_num_threads(2)
@@ -177,7 +178,9 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             for server in map(stack.enter_context, servers(a, paths, Path(folder))):
                 beside |= asked_of(server, a.new)
-            own = Engine(model, slots=STREAMS, length=256, prefix_reuse=False)
+            own = Engine(
+                model, slots=STREAMS, length=256, prefix_reuse=False, invariant=a.invariant
+            )
             engine = stack.enter_context(own)
             for i, path in enumerate(paths):
                 engine.load(f"a{i}", path)

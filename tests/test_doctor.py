@@ -251,7 +251,8 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
     assert "Traceback" not in done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert list(told) == [
-        "packages", "optional", "machine", "models", "training", "slow", "problems", "broken"
+        "packages", "optional", "machine", "models", "training", "generating", "slow", "problems",
+        "broken",
     ]  # fmt: skip
     assert told["broken"] is True
     assert any(
@@ -261,6 +262,7 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
     assert told["models"]["lorafold_cache"]["bytes"] == 1000
     assert min(told["machine"]["products"]["fp32"], told["machine"]["products"]["bf16"]) > 0
     assert told["training"]["environment"]["would_set"] == {}
+    assert told["generating"]["operations_of_the_engine"].keys() == {"compiled", "why"}
 
 
 @pytest.mark.slow

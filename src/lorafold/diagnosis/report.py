@@ -66,6 +66,7 @@ def diagnose() -> Report:
             Group("machine", "Machine", machine),
             Group("models", "Models and caches", looked_at("models", _storage)),
             Group("training", "Processes that train", looked_at("tuning", _tuning)),
+            Group("generating", "Completions on the processor", looked_at("engine", _generating)),
         ),
         sentences,
     )
@@ -108,5 +109,11 @@ def _storage() -> Iterable[Finding]:
 
 def _tuning() -> Iterable[Finding]:
     from lorafold.diagnosis.tuning import findings
+
+    return findings()
+
+
+def _generating() -> Iterable[Finding]:
+    from lorafold.diagnosis.generating import findings
 
     return findings()

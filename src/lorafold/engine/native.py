@@ -2,8 +2,9 @@
 when they are first needed, in a second, and kept in the cache.
 
 A row's numbers are the same bits whatever rows are beside it. What is not on the CPU, or neither
-float32 nor bfloat16, is computed by `Plain`. For 16 rows of SmolLM2 in bf16, each with its own
-adapter of rank 16, the products of a step take ... ms instead of ...
+float32 nor bfloat16, is computed by `Plain`. The products with the factors of 16 adapters of rank
+16 on every linear of SmolLM2 take 6.5 ms a step in bf16, where reading their 156 MB takes 5 (two
+cores of an AMD EPYC, Zen 5).
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def compiled() -> Native:
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        raise Unavailable("found no C++ compiler, expected c++ or g++")
+        raise Unavailable("found no C++ compiler, expected c++ or g++ (or CXX)")
     version = _run([compiler, "--version"])
     key = "\n".join((SOURCE.read_text(), *FLAGS, version, processor()))
 

@@ -43,7 +43,7 @@ class Operations(ABC):
 
     @abstractmethod
     def stored(self, factors: Tensor) -> torch.dtype:
-        """The dtype in which `low_rank` wants stacks of these factors."""
+        """The dtype in which `low_rank` wants stacks of factors like these (n, r, in)."""
 
     @abstractmethod
     def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
@@ -82,14 +82,30 @@ class Operations(ABC):
 
     @abstractmethod
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """`lorafold.ops.norm.rms_norm`."""
+        """`lorafold.ops.norm.rms_norm`: x (..., d) normalized, times the gain (d,).
+
+        Args:
+            x: the input (..., d).
+            gain: the gain (d,).
+            eps: what is added to the mean square.
+        """
 
     @abstractmethod
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`lorafold.ops.rotary.rotary`."""
+        """`lorafold.ops.rotary.rotary`: x (..., D) rotated by halves.
+
+        Args:
+            x: the input (B, H, T, D).
+            cos, sin: constants that broadcast to x.
+        """
 
     def gated(self, gate: Tensor, up: Tensor, act: Activation) -> Tensor:
-        """`lorafold.ops.gated.gated`, without gradients."""
+        """`lorafold.ops.gated.gated` without gradients: act(gate) * up (..., k).
+
+        Args:
+            gate, up: the inputs (..., k).
+            act: the activation.
+        """
         return act.forward(gate).mul_(up)
 
 

@@ -64,9 +64,9 @@ def fused(
     Args:
         model: the model.
         linears: whether frozen linears and a trained head are among the parts.
-        norm: what computes `lorafold.ops.norm.rms_norm`.
-        rotate: what computes `lorafold.ops.rotary.rotary`.
-        gate: what computes `lorafold.ops.gated.gated`.
+        norm: what computes `lorafold.ops.norm.rms_norm` (..., d).
+        rotate: what computes `lorafold.ops.rotary.rotary` (B, H, T, D).
+        gate: what computes `lorafold.ops.gated.gated` (..., k).
     """
     make: dict[str, Callable[[nn.Module], Forward | None]] = {
         "norms": partial(_fused_norm, norm),
