@@ -175,12 +175,12 @@ class Products:
         return plan.one[paths](flat).view(*x.shape[:-1], -1)
 
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """The output of a module after those of the plan's deltas that are no products.
+        """The output (B, T, out) of a module after those of the plan's deltas that are no products.
 
         Args:
             path: the module's path.
             layer: the module as a layer.
-            x: its input.
+            x: its input (B, T, in).
             y: its output.
         """
         for delta, rows in self.plan.deltas_at(path) if path in self.plan.others else ():
