@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,33 @@ class Weights(ABC):
         return shorter or (longer[0] if len(longer) == 1 else None)
 
 
-class ModelWeights(Weights):
+class InMemory(Weights):
+    """Abstract: tensors that are in memory."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors (...) by name."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def is_floating(self, name: str) -> bool:
+        return self.tensors[name].is_floating_point()
+
+    def at(self, name: str, where: Tensor) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor[tuple(where.to(tensor.device).unbind(1))].cpu()
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class ModelWeights(InMemory):
     """The floating-point base weights of a model, without its adapters. Quantized weights, and
     those on the meta device, count as absent.
     """
@@ -88,24 +114,11 @@ class ModelWeights(Weights):
         }
 
     @property
-    def names(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def is_floating(self, name: str) -> bool:
-        return self._tensors[name].is_floating_point()
-
-    def at(self, name: str, where: Tensor) -> Tensor:
-        tensor = self._tensors[name]
-        return tensor[tuple(where.to(tensor.device).unbind(1))].cpu()
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors
 
 
-class LoadedWeights(Weights):
+class LoadedWeights(InMemory):
     """The tensors of a safetensors file that was read into memory. Raises LorafoldError for one
     that can't be read.
 
@@ -121,20 +134,8 @@ class LoadedWeights(Weights):
             raise unreadable(path, e) from None
 
     @property
-    def names(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def is_floating(self, name: str) -> bool:
-        return self._tensors[name].is_floating_point()
-
-    def at(self, name: str, where: Tensor) -> Tensor:
-        return self._tensors[name][tuple(where.unbind(1))]
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors
 
 
 class FileWeights(Weights):
