@@ -75,7 +75,7 @@ class InMemory(Weights):
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors (...) by name."""
+        """The tensors, of any shape, by name."""
 
     @property
     def names(self) -> Iterable[str]:
