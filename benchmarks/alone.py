@@ -105,7 +105,7 @@ def main() -> None:
     requests, bound, differ = asked(a.requests), 0.0, []
     with tempfile.TemporaryDirectory() as folder:
         paths = adapters(model, Path(folder))
-        with Watched(model, slots=16, length=160) as engine:
+        with Watched(model, slots=16, length=160, prefix_reuse=False) as engine:
             for name, path in paths.items():
                 engine.load(name, path)
             engine.watch()

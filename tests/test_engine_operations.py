@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from lorafold.engine.native import Native, Unavailable, available, compiled
+from lorafold.engine.native import Native, Unavailable, _made, available, compiled
 from lorafold.engine.operations import Operations, Part, Plain
 from lorafold.files.cache import entries
 
@@ -145,12 +145,22 @@ def test_it_is_compiled_once_and_listed_in_the_cache(native: Native) -> None:
     assert any(entry.kind == "native" for entry in entries())
 
 
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    compiled.cache_clear()
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("CXX", "/nowhere/c++", "/nowhere/c"),  # no compiler
+        ("CXX", "false", "exit code 1"),  # one that fails without a word
+        ("LORAFOLD_CACHE", "/proc/none", "/proc/none"),  # a cache that can't be written
+    ],
+)
+def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, native: Native, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    _made.cache_clear()
     try:
-        with pytest.raises(Unavailable, match="/nowhere/c"):
+        with pytest.raises(Unavailable, match=says):
             compiled()
         assert isinstance(available(), Plain)
     finally:
-        compiled.cache_clear()
+        _made.cache_clear()

@@ -69,8 +69,8 @@ class Engine:
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts.
         prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
-            the prompt begins the same; never where `invariant`. In 16 bits a prompt is then read in
-            other chunks, which round differently.
+            the prompt begins the same; never where `invariant`. A prompt is then read in other
+            chunks, which round differently in 16 bits where torch's own operations run.
         strikes: after how many requests that failed by logits that are not finite an adapter is
             refused.
     """

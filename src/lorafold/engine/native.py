@@ -10,8 +10,10 @@ cores of an AMD EPYC, Zen 5).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from torch import Tensor
 from lorafold.engine.operations import Operations, Part, Plain, Product
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import cached
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
@@ -149,33 +153,50 @@ class Native(Operations):
         return dtype in DTYPES and all(t.dtype is dtype and t.is_cpu for t in tensors)
 
 
-@cache
 def compiled() -> Native:
     """The operations, compiled if they are not in the cache. Raises Unavailable without a C++
-    compiler or OpenMP.
+    compiler, OpenMP, or a cache that can be written.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+    found = _made()
+    if isinstance(found, Native):
+        return found
+    raise Unavailable(found)
+
+
+def available() -> Operations:
+    """The operations in C++ where they can be compiled, else in torch; the log says why not."""
+    found = _made()
+    if isinstance(found, Native):
+        return found
+    log.info("the engine's operations run in torch: %s", found)
+    return Plain()
+
+
+@cache
+def _made() -> Native | str:
+    """The operations, or why they can't be had; it is found out once a process."""
+    try:
+        return _compile()
+    except LorafoldError as error:
+        return str(error)
+
+
+def _compile() -> Native:
+    own = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if own is None:
         raise Unavailable("found no C++ compiler, expected c++ or g++ (or CXX)")
-    version = _run([compiler, "--version"])
+    compiler = shlex.split(own)
+    version = _run([*compiler, "--version"])
     key = "\n".join((SOURCE.read_text(), *FLAGS, version, processor()))
 
     def write(folder: Path) -> None:
         target, part = folder / "decode.so", folder / "decode.o"
-        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
         # without -fopenmp, so that it runs on the threads that torch has loaded
-        _run([compiler, "-shared", str(part), "-o", str(target)])
+        _run([*compiler, "-shared", str(part), "-o", str(target)])
         part.unlink()
 
-    return Native(cached("native", key, write, lambda told: None) / "decode.so")
-
-
-def available() -> Operations:
-    """The operations in C++ where they can be compiled, else in torch."""
-    try:
-        return compiled()
-    except Unavailable:
-        return Plain()
+    return Native(cached("native", key, write, log.info) / "decode.so")
 
 
 def processor() -> str:
@@ -194,5 +215,6 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]}: it can't run ({error})") from None
     if done.returncode:
-        raise Unavailable(f"{command[0]}: {done.stderr.strip().splitlines()[-1]}")
+        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Unavailable(f"{command[0]}: {told[-1]}")
     return done.stdout
