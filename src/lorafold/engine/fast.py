@@ -66,6 +66,12 @@ def fast(
         yield
 
 
+def multiplies_bf16() -> bool:
+    """Whether oneDNN has products in bf16 for this processor."""
+    available = torch.backends.mkldnn.is_available()
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def packable(module: nn.Module) -> bool:
     """Whether a module is a matrix in bf16 on a CPU that runs its class's own code."""
     weight = module._parameters.get("weight")
@@ -74,7 +80,7 @@ def packable(module: nn.Module) -> bool:
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.numel() == prod(layer_of(module).shape)
-        and torch.backends.mkldnn.is_available()
+        and multiplies_bf16()
         and "forward" not in vars(module)
     )
 
