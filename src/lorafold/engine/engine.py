@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -26,7 +25,7 @@ import torch
 from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
 from lorafold.engine.adapters import Reader, attached, parts_of
-from lorafold.engine.admission import check
+from lorafold.engine.admission import check, sized
 from lorafold.engine.fast import fast as faster
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
@@ -73,6 +72,8 @@ class Engine:
             chunks, which round differently in 16 bits where torch's own operations run.
         strikes: after how many requests that failed by logits that are not finite an adapter is
             refused.
+        tenant_slots: how many requests of a tenant run at a time (None: as many as there are).
+        weights: the shares of tenants in what is computed; 1 for one that is not named.
     """
 
     def __init__(
@@ -90,22 +91,19 @@ class Engine:
         invariant: bool = False,
         prefix_reuse: bool = True,
         strikes: int = 3,
+        tenant_slots: int | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or LONGEST
         self.length = min(positions, LONGEST) if length is None else length
-        wrong = [
-            f"{name}: found {n}, expected {least} or more"
-            for name, n, least in (
-                ("slots", slots, 1), ("length", self.length, 2), ("chunk", chunk, 2),
-            )
-            if n < least
-        ]  # fmt: skip
+        sized(slots=(slots, 1), length=(self.length, 2), chunk=(chunk, 2),
+              tenant_slots=(tenant_slots or 1, 1))  # fmt: skip
         if self.length > positions and not beyond:
-            wrong.append(f"length: found {self.length}, expected at most {positions} positions")
-        if wrong:
-            raise LorafoldError(f"engine: {'; '.join(wrong)}")
+            raise LorafoldError(
+                f"engine: length: found {self.length}, expected at most {positions} positions"
+            )
         chunk = min(chunk, self.length)
         with ExitStack() as stack:
             stack.enter_context(taken(model))
@@ -131,7 +129,9 @@ class Engine:
             self._stack = stack.pop_all()
         below = vocabulary(model, parts_of(attached(model, self._runner.laid.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
-        self._scheduler = Scheduler(self._runner.slots, chunk, budget, invariant)
+        self._scheduler = Scheduler(
+            self._runner.slots, chunk, budget, invariant, tenant_slots, weights
+        )
         self._wake, self._lock = threading.Event(), threading.RLock()
         self.adapters = Residency(self._reader.read, adapter_bytes, self._wake.set, strikes)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
@@ -222,7 +222,7 @@ class Engine:
         """Compute one step; False if there was nothing to compute."""
         with self._lock:
             while self._inbox:
-                self._scheduler.waiting.append(self._inbox.popleft())
+                self._scheduler.waiting.add(self._inbox.popleft())
             cancelled = [row for row in self._rows.values() if row.cancelled]
         return self._loop.step(cancelled)
 
@@ -239,12 +239,21 @@ class Engine:
             if not self.step() and self._rows:
                 self._wake.wait(1.0)
 
-    def start(self) -> None:
-        """Step in a thread of the engine's own, until `close`."""
+    def start(self, after: Callable[[], None] = lambda: None) -> None:
+        """Step in a thread of the engine's own, until `close`. It calls `after` after every step,
+        and once a second while there is none; an error in that, or in a step, ends the thread.
+        """
         assert self._thread is None
         disband()  # the engine's thread has its own team
-        self._thread = threading.Thread(target=self._serve, name="lorafold-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(after,), name="lorafold-engine", daemon=True
+        )
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that `start` made still steps."""
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """Cancel what runs, and give the model back as it was."""
@@ -257,21 +266,16 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        for row in list(self._rows.values()):
-            self._loop.end(row, "cancelled")
-        self.adapters.close()
-        self._runner.laid.close()
-        self._stack.close()
+        with self._stack:
+            for row in list(self._rows.values()):
+                self._loop.end(row, "cancelled")
+            self.adapters.close()
+            self._runner.laid.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def check(self) -> None:
@@ -286,8 +290,10 @@ class Engine:
         self._runner.check(running)
         self.adapters.check()
 
-    def _serve(self) -> None:
+    def _serve(self, after: Callable[[], None]) -> None:
         while not self._closing:
             self._wake.clear()
-            if not self.step() and not self._wake.wait(1.0) and not self._rows:
+            worked = self.step()
+            after()
+            if not worked and not self._wake.wait(1.0) and not self._rows:
                 self.adapters.look()

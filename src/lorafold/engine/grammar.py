@@ -1,4 +1,4 @@
-"""Structured output: which tokens may follow, so that a completion fits a JSON schema or a regex.
+"""Structured output: which tokens may follow, so that a completion fits a schema, regex or grammar.
 
     grammars = Grammars(tokenizer, vocabulary)
     allowed = grammars.start(Sampling(schema='{"type": "object"}'))
@@ -44,9 +44,9 @@ class Grammars:
         Raises LorafoldError without llguidance, a fast tokenizer with an end token, or a grammar
         that can be read.
         """
-        name = "schema" if sampling.schema is not None else "regex"
-        text = sampling.schema if sampling.schema is not None else sampling.regex
-        if text is None:
+        asked = {"schema": sampling.schema, "regex": sampling.regex, "lark": sampling.lark}
+        name, text = next(((n, t) for n, t in asked.items() if t is not None), ("", ""))
+        if not name:
             return None
         try:
             from llguidance import LLMatcher
@@ -56,10 +56,12 @@ class Grammars:
             ) from None
         tokens = self._tokens(name)
         try:
-            if sampling.schema is not None:
+            if name == "schema":
                 grammar = LLMatcher.grammar_from_json_schema(json.loads(text))
-            else:
+            elif name == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
+            else:
+                grammar = LLMatcher.grammar_from_lark(text)
         except (ValueError, TypeError) as error:
             raise LorafoldError(f"{name}: it can't be read ({error})") from None
         matcher = LLMatcher(tokens, grammar, log_level=0)
@@ -70,7 +72,7 @@ class Grammars:
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
         """The token that ends a text of the grammar, if the settings ask for one."""
-        asked = sampling.schema is not None or sampling.regex is not None
+        asked = any(x is not None for x in (sampling.schema, sampling.regex, sampling.lark))
         end = None if self._tokenizer is None else self._tokenizer.eos_token_id
         return frozenset([end] if asked and isinstance(end, int) else [])
 

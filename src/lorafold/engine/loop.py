@@ -7,6 +7,7 @@ their pass is over, and what it wrote before is written again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -44,6 +45,7 @@ class Loop:
         for row in cancelled:
             self.end(row, "cancelled")
         for row in self.scheduler.admitted(self._ready):
+            row.stream.began = time.monotonic()
             self._guarded(row, partial(self.runner.admit, row))
         self.runner.compact()
         decoding = self.scheduler.decoding()

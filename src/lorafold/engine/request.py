@@ -36,6 +36,7 @@ class Sampling:
         stop: texts before which the completion ends.
         schema: a JSON schema, as text, that the completion has to fit.
         regex: a regular expression that the whole completion has to match.
+        lark: a grammar in llguidance's dialect of Lark that the completion has to fit.
         logprobs: how many of the most likely tokens are reported with each (None: no logprobs).
         seed: the draws follow from it.
     """
@@ -51,6 +52,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     schema: str | None = None
     regex: str | None = None
+    lark: str | None = None
     logprobs: int | None = None
     seed: int = 0
 
@@ -74,7 +76,9 @@ class Sampling:
             f"logprobs: found {self.logprobs}, expected 0 to 20, or None": (
                 self.logprobs is None or 0 <= self.logprobs <= 20
             ),
-            "schema and regex: found both, expected one": None in (self.schema, self.regex),
+            "schema, regex, lark: found several, expected one": (
+                (self.schema, self.regex, self.lark).count(None) > 1
+            ),
             "stop: found an empty text, expected at least one character": all(self.stop),
         }
         if wrong := [what for what, right in checks.items() if not right]:
@@ -149,6 +153,7 @@ class Stream:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.began: float | None = None  # when it got a slot, by time.monotonic
         self._events: list[Token | Ended] = []
         self._ended: Ended | None = None
         self._more = threading.Condition()

@@ -19,14 +19,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 from lorafold.engine.adapters import Entry, Held, digest
-from lorafold.engine.state import State, evict, look
+from lorafold.engine.state import State, Status, evict, look
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
-
-Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class Residency:
@@ -47,7 +44,8 @@ class Residency:
         strikes: int = 3,
     ) -> None:
         self._read, self.budget, self._changed, self.strikes = read, budget, changed, strikes
-        self.damaged = 0  # how many adapters had changed in memory
+        self.reads = self.evictions = 0  # how many adapters were read, and made room for others
+        self.damaged = 0  # how many had changed in memory
         self._lock = threading.RLock()
         self._names: dict[str, Entry] = {}
         self._states: dict[Entry, State] = {}
@@ -75,6 +73,13 @@ class Residency:
         future.add_done_callback(lambda f: self._name(entry, f, done))
         return done
 
+    def know(self, name: str, path: str | Path, digest: str) -> None:
+        """Make an adapter known under a name without reading it, which a request will; it must have
+        that digest then.
+        """
+        with self._lock:
+            self._put(Entry(name, Path(path), digest, next(self._generations)), State())
+
     def adopt(self, name: str, make: Callable[[Entry], Held]) -> None:
         """Make an adapter known under a name that has no files; it stays in memory until `unload`.
 
@@ -83,18 +88,12 @@ class Residency:
             make: makes it.
         """
         with self._lock:
-            entry = Entry(name, None, "", next(self._generations))
-            held = make(entry)
-            self._states[entry] = State()
-            self._states[entry].hold(held, next(self._clock))
-            old, self._names[name] = self._names.get(name), entry
-            if old is not None:
-                self._forget(old)
+            entry, state = Entry(name, None, "", next(self._generations)), State()
+            state.hold(make(entry), next(self._clock))
+            self._put(entry, state)
 
     def unload(self, name: str) -> None:
-        """Forget a name. Requests that have its adapter finish with it. Raises LorafoldError for an
-        unknown name.
-        """
+        """Forget a name. Requests that have its adapter finish with it. Raises as `entry`."""
         with self._lock:
             entry = self.entry(name)
             del self._names[name]
@@ -102,9 +101,7 @@ class Residency:
             self._forget(entry)
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep the adapter of that name in memory, or no longer. Raises LorafoldError for an
-        unknown name.
-        """
+        """Keep the adapter of that name in memory, or no longer. Raises as `entry`."""
         with self._lock:
             self.entry(name)
             (self._pinned.add if pinned else self._pinned.discard)(name)
@@ -117,6 +114,7 @@ class Residency:
             if not self._evictable(entry):
                 return False
             self._states[entry].held = None
+            self.evictions += 1
             self._blocked.clear()
             return True
 
@@ -131,9 +129,7 @@ class Residency:
             return self._names[name]
 
     def bind(self, name: str) -> Entry:
-        """The entry of a name, with one more reference. Raises LorafoldError for an unknown name or
-        one in quarantine.
-        """
+        """The entry of a name, with one more reference. Raises as `entry`, or in quarantine."""
         with self._lock:
             entry = self.entry(name)
             self._states[entry].refuse(entry.name, self.strikes)
@@ -181,19 +177,19 @@ class Residency:
             self._states[entry].strikes += 1
 
     def look(self) -> None:
-        """Compare one adapter that nothing uses with what was read. One that changed leaves memory,
-        and `damaged` counts it.
-        """
+        """Compare an adapter that nothing uses with what was read; one that changed leaves."""
         with self._lock:
             self.damaged += not look(self._states.values(), next(self._clock))
 
     def status(self, name: str) -> Status:
-        """Where the adapter of a name is. Raises LorafoldError for an unknown name."""
+        """Where the adapter of a name is. Raises as `entry`."""
         with self._lock:
-            state = self._states[self.entry(name)]
-            if state.strikes >= self.strikes:
-                return "quarantined"
-            return "resident" if state.held else "loading" if state.future else "cold"
+            return self._states[self.entry(name)].status(self.strikes)
+
+    def bytes_of(self, name: str) -> int:
+        """The bytes that the adapter of a name has in memory. Raises as `entry`."""
+        with self._lock:
+            return self._states[self.entry(name)].nbytes
 
     def vocabulary(self, entry: Entry | None) -> int:
         """The tokens that an adapter knows, 0 if it adds none to the model's."""
@@ -202,8 +198,7 @@ class Residency:
 
     def names(self) -> tuple[str, ...]:
         """The names that are known."""
-        with self._lock:
-            return tuple(self._names)
+        return tuple(self._names)
 
     @property
     def nbytes(self) -> int:
@@ -226,17 +221,21 @@ class Residency:
         """Stop the worker."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
+    def _put(self, entry: Entry, state: State) -> None:
+        self._states[entry] = state
+        old, self._names[entry.name] = self._names.get(entry.name), entry
+        if old is not None:
+            self._forget(old)
+
     def _start(self, entry: Entry, reserve: bool = False) -> Future[None]:
         state = self._states[entry]
         state.reserved |= reserve and state.held is None
         if state.future is None and state.held is None:
             state.error = None
             state.future = self._worker.submit(self._work, entry)
-        if state.future is None:
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
-        return state.future
+        done: Future[None] = Future()
+        done.set_result(None)
+        return state.future or done
 
     def _work(self, entry: Entry) -> None:
         state = self._states[entry]
@@ -245,6 +244,7 @@ class Residency:
             with self._lock:
                 if self._make_room(held.nbytes):
                     state.hold(held, next(self._clock))
+                    self.reads += 1
                 elif any(s.leases or s.reserved for s in self._states.values() if s.held):
                     self._blocked.add(entry)
                 else:
@@ -265,8 +265,12 @@ class Residency:
             self._changed()
 
     def _make_room(self, nbytes: int) -> bool:
+        if self.budget is None:
+            return True
         free = [state for entry, state in self._states.items() if self._evictable(entry)]
-        return self.budget is None or evict(free, self.nbytes + nbytes - self.budget)
+        left = evict(free, self.nbytes + nbytes - self.budget)
+        self.evictions += left or 0
+        return left is not None
 
     def _evictable(self, entry: Entry) -> bool:
         state = self._states[entry]

@@ -1,18 +1,20 @@
 """Which rows the next passes compute.
 
 Every step decodes all rows that have one token pending, and then reads at most `budget` tokens of
-prompts, so that a long prompt never keeps the others waiting for more than that. Rows wait in the
-order in which they came; one whose adapter is still being read lets the next ones pass.
+prompts, so that a long prompt never keeps the others waiting for more than that. Rows that wait run
+by what their tenants were given (`lorafold.engine.waiting`); one whose adapter is still being read
+lets the next ones pass.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lorafold.engine.row import Row
 from lorafold.engine.runner import together
+from lorafold.engine.waiting import OUT, Waiting
 
 
 class Batch(NamedTuple):
@@ -30,12 +32,22 @@ class Scheduler:
         chunk: the most tokens of a row in a pass.
         budget: the most tokens of prompts in a step, with padding.
         each: read prompts one row at a time.
+        most: how many rows of a tenant run at a time.
+        weights: the shares of tenants; 1 for one that is not named.
     """
 
-    def __init__(self, slots: int, chunk: int, budget: int, each: bool) -> None:
+    def __init__(
+        self,
+        slots: int,
+        chunk: int,
+        budget: int,
+        each: bool = False,
+        most: int | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self.slots, self.chunk, self.each = slots, chunk, each
-        self.budget = max(budget, chunk)
-        self.waiting: deque[Row] = deque()
+        self.budget, self.most = max(budget, chunk), most or slots
+        self.waiting = Waiting(weights)
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
@@ -44,19 +56,26 @@ class Scheduler:
         Args:
             ready: whether a row can run; asked for as many rows as slots are free.
         """
-        asked = list(self.waiting)[: self.slots - len(self.running)]
-        for row in asked:
-            if ready(row):
-                self.waiting.remove(row)
-                self.running.append(row)
-                yield row
+        asked: list[Row] = []
+        for _ in range(self.slots - len(self.running)):
+            running = Counter(row.request.tenant for row in self.running)
+            row = self.waiting.first(asked, [t for t, n in running.items() if n >= self.most])
+            if row is None:
+                return
+            if not ready(row):
+                asked.append(row)
+                continue
+            self.waiting.remove(row)
+            self.running.append(row)
+            self.waiting.charge(row.request.tenant, len(row.request.prompt))
+            yield row
 
     def decoding(self) -> list[Batch]:
         """The passes that decode: one for all rows that can be mixed, one for each adapter else."""
-        return [
-            Batch(rows, [1] * len(rows))
-            for rows in self._apart([row for row in self.running if row.pending == 1])
-        ]
+        found = [row for row in self.running if row.pending == 1]
+        for row in found:
+            self.waiting.charge(row.request.tenant, OUT)
+        return [Batch(rows, [1] * len(rows)) for rows in self._apart(found)]
 
     def reading(self) -> list[Batch]:
         """The passes that read prompts, oldest rows first."""

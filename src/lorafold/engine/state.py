@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import Held
 from lorafold.errors import LorafoldError
+
+Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class State:
@@ -44,22 +47,34 @@ class State:
                 " requests were not finite; load other files under this name"
             )
 
+    def status(self, strikes: int) -> Status:
+        """Where it is; in quarantine after so many strikes."""
+        if self.strikes >= strikes:
+            return "quarantined"
+        return "resident" if self.held else "loading" if self.future else "cold"
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it has in memory."""
+        return self.held.nbytes if self.held else 0
+
     def intact(self) -> bool:
         """Whether what is in memory is what was read."""
         return self.held is None or checksum(self.held) == self.sum
 
 
-def evict(states: Iterable[State], nbytes: int) -> bool:
-    """Let adapters leave until so many bytes are free, the least recently used first; False if all
-    together have fewer, and then none leaves.
+def evict(states: Iterable[State], nbytes: int) -> int | None:
+    """Let adapters leave until so many bytes are free, the least recently used first, and return
+    how many left; None if all together have fewer, and then none leaves.
     """
     found = [(state, state.held.nbytes) for state in states if state.held]
     if nbytes > sum(n for _, n in found):
-        return False
+        return None
+    left = 0
     for state, n in sorted(found, key=lambda one: one[0].used):
         if nbytes > 0:
-            state.held, nbytes = None, nbytes - n
-    return True
+            state.held, nbytes, left = None, nbytes - n, left + 1
+    return left
 
 
 def look(states: Iterable[State], now: int) -> bool:
