@@ -26,6 +26,7 @@ FLOORS = [
     "api",
     "diagnosis",
     "quickstart",
+    "serving",
     "comparing",
     "composing",
     "inspecting",

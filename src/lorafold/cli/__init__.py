@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "Train one adapter on your data.",
     "eval": "Measure loss, perplexity and exact match, with confidence intervals.",
     "generate": "Complete one prompt.",
+    "serve": "Serve a base and its adapters over an OpenAI-compatible API, with a page.",
     "chat": "Talk to the model in the terminal, and switch between the base and its adapters.",
     "merge": "Fold adapters into their base and certify the difference in output.",
     "estimate": "Estimate memory from a model's configuration, and whether it fits a device.",
@@ -57,7 +58,13 @@ class Commands(TyperGroup):
 def _load(name: str) -> Any:
     module = importlib.import_module(f"lorafold.cli.{name}")
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
-    one.command(name, cls=Command, epilog=getattr(module, "EPILOG", None))(module.command)
+    below = getattr(module, "BELOW", {})  # commands of a command
+    if below:
+        one.callback(invoke_without_command=True)(module.command)
+        for inner, function in below.items():
+            one.command(inner, cls=Command)(function)
+    else:
+        one.command(name, cls=Command, epilog=getattr(module, "EPILOG", None))(module.command)
     return typer.main.get_command(one)
 
 

@@ -6,10 +6,11 @@ is taken whose rendering has the arguments, and not as Python prints them or quo
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -21,6 +22,7 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 KNOWN = 16  # templates whose form is remembered
 NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
 PROBE_TOOL: Tool = {
@@ -82,6 +84,7 @@ def apply(
     tokenizer: "PreTrainedTokenizerBase",
     tools: Sequence[Tool] = (),
     for_generation: bool = False,
+    variables: Mapping[str, Any] = NONE,
 ) -> str:
     """The text of messages that are in the template's form.
 
@@ -90,11 +93,12 @@ def apply(
         tokenizer: A tokenizer with a chat template.
         tools: The tools that the conversation offers.
         for_generation: Append the generation prompt, which opens the assistant's next turn.
+        variables: Further variables of the template, such as enable_thinking.
 
     Raises LorafoldError if the template refuses the messages.
     """
     try:
-        return _rendered(list(messages), tokenizer, list(tools) or None, for_generation)
+        return _rendered(list(messages), tokenizer, list(tools) or None, for_generation, variables)
     except TemplateError as error:
         raise LorafoldError(
             f"the model's chat template refuses this conversation: {error}"
@@ -111,10 +115,15 @@ def _rendered(
     tokenizer: "PreTrainedTokenizerBase",
     tools: Any,
     for_generation: bool,
+    variables: Mapping[str, Any],
 ) -> str:
     if not tokenizer.is_fast:  # it may have a way of its own
         text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=for_generation
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            **variables,
         )
         return str(text)
     # what apply_chat_template calls, without the checks that `data.messages` has done: two thirds
@@ -125,7 +134,7 @@ def _rendered(
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         add_generation_prompt=for_generation,
-        **special,
+        **special | dict(variables),
     )
     return str(rendered[0][0])
 

@@ -43,7 +43,8 @@ class Pairs:
 class Grammar:
     """The text before the first name, between two calls up to the second name (None if a turn has
     one call at most), after a name up to the arguments, after the name of a call without arguments,
-    and the arguments as pairs, or None for JSON. NAMES[0] stands for a name that is repeated.
+    and the arguments as pairs, or None for JSON, which `closing` follows. NAMES[0] stands for a
+    name that is repeated.
     """
 
     before: str
@@ -51,6 +52,7 @@ class Grammar:
     named: str
     bare: str
     pairs: Pairs | None
+    closing: str = ""
 
     def without(self, words: Sequence[str]) -> "Grammar":
         """The same where these words are left out of texts, as special tokens are."""
@@ -67,7 +69,9 @@ class Grammar:
             (bare(self.pairs.quotes[0]), bare(self.pairs.quotes[1])),
         )
         between = None if self.between is None else bare(self.between)
-        return Grammar(bare(self.before), between, bare(self.named), bare(self.bare), pairs)
+        return Grammar(
+            bare(self.before), between, bare(self.named), bare(self.bare), pairs, bare(self.closing)
+        )
 
 
 def grammar_of(tokenizer: "PreTrainedTokenizerBase") -> Grammar | None:
@@ -90,7 +94,11 @@ def _grammar_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Grammar 
         end = str(_after(tail, KEYS, TEXTS)[-1]) if _json_end(rest, texts) is None else end
     bare = _said([{}], tokenizer).partition(NAMES[0])[2]
     if (after := _json_start(rest, texts)) is not None:
-        return Grammar(before, between, rest[:after], "", None)
+        follows = _json_end(rest, texts) or ""
+        ends = [follows.find(word) for word in special_words(tokenizer) if word in follows]
+        alone = follows[: min(ends, default=len(follows))]
+        closes = (alone if between is None else common(follows, between)).rstrip()
+        return Grammar(before, between, rest[:after], "", None, closes)
     named, equals, comma, closing = _after(rest, KEYS, TEXTS)
     _, plain, plain_comma, plain_end = _after(
         _said([numbers], tokenizer).partition(NAMES[0])[2], KEYS, NUMBERS

@@ -6,10 +6,10 @@
 `data.trained` finds what of a conversation is trained on.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import apply, form_of
+from lorafold.data.forms import NONE, apply, form_of
 from lorafold.data.messages import Message, Tool
 from lorafold.data.references import references
 from lorafold.data.sources import Row
@@ -56,6 +56,7 @@ def render(
     tokenizer: "PreTrainedTokenizerBase",
     for_generation: bool = False,
     tools: Sequence[Tool] = (),
+    variables: Mapping[str, Any] = NONE,
 ) -> str:
     """Render messages as text with the tokenizer's chat template.
 
@@ -66,9 +67,10 @@ def render(
         tokenizer: A tokenizer with a chat template.
         for_generation: Append the generation prompt, which opens the assistant's next turn.
         tools: The tools that the conversation offers, in OpenAI's form.
+        variables: Further variables of the template, such as enable_thinking.
     """
     formed = form_of(tokenizer, tools).of(messages)
-    return apply(formed, tokenizer, tools, for_generation)
+    return apply(formed, tokenizer, tools, for_generation, variables)
 
 
 def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:

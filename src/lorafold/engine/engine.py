@@ -70,8 +70,7 @@ class Engine:
         prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
             the prompt begins the same; never where `invariant`. A prompt is then read in other
             chunks, which round differently in 16 bits where torch's own operations run.
-        strikes: after how many requests that failed by logits that are not finite an adapter is
-            refused.
+        strikes: requests that fail by logits that are not finite before an adapter is refused.
         tenant_slots: how many requests of a tenant run at a time (None: as many as there are).
         weights: the shares of tenants in what is computed; 1 for one that is not named.
     """
@@ -101,9 +100,8 @@ class Engine:
         sized(slots=(slots, 1), length=(self.length, 2), chunk=(chunk, 2),
               tenant_slots=(tenant_slots or 1, 1))  # fmt: skip
         if self.length > positions and not beyond:
-            raise LorafoldError(
-                f"engine: length: found {self.length}, expected at most {positions} positions"
-            )
+            told = f"found {self.length}, expected at most {positions} positions"
+            raise LorafoldError(f"engine: length: {told}")
         chunk = min(chunk, self.length)
         with ExitStack() as stack:
             stack.enter_context(taken(model))
@@ -188,8 +186,7 @@ class Engine:
             if request.adapter is not None:
                 entry = self.adapters.bind(request.adapter)
             allowed = self._grammars.start(sampling)
-            ends = self._grammars.ends(sampling)
-            row = Row(request, entry, self.tokenizer, allowed, ends)
+            row = Row(request, entry, self.tokenizer, allowed, self._grammars.ends(sampling))
             with self._lock:
                 if self._closing:
                     raise LorafoldError("the engine is closed")
@@ -206,7 +203,7 @@ class Engine:
             if entry is not None:
                 self.adapters.unbind(entry)
             raise LorafoldError(f"request {request.id!r}: {error}") from None
-        self._wake.set()
+        self.wake()
         return row.stream
 
     def cancel(self, id: str) -> bool:
@@ -217,6 +214,10 @@ class Engine:
                 row.cancelled = True
         self._wake.set()
         return row is not None
+
+    def wake(self) -> None:
+        """Let the thread of `start` make a step now."""
+        self._wake.set()
 
     def step(self) -> bool:
         """Compute one step; False if there was nothing to compute."""

@@ -18,7 +18,7 @@ from lorafold.engine.request import Reason
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner
-from lorafold.engine.sampler import Choice, NotFinite
+from lorafold.engine.sampler import NOT_FINITE, Choice, NotFinite
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.errors import LorafoldError
 
@@ -123,7 +123,7 @@ class Loop:
                 elif finite[b]:
                     choice = Choice(likeliest[b])
                 else:
-                    raise NotFinite("the model's logits hold NaN or infinity")
+                    raise NotFinite(NOT_FINITE)
                 if (reason := row.take(choice)) is not None:
                     self.end(row, reason)
 

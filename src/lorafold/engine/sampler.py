@@ -21,6 +21,7 @@ from lorafold.errors import LorafoldError
 
 # the tokens so far -> the tokens that may follow, boolean (V,), or None for any
 Allowed = Callable[[Sequence[int]], Tensor | None]
+NOT_FINITE = "the model's logits hold NaN or infinity"
 
 
 class NotFinite(LorafoldError):
@@ -59,7 +60,7 @@ class Sampler:
         """Choose the token that follows, and record it. Raises NotFinite."""
         logits_V = logits_V.detach().to("cpu", torch.float32)
         if not torch.isfinite(logits_V.sum()):
-            raise NotFinite("the model's logits hold NaN or infinity")
+            raise NotFinite(NOT_FINITE)
         changed_V = self._penalized(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
             changed_V = changed_V.masked_fill(~mask_V[: len(changed_V)], float("-inf"))

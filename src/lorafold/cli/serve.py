@@ -1,0 +1,108 @@
+"""`lorafold serve`: a base and its adapters behind an OpenAI-compatible API."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafold.cli.common import BASE, STORAGES, DeviceOption, messages
+from lorafold.errors import LorafoldError
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The base: a name, a directory, or a hub model that is on this machine."),
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="A directory whose entries are saved adapters, or one adapter."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Where to listen [127.0.0.1]; any other address needs keys.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="The port [8000]; 0 takes a free one.", min=0, max=65535)
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="The tenants' keys, as lorafold serve new-key writes them.")
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the key for administration; without it those routes are closed."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file with settings and limits; options win over it."),
+    ] = None,
+    storage: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=BASE, help=f"How the base stores its weights: {STORAGES} or auto."
+        ),
+    ] = "auto",
+    revision: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=BASE, help="The branch, tag or commit of a hub model."),
+    ] = None,
+    device: DeviceOption = None,
+    json_logs: Annotated[
+        bool, typer.Option("--json-logs", help="Write the log as one JSON object a line.")
+    ] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the page in a browser once the server listens.")
+    ] = False,
+) -> None:
+    """Serve a base and its adapters over an OpenAI-compatible API, with a page to try them.
+
+    A request's model is the base, an adapter of the directory (its entry's name), NAME@DIGEST for
+    one version of it, or an alias. Adapters that are wrong are listed with the reason, and the rest
+    is served. Without --keys everybody on this machine may call; with keys, each tenant may use the
+    adapters that its keys name. SIGTERM lets running requests end; a second one ends at once.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from lorafold.serving.run import serve
+    from lorafold.serving.settings import read_settings
+
+    if model is None or adapters is None:
+        missing = "--model" if model is None else "--adapters"
+        raise LorafoldError(f"{missing}: expected it, as in --model smollm2 --adapters DIR")
+    given = {
+        "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
+        "json_logs": json_logs or None,
+    }  # fmt: skip
+    settings = read_settings(config, given)
+    how = {"storage": storage, "revision": revision, "device": device}
+    serve(model, adapters, settings, messages(), how, open_page)
+
+
+def new_key(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters",
+            help="The adapters and aliases that the key may use, as a glob such as 'acme-*'."
+            " Repeat it for more. Without it all.",
+        ),
+    ] = None,
+    keys: Annotated[
+        Path, typer.Option(help="The file of keys, which is made if there is none.")
+    ] = Path("keys.json"),
+) -> None:
+    """Make a key for a tenant: it is printed once, and the file keeps its hash.
+
+    A running server reads the file again when it changes; delete an entry to revoke its key.
+    """
+    from lorafold.serving.keys import new_key as make
+
+    typer.echo(make(keys, tenant, adapters or ["*"]))
+    print(f"{tenant}: written to {keys}; the key itself is kept nowhere", file=sys.stderr)
+
+
+BELOW = {"new-key": new_key}

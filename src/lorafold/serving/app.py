@@ -1,0 +1,151 @@
+"""The application: what every request passes before its route, and what every answer after it.
+
+A request gets a name, its body is bounded before anything reads it, and once it has ended it is
+counted and logged. Whatever goes wrong is answered in OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorafold.errors import LorafoldError
+from lorafold.serving import logs
+from lorafold.serving.refusal import Refusal
+from lorafold.serving.routes import admin, chat, completions, models, operations, page, responses
+from lorafold.serving.routes import tokens as tokenizing
+from lorafold.serving.server import Record, Server, answer
+
+log = logging.getLogger(__name__)
+GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
+QUIET = ("/livez", "/readyz", "/health", "/metrics", "/", "/page.css", "/page.js")
+HERE = ("localhost", "127.0.0.1", "::1")
+
+
+def application(server: Server) -> FastAPI:
+    """The application of a server."""
+
+    @asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[None]:
+        await server.host.start()
+        try:
+            yield
+        finally:
+            await server.host.stop()
+
+    app = FastAPI(title="lorafold", lifespan=running, docs_url=None, redoc_url=None)
+    for group in GROUPS:
+        app.include_router(group.routes(server))
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(LorafoldError, _refused)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
+    app.add_middleware(Gate, server=server)
+    return app
+
+
+class Gate:
+    """What every request passes.
+
+    Args:
+        app: the routes.
+        server: the server.
+    """
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.server = app, server
+        self._most = server.settings.limits.body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one HTTP request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = Record(f"req-{secrets.token_hex(8)}", scope["method"], scope["path"])
+        scope["record"] = record
+        read = 0
+
+        async def bounded() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise self._too_large()
+            return message
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = record.status or message["status"]
+                message["headers"] = [
+                    *message.get("headers", []), (b"x-request-id", record.id.encode()),
+                ]  # fmt: skip
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            try:
+                self._check(headers)
+            except Refusal as refusal:
+                await _response(record, refusal)(scope, receive, named)
+            else:
+                await self.app(scope, bounded, named)
+        finally:
+            self._ended(record)
+
+    def _check(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._most:
+            raise self._too_large()
+        # without keys a page from elsewhere, under a name that leads here, could ask as the user
+        host = urlsplit(f"//{headers.get('host', '')}").hostname
+        if self.server.keys.file is None and host not in (*HERE, self.server.settings.host):
+            told = f"host: found {host!r:.80}, expected {', '.join(HERE)}, since there are no keys"
+            raise Refusal(403, "wrong_host", told)
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, "body_too_large", f"body: expected at most {self._most:,} bytes")
+
+    def _ended(self, record: Record) -> None:
+        if record.path in QUIET:
+            return
+        if record.status >= 400 and record.outcome == "ok":
+            record.outcome = f"status_{record.status}"
+        if record.path.startswith("/v1/") and record.method == "POST":
+            metrics = self.server.metrics
+            metrics.ended(record.tenant or "none", record.adapter or "none", record.outcome)
+        logs.write(record)
+
+
+def _response(record: Record, refusal: Refusal) -> Response:
+    record.outcome, record.status = refusal.code, refusal.status
+    response = answer(refusal.body)
+    response.status_code = refusal.status
+    response.headers.update(refusal.headers)
+    return response
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if not isinstance(error, Refusal):
+        error = Refusal(400, "invalid_value", str(error))
+    return _response(request.scope["record"], error)
+
+
+async def _no_route(request: Request, error: Any) -> Response:
+    told = f"{request.method} {request.url.path[:200]}: {str(error.detail).lower()}"
+    return await _refused(request, Refusal(error.status_code, "no_route", told))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    record: Record = request.scope["record"]
+    log.error("%s failed", record.id, exc_info=error)
+    told = f"the server failed; its log says why under {record.id}"
+    return _response(record, Refusal(500, "internal_error", told))

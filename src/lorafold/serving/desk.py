@@ -1,0 +1,150 @@
+"""Admission: what a request must fulfil before the engine gets it.
+
+Where the queue is full, it is refused at once, with the seconds after which it is likely not to be.
+Rendering, tokens and grammars are computed by a few threads beside the engine's, so that neither
+the engine nor the event loop waits for them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lorafold.engine import Request, Sampling
+from lorafold.errors import LorafoldError
+from lorafold.serving.host import Host
+from lorafold.serving.job import Job, Reply
+from lorafold.serving.keys import Caller
+from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.registry import Chosen, Registry
+from lorafold.serving.wire.body import Completing
+
+RETRIES = 3  # an adapter's version may be replaced between its choice and its use
+Prompts = Callable[[], Sequence[tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, whatever its dialect.
+
+    model, n: As asked for.
+    prompts: Gives the tokens of each prompt; it may take its time.
+    field: The field with the prompts.
+    sampling: The settings of all completions, but for the seed.
+    seed: That of the first one, or None.
+    max_new_tokens: None: what is left of the length.
+    ends: Whether the model may end a completion.
+    """
+
+    model: str
+    prompts: Prompts
+    field: str
+    sampling: Sampling
+    n: int = 1
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    ends: bool = True
+
+
+class Desk:
+    """Where requests are admitted.
+
+    Args:
+        host: computes them.
+        registry: knows the adapters.
+        ends: the tokens that end a completion.
+    """
+
+    def __init__(self, host: Host, registry: Registry, ends: frozenset[int]) -> None:
+        self.host, self.registry, self.ends = host, registry, ends
+        self.limits = host.settings.limits
+
+    def check(self, body: Completing) -> None:
+        """Raise Refusal for a body that asks for more than anybody may."""
+        if not 1 <= body.n <= self.limits.choices:
+            raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
+        for name, n, most in (
+            ("stop", len(body.stops), self.limits.stops),
+            ("logit_bias", len(body.logit_bias), self.limits.biases),
+        ):
+            if n > most:
+                raise wrong(name, f"found {n} of them, expected at most {most}")
+
+    async def admit(self, caller: Caller, id: str, asked: Asked) -> Reply:
+        """The reply to a request, whose completions are on their way. Raises Refusal, and then
+        nothing is computed.
+
+        Args:
+            caller: who asks.
+            id: the name of the reply.
+            asked: what is asked.
+        """
+        self._check_room(caller.tenant, asked.n)
+        self.registry.choose(caller, asked.model)
+        prompts = await self.host.think(asked.prompts)
+        self._check_room(caller.tenant, asked.n * len(prompts))
+        seed = secrets.randbits(48) if asked.seed is None else asked.seed
+        for _ in range(RETRIES):
+            chosen = self.registry.choose(caller, asked.model)
+            reply = Reply(id, len(prompts), chosen)
+            try:
+                for i, prompt in enumerate(p for p in prompts for _ in range(asked.n)):
+                    request = Request(
+                        f"{id}.{i}", prompt, self._new_tokens(asked, prompt), chosen.key,
+                        replace(asked.sampling, seed=(seed + i) % (1 << 63)),
+                        self.ends if asked.ends else frozenset(), caller.tenant,
+                    )  # fmt: skip
+                    job = Job(request, chosen.name, reply.arrived)
+                    await self.host.submit(job)
+                    reply.jobs.append(job)
+                return reply
+            except LorafoldError as error:
+                self.drop(reply)
+                if chosen.key is None or chosen.key in self.host.engine.adapters.names():
+                    raise self._refusal(error, asked, chosen) from None
+            except BaseException:
+                self.drop(reply)
+                raise
+        raise Refusal(503, "adapter_changed", f"{asked.model} is being replaced", retry_after=1)
+
+    def drop(self, reply: Reply) -> None:
+        """End the completions of a reply that nobody waits for any more."""
+        for job in reply.jobs:
+            if job.end is None:
+                self.host.cancel(job, Refusal(499, "client_left", "the client left"))
+
+    def _check_room(self, tenant: str, n: int) -> None:
+        if why := self.host.ready:
+            raise Refusal(503, "not_ready", why, retry_after=1)
+        for most, waiting, code in (
+            (self.limits.queue, self.host.waiting(), "queue_full"),
+            (self.limits.tenant_queue, self.host.waiting(tenant), "tenant_queue_full"),
+        ):
+            if waiting + n > most:
+                told = f"{waiting} completions wait already, expected at most {most} with these"
+                raise Refusal(429, code, told, retry_after=self.host.seconds_to_wait)
+
+    def _new_tokens(self, asked: Asked, prompt: Sequence[int]) -> int:
+        length = self.host.engine.length
+        if not prompt:
+            raise wrong(asked.field, "found no tokens, expected at least one")
+        left = length - len(prompt)
+        new = left if asked.max_new_tokens is None else asked.max_new_tokens
+        if new < 1 <= left:
+            raise wrong("max_tokens", f"found {new}, expected 1 or more")
+        if left < 1 or new > left:
+            told = f"found a prompt of {len(prompt)} tokens and {max(new, 0)} new ones, expected at"
+            told = f"{told} most {length} in all"
+            raise Refusal(400, "context_length_exceeded", told, asked.field)
+        return new
+
+    def _refusal(self, error: LorafoldError, asked: Asked, chosen: Chosen) -> Refusal:
+        if why := self.host.ready:
+            return Refusal(503, "not_ready", why, retry_after=1)
+        told = str(error).partition(": ")[2]  # without the request's name
+        if chosen.key and self.host.engine.adapters.status(chosen.key) == "quarantined":
+            return Refusal(423, "adapter_quarantined", told, "model")
+        field = told.partition(":")[0]
+        named = {"prompt": asked.field, "lark": "tools", "schema": "response_format"}
+        return Refusal(400, "invalid_value", told, named.get(field, field))

@@ -1,0 +1,119 @@
+"""The adapters' directory: which of its entries may be read as adapters, and what they say.
+
+Only `DIR/NAME` is ever read, where NAME comes from the directory's own listing and not from a
+client. Entries that lead outside, or have files that another name leads to as well, are refused:
+whoever may write one adapter could else replace, or borrow, another one's files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafold.errors import LorafoldError
+from lorafold.files.contents import Contents
+from lorafold.peft.config import CONFIG, read_config
+from lorafold.peft.directory import FILES
+from lorafold.translating.peft_config import name_of
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter's files: where they are, the digest of their content, and what they say it is."""
+
+    name: str
+    path: Path
+    digest: str
+    method: str
+    rank: int | None
+
+    @property
+    def key(self) -> str:
+        """The name of this version."""
+        return f"{self.name}@{self.digest[:12]}"
+
+
+class Directory:
+    """A directory of adapters, or one adapter. Raises LorafoldError if there is none.
+
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise LorafoldError(f"--adapters {path}: found no directory, expected one")
+        self._single = _has_config(path)
+
+    def names(self) -> Iterator[str]:
+        """The names of all entries that look like adapters; hidden ones are left alone."""
+        if self._single:
+            yield self.path.resolve().name
+            return
+        for entry in sorted(self.path.iterdir()):
+            if not entry.name.startswith(".") and _has_config(entry):
+                yield entry.name
+
+    def others(self) -> list[str]:
+        """The names of directories that are no adapters."""
+        if self._single:
+            return []
+        return sorted(
+            entry.name
+            for entry in self.path.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".") and not _has_config(entry)
+        )
+
+    def find(self, name: str) -> Found:
+        """The adapter of a name. Raises LorafoldError if it can't be one."""
+        path = self.locate(name)
+        contents = Contents(path, FILES)
+        contents.check_intact()
+        if CONFIG not in contents.files:
+            raise LorafoldError(f"found no {CONFIG}, expected the directory of an adapter")
+        spec = read_config(contents.object(CONFIG))[0]
+        rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
+        return Found(name, path, contents.digest, name_of(spec), rank)
+
+    def page(self, name: str) -> Path | None:
+        """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
+        root = self.path.parent if self._single else self.path
+        file = root / f"{name}.html"
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > PAGE:
+            return None
+        return file
+
+    def locate(self, name: str) -> Path:
+        """Where an adapter is. Raises LorafoldError for a name that leads nowhere, or elsewhere."""
+        if not NAME.fullmatch(name):
+            raise LorafoldError(
+                f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
+            )
+        if name not in self.names():
+            raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
+        if self._single:
+            return self.path
+        path, root = self.path / name, self.path.resolve()
+        for file in (path, *(path / each for each in FILES)):
+            if not os.path.lexists(file):
+                continue
+            if root not in file.resolve().parents:
+                raise LorafoldError(f"{file.name} is a link that leads outside of {self.path}")
+            about = file.stat()
+            if not file.is_dir() and (about.st_nlink > 1 or about.st_size > MOST):
+                raise LorafoldError(
+                    f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
+                    f" expected one link and at most {MOST:,} bytes; copy it"
+                )
+        return path
+
+
+def _has_config(path: Path) -> bool:
+    return os.path.exists(path / CONFIG)

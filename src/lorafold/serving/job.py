@@ -1,0 +1,128 @@
+"""One completion, and all those of one request, as the event loop sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from lorafold.engine import Ended, Request, Stream, Token
+from lorafold.engine.sampler import NOT_FINITE
+from lorafold.serving.refusal import Refusal
+from lorafold.serving.registry import Chosen
+from lorafold.serving.settings import Limits
+
+
+class Job:
+    """One completion: what was asked of the engine, and what came back so far. All times are by
+    time.monotonic.
+
+    Args:
+        request: what is asked.
+        adapter: the name of the adapter, or of the base.
+        arrived: set whenever events arrive.
+    """
+
+    def __init__(self, request: Request, adapter: str, arrived: asyncio.Event) -> None:
+        self.request, self.adapter, self._arrived = request, adapter, arrived
+        self.stream: Stream | None = None  # once the engine has it
+        self.passed_on = 0  # events of the stream that were handed over
+        self.events: deque[Token | Ended] = deque()
+        self.end: Ended | None = None
+        self.why: Refusal | None = None  # the server's reason to end it
+        self.asked = time.monotonic()
+        self.before = self.asked  # when events arrived before the last ones
+        self.times: list[float] = []  # of the first token and the last
+
+    @property
+    def began(self) -> float | None:
+        """When it got a slot."""
+        return self.stream.began if self.stream else None
+
+    def put(self, events: Sequence[Token | Ended]) -> None:
+        """Take what the engine handed over."""
+        now = time.monotonic()
+        self.events.extend(events)
+        last = events[-1]
+        self.end = last if isinstance(last, Ended) else None
+        self.before = self.times[-1] if self.times else self.asked
+        if isinstance(events[0], Token):
+            self.times = [*self.times[:1], now]
+        self._arrived.set()
+
+    def late(self, now: float, limits: Limits) -> Refusal | None:
+        """Why it should end now, if it took longer than it may."""
+        waited = now - self.asked
+        if self.began is None and waited > limits.queue_seconds:
+            told = f"waited {limits.queue_seconds:g} s for a slot"
+            return Refusal(503, "queue_timeout", told, retry_after=round(limits.queue_seconds))
+        if not self.times and waited > limits.first_token_seconds:
+            told = f"no token after {limits.first_token_seconds:g} s"
+            return Refusal(504, "first_token_timeout", told)
+        if waited > limits.total_seconds:
+            return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
+        if len(self.events) > limits.unread_tokens:
+            told = f"the client left {len(self.events)} tokens unread"
+            return Refusal(408, "slow_reader", told)
+        return None
+
+    @property
+    def failed(self) -> Refusal | None:
+        """Why it has no completion, if it ended without."""
+        if self.end is None or self.end.reason not in ("failed", "cancelled"):
+            return None
+        if self.why is not None:
+            return self.why
+        if self.end.message == NOT_FINITE:
+            told = f"{self.adapter}: the model's logits are not finite under it"
+            return Refusal(500, "adapter_numerics", told, "model")
+        return Refusal(500, "not_computed", self.end.message or "it was cancelled")
+
+
+class Reply:
+    """The completions of one request, in the order in which they are answered.
+
+    Args:
+        id: the server's name of the request.
+        texts: how many prompts there are; each has as many completions.
+        chosen: what it runs under.
+    """
+
+    def __init__(self, id: str, texts: int, chosen: Chosen) -> None:
+        self.id, self.texts, self.chosen, self.created = id, texts, chosen, int(time.time())
+        self.arrived = asyncio.Event()
+        self.jobs: list[Job] = []
+
+    async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
+        """Every event with the number of its completion. Raises Refusal for one that fails."""
+        left = len(self.jobs)
+        while left:
+            await self.arrived.wait()
+            self.arrived.clear()
+            for i, job in enumerate(self.jobs):
+                while job.events:
+                    event = job.events.popleft()
+                    if isinstance(event, Ended):
+                        left -= 1
+                        if job.failed is not None:
+                            raise job.failed
+                    yield i, event
+
+    async def ends(self) -> list[Ended]:
+        """The ends of all completions, once they are there. Raises Refusal as `events` does."""
+        return [event async for _, event in self.events() if isinstance(event, Ended)]
+
+    @property
+    def usage(self) -> dict[str, object]:
+        """The tokens of prompts and completions."""
+        per_text = len(self.jobs) // self.texts
+        prompts = sum(len(job.request.prompt) for job in self.jobs[::per_text])
+        ends = [job.end for job in self.jobs if job.end]
+        new = sum(len(end.tokens) for end in ends)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": new,
+            "total_tokens": prompts + new,
+            "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::per_text])},
+        }

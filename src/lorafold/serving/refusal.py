@@ -1,0 +1,59 @@
+"""What the server answers when it does not do what was asked: a status, a stable code, one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    429: "rate_limit_error",
+}  # fmt: skip
+
+
+class Refusal(Exception):
+    """An error in OpenAI's shape.
+
+    Args:
+        status: the HTTP status.
+        code: a name for programs, which never changes.
+        message: one line for people.
+        param: the field of the request that it is about.
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.param, self.retry_after = param, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = TYPES.get(self.status) or (
+            "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": about}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the answer."""
+        found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def wrong(param: str, message: str) -> Refusal:
+    """The refusal of a field's value.
+
+    Args:
+        param: the field.
+        message: what was found, and what was expected.
+    """
+    return Refusal(400, "invalid_value", f"{param}: {message}", param)

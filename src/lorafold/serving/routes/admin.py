@@ -1,0 +1,129 @@
+"""The routes for administration, which need the key for it.
+
+Adapters are named by their entry in the server's directory; no request names a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from lorafold.errors import LorafoldError
+from lorafold.serving.kept import Alias, Target
+from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.routes.models import adapter, loads
+from lorafold.serving.server import Server, answer
+from lorafold.serving.wire.body import Body
+
+Act = Literal["pin", "unpin", "quarantine"]
+
+
+class Named(Body):
+    """The body of vLLM's two routes; a path, which those have, is refused."""
+
+    lora_name: str
+
+
+class Pointed(Body):
+    """The body of `PUT /admin/aliases/NAME`: one target, several, or what was there before."""
+
+    target: str | None = None
+    targets: list[dict[str, Any]] = Field(default_factory=list, max_length=16)
+    rollback: bool = False
+
+    def read(self) -> tuple[Target, ...]:
+        """The targets. Raises Refusal for none, or for both kinds."""
+        if (self.target is None) == (not self.targets):
+            raise wrong("target", "expected one of target, targets and rollback")
+        name, _, digest = (self.target or "").partition("@")
+        given = self.targets or [{"adapter": name, "digest": digest or None}]
+        try:
+            return tuple(Target(**one) for one in given)
+        except (ValueError, TypeError) as error:
+            raise wrong("targets", " ".join(str(error).split())) from None
+
+
+def routes(server: Server) -> APIRouter:
+    """The router."""
+    router, registry = APIRouter(), server.registry
+
+    async def done(change: Callable[[], Any]) -> Any:
+        """Make a change beside the event loop. Raises Refusal for one that can't be made."""
+        try:
+            return await server.host.think(change)
+        except LorafoldError as error:
+            raise Refusal(400, "adapter_refused", str(error)) from None
+
+    @router.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        """Read the files of an adapter of the directory, new or changed."""
+        server.admin(request)
+        name = (await server.body(request, Named)).lora_name
+        found = await done(lambda: registry.load(name))
+        return answer({"id": name, "digest": found.digest, "status": "loaded"})
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        """Forget an adapter until it is loaded again. Requests that run finish with it."""
+        server.admin(request)
+        name = (await server.body(request, Named)).lora_name
+        await done(lambda: registry.unload(name))
+        return answer({"id": name, "status": "unloaded"})
+
+    @router.get("/admin/adapters")
+    async def adapters(request: Request) -> Response:
+        """All adapters: those that are served, that were unloaded, and that are wrong, and why."""
+        server.admin(request)
+        load = loads(server)
+        return answer(
+            {
+                "adapters": [adapter(server, one, load) for one in list(registry.found.values())],
+                "unloaded": registry.kept.unloaded,
+                "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
+                "wrong": registry.wrong,
+                "aliases": registry.kept.aliases,
+            }
+        )
+
+    @router.post("/admin/adapters/{name}:{act}")
+    async def manage(request: Request, name: str, act: Act) -> Response:
+        """Pin an adapter in memory, unpin it, or refuse its requests."""
+        server.admin(request)
+        if act == "quarantine":
+            await done(lambda: registry.quarantine(name, "the administrator put it there"))
+            server.metrics.quarantines.inc()
+        else:
+            await done(lambda: registry.pin(name, act == "pin"))
+        return answer(adapter(server, registry.found[name], loads(server)))
+
+    @router.put("/admin/aliases/{name}")
+    async def point(request: Request, name: str) -> Response:
+        """Let an alias stand for other adapters from the next request on."""
+        server.admin(request)
+        body = await server.body(request, Pointed)
+        if body.rollback:
+            return answer(told(name, await done(lambda: registry.roll_back(name))))
+        targets = body.read()
+        return answer(told(name, await done(lambda: registry.point(name, targets))))
+
+    @router.delete("/admin/aliases/{name}")
+    async def drop(request: Request, name: str) -> Response:
+        """Forget an alias."""
+        server.admin(request)
+        await done(lambda: registry.drop(name))
+        return answer({"id": name, "status": "deleted"})
+
+    return router
+
+
+def told(name: str, alias: Alias) -> dict[str, Any]:
+    """An alias, as the answer has it.
+
+    Args:
+        name: its name.
+        alias: what it stands for.
+    """
+    return {"id": name} | alias.model_dump(exclude_none=True)

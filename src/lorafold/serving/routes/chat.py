@@ -1,0 +1,122 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from lorafold.engine import Ended, Token
+from lorafold.serving.job import Reply
+from lorafold.serving.server import Server, answer, record_of
+from lorafold.serving.speech import CONTENT
+from lorafold.serving.turn import Message, Turn
+from lorafold.serving.wire.answers import DONE, event, finish, new_id
+from lorafold.serving.wire.chat import Chat
+
+
+def routes(server: Server) -> APIRouter:
+    """The router."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        """A model's next message in a conversation."""
+        caller = server.caller(request)
+        body = await server.body(request, Chat)
+        turn = Turn(server, body)
+        reply = await server.admit(request, caller, new_id("chatcmpl"), turn.asked())
+        if server.settings.log_texts:
+            record_of(request).texts["prompt"] = turn.prompt
+        put = Answer(server, body, turn)
+        if body.stream:
+            return server.stream(request, reply, put.chunks(reply))
+        return answer(await server.whole(request, reply, put.completion(reply)))
+
+    return router
+
+
+class Answer:
+    """A turn as chat completions have it.
+
+    Args:
+        server: the server.
+        body: the request.
+        turn: the turn.
+    """
+
+    def __init__(self, server: Server, body: Chat, turn: Turn) -> None:
+        self.server, self.body, self.turn = server, body, turn
+
+    async def completion(self, reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+        whole = [Message() for _ in reply.jobs]
+        async for said in self.turn.said(reply):
+            whole[said.index].take(said)
+        choices = [self._choice(i, message) for i, message in enumerate(whole)]
+        found = self._head(reply, "chat.completion") | {"choices": choices, "usage": reply.usage}
+        if self.body.return_token_ids:
+            found["prompt_token_ids"] = reply.jobs[0].request.prompt
+        return found
+
+    async def chunks(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The answer as it comes."""
+        head = self._head(reply, "chat.completion.chunk")
+        usage = {"usage": None} if self.body.stream_options.include_usage else {}
+
+        def chunk(i: int, delta: dict[str, Any], **more: Any) -> bytes:
+            choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} | more
+            return event(head | {"choices": [choice]} | usage)
+
+        for i, job in enumerate(reply.jobs):
+            ids = {"prompt_token_ids": job.request.prompt} if self.body.return_token_ids else {}
+            yield chunk(i, {"role": "assistant", "content": ""}, **ids)
+        async for said in self.turn.said(reply):
+            i, more = said.index, dict[str, Any]()
+            if said.token is not None and self.body.logprobs:
+                more["logprobs"] = self._logprobs([said.token])
+            if said.token is not None and self.body.return_token_ids:
+                more["token_ids"] = [said.token.token]
+            if said.parts or more:
+                yield chunk(i, dict(said.parts), **more)
+            for k, call in enumerate(said.calls):
+                yield chunk(i, {"tool_calls": [{"index": k} | call]})
+            if said.end is not None:
+                yield chunk(i, {}, finish_reason=_finish(said.end, said.calls))
+        if self.body.stream_options.include_usage:
+            yield event(head | {"choices": [], "usage": reply.usage})
+        yield DONE
+
+    def _choice(self, i: int, message: Message) -> dict[str, Any]:
+        assert message.end is not None
+        content = message.texts.get(CONTENT, None if message.calls else "")
+        told: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        told |= {field: text for field, text in message.texts.items() if field != CONTENT}
+        if message.calls:
+            told["tool_calls"] = message.calls
+        choice = {
+            "index": i,
+            "message": told,
+            "logprobs": self._logprobs(message.tokens),
+            "finish_reason": _finish(message.end, message.calls),
+        }
+        ids = {"token_ids": message.end.tokens} if self.body.return_token_ids else {}
+        return choice | ids
+
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+        top = self.body.top_logprobs or 0
+        return self.server.tokens.chat(tokens, top) if self.body.logprobs else None
+
+    def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
+        return {
+            "id": reply.id,
+            "object": kind,
+            "created": reply.created,
+            "model": self.body.model,
+            "system_fingerprint": reply.chosen.key or reply.chosen.name,
+        }
+
+
+def _finish(end: Ended, calls: list[dict[str, Any]]) -> str:
+    return "tool_calls" if calls else finish(end)

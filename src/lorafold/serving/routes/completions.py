@@ -1,0 +1,119 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from lorafold.engine import Token
+from lorafold.serving.desk import Asked
+from lorafold.serving.job import Reply
+from lorafold.serving.server import Server, answer, record_of
+from lorafold.serving.wire.answers import DONE, event, finish, new_id
+from lorafold.serving.wire.completion import Completion
+
+
+def routes(server: Server) -> APIRouter:
+    """The router."""
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        """What follows a prompt, given as text or as tokens, or several."""
+        caller = server.caller(request)
+        asked = Plain(server, await server.body(request, Completion))
+        reply = await server.admit(request, caller, new_id("cmpl"), asked.asked())
+        if server.settings.log_texts:
+            record_of(request).texts["prompt"] = asked.body.prompt
+        if asked.body.stream:
+            return server.stream(request, reply, asked.chunks(reply))
+        return answer(await server.whole(request, reply, asked.completion(reply)))
+
+    return router
+
+
+class Plain:
+    """One request for completions of plain prompts.
+
+    Args:
+        server: the server.
+        body: the request.
+    """
+
+    def __init__(self, server: Server, body: Completion) -> None:
+        self.server, self.body = server, body
+        server.desk.check(body)
+        self._given = body.prompts(server.settings.limits.choices)
+
+    def asked(self) -> Asked:
+        """What is asked of the engine."""
+        body = self.body
+        return Asked(
+            body.model, self._prompts, "prompt", body.sampling(logprobs=body.logprobs), body.n,
+            body.seed, body.max_tokens, not body.ignore_eos,
+        )  # fmt: skip
+
+    async def completion(self, reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+        tokens: list[list[Token]] = [[] for _ in reply.jobs]
+        async for i, one in reply.events():
+            if isinstance(one, Token):
+                tokens[i].append(one)
+        choices = []
+        for i, job in enumerate(reply.jobs):
+            assert job.end is not None
+            choice: dict[str, Any] = {
+                "index": i,
+                "text": job.end.text,
+                "logprobs": self._logprobs(tokens[i], 0),
+                "finish_reason": finish(job.end),
+            }
+            if self.body.return_token_ids:
+                choice["token_ids"] = job.end.tokens
+                choice["prompt_token_ids"] = job.request.prompt
+            choices.append(choice)
+        return self._head(reply) | {"choices": choices, "usage": reply.usage}
+
+    async def chunks(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The answer as it comes."""
+        head = self._head(reply)
+        usage = {"usage": None} if self.body.stream_options.include_usage else {}
+        lengths = [0] * len(reply.jobs)
+        async for i, one in reply.events():
+            text = one.text if isinstance(one, Token) else one.text[lengths[i] :]
+            choice: dict[str, Any] = {
+                "index": i, "text": text, "logprobs": None, "finish_reason": None,
+            }  # fmt: skip
+            if isinstance(one, Token):
+                choice["logprobs"] = self._logprobs([one], lengths[i])
+                lengths[i] += len(text)
+                if self.body.return_token_ids:
+                    choice["token_ids"] = [one.token]
+            else:
+                choice["finish_reason"] = finish(one)
+            yield event(head | {"choices": [choice]} | usage)
+        if self.body.stream_options.include_usage:
+            yield event(head | {"choices": [], "usage": reply.usage})
+        yield DONE
+
+    def _prompts(self) -> list[tuple[int, ...]]:
+        special, renderer = self.body.add_special_tokens, self.server.renderer
+        return [
+            renderer.tokens(one, special) if isinstance(one, str) else tuple(one)
+            for one in self._given
+        ]
+
+    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any] | None:
+        top = self.body.logprobs
+        return None if top is None else self.server.tokens.legacy(tokens, top, offset)
+
+    def _head(self, reply: Reply) -> dict[str, Any]:
+        return {
+            "id": reply.id,
+            "object": "text_completion",
+            "created": reply.created,
+            "model": self.body.model,
+            "system_fingerprint": reply.chosen.key or reply.chosen.name,
+        }

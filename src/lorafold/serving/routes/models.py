@@ -1,0 +1,126 @@
+"""`GET /v1/models`: the base, and the adapters and aliases that the caller may use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from lorafold.errors import LorafoldError
+from lorafold.serving.directory import Found
+from lorafold.serving.metrics import Use
+from lorafold.serving.refusal import Refusal
+from lorafold.serving.server import Server, answer
+
+
+def routes(server: Server) -> APIRouter:
+    """The router."""
+    router, registry = APIRouter(), server.registry
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> Response:
+        """Every model that the caller may name."""
+        caller = server.caller(request)
+        load = loads(server)
+        listed = [base(server, load)]
+        listed += [
+            adapter(server, found, load)
+            for found in sorted(list(registry.found.values()), key=lambda one: one.name)
+            if caller.may(found.name)
+        ]
+        listed += [
+            alias(server, name) for name in sorted(registry.kept.aliases) if caller.may(name)
+        ]
+        return answer({"object": "list", "data": listed})
+
+    @router.get("/v1/models/{model:path}")
+    async def model(request: Request, model: str) -> Response:
+        """One of them."""
+        caller, load = server.caller(request), loads(server)
+        if model == registry.base:
+            return answer(base(server, load))
+        if model in registry.kept.aliases and caller.may(model):
+            return answer(alias(server, model))
+        found = registry.found.get(model)
+        if found is None or not caller.may(model):
+            told = f"model: found no {model[:200]!r} that you may use"
+            raise Refusal(404, "model_not_found", told, "model")
+        return answer(adapter(server, found, load))
+
+    return router
+
+
+def loads(server: Server) -> Counter[tuple[str, bool]]:
+    """How many completions run and wait, by the adapter's name and whether they run."""
+    jobs = list(server.host.jobs.values())
+    return Counter((job.adapter, job.began is not None) for job in jobs)
+
+
+def base(server: Server, load: Counter[tuple[str, bool]]) -> dict[str, Any]:
+    """The base, as the list has it.
+
+    Args:
+        server: the server.
+        load: as `loads` gives it.
+    """
+    name = server.registry.base
+    length = {"parent": None, "state": "resident", "max_model_len": server.host.engine.length}
+    return _model(server, name) | length | _use(server, name, load)
+
+
+def adapter(server: Server, found: Found, load: Counter[tuple[str, bool]]) -> dict[str, Any]:
+    """An adapter, as the list has it.
+
+    Args:
+        server: the server.
+        found: its files.
+        load: as `loads` gives it.
+    """
+    states, registry = server.host.engine.adapters, server.registry
+    try:
+        state, nbytes = str(states.status(found.key)), states.bytes_of(found.key)
+    except LorafoldError:  # it is being replaced
+        state, nbytes = "loading", 0
+    if found.name in registry.kept.quarantined:
+        state = "quarantined"
+    about = {
+        "parent": registry.base,
+        "digest": found.digest,
+        "state": state,
+        "pinned": found.name in registry.kept.pinned,
+        "method": found.method,
+        "rank": found.rank,
+        "bytes": nbytes,
+        "page": registry.directory.page(found.name) is not None,
+    }
+    return _model(server, found.name) | about | _use(server, found.name, load)
+
+
+def alias(server: Server, name: str) -> dict[str, Any]:
+    """An alias, as the list has it.
+
+    Args:
+        server: the server.
+        name: the alias.
+    """
+    targets = server.registry.kept.aliases[name].targets
+    shown = [target.model_dump(exclude_none=True) for target in targets]
+    about = {"parent": server.registry.base, "state": "alias", "targets": shown}
+    return _model(server, name) | about
+
+
+def _model(server: Server, name: str) -> dict[str, Any]:
+    created = server.registry.created
+    return {"id": name, "object": "model", "created": created, "owned_by": "lorafold"}
+
+
+def _use(server: Server, name: str, load: Counter[tuple[str, bool]]) -> dict[str, Any]:
+    use = server.metrics.uses.get(name, Use())
+    return {
+        "running": load[name, True],
+        "waiting": load[name, False],
+        "requests": use.requests,
+        "tokens": use.tokens,
+        "first_token_ms": use.first_token_ms,
+    }

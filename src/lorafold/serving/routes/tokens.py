@@ -1,0 +1,52 @@
+"""`POST /tokenize` and `POST /detokenize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from lorafold.serving.refusal import wrong
+from lorafold.serving.server import Server, answer
+from lorafold.serving.wire.chat import Chat
+from lorafold.serving.wire.completion import Detokenize, Tokenize
+
+
+def routes(server: Server) -> APIRouter:
+    """The router."""
+    router, renderer = APIRouter(), server.renderer
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a text, or of a conversation as the prompt for its next turn."""
+        caller = server.caller(request)
+        body = await server.body(request, Tokenize)
+        if body.model is not None:
+            server.registry.choose(caller, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise wrong("prompt", "expected either prompt or messages")
+
+        def tokens() -> tuple[int, ...]:
+            if body.prompt is not None:
+                return renderer.tokens(body.prompt, body.add_special_tokens)
+            chat = Chat(model="", messages=body.messages or [], tools=body.tools)
+            limits = server.settings.limits
+            text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
+            return renderer.tokens(text, special=False)
+
+        found = await server.host.think(tokens)
+        told: dict[str, Any] = {
+            "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
+        }  # fmt: skip
+        if body.return_token_strs:
+            told["token_strs"] = [server.tokens.text(token) for token in found]
+        return answer(told)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens."""
+        server.caller(request)
+        body = await server.body(request, Detokenize)
+        return answer({"prompt": await server.host.think(lambda: renderer.text(body.tokens))})
+
+    return router

@@ -1,0 +1,233 @@
+"""From options to a listening server, and its orderly end.
+
+The port is taken before the model is loaded, so that one that is in use is told at once. On SIGTERM
+or Ctrl-C what runs may end, for as long as the settings say, and nothing new begins; a second
+signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import webbrowser
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from lorafold.api.opened import opened
+from lorafold.engine import Engine
+from lorafold.errors import LorafoldError
+from lorafold.generation import end_tokens
+from lorafold.machine.room import free_bytes
+from lorafold.serving import kept, logs
+from lorafold.serving.app import application
+from lorafold.serving.desk import Desk
+from lorafold.serving.directory import Directory
+from lorafold.serving.host import Host
+from lorafold.serving.keys import Keys
+from lorafold.serving.metrics import Metrics
+from lorafold.serving.registry import Registry
+from lorafold.serving.rendering import Renderer
+from lorafold.serving.server import Server
+from lorafold.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def listening(settings: Settings) -> socket.socket:
+    """A socket at the settings' address. Raises LorafoldError if it is taken, or if others could
+    reach it and there are no keys.
+    """
+    if settings.keys is None and not _is_here(settings.host):
+        raise LorafoldError(
+            f"--host {settings.host}: others can reach it, so that keys are needed: make one with"
+            " lorafold serve new-key TENANT --keys FILE, and pass --keys FILE"
+        )
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except OSError as error:
+        raise LorafoldError(
+            f"--port {settings.port}: {settings.host} can't be listened at ({error.strerror})"
+        ) from None
+
+
+def serve(
+    model: str,
+    adapters: Path,
+    settings: Settings,
+    console: Console,
+    how: Mapping[str, Any],
+    open_page: bool = False,
+) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        model: the base's name or path.
+        adapters: the directory of adapters.
+        settings: everything else.
+        console: for what the user has to know.
+        how: further arguments of `opened`, such as the storage.
+        open_page: open the page in a browser.
+
+    Raises LorafoldError for a model that can't be loaded, and as `listening` does.
+    """
+    directory, keys = Directory(adapters), Keys(settings.keys, settings.admin_key)
+    with listening(settings) as at:
+        server = server_of(model, directory, keys, settings, console, how)
+        address = f"{settings.host}:{at.getsockname()[1]}"
+        _tell(server, address, console)
+        logs.set_up(settings.json_logs)
+        if open_page:
+            webbrowser.open(f"http://{address}/")  # the socket listens already
+        asyncio.run(_run(server, at))
+
+
+def server_of(
+    model: str,
+    directory: Directory,
+    keys: Keys,
+    settings: Settings,
+    console: Console,
+    how: Mapping[str, Any],
+) -> Server:
+    """A server that is ready to start: the model is loaded, and every adapter verified.
+
+    Args:
+        model: the base's name or path.
+        directory: the adapters.
+        keys: who may call.
+        settings: everything else.
+        console: for what the user has to know.
+        how: further arguments of `opened`.
+    """
+    base, tokenizer = opened(model, console=console, **how)
+    room = settings.adapter_bytes or free_bytes(base.device) // 2
+    most = settings.limits.tenant_running
+    if most is None and settings.keys is not None:
+        most = max(1, settings.slots * 3 // 4)
+
+    def engine() -> Engine:
+        return Engine(
+            base, tokenizer, slots=settings.slots, length=settings.length, adapter_bytes=room,
+            budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
+            weights=settings.weights,
+        )  # fmt: skip
+
+    name = Path(model).resolve().name if Path(model).exists() else model
+    state = settings.state or directory.path / kept.FILE
+    registry, metrics, first = Registry(name, directory, state), Metrics(), engine()
+    with console.status("verifying adapters") as status:
+        registry.open(first, lambda one: status.update(f"verifying {one}"))
+    host = Host(first, engine, registry, settings, metrics)
+    desk = Desk(host, registry, end_tokens(base, tokenizer))
+    _show_gauges(metrics, host)
+    return Server(settings, keys, registry, host, desk, Renderer(tokenizer), metrics)
+
+
+async def _run(server: Server, at: socket.socket) -> None:
+    config = uvicorn.Config(
+        application(server), log_config=None, access_log=False, lifespan="on",
+        timeout_graceful_shutdown=2, server_header=False,
+    )  # fmt: skip
+    http = _Http(config)
+    loop, signals = asyncio.get_running_loop(), 0
+
+    def ask() -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(128 + signal.SIGTERM)
+        server.host.draining = True
+        loop.create_task(_drain(server, http))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask)
+    await http.serve(sockets=[at])
+
+
+async def _drain(server: Server, http: uvicorn.Server) -> None:
+    """Let what runs end, for as long as it may, and then the server."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + server.settings.drain_seconds
+    while server.host.jobs and loop.time() < until:
+        await asyncio.sleep(0.05)
+    http.should_exit = True
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its handlers of signals, which would end the process with the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _show_gauges(metrics: Metrics, host: Host) -> None:
+    jobs = host.jobs
+
+    def adapters(name: str) -> float:
+        return float(getattr(host.engine.adapters, name))
+
+    metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
+    metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
+    metrics.gauge("running", "Completions that run", lambda: len(jobs) - host.waiting())
+    metrics.gauge("slots", "Completions that may run at a time", lambda: host.settings.slots)
+    metrics.gauge("adapter_bytes", "Bytes of adapters in memory", lambda: adapters("nbytes"))
+    metrics.gauge("adapter_reads", "Adapters that were read", lambda: adapters("reads"))
+    metrics.gauge("adapter_evictions", "Adapters that made room", lambda: adapters("evictions"))
+    metrics.gauge("adapters_damaged", "Adapters that changed there", lambda: adapters("damaged"))
+
+
+def _tell(server: Server, address: str, console: Console) -> None:
+    """Say what is served, what is not and why, and how to use it."""
+    registry, engine = server.registry, server.host.engine
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    names = sorted(registry.found)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    say(f"base {registry.base}, {len(names)} adapters: {shown or 'none'}")
+    for name, why in registry.wrong.items():
+        say(f"not served: {name}: {why}")
+    if others := registry.directory.others():
+        say(f"no adapters: {', '.join(others)} (without adapter_config.json)")
+    if registry.kept.unloaded:
+        say(f"unloaded by the administrator: {', '.join(registry.kept.unloaded)}")
+    for name, (_, why) in registry.kept.quarantined.items():
+        say(f"in quarantine: {name}: {why}")
+    if not engine.slotted:
+        say(f"requests run one at a time: {engine.structure.why}")
+    tenants = server.keys.tenants
+    who = f"{len(tenants)} tenants with keys" if server.keys.file else "no keys, for this machine"
+    say(f"{server.settings.slots} slots of {engine.length:,} tokens, {who}")
+    say(f"listening at http://{address}; Ctrl-C ends it")
+    model = names[0] if names else registry.base
+    key = "$KEY" if server.keys.file else "none"
+    bearer = " -H 'Authorization: Bearer $KEY'".replace("'", '"') if server.keys.file else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    say(
+        f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"
+        f" -d '{body}'"
+    )
+    say(
+        f"  OPENAI_BASE_URL=http://{address}/v1 OPENAI_API_KEY={key} python -c 'import openai;"
+        f' print(openai.OpenAI().chat.completions.create(model="{model}",'
+        ' messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\''
+    )
+    say(f"  open http://{address}/")

@@ -1,0 +1,146 @@
+"""What the routes share, and what every one of them does: who calls, what was asked, what came."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import Response as Plain
+from pydantic_core import to_json
+from sse_starlette import EventSourceResponse
+
+from lorafold.serving.desk import Asked, Desk
+from lorafold.serving.host import Host
+from lorafold.serving.job import Reply
+from lorafold.serving.keys import Caller, Keys
+from lorafold.serving.metrics import Metrics
+from lorafold.serving.refusal import Refusal
+from lorafold.serving.registry import Registry
+from lorafold.serving.rendering import Renderer
+from lorafold.serving.settings import Settings
+from lorafold.serving.wire.answers import Tokens, event
+from lorafold.serving.wire.body import B, read_body
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Record:
+    """What there is to say of one HTTP request once it has ended."""
+
+    id: str
+    method: str
+    path: str
+    started: float = field(default_factory=time.monotonic)
+    tenant: str = ""
+    adapter: str = ""
+    version: str = ""
+    status: int = 0
+    outcome: str = "ok"
+    streamed: bool = False
+    reply: Reply | None = None
+    texts: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Server:
+    """One server's parts."""
+
+    settings: Settings
+    keys: Keys
+    registry: Registry
+    host: Host
+    desk: Desk
+    renderer: Renderer
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self.tokens = Tokens(self.renderer.tokenizer)
+
+    def caller(self, request: Request) -> Caller:
+        """Who sent a request. Raises Refusal for a key that is not known."""
+        found = self.keys.caller(request.headers.get("authorization"))
+        record_of(request).tenant = found.tenant
+        return found
+
+    def admin(self, request: Request) -> Caller:
+        """The administrator. Raises Refusal for everybody else."""
+        found = self.keys.admin(request.headers.get("authorization"))
+        record_of(request).tenant = found.tenant
+        return found
+
+    async def body(self, request: Request, kind: type[B]) -> B:
+        """The body of a request. Raises Refusal for any but JSON of that type."""
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != "application/json":
+            told = f"content-type: found {given[:80]!r}, expected application/json"
+            raise Refusal(415, "unsupported_media_type", told)
+        return read_body(kind, await request.body())
+
+    async def admit(self, request: Request, caller: Caller, id: str, asked: Asked) -> Reply:
+        """As `Desk.admit`, noted in the request's record."""
+        record = record_of(request)
+        reply = await self.desk.admit(caller, id, asked)
+        record.reply, record.adapter = reply, reply.chosen.name
+        record.version = reply.chosen.key or reply.chosen.name
+        return reply
+
+    async def whole(self, request: Request, reply: Reply, answer: Awaitable[T]) -> T:
+        """What an answer is once it is complete; if the client leaves before, its completions end.
+        """
+        waiting = asyncio.ensure_future(answer)
+        leaving = asyncio.create_task(_left(request))
+        try:
+            await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise Refusal(499, "client_left", "the client left")
+            return waiting.result()
+        finally:
+            self.desk.drop(reply)
+            for task in (waiting, leaving):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Refusal):
+                    await task
+
+    def stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
+        """A response of events. If the client leaves, or reads too slowly, its completions end."""
+        record = record_of(request)
+        record.streamed = True
+
+        async def guarded() -> AsyncIterator[bytes]:
+            try:
+                async for one in events:
+                    yield one
+            except Refusal as refusal:
+                record.outcome = refusal.code
+                yield event(refusal.body)
+            finally:
+                if any(job.end is None for job in reply.jobs):
+                    record.outcome = "client_left"
+                self.desk.drop(reply)
+
+        timeout = self.settings.limits.send_seconds
+        return EventSourceResponse(guarded(), ping=15, sep="\n", send_timeout=timeout)
+
+
+def record_of(request: Request) -> Record:
+    """The record of a request."""
+    found: Record = request.scope["record"]
+    return found
+
+
+def answer(value: object) -> Response:
+    """A response of JSON."""
+    return Plain(to_json(value), media_type="application/json")
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,108 @@
+"""The settings of a server: the defaults, `serve.yaml` over them, the command's options over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from lorafold.errors import LorafoldError
+from lorafold.step.reading import parse_yaml
+
+
+class Strict(BaseModel):
+    """A part of the settings, in which unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(Strict):
+    """What one request may ask for, and what all may hold.
+
+    Seconds count from the request's arrival. `unread_tokens` is how far a client may fall behind
+    its stream, `send_seconds` how long it may take none of it. A tenant has at most `tenant_queue`
+    requests waiting and `tenant_running` running (None: three quarters of the slots where there is
+    a key file).
+    """
+
+    body_bytes: PositiveInt = 1 << 20
+    messages: PositiveInt = 256
+    tools: PositiveInt = 64
+    stops: PositiveInt = 16
+    choices: PositiveInt = 8
+    biases: PositiveInt = 1024
+    queue: PositiveInt = 256
+    tenant_queue: PositiveInt = 64
+    tenant_running: PositiveInt | None = None
+    queue_seconds: PositiveFloat = 60
+    first_token_seconds: PositiveFloat = 120
+    total_seconds: PositiveFloat = 600
+    unread_tokens: PositiveInt = 512
+    send_seconds: PositiveFloat = 30
+
+
+class Settings(Strict):
+    """All settings but the model and the adapters.
+
+    keys, admin_key: Files; without the second the routes for administration are closed.
+    state: The file with aliases, pins and quarantines (None: beside the adapters).
+    slots, length, prompt_budget: Requests that run at a time, the most tokens of one, and the most
+        tokens of prompts that are read between two steps.
+    adapter_bytes: The most bytes of adapters in memory (None: half of what is free).
+    strikes: Requests with logits that are not finite after which an adapter is quarantined.
+    weights: The shares of tenants in what is computed, 1 where none is named.
+    heartbeat_seconds: After so long without a step the server is not ready.
+    drain_seconds: How long running requests have to end after SIGTERM.
+    log_texts: Write prompts and completions to the log.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    keys: Path | None = None
+    admin_key: Path | None = None
+    state: Path | None = None
+    slots: PositiveInt = 16
+    length: PositiveInt | None = None
+    prompt_budget: PositiveInt = 512
+    adapter_bytes: PositiveInt | None = None
+    strikes: PositiveInt = 3
+    weights: dict[str, PositiveFloat] = {}
+    heartbeat_seconds: PositiveFloat = 30
+    drain_seconds: PositiveFloat = 30
+    json_logs: bool = False
+    log_texts: bool = False
+    limits: Limits = Limits()
+
+
+def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
+    """The settings of a file under those of the options that are given, not None.
+
+    Raises LorafoldError, in one line, for a file that can't be read and for every wrong setting.
+    """
+    found: Any = {}
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise LorafoldError(f"{file}: can't be read ({why})") from None
+        found = parse_yaml(text, str(file)) or {}
+        if not isinstance(found, dict):
+            raise LorafoldError(f"{file}: found {type(found).__name__}, expected settings by name")
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return Settings(**{str(k): v for k, v in found.items()} | given)
+    except ValidationError as error:
+        told = "; ".join(map(_told, error.errors()))
+        raise LorafoldError(f"{file or 'options'}: {told}") from None
+
+
+def _told(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        kind: type[Strict] = Limits if name.startswith("limits.") else Settings
+        return f"{name}: unknown, expected one of {', '.join(kind.model_fields)}"
+    return f"{name}: found {error['input']!r}, {error['msg'][:1].lower()}{error['msg'][1:]}"

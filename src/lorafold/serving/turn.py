@@ -1,0 +1,123 @@
+"""The next turn of a conversation: what is asked of the engine, and what the model says in it.
+
+Chat completions and responses are two ways to write the same turn down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafold.engine import Ended, Token
+from lorafold.serving.desk import Asked
+from lorafold.serving.job import Reply
+from lorafold.serving.refusal import wrong
+from lorafold.serving.server import Server
+from lorafold.serving.speech import Part, Speech
+from lorafold.serving.wire.answers import new_id
+from lorafold.serving.wire.chat import Chat
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one event of the engine adds to a completion: parts of its text, and at its end the
+    calls, in OpenAI's form.
+    """
+
+    index: int
+    parts: list[Part]
+    token: Token | None = None
+    end: Ended | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Message:
+    """All that was said in a completion."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.tokens: list[Token] = []
+        self.calls: list[dict[str, Any]] = []
+        self.end: Ended | None = None
+
+    def take(self, said: Said) -> None:
+        """Add what was said."""
+        for name, text in said.parts:
+            self.texts[name] = self.texts.get(name, "") + text
+        if said.token is not None:
+            self.tokens.append(said.token)
+        self.end, self.calls = said.end, said.calls
+
+
+class Turn:
+    """One turn. Raises Refusal for a conversation that can't have one.
+
+    Args:
+        server: the server.
+        body: the request.
+    """
+
+    def __init__(self, server: Server, body: Chat) -> None:
+        self.server, self.body, self.prompt = server, body, ""
+        limits = server.settings.limits
+        server.desk.check(body)
+        self.messages, self.tools = body.conversation(limits), body.offered(limits)
+        self._schema, self._forced = body.json_schema(), body.forced()
+        if self._schema is not None and self.tools:
+            raise wrong("response_format", "found a schema and tools, expected one of them")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
+
+    def asked(self) -> Asked:
+        """What is asked of the engine."""
+        body, lark = self.body, None
+        if self._forced is not None:
+            lark = self.server.renderer.call_grammar(self.tools, self._forced)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return Asked(
+            body.model, self._prompts, "messages",
+            body.sampling(logprobs=logprobs, schema=self._schema, lark=lark),
+            body.n, body.seed, body.max_new_tokens, not body.ignore_eos,
+        )  # fmt: skip
+
+    async def said(self, reply: Reply) -> AsyncIterator[Said]:
+        """What is said, as it comes. Raises Refusal for a completion that fails."""
+        tokenizer = self.server.renderer.tokenizer
+        speeches = [Speech(tokenizer, self.prompt, self.tools) for _ in reply.jobs]
+        async for i, event in reply.events():
+            if isinstance(event, Token):
+                yield Said(i, speeches[i].add(event.text), event)
+                continue
+            parts = speeches[i].add(event.text[speeches[i].length :])
+            rest, calls = speeches[i].finish()
+            yield Said(i, joined([*parts, *rest]), None, event, self._called(calls))
+
+    def _prompts(self) -> list[tuple[int, ...]]:
+        renderer = self.server.renderer
+        self.prompt = renderer.chat(self.messages, self.tools, self.body.variables)
+        return [renderer.tokens(self.prompt, special=False)]
+
+    def _called(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Calls as OpenAI has them, one if the request wants no more at a time."""
+        functions = [call["function"] for call in calls]
+        return [
+            {
+                "id": new_id("call"),
+                "type": "function",
+                "function": {
+                    "name": function["name"],
+                    "arguments": json.dumps(function["arguments"], ensure_ascii=False),
+                },
+            }
+            for function in (functions if self.body.parallel_tool_calls else functions[:1])
+        ]
+
+
+def joined(parts: list[Part]) -> list[Part]:
+    """The parts with each field once."""
+    texts: dict[str, str] = {}
+    for name, text in parts:
+        texts[name] = texts.get(name, "") + text
+    return list(texts.items())

@@ -1,0 +1,89 @@
+"""The parts that answers share: usage, finish reasons, log probabilities."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic_core import to_json
+from transformers import PreTrainedTokenizerBase
+
+from lorafold.engine import Ended, Token
+
+DONE = b"data: [DONE]\n\n"
+FINISH = {"end": "stop", "stop": "stop", "length": "length"}
+
+
+def new_id(kind: str) -> str:
+    """A name that nothing else has, such as `chatcmpl-...`."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event of a stream.
+
+    Args:
+        value: its data.
+        name: its type, where there is one.
+    """
+    named = f"event: {name}\n" if name else ""
+    return named.encode() + b"data: " + to_json(value) + b"\n\n"
+
+
+class Tokens:
+    """Tokens as texts, for log probabilities.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def text(self, token: int) -> str:
+        """A token's text; a part of a character has the replacement character."""
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    def chat(self, tokens: Sequence[Token], top: int) -> dict[str, Any]:
+        """Log probabilities as chat completions have them.
+
+        Args:
+            tokens: the tokens.
+            top: how many of the most likely ones are listed beside each.
+        """
+
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            text = self.text(token)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        return {
+            "content": [
+                one(t.token, t.logprob or 0.0) | {"top_logprobs": [one(*x) for x in t.top[:top]]}
+                for t in tokens
+            ]
+        }
+
+    def legacy(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
+        """Log probabilities as completions have them.
+
+        Args:
+            tokens: the tokens.
+            top: how many of the most likely ones are listed beside each.
+            offset: where in the completion's text the first one begins.
+        """
+        texts, offsets = [self.text(t.token) for t in tokens], []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [{self.text(i): p for i, p in t.top[:top]} for t in tokens],
+            "text_offset": offsets,
+        }
+
+
+def finish(end: Ended) -> str:
+    """Why a completion ends, in OpenAI's words."""
+    return FINISH.get(end.reason, end.reason)

@@ -1,0 +1,122 @@
+"""The body of a request: what all that ask for a completion share, and how a body is read.
+
+A field that is not known is refused by its name, since it may change the answer. Those in HARMLESS
+never do, and are left out; those in NEUTRAL are accepted with the value that asks for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from lorafold.engine import Sampling
+from lorafold.errors import LorafoldError
+from lorafold.serving.refusal import Refusal, wrong
+
+HARMLESS = {
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prediction",
+}  # fmt: skip
+NEUTRAL = {
+    "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),
+    "background": (False,), "include": ([],), "truncation": ("disabled",), "functions": ([],),
+}  # fmt: skip
+SAMPLING = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+class Body(BaseModel):
+    """A body in which unknown fields and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StreamOptions(Body):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # no event is padded
+
+
+class Completing(Body):
+    """The fields of every request for a completion, with OpenAI's defaults."""
+
+    model: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    stop: str | list[str] = Field(default_factory=list)
+    seed: int | None = None
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which a completion ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, **more: Any) -> Sampling:
+        """The engine's settings. Raises Refusal for values out of range.
+
+        Args:
+            more: what the fields here do not say.
+        """
+        try:
+            biases = {int(token): value for token, value in self.logit_bias.items()}
+        except ValueError:
+            raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
+        given = {name: getattr(self, name) for name in SAMPLING}
+        try:
+            return Sampling(
+                **given, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
+            )
+        except LorafoldError as error:
+            name = str(error).partition(":")[0]
+            raise Refusal(400, "invalid_value", str(error), name) from None
+
+
+B = TypeVar("B", bound=Body)
+
+
+def read_body(kind: type[B], content: bytes) -> B:
+    """The body of a request. Raises Refusal, which names the first field that is wrong.
+
+    Args:
+        kind: its type.
+        content: JSON of at most 200 levels.
+    """
+    try:
+        found = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(400, "invalid_json", f"body: found no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Refusal(400, "invalid_json", "body: expected a JSON object")
+    given = {}
+    for name, value in found.items():
+        if value is None or (name in HARMLESS and name not in kind.model_fields):
+            continue
+        if name in NEUTRAL and name not in kind.model_fields and value in NEUTRAL[name]:
+            continue
+        if name not in kind.model_fields:
+            told = f"{name[:80]}: it is not supported, and the answer may change without it"
+            raise Refusal(400, "unsupported_parameter", told, name[:80])
+        given[name] = value
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise Refusal(400, "missing_parameter", f"{where}: expected a value", where) from None
+        raise wrong(where, f"{first['msg'][:1].lower()}{first['msg'][1:]}") from None
