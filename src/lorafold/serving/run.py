@@ -118,7 +118,7 @@ def server_of(
         return Engine(
             base, tokenizer, slots=settings.slots, length=settings.length, adapter_bytes=room,
             budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
-            weights=settings.weights,
+            weights=settings.weights, prefix_reuse=settings.prefix_reuse,
         )  # fmt: skip
 
     name = Path(model).resolve().name if Path(model).exists() else model

@@ -53,6 +53,7 @@ class Settings(Strict):
         tokens of prompts that are read between two steps.
     adapter_bytes: The most bytes of adapters in memory (None: half of what is free).
     strikes: Requests with logits that are not finite after which an adapter is quarantined.
+    prefix_reuse: Start a prompt from what an earlier one of the same tenant and adapter left.
     weights: The shares of tenants in what is computed, 1 where none is named.
     heartbeat_seconds: After so long without a step the server is not ready.
     drain_seconds: How long running requests have to end after SIGTERM.
@@ -69,6 +70,7 @@ class Settings(Strict):
     prompt_budget: PositiveInt = 512
     adapter_bytes: PositiveInt | None = None
     strikes: PositiveInt = 3
+    prefix_reuse: bool = True
     weights: dict[str, PositiveFloat] = {}
     heartbeat_seconds: PositiveFloat = 30
     drain_seconds: PositiveFloat = 30

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_json
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorafold.engine import Ended, Token
+from lorafold.engine.text import INCOMPLETE
 
 DONE = b"data: [DONE]\n\n"
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level BPE
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 
 
@@ -45,6 +50,23 @@ class Tokens:
         """A token's text; a part of a character has the replacement character."""
         return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
+    def bytes(self, token: int) -> bytes:
+        """A token's bytes, also where they are a part of a character."""
+        text, piece = self.text(token), str(self._tokenizer.convert_ids_to_tokens(token))
+        if INCOMPLETE not in text:
+            return text.encode()
+        if hexadecimal := BYTE.fullmatch(piece):
+            return bytes.fromhex(hexadecimal[1])
+        known = all(character in BYTES for character in piece)
+        return bytes(BYTES[character] for character in piece) if known else text.encode()
+
+    def name(self, token: int) -> str:
+        """A token's text, or its bytes where they are a part of a character, so that no two tokens
+        are named alike.
+        """
+        text = self.text(token)
+        return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
+
     def chat(self, tokens: Sequence[Token], top: int) -> dict[str, Any]:
         """Log probabilities as chat completions have them.
 
@@ -54,8 +76,9 @@ class Tokens:
         """
 
         def one(token: int, logprob: float) -> dict[str, Any]:
-            text = self.text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {
+                "token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token)),
+            }  # fmt: skip
 
         return {
             "content": [
@@ -72,14 +95,14 @@ class Tokens:
             top: how many of the most likely ones are listed beside each.
             offset: where in the completion's text the first one begins.
         """
-        texts, offsets = [self.text(t.token) for t in tokens], []
-        for text in texts:
+        texts, offsets = [self.name(t.token) for t in tokens], []
+        for t in tokens:
             offsets.append(offset)
-            offset += len(text)
+            offset += len(t.text)
         return {
             "tokens": texts,
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{self.text(i): p for i, p in t.top[:top]} for t in tokens],
+            "top_logprobs": [{self.name(i): p for i, p in t.top[:top]} for t in tokens],
             "text_offset": offsets,
         }
 

@@ -1,0 +1,322 @@
+"""The API, as the `openai` package sees it: every answer has to be of that package's types."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import openai
+import pytest
+from openai.types.responses import Response
+
+import lorafold as lf
+from conftest import make_model_dir
+from serving_cases import TOOL_TEMPLATE, Running, running, saved
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A llama with a chat template that shows tools, and two adapters."""
+    folder = tmp_path_factory.mktemp("serving")
+    model = make_model_dir("llama", folder / "base")
+    (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    adapters = saved(model, {"a": lf.LoRA(rank=2), "b": lf.DoRA()}, folder / "adapters")
+    with running(model, adapters) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_models_are_the_base_and_its_adapters(client, server):
+    listed = client.models.list().data
+    assert [m.id for m in listed] == ["base", "a", "b"]
+    a: Any = client.models.retrieve("a")
+    assert (a.parent, a.method, a.rank, a.state) == ("base", "lora", 2, "resident")
+    assert a.digest == server.parts.registry.found["a"].digest
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.models.retrieve("nobody")
+
+
+@pytest.mark.parametrize("model", ["base", "a", "b"])
+def test_a_stream_has_the_text_of_the_whole_answer(client, model):
+    asked: Any = {
+        "model": model, "messages": ASK, "temperature": 0, "max_completion_tokens": 12,
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked)
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options=options))
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 12
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 12
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_adapters_differ_from_the_base_and_from_each_other(server):
+    texts = {m: server.text(m, "The quick brown", max_tokens=16) for m in ("base", "a", "b")}
+    assert len(set(texts.values())) == 3
+    digest = server.parts.registry.found["a"].digest
+    assert server.text(f"a@{digest[:12]}", "The quick brown", max_tokens=16) == texts["a"]
+    assert server.complete("a@" + "0" * 12, "The").code == "model_not_found"
+
+
+def test_many_at_once_from_the_asynchronous_client(server):
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+
+            async def one(i: int) -> str:
+                stream = await client.completions.create(
+                    model=("base", "a", "b")[i % 3], prompt=f"Number {i}", max_tokens=6,
+                    temperature=0, stream=True, extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return list(await asyncio.gather(*map(one, range(12))))
+
+    for i, text in enumerate(asyncio.run(all_of_them())):
+        assert text == server.text(("base", "a", "b")[i % 3], f"Number {i}", max_tokens=6)
+
+
+def test_choices_have_seeds_of_their_own_that_repeat(client):
+    asked: Any = {
+        "model": "a", "prompt": ["The", "A dog"], "n": 2, "seed": 7, "max_tokens": 8,
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    first, again = (client.completions.create(**asked) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    assert texts[0] != texts[1]
+    assert first.usage.completion_tokens == 32
+    assert client.completions.create(**asked | {"seed": 8}).choices[0].text != texts[0]
+
+
+def test_tokens_go_in_and_come_out(client, server):
+    found = server.ask("/tokenize", {"prompt": "The quick brown", "return_token_strs": True}).json
+    assert "".join(found["token_strs"]) == "The quick brown"
+    assert found["count"] == len(found["tokens"])
+    assert found["max_model_len"] == 512
+    back = server.ask("/detokenize", {"tokens": found["tokens"]}).json
+    assert back == {"prompt": "The quick brown"}
+    asked = {"max_tokens": 5, "return_token_ids": True}
+    text = server.complete("a", "The quick brown", **asked).json["choices"][0]
+    ids = server.complete("a", found["tokens"], **asked).json["choices"][0]
+    assert ids == text
+    assert ids["prompt_token_ids"] == found["tokens"]
+    assert len(ids["token_ids"]) == 5
+    streamed = server.complete("a", found["tokens"], **asked, stream=True).events
+    assert [t for e in streamed for t in e["choices"][0].get("token_ids", [])] == ids["token_ids"]
+
+
+def test_logprobs_of_both_kinds(client, server):
+    asked: Any = {"model": "a", "max_tokens": 4, "temperature": 0}
+    asked["extra_body"] = {"ignore_eos": True}
+    chat = client.chat.completions.create(messages=ASK, logprobs=True, top_logprobs=3, **asked)
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 4
+    assert all(one.token == one.top_logprobs[0].token for one in content)
+    assert all(len(one.top_logprobs) == 3 and one.logprob <= 0 for one in content)
+    plain = client.completions.create(prompt="The", logprobs=2, **asked).choices[0]
+    assert len(plain.logprobs.tokens) == len(plain.logprobs.text_offset) == 4
+    assert plain.logprobs.token_logprobs[0] == max(plain.logprobs.top_logprobs[0].values())
+    whole = b"".join(bytes(one.bytes) for one in content)
+    assert whole.decode(errors="replace") == chat.choices[0].message.content
+    streamed = list(
+        client.chat.completions.create(messages=ASK, logprobs=True, stream=True, **asked)
+    )
+    found = [c.choices[0].logprobs.content[0].token for c in streamed if c.choices[0].logprobs]
+    assert found == [one.token for one in content]
+
+
+def test_stop_bias_and_end(server):
+    text = server.text("a", "The", max_tokens=24)
+    stop = text[4:7]
+    assert server.text("a", "The", max_tokens=24, stop=stop) == text[: text.index(stop)]
+    found = server.complete("a", "The", logit_bias={"70": 100}, max_tokens=3, return_token_ids=True)
+    assert found.json["choices"][0]["token_ids"] == [70, 70, 70]
+    end = server.parts.renderer.tokenizer.eos_token_id
+    ended = server.complete("a", "The", logit_bias={str(end): 100}, ignore_eos=False).json
+    assert ended["choices"][0] == {
+        "index": 0, "text": "", "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+
+
+def test_answers_fit_a_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"day": {"enum": ["friday", "sunday"]}, "people": {"enum": [2, 4]}},
+        "required": ["day", "people"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "table", "schema": schema}}
+    for model in ("base", "a"):
+        found = client.chat.completions.create(model=model, messages=ASK, response_format=form)
+        value = json.loads(found.choices[0].message.content)
+        assert value["day"] in ("friday", "sunday")
+        assert value["people"] in (2, 4)
+        assert found.choices[0].finish_reason == "stop"
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_is_forced_and_read_back(client, choice):
+    asked: Any = {"model": "a", "messages": ASK, "tools": [WEATHER], "tool_choice": choice}
+    asked["seed"] = 1
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content is None
+    call = whole.message.tool_calls[0]
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    calls = [t for c in chunks for t in c.choices[0].delta.tool_calls or []]
+    assert [c.function.arguments for c in calls] == [call.function.arguments]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert not any(c.choices[0].delta.content for c in chunks)
+    told = [
+        *ASK,
+        whole.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "18 degrees"},
+    ]
+    after = client.chat.completions.create(model="a", messages=told, tools=[WEATHER], max_tokens=4)
+    assert after.usage.prompt_tokens > 0
+
+
+def test_responses_are_the_same_turn(client, server):
+    asked: Any = {"model": "a", "temperature": 0, "max_output_tokens": 10}
+    found = client.responses.create(input="What is the weather in Rome?", **asked)
+    chat = client.chat.completions.create(model="a", messages=ASK, temperature=0, max_tokens=10)
+    assert found.output_text == chat.choices[0].message.content
+    assert found.usage.output_tokens == chat.usage.completion_tokens
+    assert found.status in ("completed", "incomplete")
+    events = list(client.responses.create(input=ASK, stream=True, **asked))
+    assert events[0].type == "response.created"
+    assert events[-1].type == f"response.{found.status}"
+    deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert "".join(deltas) == found.output_text == events[-1].response.output_text
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    tool = {"type": "function", **WEATHER["function"]}
+    called = client.responses.create(
+        model="a", input=ASK, tools=[tool], tool_choice="required", instructions="Call."
+    )
+    call = called.output[0]
+    assert (call.type, call.name) == ("function_call", "weather")
+    more = [
+        *ASK,
+        {"type": "function_call", "call_id": call.call_id, "name": call.name,
+         "arguments": call.arguments},
+        {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"},
+    ]  # fmt: skip
+    again = client.responses.create(input=more, tools=[tool], **asked)
+    raw = server.ask("/v1/responses", {"model": "a", "input": "Hello"}).json
+    Response.model_validate(raw, strict=False)
+    assert again.usage.input_tokens > called.usage.input_tokens
+
+
+def test_curl_gets_what_the_client_gets(server):
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    body = {"model": "a", "prompt": "The", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    command = [
+        "curl", "-sS", "--fail-with-body", f"{server.url}/v1/completions", "-H",
+        "Content-Type: application/json", "-d", json.dumps(body),
+    ]  # fmt: skip
+    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert json.loads(out)["choices"][0]["text"] == server.text("a", "The", max_tokens=6)
+
+
+CHAT = {"model": "a", "messages": ASK}
+PLAIN = {"model": "a", "prompt": "The"}
+TURNS = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "param"),
+    [
+        (TURNS, CHAT | {"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
+        (TURNS, CHAT | {"top_a": 0.5}, "unsupported_parameter", "top_a"),
+        (TURNS, CHAT | {"store": True}, "unsupported_parameter", "store"),
+        (TURNS, CHAT | {"temperature": -1}, "invalid_value", "temperature"),
+        (TURNS, CHAT | {"temperature": "0.5"}, "invalid_value", "temperature"),
+        (TURNS, CHAT | {"top_p": 0}, "invalid_value", "top_p"),
+        (TURNS, CHAT | {"n": 1000000}, "invalid_value", "n"),
+        (TURNS, CHAT | {"n": 0}, "invalid_value", "n"),
+        (TURNS, CHAT | {"stop": ["x"] * 10000}, "invalid_value", "stop"),
+        (TURNS, CHAT | {"stop": [""]}, "invalid_value", "stop"),
+        (TURNS, CHAT | {"max_tokens": -5}, "invalid_value", "max_tokens"),
+        (TURNS, CHAT | {"max_tokens": 100000}, "context_length_exceeded", "messages"),
+        (TURNS, CHAT | {"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+        (TURNS, CHAT | {"logprobs": True, "top_logprobs": 21}, "invalid_value", "logprobs"),
+        (TURNS, CHAT | {"response_format": {"type": "xml"}}, "invalid_value", "response_format"),
+        (TURNS, CHAT | {"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        (TURNS, CHAT | {"tools": [{"type": "web"}]}, "invalid_value", "tools[0].name"),
+        (TURNS, CHAT | {"reasoning_effort": "high"}, "invalid_value", "reasoning_effort"),
+        (TURNS, CHAT | {"chat_template_kwargs": {"x": 1}}, "invalid_value", "x"),
+        (TURNS, CHAT | {"messages": []}, "invalid_value", "messages"),
+        (TURNS, CHAT | {"messages": [{"role": "user"}]}, "invalid_value", "messages[0].content"),
+        (TURNS, CHAT | {"messages": [{"role": "me", "content": "x"}]}, "invalid_value",
+         "messages[0].role"),
+        (TURNS, {"messages": ASK}, "missing_parameter", "model"),
+        (TURNS, CHAT | {"model": "nobody"}, "model_not_found", "model"),
+        (TURNS, [1], "invalid_json", None),
+        ("/v1/completions", PLAIN | {"prompt": ""}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": []}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": [300]}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": [-1]}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": ["x"] * 99}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"echo": True}, "unsupported_parameter", "echo"),
+        ("/v1/completions", PLAIN | {"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ("/v1/completions", PLAIN | {"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+        ("/v1/completions", PLAIN | {"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
+        ("/v1/responses", {"model": "a", "input": "x", "previous_response_id": "r"},
+         "unsupported_parameter", "previous_response_id"),
+        ("/v1/responses", {"model": "a", "input": [{"type": "image"}]}, "invalid_value",
+         "input[0].type"),
+        ("/tokenize", {}, "invalid_value", "prompt"),
+        ("/detokenize", {"tokens": [10**9]}, "invalid_value", "tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(server, path, body, code, param):
+    answer = server.ask(path, body)
+    error = answer.json["error"]
+    assert answer.status in (400, 404), answer.content
+    assert (error["code"], error["param"]) == (code, param), error["message"]
+    assert "\n" not in error["message"]
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+def test_harmless_and_neutral_fields_are_accepted(server):
+    body = PLAIN | {"user": "me", "best_of": 1, "echo": False, "suffix": None, "metadata": {}}
+    assert server.ask("/v1/completions", body | {"max_tokens": 1}).status == 200
+
+
+def test_other_routes_and_types_are_refused(server):
+    assert server.ask("/v1/nothing").code == "no_route"
+    assert server.ask("/v1/completions").status == 405
+    form = {"Content-Type": "text/plain"}
+    assert server.ask("/v1/completions", PLAIN, headers=form).code == "unsupported_media_type"
