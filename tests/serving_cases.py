@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -153,6 +154,8 @@ def running(
         http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()
+        while not http.started:
+            time.sleep(0.01)
         try:
             yield Running(f"http://127.0.0.1:{port}", port, parts, folder, made)
         finally:

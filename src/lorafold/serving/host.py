@@ -121,7 +121,8 @@ class Host:
 
     def cancel(self, job: Job, why: Refusal | None = None) -> None:
         """End a job within a step."""
-        job.why = job.why or why
+        if job.end is None:
+            job.why = job.why or why
         self.engine.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
@@ -148,8 +149,12 @@ class Host:
         for job, events in found:
             job.put(events)
             self.metrics.arrived(job, events)
+            if (why := job.unread(self.settings.limits)) is not None:
+                self.cancel(job, why)
             if job.end is not None:
                 self._ends.append(time.monotonic())
+                if job.end.message:  # it may name paths, which clients do not get to see
+                    log.error("%s failed: %s", job.request.id, job.end.message)
                 if job.end.message == NOT_FINITE:
                     self.pool.submit(self._suspect, job)
 

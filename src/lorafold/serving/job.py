@@ -62,10 +62,13 @@ class Job:
             return Refusal(504, "first_token_timeout", told)
         if waited > limits.total_seconds:
             return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
-        if len(self.events) > limits.unread_tokens:
-            told = f"the client left {len(self.events)} tokens unread"
-            return Refusal(408, "slow_reader", told)
         return None
+
+    def unread(self, limits: Limits) -> Refusal | None:
+        """Why it should end now, if its client is too far behind."""
+        if len(self.events) <= limits.unread_tokens:
+            return None
+        return Refusal(408, "slow_reader", f"the client left {len(self.events)} tokens unread")
 
     @property
     def failed(self) -> Refusal | None:
@@ -77,7 +80,7 @@ class Job:
         if self.end.message == NOT_FINITE:
             told = f"{self.adapter}: the model's logits are not finite under it"
             return Refusal(500, "adapter_numerics", told, "model")
-        return Refusal(500, "not_computed", self.end.message or "it was cancelled")
+        return Refusal(500, "not_computed", "the completion failed; the server's log says why")
 
 
 class Reply:

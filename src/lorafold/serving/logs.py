@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from typing import Any
 
@@ -45,6 +46,13 @@ def set_up(as_json: bool) -> None:
     ours = logging.getLogger("lorafold")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)
+    threading.excepthook = _ended
+
+
+def _ended(dead: threading.ExceptHookArgs) -> None:
+    """Log the error that ended a thread."""
+    error = dead.exc_value
+    log.error("the thread %s ended", dead.thread and dead.thread.name, exc_info=error)
 
 
 def write(record: Record) -> None:

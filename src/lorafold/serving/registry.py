@@ -100,7 +100,7 @@ class Registry:
         states = self.engine.adapters
         with suppress(LorafoldError):
             keys = [found.key for found in list(self.found.values())]
-            self._resident = {key for key in keys if states.status(key) == "resident"}
+            self._resident = {k for k in keys if states.status(k) in ("resident", "loading")}
 
     @property
     def engine(self) -> Engine:

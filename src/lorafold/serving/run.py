@@ -52,7 +52,10 @@ def listening(settings: Settings) -> socket.socket:
         )
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        at = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        # what a client does not read stays here, where it is bounded, and not in the kernel
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+        return at
     except OSError as error:
         raise LorafoldError(
             f"--port {settings.port}: {settings.host} can't be listened at ({error.strerror})"

@@ -119,12 +119,11 @@ class Server:
                 async for one in events:
                     yield one
             except Refusal as refusal:
-                record.outcome = refusal.code
                 yield event(refusal.body)
             finally:
-                if any(job.end is None for job in reply.jobs):
-                    record.outcome = "client_left"
                 self.desk.drop(reply)
+                whys = [job.failed or job.why for job in reply.jobs]
+                record.outcome = next((why.code for why in whys if why), record.outcome)
 
         timeout = self.settings.limits.send_seconds
         return EventSourceResponse(guarded(), ping=15, sep="\n", send_timeout=timeout)
