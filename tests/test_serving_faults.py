@@ -197,7 +197,7 @@ def test_files_that_change_under_the_server(server: Running, damage, name):
     key = server.parts.registry.found["a"].key
     assert server.parts.host.engine.adapters.evict(key)
     cold = server.complete("a", "The")
-    assert (cold.status, cold.code) == (500, "not_computed")
+    assert (cold.status, cold.code) == (503, "adapter_unavailable")
     assert str(server.folder) not in cold.content.decode()
     refused = server.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN)
     assert refused.status == 400, refused.content

@@ -80,6 +80,9 @@ class Job:
         if self.end.message == NOT_FINITE:
             told = f"{self.adapter}: the model's logits are not finite under it"
             return Refusal(500, "adapter_numerics", told, "model")
+        if self.began is None:
+            told = f"{self.adapter} can't be read now; the server's log says why"
+            return Refusal(503, "adapter_unavailable", told, "model")
         return Refusal(500, "not_computed", "the completion failed; the server's log says why")
 
 
