@@ -72,7 +72,7 @@ def fastest(device: torch.device) -> Storage:
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> Story:
-    """Run all steps and write `train.jsonl`, `test.jsonl`, `adapter/`, `inside.html` and `merged/`.
+    """Run all steps and write `train.jsonl`, `test.jsonl`, `adapter/`, `adapter.html` and `merged/`.
 
     Args:
         out: The directory to write to.
@@ -119,10 +119,10 @@ def quickstart(
     side_by_side(before, after, console)
     console.rule("4  inspect: what the adapter changed")
     found = inspect(resolve_model(MODEL), out / "adapter")
-    page(found, out / "inside.html")
+    page(found, out / "adapter.html")
     for sentence in found["advice"]:
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"all figures: {out / 'inside.html'}", highlight=False, markup=False)
+    console.print(f"all figures: {out / 'adapter.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
     merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
     console.print(merged.summary(), highlight=False)
