@@ -27,7 +27,7 @@ from lorafold.serving.server import Record, Server, answer
 
 log = logging.getLogger(__name__)
 GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
-QUIET = ("/livez", "/readyz", "/health", "/metrics", "/", "/page.css", "/page.js")
+QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 HERE = ("localhost", "127.0.0.1", "::1")
 
 

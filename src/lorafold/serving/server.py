@@ -64,9 +64,14 @@ class Server:
     def __post_init__(self) -> None:
         self.tokens = Tokens(self.renderer.tokenizer)
 
-    def caller(self, request: Request) -> Caller:
-        """Who sent a request. Raises Refusal for a key that is not known."""
-        found = self.keys.caller(request.headers.get("authorization"))
+    def caller(self, request: Request, authorization: str | None = None) -> Caller:
+        """Who sent a request. Raises Refusal for a key that is not known.
+
+        Args:
+            request: the request.
+            authorization: what counts instead of its header.
+        """
+        found = self.keys.caller(authorization or request.headers.get("authorization"))
         record_of(request).tenant = found.tenant
         return found
 

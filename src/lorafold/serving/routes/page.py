@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import PurePath
+from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response
 
+from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.server import Server
 
-FILES = {
-    "": ("index.html", "text/html; charset=utf-8"),
-    "page.css": ("page.css", "text/css; charset=utf-8"),
-    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+FILES = {  # by path
+    "/": "index.html",
+    **{f"/{name}": name for name in ("page.css", "page.js", "api.js", "chat.js", "table.js")},
 }
 # nothing from elsewhere, and nothing of ours in another's frame
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
-    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
 # an adapter's page is its maker's: it may not run, send or load anything
 SHUT = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -27,26 +30,24 @@ def routes(server: Server) -> APIRouter:
     """The router."""
     router, registry = APIRouter(), server.registry
     place = files("lorafold.serving") / "page"
-    content = {name: (place / file).read_bytes() for name, (file, _) in FILES.items()}
+    content = {path: (place / file).read_bytes() for path, file in FILES.items()}
 
-    @router.get("/")
-    @router.get("/page.css")
-    @router.get("/page.js")
     async def page(request: Request) -> Response:
-        """The page and its two files."""
-        name = request.url.path.removeprefix("/")
+        """The page and its files."""
+        path = request.url.path
         headers = {
             "Content-Security-Policy": POLICY,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-cache",
         }
-        return Response(content[name], media_type=FILES[name][1], headers=headers)
+        kind = TYPES[PurePath(FILES[path]).suffix]
+        return Response(content[path], media_type=f"{kind}; charset=utf-8", headers=headers)
 
-    @router.get("/v1/adapters/{name}/page")
-    async def inspected(request: Request, name: str) -> Response:
-        """The page that `lorafold inspect` wrote for an adapter."""
-        caller = server.caller(request)
+    for path in FILES:
+        router.add_api_route(path, page)
+
+    async def shown(caller: Caller, name: str) -> Response:
         known = name in registry.found and caller.may(name)
         file = registry.directory.page(name) if known else None
         if file is None:
@@ -55,5 +56,18 @@ def routes(server: Server) -> APIRouter:
         headers = {"Content-Security-Policy": SHUT, "X-Content-Type-Options": "nosniff"}
         found = await server.host.think(file.read_bytes)
         return Response(found, media_type="text/html; charset=utf-8", headers=headers)
+
+    @router.get("/v1/adapters/{name}/page")
+    async def inspected(request: Request, name: str) -> Response:
+        """The page that `lorafold inspect` wrote for an adapter."""
+        return await shown(server.caller(request), name)
+
+    @router.post("/v1/adapters/{name}/page")
+    async def opened(request: Request, name: str) -> Response:
+        """The same for a form, whose field has the key: a browser that opens a page sends no header
+        of ours, and a key in an address would be kept in histories and logs.
+        """
+        form = parse_qs((await request.body()).decode("ascii", "replace"))
+        return await shown(server.caller(request, f"Bearer {form.get('key', [''])[0]}"), name)
 
     return router
