@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
+from playwright.sync_api import sync_playwright
 from rich.console import Console
 from typer.testing import CliRunner
 
+from browser_cases import open_browser
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.step.recipe import Recipe
@@ -137,11 +138,10 @@ def test_the_command_writes_the_page(tiny_model_dir: Any, tmp_path: Path) -> Non
 
 
 def test_a_page_looks_right_in_a_browser(tiny_model_dir: Any, tmp_path: Path) -> None:
-    sync = pytest.importorskip("playwright.sync_api")
     page_file = tmp_path / "page.html"
     previewed(tiny_model_dir("llama"), [ROWS["both"]], page_file, chat_template="tools")
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch()
+    with sync_playwright() as play:
+        browser = open_browser(play)
         page = browser.new_page(viewport={"width": 400, "height": 800})
         page.goto(page_file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 400

@@ -72,7 +72,8 @@ def fastest(device: torch.device) -> Storage:
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> Story:
-    """Run all steps and write `train.jsonl`, `test.jsonl`, `adapter/`, `adapter.html` and `merged/`.
+    """Run all steps and write `train.jsonl`, `test.jsonl`, `adapter/`, `adapter.html` and
+    `merged/`.
 
     Args:
         out: The directory to write to.
