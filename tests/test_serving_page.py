@@ -191,8 +191,9 @@ def test_stop_ends_both_answers_here_and_in_the_server(
 
 
 def test_the_table_has_every_model_and_follows_it_without_losing_the_focus(
-    visit: Any, site: Site
+    visit: Any, site: Site, caplog: Any
 ) -> None:
+    caplog.set_level("INFO", "lorafold")
     page = visit("?left=lora&right=lora")
     rows, base = page.locator("#rows tr"), site.server.registry.base
     sync.expect(rows).to_have_count(4)
@@ -217,6 +218,8 @@ def test_the_table_has_every_model_and_follows_it_without_losing_the_focus(
     for name in ("dora", "lora"):
         site.server.registry.load(name)
     sync.expect(rows).to_have_count(4)
+    assert "path=/v1/chat/completions" in caplog.text
+    assert "path=/v1/models" not in caplog.text  # it is asked for once a second
 
 
 def test_what_is_refused_is_told_as_text(visit: Any) -> None:

@@ -28,6 +28,7 @@ from lorafold.serving.server import Record, Server, answer
 log = logging.getLogger(__name__)
 GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
+POLLED = "/v1/models"  # by the page, once a second
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -115,7 +116,7 @@ class Gate:
         return Refusal(413, "body_too_large", f"body: expected at most {self._most:,} bytes")
 
     def _ended(self, record: Record) -> None:
-        if record.path in QUIET:
+        if record.path in QUIET or (record.path == POLLED and record.status < 400):
             return
         if record.status >= 400 and record.outcome == "ok":
             record.outcome = f"status_{record.status}"

@@ -169,7 +169,7 @@ function toldBy(error) {
   return error.code ? `${error.message} (${error.code})` : error.message;
 }
 
-const ENDS = { length: "cut at the most new tokens (length)" };
+const ENDS = { length: "cut off (length)" };
 
 const counted = (tokens) => `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
 

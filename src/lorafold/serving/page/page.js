@@ -27,7 +27,7 @@ async function refresh() {
 
 function unlock() {
   $("door").hidden = true;
-  $("chat").hidden = $("adapters").hidden = false;
+  $("parts").hidden = $("chat").hidden = $("adapters").hidden = false;
   $("forget").hidden = !key.get();
 }
 
@@ -36,7 +36,7 @@ function lock() {
   write("key-wrong", key.get() && "The server does not know this key.");
   write("trouble", "");
   key.forget();
-  $("chat").hidden = $("adapters").hidden = $("forget").hidden = true;
+  $("parts").hidden = $("chat").hidden = $("adapters").hidden = $("forget").hidden = true;
   $("door").hidden = false;
   $("key").focus();
 }
