@@ -9,19 +9,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlencode
-from urllib.request import Request, urlopen
 
 import playwright.sync_api as sync
 import pytest
 
 from browser_cases import CONTRASTS, open_browser
-from engine_cases import METHODS, save_adapters
-from lorafold.serving.keys import new_key
+from engine_cases import METHODS
 from lorafold.serving.registry import Target
-from lorafold.serving.server import Server
-from page_cases import running
+from serving_cases import Running, running, saved
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 LOOKS = [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light"), (PHONE, "dark")]
@@ -31,28 +28,19 @@ EVIL = "<img src=x onerror=\"document.title='taken'\">"
 INSPECTED = "<style>h1 { color: rgb(1, 2, 3) }</style><h1>Inside</h1><script>h1.remove()</script>"
 
 
-class Site(NamedTuple):
-    """A server with its address, and what it was made of."""
-
-    url: str
-    server: Server
-    model: Path
-    adapters: Path
+@pytest.fixture(scope="module")
+def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
+    specs = {name: METHODS[name] for name in ("dora", "lora")}
+    folder = saved(tiny_model_dir("llama"), specs, tmp_path_factory.mktemp("page") / "adapters")
+    (folder / "lora.html").write_text(INSPECTED)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model: Any, tmp_path_factory: Any) -> Path:
-    directory = tmp_path_factory.mktemp("adapters")
-    save_adapters(tiny_model("llama"), directory, {k: METHODS[k] for k in ("dora", "lora")})
-    (directory / "lora.html").write_text(INSPECTED)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def site(tiny_model_dir: Any, adapters: Path) -> Iterator[Site]:
-    with running(tiny_model_dir("llama"), adapters) as (url, server):
-        server.registry.point("newest", (Target(adapter="lora"),))
-        yield Site(url, server, tiny_model_dir("llama"), adapters)
+def site(tiny_model_dir: Any, adapters: Path) -> Iterator[Running]:
+    with running(tiny_model_dir("llama"), adapters) as server:
+        server.parts.registry.point("newest", (Target(adapter="lora"),))
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +52,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
+def visit(browser: Any, site: Running) -> Iterator[Callable[..., Any]]:
     """Open the page, and fail if it asked another host for anything, missed a file of its own, or
     wrote to the console. What the API refuses the browser writes there itself.
     """
@@ -106,21 +94,18 @@ def answered(page: Any) -> list[str]:
     return page.locator("li:last-child .said").evaluate_all("all => all.map(p => p.textContent)")
 
 
-def completion(site: Site, model: str, *messages: str, length: int = 24) -> str:
+def completion(site: Running, model: str, *messages: str, length: int = 24) -> str:
     """The API's own answer to a conversation of user and assistant in turns."""
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
     body = {"model": model, "messages": turns, "temperature": 0, "max_tokens": length}
-    headers = {"Content-Type": "application/json"}
-    asked = Request(f"{site.url}/v1/chat/completions", json.dumps(body).encode(), headers)
-    with urlopen(asked) as response:
-        return json.load(response)["choices"][0]["message"]["content"]
+    return site.ask("/v1/chat/completions", body).json["choices"][0]["message"]["content"]
 
 
 def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(
-    visit: Any, site: Site
+    visit: Any, site: Running
 ) -> None:
-    page, base = visit(), site.server.registry.base
+    page, base = visit(), site.parts.registry.base
     assert page.locator("#left").input_value() == base
     assert page.locator("#right").input_value() == "dora"
     first = ask(page, "Book a table")
@@ -143,7 +128,7 @@ def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(
     assert ask(page, "Book a table") == first
 
 
-def test_a_system_message_and_the_choice_of_models_count(visit: Any, site: Site) -> None:
+def test_a_system_message_and_the_choice_of_models_count(visit: Any, site: Running) -> None:
     page = visit("?left=newest&right=lora")
     page.click("#options summary")
     page.fill("#system", "Be brief.")
@@ -165,9 +150,9 @@ def test_a_system_message_and_the_choice_of_models_count(visit: Any, site: Site)
 
 
 def test_stop_ends_both_answers_here_and_in_the_server(
-    visit: Any, site: Site, monkeypatch: Any
+    visit: Any, site: Running, monkeypatch: Any
 ) -> None:
-    engine = site.server.host.engine
+    engine = site.parts.host.engine
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or step())
     for press in ("#stop", "Escape"):
@@ -185,17 +170,17 @@ def test_stop_ends_both_answers_here_and_in_the_server(
             assert numbers.endswith("stopped")
         assert page.evaluate("document.activeElement.id") == "question"
         until = time.monotonic() + 5
-        while site.server.host.jobs:
+        while not site.idle():
             assert time.monotonic() < until
             time.sleep(0.05)
 
 
 def test_the_table_has_every_model_and_follows_it_without_losing_the_focus(
-    visit: Any, site: Site, caplog: Any
+    visit: Any, site: Running, caplog: Any
 ) -> None:
     caplog.set_level("INFO", "lorafold")
     page = visit("?left=lora&right=lora")
-    rows, base = page.locator("#rows tr"), site.server.registry.base
+    rows, base = page.locator("#rows tr"), site.parts.registry.base
     sync.expect(rows).to_have_count(4)
     texts = [row.inner_text().split("\t") for row in rows.all()]
     assert [row[0] for row in texts] == [base, "dora", "lora", "newest"]
@@ -211,12 +196,12 @@ def test_the_table_has_every_model_and_follows_it_without_losing_the_focus(
     assert row.locator("td").nth(6).inner_text().endswith(" ms")
     assert page.evaluate("document.activeElement.closest('tr').dataset.mine") == "yes"
 
-    site.server.registry.quarantine("lora", "the test put it there")
+    site.parts.registry.quarantine("lora", "the test put it there")
     sync.expect(row.locator(".state")).to_have_text("quarantined")
-    site.server.registry.unload("dora")
+    site.parts.registry.unload("dora")
     sync.expect(rows).to_have_count(3)
     for name in ("dora", "lora"):
-        site.server.registry.load(name)
+        site.parts.registry.load(name)
     sync.expect(rows).to_have_count(4)
     assert "path=/v1/chat/completions" in caplog.text
     assert "path=/v1/models" not in caplog.text  # it is asked for once a second
@@ -306,12 +291,10 @@ def test_the_keyboard_is_enough_and_everything_has_a_name(visit: Any) -> None:
 
 
 def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(
-    visit: Any, tiny_model_dir: Any, adapters: Path, tmp_path: Path
+    visit: Any, tiny_model_dir: Any, adapters: Path
 ) -> None:
-    key = new_key(tmp_path / "keys.json", "acme", ["lora"])
-    how = {"keys": tmp_path / "keys.json", "state": tmp_path / "state.json"}
-    with running(tiny_model_dir("llama"), adapters, **how) as (url, _):
-        page = visit(url=url)
+    with running(tiny_model_dir("llama"), adapters, {"acme": ["lora"]}) as server:
+        page, key = visit(url=server.url), server.keys["acme"]
         field, chat = page.get_by_label("Key", exact=True), page.locator("#chat")
         sync.expect(field).to_be_focused()
         assert field.get_attribute("type") == "password"
@@ -354,22 +337,21 @@ def see_inspected(page: Any) -> None:
 
 
 def test_a_server_that_is_gone_is_told_and_waited_for(
-    visit: Any, site: Site, tmp_path: Path
+    visit: Any, site: Running, tiny_model_dir: Any, adapters: Path
 ) -> None:
-    how = {"state": tmp_path / "state.json"}
-    with running(site.model, site.adapters, **how) as (url, server):
-        page = visit(url=url)
+    with running(tiny_model_dir("llama"), adapters) as server:
+        page = visit(url=server.url)
         trouble = page.locator("#trouble")
-        sync.expect(page.locator("#rows tr")).to_have_count(3)
+        sync.expect(page.locator("#rows tr")).to_have_count(4)
         sync.expect(trouble).to_be_empty()
-        server.host.draining = True
+        server.parts.host.draining = True
         sync.expect(trouble).to_contain_text("not ready: the server is about to end")
-        server.host.draining = False
+        server.parts.host.draining = False
         sync.expect(trouble).to_be_empty()
     sync.expect(trouble).to_contain_text("does not answer")
     ask(page, "Hello")
     for told in page.locator(".answer .error").all_text_contents():
         assert told.startswith("The connection to the server was lost")
-    with running(site.model, site.adapters, port=int(url.rpartition(":")[2]), **how):
+    with running(tiny_model_dir("llama"), adapters, port=server.port):
         sync.expect(trouble).to_be_empty()
-        assert ask(page, "Hello")[0] == completion(site, site.server.registry.base, "Hello")
+        assert ask(page, "Hello")[0] == completion(site, site.parts.registry.base, "Hello")
