@@ -10,19 +10,21 @@ let locked = false;
 
 async function refresh() {
   if (locked || document.visibilityState !== "visible") return;
+  let listed, why;
   try {
-    const [listed, why] = await Promise.all([models(), unready()]);
-    unlock();
-    offer(listed);
-    show(listed);
-    const adapters = listed.filter((model) => model.digest).length;
-    write("served", `${listed[0].id}, ${adapters} ${adapters === 1 ? "adapter" : "adapters"}`);
-    write("trouble", why && `The server is not ready: ${why}. This page keeps trying.`);
+    [listed, why] = await Promise.all([models(), unready()]);
   } catch (error) {
     if (error.status === 401) lock();
     else if (error.status) write("trouble", `The server refuses: ${error.message}`);
     else write("trouble", "The server does not answer. This page keeps trying.");
+    return;
   }
+  unlock();
+  offer(listed);
+  show(listed);
+  const adapters = listed.filter((model) => model.digest).length;
+  write("served", `${listed[0].id}, ${adapters} ${adapters === 1 ? "adapter" : "adapters"}`);
+  write("trouble", why && `The server is not ready: ${why}. This page keeps trying.`);
 }
 
 function unlock() {
