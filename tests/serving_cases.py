@@ -22,11 +22,12 @@ import uvicorn
 from rich.console import Console
 
 from engine_cases import save_adapters
+from lorafold.api.opened import opened
 from lorafold.models.loading import load_model
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys, new_key
-from lorafold.serving.run import listening, server_of
+from lorafold.serving.run import Base, listening, server_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 
@@ -144,12 +145,12 @@ def running(
         | ({"keys": files / "keys.json"} if keys is not None else {})
         | settings
     )
+    base = Base(model_dir.name, lambda: opened(model_dir, storage="fp32"))
     with listening(chosen) as at:
         quiet, port = Console(quiet=True), at.getsockname()[1]
         parts = server_of(
-            str(model_dir), Directory(folder), Keys(chosen.keys, chosen.admin_key), chosen, quiet,
-            {"storage": "fp32"},
-        )  # fmt: skip
+            base, Directory(folder), Keys(chosen.keys, chosen.admin_key), chosen, quiet
+        )
         app = application(parts)
         http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))

@@ -61,7 +61,8 @@ def _load(name: str) -> Any:
     below = getattr(module, "BELOW", {})  # commands of a command
     if below:
         one.callback(invoke_without_command=True)(module.command)
-        for inner, function in below.items():
+        for inner, place in below.items():
+            function = importlib.import_module(f"lorafold.cli.{place}").command
             one.command(inner, cls=Command)(function)
     else:
         one.command(name, cls=Command, epilog=getattr(module, "EPILOG", None))(module.command)

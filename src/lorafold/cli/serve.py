@@ -1,6 +1,6 @@
 """`lorafold serve`: a base and its adapters behind an OpenAI-compatible API."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +66,8 @@ def command(
     """
     if context.invoked_subcommand is not None:
         return
-    from lorafold.serving.run import serve
+    from lorafold.api.opened import opened
+    from lorafold.serving.run import Base, serve
     from lorafold.serving.settings import read_settings
 
     if model is None or adapters is None:
@@ -77,32 +78,12 @@ def command(
         "json_logs": json_logs or None,
     }  # fmt: skip
     settings = read_settings(config, given)
-    how = {"storage": storage, "revision": revision, "device": device}
-    serve(model, adapters, settings, messages(), how, open_page)
+    console = messages()
+    name = Path(model).resolve().name if Path(model).exists() else model
+    load = partial(
+        opened, model, storage=storage, revision=revision, device=device, console=console
+    )
+    serve(Base(name, load), adapters, settings, console, open_page)
 
 
-def new_key(
-    tenant: Annotated[str, typer.Argument(help="Whose key it is.")],
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapters",
-            help="The adapters and aliases that the key may use, as a glob such as 'acme-*'."
-            " Repeat it for more. Without it all.",
-        ),
-    ] = None,
-    keys: Annotated[
-        Path, typer.Option(help="The file of keys, which is made if there is none.")
-    ] = Path("keys.json"),
-) -> None:
-    """Make a key for a tenant: it is printed once, and the file keeps its hash.
-
-    A running server reads the file again when it changes; delete an entry to revoke its key.
-    """
-    from lorafold.serving.keys import new_key as make
-
-    typer.echo(make(keys, tenant, adapters or ["*"]))
-    print(f"{tenant}: written to {keys}; the key itself is kept nowhere", file=sys.stderr)
-
-
-BELOW = {"new-key": new_key}
+BELOW = {"new-key": "serve_new_key"}  # commands of this one, each in a module

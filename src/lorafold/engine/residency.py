@@ -74,19 +74,18 @@ class Residency:
         return done
 
     def know(self, name: str, path: str | Path, digest: str) -> None:
-        """Make an adapter known under a name without reading it, which a request will; it must have
-        that digest then.
+        """Make an adapter known without reading it, which a request will.
+
+        Args:
+            name: the name for requests.
+            path: the adapter's directory.
+            digest: what its files must have when they are read.
         """
         with self._lock:
             self._put(Entry(name, Path(path), digest, next(self._generations)), State())
 
     def adopt(self, name: str, make: Callable[[Entry], Held]) -> None:
-        """Make an adapter known under a name that has no files; it stays in memory until `unload`.
-
-        Args:
-            name: the name for requests.
-            make: makes it.
-        """
+        """Make an adapter known under a name that has no files; it stays in memory until `unload`."""
         with self._lock:
             entry, state = Entry(name, None, "", next(self._generations)), State()
             state.hold(make(entry), next(self._clock))

@@ -28,6 +28,7 @@ from lorafold.serving.server import Record, Server, answer
 log = logging.getLogger(__name__)
 GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
+ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 POLLED = "/v1/models"  # by the page, once a second
 HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -120,7 +121,7 @@ class Gate:
             return
         if record.status >= 400 and record.outcome == "ok":
             record.outcome = f"status_{record.status}"
-        if record.path.startswith("/v1/") and record.method == "POST":
+        if record.path in ASKED:
             metrics = self.server.metrics
             metrics.ended(record.tenant or "none", record.adapter or "none", record.outcome)
         logs.write(record)

@@ -13,14 +13,14 @@ import os
 import signal
 import socket
 import webbrowser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from lorafold.api.opened import opened
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens
@@ -39,6 +39,15 @@ from lorafold.serving.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model: the name by which requests ask for it, and what loads it and its tokenizer."""
+
+    name: str
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -63,28 +72,26 @@ def listening(settings: Settings) -> socket.socket:
 
 
 def serve(
-    model: str,
+    base: Base,
     adapters: Path,
     settings: Settings,
     console: Console,
-    how: Mapping[str, Any],
     open_page: bool = False,
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
-        model: the base's name or path.
+        base: the model.
         adapters: the directory of adapters.
         settings: everything else.
         console: for what the user has to know.
-        how: further arguments of `opened`, such as the storage.
         open_page: open the page in a browser.
 
     Raises LorafoldError for a model that can't be loaded, and as `listening` does.
     """
     directory, keys = Directory(adapters), Keys(settings.keys, settings.admin_key)
     with listening(settings) as at:
-        server = server_of(model, directory, keys, settings, console, how)
+        server = server_of(base, directory, keys, settings, console)
         address = f"{settings.host}:{at.getsockname()[1]}"
         _tell(server, address, console)
         logs.set_up(settings.json_logs)
@@ -94,43 +101,36 @@ def serve(
 
 
 def server_of(
-    model: str,
-    directory: Directory,
-    keys: Keys,
-    settings: Settings,
-    console: Console,
-    how: Mapping[str, Any],
+    base: Base, directory: Directory, keys: Keys, settings: Settings, console: Console
 ) -> Server:
     """A server that is ready to start: the model is loaded, and every adapter verified.
 
     Args:
-        model: the base's name or path.
+        base: the model.
         directory: the adapters.
         keys: who may call.
         settings: everything else.
         console: for what the user has to know.
-        how: further arguments of `opened`.
     """
-    base, tokenizer = opened(model, console=console, **how)
-    room = settings.adapter_bytes or free_bytes(base.device) // 2
+    model, tokenizer = base.load()
+    room = settings.adapter_bytes or free_bytes(model.device) // 2
     most = settings.limits.tenant_running
     if most is None and settings.keys is not None:
         most = max(1, settings.slots * 3 // 4)
 
     def engine() -> Engine:
         return Engine(
-            base, tokenizer, slots=settings.slots, length=settings.length, adapter_bytes=room,
+            model, tokenizer, slots=settings.slots, length=settings.length, adapter_bytes=room,
             budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
             weights=settings.weights, prefix_reuse=settings.prefix_reuse,
         )  # fmt: skip
 
-    name = Path(model).resolve().name if Path(model).exists() else model
     state = settings.state or directory.path / kept.FILE
-    registry, metrics, first = Registry(name, directory, state), Metrics(), engine()
+    registry, metrics, first = Registry(base.name, directory, state), Metrics(), engine()
     with console.status("verifying adapters") as status:
         registry.open(first, lambda one: status.update(f"verifying {one}"))
     host = Host(first, engine, registry, settings, metrics)
-    desk = Desk(host, registry, end_tokens(base, tokenizer))
+    desk = Desk(host, registry, end_tokens(model, tokenizer))
     _show_gauges(metrics, host)
     return Server(settings, keys, registry, host, desk, Renderer(tokenizer), metrics)
 

@@ -90,7 +90,14 @@ class Server:
         return read_body(kind, await request.body())
 
     async def admit(self, request: Request, caller: Caller, id: str, asked: Asked) -> Reply:
-        """As `Desk.admit`, noted in the request's record."""
+        """As `Desk.admit`, noted in the request's record.
+
+        Args:
+            request: the request.
+            caller: who asks.
+            id: the name of the reply.
+            asked: what is asked.
+        """
         record = record_of(request)
         reply = await self.desk.admit(caller, id, asked)
         record.reply, record.adapter = reply, reply.chosen.name
@@ -99,6 +106,11 @@ class Server:
 
     async def whole(self, request: Request, reply: Reply, answer: Awaitable[T]) -> T:
         """What an answer is once it is complete; if the client leaves before, its completions end.
+
+        Args:
+            request: the request.
+            reply: its completions.
+            answer: gives the answer.
         """
         waiting = asyncio.ensure_future(answer)
         leaving = asyncio.create_task(_left(request))
@@ -115,7 +127,13 @@ class Server:
                     await task
 
     def stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
-        """A response of events. If the client leaves, or reads too slowly, its completions end."""
+        """A response of events. If the client leaves, or reads too slowly, its completions end.
+
+        Args:
+            request: the request.
+            reply: its completions.
+            events: the events, as bytes.
+        """
         record = record_of(request)
         record.streamed = True
 
