@@ -93,7 +93,7 @@ def test_every_command_says_what_it_does_and_what_each_option_means(name):
 
     assert importlib.import_module(f"lorafold.cli.{name}").command.__doc__
     command = _load(name)
-    assert isinstance(command, typer.core.TyperCommand)
+    assert isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup)
     assert [parameter.name for parameter in command.params if not parameter.help] == []
 
 

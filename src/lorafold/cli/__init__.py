@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lorafold.cli.groups import Command
+from lorafold.cli.groups import Above, Command
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.restart import restart_tuned
 
@@ -60,7 +60,7 @@ def _load(name: str) -> Any:
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
     below = getattr(module, "BELOW", {})  # commands of a command
     if below:
-        one.callback(invoke_without_command=True)(module.command)
+        one.callback(cls=Above, invoke_without_command=True)(module.command)
         for inner, place in below.items():
             function = importlib.import_module(f"lorafold.cli.{place}").command
             one.command(inner, cls=Command)(function)

@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from inspect import Parameter, signature
 from typing import Any, get_type_hints
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 OTHERS = "Options"
 
@@ -67,8 +67,10 @@ def _options(group: type) -> list[Parameter]:
     ]
 
 
-class Command(TyperCommand):
-    """A command whose help lists its options by panel, those without a panel first."""
+class Panels:
+    """Help that lists the options by panel, those without a panel first."""
+
+    get_params: Callable[[Any], Any]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the options of each panel."""
@@ -86,3 +88,16 @@ class Command(TyperCommand):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+class Command(Panels, TyperCommand):
+    """A command."""
+
+
+class Above(Panels, TyperGroup):
+    """A command that has commands below it, which its help lists last."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, and then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)

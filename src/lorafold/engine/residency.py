@@ -85,7 +85,7 @@ class Residency:
             self._put(Entry(name, Path(path), digest, next(self._generations)), State())
 
     def adopt(self, name: str, make: Callable[[Entry], Held]) -> None:
-        """Make an adapter known under a name that has no files; it stays in memory until `unload`."""
+        """Make an adapter without files known under a name; it stays in memory until `unload`."""
         with self._lock:
             entry, state = Entry(name, None, "", next(self._generations)), State()
             state.hold(make(entry), next(self._clock))
