@@ -17,7 +17,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,15 @@ class Server:
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[int | None], new: int
     ) -> dict[str, float]:
         """Ask for all prompts at once, each under its adapter; None is the base."""
+        with self.awake():
+            return asyncio.run(self._load(prompts, adapters, new))
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let it run."""
         self._signal(signal.SIGCONT)
         try:
-            return asyncio.run(self._load(prompts, adapters, new))
+            yield
         finally:
             self._signal(signal.SIGSTOP)
 
@@ -119,10 +126,12 @@ class Server:
             os.killpg(self.process.pid, number)
 
 
-def lorafold(model: str, adapters: Sequence[Path], folder: Path) -> Server:
-    """lorafold's own server, without prefix reuse, as the engine beside it."""
+def lorafold(model: str, adapters: Sequence[Path], folder: Path, more: str = "") -> Server:
+    """lorafold's own server, without prefix reuse, as the engine beside it; `more` are lines of its
+    settings.
+    """
     settings = folder / "serve.yaml"
-    settings.write_text("length: 256\nprefix_reuse: false\n")
+    settings.write_text(f"length: 256\nprefix_reuse: false\n{more}")
 
     def body(ids: Sequence[int], adapter: int | None, new: int) -> dict[str, Any]:
         return {

@@ -71,7 +71,7 @@ class Engine:
             the prompt begins the same; never where `invariant`. A prompt is then read in other
             chunks, which round differently in 16 bits where torch's own operations run.
         strikes: requests that fail by logits that are not finite before an adapter is refused.
-        tenant_slots: how many requests of a tenant run at a time (None: as many as there are).
+        tenant_slots: how many requests of a tenant run at a time, as `Scheduler` has it.
         weights: the shares of tenants in what is computed; 1 for one that is not named.
     """
 

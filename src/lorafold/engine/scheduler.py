@@ -32,7 +32,9 @@ class Scheduler:
         chunk: the most tokens of a row in a pass.
         budget: the most tokens of prompts in a step, with padding.
         each: read prompts one row at a time.
-        most: how many rows of a tenant run at a time.
+        most: how many rows of a tenant run at a time; half of the slots, if that is less, while
+            other tenants are there. Rows that run beside it make each of a tenant's steps longer,
+            and slots that are free let the next one begin at once. None: there is no such limit.
         weights: the shares of tenants; 1 for one that is not named.
     """
 
@@ -46,7 +48,7 @@ class Scheduler:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.slots, self.chunk, self.each = slots, chunk, each
-        self.budget, self.most = max(budget, chunk), most or slots
+        self.budget, self.most = max(budget, chunk), most
         self.waiting = Waiting(weights)
         self.running: list[Row] = []
 
@@ -58,8 +60,7 @@ class Scheduler:
         """
         asked: list[Row] = []
         for _ in range(self.slots - len(self.running)):
-            running = Counter(row.request.tenant for row in self.running)
-            row = self.waiting.first(asked, [t for t, n in running.items() if n >= self.most])
+            row = self.waiting.first(asked, self._full())
             if row is None:
                 return
             if not ready(row):
@@ -69,6 +70,17 @@ class Scheduler:
             self.running.append(row)
             self.waiting.charge(row.request.tenant, len(row.request.prompt))
             yield row
+
+    def _full(self) -> list[str]:
+        """The tenants who have all the slots that they may have."""
+        if self.most is None:
+            return []
+        running, shared = Counter(row.request.tenant for row in self.running), self.slots // 2
+        return [
+            tenant
+            for tenant, n in running.items()
+            if n >= self.most or (n >= max(1, shared) and not self.waiting.alone(tenant))
+        ]
 
     def decoding(self) -> list[Batch]:
         """The passes that decode: one for all rows that can be mixed, one for each adapter else."""

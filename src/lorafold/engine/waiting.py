@@ -13,11 +13,13 @@ in Serving Large Language Models (OSDI), algorithm 2. With one tenant rows run a
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 
 from lorafold.engine.row import Row
 
+COMPANY = 30.0  # seconds for which a tenant whose row came counts as one who shares the engine
 OUT = 2  # a token of a completion costs a pass, one of a prompt a part of one (paper, sec. 4)
 
 
@@ -32,16 +34,23 @@ class Waiting:
         self._weights = dict(weights or {})
         self._rows: dict[str, deque[Row]] = {}  # of tenants who wait
         self._given: dict[str, float] = {}
+        self._came: dict[str, float] = {}  # when a tenant's last row came
         self._last = 0.0  # the counter of whoever stopped waiting last
 
     def add(self, row: Row) -> None:
         """Let a row wait."""
         tenant = row.request.tenant
+        self._came[tenant] = time.monotonic()
         if tenant not in self._rows:
             least = min((self._given[t] for t in self._rows), default=self._last)
             self._given[tenant] = max(self._given.get(tenant, 0.0), least)
             self._rows[tenant] = deque()
         self._rows[tenant].append(row)
+
+    def alone(self, tenant: str) -> bool:
+        """Whether no other tenant's row came lately."""
+        since = time.monotonic() - COMPANY
+        return not any(came > since for other, came in self._came.items() if other != tenant)
 
     def remove(self, row: Row) -> None:
         """Let a row wait no longer."""

@@ -96,6 +96,10 @@ class Gate:
             headers = Headers(scope=scope)
             try:
                 self._check(headers)
+                if scope["path"] in ASKED and scope["method"] == "POST":
+                    # a flood is refused before its bodies are read
+                    record.tenant = self.server.keys.caller(headers.get("authorization")).tenant
+                    self.server.desk.check_room(record.tenant, 1)
             except Refusal as refusal:
                 await _response(record, refusal)(scope, receive, named)
             else:

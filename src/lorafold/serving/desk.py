@@ -80,10 +80,10 @@ class Desk:
             id: the name of the reply.
             asked: what is asked.
         """
-        self._check_room(caller.tenant, asked.n)
+        self.check_room(caller.tenant, asked.n)
         self.registry.choose(caller, asked.model)
         prompts = await self.host.think(asked.prompts)
-        self._check_room(caller.tenant, asked.n * len(prompts))
+        self.check_room(caller.tenant, asked.n * len(prompts))
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
         for _ in range(RETRIES):
             chosen = self.registry.choose(caller, asked.model)
@@ -114,7 +114,13 @@ class Desk:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))
 
-    def _check_room(self, tenant: str, n: int) -> None:
+    def check_room(self, tenant: str, n: int) -> None:
+        """Raise Refusal unless a tenant's completions may wait, or nothing is computed now.
+
+        Args:
+            tenant: the tenant.
+            n: how many completions there are.
+        """
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
         for most, waiting, code in (

@@ -25,7 +25,7 @@ class Limits(Strict):
     Seconds count from the request's arrival. `unread_tokens` is how far a client may fall behind
     its stream, `send_seconds` how long it may take none of it. A tenant has at most `tenant_queue`
     requests waiting and `tenant_running` running (None: three quarters of the slots where there is
-    a key file).
+    a key file), and not more than half of the slots run while other tenants are there.
     """
 
     body_bytes: PositiveInt = 1 << 20
