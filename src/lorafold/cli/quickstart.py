@@ -1,6 +1,9 @@
 """`lorafold quickstart`: train, evaluate, inspect and merge an adapter of the embedded model."""
 
+import os
+import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -27,7 +30,7 @@ def command(
     """
     from dataclasses import asdict
 
-    from lorafold.quickstart.story import quickstart
+    from lorafold.quickstart.story import MODEL, quickstart
 
     story = quickstart(out, messages(), overwrite=overwrite, device=device)
     found = (
@@ -37,5 +40,13 @@ def command(
     emit(
         json,
         asdict(story),
-        f"{found}; {story.train_seconds:.0f} s of training, {story.seconds:.0f} s in all",
+        f"{found}; {story.train_seconds:.0f} s of training, {story.seconds:.0f} s in all\n"
+        'ask it for "a table for four at Chez Luigi on Friday at 8pm" in the browser, beside the'
+        f" base:\n  {_this_command()} serve --model {MODEL} --adapters {quote(str(out))} --open",
     )
+
+
+def _this_command() -> str:
+    """The command as it was typed, which need not be on the PATH."""
+    typed = sys.argv[0]
+    return quote(typed) if os.path.basename(typed) == "lorafold" and os.sep in typed else "lorafold"

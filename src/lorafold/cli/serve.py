@@ -1,6 +1,7 @@
 """`lorafold serve`: a base and its adapters behind an OpenAI-compatible API."""
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ import typer
 
 from lorafold.cli.common import BASE, STORAGES, DeviceOption, messages
 from lorafold.errors import LorafoldError
+
+NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
 def command(
@@ -66,13 +69,15 @@ def command(
     """
     if context.invoked_subcommand is not None:
         return
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise LorafoldError(f"found no {', '.join(missing)}, expected it; install lorafold[serve]")
     from lorafold.api.opened import opened
     from lorafold.serving.run import Base, serve
     from lorafold.serving.settings import read_settings
 
     if model is None or adapters is None:
-        missing = "--model" if model is None else "--adapters"
-        raise LorafoldError(f"{missing}: expected it, as in --model smollm2 --adapters DIR")
+        option = "--model" if model is None else "--adapters"
+        raise LorafoldError(f"{option}: expected it, as in --model smollm2 --adapters DIR")
     given = {
         "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
         "json_logs": json_logs or None,
