@@ -12,6 +12,8 @@ import lorafold as lf
 from conftest import make_model_dir
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
+from lorafold.serving.kept import Target
+from lorafold.serving.rendering import Renderer
 from serving_cases import Running, running, saved
 
 END = "<|ends|>"
@@ -19,7 +21,8 @@ TEMPLATE = (
     "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
     "[{{ m.role }}] {{ m.content or '' }}{% for c in m.tool_calls or [] %}"
     '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
-    "</call>{% endfor %}" + END + "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    "</call>{% endfor %}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 ASK = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -70,6 +73,10 @@ def ids_of(server: Running, model: str, **asked: object) -> list[int]:
     return answer.json["tokens"]
 
 
+def renderer_of(server: Running, model: str) -> Renderer:
+    return server.parts.registry.choose(server.parts.keys.caller(None), model).renderer
+
+
 def test_an_adapter_renders_with_its_own_template(server):
     base = ids_of(server, "base")
     assert ids_of(server, "plain") == base
@@ -79,9 +86,8 @@ def test_an_adapter_renders_with_its_own_template(server):
     asked = {"model": "own", "messages": ASK, "max_tokens": 2, "return_token_ids": True}
     said = server.ask("/v1/chat/completions", asked).json
     assert said["prompt_token_ids"] == ids_of(server, "own")
-    renderer = server.parts.registry._own
-    found = server.parts.registry.found
-    assert renderer[found["own"].key] is renderer[found["same"].key]
+    assert renderer_of(server, "own") is renderer_of(server, "same")
+    assert renderer_of(server, "plain") is renderer_of(server, "base")
 
 
 def test_tools_are_for_the_adapter_whose_template_shows_them(server):
@@ -96,12 +102,34 @@ def test_tools_are_for_the_adapter_whose_template_shows_them(server):
 
 
 def test_an_adapter_s_own_end_ends_its_turn(server):
-    registry = server.parts.registry
-    words = registry._own[registry.found["words"].key]
+    words = renderer_of(server, "words")
     end = words.tokenizer.convert_tokens_to_ids(END)
-    assert end in words.ends
-    assert end >= len(registry.renderers.base.tokenizer)
-    assert end not in registry.renderers.base.ends
+    assert end == len(renderer_of(server, "base").tokenizer)
+    asked = {"messages": ASK, "max_tokens": 4, "logit_bias": {str(end): 100}}
+    said = server.ask("/v1/chat/completions", asked | {"model": "words"}).json
+    assert said["choices"][0]["finish_reason"] == "stop"
+    assert said["usage"]["completion_tokens"] == 0
+    refused = server.ask("/v1/chat/completions", asked | {"model": "base"})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "logit_bias")
+
+
+def test_a_new_template_counts_from_the_next_load_on(server):
+    """An alias renders as what it stands for, and a tokenizer that does not fit changes nothing."""
+    registry, where = server.parts.registry, server.folder / "moving"
+    shutil.copytree(server.folder / "plain", where)
+    registry.load("moving")
+    registry.point("it", (Target(adapter="moving"),))
+    assert ids_of(server, "it") == ids_of(server, "base")
+    write_tokenizer(renderer_of(server, "own").tokenizer, where)
+    registry.load("moving")
+    assert ids_of(server, "it") == ids_of(server, "own") != ids_of(server, "base")
+    shutil.copy(server.folder / "other" / "tokenizer.json", where)
+    with pytest.raises(lf.LorafoldError, match="does not fit the base: token"):
+        registry.load("moving")
+    assert ids_of(server, "it") == ids_of(server, "own")
+    assert server.text("it", "Hello")
+    registry.drop("it")
+    registry.unload("moving")
 
 
 def test_a_tokenizer_with_other_numbers_is_refused_alone(server):
@@ -137,8 +165,7 @@ def test_the_text_is_that_of_generate(server, name):
 def test_what_is_new_to_an_adapter_is_text_and_has_logprobs(server):
     """New tokens are special, so that texts leave them out; their log probabilities name them."""
     asked = {"model": "words", "messages": ASK, "logprobs": True, "top_logprobs": 20}
-    end = server.parts.registry._own[server.parts.registry.found["words"].key]
-    new = end.tokenizer.convert_tokens_to_ids("<|new|>")
+    new = renderer_of(server, "words").tokenizer.convert_tokens_to_ids("<|new|>")
     asked |= {"max_tokens": 3, "temperature": 0, "logit_bias": {str(new): 100}}
     said = server.ask("/v1/chat/completions", asked).json["choices"][0]
     assert [one["token"] for one in said["logprobs"]["content"]] == ["<|new|>"] * 3
