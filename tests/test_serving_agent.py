@@ -25,6 +25,7 @@ from serving_cases import Running, running
 pytestmark = pytest.mark.slow
 pydantic_ai = pytest.importorskip("pydantic_ai")
 Call = tuple[str, dict[str, Any]]
+KINDS = ("OpenAIChatModel", "OpenAIResponsesModel")
 
 
 class Booking(BaseModel):
@@ -63,16 +64,16 @@ def asynchronous(server: Running) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def model_of(server: Running, name: str) -> Any:
-    """A model as pydantic-ai has it; its client belongs to one event loop."""
-    from pydantic_ai.models.openai import OpenAIChatModel
+def model_of(server: Running, kind: str = KINDS[0]) -> Any:
+    """The adapter as pydantic-ai has it; its client belongs to one event loop."""
+    from pydantic_ai.models import openai as models
     from pydantic_ai.providers.openai import OpenAIProvider
 
     provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none")
-    return OpenAIChatModel(name, provider=provider, settings={"temperature": 0.0})
+    return getattr(models, kind)("calls", provider=provider, settings={"temperature": 0.0})
 
 
-def agent_of(server: Running, **more: Any) -> tuple[Any, list[Call]]:
+def agent_of(server: Running, kind: str = KINDS[0], **more: Any) -> tuple[Any, list[Call]]:
     """An agent with all functions, and the calls that reach them."""
     called: list[Call] = []
 
@@ -85,7 +86,7 @@ def agent_of(server: Running, **more: Any) -> tuple[Any, list[Call]]:
         return watching
 
     tools = [watched(function) for function in FUNCTIONS.values()]
-    return pydantic_ai.Agent(model_of(server, "calls"), tools=tools, **more), called
+    return pydantic_ai.Agent(model_of(server, kind), tools=tools, **more), called
 
 
 def unseen(n: int, seed: int) -> Iterator[tuple[str, Call, str]]:
@@ -102,9 +103,10 @@ def said(name: str, arguments: dict[str, Any]) -> str:
     return SAYS[name].format(result=FUNCTIONS[name](**arguments), **arguments)
 
 
-def test_an_agent_calls_and_answers_with_the_result(server):
-    agent, called = agent_of(server)
-    for asked, call, answer in unseen(9, seed=1):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_agent_calls_and_answers_with_the_result(server, kind):
+    agent, called = agent_of(server, kind)
+    for asked, call, answer in unseen(6, seed=1):
         called.clear()
         found = agent.run_sync(asked)
         print(f"{asked!r} -> {called} -> {found.output!r}")
@@ -115,8 +117,9 @@ def test_an_agent_calls_and_answers_with_the_result(server):
     assert called == []
 
 
-def test_an_agent_streams(server):
-    agent, called = agent_of(server, system_prompt="Be brief.")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_agent_streams(server, kind):
+    agent, called = agent_of(server, kind, system_prompt="Be brief.")
 
     async def ask(asked: str) -> list[str]:
         async with agent.run_stream(asked) as stream:
@@ -150,9 +153,9 @@ def test_an_agent_that_has_to_answer_in_a_form(server):
     from pydantic_ai import NativeOutput
 
     asked, wanted = "Book a table for 4 at The Wild Pear", Booking(place="The Wild Pear", people=4)
-    by_tool = pydantic_ai.Agent(model_of(server, "calls"), output_type=Booking)
+    by_tool = pydantic_ai.Agent(model_of(server), output_type=Booking)
     assert by_tool.run_sync(asked).output == wanted
-    by_schema = pydantic_ai.Agent(model_of(server, "calls"), output_type=NativeOutput(Booking))
+    by_schema = pydantic_ai.Agent(model_of(server), output_type=NativeOutput(Booking))
     assert isinstance(by_schema.run_sync(asked).output, Booking)
 
 

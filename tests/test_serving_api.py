@@ -226,6 +226,14 @@ def test_responses_are_the_same_turn(client, server):
     )
     call = called.output[0]
     assert (call.type, call.name) == ("function_call", "weather")
+    streamed = client.responses.create(
+        model="a", input=ASK, tools=[tool], tool_choice="required", stream=True
+    )
+    by_type = {event.type: event for event in streamed}
+    begun, done = (by_type[f"response.output_item.{when}"].item for when in ("added", "done"))
+    delta = by_type["response.function_call_arguments.delta"].delta
+    assert (begun.arguments, begun.status) == ("", "in_progress")
+    assert (done.arguments, done.status) == (delta, "completed")
     more = [
         *ASK,
         {"type": "function_call", "call_id": call.call_id, "name": call.name,
