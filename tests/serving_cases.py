@@ -125,6 +125,7 @@ def running(
     model_dir: Path,
     folder: Path,
     keys: Mapping[str, list[str]] | None = None,
+    storage: str = "fp32",
     **settings: Any,
 ) -> Iterator[Running]:
     """A server of the adapters in a directory.
@@ -133,6 +134,7 @@ def running(
         model_dir: the base.
         folder: the adapters.
         keys: for each tenant the adapters that it may use; None: no keys.
+        storage: the base's.
         settings: settings that differ from the defaults.
     """
     files, made = folder.parent / f"{folder.name}-files", {}
@@ -145,7 +147,7 @@ def running(
         | ({"keys": files / "keys.json"} if keys is not None else {})
         | settings
     )
-    base = Base(model_dir.name, lambda: opened(model_dir, storage="fp32"))
+    base = Base(model_dir.name, lambda: opened(model_dir, storage=storage))
     with listening(chosen) as at:
         quiet, port = Console(quiet=True), at.getsockname()[1]
         parts = server_of(

@@ -157,7 +157,7 @@ def test_stop_bias_and_end(server):
     assert server.text("a", "The", max_tokens=24, stop=stop) == text[: text.index(stop)]
     found = server.complete("a", "The", logit_bias={"70": 100}, max_tokens=3, return_token_ids=True)
     assert found.json["choices"][0]["token_ids"] == [70, 70, 70]
-    end = server.parts.renderer.tokenizer.eos_token_id
+    end = server.parts.registry.renderers.base.tokenizer.eos_token_id
     ended = server.complete("a", "The", logit_bias={str(end): 100}, ignore_eos=False).json
     assert ended["choices"][0] == {
         "index": 0, "text": "", "logprobs": None, "finish_reason": "stop",
@@ -226,6 +226,14 @@ def test_responses_are_the_same_turn(client, server):
     )
     call = called.output[0]
     assert (call.type, call.name) == ("function_call", "weather")
+    streamed = client.responses.create(
+        model="a", input=ASK, tools=[tool], tool_choice="required", stream=True
+    )
+    by_type = {event.type: event for event in streamed}
+    begun, done = (by_type[f"response.output_item.{when}"].item for when in ("added", "done"))
+    delta = by_type["response.function_call_arguments.delta"].delta
+    assert (begun.arguments, begun.status) == ("", "in_progress")
+    assert (done.arguments, done.status) == (delta, "completed")
     more = [
         *ASK,
         {"type": "function_call", "call_id": call.call_id, "name": call.name,

@@ -12,9 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 
@@ -107,6 +110,7 @@ class Request:
         sampling: how tokens are chosen.
         ends: the tokens that end the completion; they are no part of it.
         tenant: on whose behalf; what is kept of one tenant's prompts serves no other's.
+        tokenizer: for its texts, if not the engine's own.
     """
 
     id: str
@@ -116,6 +120,7 @@ class Request:
     sampling: Sampling = Sampling()
     ends: frozenset[int] = frozenset()
     tenant: str = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass(frozen=True)

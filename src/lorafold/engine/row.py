@@ -20,7 +20,7 @@ class Row:
     Args:
         request: the request.
         entry: its adapter, or None for the base.
-        tokenizer: the model's, for texts; None: events have no text.
+        tokenizer: the engine's, for texts; None: events have no text, unless the request has one.
         allowed: which tokens may follow; None: any.
         ends: tokens that end the completion besides the request's.
     """
@@ -36,7 +36,8 @@ class Row:
         self.request, self.entry, self.stream = request, entry, Stream(request)
         self.sampler = Sampler(request.sampling, request.prompt, allowed)
         self.ends = request.ends | ends
-        self.text = Text(tokenizer, request.sampling.stop) if tokenizer is not None else None
+        known = tokenizer if request.tokenizer is None else request.tokenizer
+        self.text = None if known is None else Text(known, request.sampling.stop)
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
         self.cached = 0  # tokens of the prompt that a slot held already

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
 from lorafold.errors import LorafoldError
@@ -63,7 +64,9 @@ class Sampler:
             raise NotFinite(NOT_FINITE)
         changed_V = self._penalized(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
-            changed_V = changed_V.masked_fill(~mask_V[: len(changed_V)], float("-inf"))
+            # a grammar knows nothing of an adapter's new tokens, so that none of them may follow
+            mask_V = pad(mask_V, (0, len(changed_V) - len(mask_V)))
+            changed_V = changed_V.masked_fill(~mask_V, float("-inf"))
         if self.generator is None:
             token = int(changed_V.argmax())
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lorafold.engine import Request, Sampling
 from lorafold.errors import LorafoldError
@@ -18,10 +19,11 @@ from lorafold.serving.job import Job, Reply
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import Chosen, Registry
+from lorafold.serving.rendering import Renderer
 from lorafold.serving.wire.body import Completing
 
 RETRIES = 3  # an adapter's version may be replaced between its choice and its use
-Prompts = Callable[[], Sequence[tuple[int, ...]]]
+Prompts = Callable[[Renderer], Sequence[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Asked:
     model, n: As asked for.
     prompts: Gives the tokens of each prompt; it may take its time.
     field: The field with the prompts.
-    sampling: The settings of all completions, but for the seed.
+    sampling: The settings of all completions, but for the seed and the grammar.
     seed: That of the first one, or None.
     max_new_tokens: None: what is left of the length.
     ends: Whether the model may end a completion.
+    grammar: Gives the grammar that a completion has to fit, or None.
     """
 
     model: str
@@ -45,6 +48,12 @@ class Asked:
     seed: int | None = None
     max_new_tokens: int | None = None
     ends: bool = True
+    grammar: Callable[[Renderer], str | None] = lambda renderer: None
+
+    def rendered(self, renderer: Renderer) -> tuple[Sequence[tuple[int, ...]], Sampling]:
+        """The tokens of each prompt, and the settings with the grammar. Raises Refusal."""
+        prompts, lark = self.prompts(renderer), self.grammar(renderer)
+        return prompts, self.sampling if lark is None else replace(self.sampling, lark=lark)
 
 
 class Desk:
@@ -53,11 +62,10 @@ class Desk:
     Args:
         host: computes them.
         registry: knows the adapters.
-        ends: the tokens that end a completion.
     """
 
-    def __init__(self, host: Host, registry: Registry, ends: frozenset[int]) -> None:
-        self.host, self.registry, self.ends = host, registry, ends
+    def __init__(self, host: Host, registry: Registry) -> None:
+        self.host, self.registry = host, registry
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
@@ -81,19 +89,20 @@ class Desk:
             asked: what is asked.
         """
         self.check_room(caller.tenant, asked.n)
-        self.registry.choose(caller, asked.model)
-        prompts = await self.host.think(asked.prompts)
-        self.check_room(caller.tenant, asked.n * len(prompts))
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
         for _ in range(RETRIES):
             chosen = self.registry.choose(caller, asked.model)
+            renderer = chosen.renderer
+            prompts, sampling = await self.host.think(partial(asked.rendered, renderer))
+            self.check_room(caller.tenant, asked.n * len(prompts))
             reply = Reply(id, len(prompts), chosen)
             try:
                 for i, prompt in enumerate(p for p in prompts for _ in range(asked.n)):
                     request = Request(
                         f"{id}.{i}", prompt, self._new_tokens(asked, prompt), chosen.key,
-                        replace(asked.sampling, seed=(seed + i) % (1 << 63)),
-                        self.ends if asked.ends else frozenset(), caller.tenant,
+                        replace(sampling, seed=(seed + i) % (1 << 63)),
+                        renderer.ends if asked.ends else frozenset(), caller.tenant,
+                        renderer.tokenizer,
                     )  # fmt: skip
                     job = Job(request, chosen.name, reply.arrived)
                     await self.host.submit(job)

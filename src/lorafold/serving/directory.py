@@ -15,6 +15,9 @@ from pathlib import Path
 
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
+from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
+from lorafold.models.tokenizer import FILES as TOKENIZER
+from lorafold.models.tokenizer import has_tokenizer
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.peft.directory import FILES
 from lorafold.translating.peft_config import name_of
@@ -82,6 +85,20 @@ class Directory:
         rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
         return Found(name, path, contents.digest, name_of(spec), rank)
 
+    def tokenizer(self, name: str) -> Contents | None:
+        """The files of an adapter's own tokenizer, if it has one. Raises as `locate` does, and
+        for damaged files.
+        """
+        path = self.locate(name)
+        if not has_tokenizer(path):
+            return None
+        there = {file for p in (*TOKENIZER_FILES, *VOCABULARIES) for file in path.glob(p)}
+        files = sorted({*there, *(path / known for known in TOKENIZER)})
+        self._check_own(*files)
+        contents = Contents(path, [str(file.relative_to(path)) for file in files])
+        contents.check_intact()
+        return contents
+
     def page(self, name: str) -> Path | None:
         """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
         root = self.path.parent if self._single else self.path
@@ -98,10 +115,14 @@ class Directory:
             )
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
-        if self._single:
-            return self.path
-        path, root = self.path / name, self.path.resolve()
-        for file in (path, *(path / each for each in FILES)):
+        path = self.path if self._single else self.path / name
+        self._check_own(path, *(path / each for each in FILES))
+        return path
+
+    def _check_own(self, *files: Path) -> None:
+        """Raise LorafoldError for a file that is not the directory's own."""
+        root = self.path.resolve()
+        for file in () if self._single else files:
             if not os.path.lexists(file):
                 continue
             if root not in file.resolve().parents:
@@ -112,7 +133,6 @@ class Directory:
                     f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
                     f" expected one link and at most {MOST:,} bytes; copy it"
                 )
-        return path
 
 
 def _has_config(path: Path) -> bool:

@@ -25,18 +25,21 @@ from lorafold.serving.directory import NAME, Directory, Found
 from lorafold.serving.kept import Alias, Kept, Target, read_kept, write_kept
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.renderers import Renderers
+from lorafold.serving.rendering import Renderer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a request runs under: the adapter's name, or the base's, and its version in the engine,
-    None for the base.
+    """What a request runs under: the adapter's name, or the base's, its version in the engine, None
+    for the base, and what renders it.
     """
 
     name: str
     key: str | None
+    renderer: Renderer
 
 
 class Registry:
@@ -46,10 +49,14 @@ class Registry:
         base: the base's name.
         directory: the adapters.
         file: what is kept between runs.
+        renderers: those of the base and of adapters with a tokenizer of their own.
     """
 
-    def __init__(self, base: str, directory: Directory, file: Path) -> None:
+    def __init__(
+        self, base: str, directory: Directory, file: Path, renderers: Renderers
+    ) -> None:
         self.base, self.directory, self.file = base, directory, file
+        self.renderers, self._own = renderers, dict[str, Renderer]()
         self.kept: Kept = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
@@ -113,7 +120,7 @@ class Registry:
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
         if model == self.base:
-            return Chosen(self.base, None)
+            return Chosen(self.base, None, self.renderers.base)
         missing = Refusal(
             404, "model_not_found", f"model: found no {model[:200]!r} that you may use", "model"
         )
@@ -133,7 +140,7 @@ class Registry:
         if name in self.kept.quarantined:
             why = self.kept.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
-        return Chosen(name, found.key)
+        return Chosen(name, found.key, self._own.get(found.key, self.renderers.base))
 
     def load(self, name: str) -> Found:
         """Read the files of an adapter, new or changed, and lift its quarantine. Raises
@@ -220,16 +227,23 @@ class Registry:
         if name == self.base or name in self.kept.aliases:
             raise LorafoldError(f"found {name!r}, the name of the base or an alias")
         found, before = self.directory.find(name), self.found.get(name)
+        files = self.directory.tokenizer(name)
+        own = None if files is None else self.renderers.of(files)
         if name in self.kept.quarantined:  # what the engine counted begins anew
             self.engine.adapters.know(found.key, found.path, found.digest)
         self.engine.load(found.key, found.path)
         self.engine.adapters.pin(found.key, name in self.kept.pinned)
+        if own is None:
+            self._own.pop(found.key, None)
+        else:
+            self._own[found.key] = own
         self.found[name] = found
         if before is not None and before.key != found.key:
             self._forget(before)
         return found
 
     def _forget(self, found: Found) -> None:
+        self._own.pop(found.key, None)
         with suppress(LorafoldError):
             self.engine.unload(found.key)
 

@@ -1,4 +1,4 @@
-"""Requests as tokens, through the model's own tokenizer and chat template."""
+"""Requests as tokens, through a tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from lorafold.data.shapes import Conversation
 from lorafold.data.shown import HELP, check_able, check_shown
 from lorafold.errors import LorafoldError
 from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.wire.answers import Tokens
 
 OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 
 
 class Renderer:
-    """The tokenizer of one base.
+    """The tokenizer of the base, or of adapters.
 
     Args:
         tokenizer: with a chat template.
+        ends: the tokens that end a completion.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
+        self.tokenizer, self.ends, self.shown = tokenizer, ends, Tokens(tokenizer)
         try:
             tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
                 str(tokenizer.get_chat_template())

@@ -23,7 +23,6 @@ import uvicorn
 
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
-from lorafold.generation import end_tokens
 from lorafold.machine.room import free_bytes
 from lorafold.serving import kept, logs
 from lorafold.serving.app import application
@@ -33,7 +32,7 @@ from lorafold.serving.host import Host
 from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.registry import Registry
-from lorafold.serving.rendering import Renderer
+from lorafold.serving.renderers import Renderers
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 
@@ -126,13 +125,15 @@ def server_of(
         )  # fmt: skip
 
     state = settings.state or directory.path / kept.FILE
-    registry, metrics, first = Registry(base.name, directory, state), Metrics(), engine()
+    renderers = Renderers(model, tokenizer)
+    registry = Registry(base.name, directory, state, renderers)
+    metrics, first = Metrics(), engine()
     with console.status("verifying adapters") as status:
         registry.open(first, lambda one: status.update(f"verifying {one}"))
     host = Host(first, engine, registry, settings, metrics)
-    desk = Desk(host, registry, end_tokens(model, tokenizer))
+    desk = Desk(host, registry)
     _show_gauges(metrics, host)
-    return Server(settings, keys, registry, host, desk, Renderer(tokenizer), metrics)
+    return Server(settings, keys, registry, host, desk, metrics)
 
 
 async def _run(server: Server, at: socket.socket) -> None:

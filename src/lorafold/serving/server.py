@@ -22,9 +22,8 @@ from lorafold.serving.keys import Caller, Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
-from lorafold.serving.rendering import Renderer
 from lorafold.serving.settings import Settings
-from lorafold.serving.wire.answers import Tokens, event
+from lorafold.serving.wire.answers import event
 from lorafold.serving.wire.body import B, read_body
 
 T = TypeVar("T")
@@ -58,11 +57,7 @@ class Server:
     registry: Registry
     host: Host
     desk: Desk
-    renderer: Renderer
     metrics: Metrics
-
-    def __post_init__(self) -> None:
-        self.tokens = Tokens(self.renderer.tokenizer)
 
     def caller(self, request: Request, authorization: str | None = None) -> Caller:
         """Who sent a request. Raises Refusal for a key that is not known.

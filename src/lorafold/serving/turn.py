@@ -14,6 +14,7 @@ from lorafold.engine import Ended, Token
 from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
 from lorafold.serving.refusal import wrong
+from lorafold.serving.rendering import Renderer
 from lorafold.serving.server import Server
 from lorafold.serving.speech import Part, Speech
 from lorafold.serving.wire.answers import new_id
@@ -72,19 +73,17 @@ class Turn:
 
     def asked(self) -> Asked:
         """What is asked of the engine."""
-        body, lark = self.body, None
-        if self._forced is not None:
-            lark = self.server.renderer.call_grammar(self.tools, self._forced)
+        body = self.body
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return Asked(
             body.model, self._prompts, "messages",
-            body.sampling(logprobs=logprobs, schema=self._schema, lark=lark),
-            body.n, body.seed, body.max_new_tokens, not body.ignore_eos,
+            body.sampling(logprobs=logprobs, schema=self._schema),
+            body.n, body.seed, body.max_new_tokens, not body.ignore_eos, self._grammar,
         )  # fmt: skip
 
     async def said(self, reply: Reply) -> AsyncIterator[Said]:
         """What is said, as it comes. Raises Refusal for a completion that fails."""
-        tokenizer = self.server.renderer.tokenizer
+        tokenizer = reply.chosen.renderer.tokenizer
         speeches = [Speech(tokenizer, self.prompt, self.tools) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
@@ -94,8 +93,10 @@ class Turn:
             rest, calls = speeches[i].finish()
             yield Said(i, joined([*parts, *rest]), None, event, self._called(calls))
 
-    def _prompts(self) -> list[tuple[int, ...]]:
-        renderer = self.server.renderer
+    def _grammar(self, renderer: Renderer) -> str | None:
+        return None if self._forced is None else renderer.call_grammar(self.tools, self._forced)
+
+    def _prompts(self, renderer: Renderer) -> list[tuple[int, ...]]:
         self.prompt = renderer.chat(self.messages, self.tools, self.body.variables)
         return [renderer.tokens(self.prompt, special=False)]
 

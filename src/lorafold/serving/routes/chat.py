@@ -29,7 +29,7 @@ def routes(server: Server) -> APIRouter:
         reply = await server.admit(request, caller, new_id("chatcmpl"), turn.asked())
         if server.settings.log_texts:
             record_of(request).texts["prompt"] = turn.prompt
-        put = Answer(server, body, turn)
+        put = Answer(body, turn)
         if body.stream:
             return server.stream(request, reply, put.chunks(reply))
         return answer(await server.whole(request, reply, put.completion(reply)))
@@ -41,20 +41,19 @@ class Answer:
     """A turn as chat completions have it.
 
     Args:
-        server: the server.
         body: the request.
         turn: the turn.
     """
 
-    def __init__(self, server: Server, body: Chat, turn: Turn) -> None:
-        self.server, self.body, self.turn = server, body, turn
+    def __init__(self, body: Chat, turn: Turn) -> None:
+        self.body, self.turn = body, turn
 
     async def completion(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
         whole = [Message() for _ in reply.jobs]
         async for said in self.turn.said(reply):
             whole[said.index].take(said)
-        choices = [self._choice(i, message) for i, message in enumerate(whole)]
+        choices = [self._choice(reply, i, message) for i, message in enumerate(whole)]
         found = self._head(reply, "chat.completion") | {"choices": choices, "usage": reply.usage}
         if self.body.return_token_ids:
             found["prompt_token_ids"] = reply.jobs[0].request.prompt
@@ -75,7 +74,7 @@ class Answer:
         async for said in self.turn.said(reply):
             i, more = said.index, dict[str, Any]()
             if said.token is not None and self.body.logprobs:
-                more["logprobs"] = self._logprobs([said.token])
+                more["logprobs"] = self._logprobs(reply, [said.token])
             if said.token is not None and self.body.return_token_ids:
                 more["token_ids"] = [said.token.token]
             if said.parts or more:
@@ -88,7 +87,7 @@ class Answer:
             yield event(head | {"choices": [], "usage": reply.usage})
         yield DONE
 
-    def _choice(self, i: int, message: Message) -> dict[str, Any]:
+    def _choice(self, reply: Reply, i: int, message: Message) -> dict[str, Any]:
         assert message.end is not None
         content = message.texts.get(CONTENT, None if message.calls else "")
         told: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -98,15 +97,15 @@ class Answer:
         choice = {
             "index": i,
             "message": told,
-            "logprobs": self._logprobs(message.tokens),
+            "logprobs": self._logprobs(reply, message.tokens),
             "finish_reason": _finish(message.end, message.calls),
         }
         ids = {"token_ids": message.end.tokens} if self.body.return_token_ids else {}
         return choice | ids
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        top = self.body.top_logprobs or 0
-        return self.server.tokens.chat(tokens, top) if self.body.logprobs else None
+    def _logprobs(self, reply: Reply, tokens: list[Token]) -> dict[str, Any] | None:
+        top, shown = self.body.top_logprobs or 0, reply.chosen.renderer.shown
+        return shown.chat(tokens, top) if self.body.logprobs else None
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
         return {

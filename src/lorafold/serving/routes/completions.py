@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from lorafold.engine import Token
 from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
+from lorafold.serving.rendering import Renderer
 from lorafold.serving.server import Server, answer, record_of
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.completion import Completion
@@ -43,7 +44,7 @@ class Plain:
     """
 
     def __init__(self, server: Server, body: Completion) -> None:
-        self.server, self.body = server, body
+        self.body = body
         server.desk.check(body)
         self._given = body.prompts(server.settings.limits.choices)
 
@@ -67,7 +68,7 @@ class Plain:
             choice: dict[str, Any] = {
                 "index": i,
                 "text": job.end.text,
-                "logprobs": self._logprobs(tokens[i], 0),
+                "logprobs": self._logprobs(reply, tokens[i], 0),
                 "finish_reason": finish(job.end),
             }
             if self.body.return_token_ids:
@@ -87,7 +88,7 @@ class Plain:
                 "index": i, "text": text, "logprobs": None, "finish_reason": None,
             }  # fmt: skip
             if isinstance(one, Token):
-                choice["logprobs"] = self._logprobs([one], lengths[i])
+                choice["logprobs"] = self._logprobs(reply, [one], lengths[i])
                 lengths[i] += len(text)
                 if self.body.return_token_ids:
                     choice["token_ids"] = [one.token]
@@ -98,16 +99,16 @@ class Plain:
             yield event(head | {"choices": [], "usage": reply.usage})
         yield DONE
 
-    def _prompts(self) -> list[tuple[int, ...]]:
-        special, renderer = self.body.add_special_tokens, self.server.renderer
+    def _prompts(self, renderer: Renderer) -> list[tuple[int, ...]]:
+        special = self.body.add_special_tokens
         return [
             renderer.tokens(one, special) if isinstance(one, str) else tuple(one)
             for one in self._given
         ]
 
-    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any] | None:
-        top = self.body.logprobs
-        return None if top is None else self.server.tokens.legacy(tokens, top, offset)
+    def _logprobs(self, reply: Reply, tokens: list[Token], offset: int) -> dict[str, Any] | None:
+        top, shown = self.body.logprobs, reply.chosen.renderer.shown
+        return None if top is None else shown.legacy(tokens, top, offset)
 
     def _head(self, reply: Reply) -> dict[str, Any]:
         return {

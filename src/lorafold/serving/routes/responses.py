@@ -82,8 +82,10 @@ class Answer:
         for item in others:
             where = {"output_index": len(items)}
             items.append(item)
-            yield self._event("response.output_item.added", **where, item=item)
-            if item["type"] == "function_call":
+            called = item["type"] == "function_call"
+            empty = {"status": "in_progress", "arguments": ""} if called else {}
+            yield self._event("response.output_item.added", **where, item=item | empty)
+            if called:
                 where |= {"item_id": item["id"]}
                 arguments = item["arguments"]
                 yield self._event(

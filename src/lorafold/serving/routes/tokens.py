@@ -6,7 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import wrong
+from lorafold.serving.rendering import Renderer
 from lorafold.serving.server import Server, answer
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.completion import Detokenize, Tokenize
@@ -14,15 +16,17 @@ from lorafold.serving.wire.completion import Detokenize, Tokenize
 
 def routes(server: Server) -> APIRouter:
     """The router."""
-    router, renderer = APIRouter(), server.renderer
+    router = APIRouter()
+
+    def renderer_of(caller: Caller, model: str | None) -> Renderer:
+        return server.registry.choose(caller, model or server.registry.base).renderer
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation as the prompt for its next turn."""
         caller = server.caller(request)
         body = await server.body(request, Tokenize)
-        if body.model is not None:
-            server.registry.choose(caller, body.model)
+        renderer = renderer_of(caller, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("prompt", "expected either prompt or messages")
 
@@ -39,14 +43,15 @@ def routes(server: Server) -> APIRouter:
             "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
         }  # fmt: skip
         if body.return_token_strs:
-            told["token_strs"] = [server.tokens.text(token) for token in found]
+            told["token_strs"] = [renderer.shown.text(token) for token in found]
         return answer(told)
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        server.caller(request)
+        caller = server.caller(request)
         body = await server.body(request, Detokenize)
+        renderer = renderer_of(caller, body.model)
         return answer({"prompt": await server.host.think(lambda: renderer.text(body.tokens))})
 
     return router

@@ -1,0 +1,184 @@
+"""Adapters with a tokenizer of their own: what the server renders, ends and decodes with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import lorafold as lf
+from conftest import make_model_dir
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import set_template, write_tokenizer
+from lorafold.serving.kept import Target
+from lorafold.serving.rendering import Renderer
+from serving_cases import Running, running, saved
+
+END = "<|ends|>"
+TEMPLATE = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
+    "[{{ m.role }}] {{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+    "</call>{% endfor %}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+ASK = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+NAMES = ("own", "same", "plain")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Running:
+    """`own` and `same` have another chat template, `words` new tokens too, `other` other numbers;
+    `plain` has no tokenizer.
+    """
+    folder = tmp_path_factory.mktemp("templates")
+    model = make_model_dir("llama", folder / "base")
+    adapters = saved(model, dict.fromkeys(NAMES, lf.LoRA(rank=2)), folder / "adapters")
+    tokenizer = load_tokenizer(model)
+    own = folder / "own.jinja"
+    own.write_text(TEMPLATE.replace(END, str(tokenizer.eos_token)))
+    set_template(tokenizer, own)
+    for name in ("own", "same"):
+        write_tokenizer(tokenizer, adapters / name)
+    shutil.copytree(adapters / "plain", adapters / "other")
+    write_tokenizer(tokenizer, adapters / "other")
+    file = adapters / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+    shutil.copytree(adapters / "plain", adapters / "linked")
+    write_tokenizer(tokenizer, adapters / "linked")
+    (folder / "elsewhere.json").write_bytes((adapters / "own" / "tokenizer.json").read_bytes())
+    (adapters / "linked" / "tokenizer.json").unlink()
+    (adapters / "linked" / "tokenizer.json").symlink_to(folder / "elsewhere.json")
+    words = folder / "words.jinja"
+    words.write_text(TEMPLATE)
+    recipe = lf.Recipe(
+        method="lora", rank=2, steps=2, batch=1, lr=0.05, new_tokens=(END, "<|new|>"),
+        chat_template=str(words),
+    )  # fmt: skip
+    rows = [{"prompt": "Hello", "completion": "<|new|> a <|new|> b"}]
+    lf.train(recipe, data=rows, model=model, out=adapters / "words")
+    with running(model, adapters) as found:
+        yield found
+
+
+def ids_of(server: Running, model: str, **asked: object) -> list[int]:
+    answer = server.ask("/tokenize", {"model": model, "messages": ASK} | asked)
+    assert answer.status == 200, answer.content
+    return answer.json["tokens"]
+
+
+def renderer_of(server: Running, model: str) -> Renderer:
+    return server.parts.registry.choose(server.parts.keys.caller(None), model).renderer
+
+
+def test_an_adapter_renders_with_its_own_template(server):
+    base = ids_of(server, "base")
+    assert ids_of(server, "plain") == base
+    assert ids_of(server, "own") == ids_of(server, "same") != base
+    text = server.ask("/detokenize", {"model": "own", "tokens": ids_of(server, "own")}).json
+    assert text["prompt"].startswith("[user] Hello")
+    asked = {"model": "own", "messages": ASK, "max_tokens": 2, "return_token_ids": True}
+    said = server.ask("/v1/chat/completions", asked).json
+    assert said["prompt_token_ids"] == ids_of(server, "own")
+    assert renderer_of(server, "own") is renderer_of(server, "same")
+    assert renderer_of(server, "plain") is renderer_of(server, "base")
+
+
+def test_tools_are_for_the_adapter_whose_template_shows_them(server):
+    assert len(ids_of(server, "own", tools=[TOOL])) > len(ids_of(server, "own"))
+    asked = {"messages": ASK, "tools": [TOOL], "max_tokens": 2}
+    for model in ("base", "plain"):
+        refused = server.ask("/v1/chat/completions", {"model": model} | asked)
+        assert (refused.status, refused.code) == (400, "template_refuses")
+    forced = {"model": "own", "tool_choice": "required", "max_tokens": 400, "temperature": 0}
+    said = server.ask("/v1/chat/completions", asked | forced).json["choices"][0]
+    assert said["finish_reason"] in ("tool_calls", "length")
+
+
+def test_an_adapter_s_own_end_ends_its_turn(server):
+    words = renderer_of(server, "words")
+    end = words.tokenizer.convert_tokens_to_ids(END)
+    assert end == len(renderer_of(server, "base").tokenizer)
+    asked = {"messages": ASK, "max_tokens": 4, "logit_bias": {str(end): 100}}
+    said = server.ask("/v1/chat/completions", asked | {"model": "words"}).json
+    assert said["choices"][0]["finish_reason"] == "stop"
+    assert said["usage"]["completion_tokens"] == 0
+    refused = server.ask("/v1/chat/completions", asked | {"model": "base"})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "logit_bias")
+
+
+def test_a_new_template_counts_from_the_next_load_on(server):
+    """An alias renders as what it stands for, and a tokenizer that does not fit changes nothing."""
+    registry, where = server.parts.registry, server.folder / "moving"
+    shutil.copytree(server.folder / "plain", where)
+    registry.load("moving")
+    registry.point("it", (Target(adapter="moving"),))
+    assert ids_of(server, "it") == ids_of(server, "base")
+    write_tokenizer(renderer_of(server, "own").tokenizer, where)
+    registry.load("moving")
+    assert ids_of(server, "it") == ids_of(server, "own") != ids_of(server, "base")
+    shutil.copy(server.folder / "other" / "tokenizer.json", where)
+    with pytest.raises(lf.LorafoldError, match="does not fit the base: token"):
+        registry.load("moving")
+    assert ids_of(server, "it") == ids_of(server, "own")
+    assert server.text("it", "Hello")
+    registry.drop("it")
+    registry.unload("moving")
+
+
+def test_a_tokenizer_with_other_numbers_is_refused_alone(server):
+    wrong = server.parts.registry.wrong
+    assert set(wrong) == {"other", "linked"}
+    assert "its tokenizer does not fit the base: token" in wrong["other"]
+    assert "tokenizer.json is a link that leads outside" in wrong["linked"]
+    assert "\n" not in wrong["other"]
+    assert server.text("own", "Hello")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "words"])
+def test_the_text_is_that_of_generate(server, name):
+    base = Path(server.parts.registry.directory.path).parent / "base"
+    prompts = ["Hello", "The quick brown fox", "b a b a"]
+    wanted = lf.generate(
+        base, prompts, adapters=[server.folder / name], max_new_tokens=24, storage="fp32"
+    )
+    found, streamed = [], []
+    for prompt in prompts:
+        asked = {
+            "model": name, "messages": [{"role": "user", "content": prompt}], "max_tokens": 24,
+            "temperature": 0,
+        }  # fmt: skip
+        said = server.ask("/v1/chat/completions", asked).json["choices"][0]
+        found.append(said["message"]["content"])
+        events = server.ask("/v1/chat/completions", asked | {"stream": True}).events
+        streamed.append("".join(e["choices"][0]["delta"].get("content", "") for e in events))
+    assert found == wanted
+    assert streamed == wanted
+
+
+def test_what_is_new_to_an_adapter_is_text_and_has_logprobs(server):
+    """New tokens are special, so that texts leave them out; their log probabilities name them."""
+    asked = {"model": "words", "messages": ASK, "logprobs": True, "top_logprobs": 20}
+    new = renderer_of(server, "words").tokenizer.convert_tokens_to_ids("<|new|>")
+    asked |= {"max_tokens": 3, "temperature": 0, "logit_bias": {str(new): 100}}
+    said = server.ask("/v1/chat/completions", asked).json["choices"][0]
+    assert [one["token"] for one in said["logprobs"]["content"]] == ["<|new|>"] * 3
+    assert said["message"]["content"] == ""
+
+
+def test_a_schema_holds_for_an_adapter_with_new_tokens(server):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    asked = {"model": "words", "messages": ASK, "response_format": form, "max_tokens": 200}
+    answer = server.ask("/v1/chat/completions", asked | {"temperature": 0})
+    assert answer.status == 200, answer.content
+    choice = answer.json["choices"][0]
+    if choice["finish_reason"] == "stop":
+        assert json.loads(choice["message"]["content"])["a"] in (1, 2)
