@@ -90,7 +90,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str],
         try:
             lines: list[str] = []
             assert running.stderr is not None
-            while not (lines and "  open http" in lines[-1]):
+            while not (lines and "  python -m webbrowser http" in lines[-1]):
                 line = running.stderr.readline()
                 assert line, lines
                 lines.append(line.rstrip())

@@ -206,7 +206,8 @@ def _tell(server: Server, address: str, console: Console) -> None:
 
     names = sorted(registry.found)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    say(f"base {registry.base}, {len(names)} adapters: {shown or 'none'}")
+    several = "adapter" if len(names) == 1 else "adapters"
+    say(f"base {registry.base}, {len(names)} {several}: {shown or 'none'}")
     for name, why in registry.wrong.items():
         say(f"not served: {name}: {why}")
     if others := registry.directory.others():
@@ -234,4 +235,4 @@ def _tell(server: Server, address: str, console: Console) -> None:
         f' print(openai.OpenAI().chat.completions.create(model="{model}",'
         ' messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\''
     )
-    say(f"  open http://{address}/")
+    say(f"  python -m webbrowser http://{address}/")
