@@ -27,7 +27,7 @@ from lorafold.step.recipe import GROUPS, Recipe
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
-MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w-]+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -70,14 +70,23 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def command_of(name: str) -> Any:
+    """A command, or one below another: `serve new-key`."""
+    first, *below = name.split()
+    command = _load(first)
+    for inner in below:
+        command = command.commands[inner]
+    return command
+
+
 def about(name: str) -> str:
     """What a command does, as its --help has it."""
-    return inspect.cleandoc(_load(name).help)
+    return inspect.cleandoc(command_of(name).help)
 
 
 def options(name: str) -> str:
     """The usage of a command and its options, panel by panel, as its --help has them."""
-    command = _load(name)
+    command = command_of(name)
     context = typer.Context(command, info_name=f"lorafold {name}")
     panels: dict[str, list[list[str]]] = {"Arguments": [], OTHERS: []}
     for parameter in command.get_params(context):
