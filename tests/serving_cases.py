@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -164,3 +165,17 @@ def running(
         finally:
             http.should_exit = True
             thread.join()
+
+
+def raw(server: Running, head: str, *body: bytes, host: str = "localhost") -> bytes:
+    """What the server sends back; it may close before the body is sent."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as at:
+        lines = f"{head}\r\nHost: {host}\r\nContent-Type: application/json\r\n\r\n"
+        with suppress(BrokenPipeError, ConnectionResetError):
+            at.sendall(lines.encode())
+            for part in body:
+                at.sendall(part)
+        try:
+            return at.recv(65536)
+        except ConnectionResetError:
+            return b""

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import lorafold as lf
-from serving_cases import ADMIN, Answer, Running, running, saved
+from serving_cases import ADMIN, Answer, Running, raw, running, saved
 
 pytestmark = pytest.mark.filterwarnings(  # threads are killed
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"
@@ -81,18 +81,42 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     assert server.text("b", "Number 1", max_tokens=40) == clean[1]  # whatever slot it got
 
 
-def raw(server: Running, head: str, *body: bytes) -> bytes:
-    """What the server sends back; it may close before the body is sent."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as at:
-        lines = f"{head}\r\nHost: localhost\r\nContent-Type: application/json\r\n\r\n"
-        with suppress(BrokenPipeError, ConnectionResetError):
-            at.sendall(lines.encode())
-            for part in body:
-                at.sendall(part)
-        try:
-            return at.recv(65536)
-        except ConnectionResetError:
-            return b""
+def test_a_quarantine_holds_where_it_cannot_be_kept(server: Running, caplog):
+    state = server.parts.registry.file
+    state.unlink(missing_ok=True)
+    state.mkdir()
+    answer = server.ask("/admin/adapters/a:quarantine", {}, ADMIN)
+    assert answer.status == 200, answer.content
+    assert server.complete("a", "The").code == "adapter_quarantined"
+    assert "the quarantine of a can't be kept" in caplog.text
+
+
+def test_other_files_are_not_in_quarantine(base_dir, tmp_path):
+    folder = saved(base_dir, SPECS, tmp_path / "adapters")
+    with running(base_dir, folder) as server:
+        for name in "ab":
+            server.ask(f"/admin/adapters/{name}:quarantine", {}, ADMIN)
+    shutil.rmtree(folder / "a")
+    shutil.copytree(folder / "c", folder / "a")
+    with running(base_dir, folder) as server:
+        assert server.complete("a", "The").status == 200
+        assert server.complete("b", "The").code == "adapter_quarantined"
+
+
+def test_every_first_token_and_every_other_is_counted(server: Running):
+    at_once(server, ["a", "b", "c"] * 8, max_tokens=5)
+    text = server.ask("/metrics").content.decode()
+    assert "lorafold_first_token_seconds_count 24.0" in text
+    assert "lorafold_queue_seconds_count 24.0" in text
+    assert "lorafold_between_tokens_seconds_count 96.0" in text
+
+
+def test_a_client_writes_no_line_of_the_log(server: Running, caplog):
+    caplog.set_level("INFO", "lorafold")
+    server.ask("/v1/x%0A12:00:00%20req-fake%20status=200%1b[31m")
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+    assert "req-fake status" not in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 def test_bodies_that_nobody_should_send(server: Running):

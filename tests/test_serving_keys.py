@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -115,6 +118,50 @@ def test_ids_of_clients_are_never_taken_over(server: Running):
         assert b"beta-a" not in answer.content
 
 
+def test_an_unknown_act_tells_nothing_without_the_key(server: Running):
+    assert server.ask("/admin/adapters/beta-a:wat", {}).code == "invalid_api_key"
+    assert server.ask("/admin/adapters/beta-a:wat", {}, ADMIN).code == "no_route"
+    assert server.ask("/openapi.json").status == 404
+
+
+def test_versions_can_be_looked_up(server: Running):
+    digest = server.parts.registry.found["acme-a"].digest
+    for name in ("acme-a", f"acme-a@{digest[:12]}"):
+        assert server.ask(f"/v1/models/{name}", key=server.keys["acme"]).json["digest"] == digest
+    for name in ("acme-a@", f"acme-a@{digest[:4]}", f"beta-a@{digest[:12]}"):
+        assert server.ask(f"/v1/models/{name}", key=server.keys["acme"]).status == 404
+
+
+def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
+    """One tenant's large bodies keep no other one waiting, and are bounded."""
+    rendering, began, go = server.parts.registry.renderers.base, threading.Event(), threading.Event()
+    tokens = rendering.tokens
+
+    def slow(text: str, special: bool) -> tuple[int, ...]:
+        if text == "slow":
+            began.set()
+            go.wait(20)
+        return tokens(text, special)
+
+    monkeypatch.setattr(rendering, "tokens", slow)
+    most = server.parts.settings.limits.tenant_queue
+    with ThreadPoolExecutor(most + 4) as pool:
+        asked = [
+            pool.submit(server.ask, "/tokenize", {"prompt": "slow"}, server.keys["acme"])
+            for _ in range(most + 4)
+        ]
+        began.wait(20)
+        assert server.ask("/tokenize", {"prompt": "x"}, server.keys["beta"]).status == 200
+        while server.parts.host.waiting("acme") < most:
+            time.sleep(0.01)
+        refused = server.ask("/v1/completions", {"model": "acme-a"}, server.keys["acme"])
+        go.set()
+        codes = [one.result().status for one in asked]
+    assert (refused.status, refused.code) == (429, "tenant_queue_full")
+    assert set(codes) <= {200, 429}
+    assert codes.count(200) >= most
+
+
 def test_metrics_have_no_label_that_a_client_makes(server: Running):
     for i in range(20):
         server.ask("/v1/completions", asked(f"made-up-{i}"), server.keys["acme"])
@@ -202,16 +249,29 @@ def test_links_and_borrowed_files_are_refused(tmp_path, tiny_model_dir):
     (folder / "pickled" / "adapter_model.safetensors").rename(
         folder / "pickled" / "adapter_model.bin"
     )
+    shutil.copytree(folder / "good", folder / "piped")
+    (folder / "piped" / "adapter_config.json").unlink()
+    os.mkfifo(folder / "piped" / "adapter_config.json")
+    shutil.copytree(folder / "good", folder / "sealed")
+    (folder / "sealed" / "manifest.json").unlink()
+    (folder / "sealed" / "manifest.json").symlink_to("/etc/hostname")
+    (folder / "good.html").write_text("own")
+    assert Directory(folder).page("good") is not None
+    os.link(folder / "good.html", folder / "also.html")
+    assert Directory(folder).page("good") is None
     directory = Directory(folder)
     assert directory.find("good").method == "lora"
     for name, told in {
         "linked": "leads outside", "weights": "leads outside", "hard": "2 links", "..": "letters",
+        "piped": "neither a file", "sealed": "leads outside",
     }.items():  # fmt: skip
         with pytest.raises(LorafoldError, match=told):
             directory.find(name)
     with running(tiny_model_dir("llama"), folder) as server:
         assert list(server.parts.registry.found) == ["good"]
-        assert sorted(server.parts.registry.wrong) == ["hard", "linked", "pickled", "weights"]
+        assert sorted(server.parts.registry.wrong) == [
+            "hard", "linked", "pickled", "piped", "sealed", "weights",
+        ]  # fmt: skip
 
 
 def test_without_keys_only_this_machines_names_are_answered(tmp_path, tiny_model_dir):

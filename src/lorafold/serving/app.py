@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,12 +45,13 @@ def application(server: Server) -> FastAPI:
         finally:
             await server.host.stop()
 
-    app = FastAPI(title="lorafold", lifespan=running, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lorafold", lifespan=running, openapi_url=None)
     for group in GROUPS:
         app.include_router(group.routes(server))
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(LorafoldError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(RequestValidationError, _no_route)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(Gate, server=server)
     return app
@@ -72,7 +74,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = Record(f"req-{secrets.token_hex(8)}", scope["method"], scope["path"])
+        sent = scope.get("raw_path", b"").decode("ascii", "replace")
+        record = Record(f"req-{secrets.token_hex(8)}", scope["method"], scope["path"], sent)
         scope["record"] = record
         read = 0
 
@@ -112,7 +115,7 @@ class Gate:
         if not length.isdecimal() or int(length) > self._most:
             raise self._too_large()
         # without keys a page from elsewhere, under a name that leads here, could ask as the user
-        host = urlsplit(f"//{headers.get('host', '')}").hostname
+        host = _host(headers.get("host", ""))
         if self.server.keys.file is None and host not in (*HERE, self.server.settings.host):
             told = f"host: found {host!r:.80}, expected {', '.join(HERE)}, since there are no keys"
             raise Refusal(403, "wrong_host", told)
@@ -131,6 +134,13 @@ class Gate:
         logs.write(record)
 
 
+def _host(header: str) -> str | None:
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
+
+
 def _response(record: Record, refusal: Refusal) -> Response:
     record.outcome, record.status = refusal.code, refusal.status
     response = answer(refusal.body)
@@ -146,8 +156,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    told = f"{request.method} {request.url.path[:200]}: {str(error.detail).lower()}"
-    return await _refused(request, Refusal(error.status_code, "no_route", told))
+    status, detail = getattr(error, "status_code", 404), getattr(error, "detail", "not found")
+    told = f"{request.method} {request.url.path[:200]!a}: {str(detail).lower()}"
+    return await _refused(request, Refusal(status, "no_route", told))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

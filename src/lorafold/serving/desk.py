@@ -79,13 +79,14 @@ class Desk:
             if n > most:
                 raise wrong(name, f"found {n} of them, expected at most {most}")
 
-    async def admit(self, caller: Caller, id: str, asked: Asked) -> Reply:
+    async def admit(self, caller: Caller, id: str, since: float, asked: Asked) -> Reply:
         """The reply to a request, whose completions are on their way. Raises Refusal, and then
         nothing is computed.
 
         Args:
             caller: who asks.
             id: the name of the reply.
+            since: when the request came, by time.monotonic.
             asked: what is asked.
         """
         self.check_room(caller.tenant, asked.n)
@@ -93,7 +94,12 @@ class Desk:
         for _ in range(RETRIES):
             chosen = self.registry.choose(caller, asked.model)
             renderer = chosen.renderer
-            prompts, sampling = await self.host.think(partial(asked.rendered, renderer))
+            prompts, sampling = await self.host.think(
+                partial(asked.rendered, renderer), caller.tenant
+            )
+            if asked.n * len(prompts) > self.limits.choices:
+                told = f"found {len(prompts)} prompts and n {asked.n}, expected at most"
+                raise wrong(asked.field, f"{told} {self.limits.choices} completions")
             self.check_room(caller.tenant, asked.n * len(prompts))
             reply = Reply(id, len(prompts), chosen)
             try:
@@ -104,7 +110,7 @@ class Desk:
                         renderer.ends if asked.ends else frozenset(), caller.tenant,
                         renderer.tokenizer,
                     )  # fmt: skip
-                    job = Job(request, chosen.name, reply.arrived)
+                    job = Job(request, chosen.name, since, reply.arrived)
                     await self.host.submit(job)
                     reply.jobs.append(job)
                 return reply

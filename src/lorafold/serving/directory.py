@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.tokenizer import FILES as TOKENIZER
@@ -64,6 +65,11 @@ class Directory:
             if not entry.name.startswith(".") and _has_config(entry):
                 yield entry.name
 
+    @property
+    def beside(self) -> Path:
+        """Where files may lie that are about the adapters and no adapter's own."""
+        return self.path.parent if self._single else self.path
+
     def others(self) -> list[str]:
         """The names of directories that are no adapters."""
         if self._single:
@@ -101,11 +107,11 @@ class Directory:
 
     def page(self, name: str) -> Path | None:
         """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
-        root = self.path.parent if self._single else self.path
-        file = root / f"{name}.html"
-        if file.is_symlink() or not file.is_file() or file.stat().st_size > PAGE:
+        file = self.beside / f"{name}.html"
+        if file.is_symlink() or not file.is_file():
             return None
-        return file
+        about = file.stat()
+        return file if about.st_nlink == 1 and about.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
         """Where an adapter is. Raises LorafoldError for a name that leads nowhere, or elsewhere."""
@@ -116,14 +122,18 @@ class Directory:
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
         path = self.path if self._single else self.path / name
-        self._check_own(path, *(path / each for each in FILES))
+        self._check_own(path, *(path / each for each in (*FILES, MANIFEST)))
         return path
 
     def _check_own(self, *files: Path) -> None:
         """Raise LorafoldError for a file that is not the directory's own."""
         root = self.path.resolve()
-        for file in () if self._single else files:
+        for file in files:
             if not os.path.lexists(file):
+                continue
+            if not (file.is_file() or file.is_dir()):
+                raise LorafoldError(f"{file.name}: found neither a file nor a directory")
+            if self._single:
                 continue
             if root not in file.resolve().parents:
                 raise LorafoldError(f"{file.name} is a link that leads outside of {self.path}")

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -65,6 +65,8 @@ class Host:
         self.pool = ThreadPoolExecutor(2, "lorafold-requests", initializer=alone)
         self._lock = threading.Lock()
         self._beat = self._started = time.monotonic()
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._thinking: Counter[str] = Counter()
         self._ends: deque[float] = deque(maxlen=64)
         self._failures = 0
         self._restarting = False
@@ -99,17 +101,25 @@ class Host:
         with self._lock:
             self.jobs[job.request.id] = job
         try:
-            engine = self.engine
-            job.stream = await self._loop.run_in_executor(self.pool, engine.submit, job.request)
+            engine, request = self.engine, job.request
+            job.stream = await self.think(lambda: engine.submit(request), request.tenant)
         except BaseException:
             with self._lock:
                 self.jobs.pop(job.request.id, None)
             raise
         engine.wake()  # the thread may have made its last step before it saw the stream
 
-    async def think(self, do: Callable[[], T]) -> T:
-        """What a function gives that takes its time, computed beside the event loop."""
-        return await self._loop.run_in_executor(self.pool, do)
+    async def think(self, do: Callable[[], T], tenant: str) -> T:
+        """What a function gives that takes its time, computed beside the event loop; a tenant's one
+        after the other, so that no tenant waits for more than one of each other's.
+        """
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        self._thinking[tenant] += 1
+        try:
+            async with turn:
+                return await self._loop.run_in_executor(self.pool, do)
+        finally:
+            self._thinking[tenant] -= 1
 
     @property
     def seconds_to_wait(self) -> int:
@@ -126,9 +136,16 @@ class Host:
         self.engine.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """How many jobs wait for a slot, those of one tenant or all."""
-        jobs = [job for job in self.jobs.values() if job.began is None]
-        return sum(tenant in (None, job.request.tenant) for job in jobs)
+        """How many requests are thought about, and how many jobs wait for a slot: those of one
+        tenant or all.
+        """
+        jobs = [job for job in list(self.jobs.values()) if job.stream and job.began is None]
+        thinking = self._thinking.total() if tenant is None else self._thinking[tenant]
+        return thinking + sum(tenant in (None, job.request.tenant) for job in jobs)
+
+    def running(self) -> int:
+        """How many jobs have a slot."""
+        return sum(job.began is not None for job in list(self.jobs.values()))
 
     def _hand_over(self) -> None:
         """Pass on what is new; the engine's thread calls it after every step."""
@@ -164,9 +181,9 @@ class Host:
         with suppress(LorafoldError, Refusal):
             if key and self.engine.adapters.status(key) == "quarantined":
                 why = f"{self.settings.strikes} of its requests had logits that are not finite"
-                self._registry.quarantine(job.adapter, why)
                 self.metrics.quarantines.inc()
                 log.error("%s is in quarantine: %s", key, why)
+                self._registry.quarantine(job.adapter, why)
 
     async def _watch(self) -> None:
         while True:

@@ -21,18 +21,20 @@ class Job:
     Args:
         request: what is asked.
         adapter: the name of the adapter, or of the base.
+        asked: when its request came.
         arrived: set whenever events arrive.
     """
 
-    def __init__(self, request: Request, adapter: str, arrived: asyncio.Event) -> None:
-        self.request, self.adapter, self._arrived = request, adapter, arrived
+    def __init__(
+        self, request: Request, adapter: str, asked: float, arrived: asyncio.Event
+    ) -> None:
+        self.request, self.adapter, self.asked, self._arrived = request, adapter, asked, arrived
         self.stream: Stream | None = None  # once the engine has it
         self.passed_on = 0  # events of the stream that were handed over
         self.events: deque[Token | Ended] = deque()
         self.end: Ended | None = None
         self.why: Refusal | None = None  # the server's reason to end it
-        self.asked = time.monotonic()
-        self.before = self.asked  # when events arrived before the last ones
+        self.before: float | None = None  # when events arrived before the last ones
         self.times: list[float] = []  # of the first token and the last
 
     @property
@@ -46,7 +48,7 @@ class Job:
         self.events.extend(events)
         last = events[-1]
         self.end = last if isinstance(last, Ended) else None
-        self.before = self.times[-1] if self.times else self.asked
+        self.before = self.times[-1] if self.times else None
         if isinstance(events[0], Token):
             self.times = [*self.times[:1], now]
         self._arrived.set()

@@ -43,9 +43,10 @@ def set_up(as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     handler.setFormatter(Json() if as_json else plain)
-    ours = logging.getLogger("lorafold")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
+    for name, level in (("lorafold", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
     threading.excepthook = _ended
 
 
@@ -62,7 +63,7 @@ def write(record: Record) -> None:
     fields: dict[str, Any] = {
         "request": record.id,
         "method": record.method,
-        "path": record.path,
+        "path": record.sent[:200],
         "status": record.status,
         "outcome": record.outcome,
         "tenant": record.tenant,
@@ -79,5 +80,6 @@ def write(record: Record) -> None:
         if record.texts:
             fields |= record.texts
             fields["completions"] = [job.end.text for job in jobs if job.end]
-    shown = " ".join(f"{k}={v}" for k, v in fields.items() if v not in ("", None))
+    # a client's characters make no line of their own
+    shown = " ".join(f"{k}={ascii(str(v))[1:-1]}" for k, v in fields.items() if v not in ("", None))
     log.info("%s", shown.removeprefix("request="), extra={"fields": fields})

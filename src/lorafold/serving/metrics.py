@@ -72,13 +72,14 @@ class Metrics:
         use = self.uses.setdefault(job.adapter, Use())
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
-        if new and job.passed_on == len(events):
+        if new and job.before is None:
             self.first.observe(now - job.asked)
             use.first(now - job.asked)
             if job.began is not None:
                 self.queue.observe(job.began - job.asked)
-        elif new:
-            self.between.observe((now - job.before) / new)
+        elif job.before is not None:
+            for _ in range(new):
+                self.between.observe((now - job.before) / new)
         use.tokens += new
         if job.end is not None:
             tenant = self.label("tenant", job.request.tenant)

@@ -85,8 +85,14 @@ class Registry:
             before = self.kept.digests.get(name, found.digest)
             if before != found.digest:
                 log.warning("%s has other files than before: %s", name, found.key)
+        refused = {
+            name: told
+            for name, told in self.kept.quarantined.items()
+            if name not in self.found or self.found[name].digest == told[0]
+        }  # other files are another adapter
+        digests = {name: found.digest for name, found in self.found.items()}
         try:
-            self._keep(digests={name: found.digest for name, found in self.found.items()})
+            self._keep(quarantined=refused, digests=digests)
         except LorafoldError as error:
             log.warning("aliases and pins can't be kept: %s", error)
 
@@ -121,26 +127,31 @@ class Registry:
         """
         if model == self.base:
             return Chosen(self.base, None, self.renderers.base)
-        missing = Refusal(
-            404, "model_not_found", f"model: found no {model[:200]!r} that you may use", "model"
-        )
-        name, _, digest = model.partition("@")
-        if not caller.may(name):
-            raise missing
-        alias = self.kept.aliases.get(model)
-        if alias is not None:
+        alias = self.kept.aliases.get(model) if caller.may(model) else None
+        if alias is None:
+            found = self.version(caller, model)
+        else:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
-            name, digest = target.adapter, target.digest or ""
-            told = f"model: {model!r} stands for nothing now"
-            missing = Refusal(404, "model_not_found", told, "model")
-        found, named = self.found.get(name), alias is None and "@" in model
-        if found is None or (named and len(digest) < 8) or not found.digest.startswith(digest):
-            raise missing
+            pointed = self.found.get(target.adapter)
+            if pointed is None or not pointed.digest.startswith(target.digest or ""):
+                told = f"model: {model!r} stands for nothing now"
+                raise Refusal(404, "model_not_found", told, "model")
+            found = pointed
+        name = found.name
         if name in self.kept.quarantined:
             why = self.kept.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
         return Chosen(name, found.key, self._own.get(found.key, self.renderers.base))
+
+    def version(self, caller: Caller, model: str) -> Found:
+        """The adapter that NAME or NAME@DIGEST stands for. Raises Refusal as `choose` does."""
+        name, at, digest = model.partition("@")
+        found = self.found.get(name) if caller.may(name) else None
+        if found is None or (at and len(digest) < 8) or not found.digest.startswith(digest):
+            told = f"model: found no {model[:200]!r} that you may use"
+            raise Refusal(404, "model_not_found", told, "model")
+        return found
 
     def load(self, name: str) -> Found:
         """Read the files of an adapter, new or changed, and lift its quarantine. Raises
@@ -180,8 +191,13 @@ class Registry:
     def quarantine(self, name: str, why: str) -> None:
         """Refuse an adapter's requests, until `load`."""
         with self._lock:
-            found = self._known(name)
-            self._keep(quarantined=self.kept.quarantined | {name: (found.digest, why)})
+            refused = self.kept.quarantined | {name: (self._known(name).digest, why)}
+            kept = self.kept
+            try:
+                self._keep(quarantined=refused)
+            except LorafoldError as error:  # it holds at least until the server ends
+                self.kept = kept.model_copy(update={"quarantined": refused})
+                log.error("the quarantine of %s can't be kept: %s", name, error)
 
     def point(self, name: str, targets: tuple[Target, ...]) -> Alias:
         """Let an alias stand for these targets from the next request on."""

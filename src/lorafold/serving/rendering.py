@@ -60,6 +60,7 @@ class Renderer:
             check_shown(asked, text, self.tokenizer)
         except LorafoldError as error:
             told = str(error).removesuffix(f"; {HELP}").removesuffix(", so it would be lost")
+            told = told.replace("the row's tools", "the tools")
             raise Refusal(400, "template_refuses", f"messages: {told}", "messages") from None
         return text
 

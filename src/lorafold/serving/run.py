@@ -124,7 +124,7 @@ def server_of(
             weights=settings.weights, prefix_reuse=settings.prefix_reuse,
         )  # fmt: skip
 
-    state = settings.state or directory.path / kept.FILE
+    state = settings.state or directory.beside / kept.FILE
     renderers = Renderers(model, tokenizer)
     registry = Registry(base.name, directory, state, renderers)
     metrics, first = Metrics(), engine()
@@ -182,14 +182,12 @@ def _is_here(host: str) -> bool:
 
 
 def _show_gauges(metrics: Metrics, host: Host) -> None:
-    jobs = host.jobs
-
     def adapters(name: str) -> float:
         return float(getattr(host.engine.adapters, name))
 
     metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
     metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
-    metrics.gauge("running", "Completions that run", lambda: len(jobs) - host.waiting())
+    metrics.gauge("running", "Completions that run", host.running)
     metrics.gauge("slots", "Completions that may run at a time", lambda: host.settings.slots)
     metrics.gauge("adapter_bytes", "Bytes of adapters in memory", lambda: adapters("nbytes"))
     metrics.gauge("adapter_reads", "Adapters that were read", lambda: adapters("reads"))
@@ -216,6 +214,8 @@ def _tell(server: Server, address: str, console: Console) -> None:
         say(f"unloaded by the administrator: {', '.join(registry.kept.unloaded)}")
     for name, (_, why) in registry.kept.quarantined.items():
         say(f"in quarantine: {name}: {why}")
+    if unknown := sorted(server.settings.weights.keys() - set(server.keys.tenants)):
+        say(f"weights: no tenant has a key yet: {', '.join(unknown)}")
     if not engine.slotted:
         say(f"requests run one at a time: {engine.structure.why}")
     tenants = server.keys.tenants

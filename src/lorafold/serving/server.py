@@ -37,6 +37,7 @@ class Record:
     id: str
     method: str
     path: str
+    sent: str  # the path as the client wrote it
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -94,7 +95,7 @@ class Server:
             asked: what is asked.
         """
         record = record_of(request)
-        reply = await self.desk.admit(caller, id, asked)
+        reply = await self.desk.admit(caller, id, record.started, asked)
         record.reply, record.adapter = reply, reply.chosen.name
         record.version = reply.chosen.key or reply.chosen.name
         return reply

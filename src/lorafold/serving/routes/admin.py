@@ -6,19 +6,20 @@ Adapters are named by their entry in the server's directory; no request names a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from lorafold.errors import LorafoldError
 from lorafold.serving.kept import Alias, Target
+from lorafold.serving.keys import ADMIN
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.routes.models import adapter, loads
 from lorafold.serving.server import Server, answer
 from lorafold.serving.wire.body import Body
 
-Act = Literal["pin", "unpin", "quarantine"]
+ACTS = ("pin", "unpin", "quarantine")
 
 
 class Named(Body):
@@ -53,7 +54,7 @@ def routes(server: Server) -> APIRouter:
     async def done(change: Callable[[], Any]) -> Any:
         """Make a change beside the event loop. Raises Refusal for one that can't be made."""
         try:
-            return await server.host.think(change)
+            return await server.host.think(change, ADMIN)
         except LorafoldError as error:
             raise Refusal(400, "adapter_refused", str(error)) from None
 
@@ -89,9 +90,12 @@ def routes(server: Server) -> APIRouter:
         )
 
     @router.post("/admin/adapters/{name}:{act}")
-    async def manage(request: Request, name: str, act: Act) -> Response:
+    async def manage(request: Request, name: str, act: str) -> Response:
         """Pin an adapter in memory, unpin it, or refuse its requests."""
         server.admin(request)
+        if act not in ACTS:
+            told = f"found {act[:40]!r}, expected one of {', '.join(ACTS)}"
+            raise Refusal(404, "no_route", told)
         if act == "quarantine":
             await done(lambda: registry.quarantine(name, "the administrator put it there"))
             server.metrics.quarantines.inc()

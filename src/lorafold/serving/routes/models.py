@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request, Response
 from lorafold.errors import LorafoldError
 from lorafold.serving.directory import Found
 from lorafold.serving.metrics import Use
-from lorafold.serving.refusal import Refusal
 from lorafold.serving.server import Server, answer
 
 
@@ -42,10 +41,7 @@ def routes(server: Server) -> APIRouter:
             return answer(base(server, load))
         if model in registry.kept.aliases and caller.may(model):
             return answer(alias(server, model))
-        found = registry.found.get(model)
-        if found is None or not caller.may(model):
-            told = f"model: found no {model[:200]!r} that you may use"
-            raise Refusal(404, "model_not_found", told, "model")
+        found = registry.version(caller, model)
         return answer(adapter(server, found, load))
 
     return router

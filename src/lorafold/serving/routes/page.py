@@ -54,7 +54,7 @@ def routes(server: Server) -> APIRouter:
             told = f"adapter: found no {name[:80]!r} with a page that you may see"
             raise Refusal(404, "model_not_found", told, "model")
         headers = {"Content-Security-Policy": SHUT, "X-Content-Type-Options": "nosniff"}
-        found = await server.host.think(file.read_bytes)
+        found = await server.host.think(file.read_bytes, caller.tenant)
         return Response(found, media_type="text/html; charset=utf-8", headers=headers)
 
     @router.get("/v1/adapters/{name}/page")

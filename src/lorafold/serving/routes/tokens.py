@@ -26,6 +26,7 @@ def routes(server: Server) -> APIRouter:
         """The tokens of a text, or of a conversation as the prompt for its next turn."""
         caller = server.caller(request)
         body = await server.body(request, Tokenize)
+        server.desk.check_room(caller.tenant, 1)
         renderer = renderer_of(caller, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("prompt", "expected either prompt or messages")
@@ -38,7 +39,7 @@ def routes(server: Server) -> APIRouter:
             text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
             return renderer.tokens(text, special=False)
 
-        found = await server.host.think(tokens)
+        found = await server.host.think(tokens, caller.tenant)
         told: dict[str, Any] = {
             "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
         }  # fmt: skip
@@ -51,7 +52,9 @@ def routes(server: Server) -> APIRouter:
         """The text of tokens."""
         caller = server.caller(request)
         body = await server.body(request, Detokenize)
+        server.desk.check_room(caller.tenant, 1)
         renderer = renderer_of(caller, body.model)
-        return answer({"prompt": await server.host.think(lambda: renderer.text(body.tokens))})
+        text = await server.host.think(lambda: renderer.text(body.tokens), caller.tenant)
+        return answer({"prompt": text})
 
     return router

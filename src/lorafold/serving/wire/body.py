@@ -83,6 +83,8 @@ class Completing(Body):
             )
         except LorafoldError as error:
             name = str(error).partition(":")[0]
+            if name == "logprobs" and "top_logprobs" in type(self).model_fields:
+                name = "top_logprobs"
             raise Refusal(400, "invalid_value", str(error), name) from None
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lorafold.data.messages import (
+    REASONING,
     Message,
     Tool,
     message_problems,
@@ -20,6 +21,7 @@ from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.settings import Limits
 from lorafold.serving.wire.body import Completing
 
+FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations", *REASONING}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -59,6 +61,11 @@ class Chat(Completing):
             field, _, told = problems[0].removeprefix("field ").partition(": ")
             raise wrong(field, told)
         for i, message in enumerate(self.messages):
+            for name in message.keys() - FIELDS:
+                if message[name] is not None:
+                    field = f"messages[{i}].{name[:80]}"
+                    told = f"{field}: it is not supported"
+                    raise Refusal(400, "unsupported_parameter", told, field)
             if message["role"] not in ROLES:
                 told = f"found {message['role'][:40]!r}, expected one of {', '.join(ROLES)}"
                 raise wrong(f"messages[{i}].role", told)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from lorafold.serving.refusal import wrong
 from lorafold.serving.wire.body import Body, StreamOptions
 from lorafold.serving.wire.chat import Chat
 
-TEXTS = ("input_text", "output_text", "text")
+TEXTS = ("input_text", "output_text", "text", "reasoning_text")
 
 
 class Respond(Body):
@@ -51,16 +51,24 @@ class Respond(Body):
                 raise wrong(f"tools[{i}].type", f"found {tool.get('type')!r}, expected function")
             kept = ("name", "description", "parameters", "strict")
             tools.append({"type": "function", "function": {k: tool[k] for k in kept if k in tool}})
+        given_format = self.text.get("format") or {"type": "text"}
+        try:
+            return self._chat([*given, *asked, *_messages(items)], tools, given_format)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise wrong(".".join(map(str, first["loc"])), first["msg"].lower()) from None
+
+    def _chat(self, messages: list[Any], tools: list[Any], given_format: Any) -> Chat:
         return Chat(
             model=self.model,
-            messages=[*given, *asked, *_messages(items)],
+            messages=messages,
             max_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             tools=tools,
             tool_choice=self.tool_choice,
             parallel_tool_calls=self.parallel_tool_calls,
-            response_format=self.text.get("format") or {"type": "text"},
+            response_format=given_format,
             reasoning_effort=self.reasoning.get("effort"),
             stream=self.stream,
         )
@@ -94,8 +102,8 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             text = _text(item.get("output"), f"input[{i}].output")
             yield {"role": "tool", "tool_call_id": id, "name": names.get(id, ""), "content": text}
         elif kind == "reasoning":
-            content = item.get("content") or []
-            turn["reasoning_content"] = "".join(str(part.get("text", "")) for part in content)
+            content = _text(item.get("content") or [], f"input[{i}].content")
+            turn["reasoning_content"] = content
         else:
             raise wrong(f"input[{i}].type", f"found {kind!r}, which is not supported here")
     if turn:

@@ -1,0 +1,106 @@
+"""What is refused, and by which name: nothing that changes an answer is left out in silence."""
+
+from __future__ import annotations
+
+import pytest
+
+import lorafold as lf
+from serving_cases import Running, raw, running, saved
+
+ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refusals")
+    adapters = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, folder / "adapters")
+    with running(tiny_model_dir("llama"), adapters) as found:
+        yield found
+
+
+CHAT = {"model": "a", "messages": ASK}
+PLAIN = {"model": "a", "prompt": "The"}
+TURNS = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "param"),
+    [
+        (TURNS, CHAT | {"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
+        (TURNS, CHAT | {"top_a": 0.5}, "unsupported_parameter", "top_a"),
+        (TURNS, CHAT | {"store": True}, "unsupported_parameter", "store"),
+        (TURNS, CHAT | {"temperature": -1}, "invalid_value", "temperature"),
+        (TURNS, CHAT | {"temperature": "0.5"}, "invalid_value", "temperature"),
+        (TURNS, CHAT | {"top_p": 0}, "invalid_value", "top_p"),
+        (TURNS, CHAT | {"n": 1000000}, "invalid_value", "n"),
+        (TURNS, CHAT | {"n": 0}, "invalid_value", "n"),
+        (TURNS, CHAT | {"stop": ["x"] * 10000}, "invalid_value", "stop"),
+        (TURNS, CHAT | {"stop": [""]}, "invalid_value", "stop"),
+        (TURNS, CHAT | {"max_tokens": -5}, "invalid_value", "max_tokens"),
+        (TURNS, CHAT | {"max_tokens": 100000}, "context_length_exceeded", "messages"),
+        (TURNS, CHAT | {"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+        (TURNS, CHAT | {"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+        (TURNS, CHAT | {"response_format": {"type": "xml"}}, "invalid_value", "response_format"),
+        (TURNS, CHAT | {"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        (TURNS, CHAT | {"tools": [{"type": "web"}]}, "invalid_value", "tools[0].name"),
+        (TURNS, CHAT | {"reasoning_effort": "high"}, "invalid_value", "reasoning_effort"),
+        (TURNS, CHAT | {"chat_template_kwargs": {"x": 1}}, "invalid_value", "x"),
+        (TURNS, CHAT | {"messages": []}, "invalid_value", "messages"),
+        (TURNS, CHAT | {"messages": [{"role": "user"}]}, "invalid_value", "messages[0].content"),
+        (TURNS, CHAT | {"messages": [{"role": "me", "content": "x"}]}, "invalid_value",
+         "messages[0].role"),
+        (TURNS, CHAT | {"messages": [{"role": "user", "content": "x", "audio": {"id": 1}}]},
+         "unsupported_parameter", "messages[0].audio"),
+        (TURNS, {"messages": ASK}, "missing_parameter", "model"),
+        (TURNS, CHAT | {"model": "nobody"}, "model_not_found", "model"),
+        (TURNS, [1], "invalid_json", None),
+        ("/v1/completions", PLAIN | {"prompt": ""}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": []}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": [300]}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": [-1]}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"prompt": ["x"] * 99}, "invalid_value", "prompt"),
+        ("/v1/completions", PLAIN | {"echo": True}, "unsupported_parameter", "echo"),
+        ("/v1/completions", PLAIN | {"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ("/v1/completions", PLAIN | {"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+        ("/v1/completions", PLAIN | {"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
+        ("/v1/responses", {"model": "a", "input": "x", "previous_response_id": "r"},
+         "unsupported_parameter", "previous_response_id"),
+        ("/v1/responses", {"model": "a", "input": [{"type": "image"}]}, "invalid_value",
+         "input[0].type"),
+        ("/v1/completions", PLAIN | {"prompt": ["x"] * 4, "n": 3}, "invalid_value", "prompt"),
+        ("/v1/responses", {"model": "a", "input": "x", "text": {"format": "x"}}, "invalid_value",
+         "response_format"),
+        ("/v1/responses", {"model": "a", "input": "x", "reasoning": {"effort": 5}},
+         "invalid_value", "reasoning_effort"),
+        ("/v1/responses", {"model": "a", "input": [{"type": "reasoning", "content": "x"}]},
+         "invalid_value", "messages[0].content"),
+        ("/tokenize", {}, "invalid_value", "prompt"),
+        ("/detokenize", {"tokens": [10**9]}, "invalid_value", "tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(server, path, body, code, param):
+    answer = server.ask(path, body)
+    error = answer.json["error"]
+    assert answer.status in (400, 404), answer.content
+    assert (error["code"], error["param"]) == (code, param), error["message"]
+    assert "\n" not in error["message"]
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+def test_harmless_and_neutral_fields_are_accepted(server):
+    body = PLAIN | {"user": "me", "best_of": 1, "echo": False, "suffix": None, "metadata": {}}
+    assert server.ask("/v1/completions", body | {"max_tokens": 1}).status == 200
+
+
+def test_other_routes_and_types_are_refused(server):
+    assert server.ask("/v1/nothing").code == "no_route"
+    assert server.ask("/v1/completions").status == 405
+    form = {"Content-Type": "text/plain"}
+    assert server.ask("/v1/completions", PLAIN, headers=form).code == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("host", ["[", "", "a b", "[::1"])
+def test_a_host_that_is_none_is_refused(server: Running, host):
+    answer = raw(server, "GET /v1/models HTTP/1.1", host=host)
+    assert b" 40" in answer[:14]
+    assert b"500" not in answer[:14]
