@@ -134,7 +134,8 @@ def test_versions_can_be_looked_up(server: Running):
 
 def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
     """One tenant's large bodies keep no other one waiting, and are bounded."""
-    rendering, began, go = server.parts.registry.renderers.base, threading.Event(), threading.Event()
+    rendering = server.parts.registry.renderers.base
+    began, go = threading.Event(), threading.Event()
     tokens = rendering.tokens
 
     def slow(text: str, special: bool) -> tuple[int, ...]:

@@ -4,11 +4,16 @@
     app.py           the application: what every request passes, and the routes
     routes/          one file a group of routes: what is asked, what is answered
     wire/            the types of requests, and the shapes of answers
+    server.py        what all routes do: who calls, what was asked, what came of it
     keys.py          who calls, and which adapters they may use
-    registry.py      the adapters of a directory: verified, known, quarantined; their aliases
+    directory.py     which files may be read as adapters
+    registry.py      which names stand for which adapters; kept.py is what outlives the process
+    renderers.py     requests as tokens, by the tokenizer of the base or the adapter (rendering.py)
     desk.py          admission: limits, the queue, the request to the engine
     host.py          the engine's thread: events to the event loop, deadlines, restart
-    metrics.py, logs.py, settings.py, page/
+    job.py           a completion as the event loop sees it
+    turn.py          the next turn of a conversation; speech.py tells its parts apart
+    refusal.py, metrics.py, logs.py, settings.py, page/
 
 A request goes from a route through the desk to the host's engine, as `lorafold.engine.Request`; its
 events come back as `Token` and `Ended`. No other words pass between HTTP and the engine.

@@ -144,8 +144,16 @@ class Server:
                 whys = [job.failed or job.why for job in reply.jobs]
                 record.outcome = next((why.code for why in whys if why), record.outcome)
 
-        timeout = self.settings.limits.send_seconds
-        return EventSourceResponse(guarded(), ping=15, sep="\n", send_timeout=timeout)
+        async def left(_: object) -> None:  # perhaps before the first event was asked for
+            self.desk.drop(reply)
+
+        return EventSourceResponse(
+            guarded(),
+            ping=15,
+            sep="\n",
+            send_timeout=self.settings.limits.send_seconds,
+            client_close_handler_callable=left,
+        )
 
 
 def record_of(request: Request) -> Record:
