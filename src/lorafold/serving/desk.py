@@ -37,6 +37,7 @@ class Asked:
     seed: That of the first one, or None.
     max_new_tokens: None: what is left of the length.
     ends: Whether the model may end a completion.
+    heavy: Whether it takes more than a moment to make the prompts and the grammar.
     grammar: Gives the grammar that a completion has to fit, or None.
     """
 
@@ -48,6 +49,7 @@ class Asked:
     seed: int | None = None
     max_new_tokens: int | None = None
     ends: bool = True
+    heavy: bool = False
     grammar: Callable[[Renderer], str | None] = lambda renderer: None
 
     def rendered(self, renderer: Renderer) -> tuple[Sequence[tuple[int, ...]], Sampling]:
@@ -95,7 +97,7 @@ class Desk:
             chosen = self.registry.choose(caller, asked.model)
             renderer = chosen.renderer
             prompts, sampling = await self.host.think(
-                partial(asked.rendered, renderer), caller.tenant
+                partial(asked.rendered, renderer), caller.tenant, asked.heavy
             )
             if asked.n * len(prompts) > self.limits.choices:
                 told = f"found {len(prompts)} prompts and n {asked.n}, expected at most"
@@ -111,7 +113,7 @@ class Desk:
                         renderer.tokenizer,
                     )  # fmt: skip
                     job = Job(request, chosen.name, since, reply.arrived)
-                    await self.host.submit(job)
+                    await self.host.submit(job, asked.heavy)
                     reply.jobs.append(job)
                 return reply
             except LorafoldError as error:

@@ -96,23 +96,38 @@ class Host:
         late = age > self.settings.heartbeat_seconds
         return f"the engine made no step for {age:.0f} s" if late else ""
 
-    async def submit(self, job: Job) -> None:
-        """Give a job to the engine. Raises LorafoldError if it is refused."""
+    async def submit(self, job: Job, heavy: bool) -> None:
+        """Give a job to the engine. Raises LorafoldError if it is refused.
+
+        Args:
+            job: the job.
+            heavy: as for `think`.
+        """
         with self._lock:
             self.jobs[job.request.id] = job
         try:
             engine, request = self.engine, job.request
-            job.stream = await self.think(lambda: engine.submit(request), request.tenant)
+            job.stream = await self.think(
+                lambda: engine.submit(request), request.tenant, heavy
+            )
         except BaseException:
             with self._lock:
                 self.jobs.pop(job.request.id, None)
             raise
         engine.wake()  # the thread may have made its last step before it saw the stream
 
-    async def think(self, do: Callable[[], T], tenant: str) -> T:
+    async def think(self, do: Callable[[], T], tenant: str, heavy: bool = True) -> T:
         """What a function gives that takes its time, computed beside the event loop; a tenant's one
         after the other, so that no tenant waits for more than one of each other's.
+
+        Args:
+            do: the function.
+            tenant: the tenant.
+            heavy: whether it takes longer than the way to another thread and back, which is some
+                milliseconds beside an engine that computes.
         """
+        if not heavy:
+            return do()
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         self._thinking[tenant] += 1
         try:

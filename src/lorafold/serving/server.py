@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from fastapi import Request, Response
@@ -27,6 +27,7 @@ from lorafold.serving.wire.answers import event
 from lorafold.serving.wire.body import B, read_body
 
 T = TypeVar("T")
+LIGHT = 8192  # bytes of a body whose tokens take under two milliseconds
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +39,7 @@ class Record:
     method: str
     path: str
     sent: str  # the path as the client wrote it
+    read: int = 0  # bytes of the body
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -83,7 +85,9 @@ class Server:
         if given != "application/json":
             told = f"content-type: found {given[:80]!r}, expected application/json"
             raise Refusal(415, "unsupported_media_type", told)
-        return read_body(kind, await request.body())
+        content = await request.body()
+        record_of(request).read = len(content)
+        return read_body(kind, content)
 
     async def admit(self, request: Request, caller: Caller, id: str, asked: Asked) -> Reply:
         """As `Desk.admit`, noted in the request's record.
@@ -95,6 +99,7 @@ class Server:
             asked: what is asked.
         """
         record = record_of(request)
+        asked = replace(asked, heavy=asked.heavy or record.read > LIGHT)
         reply = await self.desk.admit(caller, id, record.started, asked)
         record.reply, record.adapter = reply, reply.chosen.name
         record.version = reply.chosen.key or reply.chosen.name
