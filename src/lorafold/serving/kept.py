@@ -6,12 +6,13 @@ after a restart.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
+from lorafold.serving.json_file import read
 
 FILE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
 
@@ -51,16 +52,7 @@ class Kept(BaseModel):
 
 def read_kept(file: Path) -> Kept:
     """The content of the file, empty if there is none. Raises LorafoldError for any other file."""
-    try:
-        return Kept.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return Kept()
-    except OSError as error:
-        raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise LorafoldError(f"{file}: {where}: {first['msg']}; move it away") from None
+    return read(file, Kept, "move it away") if os.path.lexists(file) else Kept()
 
 
 def write_kept(file: Path, kept: Kept) -> None:

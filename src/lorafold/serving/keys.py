@@ -21,10 +21,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
+from lorafold.serving.json_file import read
 from lorafold.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -154,14 +155,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str]) -> str:
 
 def read_keys(file: Path) -> KeyFile:
     """The content of a key file. Raises LorafoldError if it is not one."""
-    try:
-        return KeyFile.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise LorafoldError(f"{file}: {where}: {first['msg']}; new-key writes it") from None
+    return read(file, KeyFile, "new-key writes it")
 
 
 def _hash(key: str) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import Response as Plain
@@ -51,6 +51,29 @@ class Record:
     texts: dict[str, object] = field(default_factory=dict)
 
 
+class Dialect(Protocol):
+    """A request for completions in one of the API's dialects: what is asked of the engine, and how
+    the answer is written, whole or as events. `prompt` is for the log.
+    """
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the client wants events."""
+
+    @property
+    def prompt(self) -> object:
+        """The prompt, once it was made."""
+
+    def asked(self) -> Asked:
+        """What is asked of the engine."""
+
+    async def whole(self, reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+
+    def events(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The answer as it comes."""
+
+
 @dataclass
 class Server:
     """One server's parts."""
@@ -89,23 +112,29 @@ class Server:
         record_of(request).read = len(content)
         return read_body(kind, content)
 
-    async def admit(self, request: Request, caller: Caller, id: str, asked: Asked) -> Reply:
-        """As `Desk.admit`, noted in the request's record.
+    async def complete(
+        self, request: Request, caller: Caller, id: str, dialect: Dialect
+    ) -> Response:
+        """Have completions computed, and answer with them.
 
         Args:
             request: the request.
             caller: who asks.
             id: the name of the reply.
-            asked: what is asked.
+            dialect: what is asked, and how it is answered.
         """
-        record = record_of(request)
+        record, asked = record_of(request), dialect.asked()
         asked = replace(asked, heavy=asked.heavy or record.read > LIGHT)
         reply = await self.desk.admit(caller, id, record.started, asked)
         record.reply, record.adapter = reply, reply.chosen.name
         record.version = reply.chosen.key or reply.chosen.name
-        return reply
+        if self.settings.log_texts:
+            record.texts["prompt"] = dialect.prompt
+        if dialect.streamed:
+            return self._stream(request, reply, dialect.events(reply))
+        return answer(await self._whole(request, reply, dialect.whole(reply)))
 
-    async def whole(self, request: Request, reply: Reply, answer: Awaitable[T]) -> T:
+    async def _whole(self, request: Request, reply: Reply, answer: Awaitable[T]) -> T:
         """What an answer is once it is complete; if the client leaves before, its completions end.
 
         Args:
@@ -127,7 +156,7 @@ class Server:
                 with suppress(asyncio.CancelledError, Refusal):
                     await task
 
-    def stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
+    def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
         """A response of events. If the client leaves, or reads too slowly, its completions end.
 
         Args:

@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorafold.engine import Ended, Token
+from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
-from lorafold.serving.server import Server, answer, record_of
+from lorafold.serving.server import Server
 from lorafold.serving.speech import CONTENT
 from lorafold.serving.turn import Message, Turn
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
@@ -25,14 +26,7 @@ def routes(server: Server) -> APIRouter:
         """A model's next message in a conversation."""
         caller = server.caller(request)
         body = await server.body(request, Chat)
-        turn = Turn(server, body)
-        reply = await server.admit(request, caller, new_id("chatcmpl"), turn.asked())
-        if server.settings.log_texts:
-            record_of(request).texts["prompt"] = turn.prompt
-        put = Answer(body, turn)
-        if body.stream:
-            return server.stream(request, reply, put.chunks(reply))
-        return answer(await server.whole(request, reply, put.completion(reply)))
+        return await server.complete(request, caller, new_id("chatcmpl"), Answer(server, body))
 
     return router
 
@@ -41,25 +35,39 @@ class Answer:
     """A turn as chat completions have it.
 
     Args:
+        server: the server.
         body: the request.
-        turn: the turn.
     """
 
-    def __init__(self, body: Chat, turn: Turn) -> None:
-        self.body, self.turn = body, turn
+    def __init__(self, server: Server, body: Chat) -> None:
+        self.server, self.body, self.turn = server, body, Turn(server, body)
 
-    async def completion(self, reply: Reply) -> dict[str, Any]:
+    @property
+    def streamed(self) -> bool:
+        """Whether the client wants events."""
+        return self.body.stream
+
+    @property
+    def prompt(self) -> str:
+        """The rendered conversation."""
+        return self.turn.prompt
+
+    def asked(self) -> Asked:
+        """What is asked of the engine."""
+        return self.turn.asked()
+
+    async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        whole = [Message() for _ in reply.jobs]
+        messages = [Message() for _ in reply.jobs]
         async for said in self.turn.said(reply):
-            whole[said.index].take(said)
-        choices = [self._choice(reply, i, message) for i, message in enumerate(whole)]
+            messages[said.index].take(said)
+        choices = [self._choice(reply, i, message) for i, message in enumerate(messages)]
         found = self._head(reply, "chat.completion") | {"choices": choices, "usage": reply.usage}
         if self.body.return_token_ids:
             found["prompt_token_ids"] = reply.jobs[0].request.prompt
         return found
 
-    async def chunks(self, reply: Reply) -> AsyncIterator[bytes]:
+    async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         """The answer as it comes."""
         head = self._head(reply, "chat.completion.chunk")
         usage = {"usage": None} if self.body.stream_options.include_usage else {}

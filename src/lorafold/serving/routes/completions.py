@@ -11,7 +11,7 @@ from lorafold.engine import Token
 from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
 from lorafold.serving.rendering import Renderer
-from lorafold.serving.server import Server, answer, record_of
+from lorafold.serving.server import Server
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.completion import Completion
 
@@ -24,13 +24,8 @@ def routes(server: Server) -> APIRouter:
     async def completions(request: Request) -> Response:
         """What follows a prompt, given as text or as tokens, or several."""
         caller = server.caller(request)
-        asked = Plain(server, await server.body(request, Completion))
-        reply = await server.admit(request, caller, new_id("cmpl"), asked.asked())
-        if server.settings.log_texts:
-            record_of(request).texts["prompt"] = asked.body.prompt
-        if asked.body.stream:
-            return server.stream(request, reply, asked.chunks(reply))
-        return answer(await server.whole(request, reply, asked.completion(reply)))
+        body = await server.body(request, Completion)
+        return await server.complete(request, caller, new_id("cmpl"), Plain(server, body))
 
     return router
 
@@ -48,6 +43,16 @@ class Plain:
         server.desk.check(body)
         self._given = body.prompts(server.settings.limits.choices)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the client wants events."""
+        return self.body.stream
+
+    @property
+    def prompt(self) -> object:
+        """The prompts as they were given."""
+        return self.body.prompt
+
     def asked(self) -> Asked:
         """What is asked of the engine."""
         body = self.body
@@ -56,7 +61,7 @@ class Plain:
             body.seed, body.max_tokens, not body.ignore_eos,
         )  # fmt: skip
 
-    async def completion(self, reply: Reply) -> dict[str, Any]:
+    async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
         tokens: list[list[Token]] = [[] for _ in reply.jobs]
         async for i, one in reply.events():
@@ -77,7 +82,7 @@ class Plain:
             choices.append(choice)
         return self._head(reply) | {"choices": choices, "usage": reply.usage}
 
-    async def chunks(self, reply: Reply) -> AsyncIterator[bytes]:
+    async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         """The answer as it comes."""
         head = self._head(reply)
         usage = {"usage": None} if self.body.stream_options.include_usage else {}

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
-from lorafold.serving.server import Server, answer, record_of
+from lorafold.serving.server import Server
 from lorafold.serving.speech import CONTENT, REASONING
 from lorafold.serving.turn import Message, Turn
 from lorafold.serving.wire.answers import event, new_id
@@ -26,14 +27,7 @@ def routes(server: Server) -> APIRouter:
         """A model's next message, and its calls, in a conversation given as items."""
         caller = server.caller(request)
         body = await server.body(request, Respond)
-        turn = Turn(server, body.chat())
-        reply = await server.admit(request, caller, new_id("resp"), turn.asked())
-        if server.settings.log_texts:
-            record_of(request).texts["prompt"] = turn.prompt
-        put = Answer(body, turn)
-        if body.stream:
-            return server.stream(request, reply, put.events(reply))
-        return answer(await server.whole(request, reply, put.whole(reply)))
+        return await server.complete(request, caller, new_id("resp"), Answer(server, body))
 
     return router
 
@@ -42,12 +36,26 @@ class Answer:
     """A turn as responses have it.
 
     Args:
+        server: the server.
         body: the request.
-        turn: the turn.
     """
 
-    def __init__(self, body: Respond, turn: Turn) -> None:
-        self.body, self.turn, self._number = body, turn, 0
+    def __init__(self, server: Server, body: Respond) -> None:
+        self.body, self.turn, self._number = body, Turn(server, body.chat()), 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the client wants events."""
+        return self.body.stream
+
+    @property
+    def prompt(self) -> str:
+        """The rendered conversation."""
+        return self.turn.prompt
+
+    def asked(self) -> Asked:
+        """What is asked of the engine."""
+        return self.turn.asked()
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""

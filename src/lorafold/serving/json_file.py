@@ -1,0 +1,30 @@
+"""Files of the server's own, in JSON: read whole and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from lorafold.errors import LorafoldError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read(file: Path, kind: type[M], hint: str) -> M:
+    """The content of a file. Raises LorafoldError, in one line, if it can't be read or is none.
+
+    Args:
+        file: the file.
+        kind: its type.
+        hint: what to do about a wrong one.
+    """
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise LorafoldError(f"{file}: {where}: {first['msg']}; {hint}") from None
