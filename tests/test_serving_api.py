@@ -10,7 +10,10 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 import lorafold as lf
 from conftest import make_model_dir
@@ -256,3 +259,39 @@ def test_curl_gets_what_the_client_gets(server):
     ]  # fmt: skip
     out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     assert json.loads(out)["choices"][0]["text"] == server.text("a", "The", max_tokens=6)
+
+
+def test_every_answer_validates_against_the_packages_types(server):
+    """The client itself builds its types without validation, so they are validated here."""
+    chat = {"model": "a", "messages": ASK, "max_tokens": 6, "seed": 0}
+    called = chat | {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 60}
+    told = chat | {"logprobs": True, "top_logprobs": 2, "n": 2}
+    plain = {"model": "a", "prompt": "The", "max_tokens": 6, "logprobs": 2}
+    input = {"model": "a", "input": "Hello", "max_output_tokens": 6}
+    tool = {"type": "function", **WEATHER["function"]}
+    calling = {"model": "a", "input": ASK, "tools": [tool], "tool_choice": "required"}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    whole: list[tuple[str, dict[str, Any], Any]] = [
+        ("/v1/chat/completions", chat, ChatCompletion),
+        ("/v1/chat/completions", called, ChatCompletion),
+        ("/v1/chat/completions", told, ChatCompletion),
+        ("/v1/completions", plain, Completion),
+        ("/v1/responses", input, Response),
+        ("/v1/responses", calling, Response),
+    ]
+    parts = {ChatCompletion: ChatCompletionChunk, Completion: Completion}
+    for path, body, kind in whole:
+        answer = server.ask(path, body)
+        assert answer.status == 200, answer.content
+        kind.model_validate_json(answer.content)
+        streamed = body | ({"stream": True} if kind is Response else options)
+        part: Any = TypeAdapter(parts.get(kind, ResponseStreamEvent))
+        events = server.ask(path, streamed).events
+        assert events
+        for event in events:
+            if kind is Completion:  # of which a part has no type: its reason is null until its end
+                for choice in event["choices"]:
+                    choice["finish_reason"] = choice["finish_reason"] or "stop"
+            part.validate_python(event)
+    for model in server.ask("/v1/models").json["data"]:
+        Model.model_validate(model)
