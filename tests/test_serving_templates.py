@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 import lorafold as lf
 from conftest import make_model_dir
@@ -14,6 +16,7 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
 from lorafold.serving.kept import Target
 from lorafold.serving.rendering import Renderer
+from lorafold.serving.speech import CONTENT, REASONING, Speech
 from serving_cases import Running, running, saved
 
 END = "<|ends|>"
@@ -23,6 +26,11 @@ TEMPLATE = (
     '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
     "</call>{% endfor %}" + END + "{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+THINKS = (
+    "{% for m in messages %}[{{ m.role }}] {% if m.reasoning_content %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] <think>{% endif %}"
 )
 ASK = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -55,6 +63,11 @@ def server(tmp_path_factory) -> Running:
     (folder / "elsewhere.json").write_bytes((adapters / "own" / "tokenizer.json").read_bytes())
     (adapters / "linked" / "tokenizer.json").unlink()
     (adapters / "linked" / "tokenizer.json").symlink_to(folder / "elsewhere.json")
+    shutil.copytree(adapters / "plain", adapters / "thinks")
+    thinks = folder / "thinks.jinja"
+    thinks.write_text(THINKS.replace(END, str(tokenizer.eos_token)))
+    set_template(tokenizer, thinks)
+    write_tokenizer(tokenizer, adapters / "thinks")
     words = folder / "words.jinja"
     words.write_text(TEMPLATE)
     recipe = lf.Recipe(
@@ -182,3 +195,28 @@ def test_a_schema_holds_for_an_adapter_with_new_tokens(server):
     choice = answer.json["choices"][0]
     if choice["finish_reason"] == "stop":
         assert json.loads(choice["message"]["content"])["a"] in (1, 2)
+
+
+def test_reasoning_is_told_apart(server):
+    """The prompt opens it, and what the model says is reasoning until it closes it."""
+    speech = Speech(renderer_of(server, "thinks").tokenizer, "[assistant] <think>", ())
+    said = [speech.add(piece) for piece in ("Let me", " see</th", "ink>\n\nIt ", "is.")]
+    assert said == [
+        [(REASONING, "Let me")], [(REASONING, " see")], [(CONTENT, "It ")], [(CONTENT, "is.")],
+    ]  # fmt: skip
+    assert speech.finish() == ([], [])
+    asked = {"model": "thinks", "messages": ASK, "max_tokens": 6, "temperature": 0}
+    asked |= {"ignore_eos": True}
+    message = server.ask("/v1/chat/completions", asked).json["choices"][0]["message"]
+    assert message["content"] == ""
+    assert message["reasoning_content"]
+    body = {"model": "thinks", "input": ASK, "max_output_tokens": 6, "temperature": 0}
+    whole = server.ask("/v1/responses", body).json["output"]
+    events = server.ask("/v1/responses", body | {"stream": True}).events
+    streamed = events[-1]["response"]["output"]
+    assert [item["type"] for item in whole] == [item["type"] for item in streamed] == ["reasoning"]
+    assert streamed[0]["content"] == whole[0]["content"]
+    deltas = [e["delta"] for e in events if e["type"] == "response.reasoning_text.delta"]
+    assert "".join(deltas) == whole[0]["content"][0]["text"]
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)

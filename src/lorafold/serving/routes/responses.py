@@ -16,6 +16,12 @@ from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.response import Respond
 
 Item = dict[str, Any]
+KINDS = {REASONING: "reasoning", CONTENT: "message"}
+# the events of an item's text, and what they have besides
+TEXTS: dict[str, tuple[str, Item]] = {
+    "reasoning": ("reasoning_text", {}),
+    "message": ("output_text", {"logprobs": []}),
+}
 
 
 def routes(server: Server) -> APIRouter:
@@ -65,88 +71,79 @@ class Answer:
         return self._ended(reply, message, self._items(message))
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes: the text in pieces, each call whole once it is there."""
+        """The answer as it comes: text in pieces, each call whole once it is there."""
         begun = self._response(reply, "in_progress", [])
         yield self._event("response.created", response=begun)
         yield self._event("response.in_progress", response=begun)
-        message, items, at = Message(), list[Item](), new_id("msg")
+        message, spoken = Message(), list[Item]()
         async for said in self.turn.said(reply):
             message.take(said)
             for name, text in said.parts:
-                if name != CONTENT:
-                    continue
-                if not items:
-                    items.append(_message(at, ""))
-                    for one in self._opened(items[0]):
+                kind = KINDS[name]
+                if not spoken or spoken[-1]["type"] != kind:
+                    for one in self._closed(spoken):
                         yield one
-                where = {"item_id": at, "output_index": 0, "content_index": 0}
-                delta = {"delta": text, "logprobs": []}
-                yield self._event("response.output_text.delta", **where, **delta)
-        if items:
-            items[0] = _message(at, message.texts[CONTENT])
-            for one in self._closed(items[0]):
+                    spoken.append(_spoken(kind, ""))
+                    for one in self._opened(spoken):
+                        yield one
+                yield self._delta(spoken, text)
+        for one in self._closed(spoken):
+            yield one
+        items = [*spoken, *(_called(call) for call in message.calls)]
+        for at, item in enumerate(items[len(spoken) :], len(spoken)):
+            for one in self._call(at, item):
                 yield one
-        others = [item for item in self._items(message) if item["type"] != "message"]
-        for item in others:
-            where = {"output_index": len(items)}
-            items.append(item)
-            called = item["type"] == "function_call"
-            empty = {"status": "in_progress", "arguments": ""} if called else {}
-            yield self._event("response.output_item.added", **where, item=item | empty)
-            if called:
-                where |= {"item_id": item["id"]}
-                arguments = item["arguments"]
-                yield self._event(
-                    "response.function_call_arguments.delta", **where, delta=arguments
-                )
-                yield self._event(
-                    "response.function_call_arguments.done", **where, arguments=arguments,
-                    name=item["name"],
-                )  # fmt: skip
-            done = {"output_index": where["output_index"], "item": item}
-            yield self._event("response.output_item.done", **done)
+        if not items:
+            items = [_spoken("message", "")]
+            for one in (*self._opened(items), *self._closed(items)):
+                yield one
         ended = self._ended(reply, message, items)
         yield self._event(f"response.{ended['status']}", response=ended)
 
-    def _opened(self, item: Item) -> Iterator[bytes]:
+    def _opened(self, items: list[Item]) -> Iterator[bytes]:
+        """Begin the last item, which is spoken."""
+        item, at = items[-1], len(items) - 1
         empty = item | {"status": "in_progress", "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=empty)
-        where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        yield self._event("response.content_part.added", **where, part=item["content"][0])
+        yield self._event("response.output_item.added", output_index=at, item=empty)
+        where = {"item_id": item["id"], "output_index": at, "content_index": 0}
+        yield self._event("response.content_part.added", **where, part=dict(item["content"][0]))
 
-    def _closed(self, item: Item) -> Iterator[bytes]:
-        where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        part = item["content"][0]
-        text = {"text": part["text"], "logprobs": []}
-        yield self._event("response.output_text.done", **where, **text)
+    def _delta(self, items: list[Item], text: str) -> bytes:
+        """Add to the last item."""
+        item, at = items[-1], len(items) - 1
+        item["content"][0]["text"] += text
+        where = {"item_id": item["id"], "output_index": at, "content_index": 0}
+        kind, more = TEXTS[item["type"]]
+        return self._event(f"response.{kind}.delta", **where, delta=text, **more)
+
+    def _closed(self, items: list[Item]) -> Iterator[bytes]:
+        """End the last item, if there is one."""
+        if not items:
+            return
+        item, at = items[-1], len(items) - 1
+        where = {"item_id": item["id"], "output_index": at, "content_index": 0}
+        part, (kind, more) = item["content"][0], TEXTS[item["type"]]
+        yield self._event(f"response.{kind}.done", **where, text=part["text"], **more)
         yield self._event("response.content_part.done", **where, part=part)
-        yield self._event("response.output_item.done", output_index=0, item=item)
+        yield self._event("response.output_item.done", output_index=at, item=item)
+
+    def _call(self, at: int, item: Item) -> Iterator[bytes]:
+        """A whole call."""
+        empty = item | {"status": "in_progress", "arguments": ""}
+        yield self._event("response.output_item.added", output_index=at, item=empty)
+        where = {"output_index": at, "item_id": item["id"]}
+        kind, arguments = "response.function_call_arguments", item["arguments"]
+        yield self._event(f"{kind}.delta", **where, delta=arguments)
+        yield self._event(f"{kind}.done", **where, arguments=arguments, name=item["name"])
+        yield self._event("response.output_item.done", output_index=at, item=item)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1} | fields, kind)
 
     def _items(self, message: Message) -> list[Item]:
-        items: list[Item] = []
-        if thought := message.texts.get(REASONING):
-            content = [{"type": "reasoning_text", "text": thought}]
-            items.append(
-                {"type": "reasoning", "id": new_id("rs"), "summary": [], "content": content}
-            )
-        if (text := message.texts.get(CONTENT)) or not message.calls:
-            items.append(_message(new_id("msg"), text or ""))
-        for call in message.calls:
-            items.append(
-                {
-                    "type": "function_call",
-                    "id": new_id("fc"),
-                    "call_id": call["id"],
-                    "name": call["function"]["name"],
-                    "arguments": call["function"]["arguments"],
-                    "status": "completed",
-                }
-            )
-        return items
+        spoken = [_spoken(KINDS[name], text) for name, text in message.texts.items()]
+        return [*spoken, *map(_called, message.calls)] or [_spoken("message", "")]
 
     def _ended(self, reply: Reply, message: Message, items: list[Item]) -> dict[str, Any]:
         assert message.end is not None
@@ -192,8 +189,25 @@ class Answer:
         }
 
 
-def _message(id: str, text: str) -> Item:
-    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _spoken(kind: str, text: str) -> Item:
+    """An item of reasoning, or a message."""
+    if kind == "reasoning":
+        content: list[Item] = [{"type": "reasoning_text", "text": text}]
+        return {"type": kind, "id": new_id("rs"), "summary": [], "content": content}
+    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
     return {
-        "type": "message", "id": id, "role": "assistant", "status": "completed", "content": [part],
+        "type": kind, "id": new_id("msg"), "role": "assistant", "status": "completed",
+        "content": content,
     }  # fmt: skip
+
+
+def _called(call: Item) -> Item:
+    """An item of a call."""
+    return {
+        "type": "function_call",
+        "id": new_id("fc"),
+        "call_id": call["id"],
+        "name": call["function"]["name"],
+        "arguments": call["function"]["arguments"],
+        "status": "completed",
+    }
