@@ -53,12 +53,10 @@ class Record:
 
 class Dialect(Protocol):
     """A request for completions in one of the API's dialects: what is asked of the engine, and how
-    the answer is written, whole or as events. `prompt` is for the log.
+    the answer is written: whole, or as events if it is streamed. `prompt` is for the log.
     """
 
-    @property
-    def streamed(self) -> bool:
-        """Whether the client wants events."""
+    streamed: bool
 
     @property
     def prompt(self) -> object:

@@ -6,6 +6,7 @@ Chat completions and responses are two ways to write the same turn down.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,35 @@ class Turn:
             }
             for function in (functions if self.body.parallel_tool_calls else functions[:1])
         ]
+
+
+class Written(ABC):
+    """Abstract: a turn as a dialect of the API writes it down, a `server.Dialect`.
+
+    Args:
+        turn: the turn.
+        streamed: whether the client wants events.
+    """
+
+    def __init__(self, turn: Turn, streamed: bool) -> None:
+        self.turn, self.streamed = turn, streamed
+
+    @property
+    def prompt(self) -> str:
+        """The rendered conversation."""
+        return self.turn.prompt
+
+    def asked(self) -> Asked:
+        """What is asked of the engine."""
+        return self.turn.asked()
+
+    @abstractmethod
+    async def whole(self, reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+
+    @abstractmethod
+    def events(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The answer as it comes."""
 
 
 def joined(parts: list[Part]) -> list[Part]:

@@ -8,11 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorafold.engine import Ended, Token
-from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
 from lorafold.serving.server import Server
 from lorafold.serving.speech import CONTENT
-from lorafold.serving.turn import Message, Turn
+from lorafold.serving.turn import Message, Turn, Written
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.chat import Chat
 
@@ -31,7 +30,7 @@ def routes(server: Server) -> APIRouter:
     return router
 
 
-class Answer:
+class Answer(Written):
     """A turn as chat completions have it.
 
     Args:
@@ -40,21 +39,8 @@ class Answer:
     """
 
     def __init__(self, server: Server, body: Chat) -> None:
-        self.server, self.body, self.turn = server, body, Turn(server, body)
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the client wants events."""
-        return self.body.stream
-
-    @property
-    def prompt(self) -> str:
-        """The rendered conversation."""
-        return self.turn.prompt
-
-    def asked(self) -> Asked:
-        """What is asked of the engine."""
-        return self.turn.asked()
+        super().__init__(Turn(server, body), body.stream)
+        self.body = body
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""

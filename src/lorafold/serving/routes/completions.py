@@ -39,14 +39,9 @@ class Plain:
     """
 
     def __init__(self, server: Server, body: Completion) -> None:
-        self.body = body
+        self.body, self.streamed = body, body.stream
         server.desk.check(body)
         self._given = body.prompts(server.settings.limits.choices)
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the client wants events."""
-        return self.body.stream
 
     @property
     def prompt(self) -> object:

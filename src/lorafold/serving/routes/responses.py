@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.serving.desk import Asked
 from lorafold.serving.job import Reply
 from lorafold.serving.server import Server
 from lorafold.serving.speech import CONTENT, REASONING
-from lorafold.serving.turn import Message, Turn
+from lorafold.serving.turn import Message, Turn, Written
 from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.response import Respond
 
@@ -38,7 +37,7 @@ def routes(server: Server) -> APIRouter:
     return router
 
 
-class Answer:
+class Answer(Written):
     """A turn as responses have it.
 
     Args:
@@ -47,21 +46,8 @@ class Answer:
     """
 
     def __init__(self, server: Server, body: Respond) -> None:
-        self.body, self.turn, self._number = body, Turn(server, body.chat()), 0
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the client wants events."""
-        return self.body.stream
-
-    @property
-    def prompt(self) -> str:
-        """The rendered conversation."""
-        return self.turn.prompt
-
-    def asked(self) -> Asked:
-        """What is asked of the engine."""
-        return self.turn.asked()
+        super().__init__(Turn(server, body.chat()), body.stream)
+        self.body, self._number = body, 0
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
