@@ -171,19 +171,22 @@ class Host:
                     continue
                 job.passed_on += len(new)
                 found.append((job, new))
-                if isinstance(new[-1], Ended):
-                    del self.jobs[job.request.id]
         self._beat = time.monotonic()
         if found:
             self._loop.call_soon_threadsafe(self._deliver, found)
 
     def _deliver(self, found: list[tuple[Job, list[Token | Ended]]]) -> None:
         for job, events in found:
+            if job.end is not None:  # its thread died meanwhile
+                continue
             job.put(events)
             self.metrics.arrived(job, events)
             if (why := job.unread(self.settings.limits)) is not None:
                 self.cancel(job, why)
             if job.end is not None:
+                # not before: a thread that dies on the way leaves it to be ended
+                with self._lock:
+                    self.jobs.pop(job.request.id, None)
                 self._ends.append(time.monotonic())
                 if job.end.message:  # it may name paths, which clients do not get to see
                     log.error("%s failed: %s", job.request.id, job.end.message)

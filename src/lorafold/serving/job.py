@@ -117,10 +117,6 @@ class Reply:
                             raise job.failed
                     yield i, event
 
-    async def ends(self) -> list[Ended]:
-        """The ends of all completions, once they are there. Raises Refusal as `events` does."""
-        return [event async for _, event in self.events() if isinstance(event, Ended)]
-
     @property
     def usage(self) -> dict[str, object]:
         """The tokens of prompts and completions."""

@@ -58,7 +58,6 @@ class Caller:
 
     tenant: str
     adapters: tuple[str, ...] = ("*",)
-    admin: bool = False
 
     def may(self, name: str) -> bool:
         """Whether it may use the adapter or alias of that name."""
@@ -97,7 +96,7 @@ class Keys:
         """Who sent a request with this header. Raises Refusal for a key that is not known."""
         hashed = _hash(_bearer(authorization))
         if self._is_admin(hashed):
-            return Caller(ADMIN, admin=True)
+            return Caller(ADMIN)
         if self.file is None:
             return Caller(LOCAL)
         self._refresh(self.file)
@@ -113,7 +112,7 @@ class Keys:
             raise Refusal(403, "admin_closed", told)
         if not self._is_admin(_hash(_bearer(authorization))):
             raise Refusal(401, "invalid_api_key", "found no key for administration, expected it")
-        return Caller(ADMIN, admin=True)
+        return Caller(ADMIN)
 
     def _is_admin(self, hashed: str) -> bool:
         return hmac.compare_digest(self._admin or "-" * 64, hashed)

@@ -18,7 +18,8 @@ from lorafold.errors import LorafoldError
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
 
-OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
+OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
+        "raise_exception", "strftime_now"}  # fmt: skip
 
 
 class Renderer:
@@ -36,6 +37,7 @@ class Renderer:
                 str(tokenizer.get_chat_template())
             )
             self.variables = frozenset(meta.find_undeclared_variables(tree)) - OURS
+            self.variables -= tokenizer.special_tokens_map.keys()
         except TemplateError:  # tags of transformers' own
             self.variables = frozenset()
 

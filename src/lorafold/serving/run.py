@@ -91,7 +91,8 @@ def serve(
     directory, keys = Directory(adapters), Keys(settings.keys, settings.admin_key)
     with listening(settings) as at:
         server = server_of(base, directory, keys, settings, console)
-        address = f"{settings.host}:{at.getsockname()[1]}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
         logs.set_up(settings.json_logs)
         if open_page:
@@ -224,7 +225,7 @@ def _tell(server: Server, address: str, console: Console) -> None:
     say(f"listening at http://{address}; Ctrl-C ends it")
     model = names[0] if names else registry.base
     key = "$KEY" if server.keys.file else "none"
-    bearer = " -H 'Authorization: Bearer $KEY'".replace("'", '"') if server.keys.file else ""
+    bearer = ' -H "Authorization: Bearer $KEY"' if server.keys.file else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     say(
         f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"

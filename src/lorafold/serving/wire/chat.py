@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -119,7 +119,11 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
         form: the format.
         field: where it stands.
     """
-    kind: Literal["text", "json_object", "json_schema"] | Any = form.get("type")
+    kind = form.get("type")
+    known = {"json_schema", "name", "schema", "strict", "description"}
+    for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
+        told = f"{field}.{name[:80]}: it is not supported"
+        raise Refusal(400, "unsupported_parameter", told, field)
     if kind == "text":
         return None
     if kind == "json_object":

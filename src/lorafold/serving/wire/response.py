@@ -102,6 +102,8 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             text = _text(item.get("output"), f"input[{i}].output")
             yield {"role": "tool", "tool_call_id": id, "name": names.get(id, ""), "content": text}
         elif kind == "reasoning":
+            if item.get("encrypted_content"):
+                raise wrong(f"input[{i}].encrypted_content", "it can't be read here")
             content = _text(item.get("content") or [], f"input[{i}].content")
             turn["reasoning_content"] = content
         else:
