@@ -31,6 +31,7 @@ from lorafold.serving.directory import Directory
 from lorafold.serving.host import Host
 from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
+from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
 from lorafold.serving.renderers import Renderers
 from lorafold.serving.server import Server
@@ -162,8 +163,13 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
     """Let what runs end, for as long as it may, and then the server."""
     loop = asyncio.get_running_loop()
     until = loop.time() + server.settings.drain_seconds
-    while server.host.jobs and loop.time() < until:
+    while (server.host.jobs or http.server_state.tasks) and loop.time() < until:
         await asyncio.sleep(0.05)
+    ended = Refusal(503, "not_ready", "the server ends", retry_after=1)
+    for job in list(server.host.jobs.values()):
+        server.host.cancel(job, ended)
+    if server.host.jobs:
+        await asyncio.sleep(0.5)  # for their last events
     http.should_exit = True
 
 
