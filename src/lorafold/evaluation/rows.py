@@ -19,23 +19,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafold.core.attach import selection_of
 from lorafold.core.evaluating import evaluating
 from lorafold.data.arrow import lengths_of
 from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
+from lorafold.data.preferred import encode_preferred
 from lorafold.data.references import references, without_reasoning
-from lorafold.data.shapes import Row, shape_of
+from lorafold.data.shapes import COMPARING, Row, shape_of
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
+from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.generation import complete
+from lorafold.step.branches import branching
 from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.preference_laws import Dpo, Law
+from lorafold.step.preferences import Preferences
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = 2048  # the most tokens of a batch, with padding
+DPO = Dpo()
 SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
 
 
@@ -78,6 +85,7 @@ class Answer:
 class Evaluation:
     """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
     rows. Exact match is None for rows without references, the loss interval for a single row.
+    Rows of preferences have both for their chosen completions, and `preference` besides.
     """
 
     loss: float
@@ -86,6 +94,7 @@ class Evaluation:
     exact_match_interval: Interval | None
     n: int
     rows: tuple[Answer, ...]
+    preference: PreferenceFigures | None = None
 
     @property
     def perplexity(self) -> float:
@@ -95,7 +104,8 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """All figures, without the completions."""
         names = ("loss", "perplexity", "exact_match", "n", "loss_interval", "exact_match_interval")
-        return {name: getattr(self, name) for name in names}
+        preference = {} if self.preference is None else self.preference.as_json()
+        return {name: getattr(self, name) for name in names} | preference
 
     def __str__(self) -> str:
         def within(interval: Interval | None, form: str) -> str:
@@ -109,7 +119,7 @@ class Evaluation:
             text += (
                 f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
             )
-        return text
+        return text if self.preference is None else f"{text}\n{self.preference}"
 
 
 def evaluate(
@@ -120,6 +130,7 @@ def evaluate(
     *,
     generate: bool = True,
     max_new_tokens: int | None = None,
+    law: Law = DPO,
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a model with the adapters that are active on it.
@@ -132,6 +143,7 @@ def evaluate(
         max_length: Longer examples are cut to this many tokens for the loss.
         generate: Generate completions for the exact match.
         max_new_tokens: The most tokens of a completion; None takes the longest reference.
+        law: What rewards are, on rows of preferences.
         console: For progress and a report of what was cut; None is quiet.
 
     Raises LorafoldError for bad rows and for a loss that is not finite.
@@ -162,6 +174,7 @@ def evaluate(
         exact_match_interval=wilson(hits, len(answers)) if answers else None,
         n=len(rows),
         rows=answers,
+        preference=_preference(model, tokenizer, rows, max_length, law, console),
     )
 
 
@@ -214,6 +227,24 @@ def evaluate_classifier(
     hits = int((logits.argmax(1) == targets).sum())
     n = len(rows)
     return Evaluation(mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
+
+
+def _preference(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    law: Law,
+    console: Console | None,
+) -> PreferenceFigures | None:
+    """The figures of pairs, against the model without its highest adapter; None for other rows."""
+    if (shape := shape_of(rows[0])) is None or not set(COMPARING) <= {*shape.objectives}:
+        return None
+    data = encode_preferred(rows, tokenizer, max_length, "pairs")
+    with branching(model) as how, _bar(console, "preferences") as step:
+        loss = Preferences(model, law, how, tokenizer.pad_token_id or 0)
+        adapted = bool(selection_of(model).names)
+        return preference_figures(loss, data.examples, adapted, step)
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
