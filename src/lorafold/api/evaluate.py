@@ -54,7 +54,7 @@ def evaluate(
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, and for a loss that is not finite.
     """
-    rows = as_rows(data, columns, console)
+    rows = as_rows(data, columns, console, objective="dpo")
     from lorafold import evaluation
     from lorafold.api.opened import opened
 

@@ -59,7 +59,7 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
         labels: (B, T), the target of each position (already shifted), or -100.
         inputs: Keyword arguments of the model, among them input_ids (B, T).
     """
-    h, targets, linear, output = _until_head(model, labels, inputs)
+    h, targets, linear, output = until_head(model, labels, inputs)
     if linear is not None:
         loss = linear_cross_entropy(h, targets, linear).sum()
     else:
@@ -87,11 +87,11 @@ def document_losses(
         n: The number of documents.
     """
     labels = labels.masked_fill(document < 0, NO_LOSS)
-    h, targets, linear, _ = _until_head(model, labels, inputs)
+    h, targets, linear, _ = until_head(model, labels, inputs)
     if linear is not None:
         losses = linear_cross_entropy(h, targets, linear)
     else:
-        losses = head_losses(h, targets, partial(_head, model))
+        losses = head_losses(h, targets, partial(head_of, model))
     of = (document.flatten() if is_fake(labels) else document[labels != NO_LOSS]).to(h.device)
     return (
         losses.new_zeros(n).index_add(0, of, losses),
@@ -113,7 +113,7 @@ def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tens
     return document_losses(model, labels, inputs, row, len(labels))[0]
 
 
-def _until_head(
+def until_head(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
@@ -214,7 +214,7 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
             decoder.forward = replaced
 
 
-def _head(model: Any, h: Tensor) -> Tensor:
+def head_of(model: Any, h: Tensor) -> Tensor:
     """Return the logits (n, V) of hidden states h (n, d), exactly as the model computes them."""
     with _short_circuit(model) as head:
         return head(h)

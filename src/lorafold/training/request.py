@@ -76,7 +76,7 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     source = resolve_model(request.model, request.revision)
     adapters = [request.init_adapter] if request.init_adapter else []
     rows = () if isinstance(request.rows, Stream) else request.rows
-    return source, OBJECTIVES[request.recipe.objective](rows, source, adapters)
+    return source, OBJECTIVES[request.recipe.objective](request.recipe, rows, source, adapters)
 
 
 def tokenizer_for(

@@ -2,22 +2,17 @@
 
     loss = sum_i s_i / sum_i n_i          s_i is the summed loss of row i in nats, over its n_i
                                           labelled tokens; perplexity = exp(loss)
-    var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
-The tokens of a row are not independent, so the interval of the loss is that of a ratio estimate
-with rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). Exact match is the share of
-greedy completions that equal the reference, surrounding whitespace aside, and for a classifier its
-accuracy. Its interval is Wilson's (1927), which is valid at 0% and 100% too. Training measures the
-loss alone, with `held_out_loss`.
+Exact match is the share of greedy completions that equal the reference, surrounding whitespace
+aside, and for a classifier its accuracy. Training measures the loss alone, with `held_out_loss`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +27,7 @@ from lorafold.data.labelled import encode_labelled
 from lorafold.data.references import references, without_reasoning
 from lorafold.data.shapes import Row, shape_of
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.generation import complete
 from lorafold.step.losses import Classification, Completions, Loss
 
@@ -39,10 +35,27 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Interval = tuple[float, float]
-Z = NormalDist().inv_cdf(0.975)
 TOKENS = 2048  # the most tokens of a batch, with padding
 SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measures on held-out rows: the loss in nats, further figures by name, and how they
+    are told.
+    """
+
+    loss: float
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    told: str = ""
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The figures that are numbers, as trackers take them."""
+        return {f"eval_{k}": v for k, v in self.figures.items() if isinstance(v, int | float)}
+
+    def __str__(self) -> str:
+        return f"held-out loss {self.loss:.4f}{self.told}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +156,7 @@ def evaluate(
     answers = _completions(model, tokenizer, rows, max_new_tokens, console) if generate else ()
     hits = sum(answer.exact for answer in answers)
     return Evaluation(
-        loss=_mean(sums),
+        loss=mean_loss(sums),
         loss_interval=loss_interval(sums),
         exact_match=hits / len(answers) if answers else None,
         exact_match_interval=wilson(hits, len(answers)) if answers else None,
@@ -200,7 +213,7 @@ def evaluate_classifier(
     )
     hits = int((logits.argmax(1) == targets).sum())
     n = len(rows)
-    return Evaluation(_mean(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
+    return Evaluation(mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
@@ -214,38 +227,7 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
             chosen = [examples[i] for i in group]
             value = loss(**loss.collate(chosen, loss.device)).item()
             sums.append((value, sum(map(loss.count, chosen))))
-        return _mean(sums)
-
-
-def wilson(hits: int, n: int) -> Interval:
-    """Wilson's 95% interval of the share hits / n (Wilson 1927)."""
-    share, shrink = hits / n, 1 + Z**2 / n
-    middle = (share + Z**2 / (2 * n)) / shrink
-    half = Z / shrink * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
-    6); None for a single row.
-    """
-    m, tokens = len(sums), sum(n for _, n in sums)
-    if m < 2:
-        return None
-    mean = _mean(sums)
-    half = Z * math.sqrt(m / (m - 1) * sum((s - mean * n) ** 2 for s, n in sums)) / tokens
-    return max(0.0, mean - half), mean + half
-
-
-def _mean(sums: Sequence[tuple[float, int]]) -> float:
-    """The mean loss over tokens. Raises LorafoldError if it is not finite."""
-    loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
-    if not math.isfinite(loss):
-        raise LorafoldError(
-            f"held-out loss: found {loss}, expected a finite number; check the weights of the model"
-            " and its adapters"
-        )
-    return loss
+        return mean_loss(sums)
 
 
 def _batches(examples: Sequence[Any]) -> list[list[int]]:
