@@ -50,8 +50,8 @@ SIGNATURES = {
     "only": "model *names",
     "parse_calls": "text tokenizer tools",
     "train": (
-        "recipe *data out model eval_data columns init_adapter over device revision trust_remote_code"
-        " resume overwrite console"
+        "recipe *data out model eval_data columns init_adapter over device revision"
+        " trust_remote_code resume overwrite console"
     ),
 }
 

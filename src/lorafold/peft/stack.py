@@ -88,7 +88,7 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
         needed: What its record says, lowest first.
     """
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
-    first = ", ".join(f'lf.load(model, "{o.path}")' for o in needed)
+    first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
         f"give the adapters in this order: {options} ({first} first), or override this with"
         " --allow-other-base (allow_other_base=True)"
