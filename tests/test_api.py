@@ -37,7 +37,7 @@ SIGNATURES = {
         " device revision trust_remote_code allow_other_base console"
     ),
     "inspect": (
-        "adapter model *against directions data rows max_length full storage device revision"
+        "adapter model *over against directions data rows max_length full storage device revision"
         " trust_remote_code allow_other_base console"
     ),
     "load": "model path name *allow_other_base trainable base",

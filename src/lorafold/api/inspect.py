@@ -24,8 +24,8 @@ class Inspection:
 
     `sites` has the figures of every module path, `whole` those of all sites together, `beside` the
     number of deltas that are not measured, `layers` the overlaps of the blocks' top directions, and
-    `advice` the conclusions in sentences. `over` is None for an adapter over the bare base, `against`
-    without a second adapter, `paths` without data.
+    `advice` the conclusions in sentences. `over` is None for an adapter over the bare base,
+    `against` without a second adapter, `paths` without data.
     """
 
     adapter: str

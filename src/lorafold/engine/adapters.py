@@ -121,8 +121,8 @@ def found_below(origin: Origin, over: Path) -> Contents:
             return contents
     looked = " and ".join(map(str, places))
     raise LorafoldError(
-        f"{over}: it was trained over {listed([origin])}, which is not in {looked}; put it there, or"
-        " merge both"
+        f"{over}: it was trained over {listed([origin])}, which is not in {looked}; put it there,"
+        " or merge both"
     )
 
 

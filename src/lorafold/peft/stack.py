@@ -17,10 +17,10 @@ from typing import Any
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.files.card import OVER
 from lorafold.files.contents import Contents, digest
 from lorafold.peft.config import CONFIG, WEIGHTS
 
-OVER = "over"
 SHOWN = 12  # digits of a digest in messages
 
 
