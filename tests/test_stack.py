@@ -357,7 +357,7 @@ def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Pat
 def test_the_engine_serves_a_stack_under_one_name(
     base: Path, sft: Path, dpo: Path, tmp_path: Path
 ) -> None:
-    lora = EngineRequest((5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
+    lora = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), lora)
     assert expected != generated(stacked(base, dpo_alone(dpo, tmp_path)), lora)
     model = load_model(base, torch.float32)
@@ -387,7 +387,7 @@ def test_the_engine_serves_stacks_of_any_methods(
     method: str, base: Path, sft: Path, tmp_path: Path
 ) -> None:
     over = trained(base, tmp_path / "over", (sft,), method=method)
-    asked = EngineRequest((5, 6, 7, 8), max_new_tokens=8, adapter="over")
+    asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="over")
     expected = generated(stacked(base, sft, over), asked)
     assert alone(load_model(base, torch.float32), asked, {"over": over}) == expected
 
@@ -395,8 +395,8 @@ def test_the_engine_serves_stacks_of_any_methods(
 def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", new_tokens=["<a>"])
     second = trained(base, tmp_path / "second", (first,))
-    asked = EngineRequest((5, 6), max_new_tokens=2, adapter="second")
-    with pytest.raises(LorafoldError, match="rows of tokens, .* merge them"):
+    asked = EngineRequest("0", (5, 6), max_new_tokens=2, adapter="second")
+    with pytest.raises(LorafoldError, match=r"rows of tokens, .* merge them"):
         alone(load_model(base, torch.float32), asked, {"second": second})
 
 
@@ -464,24 +464,24 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     a, b, c = (str(tmp_path / name) for name in "abc")
     recipe = (*data, *model, "--steps", "2", "--batch", "4", "--base", "fp32", "--device", "cpu")
     stack = ("--adapter", a, "--adapter", b)
-    assert lorafold("train", *recipe, "--out", a).code == 0
+    assert lorafold("train", *recipe, "--out", a).returncode == 0
     done = lorafold("train", *recipe, "--over", a, "--out", b)
-    assert done.code == 0
+    assert done.returncode == 0
     assert f"over: {a} (" in "".join(done.stderr.splitlines())
-    measured = lorafold("eval", *data, *model, *stack, "--no-completions", "--json")
-    assert measured.code == 0
-    refused = lorafold("eval", *data, *model, "--adapter", b, "--no-completions")
-    assert refused.code == 2
+    measured = lorafold("eval", *data, *model, *stack, "--json")
+    assert measured.returncode == 0
+    refused = lorafold("eval", *data, *model, "--adapter", b)
+    assert refused.returncode == 2
     assert f"--adapter {a} --adapter {b}" in " ".join(refused.stderr.split())
-    assert lorafold("merge", *model, *stack, "--out", c, "--device", "cpu").code == 0
-    assert lorafold("inspect", b, *model, "--over", a, "--against", a, "--json").code == 0
+    assert lorafold("merge", *model, *stack, "--out", c, "--device", "cpu").returncode == 0
+    assert lorafold("inspect", b, *model, "--over", a, "--against", a, "--json").returncode == 0
     small = tmp_path / "small"
     resized = lorafold(
         "resize", b, *model, "--over", a, "--rank", "16", *data, "--out", str(small), "--json"
     )
-    assert resized.code == 0
+    assert resized.returncode == 0
     figures = json.loads(resized.stdout.splitlines()[-1])
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-3)
     assert read_record(small)["over"] == read_record(b)["over"]
-    assert lorafold("train", *recipe, "--over", a, "--out", b, "--preview").code == 0
-    assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").code == 2
+    assert lorafold("train", *recipe, "--over", a, "--out", b, "--preview").returncode == 0
+    assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").returncode == 2

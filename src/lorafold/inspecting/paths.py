@@ -40,6 +40,11 @@ def mixed(
 ) -> Iterator[Callable[[Sequence[float]], None]]:
     """A context in which only a weighted sum of the named adapters is active, over those below. It
     yields a function that sets the weights, in the order of the names.
+
+    Args:
+        model: With all of them attached.
+        names: The adapters of the sum.
+        below: Those that they lie over, lowest first.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
