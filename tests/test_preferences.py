@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lorafold
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
 import lorafold as lf
+from conftest import lorafold
 from lorafold.core.attach import selection_of
 from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched, MismatchedExamples
@@ -38,7 +38,7 @@ from lorafold.training.objectives.reference import Referenced, digest, reference
 
 PAIRS = [
     {"prompt": "Book a table for four.", "chosen": "The table is booked.", "rejected": "No."},
-    {"prompt": "Call the plumber.", "chosen": "He comes at eight.", "rejected": "He is a lazy dog."},
+    {"prompt": "Call the plumber.", "chosen": "He comes at eight.", "rejected": "A lazy dog."},
     {"prompt": "Is it raining in the mountains today?", "chosen": "It is.", "rejected": "A fox."},
     {"prompt": "Hi", "chosen": "Good evening.", "rejected": "it rains it rains it rains"},
 ]
