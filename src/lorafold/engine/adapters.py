@@ -111,19 +111,21 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path) -> Contents:
-    """The files of an adapter that another one was trained over, where its record says, or else
-    beside that one under the same name. Raises LorafoldError if neither has the digest.
+    """The files of an adapter that another one was trained over. It is looked for beside that one,
+    under the last part of its path, and nowhere else: a record comes with an adapter, and may not
+    choose what is read. Raises LorafoldError if it is not there, or has another digest.
+
+    Args:
+        origin: The adapter to find.
+        over: The directory of the one that lies over it.
     """
-    places = dict.fromkeys((Path(origin.path), over.parent / Path(origin.path).name))
-    for place in places:
-        contents = Contents(place, FILES)
-        if CONFIG in contents.files and digest_of(contents) == origin.sha256:
-            return contents
-    looked = " and ".join(map(str, places))
-    raise LorafoldError(
-        f"{over}: it was trained over {listed([origin])}, which is not in {looked}; put it there,"
-        " or merge both"
-    )
+    contents = Contents(over.resolve().parent / Path(origin.path).name, FILES)
+    if CONFIG not in contents.files or digest_of(contents) != origin.sha256:
+        raise LorafoldError(
+            f"{over}: it was trained over {listed([origin])}, which was not found in"
+            f" {contents.path}; put it there, or merge both"
+        )
+    return contents
 
 
 class Reader:
