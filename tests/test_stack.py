@@ -508,3 +508,14 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(
     found = Directory(adapters).tokenizer("dpo")
     assert found is not None
     assert found.path == adapters / "sft"
+
+
+def test_what_is_active_on_the_model_of_an_engine_is_below(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
+    expected = generated(stacked(base, sft, dpo), asked)
+    assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected
+    other = trained(base, tmp_path / "other", seed=2)
+    with pytest.raises(LorafoldError, match=f"found {other} "):
+        alone(stacked(base, other), asked, {"dpo": dpo})

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapter.building import read
-from lorafold.core.attach import Origin, adapted_modules, deltas_on
+from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
@@ -166,12 +166,15 @@ class Reader:
         """The deltas of an adapter by module path, each over those of the adapters that its record
         says it was trained over. Raises LorafoldError for one that is not found with its digest.
         """
-        needed = parse(contents.record)
+        # adapters that are active on the model belong to the base, over which it may have been
+        # trained
+        active = selection_of(self.shadow).active
+        needed = () if active else parse(contents.record)
         below = [found_below(origin, contents.path) for origin in needed]
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
             for n, each in enumerate([*below, contents]):
-                built = read(self.shadow, each, base=self.base, below=needed[:n])
+                built = read(self.shadow, each, base=self.base, below=(*active, *needed[:n]))
                 for path, own in built.parts.items():
                     parts.setdefault(path, []).extend(own)
         if needed and any(isinstance(part, TokenRows) for own in parts.values() for part in own):
