@@ -589,4 +589,4 @@ def test_a_preview_shows_both_completions(
 
 def test_comparing_methods_by_preferences_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match="objective dpo: expected sft or classify here"):
-        lf.compare("smollm2", PAIRS, recipe=lf.Recipe(objective="dpo"), out=tmp_path / "out")
+        lf.compare(tmp_path / "out", data=PAIRS, recipe=lf.Recipe(objective="dpo"))
