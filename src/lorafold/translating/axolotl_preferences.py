@@ -26,7 +26,8 @@ from lorafold.translating.rules import (
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
 OTHERS = ("ipo", "orpo", "simpo", "kto")
 SUPERVISED = (
-    "TRL averages it over the chosen tokens of a micro-batch, and lorafold over those of each row"
+    "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
+    " those of each row"
 )
 
 

@@ -212,4 +212,3 @@ def enable_thinking(value: Any, settings: Settings) -> Outcome:
         "a run refuses it where the model's chat template does not read it",
         template_kwargs={"enable_thinking": boolean(value)},
     )
-

@@ -43,8 +43,8 @@ AXOLOTL = (
         " torch_compile_backend torch_compile_mode chunked_cross_entropy use_kernels liger_rope"
         " liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm"
         " liger_cross_entropy cut_cross_entropy bnb_config_kwargs tiled_mlp liger_rms_norm_gated"
-        " dpo_use_liger_kernel experts_implementation quantize_moe_experts use_scattermoe use_sonicmoe"
-        " fp8_enable_fsdp_float8_all_gather",
+        " experts_implementation quantize_moe_experts use_scattermoe use_sonicmoe"
+        " fp8_enable_fsdp_float8_all_gather dpo_use_liger_kernel",
     ),
     (
         MODEL,
