@@ -26,6 +26,7 @@ from lorafold.ops.documents import Documents
 from lorafold.step.branches import Branching
 from lorafold.step.divergence import divergence
 from lorafold.step.head import document_losses
+from lorafold.step.head_scores import document_scores
 from lorafold.step.losses import Loss
 from lorafold.step.preference_laws import Law, Scored
 
@@ -139,7 +140,8 @@ class Preferences(Loss):
         lens: Tensor | None = None,
         **inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return log p of the completions in nats, and their tokens, both (n, k).
+        """Return log p of the completions in nats (or the scores that a head gives the documents,
+        if the law reads them), and the tokens of the completions, both (n, k).
 
         Args:
             labels, document, lens, inputs: As `collate` gives them.
@@ -147,6 +149,11 @@ class Preferences(Loss):
         """
         with self.over(labels, lens):
             k = int(document.max()) + 1
+            if self.law.reads_head:
+                scores, counts = document_scores(
+                    self.model, labels, inputs, document, k, self.pad_id
+                )
+                return scores.view(n, -1), counts.view(n, -1)
             losses, counts = document_losses(self.model, labels, inputs, document, k)
         return -losses.view(n, -1), counts.view(n, -1)
 
