@@ -62,6 +62,8 @@ class Law(ABC):
     kind: ClassVar[str] = "pairs"  # of rows, a name in `data.branches.COMPARED`
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
+    # of a method's own learning rates: a pair is told apart long before its completions are learned
+    pace: ClassVar[float] = 0.1
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:

@@ -42,13 +42,11 @@ class Preferences(Loss):
         tokens: The most tokens that are computed at a time where nothing is trained.
     """
 
-    pace = 0.1  # a pair is told apart long before its completions are learned
-
     def __init__(
         self, model: nn.Module, law: Law, how: Branching | None, pad_id: int, tokens: int = 2048
     ) -> None:
         super().__init__(model)
-        self.law, self.pad_id, self.tokens = law, pad_id, tokens
+        self.law, self.pad_id, self.tokens, self.pace = law, pad_id, tokens, law.pace
         self.how = how if how is not None and how.packs else None
 
     @property

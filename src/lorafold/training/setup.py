@@ -131,7 +131,8 @@ def adapted_model(
         setup.storage,
         setup.feed,
         extra,
-        len(setup.objective.classes),
+        setup.objective.outputs,
+        recipe.packing and setup.objective.packs,
         setup.accelerator.num_processes,
         setup.device,
     )
