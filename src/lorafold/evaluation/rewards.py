@@ -11,8 +11,8 @@
                                         al. 2017, arXiv 1706.04599, eq. 3)
     length correlation                  Spearman's, of the scores with the lengths of completions
 
-A model that prefers length gets pairs right where the chosen completion is the longer one, and wrong
-where it is the shorter one, so accuracy is given for both apart (Singhal et al. 2023, arXiv
+A model that prefers length gets pairs right where the chosen completion is the longer one, and
+wrong where it is the shorter one, so accuracy is given for both apart (Singhal et al. 2023, arXiv
 2310.03716). Intervals are 95%.
 """
 

@@ -4,8 +4,8 @@
 
 That is where transformers' classifiers read, whatever else pads or ends a text: if a text ends in
 the padding token itself, as where a tokenizer pads with the end-of-sequence token, the score is
-read before it. So a document has one score in a packed sequence, in a padded batch, in transformers and
-in PEFT, as long as `config.pad_token_id` is the token that pads.
+read before it. So a document has one score in a packed sequence, in a padded batch, in transformers
+and in PEFT, as long as `config.pad_token_id` is the token that pads.
 
 The head is computed once, by the model itself: a hook keeps what goes into it and what comes out.
 Use it for reward models.

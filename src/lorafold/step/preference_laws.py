@@ -13,6 +13,7 @@ The first completion is in column 0, the second in column 1. A loss is in nats a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -231,6 +232,7 @@ class Reward(Law):
 
     has_reference: ClassVar[bool] = False
     reads_head: ClassVar[bool] = True
+    pace: ClassVar[float] = 0.3  # the head is new, and has to be learned
     margin: Weight = 0.0
     centre: Weight = 0.0
 
@@ -266,7 +268,7 @@ def law_of(objective: str, beta: float | None, options: dict[str, Any]) -> Law:
     """
     law: Any = LAWS[objective]
     given = options if beta is None else {**options, "beta": beta}
-    known = law.__dataclass_fields__
+    known = [field.name for field in fields(law)]
     if unknown := [name for name in given if name not in known]:
         field = "" if unknown == ["beta"] else "objective_options: "
         raise LorafoldError(
