@@ -176,7 +176,7 @@ def test_fp64_gradcheck_of_every_way(name: str) -> None:
         return head_cross_entropy(h, targets, head, [], chunks(len(h)))
 
     def again(h: torch.Tensor) -> torch.Tensor:
-        return head_losses(h, targets, partial(head_of_step._head, model))
+        return head_losses(h, targets, partial(head_of_step.head_of, model))
 
     assert torch.autograd.gradcheck(short, h)
     assert torch.autograd.gradcheck(again, h)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,8 @@ JUDGED = {"prompt": "a", "completion": "b", "label": True}
 
 
 def request(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> Request:
-    extra = {k: fields.pop(k) for k in ("resume", "eval_rows", "init_adapter") if k in fields}
+    names = ("resume", "eval_rows", "init_adapter", "over")
+    extra = {k: fields.pop(k) for k in names if k in fields}
     recipe = Recipe(**{"objective": "reward", "steps": 6, "batch": 4, "base": "fp32"} | fields)
     return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
 
@@ -393,9 +393,10 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
 
 def test_micro_batches_add_up_and_prompts_are_shared(tiny_model_dir, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama")
+    ways: dict[str, Any] = {"whole": {}, "parts": {"accumulate": 2}, "padded": {"packing": False}}
     runs = {
         name: train(request(directory, tmp_path / name, dropout=0.0, **how), quiet())
-        for name, how in {"whole": {}, "parts": {"accumulate": 2}, "padded": {"packing": False}}.items()
+        for name, how in ways.items()
     }
     for name in ("parts", "padded"):
         assert runs[name].losses == pytest.approx(runs["whole"].losses, rel=1e-4)
@@ -416,7 +417,7 @@ def test_the_estimate_of_a_step_is_what_it_takes(tiny_model_dir) -> None:
 
 def test_calibration_of_a_scorer_that_is_right_as_often_as_it_is_sure() -> None:
     # of 100 pairs with d = +-log 4 it is sure to 0.8, and right in 80; of 100 with log 9 in 90
-    d = np.array([math.log(4)] * 80 + [-math.log(4)] * 20 + [math.log(9)] * 90 + [-math.log(9)] * 10)
+    d = np.repeat([math.log(4), -math.log(4), math.log(9), -math.log(9)], [80, 20, 90, 10])
     scores = np.stack([d, np.zeros_like(d)], 1)
     found = reward_figures(scores, np.ones((200, 2), int))
     assert found.calibration_error == pytest.approx(0, abs=1e-9)
@@ -541,6 +542,9 @@ def test_what_can_t_be_used_is_one_line(
         train(request(directory, tmp_path / "b", init_adapter=tmp_path / "classes"), quiet())
     with pytest.raises(LorafoldError, match=r"adapter: found a reward model, expected a classif"):
         lf.evaluate(str(directory), labelled, adapters=out)
+    train(request(directory, tmp_path / "lm", objective="sft", steps=1), quiet())
+    with pytest.raises(LorafoldError, match=r"--init-adapter .*lm: found no score, which the obj"):
+        train(request(directory, tmp_path / "b", init_adapter=tmp_path / "lm"), quiet())
     for objective, rows in {"sft": ROWS, "dpo": ROWS, "classify": labelled}.items():
         wrong = request(
             directory, tmp_path / "b", rows, objective=objective, init_adapter=out, batch=2
@@ -550,12 +554,13 @@ def test_what_can_t_be_used_is_one_line(
     two = load_classifier(resolve_model(directory), ("a", "b"), 0, torch.float32)
     with pytest.raises(LorafoldError, match="score"):
         lf.load(two, out)
-    with pytest.raises(LorafoldError, match="LlamaForSequenceClassification with 2 outputs: expect"):
+    with pytest.raises(LorafoldError, match="SequenceClassification with 2 outputs: expected a"):
         score_rows(two, load_tokenizer(directory), ROWS, 64)
     with pytest.raises(LorafoldError, match=r"rows of \{prompt, completion\}, which are for"):
         train(request(directory, tmp_path / "b", [JUDGED]), quiet())
+    same = {**ROWS[1], "rejected": ROWS[1]["chosen"]}
     with pytest.raises(LorafoldError, match=r"row 2: .*chosen and rejected: found the same text"):
-        lf.score(str(directory), [ROWS[0], {**ROWS[1], "rejected": ROWS[1]["chosen"]}], adapters=out)
+        lf.score(str(directory), [ROWS[0], same], adapters=out)
     with pytest.raises(LorafoldError, match=r"data: rows 1: found no turn of the assistant within"):
         lf.score(
             str(directory), [{"prompt": "x " * 90, "completion": "y"},
@@ -564,6 +569,21 @@ def test_what_can_t_be_used_is_one_line(
         )  # fmt: skip
     assert not (tmp_path / "b").exists()
     assert not (tmp_path / "m").exists()
+
+
+def test_a_head_over_the_adapter_of_a_supervised_run(tiny_model_dir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    train(request(directory, tmp_path / "lm", objective="sft", steps=4, lr=1e-2), quiet())
+    over = request(
+        directory, tmp_path / "rm", over=(tmp_path / "lm",), steps=20, lr=1e-2, eval_rows=ROWS
+    )
+    result = train(over, quiet())
+    found = lf.score(
+        str(directory), ROWS, adapters=[tmp_path / "lm", tmp_path / "rm"], storage="fp32",
+        device="cpu",
+    )  # fmt: skip
+    assert found.figures is not None
+    assert found.figures.margin == pytest.approx(result.figures["margin"], rel=1e-4)
 
 
 def test_a_warm_start_goes_on_from_its_head(trained: tuple[Path, Path], tmp_path: Path) -> None:

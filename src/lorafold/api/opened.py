@@ -54,8 +54,8 @@ def opened(
         console: For notices; None is quiet.
 
     Raises LorafoldError as the loaders do, for arguments that a loaded model leaves without effect,
-    where a model of another kind is found than is expected, and for a reward model whose head is
-    neither in its files nor in an adapter.
+    and where a model of another kind is found than is expected: a language model, a classifier or
+    a reward model.
     """
     paths, console = as_paths(adapters), or_quiet(console)
     if not isinstance(model, (str, Path)):

@@ -55,6 +55,12 @@ class Branched:
         shared = (NO_LOSS,) * len(self.shared)
         return sum((branch.labels for branch in self.branches), shared)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens that are computed for each document, the shared ones with the first."""
+        first, *others = (len(branch.ids) for branch in self.branches)
+        return (len(self.shared) + first, *others)
+
     def documents(self) -> list[Example]:
         """Each branch with the shared ids before it."""
         before = (NO_LOSS,) * len(self.shared)

@@ -40,7 +40,7 @@ class PreferenceFigures:
     preference_accuracy_interval: Interval | None
     reward_accuracy: float | None
     reward_accuracy_interval: Interval | None
-    reward_margin: float
+    reward_margin: float | None
     reward_margin_interval: Interval | None
     chosen_logp: float
     rejected_logp: float
@@ -65,18 +65,19 @@ class PreferenceFigures:
                 return []
             return [f"{name} {value:.1%} (95%: {interval[0]:.1%} to {interval[1]:.1%})"]
 
-        margin = f"reward margin {self.reward_margin:.3f}"
-        if self.reward_margin_interval is not None:
-            low, high = self.reward_margin_interval
-            margin += f" (95%: {low:.3f} to {high:.3f})"
         parts = [
             *share("preference", self.preference_accuracy, self.preference_accuracy_interval),
             *share("reward accuracy", self.reward_accuracy, self.reward_accuracy_interval),
-            margin,
         ]
+        if self.reward_margin is not None:
+            margin = f"reward margin {self.reward_margin:.3f}"
+            if self.reward_margin_interval is not None:
+                low, high = self.reward_margin_interval
+                margin += f" (95%: {low:.3f} to {high:.3f})"
+            parts.append(margin)
         if self.chosen_change is not None and self.rejected_change is not None:
             parts.append(
-                f"log-probability against the reference: chosen {self.chosen_change:+.2f},"
+                f"log-probability minus the reference's: chosen {self.chosen_change:+.2f},"
                 f" rejected {self.rejected_change:+.2f} nats"
             )
         if self.kl is not None:
@@ -107,7 +108,7 @@ def preference_figures(
     """
     scores: dict[int, list[float]] = {}
     kl = tokens = 0.0
-    known = reference
+    known = rewarded = reference
     with evaluating(loss):
         for group in loss.groups(examples):
             chosen = [examples[i] for i in group]
@@ -118,6 +119,7 @@ def preference_figures(
                 here, n = loss.divergence(chosen)
                 kl, tokens = kl + here, tokens + n
             known = found.reference is not None
+            rewarded = known or not loss.law.has_reference
             losses = loss.law.loss(found)[:, None]
             columns = (found.logps, found.ratios, loss.law.rewards(found), losses)
             table = torch.cat([column.double() for column in columns], 1)  # (n, 3 k + 1)
@@ -141,7 +143,7 @@ def preference_figures(
 
     (won, lost), (up, down), (chosen_r, rejected_r) = map(sides, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(chosen_r, rejected_r, strict=False)] if paired else []
-    prefers, moved = accuracy(logps), accuracy(rewards) if known else (None, None)
+    prefers, moved = accuracy(logps), accuracy(rewards) if rewarded else (None, None)
     return PreferenceFigures(
         n=len(examples),
         preference_loss=float(rows[:, -1].mean()),
@@ -149,8 +151,8 @@ def preference_figures(
         preference_accuracy_interval=prefers[1],
         reward_accuracy=moved[0],
         reward_accuracy_interval=moved[1],
-        reward_margin=mean(chosen_r) - mean(rejected_r),
-        reward_margin_interval=mean_interval(margins),
+        reward_margin=mean(chosen_r) - mean(rejected_r) if rewarded else None,
+        reward_margin_interval=mean_interval(margins) if rewarded else None,
         chosen_logp=mean(won),
         rejected_logp=mean(lost),
         chosen_change=mean(up) if known else None,

@@ -9,107 +9,33 @@ aside, and for a classifier its accuracy. Training measures the loss alone, with
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from lorafold.core.attach import selection_of
 from lorafold.core.evaluating import evaluating
-from lorafold.data.arrow import lengths_of
 from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
-from lorafold.data.labelled import encode_labelled
+from lorafold.data.preferred import encode_preferred
 from lorafold.data.references import references, without_reasoning
-from lorafold.data.shapes import Row, shape_of
-from lorafold.errors import LorafoldError
-from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
+from lorafold.data.shapes import COMPARING, Row, shape_of
+from lorafold.evaluation.classifier import evaluate_classifier
+from lorafold.evaluation.held_out import batches, progress_bar
+from lorafold.evaluation.intervals import loss_interval, mean_loss, wilson
+from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
+from lorafold.evaluation.result import Answer, Evaluation
 from lorafold.generation import complete
-from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.branches import branching
+from lorafold.step.losses import Completions
+from lorafold.step.preference_laws import Dpo, Law
+from lorafold.step.preferences import Preferences
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS = 2048  # the most tokens of a batch, with padding
+DPO = Dpo()
 SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run measures on held-out rows: the loss in nats, further figures by name, and how they
-    are told.
-    """
-
-    loss: float
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    told: str = ""
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The figures that are numbers, as trackers take them."""
-        return {f"eval_{k}": v for k, v in self.figures.items() if isinstance(v, int | float)}
-
-    def __str__(self) -> str:
-        return f"held-out loss {self.loss:.4f}{self.told}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One row: its last message before the completion (or its text), the reference, and the model's
-    completion (or class) in `answer`.
-    """
-
-    prompt: str
-    reference: str
-    answer: str
-
-    @property
-    def exact(self) -> bool:
-        """Whether the completion equals the reference, surrounding whitespace aside."""
-        return self.answer.strip() == self.reference.strip()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
-    rows. Exact match is None for rows without references, the loss interval for a single row.
-    """
-
-    loss: float
-    loss_interval: Interval | None
-    exact_match: float | None
-    exact_match_interval: Interval | None
-    n: int
-    rows: tuple[Answer, ...]
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
-
-    def as_json(self) -> dict[str, Any]:
-        """All figures, without the completions."""
-        names = ("loss", "perplexity", "exact_match", "n", "loss_interval", "exact_match_interval")
-        return {name: getattr(self, name) for name in names}
-
-    def __str__(self) -> str:
-        def within(interval: Interval | None, form: str) -> str:
-            return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
-
-        text = (
-            f"{self.n} rows: loss {self.loss:.4f}{within(self.loss_interval, '.4f')}, perplexity"
-            f" {self.perplexity:.3f}"
-        )
-        if self.exact_match is not None:
-            text += (
-                f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
-            )
-        return text
 
 
 def evaluate(
@@ -120,6 +46,7 @@ def evaluate(
     *,
     generate: bool = True,
     max_new_tokens: int | None = None,
+    law: Law = DPO,
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a model with the adapters that are active on it.
@@ -132,6 +59,7 @@ def evaluate(
         max_length: Longer examples are cut to this many tokens for the loss.
         generate: Generate completions for the exact match.
         max_new_tokens: The most tokens of a completion; None takes the longest reference.
+        law: What rewards are, on rows of preferences.
         console: For progress and a report of what was cut; None is quiet.
 
     Raises LorafoldError for bad rows and for a loss that is not finite.
@@ -143,8 +71,8 @@ def evaluate(
         console.print(str(data.report), highlight=False)
     loss = Completions(model, packed=False, pad_id=0)
     losses: dict[int, float] = {}  # by example
-    with _bar(console, "loss") as step, evaluating(loss):
-        for group in _batches(data.examples):
+    with progress_bar(console, "loss") as step, evaluating(loss):
+        for group in batches(data.examples):
             found = loss.by_row(**loss.collate([data.examples[i] for i in group], loss.device))
             losses |= dict(zip(group, found.tolist(), strict=True))
             step(len(losses), len(data.examples))
@@ -162,83 +90,26 @@ def evaluate(
         exact_match_interval=wilson(hits, len(answers)) if answers else None,
         n=len(rows),
         rows=answers,
+        preference=_preference(model, tokenizer, rows, max_length, law, console),
     )
 
 
-def evaluate_classifier(
+def _preference(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     max_length: int,
-    *,
-    console: Console | None = None,
-) -> Evaluation:
-    """`evaluate` for rows of text and label.
-
-    Args:
-        model: A sequence classifier whose config names the classes (`id2label`).
-        tokenizer: The model's.
-        rows: Rows of text and label.
-        max_length: Longer texts are cut to this many tokens.
-        console: For progress and a report of what was cut; None is quiet.
-
-    Raises LorafoldError for a label that is not one of the model's classes, and for a model whose
-    config has no padding token.
-    """
-    names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
-    classes = [names[number] for number in sorted(names)]
-    data = encode_labelled(rows, tokenizer, max_length, classes)
-    if console and data.report.truncated:
-        console.print(str(data.report), highlight=False)
-    pad_id = model.config.get_text_config().pad_token_id
-    if pad_id is None:
-        raise LorafoldError(
-            "the model's config: field pad_token_id: found null, expected the id of the token that"
-            " pads short texts"
-        )
-    loss = Classification(model, pad_id)
-    by_row: dict[int, Tensor] = {}
-    with _bar(console, "rows") as step, evaluating(loss):
-        for group in _batches(data.examples):
-            arguments = loss.collate([data.examples[i] for i in group], loss.device)
-            arguments.pop("labels")
-            by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
-            step(len(by_row), len(rows))
-    logits = torch.stack([by_row[i] for i in range(len(rows))])  # (n, C)
-    targets = torch.tensor([e.label for e in data.examples])  # (n,)
-    sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
-    chosen = [classes[i] for i in logits.argmax(1).tolist()]
-    answers = tuple(
-        Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
-    )
-    hits = int((logits.argmax(1) == targets).sum())
-    n = len(rows)
-    return Evaluation(mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
-
-
-def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
-    """The mean loss in nats over the tokens or texts that count, in evaluation mode.
-
-    Raises LorafoldError if it is not finite.
-    """
-    with evaluating(loss):
-        sums = []
-        for group in _batches(examples):
-            chosen = [examples[i] for i in group]
-            value = loss(**loss.collate(chosen, loss.device)).item()
-            sums.append((value, sum(map(loss.count, chosen))))
-        return mean_loss(sums)
-
-
-def _batches(examples: Sequence[Any]) -> list[list[int]]:
-    """Indices of the examples in batches of similar length, which need little padding."""
-    groups: list[list[int]] = [[]]
-    lengths = lengths_of(examples)
-    for i in sorted(range(len(examples)), key=lengths.__getitem__):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > TOKENS:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+    law: Law,
+    console: Console | None,
+) -> PreferenceFigures | None:
+    """The figures of pairs, against the model without its highest adapter; None for other rows."""
+    if (shape := shape_of(rows[0])) is None or not set(COMPARING) <= {*shape.objectives}:
+        return None
+    data = encode_preferred(rows, tokenizer, max_length, "pairs")
+    with branching(model) as how, progress_bar(console, "preferences") as step:
+        loss = Preferences(model, law, how, tokenizer.pad_token_id or 0)
+        adapted = bool(selection_of(model).names)
+        return preference_figures(loss, data.examples, adapted, step)
 
 
 def _completions(
@@ -253,7 +124,7 @@ def _completions(
         return ()
     found = references(rows, tokenizer)
     longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
-    with _bar(console, "completions") as step:
+    with progress_bar(console, "completions") as step:
         texts = complete(
             model,
             tokenizer,
@@ -265,13 +136,3 @@ def _completions(
         Answer(r.asked, r.text, without_reasoning(text, r.prompt, tokenizer))
         for r, text in zip(found, texts, strict=True)
     )
-
-
-@contextmanager
-def _bar(console: Console | None, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; it yields a function of how many are done, of how many."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True, disable=console is None) as bars:
-        task = bars.add_task(name)
-        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -26,9 +26,9 @@ from lorafold.data.preferred import encode_preferred
 from lorafold.data.render import Rendering
 from lorafold.data.shapes import Row, shape_of
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rewards import RewardFigures, rank_correlation, reward_figures, scores_of
-from lorafold.evaluation.rows import _bar
 from lorafold.files.atomic import write_text
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Reward
@@ -138,7 +138,7 @@ def score_rows(
     names = ("chosen", "rejected") if paired else ("score",)
     if console and truncated:
         console.print(report, highlight=False)
-    with branching(model) as how, _bar(console, "rows") as step:
+    with branching(model) as how, progress_bar(console, "rows") as step:
         loss = Preferences(model, BRADLEY_TERRY, how, text.pad_token_id)
         scores, tokens = scores_of(loss, examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
 from lorafold.data.batches import labelled, micro_batches
-from lorafold.data.examples import Example
+from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
@@ -47,6 +47,7 @@ def planned(
     packed: bool | None = None,
     processes: int = 1,
     device: torch.device = CPU,
+    below: tuple[tuple[Spec, Callable[[Any], Mapping[str, Any]]], ...] = (),
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -60,6 +61,7 @@ def planned(
         packed: Whether the run packs its rows; None: if the recipe asks for it.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
+        below: The frozen adapters below, as `Setting` takes them.
     """
     packed = recipe.packing if packed is None else packed
     largest: Sequence[Any] = ()
@@ -74,14 +76,20 @@ def planned(
         spec,
         recipe.targets,
         beside,
-        rows=tuple(len(e.ids) for e in largest),
-        labelled=None if outputs else sum(labelled(e) for e in largest if isinstance(e, Example)),
+        rows=tuple(n for e in largest for n in documents(e)),
+        labelled=None if outputs else sum(map(labelled, largest)),
         packed=packed,
         classes=outputs,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
         widened=widens(storage.dtype, device),
+        below=below,
     )
+
+
+def documents(example: Any) -> tuple[int, ...]:
+    """Return the tokens of each document of an example."""
+    return example.lengths if isinstance(example, Branched) else (len(example.ids),)
 
 
 def computed(micro_batch: Sequence[Any], packed: bool) -> int:

@@ -59,6 +59,8 @@ class Setting:
     checkpointing: Gradient checkpointing is on.
     optimizer: adamw, adamw8bit or paged-adamw8bit.
     accumulating: Gradients of an earlier micro-batch exist already.
+    below: The frozen adapters that the new one lies over, lowest first: of each its method, and
+        what gives the other arguments of `attach`, for a model.
     widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
         (`ops.arithmetic.widens`); this takes more memory.
     """
@@ -75,6 +77,7 @@ class Setting:
     optimizer: str = "adamw"
     accumulating: bool = False
     widened: bool = False
+    below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -167,6 +170,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
+    attach_below(model, setting)
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
@@ -193,6 +197,12 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     gradients = distinct_bytes(p.grad for p in trained if p.grad is not None)
     state = state_bytes(setting.optimizer, trained)
     return Traced(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+
+
+def attach_below(model: PreTrainedModel, setting: Setting) -> None:
+    """Attach the frozen adapters of the setting."""
+    for n, (spec, beside) in enumerate(setting.below):
+        attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 
 
 def next_token_loss(model: PreTrainedModel, setting: Setting) -> Tensor:

@@ -73,8 +73,10 @@ class Branching:
             self._docs = None
 
     def mask(self, **protocol: Any) -> Documents | Tensor | None:
-        """Return the layout that was told, if the mask's documents are its, else what
-        `document_mask` returns; a function of transformers' mask protocol.
+        """Return the layout that was told for a batch of its tokens, else what `document_mask`
+        returns, such as a mask (B, 1, Tq, Tk); a function of transformers' mask protocol.
+
+        Raises LorafoldError if the mask's documents are not those of the layout.
         """
         found, docs = document_mask(**protocol), self._docs
         if docs is None or protocol["batch_size"] * protocol["q_length"] != sum(docs.own):

@@ -85,10 +85,15 @@ def random_ids(model: PreTrainedModel, n: int) -> Tensor:
 
 
 def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
-    """Return the logits (T, V), in fp32, of packed documents with token ids (T,).
+    """Return the logits (T, V), in fp32, of packed documents.
 
     A model without output embedding pools its logits; of it the hidden states (T, d) are returned
     that its head is over. Raises LorafoldError where it is not over those of positions.
+
+    Args:
+        model: The model.
+        ids: The token ids, (T,).
+        docs: The documents, which say the position of each token.
     """
     inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
     if model.get_output_embeddings() is None:
@@ -103,6 +108,11 @@ def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) ->
 
     Norms are compared, since experts group the tokens of all documents together: sums then round
     differently, even if no document influences another.
+
+    Args:
+        model: The model.
+        found, expected: The logits (T, V).
+        units: The number of units.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((found - expected).norm() <= allowed * expected.norm())

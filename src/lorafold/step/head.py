@@ -118,6 +118,9 @@ def until_head(
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
     form if it has one, and the model's output.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
     """
     with _caught(_decoder(model)) as caught:
         output = model(**inputs, use_cache=False)

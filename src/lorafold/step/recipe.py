@@ -135,7 +135,11 @@ class Recipe(BaseModel):
     )
 
     lr: Positive | None = Field(
-        None, description="The peak learning rate. Without it the method's own; LoRA has 2e-4."
+        None,
+        description=(
+            "The peak learning rate. Without it the method's own, of which preferences take a"
+            " tenth; LoRA has 2e-4."
+        ),
     )
     lr_b: Positive | None = Field(
         None,

@@ -53,8 +53,11 @@ class Comparing(Objective):
     def preview(self, example: Branched, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
 
-        shown = [preview(document, tokenizer) for document in example.documents()]
-        return Text("\n").join(shown)
+        judged = "desirable" if example.desirable else "undesirable"
+        names = ("chosen", "rejected") if self.law.kind == "pairs" else (judged, "mismatched")
+        shown = zip(names, example.documents(), strict=True)
+        parts = [Text(f"{name}:\n").append(preview(of, tokenizer)) for name, of in shown]
+        return Text("\n").join(parts)
 
     @contextmanager
     def loss(

@@ -10,6 +10,7 @@ resumed, or repeated with another beta, reads them.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -63,11 +64,10 @@ def referenced(loss: Preferences, examples: BranchedExamples, console: Console) 
     """
     from rich.progress import Progress
 
-    made = False
+    source, start = "read from the cache", time.perf_counter()
 
     def write(directory: Path) -> None:
-        nonlocal made
-        made = True
+        nonlocal source
         table = np.zeros((len(examples), len(examples[0].branches)), np.float32)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("reference", total=len(examples))
@@ -75,13 +75,13 @@ def referenced(loss: Preferences, examples: BranchedExamples, console: Console) 
                 table[index] = logps
                 bar.advance(task)
         np.save(directory / FILE, table)
+        source = f"computed in {time.perf_counter() - start:.1f} s"
 
     def notice(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     key = json.dumps([FORMAT, digest(loss.model), examples.digest, loss.shares])
     path = cached("reference", key, write, notice) / FILE
-    source = "computed" if made else f"read from {path.parent}"
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))
 

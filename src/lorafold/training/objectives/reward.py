@@ -28,6 +28,7 @@ from lorafold.models.classifier import (
     LANGUAGE_MODEL,
     REWARD_MODEL,
     kind_of,
+    known_classes,
     load_reward_model,
     padding_id,
 )
@@ -89,11 +90,14 @@ def reward(
         adapters: Saved adapters that will be loaded on it.
 
     Raises LorafoldError for options that the objective does not have, rows of other shapes, and
-    adapters or models of another kind.
+    a classifier.
     """
     law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
     check_objective(Rows.of(rows).firsts(), recipe.objective)
-    found, start = kind_of(source, adapters), ", ".join(map(str, adapters)) or source.name
-    if found != REWARD_MODEL and (adapters or found != LANGUAGE_MODEL):
-        raise LorafoldError(f"{start}: found {found}, expected {REWARD_MODEL} to start from")
+    if known_classes(source, adapters):
+        start = ", ".join(map(str, adapters)) or source.name
+        raise LorafoldError(
+            f"{start}: found {kind_of(source, adapters)}, expected {REWARD_MODEL}, or"
+            f" {LANGUAGE_MODEL}, to start from"
+        )
     return RewardModel(law)
