@@ -213,3 +213,20 @@ def kind_of(source: ModelSource, adapters: Sequence[str | Path]) -> str:
     if classes := known_classes(source, adapters):
         return f"a classifier of {', '.join(classes)}"
     return REWARD_MODEL if is_reward_model(source, adapters) else LANGUAGE_MODEL
+
+
+def check_language_model(
+    source: ModelSource, adapters: Sequence[str | Path], advice: str = ""
+) -> None:
+    """Raise LorafoldError unless the adapters are those of a language model.
+
+    Args:
+        source: The model.
+        adapters: The adapters' directories.
+        advice: What to do instead, for the message.
+    """
+    if (kind := kind_of(source, adapters)) != LANGUAGE_MODEL:
+        raise LorafoldError(
+            f"{', '.join(map(str, adapters))}: found {kind}, expected an adapter of a language"
+            f" model{advice}"
+        )

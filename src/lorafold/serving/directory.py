@@ -87,7 +87,13 @@ class Directory:
         contents.check_intact()
         if CONFIG not in contents.files:
             raise LorafoldError(f"found no {CONFIG}, expected the directory of an adapter")
-        spec = read_config(contents.object(CONFIG))[0]
+        config = contents.object(CONFIG)
+        if config.get("task_type") == "SEQ_CLS":
+            raise LorafoldError(
+                "found an adapter of a classifier or a reward model, expected one of a language"
+                " model"
+            )
+        spec = read_config(config)[0]
         rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
         return Found(name, path, contents.digest, name_of(spec), rank)
 
