@@ -92,8 +92,15 @@ def load_reward_model(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a classifier with one output, in evaluation mode. Arguments and errors are those of
-    `load_classifier`.
+    """Load a classifier with one output, in evaluation mode. Raises as `load_classifier`.
+
+    Args:
+        source: The base model.
+        pad_id: The token that fills short texts, at the right.
+        storage: How the base stores its weights; a dtype for weights that are not quantized.
+        device: Where to load the model.
+        seed: The seed of the head, if the files have none.
+        trust_remote_code: Run the code in the model's directory.
     """
     how: dict[str, Any] = {"seed": seed, "trust_remote_code": trust_remote_code}
     return load_classifier(source, (REWARD,), pad_id, storage, device, **how)
