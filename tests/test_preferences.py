@@ -4,6 +4,7 @@ supervised training, runs from the command to the figures.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,6 +36,7 @@ from lorafold.evaluation.preferences import preference_figures
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import LAWS, Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo, law_of
 from lorafold.step.preferences import Preferences
+from lorafold.training import loop
 from lorafold.training.objectives.reference import Referenced, digest, referenced
 
 PAIRS = [
@@ -483,3 +486,107 @@ def test_methods_learn_preferences(
     assert found.losses[0] == pytest.approx(math.log(2), rel=2e-2)
     assert found.losses[-1] < math.log(2)
     assert found.figures["reward_accuracy"] >= 0.75
+
+
+@pytest.mark.parametrize("epochs", [2.0, 0.5], ids=["kept references", "references in each step"])
+def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
+    epochs: float,
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, rows = tiny_model_dir("llama"), PAIRS * 4
+    common = {"rank": 4, "base": "bf16", "lr": 1e-3, "lr_b": 1e-2}
+    supervised = lf.Recipe(steps=2, batch=4, **common)
+    lf.train(supervised, model=model, data=PAIRS, out=tmp_path / "sft")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
+    recipe = lf.Recipe(
+        objective="dpo", epochs=epochs, batch=2, save_every=2, dropout=0.1, **common
+    )
+
+    def run(out: str, resume: bool = False) -> bytes:
+        monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / f"cache of {out} {resume}"))
+        lf.train(
+            recipe, model=model, data=rows, over=tmp_path / "sft", out=tmp_path / out,
+            resume=resume,
+        )  # fmt: skip
+        return (tmp_path / out / "adapter_model.safetensors").read_bytes()
+
+    straight, step = run("straight"), loop.train_step
+
+    def crashing(job: Any, examples: Any, i: int) -> float:
+        if i == 3:
+            raise RuntimeError("crashed")
+        return step(job, examples, i)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", crashing)
+        with pytest.raises(RuntimeError, match="crashed"):
+            run("stopped")
+    assert run("stopped", resume=True) == straight
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
+
+
+def test_every_way_through_a_step_gives_the_same_losses(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "shared": {},
+        "padded": {"packing": False},
+        "accumulated": {"accumulate": 2},
+        "split": {"max_length": 60},
+        "checkpointed": {"gradient_checkpointing": True},
+    }
+    losses = {}
+    for name, fields in ways.items():
+        recipe = lf.Recipe(
+            objective="dpo", epochs=2, batch=4, lr=1e-2, lr_b=1e-2, dropout=0.0, base="fp32",
+            **fields,
+        )  # fmt: skip
+        found = lf.train(
+            recipe, model=tiny_model_dir("llama"), data=PAIRS * 2, out=tmp_path / name
+        )
+        losses[name] = found.losses
+    for name in ways:
+        assert losses[name] == pytest.approx(losses["shared"], rel=1e-4), name
+
+
+def test_recurrent_models_are_padded_and_told(tmp_path: Path) -> None:
+    from transformers import MambaConfig
+
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    found = lf.train(
+        lf.Recipe(objective="dpo", steps=3, batch=4, lr=1e-2, base="fp32", dropout=0.0),
+        model=tmp_path / "mamba", data=PAIRS, out=tmp_path / "out", console=console,
+    )  # fmt: skip
+    assert found.losses[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert "this model does not compute a prompt once" in console.export_text()
+
+
+def test_a_preview_shows_both_completions(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "pairs.jsonl", PAIRS)
+    found = lorafold(
+        "train", "--objective", "dpo", "--model", str(tiny_model_dir("llama")), "--data",
+        str(data), "--out", str(tmp_path / "out"), "--preview",
+    )  # fmt: skip
+    text = found.stdout + found.stderr
+    assert text.count("chosen:") == text.count("rejected:") == 3
+    assert "⟦The table is booked.<|im_end|>⟧" in text
+    assert "⟦No.<|im_end|>⟧" in text
+
+
+def test_comparing_methods_by_preferences_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="objective dpo: expected sft or classify here"):
+        lf.compare(tmp_path / "out", data=PAIRS, recipe=lf.Recipe(objective="dpo"))

@@ -20,9 +20,10 @@ from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_record
-from lorafold.models.loading import load_model
+from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.serving.directory import Directory
 from lorafold.step.activations import recompute
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop, run, setup
@@ -362,13 +363,13 @@ def test_the_engine_serves_a_stack_under_one_name(
     assert expected != generated(stacked(base, dpo_alone(dpo, tmp_path)), lora)
     model = load_model(base, torch.float32)
     assert alone(model, lora, {"dpo": dpo}) == expected
-    # also where both were moved together, but not where the one below is missing or another
+    # also where both were moved together, but not where the one below is missing
     moved = shutil.copytree(dpo, tmp_path / "dpo")
     record = read_record(moved)
     record["over"][0]["adapter"] = "gone/sft"
     write_json(moved / "lorafold.json", record)
     (moved / "manifest.json").unlink()
-    with pytest.raises(LorafoldError, match=f"trained over gone/sft .* {tmp_path / 'sft'}; put it"):
+    with pytest.raises(LorafoldError, match=f"over gone/sft .* found in {tmp_path / 'sft'}; put"):
         alone(model, lora, {"dpo": moved})
     shutil.copytree(sft, tmp_path / "sft")
     assert alone(model, lora, {"dpo": moved}) == expected
@@ -386,9 +387,10 @@ def dpo_alone(dpo: Path, tmp_path: Path) -> Path:
 def test_the_engine_serves_stacks_of_any_methods(
     method: str, base: Path, sft: Path, tmp_path: Path
 ) -> None:
-    over = trained(base, tmp_path / "over", (sft,), method=method)
+    below = shutil.copytree(sft, tmp_path / "below")
+    over = trained(base, tmp_path / "over", (below,), method=method)
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="over")
-    expected = generated(stacked(base, sft, over), asked)
+    expected = generated(stacked(base, below, over), asked)
     assert alone(load_model(base, torch.float32), asked, {"over": over}) == expected
 
 
@@ -485,3 +487,35 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     assert read_record(small)["over"] == read_record(b)["over"]
     assert lorafold("train", *recipe, "--over", a, "--out", b, "--preview").returncode == 0
     assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").returncode == 2
+
+
+def test_a_server_reads_what_is_below_from_its_own_directory_only(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    adapters = tmp_path / "adapters"
+    shutil.copytree(dpo, adapters / "dpo")
+    with pytest.raises(LorafoldError, match="found no adapter sft, expected one of the directory"):
+        Directory(adapters).find("dpo")
+    shutil.copytree(sft, tmp_path / "sft")
+    (adapters / "sft").symlink_to(tmp_path / "sft")
+    with pytest.raises(LorafoldError, match="leads outside"):
+        Directory(adapters).find("dpo")
+    (adapters / "sft").unlink()
+    shutil.copytree(sft, adapters / "sft")
+    assert Directory(adapters).find("dpo").name == "dpo"
+    assert Directory(adapters).tokenizer("dpo") is None
+    load_tokenizer(str(base)).save_pretrained(adapters / "sft")
+    found = Directory(adapters).tokenizer("dpo")
+    assert found is not None
+    assert found.path == adapters / "sft"
+
+
+def test_what_is_active_on_the_model_of_an_engine_is_below(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
+    expected = generated(stacked(base, sft, dpo), asked)
+    assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected
+    other = trained(base, tmp_path / "other", seed=2)
+    with pytest.raises(LorafoldError, match=f"found {other} "):
+        alone(stacked(base, other), asked, {"dpo": dpo})

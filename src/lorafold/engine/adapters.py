@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapter.building import read
-from lorafold.core.attach import Origin, adapted_modules, deltas_on
+from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
@@ -111,19 +111,21 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path) -> Contents:
-    """The files of an adapter that another one was trained over, where its record says, or else
-    beside that one under the same name. Raises LorafoldError if neither has the digest.
+    """The files of an adapter that another one was trained over. It is looked for beside that one,
+    under the last part of its path, and nowhere else: a record comes with an adapter, and may not
+    choose what is read. Raises LorafoldError if it is not there, or has another digest.
+
+    Args:
+        origin: The adapter to find.
+        over: The directory of the one that lies over it.
     """
-    places = dict.fromkeys((Path(origin.path), over.parent / Path(origin.path).name))
-    for place in places:
-        contents = Contents(place, FILES)
-        if CONFIG in contents.files and digest_of(contents) == origin.sha256:
-            return contents
-    looked = " and ".join(map(str, places))
-    raise LorafoldError(
-        f"{over}: it was trained over {listed([origin])}, which is not in {looked}; put it there,"
-        " or merge both"
-    )
+    contents = Contents(over.resolve().parent / Path(origin.path).name, FILES)
+    if CONFIG not in contents.files or digest_of(contents) != origin.sha256:
+        raise LorafoldError(
+            f"{over}: it was trained over {listed([origin])}, which was not found in"
+            f" {contents.path}; put it there, or merge both"
+        )
+    return contents
 
 
 class Reader:
@@ -164,12 +166,15 @@ class Reader:
         """The deltas of an adapter by module path, each over those of the adapters that its record
         says it was trained over. Raises LorafoldError for one that is not found with its digest.
         """
-        needed = parse(contents.record)
+        # adapters that are active on the model belong to the base, over which it may have been
+        # trained
+        active = selection_of(self.shadow).active
+        needed = () if active else parse(contents.record)
         below = [found_below(origin, contents.path) for origin in needed]
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
             for n, each in enumerate([*below, contents]):
-                built = read(self.shadow, each, base=self.base, below=needed[:n])
+                built = read(self.shadow, each, base=self.base, below=(*active, *needed[:n]))
                 for path, own in built.parts.items():
                     parts.setdefault(path, []).extend(own)
         if needed and any(isinstance(part, TokenRows) for own in parts.values() for part in own):
