@@ -108,9 +108,8 @@ def settings(only: str | None) -> Iterator[tuple[dict[str, Any], str, Setting]]:
             setting = setting_of(mode, Recipe(**recipe), batch, length)
             setting = replace(setting, widened=widens(setting.base.dtype))
             if name == "bert":
-                setting = replace(
-                    setting, classes=2, beside=nothing if mode == "full" else with_head
-                )
+                beside = nothing if mode == "full" else with_head
+                setting = replace(setting, classes=2, packed=False, beside=beside)
             words = [
                 f"{k.removeprefix('gradient_')}" if v is True else f"{k} {v}"
                 for k, v in recipe.items()

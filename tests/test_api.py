@@ -49,6 +49,10 @@ SIGNATURES = {
     ),
     "only": "model *names",
     "parse_calls": "text tokenizer tools",
+    "score": (
+        "model data *columns adapters tokenizer max_length storage device revision"
+        " trust_remote_code allow_other_base console"
+    ),
     "train": (
         "recipe *data out model eval_data columns init_adapter over device revision"
         " trust_remote_code resume overwrite console"

@@ -142,7 +142,10 @@ def test_classifiers(name: str, checkpointing: bool) -> None:
 
     close(
         CONFIGS[name],
-        replace(LORA, rows=(100, 160, 128), classes=3, beside=beside, checkpointing=checkpointing),
+        replace(
+            LORA, rows=(100, 160, 128), classes=3, packed=False, beside=beside,
+            checkpointing=checkpointing,
+        ),
     )
 
 

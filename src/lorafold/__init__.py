@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorafold.api.generate import generate as generate
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.load_model import load_model as load_model
+    from lorafold.api.score import score as score
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
     from lorafold.data.calls import parse_calls as parse_calls
@@ -46,6 +47,7 @@ _HOME = {
     "generate": "api.generate",
     "inspect": "api.inspect",
     "load_model": "api.load_model",
+    "score": "api.score",
     "train": "api.train",
     "parse_calls": "data.calls",
     "merge": "merging.run",

@@ -9,12 +9,13 @@ from lorafold.adapter import load
 from lorafold.api.arguments import Paths, as_paths, or_quiet
 from lorafold.errors import LorafoldError
 from lorafold.machine.devices import choose_device
-from lorafold.models.classifier import known_classes
+from lorafold.models.classifier import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage, default_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.training.objectives import Classify, ModelRequest, Objective, Sft
+from lorafold.step.preference_laws import Reward
+from lorafold.training.objectives import Classify, ModelRequest, Objective, RewardModel, Sft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ def opened(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     classify: bool = False,
+    reward: bool = False,
     storage: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -42,6 +44,7 @@ def opened(
         adapters: One directory or several, attached in this order as adapter1, adapter2 ...
         tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
+        reward: Expect a reward model instead of a language model.
         storage: fp32, bf16, nf4 or int8; auto takes the storage that the adapters were trained on
             if that was quantized, else bf16 or fp32, whichever the device is faster with.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
@@ -51,7 +54,8 @@ def opened(
         console: For notices; None is quiet.
 
     Raises LorafoldError as the loaders do, for arguments that a loaded model leaves without effect,
-    and where a classifier is found and a language model is expected, or the reverse.
+    and where a model of another kind is found than is expected: a language model, a classifier or
+    a reward model.
     """
     paths, console = as_paths(adapters), or_quiet(console)
     if not isinstance(model, (str, Path)):
@@ -72,15 +76,18 @@ def opened(
         return model, tokenizer if classify else prepared(tokenizer, Sft(), console)
     source = resolve_model(model, revision)
     tokenizer = tokenizer or tokenizer_of(source, paths, trust_remote_code)
-    classes = known_classes(source, paths)
-    if (classes is not None) != classify:
-        what = f"a classifier of {', '.join(classes)}" if classes else "no classifier"
-        wanted = "a classifier" if classify else "a language model"
+    kind, classes = kind_of(source, paths), known_classes(source, paths)
+    wanted = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
+    if wanted != ("a classifier" if classes else kind):
+        what = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
+        hint = "; lorafold score has the scores of rows" if kind == REWARD_MODEL else ""
         raise LorafoldError(
-            f"{', '.join(map(str, paths)) or model}: found {what}, expected {wanted} for this"
-            " data or command"
+            f"{', '.join(map(str, paths)) or model}: found {what}, expected {wanted} for this data"
+            f" or command{hint}"
         )
-    objective: Objective = Sft() if classes is None else Classify(classes)
+    objective: Objective = (
+        RewardModel(Reward()) if reward else Sft() if classes is None else Classify(classes)
+    )
     tokenizer = prepared(tokenizer, objective, console)
     where = choose_device(device)
     chosen = choose_storage(default_storage(source, paths) if storage == "auto" else storage, where)

@@ -22,6 +22,7 @@ COMMANDS = {
     "quickstart": "Train, evaluate, inspect and merge an adapter of the embedded model.",
     "train": "Train one adapter on your data.",
     "eval": "Measure loss, perplexity and exact match, with confidence intervals.",
+    "score": "Score rows with a reward model, and measure how well it tells preferences.",
     "generate": "Complete one prompt.",
     "serve": "Serve a base and its adapters over an OpenAI-compatible API, with a page.",
     "chat": "Talk to the model in the terminal, and switch between the base and its adapters.",

@@ -21,6 +21,7 @@ from lorafold.composing.updates import read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
+from lorafold.models.classifier import check_language_model
 from lorafold.models.sources import resolve_model
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
     check_out(request.out, request.overwrite)
     request = set_apart(request)
     source = resolve_model(request.model, request.revision)
+    check_language_model(source, request.adapters)
     updates = read(
         source,
         request.adapters,

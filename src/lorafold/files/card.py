@@ -13,6 +13,7 @@ import yaml
 
 CARD = "README.md"
 CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
+REWARD = "reward"  # in an adapter's record: true if it is a reward model, whose head has one output
 # in an adapter's record: the size of the vocabulary, if the adapter has new tokens
 VOCABULARY = "vocabulary"
 # in an adapter's record: the adapters that it was trained over, the lowest first
@@ -89,9 +90,9 @@ def training_card(
         k: Path(v).name if k == "source" and Path(v).suffix else v
         for k, v in record.get("data", {}).items()
     }
-    classes = record.get(CLASSES)
-    auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
-    head = f", num_labels={len(classes)}" if classes else ""
+    outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
+    auto = "AutoModelForSequenceClassification" if outputs else "AutoModelForCausalLM"
+    head = f", num_labels={outputs}" if outputs else ""
     grown = GROWN.format(size=record[VOCABULARY]) if VOCABULARY in record else ""
     below = {f"below{n}": entry["adapter"] for n, entry in enumerate(record.get(OVER, ()), 1)}
     parts = [

@@ -43,7 +43,8 @@ def planned(
     storage: Storage,
     feed: Feed,
     beside: Callable[[Any], Mapping[str, Any]],
-    classes: int = 0,
+    outputs: int = 0,
+    packed: bool | None = None,
     processes: int = 1,
     device: torch.device = CPU,
     below: tuple[tuple[Spec, Callable[[Any], Mapping[str, Any]]], ...] = (),
@@ -56,12 +57,13 @@ def planned(
         storage: How the base stores its weights.
         feed: The training examples.
         beside: Gives what `attach` takes besides spec and targets, for a model.
-        classes: The number of classes of a classifier; 0 for a language model.
+        outputs: The outputs of the head over a text; 0 for a language model.
+        packed: Whether the run packs its rows; None: if the recipe asks for it.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
         below: The frozen adapters below, as `Setting` takes them.
     """
-    packed = recipe.packing and not classes
+    packed = recipe.packing if packed is None else packed
     largest: Sequence[Any] = ()
     accumulating = False
     for examples in islice(feed.after(0), feed.foreseen):
@@ -75,9 +77,9 @@ def planned(
         recipe.targets,
         beside,
         rows=tuple(n for e in largest for n in documents(e)),
-        labelled=None if classes else sum(map(labelled, largest)),
+        labelled=None if outputs else sum(map(labelled, largest)),
         packed=packed,
-        classes=classes,
+        classes=outputs,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
         widened=widens(storage.dtype, device),

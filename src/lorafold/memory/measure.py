@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafold.adapter import attach
+from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.memory.ledger import Ledger, distinct_bytes
@@ -22,9 +23,12 @@ from lorafold.memory.trace import Setting, attach_below
 from lorafold.ops.arithmetic import multiplying
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer
+from lorafold.step.branches import branching
 from lorafold.step.documents import packed
 from lorafold.step.fused import fused
 from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.preference_laws import Reward
+from lorafold.step.preferences import Preferences
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -98,7 +102,11 @@ def inference(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[],
 @contextmanager
 def loss_of(model: PreTrainedModel, setting: Setting) -> Iterator[Loss]:
     """Yield the loss that a run with this setting uses."""
-    if setting.classes or not setting.packed:
+    if setting.classes and setting.packed:
+        with branching(model) as how:
+            yield Preferences(model, Reward(), how, 0)
+        return
+    if not setting.packed:
         yield Classification(model, 0) if setting.classes else Completions(model, False, 0)
         return
     with packed(model) as apart:
@@ -111,6 +119,9 @@ def examples(model: PreTrainedModel, setting: Setting) -> list[Any]:
     """
     vocabulary = model.config.get_text_config().vocab_size
     rows = [tuple(torch.randint(1, vocabulary, (n,)).tolist()) for n in setting.rows]
+    if setting.classes and setting.packed:  # pairs of documents that share nothing
+        whole = [Example(row, row) for row in rows]
+        return [Branched((), pair) for pair in zip(whole[::2], whole[1::2], strict=True)]
     if setting.classes:
         return [LabelledExample(row, 0) for row in rows]
     left, found = sum(setting.rows) if setting.labelled is None else setting.labelled, []

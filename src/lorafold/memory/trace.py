@@ -55,7 +55,7 @@ class Setting:
         token of each as a prompt, then the last token.
     labelled: The tokens that the loss counts; None: all that can be predicted.
     packed: The rows are packed into one sequence; else they are padded to the longest.
-    classes: The number of classes of a classifier; 0 for a language model.
+    classes: The outputs of a head over the last token of each row; 0 for a language model.
     checkpointing: Gradient checkpointing is on.
     optimizer: adamw, adamw8bit or paged-adamw8bit.
     accumulating: Gradients of an earlier micro-batch exist already.
@@ -186,7 +186,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     run = class_loss if setting.classes else next_token_loss
     with (
         fused(model),
-        packed_as(model, setting.rows) if setting.packed and not setting.classes else nullcontext(),
+        packed_as(model, setting.rows) if setting.packed else nullcontext(),
     ):
         ledger.peak = collected(ledger)
         loss = run(model, setting)
@@ -209,23 +209,24 @@ def next_token_loss(model: PreTrainedModel, setting: Setting) -> Tensor:
     """Return the next-token loss, (), on fake ids. The labelled tokens are divided evenly among
     padded rows.
     """
-    rows, width = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
+    inputs = inputs_of(setting)
+    rows = len(inputs["input_ids"])
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
-    ids, where = integers(rows, width), integers(rows, width)
-    return labelled_loss(
-        model,
-        integers(rows, ceil(n / rows)),
-        {"input_ids": ids, "position_ids" if setting.packed else "attention_mask": where},
-    )[0]
+    return labelled_loss(model, integers(rows, ceil(n / rows)), inputs)[0]
 
 
 def class_loss(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """Return the loss of a classifier, (), on fake ids."""
-    ids, mask = integers(setting.batch, setting.length), integers(setting.batch, setting.length)
-    loss: Tensor = Classification(model, 0)(
-        integers(setting.batch), input_ids=ids, attention_mask=mask
-    )
+    """Return the loss of a head over the last token of each sequence, (), on fake ids."""
+    inputs = inputs_of(setting)
+    loss: Tensor = Classification(model, 0)(integers(len(inputs["input_ids"])), **inputs)
     return loss
+
+
+def inputs_of(setting: Setting) -> dict[str, Tensor]:
+    """Return fake ids with their positions (1, T), if they are packed, or with a mask (B, T)."""
+    shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
+    where = "position_ids" if setting.packed else "attention_mask"
+    return {"input_ids": integers(*shape), where: integers(*shape)}
 
 
 def integers(*shape: int) -> Tensor:

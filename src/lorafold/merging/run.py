@@ -22,7 +22,7 @@ from lorafold.merging.certificate import Gap, compare, probe_ids
 from lorafold.merging.into import Into, choose_into
 from lorafold.merging.plan import plan
 from lorafold.merging.shards import Folded, execute
-from lorafold.models.classifier import known_classes
+from lorafold.models.classifier import check_language_model
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CERTIFICATE = "merge.json"
+INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pretrained(out)"
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,7 @@ def merge(
         console.print(f"merging into {target}", highlight=False)
     with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
         source = resolve_model(model, revision)
-        if classes := known_classes(source, adapters):
-            found = f"{', '.join(map(str, adapters))}: found a classifier of {', '.join(classes)}"
-            raise LorafoldError(
-                f"{found}, expected an adapter of a language model; merge a classifier in Python,"
-                " with adapter.merge() and model.save_pretrained(out)"
-            )
+        check_language_model(source, adapters, INSTEAD)
         own = any(map(has_tokenizer, adapters))
         tokenizer = (
             tokenizer_of(source, adapters, trust_remote_code) if own or certificate else None

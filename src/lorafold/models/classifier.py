@@ -1,25 +1,26 @@
-"""Sequence classifiers: the body of a base with a head for given classes.
+"""Sequence classifiers: the body of a base with a head for given classes, or for one score.
 
     logits = head(h at the last token)          (classes,); some architectures pool the hidden
                                                 states in another way
 
 `AutoModelForSequenceClassification` builds it from any base. If the model's files have no head, it
 is initialized at random from a seed, trained whole, and saved with the adapter. The names of the
-classes are stored in the config (`id2label`) and in the adapter's `lorafold.json`.
+classes are stored in the config (`id2label`) and in the adapter's `lorafold.json`. A reward model
+is such a model with one output: transformers' form of a regression, and PEFT's SEQ_CLS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.errors import LorafoldError
-from lorafold.files.card import CLASSES
-from lorafold.files.record import RECORD, read_record
+from lorafold.files.card import CLASSES, REWARD
+from lorafold.files.record import RECORD, read_object, read_record
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import check_complete, read_weights
 from lorafold.models.sources import ModelSource
@@ -28,6 +29,10 @@ from lorafold.models.storage import Storage
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
+PEFT_HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
 
 
 def load_classifier(
@@ -40,7 +45,7 @@ def load_classifier(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a classifier, in evaluation mode.
+    """Load a classifier, in evaluation mode. With one class it is a reward model.
 
     Raises LorafoldError if transformers has no classifier of this architecture, or if the files
     lack weights of the body.
@@ -62,9 +67,12 @@ def load_classifier(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             names, numbers = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
+            config: dict[str, Any] = {"id2label": names, "label2id": numbers}
+            if len(classes) == 1:
+                config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
             model, missing = read_weights(
-                auto, source, storage, device, trust_remote_code, id2label=names, label2id=numbers
+                auto, source, storage, device, trust_remote_code, **config
             )
         # a decoder finds the last token by it
         model.config.get_text_config().pad_token_id = pad_id
@@ -73,6 +81,29 @@ def load_classifier(
     heads = tuple(f"{path}." for path in head_paths(model))
     check_complete(source, [name for name in missing if not name.startswith(heads)])
     return model
+
+
+def load_reward_model(
+    source: ModelSource,
+    pad_id: int,
+    storage: Storage | torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a classifier with one output, in evaluation mode. Raises as `load_classifier`.
+
+    Args:
+        source: The base model.
+        pad_id: The token that fills short texts, at the right.
+        storage: How the base stores its weights; a dtype for weights that are not quantized.
+        device: Where to load the model.
+        seed: The seed of the head, if the files have none.
+        trust_remote_code: Run the code in the model's directory.
+    """
+    how: dict[str, Any] = {"seed": seed, "trust_remote_code": trust_remote_code}
+    return load_classifier(source, (REWARD,), pad_id, storage, device, **how)
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
@@ -120,8 +151,10 @@ def classes_of_adapter(path: str | Path) -> tuple[str, ...] | None:
     return tuple(classes)
 
 
-def classes_of_model(source: ModelSource) -> tuple[str, ...] | None:
-    """Return the classes of a model that is a classifier already, or None if it is not."""
+def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
+    """Return the names of the outputs of a model that has a head for texts already, or None if it
+    has none.
+    """
     config = source.config()
     if not any(
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
@@ -143,4 +176,64 @@ def known_classes(source: ModelSource, adapters: Sequence[str | Path]) -> tuple[
             "adapters: expected the same classes in all of them, found "
             + "; ".join(f"{', '.join(classes)} in {name}" for name, classes in found.items())
         )
-    return next(iter(found.values())) if found else classes_of_model(source)
+    if found:
+        return next(iter(found.values()))
+    outputs = outputs_of_model(source)
+    return outputs if outputs and len(outputs) > 1 else None
+
+
+def is_reward_model(source: ModelSource, adapters: Sequence[str | Path]) -> bool:
+    """Whether one of the adapters is that of a reward model, or else the model is one.
+
+    Raises LorafoldError if a record is damaged.
+    """
+    for path in adapters:
+        record = read_record(path)
+        if record.get(REWARD) is True or (not record and _outputs_in_peft(Path(path)) == 1):
+            return True
+    return len(outputs_of_model(source) or ()) == 1
+
+
+def _outputs_in_peft(path: Path) -> int:
+    """The outputs of the head in an adapter that PEFT wrote for a classifier; 0 if it is for none.
+
+    Raises LorafoldError if its tensors can't be read.
+    """
+    config, tensors = path / "adapter_config.json", path / "adapter_model.safetensors"
+    if not config.is_file() or read_object(config).get("task_type") != "SEQ_CLS":
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(tensors, framework="pt") as file:
+            names = file.keys()
+            heads = [key for key in names if key.endswith(PEFT_HEADS)]
+            return int(file.get_slice(heads[0]).get_shape()[0]) if heads else 0
+    except (SafetensorError, OSError) as error:
+        raise LorafoldError(f"{tensors}: {error}") from None
+
+
+def kind_of(source: ModelSource, adapters: Sequence[str | Path]) -> str:
+    """What a model with its adapters is, in words: a language model, a reward model, or a
+    classifier of its classes. Raises LorafoldError as `known_classes` does.
+    """
+    if classes := known_classes(source, adapters):
+        return f"a classifier of {', '.join(classes)}"
+    return REWARD_MODEL if is_reward_model(source, adapters) else LANGUAGE_MODEL
+
+
+def check_language_model(
+    source: ModelSource, adapters: Sequence[str | Path], advice: str = ""
+) -> None:
+    """Raise LorafoldError unless the adapters are those of a language model.
+
+    Args:
+        source: The model.
+        adapters: The adapters' directories.
+        advice: What to do instead, for the message.
+    """
+    if (kind := kind_of(source, adapters)) != LANGUAGE_MODEL:
+        raise LorafoldError(
+            f"{', '.join(map(str, adapters))}: found {kind}, expected an adapter of a language"
+            f" model{advice}"
+        )

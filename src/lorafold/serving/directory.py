@@ -91,9 +91,15 @@ class Directory:
         contents.check_intact()
         if CONFIG not in contents.files:
             raise LorafoldError(f"found no {CONFIG}, expected the directory of an adapter")
+        config = contents.object(CONFIG)
+        if config.get("task_type") == "SEQ_CLS":
+            raise LorafoldError(
+                "found an adapter of a classifier or a reward model, expected one of a language"
+                " model"
+            )
         for origin in parse(contents.record):
             self._below(origin, path)
-        spec = read_config(contents.object(CONFIG))[0]
+        spec = read_config(config)[0]
         rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
         return Found(name, path, contents.digest, name_of(spec), rank)
 

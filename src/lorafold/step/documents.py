@@ -35,8 +35,10 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lorafold.core.evaluating import evaluating
+from lorafold.errors import LorafoldError
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
+from lorafold.step.head_scores import at_head
 
 NAME = "lorafold_documents"
 NO_LOSS = -100  # torch's ignore_index
@@ -58,8 +60,6 @@ def isolates(model: PreTrainedModel) -> bool:
     """Test, with two short documents, whether the model computes a packed document as it computes
     the document alone. The model and the random state stay unchanged.
     """
-    if model.get_output_embeddings() is None:
-        return False
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
 
@@ -71,8 +71,8 @@ def isolates(model: PreTrainedModel) -> bool:
             alone = torch.cat([logits(first), logits(second)])
             with attending(model, document_mask):
                 together, changed = logits(first, second), logits(other, second)
-    except (AttributeError, TypeError):
-        return False  # the decoder computes with its masks, which a Documents does not support
+    except (AttributeError, TypeError, LorafoldError):
+        return False  # the decoder computes with its masks, or no head is over its positions
     return near(model, changed[-m:], together[-m:], units=1) and near(
         model, together, alone, units=8
     )
@@ -87,13 +87,18 @@ def random_ids(model: PreTrainedModel, n: int) -> Tensor:
 def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
     """Return the logits (T, V), in fp32, of packed documents.
 
+    A model without output embedding pools its logits; of it the hidden states (T, d) are returned
+    that its head is over. Raises LorafoldError where it is not over those of positions.
+
     Args:
         model: The model.
         ids: The token ids, (T,).
         docs: The documents, which say the position of each token.
     """
-    positions = docs.positions().to(ids.device)
-    logits = model(input_ids=ids[None], position_ids=positions, use_cache=False).logits
+    inputs = {"input_ids": ids[None], "position_ids": docs.positions().to(ids.device)}
+    if model.get_output_embeddings() is None:
+        return at_head(model, inputs).hidden[0].float()
+    logits = model(**inputs, use_cache=False).logits
     found: Tensor = logits[0].float()
     return found
 

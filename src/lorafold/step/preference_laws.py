@@ -13,6 +13,7 @@ The first completion is in column 0, the second in column 1. A loss is in nats a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 class Scored(NamedTuple):
     """What the laws are given of n rows: log-probabilities under the model and the reference (n, 2)
     in nats (None where the law has no reference), the tokens of the completions (n, 2), and for
-    judged completions whether they are desirable (n,).
+    judged completions whether they are desirable (n,). Of a law that reads a head `logps` are its
+    scores.
     """
 
     logps: Tensor
@@ -60,6 +62,9 @@ class Law(ABC):
 
     kind: ClassVar[str] = "pairs"  # of rows, a name in `data.branches.COMPARED`
     has_reference: ClassVar[bool] = True
+    reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
+    # of a method's own learning rates: a pair is told apart long before its completions are learned
+    pace: ClassVar[float] = 0.1
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:
@@ -212,6 +217,34 @@ class Kto(Law):
         return self.beta * scored.ratios
 
 
+@dataclass(frozen=True, config=STRICT)
+class Reward(Law):
+    """A reward model of the preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv
+    2203.02155, eq. 1).
+
+        loss = -log s(r(w) - r(l) - margin) + centre (r(w) + r(l))^2
+
+    r is the score that a head gives the whole text, in place of log p. With a margin a pair counts
+    as told apart only from that difference on (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
+    Differences leave the level of scores open; centre > 0 holds it at 0 (Eisenstein et al. 2023,
+    arXiv 2312.09244), so that scores of different prompts compare; TRL recommends 0.01.
+    """
+
+    has_reference: ClassVar[bool] = False
+    reads_head: ClassVar[bool] = True
+    pace: ClassVar[float] = 0.3  # the head is new, and has to be learned
+    margin: Weight = 0.0
+    centre: Weight = 0.0
+
+    def loss(self, scored: Scored) -> Tensor:
+        chosen, rejected = scored.logps.unbind(1)
+        loss = -F.logsigmoid(chosen - rejected - self.margin)
+        return loss + self.centre * (chosen + rejected).square() if self.centre else loss
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return scored.logps
+
+
 LAWS: dict[str, type[Law]] = {
     "dpo": Dpo,
     "ipo": Ipo,
@@ -219,6 +252,7 @@ LAWS: dict[str, type[Law]] = {
     "kto": Kto,
     "orpo": Orpo,
     "simpo": Simpo,
+    "reward": Reward,
 }
 
 
@@ -234,11 +268,12 @@ def law_of(objective: str, beta: float | None, options: dict[str, Any]) -> Law:
     """
     law: Any = LAWS[objective]
     given = options if beta is None else {**options, "beta": beta}
-    known = law.__dataclass_fields__
-    if unknown := [name for name in options if name not in known]:
+    known = [field.name for field in fields(law)]
+    if unknown := [name for name in given if name not in known]:
+        field = "" if unknown == ["beta"] else "objective_options: "
         raise LorafoldError(
-            f"objective_options: {', '.join(unknown)}: the objective {objective} has no such"
-            f" option; it has: {', '.join(known)}"
+            f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
+            f" {', '.join(known)}"
         )
     try:
         made: Law = law(**given)

@@ -26,6 +26,7 @@ from lorafold.ops.documents import Documents
 from lorafold.step.branches import Branching
 from lorafold.step.divergence import divergence
 from lorafold.step.head import document_losses
+from lorafold.step.head_scores import document_scores
 from lorafold.step.losses import Loss
 from lorafold.step.preference_laws import Law, Scored
 
@@ -41,13 +42,11 @@ class Preferences(Loss):
         tokens: The most tokens that are computed at a time where nothing is trained.
     """
 
-    pace = 0.1  # a pair is told apart long before its completions are learned
-
     def __init__(
         self, model: nn.Module, law: Law, how: Branching | None, pad_id: int, tokens: int = 2048
     ) -> None:
         super().__init__(model)
-        self.law, self.pad_id, self.tokens = law, pad_id, tokens
+        self.law, self.pad_id, self.tokens, self.pace = law, pad_id, tokens, law.pace
         self.how = how if how is not None and how.packs else None
 
     @property
@@ -139,7 +138,8 @@ class Preferences(Loss):
         lens: Tensor | None = None,
         **inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return log p of the completions in nats, and their tokens, both (n, k).
+        """Return log p of the completions in nats (or the scores that a head gives the documents,
+        if the law reads them), and the tokens of the completions, both (n, k).
 
         Args:
             labels, document, lens, inputs: As `collate` gives them.
@@ -147,6 +147,11 @@ class Preferences(Loss):
         """
         with self.over(labels, lens):
             k = int(document.max()) + 1
+            if self.law.reads_head:
+                scores, counts = document_scores(
+                    self.model, labels, inputs, document, k, self.pad_id
+                )
+                return scores.view(n, -1), counts.view(n, -1)
             losses, counts = document_losses(self.model, labels, inputs, document, k)
         return -losses.view(n, -1), counts.view(n, -1)
 

@@ -179,7 +179,8 @@ def adapted_model(
         setup.storage,
         setup.feed,
         extra,
-        len(setup.objective.classes),
+        setup.objective.outputs,
+        recipe.packing and setup.objective.packs,
         setup.accelerator.num_processes,
         setup.device,
         below,
@@ -201,12 +202,30 @@ def adapted_model(
     weights = weights_of(setup.source, setup.storage)
     for name, path in zip(request.below, request.over, strict=True):
         load(model, path, name, base=weights)
-    adapter = (
-        load(model, request.init_adapter, trainable=True, base=weights)
-        if request.init_adapter
-        else attach(model, setup.spec, recipe.targets, base=weights, **extras(setup, model))
-    )
+    if not request.init_adapter:
+        fresh = extras(setup, model)
+        adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
+        return model, adapter, weights, checkpointing
+    adapter = load(model, request.init_adapter, trainable=True, base=weights)
+    if missing := untrained(setup, model, adapter.spec):
+        raise LorafoldError(
+            f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
+            f" objective {recipe.objective} has to train, expected an adapter with it; as the"
+            " frozen adapter below a new one, give it as --over"
+        )
     return model, adapter, weights, checkpointing
+
+
+def untrained(setup: Setup, model: PreTrainedModel, spec: Spec) -> list[str]:
+    """The paths of the modules that the objective needs trained and no adapter has trained yet.
+
+    Args:
+        setup: Has the objective.
+        model: As the objective loads it, with adapters attached.
+        spec: The method.
+    """
+    needed = setup.objective.modules_to_save(model, spec, setup.request.recipe.targets)
+    return [path for path in needed if not isinstance(model.get_submodule(path), Adapted)]
 
 
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
@@ -214,12 +233,7 @@ def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
-    needed = [
-        path
-        for path in setup.objective.modules_to_save(model, setup.spec, recipe.targets)
-        # an adapter below has trained the head already
-        if not isinstance(model.get_submodule(path), Adapted)
-    ]
+    needed = untrained(setup, model, setup.spec)
     tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
     saved = (*recipe.modules_to_save, *needed)
     return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}

@@ -18,12 +18,14 @@ from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.classify import Classify, classify
 from lorafold.training.objectives.objective import Data, ModelRequest, Objective
 from lorafold.training.objectives.preference import preference
+from lorafold.training.objectives.reward import RewardModel, reward
 from lorafold.training.objectives.sft import Sft, sft
 
 OBJECTIVES: dict[str, Callable[[Recipe, Sequence[Row], ModelSource, Sequence[Path]], Objective]] = {
     "sft": sft,
     "classify": classify,
     **dict.fromkeys(LAWS, preference),
+    "reward": reward,
 }
 
-__all__ = ["OBJECTIVES", "Classify", "Data", "ModelRequest", "Objective", "Sft"]
+__all__ = ["OBJECTIVES", "Classify", "Data", "ModelRequest", "Objective", "RewardModel", "Sft"]

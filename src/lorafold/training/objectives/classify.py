@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafold.bases import is_linear
 from lorafold.core.spec import Spec
@@ -41,7 +41,12 @@ if TYPE_CHECKING:
 class Classify(Objective):
     """The class of a text, by a head on the decoder; every method trains the whole head too."""
 
+    packs: ClassVar[bool] = False
     classes: tuple[str, ...]
+
+    @property
+    def outputs(self) -> int:
+        return len(self.classes)
 
     def encode(
         self,
@@ -83,14 +88,25 @@ class Classify(Objective):
         yield Classification(model, padding_id(tokenizer))
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-        heads = set(head_paths(model))
-        found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
-        # the method adapts nothing but the head, or trains the base's own weights, the head's too
-        trained = found <= heads or (spec.trains_base and heads <= found)
-        return () if trained else head_paths(model)
+        return head_to_save(model, spec, targets)
 
     def record(self) -> dict[str, Any]:
         return {CLASSES: list(self.classes)}
+
+
+def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
+    """The paths of the head's modules, to be trained whole; none where the method does so already.
+
+    Args:
+        model: A classifier without adapters.
+        spec: The method.
+        targets: The recipe's; None takes the method's own.
+    """
+    heads = set(head_paths(model))
+    found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
+    # the method adapts nothing but the head, or trains the base's own weights, the head's too
+    trained = found <= heads or (spec.trains_base and heads <= found)
+    return () if trained else head_paths(model)
 
 
 def classify(

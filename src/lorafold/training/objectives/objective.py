@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafold.core.spec import Spec
 from lorafold.data.examples import WHOLE, Encoded
@@ -45,7 +45,12 @@ class ModelRequest:
 class Objective(ABC):
     """Abstract: one objective, from rows to a loss."""
 
-    classes: tuple[str, ...] = ()  # the labels of a classifier
+    packs: ClassVar[bool] = True  # where the recipe asks for it and the model allows it
+
+    @property
+    def outputs(self) -> int:
+        """The outputs of the head over a text; 0 for that of a language model."""
+        return 0
 
     @abstractmethod
     def encode(

@@ -2,72 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lorafold.data.branches import Branched, BranchedExamples, Branches
+from lorafold.data.branches import BranchedExamples
 from lorafold.data.checking import check_objective
-from lorafold.data.examples import WHOLE, preview
 from lorafold.data.feed import Feed, StoredFeed
-from lorafold.data.preferred import PreferredData, encode_preferred
-from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.preferred import PreferredData
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.data.tokenizing import Encoder
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
-from lorafold.step.branches import branching
-from lorafold.step.preference_laws import Law, law_of
+from lorafold.step.preference_laws import law_of
 from lorafold.step.preferences import Preferences
 from lorafold.step.recipe import Recipe
-from lorafold.training.objectives.objective import Data, ModelRequest, Objective
+from lorafold.training.objectives.comparing import Comparing
+from lorafold.training.objectives.objective import Data, ModelRequest
 from lorafold.training.objectives.reference import moves, referenced
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
-class Preference(Objective):
+class Preference(Comparing):
     """Preferring completions to others, by a law; the reference is the model without the adapter
     that trains.
     """
-
-    law: Law
-
-    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return ensure_chat_template(tokenizer)
-
-    def encode(
-        self,
-        rows: Sequence[Row],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        console: Console,
-        rendering: Rendering = WHOLE,
-    ) -> PreferredData:
-        return encode_preferred(rows, tokenizer, max_length, self.law.kind, console, rendering)
-
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
-        return Branches(tokenizer, self.law.kind, rendering)
-
-    def preview(self, example: Branched, tokenizer: PreTrainedTokenizerBase) -> Text:
-        from rich.text import Text
-
-        judged = "desirable" if example.desirable else "undesirable"
-        names = ("chosen", "rejected") if self.law.kind == "pairs" else (judged, "mismatched")
-        shown = zip(names, example.documents(), strict=True)
-        parts = [Text(f"{name}:\n").append(preview(of, tokenizer)) for name, of in shown]
-        return Text("\n").join(parts)
 
     def load(self, request: ModelRequest) -> PreTrainedModel:
         return load_model(
@@ -76,32 +42,6 @@ class Preference(Objective):
             request.device,
             trust_remote_code=request.trust_remote_code,
         )
-
-    @contextmanager
-    def loss(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: bool,
-        console: Console,
-    ) -> Iterator[Preferences]:
-        pad = tokenizer.pad_token_id or 0
-        if not packing:
-            yield Preferences(model, self.law, None, pad)
-            return
-        with branching(model) as how:
-            if not how.shares:
-                instead = (
-                    "each completion has its prompt before it"
-                    if how.packs
-                    else "completions are padded"
-                )
-                console.print(
-                    "packing: this model does not compute a prompt once for several completions;"
-                    f" {instead}",
-                    highlight=False,
-                )
-            yield Preferences(model, self.law, how, pad)
 
     def refer(
         self, loss: Preferences, feed: Feed, held_out: Data | None, console: Console

@@ -1,0 +1,71 @@
+"""`lf.score`: the scores that a reward model gives rows, and how well it tells preferences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.api.arguments import Columns, Data, Paths, as_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafold.evaluation.scoring import ScoredRows
+
+
+def score(
+    model: str | Path | PreTrainedModel,
+    data: Data,
+    *,
+    columns: Columns | None = None,
+    adapters: Paths = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 1024,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    console: Console | None = None,
+) -> ScoredRows:
+    """Score rows with a reward model: the scores, and for pairs accuracy, margin, calibration and
+    the bias to length, with 95% intervals.
+
+    Args:
+        model: The base's name or path, the path of a reward model, or a loaded one, which is used
+            with its active adapters and takes no other `storage`, `device`, `revision` or
+            `allow_other_base`.
+        data: Rows of preferences, or of completions, conversations or text, whose last turn of the
+            assistant ends the text that is scored.
+        columns: The keys of the rows under other names, as in {"prompt": "question"}.
+        adapters: Saved adapters to load on a model that is named, among them a reward model's.
+        tokenizer: None takes that of the adapters or the model.
+        max_length: Longer texts are cut to this many tokens, and counted.
+        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        console: A rich console for progress and notices; None is quiet.
+
+    Raises LorafoldError for bad rows, for a model that can't be loaded or is no reward model, and
+    for scores that are not finite.
+    """
+    rows = as_rows(data, columns, console, objective="reward")
+    from lorafold.api.opened import opened
+    from lorafold.evaluation.scoring import score_rows
+
+    loaded, tokenizer = opened(
+        model,
+        adapters,
+        tokenizer,
+        reward=True,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+        console=console,
+    )
+    return score_rows(loaded, tokenizer, rows, max_length, console=console)

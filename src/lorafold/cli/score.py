@@ -1,0 +1,65 @@
+"""`lorafold score`: the scores that a reward model gives rows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafold.cli.common import (
+    AdapterOption,
+    ColumnsOption,
+    DataOption,
+    JsonOption,
+    Opening,
+    columns_of,
+    emit,
+    messages,
+)
+from lorafold.cli.groups import grouped
+from lorafold.errors import LorafoldError
+
+
+@grouped
+def command(
+    data: DataOption,
+    opening: Opening,
+    columns: ColumnsOption = None,
+    adapter: AdapterOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new file for the scores, one JSON object a row. Without it they are printed."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Longer texts are cut to this many tokens.")
+    ] = 1024,
+    json: JsonOption = False,
+) -> None:
+    """Score rows with a reward model: an adapter of --objective reward, or a whole model.
+
+    Of rows of preferences both completions are scored, and accuracy, margin, calibration and the
+    bias to length follow, with 95% intervals. Of other rows the whole text is scored, to the end of
+    the assistant's last turn.
+    """
+    if out is not None and out.exists() and (out.is_dir() or not overwrite):
+        what = "is a directory; expected a new file" if out.is_dir() else "exists"
+        raise LorafoldError(f"{out} {what}" + "; pass --overwrite to replace it" * out.is_file())
+    from lorafold.api.score import score
+
+    found = score(
+        opening.model,
+        data,
+        columns=columns_of(columns),
+        adapters=adapter or (),
+        max_length=max_length,
+        console=messages(),
+        **opening.how,
+    )
+    if out is not None:
+        found.write(out)
+    else:
+        for row in found.rows:
+            typer.echo(row.as_json() if json else str(row))
+    emit(json, found.as_json(), str(found))

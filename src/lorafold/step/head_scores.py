@@ -1,0 +1,98 @@
+"""The score that a head over the decoder gives each document of a batch.
+
+    r_i = head(h_e),      e the last position of document i whose token is not the padding token
+
+That is where transformers' classifiers read, whatever else pads or ends a text: if a text ends in
+the padding token itself, as where a tokenizer pads with the end-of-sequence token, the score is
+read before it. So a document has one score in a packed sequence, in a padded batch, in transformers
+and in PEFT, as long as `config.pad_token_id` is the token that pads.
+
+The head is computed once, by the model itself: a hook keeps what goes into it and what comes out.
+Use it for reward models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.data.examples import NO_LOSS
+from lorafold.errors import LorafoldError
+from lorafold.models.classifier import head_paths
+
+
+class AtHead(NamedTuple):
+    """What goes into a model's head at every position, (B, T, d), and what comes out (B, T, c)."""
+
+    hidden: Tensor
+    output: Tensor
+
+
+def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
+    """Run the model, and return what its head computes at every position.
+
+    Raises LorafoldError if the model has several heads, or one that does not compute positions, as
+    where hidden states are pooled before it.
+
+    Args:
+        model: A sequence classifier of transformers.
+        inputs: Its keyword arguments, among them input_ids (B, T).
+    """
+    paths, shape = head_paths(model), inputs["input_ids"].shape
+    head = model.get_submodule(paths[0])
+    with _caught(head) as caught:
+        model(**inputs, use_cache=False)
+    if len(paths) > 1 or [found.hidden.shape[:2] for found in caught] != [shape]:
+        raise LorafoldError(
+            f"{type(model).__name__}: found the heads {', '.join(paths)}, expected one that is"
+            " computed at every position"
+        )
+    return caught[0]
+
+
+@contextmanager
+def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
+    """Yield a list that receives what each call of the head has as input and output."""
+    caught: list[AtHead] = []
+
+    def catch(module: nn.Module, args: Any, output: Tensor) -> None:
+        caught.append(AtHead(args[0], output))
+
+    handle = head.register_forward_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def document_scores(
+    model: Any,
+    labels: Tensor,
+    inputs: Mapping[str, Tensor],
+    document: Tensor,
+    n: int,
+    pad_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the score of each document, in fp32, and the number of its labelled positions: (n,)
+    and (n,).
+
+    Args:
+        model: A sequence classifier with one output.
+        labels: (B, T), the target of each position, or -100.
+        inputs: Keyword arguments of the model, among them input_ids (B, T), padded at the right.
+        document: (B, T), the document from 0 to n - 1 that each position belongs to.
+        n: The number of documents.
+        pad_id: The padding token.
+    """
+    of, ids = document.flatten(), inputs["input_ids"].flatten()
+    counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))
+    if "position_ids" not in inputs:  # padded: the model finds the positions itself
+        return model(**inputs, use_cache=False).logits[:, 0].float(), counts
+    at = torch.arange(len(of), device=of.device)
+    first = at.new_full((n,), len(at)).scatter_reduce(0, of, at, "amin")
+    last = first.scatter_reduce(0, of, at.where(ids != pad_id, 0), "amax")
+    return at_head(model, inputs).output.flatten(0, 1)[last, 0].float(), counts

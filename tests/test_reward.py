@@ -1,0 +1,603 @@
+"""`--objective reward` and `lorafold score`: TRL's trainer, PEFT and transformers as oracles, the
+figures in closed form, and runs from the command to the scores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, PeftModelForSequenceClassification, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from trl import RewardConfig, RewardTrainer
+
+import lorafold as lf
+from conftest import lorafold
+from lorafold.core.evaluating import evaluating
+from lorafold.data.preferred import encode_preferred
+from lorafold.errors import LorafoldError
+from lorafold.evaluation import wilson
+from lorafold.evaluation.rewards import reward_figures
+from lorafold.evaluation.scoring import score_rows
+from lorafold.memory.measure import measure
+from lorafold.memory.terms import estimate
+from lorafold.memory.trace import Setting
+from lorafold.merging.run import merge
+from lorafold.models.classifier import head_paths, load_classifier, load_reward_model
+from lorafold.models.configuration import configuration
+from lorafold.models.fake import fake_model
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.models.storage import Storage
+from lorafold.serving.directory import Directory
+from lorafold.step.branches import Branching, branching
+from lorafold.step.preference_laws import Reward, Scored, law_of
+from lorafold.step.preferences import Preferences
+from lorafold.step.recipe import Recipe
+from lorafold.training import loop
+from lorafold.training.request import Request
+from lorafold.training.run import train
+
+SUBJECTS = ["rain", "the fox", "a table", "the alarm", "the plumber", "mountains", "weather", "fox"]
+ROWS = [
+    {
+        "prompt": f"Say something about {subject}.",
+        "chosen": f"Yes, {subject} {tail}",
+        "rejected": f"No, {subject} {other}",
+    }
+    for n, subject in enumerate(SUBJECTS)
+    for tail, other in [("today" * (n % 3), "tomorrow" * (n % 2))]
+]
+JUDGED = {"prompt": "a", "completion": "b", "label": True}
+
+
+def request(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> Request:
+    names = ("resume", "eval_rows", "init_adapter", "over")
+    extra = {k: fields.pop(k) for k in names if k in fields}
+    recipe = Recipe(**{"objective": "reward", "steps": 6, "batch": 4, "base": "fp32"} | fields)
+    return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def reward_model(directory: Path, seed: int = 0) -> Any:
+    tokenizer = load_tokenizer(directory)
+    source = resolve_model(directory)
+    return load_reward_model(source, tokenizer.pad_token_id, torch.float32, seed=seed)
+
+
+def adapted(model: Any, seed: int = 0) -> lf.Adapter:
+    """A LoRA adapter and a head with all tensors drawn, so that they change the model."""
+    torch.manual_seed(seed)
+    heads = head_paths(model)
+    adapter = lf.attach(model, lf.LoRA(rank=4, alpha=8, dropout=0.0), modules_to_save=heads)
+    for _, p in adapter.named_parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return adapter
+
+
+def scored_alone(model: Any, documents: list[tuple[int, ...]]) -> torch.Tensor:
+    """What transformers computes of each document by itself, (n,)."""
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in documents])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_dir, tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny model, and a reward adapter of it that tells its pairs apart."""
+    model, out = tiny_model_dir("llama"), tmp_path_factory.mktemp("reward") / "adapter"
+    train(request(model, out, steps=40, lr=1e-2), quiet())
+    return model, out
+
+
+@pytest.mark.parametrize("way", ["shared", "packed", "padded"])
+@pytest.mark.parametrize(("margin", "centre"), [(0.0, 0.0), (0.7, 0.01)])
+def test_loss_and_gradients_are_those_of_trl(
+    way: str, margin: float, centre: float, tiny_model_dir, tmp_path: Path
+) -> None:
+    directory = tiny_model_dir("llama")
+    model, tokenizer = reward_model(directory), load_tokenizer(directory)
+    adapter = adapted(model)
+    adapter.requires_grad_().save(tmp_path / "a")
+    examples = encode_preferred(ROWS, tokenizer, 512, "pairs").examples
+    documents = [example.documents() for example in examples]
+    rows = [
+        {"chosen_ids": list(w.ids), "rejected_ids": list(lost.ids), "margin": margin}
+        for w, lost in documents
+    ]
+    config = RewardConfig(
+        output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, center_rewards_coefficient=centre or None,
+    )  # fmt: skip
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=1, dtype=torch.float32
+    )
+    trainer = RewardTrainer(
+        PeftModel.from_pretrained(theirs, tmp_path / "a", is_trainable=True),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batch = trainer.data_collator(rows)
+    expected = trainer.compute_loss(trainer.model.eval(), batch)
+    expected.backward()
+
+    with branching(model) as how:
+        assert how.shares
+        chosen = {"shared": how, "packed": Branching(True, False), "padded": None}[way]
+        law = law_of("reward", None, {"margin": margin, "centre": centre})
+        loss = Preferences(model, law, chosen, tokenizer.pad_token_id)
+        own = loss(**loss.collate(list(examples), loss.device)) / len(examples)
+        own.backward()
+    assert float(own.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    found = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert len(found) == len([*adapter.parameters()])
+    off = whole = 0.0
+    for name, p in adapter.named_parameters():
+        path, _, factor = name.removesuffix(".weight").rpartition(".")
+        end = "modules_to_save" if path == "score" else f"lora_{factor}."
+        [match] = [g for n, g in found.items() if f"{path}." in n and end in n]
+        off, whole = off + float((p.grad - match).square().sum()), whole + float(match.norm()) ** 2
+    assert math.sqrt(off) <= 1e-5 * math.sqrt(whole) != 0
+
+
+def test_the_law_s_closed_forms() -> None:
+    scores = torch.tensor([[1.5, 0.5], [-0.2, 0.3]], dtype=torch.float64)
+    pairs = Scored(scores, None, torch.ones(2, 2))
+    d = scores[:, 0] - scores[:, 1]
+    assert torch.allclose(Reward().loss(pairs), torch.log1p(torch.exp(-d)))
+    assert torch.allclose(Reward(margin=0.4).loss(pairs), torch.log1p(torch.exp(0.4 - d)))
+    centred = Reward(margin=0.4, centre=0.1).loss(pairs) - Reward(margin=0.4).loss(pairs)
+    assert torch.allclose(centred, torch.tensor([0.1 * 2.0**2, 0.1 * 0.1**2], dtype=torch.float64))
+    # the middle of a pair moves by the centring alone
+    moved = Scored(scores + 3, None, torch.ones(2, 2))
+    assert torch.allclose(Reward(margin=0.4).loss(moved), Reward(margin=0.4).loss(pairs))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beta": 0.1}, r"^beta: the objective reward has no such option; it has: margin, centre"),
+        ({"objective_options": {"gamma": 1}}, r"objective_options: gamma: the objective reward"),
+        ({"objective_options": {"margin": -1}}, r"reward: margin: found -1, expected greater than"),
+        ({"objective_options": {"centre": "x"}}, r"reward: centre: found 'x', expected a valid"),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(
+    fields: dict[str, Any], message: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    with pytest.raises(LorafoldError, match=message):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", **fields), quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
+def test_scores_are_those_of_transformers_on_each_text_alone(kind: str, tiny_model_dir) -> None:
+    directory = tiny_model_dir(kind)
+    model, tokenizer = reward_model(directory), load_tokenizer(directory)
+    adapted(model)
+    found = score_rows(model, tokenizer, ROWS, 512)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]},
+             {"role": "assistant", "content": row[name]}], tokenize=False)
+        for row in ROWS for name in ("chosen", "rejected")
+    ]  # fmt: skip
+    ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    expected = scored_alone(model, ids)
+    own = torch.tensor([list(row.scores.values()) for row in found.rows]).flatten()
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+    # the same texts as completions and as conversations
+    for shape in (
+        [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS],
+        [{"messages": [{"role": "user", "content": row["prompt"]},
+                       {"role": "assistant", "content": row["chosen"]}]} for row in ROWS],
+    ):  # fmt: skip
+        whole = score_rows(model, tokenizer, shape, 512)
+        alone = torch.tensor([row.scores["score"] for row in whole.rows])
+        torch.testing.assert_close(alone, expected[::2], rtol=1e-5, atol=1e-5)
+        assert whole.score == pytest.approx(float(expected[::2].mean()), rel=1e-4, abs=1e-5)
+        assert (whole.figures, whole.n) == (None, len(ROWS))
+
+
+@pytest.mark.parametrize("way", ["shared", "packed", "padded"])
+def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_reads(
+    way: str, tiny_model_dir
+) -> None:
+    directory = tiny_model_dir("llama")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    end = tokenizer.eos_token_id
+    model = load_reward_model(resolve_model(directory), end, torch.float32)
+    examples = list(encode_preferred(ROWS, tokenizer, 512, "pairs").examples)
+    documents = [d.ids for e in examples for d in e.documents()]
+    assert {ids[-1] for ids in documents} == {end}
+    expected = scored_alone(model, documents)
+    torch.testing.assert_close(expected, scored_alone(model, [ids[:-1] for ids in documents]))
+    with branching(model) as how, evaluating(model):
+        chosen = {"shared": how, "packed": Branching(True, False), "padded": None}[way]
+        found = Preferences(model, Reward(), chosen, end).scored(examples)
+    torch.testing.assert_close(found.logps.flatten(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(
+        **sizes, intermediate_size=64, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    train(request(tmp_path / "bert", tmp_path / "a", lr=1e-2, steps=40), quiet())
+    found = lf.score(str(tmp_path / "bert"), ROWS, adapters=tmp_path / "a", storage="fp32")
+    assert found.figures is not None
+    assert found.figures.right.accuracy == 1
+    model = reward_model(tmp_path / "bert", seed=1)
+    with branching(model) as how:
+        assert not how.packs
+    lf.load(model, tmp_path / "a")
+    examples = encode_preferred(ROWS, tokenizer, 512, "pairs").examples
+    expected = scored_alone(model, [d.ids for e in examples for d in e.documents()])
+    own = torch.tensor([list(row.scores.values()) for row in found.rows]).flatten()
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "linear-probe", "full"])
+def test_every_method_tells_the_pairs_apart_and_comes_back(
+    method: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    directory = tiny_model_dir("llama")
+    asked = request(
+        directory, tmp_path / "a", method=method, lr=1e-2, steps=60, eval_rows=ROWS, batch=8
+    )
+    result = train(asked, quiet())
+    assert result.eval_loss < 0.9 * math.log(2)
+    assert result.figures["accuracy"] == 1
+    assert result.figures["accuracy_interval"] == wilson(len(ROWS), len(ROWS))
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert (record["reward"], "classes" in record) == (True, False)
+    where: Any = (tmp_path / "a", ()) if method == "full" else (directory, tmp_path / "a")
+    found = lf.score(str(where[0]), ROWS, adapters=where[1], storage="fp32", device="cpu")
+    assert found.figures is not None
+    # the law without margin is the log loss
+    assert found.figures.log_loss == pytest.approx(result.eval_loss, rel=1e-4)
+    assert found.figures.margin == pytest.approx(result.figures["margin"], rel=1e-4)
+
+
+def test_scores_are_equal_to_the_bit_after_saving_and_loading(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    directory = tiny_model_dir("llama")
+    model, tokenizer = reward_model(directory), load_tokenizer(directory)
+    adapted(model).save(tmp_path / "a", record={"reward": True})
+    other = reward_model(directory, seed=9)  # another head, which the saved one replaces
+    assert not torch.equal(other.score.weight, model.score.weight)
+    lf.load(other, tmp_path / "a")
+    before, after = (score_rows(m, tokenizer, ROWS, 512).rows for m in (model, other))
+    assert before == after
+    again = lf.score(str(directory), ROWS, adapters=tmp_path / "a", storage="fp32", device="cpu")
+    assert again.rows == before
+    # a text by itself is not what its company is, to the bit, but close
+    alone = score_rows(model, tokenizer, ROWS[:1], 512).rows[0].scores
+    assert alone == pytest.approx(before[0].scores, rel=1e-4)
+
+
+def test_peft_computes_the_same_from_our_files(trained: tuple[Path, Path]) -> None:
+    directory, out = trained
+    ours = reward_model(directory, seed=1)
+    lf.load(ours, out)
+    theirs = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1).eval()
+    wrapped = PeftModel.from_pretrained(theirs, out).eval()
+    assert isinstance(wrapped, PeftModelForSequenceClassification)
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = wrapped(ids).logits
+        assert found.shape == (2, 1)
+        torch.testing.assert_close(ours(ids).logits, found, rtol=1e-5, atol=1e-5)
+    card = (out / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card
+    assert "num_labels=1" in card
+
+
+def test_an_adapter_that_peft_saved_is_scored(tiny_model_dir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=1, dtype=torch.float32
+    )
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    wrapped = get_peft_model(base, config).eval()
+    torch.manual_seed(1)
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    found = lf.score(
+        str(directory), ROWS, adapters=tmp_path / "theirs", storage="fp32", device="cpu"
+    )
+    examples = encode_preferred(ROWS, load_tokenizer(directory), 512, "pairs").examples
+    expected = scored_alone(wrapped, [d.ids for e in examples for d in e.documents()])
+    own = torch.tensor([list(row.scores.values()) for row in found.rows]).flatten()
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folded_model_is_a_plain_reward_model(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory, out = trained
+    model = reward_model(directory)
+    adapter = lf.load(model, out)
+    before = score_rows(model, load_tokenizer(directory), ROWS, 512)
+    adapter.merge()
+    model.save_pretrained(tmp_path / "whole")
+    load_tokenizer(directory).save_pretrained(tmp_path / "whole")
+    found = lf.score(str(tmp_path / "whole"), ROWS, storage="fp32", device="cpu")
+    for a, b in zip(found.rows, before.rows, strict=True):
+        assert a.scores == pytest.approx(b.scores, rel=1e-4)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "reward"})
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "bf16"])
+def test_a_quantized_base_scores_as_it_was_trained(
+    storage: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    directory = tiny_model_dir("llama")
+    asked = request(directory, tmp_path / "a", base=storage, lr=1e-2, steps=30, eval_rows=ROWS)
+    result = train(asked, quiet())
+    found = lf.score(str(directory), ROWS, adapters=tmp_path / "a", storage=storage, device="cpu")
+    assert found.figures is not None
+    assert found.figures.right.accuracy == result.figures["accuracy"]
+    assert found.figures.margin == pytest.approx(result.figures["margin"], rel=0.05)
+
+
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_model_dir("llama")
+    how: dict[str, Any] = {"steps": 9, "save_every": 3, "objective_options": {"centre": 0.01}}
+    train(request(directory, tmp_path / "straight", **how), quiet())
+    step = loop.train_step
+
+    def stopping(job: Any, rows: Any, i: int) -> float:
+        if i == 5:
+            raise RuntimeError("power cut")
+        return step(job, rows, i)
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(request(directory, tmp_path / "killed", **how), quiet())
+    monkeypatch.undo()
+    train(request(directory, tmp_path / "killed", resume=True, **how), quiet())
+    ours, theirs = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("killed", "straight")
+    )
+    assert ours == theirs
+
+
+def test_micro_batches_add_up_and_prompts_are_shared(tiny_model_dir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    ways: dict[str, Any] = {"whole": {}, "parts": {"accumulate": 2}, "padded": {"packing": False}}
+    runs = {
+        name: train(request(directory, tmp_path / name, dropout=0.0, **how), quiet())
+        for name, how in ways.items()
+    }
+    for name in ("parts", "padded"):
+        assert runs[name].losses == pytest.approx(runs["whole"].losses, rel=1e-4)
+
+
+def test_the_estimate_of_a_step_is_what_it_takes(tiny_model_dir) -> None:
+    config = configuration(str(tiny_model_dir("llama")))
+    setting = Setting(
+        Storage(torch.float32), lf.LoRA(), beside=lambda m: {"modules_to_save": head_paths(m)},
+        rows=(90, 70, 120, 60), classes=1,
+    )  # fmt: skip
+    blocks = config.num_hidden_layers
+    measured = measure(
+        lambda: fake_model(config, setting.base, blocks, 1), setting, torch.device("cpu")
+    )
+    assert estimate(config, setting).total == pytest.approx(measured, rel=0.05)
+
+
+def test_calibration_of_a_scorer_that_is_right_as_often_as_it_is_sure() -> None:
+    # of 100 pairs with d = +-log 4 it is sure to 0.8, and right in 80; of 100 with log 9 in 90
+    d = np.repeat([math.log(4), -math.log(4), math.log(9), -math.log(9)], [80, 20, 90, 10])
+    scores = np.stack([d, np.zeros_like(d)], 1)
+    found = reward_figures(scores, np.ones((200, 2), int))
+    assert found.calibration_error == pytest.approx(0, abs=1e-9)
+    assert (found.right.n, found.right.accuracy) == (200, 170 / 200)
+    assert found.right.accuracy_interval == wilson(170, 200)
+    assert [(one.confidence, one.observed.n) for one in found.calibration] == [
+        (pytest.approx(0.8), 100), (pytest.approx(0.9), 100)
+    ]  # fmt: skip
+    assert [one.observed.accuracy for one in found.calibration] == [0.8, 0.9]
+    # Brier: p (1 - p) of each half; log loss: their entropies
+    assert found.brier == pytest.approx((0.8 * 0.2 + 0.9 * 0.1) / 2)
+    entropy = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (0.8, 0.9)]
+    assert found.log_loss == pytest.approx(sum(entropy) / 2)
+    assert found.margin == pytest.approx((0.6 * math.log(4) + 0.8 * math.log(9)) / 2)
+    # the same scorer, three times as sure of itself
+    sure = reward_figures(3 * scores, np.ones((200, 2), int))
+    off = [abs(p - 1 / (1 + math.exp(-3 * math.log(p / (1 - p))))) for p in (0.8, 0.9)]
+    assert sure.calibration_error == pytest.approx(sum(off) / 2)
+    # which completion is called the chosen one turns right into wrong, and no more
+    turned = reward_figures(scores[:, ::-1], np.ones((200, 2), int))
+    assert turned.right.accuracy == pytest.approx(1 - 170 / 200)
+    assert [one.confidence for one in turned.calibration] == [
+        pytest.approx(one.confidence) for one in found.calibration
+    ]
+
+
+def test_a_scorer_of_length_is_found_out() -> None:
+    tokens = np.random.default_rng(0).integers(1, 50, (60, 2))
+    tokens[:5, 1] = tokens[:5, 0]  # some pairs of equal length
+    by_length = reward_figures(0.1 * tokens, tokens)
+    assert by_length.length_correlation == pytest.approx(1)
+    longer, shorter = (tokens[:, 0] > tokens[:, 1]).sum(), (tokens[:, 0] < tokens[:, 1]).sum()
+    assert (by_length.chosen_longer.n, by_length.chosen_longer.accuracy) == (longer, 1)
+    assert (by_length.chosen_shorter.n, by_length.chosen_shorter.accuracy) == (shorter, 0)
+    assert by_length.chosen_shorter.accuracy_interval == wilson(0, int(shorter))
+    assert reward_figures(-0.1 * tokens, tokens).length_correlation == pytest.approx(-1)
+    # it sees ranks alone
+    assert reward_figures(np.exp(tokens / 9), tokens).length_correlation == pytest.approx(1)
+    constant = reward_figures(np.zeros((60, 2)), tokens)
+    assert constant.length_correlation is None
+    assert constant.right.accuracy == 0  # a tie is not right
+    assert "none" in str(constant)
+
+
+def test_the_correlation_is_that_of_torch_on_ranks_without_ties() -> None:
+    x, y = (np.random.default_rng(n).permutation(40).astype(float) for n in (1, 2))
+    expected = float(torch.corrcoef(torch.tensor(np.stack([x, y])))[0, 1])
+    found = reward_figures(x.reshape(20, 2), y.reshape(20, 2).astype(int))
+    assert found.length_correlation == pytest.approx(expected)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_commands_from_training_to_scores(tiny_model_dir, tmp_path: Path) -> None:
+    directory, data = str(tiny_model_dir("llama")), write(tmp_path / "rows.jsonl", ROWS)
+    out, scores = str(tmp_path / "a"), tmp_path / "scores.jsonl"
+    done = lorafold(
+        "train", "--objective", "reward", "--objective-options", "centre=0.01", "--data", data,
+        "--out", out, "--model", directory, "--device", "cpu", "--base", "fp32",
+        "--set", "steps=30", "--set", "lr=0.01", "--set", "batch=8", "--eval-data", data, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert figures["accuracy"] == 1
+
+    given = ["--adapter", out, "--model", directory, "--base", "fp32", "--device", "cpu"]
+    found = lorafold("score", *given, "--data", data, "--out", str(scores), "--json")
+    assert found.returncode == 0, found.stderr
+    [line] = found.stdout.splitlines()
+    measured = json.loads(line)
+    assert measured["margin"] == pytest.approx(figures["margin"], rel=1e-4)
+    assert measured["n"] == sum(one["n"] for one in measured["calibration"]) == len(ROWS)
+    assert measured["chosen_longer"]["n"] + measured["chosen_shorter"]["n"] <= len(ROWS)
+    lines = [json.loads(text) for text in scores.read_text().splitlines()]
+    assert [one["row"] for one in lines] == list(range(1, len(ROWS) + 1))
+    assert all(one["chosen"] > one["rejected"] for one in lines)
+
+    printed = lorafold("score", *given, "--data", data, "--json")
+    assert [json.loads(text) for text in printed.stdout.splitlines()] == [*lines, measured]
+    told = lorafold("score", *given, "--data", data)
+    assert told.stdout.splitlines()[0].split("\t") == [
+        "1", f"{lines[0]['chosen']:.4f}", f"{lines[0]['rejected']:.4f}"
+    ]  # fmt: skip
+    assert f"{len(ROWS)} pairs: accuracy 100.0%" in told.stdout
+    again = lorafold("score", *given, "--data", data, "--out", str(scores))
+    assert (again.returncode, "pass --overwrite" in again.stderr) == (2, True)
+    replaced = lorafold("score", *given, "--data", data, "--out", str(scores), "--overwrite")
+    assert replaced.returncode == 0
+    texts = write(tmp_path / "texts.jsonl", [{"text": "It rains."}, {"text": "A fox."}])
+    assert lorafold("score", *given, "--data", texts).stdout.count("\n") == 3
+
+    single = write(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
+    for arguments in (
+        ["eval", "--data", data], ["eval", "--data", single], ["generate", "--prompt", "x"],
+        ["chat"],
+    ):  # fmt: skip
+        refused = lorafold(*arguments, *given)
+        assert refused.returncode == 2, arguments
+        assert "found a reward model, expected a language model" in refused.stderr
+        assert "lorafold score" in refused.stderr
+    plain = lorafold("score", "--data", data, "--model", directory)
+    assert "found no reward model, expected a reward model" in plain.stderr
+
+
+def test_what_can_t_be_used_is_one_line(
+    trained: tuple[Path, Path], tiny_model_dir, tmp_path: Path
+) -> None:
+    directory, out = trained
+    with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
+        merge(str(directory), [out], tmp_path / "m")
+    with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
+        lf.compose([out, out], tmp_path / "m", model=str(directory))
+    with pytest.raises(LorafoldError, match="an adapter of a classifier or a reward model, expect"):
+        Directory(out.parent).find(out.name)
+    labelled = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
+    classes = request(
+        directory, tmp_path / "classes", labelled, objective="classify", steps=1, batch=2
+    )
+    train(classes, quiet())
+    with pytest.raises(LorafoldError, match="found a classifier of 0, 1, expected a reward model"):
+        lf.score(str(directory), ROWS, adapters=tmp_path / "classes")
+    with pytest.raises(LorafoldError, match="found a classifier of 0, 1, expected a reward model"):
+        train(request(directory, tmp_path / "b", init_adapter=tmp_path / "classes"), quiet())
+    with pytest.raises(LorafoldError, match=r"adapter: found a reward model, expected a classif"):
+        lf.evaluate(str(directory), labelled, adapters=out)
+    train(request(directory, tmp_path / "lm", objective="sft", steps=1), quiet())
+    with pytest.raises(LorafoldError, match=r"--init-adapter .*lm: found no score, which the obj"):
+        train(request(directory, tmp_path / "b", init_adapter=tmp_path / "lm"), quiet())
+    for objective, rows in {"sft": ROWS, "dpo": ROWS, "classify": labelled}.items():
+        wrong = request(
+            directory, tmp_path / "b", rows, objective=objective, init_adapter=out, batch=2
+        )
+        with pytest.raises(LorafoldError, match="adapter"):
+            train(wrong, quiet())
+    two = load_classifier(resolve_model(directory), ("a", "b"), 0, torch.float32)
+    with pytest.raises(LorafoldError, match="score"):
+        lf.load(two, out)
+    with pytest.raises(LorafoldError, match="SequenceClassification with 2 outputs: expected a"):
+        score_rows(two, load_tokenizer(directory), ROWS, 64)
+    with pytest.raises(LorafoldError, match=r"rows of \{prompt, completion\}, which are for"):
+        train(request(directory, tmp_path / "b", [JUDGED]), quiet())
+    same = {**ROWS[1], "rejected": ROWS[1]["chosen"]}
+    with pytest.raises(LorafoldError, match=r"row 2: .*chosen and rejected: found the same text"):
+        lf.score(str(directory), [ROWS[0], same], adapters=out)
+    with pytest.raises(LorafoldError, match=r"data: rows 1: found no turn of the assistant within"):
+        lf.score(
+            str(directory), [{"prompt": "x " * 90, "completion": "y"},
+                             {"prompt": "x", "completion": "y"}],
+            adapters=out, max_length=32,
+        )  # fmt: skip
+    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_head_over_the_adapter_of_a_supervised_run(tiny_model_dir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    train(request(directory, tmp_path / "lm", objective="sft", steps=4, lr=1e-2), quiet())
+    over = request(
+        directory, tmp_path / "rm", over=(tmp_path / "lm",), steps=20, lr=1e-2, eval_rows=ROWS
+    )
+    result = train(over, quiet())
+    found = lf.score(
+        str(directory), ROWS, adapters=[tmp_path / "lm", tmp_path / "rm"], storage="fp32",
+        device="cpu",
+    )  # fmt: skip
+    assert found.figures is not None
+    assert found.figures.margin == pytest.approx(result.figures["margin"], rel=1e-4)
+
+
+def test_a_warm_start_goes_on_from_its_head(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    directory, out = trained
+    result = train(request(directory, tmp_path / "b", init_adapter=out, lr=1e-5), quiet())
+    fresh = train(request(directory, tmp_path / "c", lr=1e-5), quiet())
+    assert result.losses[0] < 0.5 * fresh.losses[0]
+    heads = [
+        load_file(path / "adapter_model.safetensors")["base_model.model.score.weight"]
+        for path in (out, tmp_path / "b")
+    ]
+    torch.testing.assert_close(*heads, rtol=0, atol=1e-3)
