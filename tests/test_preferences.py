@@ -461,7 +461,9 @@ def test_every_objective_trains_and_is_measured(
     assert found.losses[-1] < found.losses[0]
     assert found.figures["reward_margin"] > 0
     if objective != "kto":
-        result = lf.evaluate(tiny_model_dir("llama-wide"), rows, adapters=tmp_path / "out")
+        result = lf.evaluate(
+            tiny_model_dir("llama-wide"), rows, adapters=tmp_path / "out", storage=recipe.base
+        )
         told = result.as_json()
         assert told["reward_accuracy"] == 1.0
         assert told["reward_margin"] == pytest.approx(found.figures["reward_margin"], rel=1e-3)
