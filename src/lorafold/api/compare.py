@@ -13,7 +13,6 @@ from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
-from lorafold.errors import LorafoldError
 from lorafold.quickstart.story import RECIPE
 from lorafold.step.fitting import without
 from lorafold.step.recipe import Recipe
@@ -75,11 +74,6 @@ def compare(
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     task = Task(str(model), rows, held_out, source, recipe, device)
     names = known_methods(methods) or methods_for(recipe.objective)
-    if not names or recipe.objective == "reward":
-        raise LorafoldError(
-            f"objective: found {recipe.objective}, expected one whose figures are compared: sft or"
-            " classify"
-        )
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):
             console.print(notice, highlight=False)

@@ -38,8 +38,8 @@ def train_and_test(
     """
     if recipe.objective not in ("sft", "classify"):
         raise LorafoldError(
-            f"objective {recipe.objective}: expected sft or classify here; train with"
-            f" --objective {recipe.objective}, and measure with lorafold eval"
+            f"objective: found {recipe.objective}, expected one whose figures are compared: sft or"
+            " classify"
         )
     if recipe.streaming:
         raise LorafoldError("streaming: is for lorafold train; here all rows must be at hand")
