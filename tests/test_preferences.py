@@ -590,5 +590,5 @@ def test_a_preview_shows_both_completions(
 
 
 def test_comparing_methods_by_preferences_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError, match="objective: found dpo, expected one whose figures are compared"):
+    with pytest.raises(LorafoldError, match="objective: found dpo, expected one whose figures"):
         lf.compare(tmp_path / "out", data=PAIRS, recipe=lf.Recipe(objective="dpo"))
