@@ -131,7 +131,7 @@ def evaluate(
     loss = Completions(model, packed=False, pad_id=0)
     losses: dict[int, float] = {}  # by example
     with _bar(console, "loss") as step, evaluating(loss):
-        for group in _batches(data.examples):
+        for group in batches(data.examples):
             found = loss.by_row(**loss.collate([data.examples[i] for i in group], loss.device))
             losses |= dict(zip(group, found.tolist(), strict=True))
             step(len(losses), len(data.examples))
@@ -186,7 +186,7 @@ def evaluate_classifier(
     loss = Classification(model, pad_id)
     by_row: dict[int, Tensor] = {}
     with _bar(console, "rows") as step, evaluating(loss):
-        for group in _batches(data.examples):
+        for group in batches(data.examples):
             arguments = loss.collate([data.examples[i] for i in group], loss.device)
             arguments.pop("labels")
             by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
@@ -210,7 +210,7 @@ def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
     """
     with evaluating(loss):
         sums = []
-        for group in _batches(examples):
+        for group in batches(examples):
             chosen = [examples[i] for i in group]
             value = loss(**loss.collate(chosen, loss.device)).item()
             sums.append((value, sum(map(loss.count, chosen))))
@@ -248,7 +248,7 @@ def _mean(sums: Sequence[tuple[float, int]]) -> float:
     return loss
 
 
-def _batches(examples: Sequence[Any]) -> list[list[int]]:
+def batches(examples: Sequence[Any]) -> list[list[int]]:
     """Indices of the examples in batches of similar length, which need little padding."""
     groups: list[list[int]] = [[]]
     lengths = lengths_of(examples)
