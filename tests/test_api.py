@@ -50,7 +50,7 @@ SIGNATURES = {
     "only": "model *names",
     "parse_calls": "text tokenizer tools",
     "train": (
-        "recipe *data out model eval_data columns init_adapter device revision trust_remote_code"
+        "recipe *data out model eval_data columns init_adapter over device revision trust_remote_code"
         " resume overwrite console"
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from lorafold.adapter.building import Built, build, read
 from lorafold.adapter.handle import Adapter
 from lorafold.bases import layer_class
-from lorafold.core.attach import adapted_modules, freeze, lay, selection_of
+from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
@@ -64,19 +65,23 @@ def load(
 
     Otherwise LorafoldError is raised and the model is left as it is. The error lists everything
     that is wrong: unknown or missing keys, shapes, values that are not finite, options that are not
-    supported, a base with another fingerprint.
+    supported, a base with another fingerprint. An adapter that was trained over others is loaded
+    over exactly these, which must be the active ones, in their order.
 
     Args:
         model: the model.
         path: the adapter's directory.
         name: the adapter's name on this model.
-        allow_other_base: accept a base with another fingerprint.
-        trainable: make the adapter's parameters trainable.
+        allow_other_base: accept a base with another fingerprint, and other adapters below.
+        trainable: make the adapter's parameters trainable; one that lay over nothing lies over the
+            active adapters from then on.
         base: the base's own weights, if the model does not have them, because it is quantized or on
             the meta device.
     """
     _check_name(model, name)
     built = read(model, path, allow_other_base=allow_other_base, base=base)
+    if trainable and not built.over:
+        built = replace(built, over=selection_of(model).active)
     return _place(model, built, name).requires_grad_(trainable)
 
 
@@ -95,5 +100,6 @@ def _place(model: nn.Module, built: Built, name: str) -> Adapter:
         lay(module, layer_class(module), name, delta, selection, path)
     freeze(model, selection)
     selection.names += (name,)
+    selection.origins[name] = Origin(name, *built.files)
     beside = (built.spec, built.matches, built.bias, built.modules_to_save)
-    return Adapter(model, name, *beside)
+    return Adapter(model, name, *beside, built.over)

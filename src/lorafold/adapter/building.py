@@ -10,14 +10,14 @@ while the model computes, needs the deltas alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
-from lorafold.core.attach import Adapted, selection_of
+from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
@@ -30,12 +30,14 @@ from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft import directory as peft
+from lorafold.peft.stack import loading_advice, mismatch, same
 
 
 @dataclass(frozen=True)
 class Built:
     """An adapter for one model: its method, the modules that were selected, and by module path the
-    parts of its deltas, the lowest first.
+    parts of its deltas, the lowest first. `over` are the adapters that it lies over, and `files`
+    the directory that it was read from and its digest.
     """
 
     spec: Spec
@@ -43,6 +45,8 @@ class Built:
     bias: Bias
     modules_to_save: tuple[str, ...]
     parts: Mapping[str, list[Delta]]
+    over: tuple[Origin, ...]
+    files: tuple[str, str] = ("", "")
 
     def deltas(self) -> dict[str, Delta]:
         """One delta for each module path."""
@@ -73,7 +77,8 @@ def build(
         tokens: the ids whose rows train.
         base: the base's own weights, if the model does not have them.
     """
-    names = selection_of(model).names
+    selection = selection_of(model)
+    names = selection.names
     saved = match(model, modules_to_save, is_linear)
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
     matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
@@ -98,7 +103,7 @@ def build(
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     add_token_rows(model, spec, rows, names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
-    return Built(spec, matches, bias, tuple(saved.by_pattern), deltas)
+    return Built(spec, matches, bias, tuple(saved.by_pattern), deltas, selection.active)
 
 
 def reader(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
@@ -121,11 +126,17 @@ def read(
     Args:
         model: the model.
         path: the adapter's directory, or what was read of it.
-        allow_other_base: accept a base with another fingerprint.
+        allow_other_base: accept a base with another fingerprint, and other adapters below.
         base: the base's own weights, if the model does not have them or they are at hand.
     """
-    stored, base = peft.read(path), base or ModelWeights(model)
-    problems = [] if allow_other_base else stored.base_problems(base)
+    stored, base, problems = peft.read(path), base or ModelWeights(model), []
+    below = selection_of(model).active
+    fits = same(stored.over, below)
+    if not (allow_other_base or fits):
+        advice = loading_advice(stored.path, stored.over)
+        problems.append(f"{mismatch(stored.over, below)}; {advice}")
+    if not allow_other_base:
+        problems += stored.base_problems(base)
     try:
         tokens, stored = stored.token_rows(model, base)
         with unfilled():
@@ -133,4 +144,5 @@ def read(
     except LorafoldError as e:
         raise LorafoldError(f"{stored.path}: {'; '.join([*problems, str(e)])}") from None
     peft.fill(model, built.parts, built.matches.paths, stored, base, problems)
-    return built
+    over = below if stored.over and fits else stored.over
+    return replace(built, over=over, files=(str(stored.path), stored.sha256))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import parameter_count
 from lorafold.bases.bitsandbytes import record_dequantized
-from lorafold.core.attach import Adapted, adapted_modules, freeze, lift, selection_of, thaw
+from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
@@ -23,6 +23,7 @@ from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft import directory as peft
+from lorafold.peft.stack import digest_written, listed, recorded
 
 
 def joined(path: str, name: str) -> str:
@@ -31,7 +32,7 @@ def joined(path: str, name: str) -> str:
 
 
 class Adapter:
-    """One named adapter on one model."""
+    """One named adapter on one model. `over` are the adapters that it lies over, lowest first."""
 
     def __init__(
         self,
@@ -41,9 +42,10 @@ class Adapter:
         matches: Matches,
         bias: Bias,
         modules_to_save: tuple[str, ...],
+        over: tuple[Origin, ...] = (),
     ) -> None:
         self.model, self.name, self.spec, self.matches = model, name, spec, matches
-        self.bias, self.modules_to_save = bias, modules_to_save
+        self.bias, self.modules_to_save, self.over = bias, modules_to_save, over
 
     @property
     def sites(self) -> dict[str, Adapted]:
@@ -109,9 +111,14 @@ class Adapter:
                 put(delta, name, state[joined(path, name)].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
-        """Make the adapter's parameters trainable, or freeze them; return the adapter."""
+        """Make the adapter's parameters trainable, or freeze them; return the adapter.
+
+        While they are frozen its dropout is off, also on a model in training mode.
+        """
         for p in self.parameters():
             p.requires_grad_(trainable)
+        for m in self.sites.values():
+            m.deltas.train(m.training)
         return self
 
     def save(
@@ -127,7 +134,9 @@ class Adapter:
         """Write the adapter in PEFT's format, or a plain model if it trained the base's own
         weights. The directory is written completely or not at all.
 
-        Raises LorafoldError if `path` exists and `overwrite` is off.
+        Its record names the adapters that it lies over by the files that each was last loaded from
+        or saved to; an adapter below that was neither loaded nor saved can't be named, so save that
+        one first. Raises LorafoldError if `path` exists and `overwrite` is off.
 
         Args:
             path: the directory.
@@ -139,13 +148,16 @@ class Adapter:
         """
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
         about: dict[str, Any] = {"overwrite": overwrite, "card": card}
-        about["record"] = {**(record or {}), **grown}
+        about["record"] = {**(record or {}), **grown, **recorded(self.over)}
         if self.spec.trains_base:
             return whole.write(path, self.model, self.spec, tokenizer, **about)
         own = base or ModelWeights(self.model)
         parts, beside = dict(self._parts_by_path()), (self.bias, self.modules_to_save)
         adapter = (self.model, self.spec, self.matches, parts, *beside)
-        return peft.write(path, *adapter, own, tokenizer, **about)
+        written = peft.write(path, *adapter, own, tokenizer, **about)
+        origin = selection_of(self.model).origins[self.name]
+        origin.path, origin.sha256 = str(path), digest_written(path)
+        return written
 
     def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
         return ((path, list(delta.parts())) for path, delta in self.deltas.items())
@@ -162,6 +174,8 @@ class Adapter:
         """
         plan = plan_fold(self.model, [self.name])
         carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
+        # what lies over it lies over the base from now on
+        selection_of(self.model).origins[self.name].sha256 = ""
         self.detach()
         record_dequantized(self.model, plan.paths)
 
@@ -171,6 +185,7 @@ class Adapter:
         for m in self.sites.values():
             lift(m, self.name)
         selection.names = tuple(n for n in selection.names if n != self.name)
+        selection.origins.pop(self.name, None)
         if any(adapted_modules(self.model)):
             freeze(self.model, selection)
         else:
@@ -180,6 +195,7 @@ class Adapter:
         count = sum(p.numel() for p in self.parameters())
         base = parameter_count(self.model)
         lines = [f"{self.name}: {self.spec}"]
+        lines += [f"  over: {listed(self.over)}"] * bool(self.over)
         lines += [
             f"  {pattern}: {len(paths)} modules"
             for pattern, paths in self.matches.by_pattern.items()

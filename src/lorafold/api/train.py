@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, as_rows, or_quiet, rows_to_train, source_of
+from lorafold.api.arguments import (
+    Columns,
+    Data,
+    Paths,
+    as_paths,
+    as_rows,
+    or_quiet,
+    rows_to_train,
+    source_of,
+)
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ def train(
     eval_data: Data | None = None,
     columns: Columns | None = None,
     init_adapter: str | Path | None = None,
+    over: Paths = (),
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -42,6 +52,8 @@ def train(
         eval_data: Held-out rows, of the same forms as `data`.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         init_adapter: A saved adapter to start from instead of a fresh one.
+        over: One saved adapter or several, loaded in this order and frozen below the new one, which
+            is then loaded over the same ones only.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
@@ -70,5 +82,6 @@ def train(
         trust_remote_code,
         resume,
         overwrite,
+        tuple(as_paths(over)),
     )
     return run.train(request, or_quiet(console))

@@ -43,6 +43,13 @@ def command(
         Path | None,
         typer.Option(help="Start from this saved adapter, with its method and targets."),
     ] = None,
+    over: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Train over this saved adapter, which stays frozen below the new one. Repeat the"
+            " option for a stack, the lowest first."
+        ),
+    ] = None,
     preview: Annotated[
         bool,
         typer.Option(
@@ -83,7 +90,16 @@ def command(
         from lorafold.training.preview import show
         from lorafold.training.request import Request
 
-        request = Request(source.model, output.out, recipe, rows, where, **source.how)
+        request = Request(
+            source.model,
+            output.out,
+            recipe,
+            rows,
+            where,
+            init_adapter=init_adapter,
+            over=tuple(over or ()),
+            **source.how,
+        )
         return show(request, console, html=html)
     if html is not None:
         raise LorafoldError("--html writes the page of --preview; expected both")
@@ -95,6 +111,7 @@ def command(
         eval_data=eval_data,
         columns=columns_of(columns),
         init_adapter=init_adapter,
+        over=over or (),
         device=device,
         resume=resume,
         overwrite=output.overwrite,

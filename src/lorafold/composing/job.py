@@ -108,7 +108,8 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an adapter that is attached to the mapped model, and detach it.
+        """Write an adapter that is attached to the mapped model, and detach it. It contains the
+        adapters that it was made from, so it lies over none of them.
 
         Args:
             adapter: The composition.
@@ -129,6 +130,7 @@ class Job:
             else None
         )
         trained = {"recipe": {"base": storage}} if storage else {}
+        adapter.over = ()
         adapter.save(
             out,
             overwrite=request.overwrite,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -22,23 +23,58 @@ from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError
 
 
+@dataclass(eq=False)
+class Origin:
+    """The files of one adapter on a model.
+
+    name: the adapter's name on the model.
+    path: the directory that it was last loaded from or saved to, as it was given.
+    sha256: the digest of these files; empty for an adapter that was neither loaded nor saved, and
+        for one that was merged since.
+    """
+
+    name: str = ""
+    path: str = ""
+    sha256: str = ""
+
+
 class Selection:
-    """The names of the adapters that are active in one model, lowest first, and the parameters
-    that attaching froze.
+    """The names of the adapters that are active in one model, lowest first, the files of each
+    adapter on it by its name, and the parameters that attaching froze.
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
+        self.origins: dict[str, Origin] = {}
         self.frozen: list[nn.Parameter] = []
+
+    @property
+    def active(self) -> tuple[Origin, ...]:
+        """The files of the active adapters, lowest first."""
+        return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
 
 
 class Deltas(nn.ModuleDict):
     """The deltas attached to one module, by the adapter's name.
 
-    They train and move with the model, and are absent from its state dict.
+    They train and move with the model, and are absent from its state dict. A delta in which nothing
+    is trained stays in evaluation mode: no dropout acts on what an adapter above it learns from.
     """
 
     _prefix = ""
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the deltas in training mode, except those in which nothing is trained.
+
+        Args:
+            mode: training mode, or evaluation mode for all of them.
+        """
+        super().train(mode)
+        delta: Any
+        for delta in self.values() if mode else ():
+            if not any(p.requires_grad for p in (*delta.parameters(), *delta.borrowed())):
+                delta.eval()
+        return self
 
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -140,6 +176,7 @@ def selection_of(model: nn.Module) -> Selection:
                 f" {', '.join(sorted(clash))}; detach one of them"
             )
         first.names += other.names
+        first.origins |= other.origins
         first.frozen += other.frozen
     if others:
         for _, m in adapted_modules(model):

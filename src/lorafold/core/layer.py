@@ -78,7 +78,8 @@ class Layer(ABC):
         return self.dense()[1]
 
     def original(self) -> Tensor:  # (out, in)
-        """W (out, in) as it was before quantization; the W of `dense` if it was never quantized.
+        """W (out, in) as it was before quantization, with the deltas below folded in; the W of
+        `dense` if it was never quantized.
 
         Raises LorafoldError if it is not known.
         """
@@ -200,9 +201,6 @@ class Upon(Layer):
 
     under: Layer
 
-    def original(self) -> Tensor:
-        return self.under.original()
-
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return self.under.op(x, m)
 
@@ -238,6 +236,9 @@ class Over(Upon):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.delta.fold(*self.under.dense())
 
+    def original(self) -> Tensor:
+        return self.delta.fold(self.under.original(), None)[0]
+
     def sources(self) -> list[Tensor] | None:
         return None
 
@@ -258,6 +259,9 @@ class Given(Upon):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.under.dense()
+
+    def original(self) -> Tensor:
+        return self.under.original()
 
     def sources(self) -> list[Tensor] | None:
         return self.under.sources()

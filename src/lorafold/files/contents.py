@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import sha256
@@ -18,13 +18,18 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST, compare
 from lorafold.files.intact import check, is_ours
-from lorafold.files.record import as_object
+from lorafold.files.record import RECORD, as_object
+
+
+def digest(files: Iterable[tuple[str, int, str]]) -> str:
+    """The SHA-256 over the name, the size and the SHA-256 of each file, in hexadecimal."""
+    lines = (f"{name} {size} {own}\n" for name, size, own in files)
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 class Contents:
-    """The bytes of those of the named files that exist, by name, and of the manifest. Where there
-    is one, they are hashed by a thread while the caller interprets them. Raises LorafoldError if a
-    file can't be read.
+    """The bytes of those of the named files that exist, by name, and of the manifest. A thread
+    hashes them while the caller interprets them. Raises LorafoldError if a file can't be read.
 
     Args:
         directory: the directory.
@@ -42,16 +47,14 @@ class Contents:
             except OSError as error:
                 text = f"{self.path}: {name} can't be read ({error.strerror})"
                 raise LorafoldError(text) from None
-        self._hashing = None
-        if MANIFEST in self.files:
-            thread = ThreadPoolExecutor(1)
-            self._hashing = thread.submit(self._hash)
-            thread.shutdown(wait=False)
+        thread = ThreadPoolExecutor(1)
+        self._hashing = thread.submit(self._hash)
+        thread.shutdown(wait=False)
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each file, in hexadecimal."""
-        return self._hash() if self._hashing is None else self._hashing.result()
+        return self._hashing.result()
 
     def _hash(self) -> dict[str, str]:
         return {name: sha256(content).hexdigest() for name, content in self.files.items()}
@@ -59,14 +62,23 @@ class Contents:
     @property
     def digest(self) -> str:
         """The SHA-256 over the names and the contents of all files, in hexadecimal."""
-        lines = [f"{name} {len(self.files[name])} {d}\n" for name, d in self.digests.items()]
-        return sha256("".join(lines).encode()).hexdigest()
+        return self.digest_of(self.files)
+
+    def digest_of(self, names: Iterable[str]) -> str:
+        """The same over those of the named files that exist."""
+        found = ((name, self.files[name]) for name in names if name in self.files)
+        return digest((name, len(content), self.digests[name]) for name, content in found)
 
     def check_intact(self) -> None:
         """Raise LorafoldError unless the files are as lorafold wrote them."""
         manifest = self.files.get(MANIFEST)
         if manifest is not None and is_ours(manifest):
             check(self.path, compare(manifest, self.names, self._found))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of `lorafold.json`; empty if there is none."""
+        return self.object(RECORD) if RECORD in self.files else {}
 
     def object(self, name: str) -> dict[str, Any]:
         """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""

@@ -46,6 +46,7 @@ def planned(
     classes: int = 0,
     processes: int = 1,
     device: torch.device = CPU,
+    below: tuple[tuple[Spec, Callable[[Any], Mapping[str, Any]]], ...] = (),
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -58,6 +59,7 @@ def planned(
         classes: The number of classes of a classifier; 0 for a language model.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
+        below: The frozen adapters below, as `Setting` takes them.
     """
     packed = recipe.packing and not classes
     largest: Sequence[Any] = ()
@@ -79,6 +81,7 @@ def planned(
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
         widened=widens(storage.dtype, device),
+        below=below,
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def weights(traced: Traced) -> int:
-    """Every parameter and buffer of the base as it is stored.
+    """Every parameter and buffer of the base as it is stored, and of frozen adapters over it.
 
     Quantized weights have codes, constants, and in NF4 constants of the constants (QLoRA, sec. 3).
     """

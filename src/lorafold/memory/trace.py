@@ -59,6 +59,8 @@ class Setting:
     checkpointing: Gradient checkpointing is on.
     optimizer: adamw, adamw8bit or paged-adamw8bit.
     accumulating: Gradients of an earlier micro-batch exist already.
+    below: The frozen adapters that the new one lies over, lowest first: of each its method, and
+        what gives the other arguments of `attach`, for a model.
     widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
         (`ops.arithmetic.widens`); this takes more memory.
     """
@@ -75,6 +77,7 @@ class Setting:
     optimizer: str = "adamw"
     accumulating: bool = False
     widened: bool = False
+    below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -167,6 +170,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
+    for n, (spec, arguments) in enumerate(setting.below):
+        attach(model, spec, name=f"below{n}", **arguments(model)).requires_grad_(False)
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]

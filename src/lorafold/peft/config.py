@@ -23,6 +23,7 @@ from lorafold.peft.table import methods
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

@@ -3,8 +3,7 @@
     adapter_config.json            method, targets, bias, modules to save
     adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module
                                    path>.lora_A.weight ...
-    lorafold.json                  the base's fingerprint, the version, and a record of how it was
-                                   made
+    lorafold.json                  the base's fingerprint, what it lies over, how it was made
     README.md                      the model card
     tokenizer.json ...             the tokenizer, if the adapter has one of its own
 
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
@@ -39,12 +39,12 @@ from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
-from lorafold.peft.config import CONFIG, read_config, write_config
+from lorafold.peft.config import CONFIG, WEIGHTS, read_config, write_config
 from lorafold.peft.format import ROOT
 from lorafold.peft.selection import Selection, describe
+from lorafold.peft.stack import digest_of, parse
 from lorafold.peft.tensors import Parts, SavedTensor, saved_tensors, sites
 
-WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS, RECORD)
 
 T = TypeVar("T")
@@ -124,6 +124,8 @@ class Stored:
     selection: Selection
     weights: Weights
     fingerprint: Fingerprint
+    over: tuple[Origin, ...]  # what it was trained over
+    sha256: str  # its own, as `stack.digest_of` gives it
 
     def targets(self, model: nn.Module) -> Matches:
         """Return the modules of this model to adapt."""
@@ -177,12 +179,12 @@ def read(path: str | Path | Contents) -> Stored:
     problems: list[str] = []
     config = _attempt(problems, lambda: read_config(contents.object(CONFIG)))
     weights = _attempt(problems, lambda: _open(contents))
-    base = _attempt(problems, lambda: _fingerprint(contents))
+    about = _attempt(problems, lambda: _about(contents))
     contents.check_intact()  # what is damaged explains the problems
-    if config is None or weights is None or base is None:
+    if config is None or weights is None or about is None:
         raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
     spec, selection, bias = config
-    return Stored(contents.path, spec, bias, selection, weights, base)
+    return Stored(contents.path, spec, bias, selection, weights, *about, digest_of(contents))
 
 
 def fill(
@@ -289,10 +291,10 @@ def _open(contents: Contents) -> Weights:
     raise LorafoldError(f"{WEIGHTS}: {reason}")
 
 
-def _fingerprint(contents: Contents) -> Fingerprint:
-    """Return the fingerprint of the adapter's base, empty if there is none (PEFT writes none)."""
-    record = contents.object(RECORD) if RECORD in contents.files else {}
+def _about(contents: Contents) -> tuple[Fingerprint, tuple[Origin, ...]]:
+    """Return the fingerprint of the base and what the adapter lies over; PEFT says neither."""
+    record = contents.record
     try:
-        return fingerprint.parse(record.get("base", {}))
+        return fingerprint.parse(record.get("base", {})), parse(record)
     except LorafoldError as e:
         raise LorafoldError(f"{RECORD}: {e}") from None

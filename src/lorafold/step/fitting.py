@@ -7,6 +7,7 @@ adapter, then the recipe's defaults.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,13 @@ def trainable_storage(recipe: Recipe) -> str:
 
 
 def settled_base(
-    recipe: Recipe, spec: Spec, source: ModelSource, init_adapter: Path | None = None
+    recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[Path] = ()
 ) -> str:
     """Return the storage to load the base in.
 
     If the recipe does not set it, it is that of the model's files if these are quantized, else that
-    on which the adapter to start from was trained, else the recipe's default. It is not quantized
-    if bitsandbytes is not installed, or if the method trains the base's own weights.
+    on which the adapters that the run loads were trained, else the recipe's default. It is not
+    quantized if bitsandbytes is not installed, or if the method trains the base's own weights.
 
     Raises LorafoldError if the recipe asks for a quantized base in one of these two cases.
 
@@ -86,7 +87,7 @@ def settled_base(
         recipe: The recipe of the run.
         spec: The spec of its method.
         source: The base model.
-        init_adapter: The adapter to start from, if there is one.
+        adapters: The saved adapters that the run loads.
     """
     storage, asked = str(recipe.base), "base" in recipe.model_fields_set
     if spec.trains_base:
@@ -96,7 +97,7 @@ def settled_base(
         storage = (
             in_files
             if in_files != "auto"
-            else base_trained_on([init_adapter] if init_adapter else []) or storage
+            else base_trained_on(adapters) or storage
         )
     if storage in QUANTIZATIONS and importlib.util.find_spec("bitsandbytes") is None:
         if asked:

@@ -34,7 +34,8 @@ class Request:
     """What to train, on which rows, and where to write the adapter.
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
-    `eval_fraction` of `rows` is held out.
+    `eval_fraction` of `rows` is held out. The adapters of `over` are loaded in this order, frozen,
+    below the one that is trained.
     """
 
     model: str
@@ -49,6 +50,19 @@ class Request:
     trust_remote_code: bool = False
     resume: bool = False
     overwrite: bool = False
+    over: tuple[Path, ...] = ()
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        """The names on the model of the adapters of `over`, lowest first: `only(model, *below)` is
+        the model that the new adapter starts from.
+        """
+        return tuple(f"over{n}" for n, _ in enumerate(self.over, 1))
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """The saved adapters that the run loads, lowest first."""
+        return (*self.over, *([self.init_adapter] if self.init_adapter else []))
 
     @property
     def data(self) -> Rows | Stream:
@@ -74,9 +88,8 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     Raises LorafoldError for a model that is not found, and labels that are not the model's.
     """
     source = resolve_model(request.model, request.revision)
-    adapters = [request.init_adapter] if request.init_adapter else []
     rows = () if isinstance(request.rows, Stream) else request.rows
-    return source, OBJECTIVES[request.recipe.objective](rows, source, adapters)
+    return source, OBJECTIVES[request.recipe.objective](rows, source, request.adapters)
 
 
 def tokenizer_for(
@@ -85,13 +98,12 @@ def tokenizer_for(
     """The tokenizer with the recipe's chat template and new tokens, and the ids of these tokens.
 
     Args:
-        request: Names the chat template, the new tokens and the adapter to start from.
-        source: The model, whose tokenizer is taken unless that adapter has its own.
+        request: Names the chat template, the new tokens and the adapters to load.
+        source: The model, whose tokenizer is taken unless an adapter has its own.
         objective: Adds what the tokenizer lacks for it, such as a chat template.
         console: For notices of what was added.
     """
-    adapters = [request.init_adapter] if request.init_adapter else []
-    tokenizer = tokenizer_of(source, adapters, request.trust_remote_code)
+    tokenizer = tokenizer_of(source, request.adapters, request.trust_remote_code)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
     set_variables(tokenizer, request.recipe.template_kwargs)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
+from lorafold.core.attach import Adapted, Origin
 from lorafold.core.spec import Spec
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
@@ -28,6 +29,7 @@ from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.peft import directory as peft
+from lorafold.peft.stack import mismatch, same
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.step.fitting import settled_base, spec_of, without
 from lorafold.step.recipe import OF_ADAPTER
@@ -60,9 +62,11 @@ class Setup:
 def check_request(request: Request, console: Console) -> Spec:
     """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
 
-    Raises LorafoldError for an output that exists, a stopped run in `<out>.run`, an optimizer that
-    is not installed, an unknown method, and fields that an initial adapter fixes.
+    Raises LorafoldError for an output that exists or is one of the adapters to load, a stopped run
+    in `<out>.run`, an optimizer that is not installed, an unknown method, and fields that an
+    initial adapter fixes.
     """
+    check_apart(request)
     replaces = request.overwrite or request.resume
     for path in (request.out, best_path(request.out)):
         check_out(path, replaces)
@@ -77,7 +81,48 @@ def check_request(request: Request, console: Console) -> Spec:
             f"{', '.join(fixed)}: the adapter of --init-adapter fixes these fields; remove them"
             " from the recipe"
         )
+    if request.over and spec.trains_base:
+        raise LorafoldError(
+            f"--over: {request.recipe.method} trains the base's own weights and writes a plain"
+            " model, which nothing lies below; merge these adapters first"
+        )
     return spec
+
+
+def check_apart(request: Request) -> None:
+    """Raise LorafoldError if what the run writes is, contains or lies in an adapter that it
+    loads.
+    """
+    written = (request.out, best_path(request.out), RunDirectory(request.out).path)
+    for option, path in (
+        *(("--over", path) for path in request.over),
+        *(("--init-adapter", path) for path in request.adapters[len(request.over) :]),
+    ):
+        adapter = path.resolve()
+        for target in (w.resolve() for w in written):
+            if target.is_relative_to(adapter) or adapter.is_relative_to(target):
+                raise LorafoldError(
+                    f"--out {request.out}: the run would write {target} and read {option} {path};"
+                    " expected another directory, beside it"
+                )
+
+
+def stored_adapters(request: Request) -> list[peft.Stored]:
+    """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
+    trained over others than those of `over` that are below it.
+    """
+    found: list[peft.Stored] = []
+    origins: list[Origin] = []
+    for path in request.adapters:
+        stored = peft.read(path)
+        if not same(stored.over, origins):
+            needed = " ".join(f"--over {origin.path}" for origin in stored.over)
+            raise LorafoldError(
+                f"{path}: {mismatch(stored.over, origins)}; give {needed}"
+            )
+        found.append(stored)
+        origins.append(Origin(path=str(path), sha256=stored.sha256))
+    return found
 
 
 def set_up(request: Request, console: Console) -> Setup:
@@ -87,8 +132,9 @@ def set_up(request: Request, console: Console) -> Setup:
     be split over the processes.
     """
     spec = check_request(request, console)
+    stored_adapters(request)
     source, objective = objective_of(request)
-    base = settled_base(request.recipe, spec, source, request.init_adapter)
+    base = settled_base(request.recipe, spec, source, request.adapters)
     recipe = request.recipe.model_copy(update={"base": base})
     request = replace(request, recipe=recipe)
     device = choose_device(request.device)
@@ -120,10 +166,12 @@ def adapted_model(
     """(model, adapter, the base's own weights, whether to recompute activations).
 
     The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
-    the one that `init_adapter` names.
+    the one that `init_adapter` names; those of `over` are below it.
     """
     request, recipe = setup.request, setup.request.recipe
-    stored = peft.read(request.init_adapter) if request.init_adapter else None
+    found = stored_adapters(request)
+    below = tuple((s.spec, s.beside) for s in found[: len(request.over)])
+    stored = found[-1] if request.init_adapter else None
     extra = stored.beside if stored else partial(extras, setup)
     heaviest = planned(
         recipe,
@@ -134,6 +182,7 @@ def adapted_model(
         len(setup.objective.classes),
         setup.accelerator.num_processes,
         setup.device,
+        below,
     )
     config = configuration(str(setup.source.path), trust_remote_code=request.trust_remote_code)
     free = free_everywhere(setup.accelerator)
@@ -150,6 +199,8 @@ def adapted_model(
     )
     torch.manual_seed(recipe.seed)
     weights = weights_of(setup.source, setup.storage)
+    for name, path in zip(request.below, request.over, strict=True):
+        load(model, path, name, base=weights)
     adapter = (
         load(model, request.init_adapter, trainable=True, base=weights)
         if request.init_adapter
@@ -163,7 +214,12 @@ def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
-    needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
+    needed = [
+        path
+        for path in setup.objective.modules_to_save(model, setup.spec, recipe.targets)
+        # an adapter below has trained the head already
+        if not isinstance(model.get_submodule(path), Adapted)
+    ]
     tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
     saved = (*recipe.modules_to_save, *needed)
     return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}

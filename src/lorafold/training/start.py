@@ -56,7 +56,7 @@ def prepare(
     Raises LorafoldError where the run to resume had another recipe, model or data.
     """
     recipe, run = request.recipe, RunDirectory(request.out)
-    identity = identity_of(request, tokenizer)
+    identity = identity_of(request, adapter, tokenizer)
     progress, state = Progress(), None
     loss.to(accelerator.device)
     resume = request.resume and run.path.exists()
@@ -92,8 +92,16 @@ def prepare(
     ), progress
 
 
-def identity_of(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that was stopped."""
+def identity_of(
+    request: Request, adapter: Adapter, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was stopped.
+
+    Args:
+        request: Names the recipe, the model and the data.
+        adapter: Knows the digests of the adapters that it lies over.
+        tokenizer: Has the chat template.
+    """
     recipe = request.recipe.model_dump(mode="json")
     identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
     identity |= {
@@ -101,6 +109,8 @@ def identity_of(request: Request, tokenizer: PreTrainedTokenizerBase) -> dict[st
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
     }
+    if request.over:
+        identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
         identity["chat_template"] = str(tokenizer.chat_template)
