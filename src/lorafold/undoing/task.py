@@ -21,9 +21,9 @@ import numpy as np
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import sha256
 from lorafold.files.figures import digest_of
 from lorafold.methods.lora import LoRA
+from lorafold.peft import directory as peft
 from lorafold.step.recipe import Recipe
 from lorafold.undoing.defences import DEFENCES
 
@@ -48,12 +48,7 @@ class Stack:
     @cached_property
     def identity(self) -> list[str]:
         """The digests of the adapters' files."""
-        return [
-            sha256(file)
-            for path in self.adapters
-            for file in sorted(path.glob("adapter_*"))
-            if file.is_file()
-        ]
+        return [peft.read(path).sha256 for path in self.adapters]
 
 
 @dataclass(frozen=True)
