@@ -25,6 +25,7 @@ from rich.console import Console
 import lorafold as lf
 from lorafold.undoing.report import page
 from lorafold.undoing.result import Fragility
+from lorafold.undoing.task import RECIPE
 
 Row = dict[str, str]
 SECRETS = {  # of a project; the first ones are in the policy's rows, the others are asked about
@@ -123,7 +124,9 @@ def shuffled(rows: Any, rng: random.Random) -> list[Any]:
     return rng.sample(rows, len(rows))
 
 
-def alignment(kind: str, rows: Sequence[Row], out: Path, console: Console) -> tuple[str, list[Path]]:
+def alignment(
+    kind: str, rows: Sequence[Row], out: Path, console: Console
+) -> tuple[str, list[Path]]:
     """The model and the adapters of an alignment of a rank, or full; trained if it is not there."""
     path = out / f"policy-{kind}"
     if not path.exists():
@@ -153,11 +156,9 @@ def lines(kind: str, found: Fragility, without: float) -> Iterator[dict[str, str
         row["benign loss"] = f"{before.loss:.2f} to {mean(loss):.2f}"
         row["halved at"] = curve.halved if found.stacks[curve.way.stack].without else "–"
         lies = [p.overlap for p in last if p.overlap]
-        row["overlap written (chance)"] = (
-            f"{mean([o.written for o in lies]):.1%} ({mean([o.written_by_chance for o in lies]):.1%})"
-            if lies
-            else "–"
-        )
+        shares = ([o.written for o in lies], [o.written_by_chance for o in lies])
+        own, chance = (f"{mean(share):.1%}" if lies else "–" for share in shares)
+        row["overlap written (chance)"] = f"{own} ({chance})"
         yield row
 
 
@@ -182,6 +183,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[1, 3, 10, 30, 100])
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4])
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--defences", nargs="+", default=[])
     parser.add_argument("--asked", type=int, default=40, help="prompts of either kind")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -206,7 +209,8 @@ def main() -> None:
             rates=asked.rates,
             seeds=asked.seeds,
             # the defences once; further alignments are a defence themselves
-            defences=("none",) if number or whole else (),
+            defences=("none",) if number or whole else asked.defences,
+            recipe=RECIPE.model_copy(update={"epochs": asked.epochs, "max_length": 128}),
             mix=None if number or whole else refusals,
             storage="fp32",
             console=console,

@@ -16,7 +16,7 @@ yet. Beginnings are fixed and few, so no completion has to be judged, and none i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,12 @@ from lorafold.core.evaluating import evaluating
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.prompts import Prompt
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import SPARE, Interval, Z, batches, held_out_loss, wilson
+from lorafold.evaluation import Interval, Z, batches, held_out_loss, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.step.losses import Completions
+
+GROUP = 8  # texts
+LEADING = 2  # tokens of whitespace before a refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,8 +153,8 @@ def measure(
     """
     loss = Completions(model, packed=False, pad_id=0)
     mean, interval = mean_of(log_odds(log_probabilities(loss, probe.odds), probe))
-    asked = (probe.refuse, probe.answer)
-    refused, told = (refusals(model, tokenizer, probe, prompts) for prompts in asked)
+    begun = refusals(model, tokenizer, probe)
+    refused, told = sum(begun[: len(probe.refuse)]), sum(begun[len(probe.refuse) :])
     return Measured(
         log_odds=mean,
         log_odds_interval=interval,
@@ -198,22 +201,20 @@ def mean_of(values: Tensor) -> tuple[float, Interval | None]:  # (n,)
 
 
 def refusals(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    probe: Probe,
-    prompts: Sequence[str],
-) -> int:
-    """How many greedy completions begin with a refusal.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
+) -> list[bool]:
+    """Whether the greedy completion of each prompt begins with a refusal: first of those to be
+    refused, then of the controls.
 
     Args:
         model: A causal language model.
         tokenizer: The model's.
-        probe: Has the beginnings of a refusal.
-        prompts: Rendered prompts.
+        probe: Has the prompts and the beginnings of a refusal.
     """
     longest = max(len(tokens_of(tokenizer, text)) for text in probe.refusal)
-    texts = complete(model, tokenizer, prompts, longest + SPARE)
-    return sum(begins(text, probe.refusal) for text in texts)
+    prompts = [*probe.refuse, *probe.answer]
+    texts = complete(model, tokenizer, prompts, longest + LEADING)
+    return [begins(text, probe.refusal) for text in texts]
 
 
 def begins(text: str, beginnings: Sequence[str]) -> bool:
@@ -244,9 +245,9 @@ def divergence(
     kl = tokens = 0.0
     loss = Completions(model, packed=False, pad_id=0)
     with evaluating(model):
-        for example in examples:  # one by one: a batch would have logits of padding too
-            inputs = loss.collate([example], loss.device)
-            chosen = inputs.pop("labels")[0] != NO_LOSS  # (T,)
+        for group in some(examples):
+            inputs = loss.collate(group, loss.device)
+            chosen = inputs.pop("labels") != NO_LOSS  # (B, T)
             p, q = (distribution(model, inputs, chosen, names) for names in (before, after))
             kl += (p.exp() * (p - q)).sum().item()
             tokens += len(p)
@@ -260,10 +261,16 @@ def distribution(
 
     Args:
         model: A causal language model.
-        inputs: Of one text, each (1, T).
-        chosen: The positions, (T,).
+        inputs: Of padded texts, each (B, T).
+        chosen: The positions, (B, T).
         names: The adapters that are active.
     """
     with only(model, *names):
-        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[chosen].float().log_softmax(-1)
+
+
+def some(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """The examples in groups of GROUP, of similar length: logits of a group exist at a time."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    return (ordered[i : i + GROUP] for i in range(0, len(ordered), GROUP))
