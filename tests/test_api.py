@@ -42,7 +42,7 @@ SIGNATURES = {
         " device revision trust_remote_code allow_other_base console"
     ),
     "inspect": (
-        "adapter model *against directions data rows max_length full storage device revision"
+        "adapter model *over against directions data rows max_length full storage device revision"
         " trust_remote_code allow_other_base console"
     ),
     "load": "model path name *allow_other_base trainable base",
@@ -55,8 +55,8 @@ SIGNATURES = {
     "only": "model *names",
     "parse_calls": "text tokenizer tools",
     "train": (
-        "recipe *data out model eval_data columns init_adapter over device revision trust_remote_code"
-        " resume overwrite console"
+        "recipe *data out model eval_data columns init_adapter over device revision"
+        " trust_remote_code resume overwrite console"
     ),
 }
 

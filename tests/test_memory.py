@@ -23,7 +23,7 @@ from lorafold.memory.measure import measure
 from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.report import verdict
 from lorafold.memory.terms import estimate
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
@@ -210,6 +210,16 @@ def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
 def test_what_is_trained_beside_the_method() -> None:
     beside = {"modules_to_save": ["norm"], "tokens": Tokens((500, 501, 7), frozenset({500, 501}))}
     close(CONFIGS["llama"], replace(LORA, beside=lambda model: beside))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("below", ["lora", "dora", "ia3"])
+def test_over_frozen_adapters(below: str, checkpointing: bool) -> None:
+    over = replace(LORA, below=((make_spec(below), nothing),) * 2, checkpointing=checkpointing)
+    close(CONFIGS["llama"], over)
+    alone, found = (estimate(CONFIGS["llama"], s).terms for s in (LORA, over))
+    assert found["weights"] > alone["weights"]
+    assert found["optimizer"] == alone["optimizer"]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -120,6 +120,7 @@ def read(
     *,
     allow_other_base: bool = False,
     base: Weights | None = None,
+    below: Sequence[Origin] | None = None,
 ) -> Built:
     """Read a saved adapter. Raises LorafoldError as `load` does, whose arguments these are.
 
@@ -128,9 +129,10 @@ def read(
         path: the adapter's directory, or what was read of it.
         allow_other_base: accept a base with another fingerprint, and other adapters below.
         base: the base's own weights, if the model does not have them or they are at hand.
+        below: what it will be over; None: the model's active adapters.
     """
     stored, base, problems = peft.read(path), base or ModelWeights(model), []
-    below = selection_of(model).active
+    below = selection_of(model).active if below is None else tuple(below)
     fits = same(stored.over, below)
     if not (allow_other_base or fits):
         advice = loading_advice(stored.path, stored.over)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Data, as_rows, or_quiet
+from lorafold.api.arguments import Data, Paths, as_paths, as_rows, or_quiet
 from lorafold.api.opened import opened
+from lorafold.errors import LorafoldError
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
@@ -23,8 +24,8 @@ class Inspection:
 
     `sites` has the figures of every module path, `whole` those of all sites together, `beside` the
     number of deltas that are not measured, `layers` the overlaps of the blocks' top directions, and
-    `advice` the conclusions in sentences. `against` is None without a second adapter, `paths`
-    without data.
+    `advice` the conclusions in sentences. `over` is None for an adapter over the bare base,
+    `against` without a second adapter, `paths` without data.
     """
 
     adapter: str
@@ -37,12 +38,13 @@ class Inspection:
     chance_cosine: dict[str, Any]
     tokens_left_out: str | None
     advice: list[str]
+    over: list[str] | None = None
     against: dict[str, Any] | None = None
     paths: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All figures under the keys of `lorafold inspect --json`."""
-        optional = ("against", "paths")
+        optional = ("over", "against", "paths")
         return {k: v for k, v in asdict(self).items() if k not in optional or v is not None}
 
     def __str__(self) -> str:
@@ -53,6 +55,7 @@ def inspect(
     adapter: str | Path,
     model: str | Path = "smollm2",
     *,
+    over: Paths = (),
     against: str | Path | None = None,
     directions: str | Path | None = None,
     data: Data | None = None,
@@ -72,7 +75,9 @@ def inspect(
     Args:
         adapter: A saved adapter of any method that folds.
         model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
-        against: A second adapter of the same base: another rank, seed or task.
+        over: The adapters that it was trained over, lowest first; they count as its base.
+        against: A second adapter of the same base: another rank, seed or task. With `over`, one
+            over the same adapters, or one of these.
         directions: A safetensors file of named vectors in the residual stream.
         data: Rows, of the forms that `lf.train` takes, for the loss along base + t dW.
         rows: How many rows of the data to use; each point of a line takes one pass over them.
@@ -88,12 +93,18 @@ def inspect(
 
     Raises LorafoldError as `lf.load` does, and for a method that does not change matrices.
     """
-    console = or_quiet(console)
+    console, below = or_quiet(console), as_paths(over)
+    if below and against is not None and data is not None:
+        raise LorafoldError(
+            "over, against, data: expected at most two of them; the loss between two adapters is"
+            " measured over the bare base only"
+        )
     examples = None if data is None else as_rows(data, None, console)[:rows]
     with console.status("sites") as status:
         found = run.inspect(
             resolve_model(model, revision),
             adapter,
+            over=below,
             against=against,
             directions=directions,
             full=full,
@@ -106,7 +117,7 @@ def inspect(
     if examples is not None:
         loaded, tokenizer = opened(
             model,
-            [adapter] if against is None else [adapter, against],
+            [*below, adapter] if against is None else [adapter, against],
             storage=storage,
             device=device,
             revision=revision,
@@ -115,6 +126,8 @@ def inspect(
             console=console,
         )
         with console.status("measuring the loss along lines in weight space"):
-            found["paths"] = measured_paths(loaded, tokenizer, examples, max_length)
+            found["paths"] = measured_paths(
+                loaded, tokenizer, examples, max_length, len(below)
+            )
         found["advice"] += of_paths(found["paths"])
     return Inspection(**found)

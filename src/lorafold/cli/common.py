@@ -40,6 +40,14 @@ AdapterOption = Annotated[
         help="A saved adapter in PEFT's format. Repeat the option to stack several on the base.",
     ),
 ]
+OverOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--over",
+        help="The adapter that this one was trained over. Repeat the option for a stack, the lowest"
+        " first.",
+    ),
+]
 DataOption = Annotated[
     str,
     typer.Option(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Opening, emit, messages
+from lorafold.cli.common import JsonOption, Opening, OverOption, emit, messages
 from lorafold.cli.groups import grouped
 
 EPILOG = """How to read the figures. Effective rank: the number of directions that hold 90, 95 or
@@ -26,6 +26,7 @@ def command(
         ),
     ],
     opening: Opening,
+    over: OverOption = None,
     against: Annotated[
         Path | None,
         typer.Option(help="A second adapter of the same base: another rank, seed or task."),
@@ -84,6 +85,7 @@ def command(
     result = inspect(
         adapter,
         opening.model,
+        over=over or (),
         against=against,
         directions=directions,
         data=data,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Opening, Output, emit, messages
+from lorafold.cli.common import JsonOption, Opening, Output, OverOption, emit, messages
 from lorafold.cli.groups import grouped
 
 
@@ -19,6 +19,7 @@ def command(
     ],
     output: Output,
     opening: Opening,
+    over: OverOption = None,
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="The rank of every module, or less where an update has less."),
@@ -61,6 +62,7 @@ def command(
         resolve_model(opening.model, opening.revision),
         adapter,
         output.out,
+        over=over or (),
         rank=rank,
         energy=energy,
         overwrite=output.overwrite,
@@ -69,9 +71,11 @@ def command(
     )
     figures, text = result.as_json(), str(result)
     if rows is not None:
-        model, tokenizer = opened(
-            opening.model, [adapter, output.out], console=console, **opening.how
-        )
-        figures |= losses_of(model, tokenizer, rows, max_length)
+        below = over or []
+        # their base, and what they lie over, were checked when they were read
+        how = opening.how | {"allow_other_base": True}
+        stack = [*below, adapter, output.out]
+        model, tokenizer = opened(opening.model, stack, console=console, **how)
+        figures |= losses_of(model, tokenizer, rows, max_length, len(below))
         text += f"\n  loss {figures['loss_before']:.4f} before, {figures['loss_after']:.4f} after"
     emit(json, figures, text)

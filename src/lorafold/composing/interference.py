@@ -59,8 +59,9 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     active: dict[str, Sequence[str]] = {"base": ()}
     for number, name in enumerate(job.updates.names, 1):
         first = 1 if job.updates.adapters[number - 1].over else number  # all below it are needed
-        chosen = tuple(f"adapter{n}" for n in range(first, number + 1))
-        active[name if name != "base" else "base (adapter)"] = chosen
+        active[name if name != "base" else "base (adapter)"] = tuple(
+            f"adapter{n}" for n in range(first, number + 1)
+        )
     for way, made in composed.items():
         # the fingerprints of the adapters were checked when they were read
         load(model, made.out, f"composed-{way}", allow_other_base=True)

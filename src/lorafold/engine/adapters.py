@@ -20,16 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapter.building import read
-from lorafold.core.attach import adapted_modules, deltas_on
+from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import vocabulary
+from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import ModelWeights
 from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
+from lorafold.peft.stack import digest_of, listed, parse
 
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
 RANK = 64
@@ -108,6 +110,24 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
     return ((path, part) for path, delta in deltas.items() for part in delta.parts())
 
 
+def found_below(origin: Origin, over: Path) -> Contents:
+    """The files of an adapter that another one was trained over. It is looked for beside that one,
+    under the last part of its path, and nowhere else: a record comes with an adapter, and may not
+    choose what is read. Raises LorafoldError if it is not there, or has another digest.
+
+    Args:
+        origin: The adapter to find.
+        over: The directory of the one that lies over it.
+    """
+    contents = Contents(over.resolve().parent / Path(origin.path).name, FILES)
+    if CONFIG not in contents.files or digest_of(contents) != origin.sha256:
+        raise LorafoldError(
+            f"{over}: it was trained over {listed([origin])}, which was not found in"
+            f" {contents.path}; put it there, or merge both"
+        )
+    return contents
+
+
 class Reader:
     """Reads adapters for one model.
 
@@ -130,8 +150,7 @@ class Reader:
         assert entry.path is not None
         contents, wrong = Contents(entry.path, FILES), None
         try:
-            with torch.random.fork_rng(devices=[]):
-                built = read(self.shadow, contents, base=self.base)
+            deltas = self._stacked_over(contents)
         except LorafoldError as error:
             wrong = str(error)
         if contents.digest != entry.digest:
@@ -141,8 +160,29 @@ class Reader:
             )
         if wrong is not None:
             raise LorafoldError(f"adapter {entry.name!r}: {wrong}")
-        deltas = built.deltas()
         return self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
+
+    def _stacked_over(self, contents: Contents) -> dict[str, Delta]:
+        """The deltas of an adapter by module path, each over those of the adapters that its record
+        says it was trained over. Raises LorafoldError for one that is not found with its digest.
+        """
+        # adapters that are active on the model belong to the base, over which it may have been
+        # trained
+        active = selection_of(self.shadow).active
+        needed = () if active else parse(contents.record)
+        below = [found_below(origin, contents.path) for origin in needed]
+        parts: dict[str, list[Delta]] = {}
+        with torch.random.fork_rng(devices=[]):
+            for n, each in enumerate([*below, contents]):
+                built = read(self.shadow, each, base=self.base, below=(*active, *needed[:n]))
+                for path, own in built.parts.items():
+                    parts.setdefault(path, []).extend(own)
+        if needed and any(isinstance(part, TokenRows) for own in parts.values() for part in own):
+            raise LorafoldError(
+                f"{contents.path}: it lies over another adapter, and one of them has rows of"
+                " tokens, which are served alone only; merge them"
+            )
+        return {path: own[0] if len(own) == 1 else Stack(own) for path, own in parts.items()}
 
     @torch.no_grad()
     def held(self, entry: Entry, deltas: Mapping[str, Delta], vocabulary: int | None) -> Held:

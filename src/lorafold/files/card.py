@@ -15,6 +15,8 @@ CARD = "README.md"
 CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
 # in an adapter's record: the size of the vocabulary, if the adapter has new tokens
 VOCABULARY = "vocabulary"
+# in an adapter's record: the adapters that it was trained over, the lowest first
+OVER = "over"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOAD = """\
@@ -25,7 +27,7 @@ from transformers import {auto}
 import lorafold as lf
 
 model = {auto}.from_pretrained("{base}"{head})
-adapter = lf.load(model, "path/to/this/directory")
+{below}adapter = lf.load(model, "path/to/this/directory")
 ```
 
 or with PEFT:
@@ -33,9 +35,10 @@ or with PEFT:
 ```python
 from peft import PeftModel
 
-{grown}model = PeftModel.from_pretrained(model, "path/to/this/directory")
+{grown}{stacked}
 ```
 """
+ALONE = 'model = PeftModel.from_pretrained(model, "path/to/this/directory")'
 GROWN = (
     "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer is here too\n"
 )
@@ -90,15 +93,33 @@ def training_card(
     auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     head = f", num_labels={len(classes)}" if classes else ""
     grown = GROWN.format(size=record[VOCABULARY]) if VOCABULARY in record else ""
+    below = {f"below{n}": entry["adapter"] for n, entry in enumerate(record.get(OVER, ()), 1)}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
         title,
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
-        (LOAD_WHOLE if whole else LOAD).format(auto=auto, base=name, head=head, grown=grown),
+        (LOAD_WHOLE if whole else LOAD).format(
+            auto=auto, base=name, head=head, grown=grown, **_loaded(below)
+        ),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _loaded(below: Mapping[str, str]) -> dict[str, str]:
+    """The lines that load an adapter over those below, whose directories are by their names."""
+    if not below:
+        return {"below": "", "stacked": ALONE}
+    (first, path), *others = below.items()
+    lines = [
+        f'model = PeftModel.from_pretrained(model, "{path}", adapter_name="{first}")',
+        *(f'model.load_adapter("{path}", "{name}")' for name, path in others),
+        'model.load_adapter("path/to/this/directory", "default")',
+        f"model.base_model.set_adapter({[*below, 'default']})",
+    ]
+    ours = "".join(f'lf.load(model, "{path}", "{name}")\n' for name, path in below.items())
+    return {"below": ours, "stacked": "\n".join(lines)}
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:

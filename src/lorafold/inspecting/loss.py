@@ -33,7 +33,11 @@ def loss_on(
 
 
 def losses_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    below: int = 0,
 ) -> dict[str, float]:
     """The losses of two adapters, each active alone: `loss_before` of the one that was attached
     first, `loss_after` of the other, in nats a labelled token.
@@ -42,12 +46,13 @@ def losses_of(
         model, tokenizer: A causal language model with exactly two adapters attached.
         rows: Rows of the forms that training takes.
         max_length: Longer examples are cut to this many tokens.
+        below: How many more adapters lie below these two, as part of their base.
 
     Raises LorafoldError for bad rows.
     """
-    loss = loss_on(model, tokenizer, rows, max_length)
+    loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
     found = {}
-    for key, name in zip(("loss_before", "loss_after"), selection_of(model).names, strict=True):
-        with only(model, name):
+    for key, name in zip(("loss_before", "loss_after"), names[below:], strict=True):
+        with only(model, *names[:below], name):
             found[key] = loss()
     return found

@@ -35,9 +35,16 @@ Point = tuple[float, float]  # t, loss in nats a labelled token
 
 
 @contextmanager
-def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence[float]], None]]:
-    """A context in which only a weighted sum of the named adapters is active. It yields a function
-    that sets the weights, in the order of the names.
+def mixed(
+    model: nn.Module, names: Sequence[str], below: Sequence[str] = ()
+) -> Iterator[Callable[[Sequence[float]], None]]:
+    """A context in which only a weighted sum of the named adapters is active, over those below. It
+    yields a function that sets the weights, in the order of the names.
+
+    Args:
+        model: With all of them attached.
+        names: The adapters of the sum.
+        below: Those that they lie over, lowest first.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
@@ -53,7 +60,7 @@ def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence
             mix.gates.copy_(torch.tensor([weights[i] for i in here]))
 
     try:
-        with only(model, LINE):
+        with only(model, *below, LINE):
             yield weigh
     finally:
         for module, _, _ in mixes:
@@ -61,7 +68,11 @@ def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Sequence
 
 
 def scaling(
-    model: nn.Module, name: str, loss: Callable[[], float], points: Sequence[float] = SCALES
+    model: nn.Module,
+    name: str,
+    loss: Callable[[], float],
+    points: Sequence[float] = SCALES,
+    below: Sequence[str] = (),
 ) -> list[Point]:
     """The loss at base + t dW.
 
@@ -70,8 +81,9 @@ def scaling(
         name: The adapter.
         loss: Measures the model as it is.
         points: The values of t.
+        below: The names of the adapters that it lies over, which are part of the base here.
     """
-    with mixed(model, [name]) as weigh:
+    with mixed(model, [name], below) as weigh:
         return [(t, _at(weigh, [t], loss)) for t in points]
 
 
@@ -110,7 +122,11 @@ def _at(
 
 
 def measured_paths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    below: int = 0,
 ) -> dict[str, Any]:
     """The losses along the lines, by their names in the JSON: scaling the first adapter and, if
     there is a second one, from the first to the second.
@@ -119,11 +135,14 @@ def measured_paths(
         model, tokenizer: A causal language model with one adapter or two attached.
         rows: Rows of the forms that training takes.
         max_length: Longer examples are cut to this many tokens.
+        below: How many more adapters lie below these, as part of their base.
 
     Raises LorafoldError for bad rows.
     """
-    loss, (first, *others) = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
-    found: dict[str, Any] = {"rows": len(rows), "scaling": scaling(model, first, loss)}
+    loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
+    first, *others = names[below:]
+    line = scaling(model, first, loss, below=names[:below])
+    found: dict[str, Any] = {"rows": len(rows), "scaling": line}
     if others:
         found["between"] = between(model, first, others[0], loss)
         found["barrier"] = barrier(found["between"])

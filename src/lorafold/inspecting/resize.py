@@ -12,7 +12,7 @@ biases, modules to save and embeddings of tokens are copied unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
-from lorafold.inspecting.updates import sites
+from lorafold.inspecting.updates import load_below, sites
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
@@ -106,6 +106,7 @@ def resize(
     path: str | Path,
     out: str | Path,
     *,
+    over: Sequence[str | Path] = (),
     rank: int | None = None,
     energy: float | None = None,
     overwrite: bool = False,
@@ -119,6 +120,7 @@ def resize(
         source: The base.
         path: The adapter.
         out: The directory to write.
+        over: The adapters that it was trained over, lowest first; the result lies over the same.
         rank: The rank of every site; smaller where an update has a smaller one.
         energy: Instead of a rank, a share above 0 and at most 1.
         overwrite: Replace `out` if it exists.
@@ -133,9 +135,10 @@ def resize(
             f"resize: found rank {rank} and energy {energy}, expected exactly one of them"
         )
     model = mapped_model_of(source, trust_remote_code).model
+    below = load_below(model, over, allow_other_base)
     adapter = load(model, path, NAME, allow_other_base=allow_other_base)
     factors, errors = dict[str, Factors](), Errors()
-    for site in sites(adapter):
+    for site in sites(adapter, below):
         if site.changes_bias:
             raise LorafoldError(
                 f"{path}: {type(site.delta).__name__} changes the bias of {site.path} together with"
@@ -238,7 +241,13 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
     return Adapter(
-        adapter.model, adapter.name, spec, adapter.matches, adapter.bias, adapter.modules_to_save
+        adapter.model,
+        adapter.name,
+        spec,
+        adapter.matches,
+        adapter.bias,
+        adapter.modules_to_save,
+        adapter.over,
     )
 
 

@@ -13,7 +13,7 @@ The weights of one module of the base at a time are read from its files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -23,18 +23,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
+from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
 from lorafold.inspecting import base_svd, conclusions, reads
 from lorafold.inspecting.against import SHOWN, across_layers, compared
 from lorafold.inspecting.residual import Stream, gain, stream_of
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.subspaces import against_base
-from lorafold.inspecting.updates import Site, Svd, sites
+from lorafold.inspecting.updates import Site, Svd, load_below, sites
 from lorafold.models import fingerprint
 from lorafold.models.checkpoint import MappedModel, mapped_model_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.models.weights import ModelWeights
+from lorafold.peft.stack import recorded
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
@@ -52,6 +54,7 @@ def inspect(
     source: ModelSource,
     path: str | Path,
     *,
+    over: Sequence[str | Path] = (),
     against: str | Path | None = None,
     directions: str | Path | None = None,
     full: bool = False,
@@ -64,7 +67,8 @@ def inspect(
     Args:
         source: The base.
         path: The adapter.
-        against: A second adapter to compare with.
+        over: Those that it was trained over, lowest first; they are part of its base here.
+        against: A second adapter to compare with: over the same ones, or one of them.
         directions: A safetensors file of vectors in the residual stream.
         full: Also compare with the spectrum of the base, which takes the SVD of every weight.
         allow_other_base: Accept adapters whose fingerprint names another base.
@@ -76,18 +80,18 @@ def inspect(
     """
     left_out = None
     try:
-        tokenizer = tokenizer_of(source, [path], trust_remote_code)
+        tokenizer = tokenizer_of(source, [*over, path], trust_remote_code)
     except NoTokenizer as error:
         tokenizer, left_out = None, f"The tables of tokens are left out: {error}."
     mapped = mapped_model_of(source, trust_remote_code)
+    below = load_below(mapped.model, over, allow_other_base)
     adapter = load(mapped.model, path, "inspected", allow_other_base=allow_other_base)
-    other = (
-        None
-        if against is None
-        else load(mapped.model, against, "against", allow_other_base=allow_other_base)
-    )
-    base = fingerprint.of(ModelWeights(mapped.model)) if full else None
-    changed, figures, svds = list(sites(adapter)), dict[str, Figures](), dict[str, Svd]()
+    other = None
+    if against is not None:
+        with only(mapped.model, *below):
+            other = load(mapped.model, against, "against", allow_other_base=allow_other_base)
+    base = fingerprint.of(ModelWeights(mapped.model)) | recorded(adapter.over) if full else None
+    changed, figures, svds = list(sites(adapter, below)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(changed, 1):
         svds[site.path], figures[site.path] = of_site(site, base)
         if progress is not None:
@@ -104,6 +108,7 @@ def inspect(
         figures[at] |= found
     result: Figures = {
         "adapter": str(path),
+        **({"over": [*map(str, over)]} if over else {}),
         "model": source.name,
         "method": str(adapter.spec),
         "beside": beside(adapter),
@@ -114,9 +119,10 @@ def inspect(
         "tokens_left_out": left_out,
     }
     if other is not None:
+        others = sites(other, below if other.over else ())
         result["against"] = {
             "adapter": str(against),
-            **compared(svds, {site.path: kept_of(site, site.parts()) for site in sites(other)}),
+            **compared(svds, {site.path: kept_of(site, site.parts()) for site in others}),
         }
     return {**result, "advice": conclusions.sentences(result)}
 

@@ -9,18 +9,18 @@ a time. The base's weights stay in their mapped files until a figure needs one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafold.adapter import Adapter
-from lorafold.bases import layer_of
+from lorafold.adapter import Adapter, load
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base
+from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.svd import svd_of_product
 
@@ -54,11 +54,13 @@ class Site:
 
     path: str
     delta: Delta
-    layer: Base
+    layer: Layer
 
     @property
     def weight(self) -> Tensor:  # (out, in)
-        """W0 in fp32, read from the file each time."""
+        """W0 in fp32, read from the file each time; with the adapters below in it, if there are
+        any.
+        """
         return self.layer.dense()[0].detach().float()
 
     @cached_property
@@ -84,14 +86,19 @@ class Site:
         return svd_of(self.delta, self.layer, self.path)
 
 
-def sites(adapter: Adapter) -> Iterator[Site]:
+def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
     """The modules with the deltas of the adapter's method, without trained biases, modules to save
     and embeddings of tokens.
 
     Raises LorafoldError where the method does not change matrices.
+
+    Args:
+        adapter: The adapter.
+        below: The names of the adapters that it lies over, lowest first.
     """
+    modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
-        layer = layer_of(adapter.model.get_submodule(path))
+        layer = modules[path].layer(*below)
         try:
             _ = layer.shape
         except NotMergeable as e:
@@ -102,8 +109,24 @@ def sites(adapter: Adapter) -> Iterator[Site]:
         yield Site(path, delta, layer)
 
 
+def load_below(
+    model: nn.Module, over: Sequence[str | Path], allow_other_base: bool
+) -> tuple[str, ...]:
+    """Load adapters as the base of another one, and return their names on the model, lowest first.
+
+    Args:
+        model: The base.
+        over: The adapters, lowest first.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+    """
+    names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
+    for name, path in zip(names, over, strict=True):
+        load(model, path, name, allow_other_base=allow_other_base)
+    return names
+
+
 @torch.no_grad()
-def svd_of(delta: Delta, layer: Base, path: str) -> Svd:
+def svd_of(delta: Delta, layer: Layer, path: str) -> Svd:
     """The SVD of a delta's update.
 
     Args:

@@ -18,7 +18,7 @@ from lorafold.adapter import attach
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.trace import Setting
+from lorafold.memory.trace import Setting, attach_below
 from lorafold.ops.arithmetic import multiplying
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer
@@ -55,6 +55,7 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
     """Yield a training step with everything that a run uses. One step is made before, so that the
     optimizer's state exists.
     """
+    attach_below(model, setting)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
     if setting.checkpointing:

@@ -170,8 +170,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
-    for n, (spec, arguments) in enumerate(setting.below):
-        attach(model, spec, name=f"below{n}", **arguments(model)).requires_grad_(False)
+    attach_below(model, setting)
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
@@ -198,6 +197,12 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     gradients = distinct_bytes(p.grad for p in trained if p.grad is not None)
     state = state_bytes(setting.optimizer, trained)
     return Traced(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+
+
+def attach_below(model: PreTrainedModel, setting: Setting) -> None:
+    """Attach the frozen adapters of the setting."""
+    for n, (spec, beside) in enumerate(setting.below):
+        attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 
 
 def next_token_loss(model: PreTrainedModel, setting: Setting) -> Tensor:

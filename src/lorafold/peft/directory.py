@@ -30,7 +30,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.card import CARD, VOCABULARY, training_card
+from lorafold.files.card import CARD, OVER, VOCABULARY, training_card
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
 from lorafold.methods.parts.extras import Bias
@@ -100,7 +100,7 @@ def write(
     if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
     about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
-    shown = {k: v for k, v in record.items() if k == VOCABULARY} | {
+    shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}
     }
     own_card = training_card(config["base_model_name_or_path"] or "", shown, {})

@@ -17,10 +17,10 @@ from typing import Any
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.files.card import OVER
 from lorafold.files.contents import Contents, digest
 from lorafold.peft.config import CONFIG, WEIGHTS
 
-OVER = "over"
 SHOWN = 12  # digits of a digest in messages
 
 
@@ -88,7 +88,7 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
         needed: What its record says, lowest first.
     """
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
-    first = ", ".join(f'lf.load(model, "{o.path}")' for o in needed)
+    first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
         f"give the adapters in this order: {options} ({first} first), or override this with"
         " --allow-other-base (allow_other_base=True)"

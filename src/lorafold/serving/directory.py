@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafold.core.attach import Origin
+from lorafold.engine.adapters import found_below
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
+from lorafold.files.record import read_record
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.peft.directory import FILES
+from lorafold.peft.stack import parse
 from lorafold.translating.peft_config import name_of
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -87,17 +91,23 @@ class Directory:
         contents.check_intact()
         if CONFIG not in contents.files:
             raise LorafoldError(f"found no {CONFIG}, expected the directory of an adapter")
+        for origin in parse(contents.record):
+            self._below(origin, path)
         spec = read_config(contents.object(CONFIG))[0]
         rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
         return Found(name, path, contents.digest, name_of(spec), rank)
 
     def tokenizer(self, name: str) -> Contents | None:
-        """The files of an adapter's own tokenizer, if it has one. Raises as `locate` does, and
-        for damaged files.
+        """The files of an adapter's own tokenizer, or else that of the highest one below it that
+        has one, if there is one. Raises as `locate` does, and for damaged files.
         """
         path = self.locate(name)
         if not has_tokenizer(path):
-            return None
+            over = (self._below(origin, path) for origin in reversed(parse(read_record(path))))
+            found = next(filter(has_tokenizer, over), None)
+            if found is None:
+                return None
+            path = found
         there = {file for p in (*TOKENIZER_FILES, *VOCABULARIES) for file in path.glob(p)}
         files = sorted({*there, *(path / known for known in TOKENIZER)})
         self._check_own(*files)
@@ -124,6 +134,14 @@ class Directory:
         path = self.path if self._single else self.path / name
         self._check_own(path, *(path / each for each in (*FILES, MANIFEST)))
         return path
+
+    def _below(self, origin: Origin, path: Path) -> Path:
+        """Where an adapter is that the one at `path` lies over. Raises LorafoldError unless it is
+        one of the directory's, with the digest that the record says.
+        """
+        if not self._single:
+            self.locate(Path(origin.path).name)
+        return found_below(origin, path).path
 
     def _check_own(self, *files: Path) -> None:
         """Raise LorafoldError for a file that is not the directory's own."""

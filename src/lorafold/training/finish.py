@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.files.card import VOCABULARY, training_card
 from lorafold.machine.room import peak_bytes
 from lorafold.models.weights import Weights
+from lorafold.peft.stack import recorded
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
 from lorafold.training.request import Request
@@ -85,6 +86,7 @@ def finish(
         "evals": progress.evals,
         "data": {"source": request.source, **request.data.record},
         **about,
+        **recorded(job.adapter.over),
     }
     if (size := job.adapter.vocabulary) is not None:
         record |= {VOCABULARY: size}
