@@ -19,14 +19,15 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.api.arguments import as_prompts
 from lorafold.api.opened import opened
-from lorafold.core.attach import adapted_modules, selection_of
+from lorafold.core.attach import adapted_modules
 from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.undoing import bench as bench_module
 from lorafold.undoing.bench import Bench
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Probe, begins, measure, probe_of
+from lorafold.undoing.measure import Probe, begins, distributions, measure, probe_of
 from lorafold.undoing.report import markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
 from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
@@ -132,7 +133,9 @@ def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
     probe = probed(model, tokenizer, "I can't", "No")
     make_adapter(model_dir, tmp_path / "a", spec=lf.LoRA(rank=2))
     lf.load(model, tmp_path / "a", "a")
-    found = measure(model, tokenizer, probe, ())
+    with lf.only(model):
+        before = list(distributions(model, probe.controls))
+    found = measure(model, tokenizer, probe, before)
     odds = []
     for prompt in probe.refuse:
         cant, no, sure = (
@@ -161,12 +164,24 @@ def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
 def test_an_adapter_at_its_identity_changes_no_figure(model_dir) -> None:
     model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
     probe = probed(model, tokenizer, "I can't")
-    before = measure(model, tokenizer, probe, ())
+    untouched = list(distributions(model, probe.controls))
+    before = measure(model, tokenizer, probe, untouched)
     lf.attach(model, lf.LoRA(rank=2), name="new")
-    after = measure(model, tokenizer, probe, ())
+    after = measure(model, tokenizer, probe, untouched)
     assert after.kl == pytest.approx(0, abs=1e-9)
     assert after.log_odds == pytest.approx(before.log_odds, abs=1e-5)
     assert after.refusals == before.refusals
+
+
+def test_distributions_that_have_no_room_are_computed_anew(task: Task, monkeypatch) -> None:
+    bench = bench_of(task)
+    kept = bench.before()["without"]
+    monkeypatch.setattr(bench_module, "KEPT", 0)
+    anew = bench_of(task)
+    assert anew.before()["without"] == kept
+    assert bench._before is not None
+    assert anew._before is None
+    assert kept["kl"] > 0
 
 
 def test_references_are_the_completions_of_controls(model_dir) -> None:
@@ -366,9 +381,9 @@ def test_every_defence_is_measured_and_figures_are_those_of_the_tuned_model(
     model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
     lf.load(model, policy, "policy")
     probe = probed(model, tokenizer, "I can't")
+    before = list(distributions(model, probe.controls))
     lf.load(model, tuned, "tuned")
-    assert selection_of(model).names == ("policy", "tuned")
-    again = measure(model, tokenizer, probe, ("policy",))
+    again = measure(model, tokenizer, probe, before)
     for figure in ("log_odds", "kl", "refusals", "control_refusals"):
         expected = getattr(again, figure)
         assert getattr(by["none", 3].measured, figure) == pytest.approx(expected, abs=1e-4)

@@ -7,15 +7,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
-from lorafold.data.examples import encode
+from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.prompts import prompts_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import of_factors
@@ -24,7 +26,7 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage, weights_of
 from lorafold.training.request import rendering_of
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Measured, Probe, measure, probe_of
+from lorafold.undoing.measure import Measured, Probe, distributions, measure, probe_of
 from lorafold.undoing.subspaces import Updates, overlap, updates_of
 from lorafold.undoing.task import Stack, Task
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TUNED = "tuned"
+KEPT = 1e9  # bytes of distributions
 Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 Opening = Callable[[Sequence[Path]], Opened]  # loads the model with these adapters over it
 
@@ -102,7 +105,23 @@ class Bench:
         return found
 
     def _measured(self) -> Measured:
-        return measure(self.model, self.tokenizer, self.probe, self.names)
+        return measure(self.model, self.tokenizer, self.probe, self._before or self._anew())
+
+    @cached_property
+    def _before(self) -> list[Tensor] | None:
+        """The stack's distributions on the controls, (n, vocabulary) each, if there is room."""
+        labels = sum(label != NO_LOSS for one in self.probe.controls for label in one.labels)
+        small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= KEPT
+        return list(self._anew()) if small else None
+
+    def _anew(self) -> Iterator[Tensor]:
+        found = distributions(self.model, self.probe.controls)
+        while True:
+            with only(self.model, *self.names):
+                one = next(found, None)
+            if one is None:
+                return
+            yield one
 
     def _load(self, path: Path, name: str) -> Adapter:
         allowed = self.task.allow_other_base

@@ -16,14 +16,13 @@ yet. Beginnings are fixed and few, so no completion has to be judged, and none i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorafold.core.attach import only, selection_of
 from lorafold.core.evaluating import evaluating
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.prompts import Prompt
@@ -141,7 +140,7 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     probe: Probe,
-    before: Sequence[str],
+    before: Iterable[Tensor],
 ) -> Measured:
     """Measure the model with the adapters that are active on it.
 
@@ -149,7 +148,7 @@ def measure(
         model: A causal language model.
         tokenizer: The model's.
         probe: What is asked.
-        before: The names of the adapters that were active before the tuning.
+        before: The `distributions` before the tuning, each (n, vocabulary).
     """
     loss = Completions(model, packed=False, pad_id=0)
     mean, interval = mean_of(log_odds(log_probabilities(loss, probe.odds), probe))
@@ -162,7 +161,7 @@ def measure(
         refusals_interval=wilson(refused, len(probe.refuse)),
         control_refusals=told / len(probe.answer),
         control_refusals_interval=wilson(told, len(probe.answer)),
-        kl=divergence(model, probe.controls, before),
+        kl=divergence(before, distributions(model, probe.controls)),
         loss=held_out_loss(loss, probe.benign) if len(probe.benign) else None,
     )
 
@@ -229,48 +228,24 @@ def plain(text: str) -> str:
     return text.lstrip().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
 
 
-def divergence(
-    model: PreTrainedModel, examples: Sequence[Example], before: Sequence[str]
-) -> float:
-    """KL(before || after) in nats a token, over the labelled tokens of the examples.
-
-    Args:
-        model: With the adapters of after active on it.
-        examples: Texts of which some tokens are labelled.
-        before: The names of the adapters of before.
-    """
-    after = selection_of(model).names
-    if tuple(before) == after:
-        return 0.0
+def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # each (n, vocabulary)
+    """KL(before || after) in nats a token, of log-probabilities."""
     kl = tokens = 0.0
-    loss = Completions(model, packed=False, pad_id=0)
-    with evaluating(model):
-        for group in some(examples):
-            inputs = loss.collate(group, loss.device)
-            chosen = inputs.pop("labels") != NO_LOSS  # (B, T)
-            p, q = (distribution(model, inputs, chosen, names) for names in (before, after))
-            kl += (p.exp() * (p - q)).sum().item()
-            tokens += len(p)
+    for p, q in zip(before, after, strict=True):
+        kl += (p.exp() * (p - q)).sum().item()
+        tokens += len(p)
     return max(kl / tokens, 0.0)
 
 
-def distribution(
-    model: PreTrainedModel, inputs: dict[str, Tensor], chosen: Tensor, names: Sequence[str]
-) -> Tensor:
-    """The log-probabilities of the next token at the chosen positions, (n, vocabulary) in fp32.
-
-    Args:
-        model: A causal language model.
-        inputs: Of padded texts, each (B, T).
-        chosen: The positions, (B, T).
-        names: The adapters that are active.
+def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[Tensor]:
+    """The log-probabilities of the next token at the labelled positions, GROUP examples of similar
+    length at a time: (n, vocabulary) in fp32 each.
     """
-    with only(model, *names):
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits[chosen].float().log_softmax(-1)
-
-
-def some(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """The examples in groups of GROUP, of similar length: logits of a group exist at a time."""
+    loss = Completions(model, packed=False, pad_id=0)
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    return (ordered[i : i + GROUP] for i in range(0, len(ordered), GROUP))
+    for i in range(0, len(ordered), GROUP):
+        inputs = loss.collate(ordered[i : i + GROUP], loss.device)
+        chosen = inputs.pop("labels") != NO_LOSS  # (B, T)
+        with evaluating(model):
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        yield logits[chosen].float().log_softmax(-1)

@@ -27,7 +27,7 @@ from lorafold.peft import directory as peft
 from lorafold.step.recipe import Recipe
 from lorafold.undoing.defences import DEFENCES
 
-HELD_OUT = 64  # benign rows at most, on which the loss is measured
+HELD_OUT = 32  # benign rows at most, on which the loss is measured
 OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
 RECIPE = Recipe(epochs=5, batch=4)
 REFUSAL, COMPLIANCE = ("I can't",), ("Sure",)  # how either begins
