@@ -19,7 +19,7 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.api.arguments import as_prompts
 from lorafold.api.opened import opened
-from lorafold.core.attach import adapted_modules
+from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
@@ -182,6 +182,18 @@ def test_distributions_that_have_no_room_are_computed_anew(task: Task, monkeypat
     assert bench._before is not None
     assert anew._before is None
     assert kept["kl"] > 0
+
+
+def test_the_controls_completions_are_the_stack_s(task: Task, model_dir, tmp_path: Path) -> None:
+    """Also where they are first asked for with a tuning over it."""
+    make_adapter(model_dir, tmp_path / "strong", size=1.0)
+    one, other = bench_of(task), bench_of(task)
+    lf.load(other.model, tmp_path / "strong", "over")
+    assert one.probe.controls == other.probe.controls
+    tuned = bench_of(task)
+    lf.load(tuned.model, tmp_path / "strong", "over")
+    tuned.names = selection_of(tuned.model).names
+    assert one.probe.controls != tuned.probe.controls
 
 
 def test_references_are_the_completions_of_controls(model_dir) -> None:

@@ -63,10 +63,11 @@ class Bench:
             prompts_of(rows, self.tokenizer, name)
             for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
         )
-        return probe_of(
-            refuse, controls, task.refusal, task.compliance, self.tokenizer, self.model,
-            task.max_new_tokens, benign,
-        )  # fmt: skip
+        with only(self.model, *self.names):  # whatever lies over the stack meanwhile
+            return probe_of(
+                refuse, controls, task.refusal, task.compliance, self.tokenizer, self.model,
+                task.max_new_tokens, benign,
+            )  # fmt: skip
 
     @cached_property
     def alignment(self) -> Updates | None:
