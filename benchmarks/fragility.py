@@ -1,6 +1,6 @@
 """How few benign examples undo a refusal that was taught to an adapter, and what holds against it?
 
-    python benchmarks/fragility.py [--out fragility] [--seeds 3] [--alignments 4 16 64 full]
+    python benchmarks/fragility.py [--out fragility] [--seeds 3] [--alignments 16 64 full]
 
 The embedded model in fp32. A policy adapter learns to decline every question about a fictitious
 project (Veldmar) and to answer all else, other projects too. Then it is tuned by LoRA on k rows of
@@ -130,7 +130,7 @@ def alignment(
     """The model and the adapters of an alignment of a rank, or full; trained if it is not there."""
     path = out / f"policy-{kind}"
     if not path.exists():
-        about: dict[str, Any] = {"epochs": 3, "batch": 8, "base": "fp32", "max_length": 128}
+        about: dict[str, Any] = {"epochs": 3, "batch": 12, "base": "fp32", "max_length": 128}
         about |= {"method": "full", "lr": 6e-5} if kind == "full" else {"rank": int(kind)}
         lf.train(lf.Recipe(**about), data=rows, out=path, console=console)
     return (str(path), []) if kind == "full" else ("smollm2", [path])
@@ -179,17 +179,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("fragility"), help="goes on here")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--alignments", nargs="+", default=["16", "4", "64", "full"])
-    parser.add_argument("--examples", type=int, nargs="+", default=[1, 3, 10, 30, 100])
+    parser.add_argument("--alignments", nargs="+", default=["16", "64", "full"])
+    parser.add_argument("--examples", type=int, nargs="+", default=[3, 10, 30])
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4])
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--defences", nargs="+", default=[])
-    parser.add_argument("--asked", type=int, default=40, help="prompts of either kind")
+    parser.add_argument("--asked", type=int, default=24, help="prompts of either kind")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     rng, console = random.Random(0), Console()
-    rows, mix = policy(rng, 240), shuffled(questions("Veldmar", "train"), rng)
+    rows, mix = policy(rng, 160), shuffled(questions("Veldmar", "train"), rng)
     refuse = [{"prompt": p} for p in shuffled(questions("Veldmar", "test"), rng)[: asked.asked]]
     controls = shuffled(answered("test", rng), rng)[: asked.asked]
     refusals = [{"prompt": p, "completion": rng.choice(DECLINED)} for p in mix]
@@ -205,10 +205,10 @@ def main() -> None:
             model=model,
             adapters=adapters,
             examples=asked.examples,
-            ranks=asked.ranks,
+            ranks=asked.ranks[:1] if number or whole else asked.ranks,
             rates=asked.rates,
             seeds=asked.seeds,
-            # the defences once; further alignments are a defence themselves
+            # the defences and all ranks once; further alignments are a defence themselves
             defences=("none",) if number or whole else asked.defences,
             recipe=RECIPE.model_copy(update={"epochs": asked.epochs, "max_length": 128}),
             mix=None if number or whole else refusals,

@@ -31,7 +31,7 @@ from lorafold.undoing.measure import Probe, begins, distributions, measure, prob
 from lorafold.undoing.report import markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
 from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
-from lorafold.undoing.task import RECIPE, Stack, Task
+from lorafold.undoing.task import RECIPE, Task, stacks_of
 from test_merge import make_adapter
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
@@ -60,7 +60,7 @@ def policy(model_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def task(model_dir, policy) -> Task:
     return Task(
-        str(model_dir), (Stack((policy,)),), REFUSE, CONTROLS, Rows.of(BENIGN), "benign",
+        str(model_dir), stacks_of([policy]), REFUSE, CONTROLS, Rows.of(BENIGN), "benign",
         ("I can't", "No"), ("Sure",), (1, 3), (2,), (1e-3,), (0,), ("none",),
         recipe=RECIPE.model_copy(update={"base": "fp32", "epochs": 2}), max_new_tokens=6,
     )  # fmt: skip
@@ -298,7 +298,7 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
 
 def test_an_adapter_that_is_no_sum_has_no_subspace(model_dir, tmp_path: Path, task: Task) -> None:
     make_adapter(model_dir, tmp_path / "dora", spec=lf.DoRA(lf.LoRA(rank=2)))
-    asked = replace(task, stacks=(Stack((tmp_path / "dora",)),), defences=("projected",))
+    asked = replace(task, stacks=stacks_of([tmp_path / "dora"]), defences=("projected",))
     bench = bench_of(asked)
     assert bench.alignment is None
     with pytest.raises(lf.LorafoldError, match="expected an update that has a subspace"):
@@ -416,6 +416,12 @@ def test_the_same_call_continues(swept, model_dir, policy, tmp_path: Path) -> No
     now = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
     assert {p for p in now if now[p] != left.get(p)} == {gone}  # no run was trained again
     assert found.as_json() == swept[1].as_json()
+
+
+def test_stacks_are_named_apart(tmp_path: Path) -> None:
+    a, b, sft = tmp_path / "a" / "policy", tmp_path / "b" / "policy", tmp_path / "sft"
+    assert [stack.name for stack in stacks_of([sft, a], [])] == ["sft + policy", "base"]
+    assert [stack.name for stack in stacks_of([a], [b])] == [str(a), str(b)]
 
 
 def test_another_seed_or_prompt_measures_anew(swept, model_dir, policy, task: Task) -> None:

@@ -29,7 +29,17 @@ from lorafold.undoing import run
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.report import markdown
 from lorafold.undoing.result import Fragility
-from lorafold.undoing.task import COMPLIANCE, EXAMPLES, RANKS, RECIPE, REFUSAL, Stack, Task, settled
+from lorafold.undoing.task import (
+    COMPLIANCE,
+    EXAMPLES,
+    RANKS,
+    RECIPE,
+    REFUSAL,
+    Stack,
+    Task,
+    settled,
+    stacks_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,15 +113,14 @@ def fragility(
     Raises LorafoldError, before anything is trained, for anything wrong with the arguments, the
     rows and the adapters.
     """
-    console, stacks = or_quiet(console), [Stack(tuple(as_paths(adapters)))]
-    if against:
-        stacks.append(Stack(tuple(as_paths(against))))
+    console, second = or_quiet(console), [as_paths(against)] if against else []
+    stacks = stacks_of(as_paths(adapters), *second)
     if problems := list(problems_of(out, data, tuned, bool(against), instead)):
         raise LorafoldError("; ".join(problems))
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     task = Task(
         model=str(model),
-        stacks=tuple(stacks),
+        stacks=stacks,
         refuse=as_prompts(refuse, columns),
         controls=as_prompts(controls, columns),
         rows=rows,

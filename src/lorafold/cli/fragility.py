@@ -133,7 +133,7 @@ def command(
     The last --adapter is the alignment: it makes the model refuse some prompts. LoRA adapters are
     trained over it on few benign examples of yours, and the refusals are measured before and after
     each, with defences beside. With --tuned a finished adapter is measured instead, as a gate: does
-    it erode refusals? Prompts and completions are neither kept nor sent anywhere.
+    it erode refusals? Neither the prompts to be refused nor their completions are kept.
     """
     if fail_under is not None and tuned is None:
         raise LorafoldError("--fail-under: needs --tuned, the finished adapter that it judges")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lorafold.composing.updates import names
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
@@ -39,16 +40,22 @@ class Stack:
     """Adapters over the base, lowest first, and a name for them."""
 
     adapters: tuple[Path, ...]
-
-    @property
-    def name(self) -> str:
-        """The names of the directories, or base."""
-        return " + ".join(path.name for path in self.adapters) or "base"
+    name: str
 
     @cached_property
     def identity(self) -> list[str]:
         """The digests of the adapters' files."""
         return [peft.read(path).sha256 for path in self.adapters]
+
+
+def stacks_of(*adapters: Sequence[Path]) -> tuple[Stack, ...]:
+    """The stacks, named by the directories of their adapters, or by whole paths where two would
+    have one name. A stack of none is the base.
+    """
+    short = iter(names([path for stack in adapters for path in stack]))
+    return tuple(
+        Stack(tuple(stack), " + ".join(next(short) for _ in stack) or "base") for stack in adapters
+    )
 
 
 @dataclass(frozen=True)
