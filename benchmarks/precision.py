@@ -38,7 +38,8 @@ from lorafold.data.batches import collate, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.ops import reference
-from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.attention import document_attention
+from lorafold.ops.documents import Documents
 from lorafold.quickstart.task import rows
 from lorafold.step.documents import attend, document_mask, packed
 from lorafold.step.fused import fused

@@ -16,8 +16,9 @@ from lorafold.bases import layer_of
 from lorafold.ops import arithmetic as module
 from lorafold.ops import cross_entropy
 from lorafold.ops.arithmetic import ROWS, arithmetic, linear, multiplying
-from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.attention import document_attention
 from lorafold.ops.cross_entropy import LinearHead, linear_cross_entropy
+from lorafold.ops.documents import Documents
 from lorafold.ops.dropout import Dropped, emptied, keep_scale
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear

@@ -304,8 +304,8 @@ def test_what_is_wrong_with_rows_is_one_line(tiny_model_dir, tmp_path: Path) -> 
     with pytest.raises(
         LorafoldError,
         match=(
-            r"rows of \{prompt, completion\}, which are for --objective sft; --objective classify"
-            r" expects"
+            r"rows of \{prompt, completion\}, which are for --objective sft or kto; --objective"
+            r" classify expects"
         ),
     ):
         train(request(model, out, SFT_ROWS), quiet())

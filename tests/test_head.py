@@ -4,6 +4,7 @@ adapted.
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
 from lorafold.ops import cross_entropy, reference
-from lorafold.ops.cross_entropy import LinearHead, chunks, head_cross_entropy, linear_cross_entropy
+from lorafold.ops.cross_entropy import (
+    LinearHead,
+    chunks,
+    head_cross_entropy,
+    head_losses,
+    linear_cross_entropy,
+)
 from lorafold.step import head as head_of_step
 from lorafold.step.head import labelled_loss, row_losses
 
@@ -152,7 +159,7 @@ def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])
-def test_fp64_gradcheck_of_both_ways(name: str) -> None:
+def test_fp64_gradcheck_of_every_way(name: str) -> None:
     model = build(name, torch.float64).requires_grad_(False)
     scale, cap = (
         getattr(model, "logit_scale", 1.0),
@@ -168,10 +175,15 @@ def test_fp64_gradcheck_of_both_ways(name: str) -> None:
     def long(h: torch.Tensor) -> torch.Tensor:
         return head_cross_entropy(h, targets, head, [], chunks(len(h)))
 
+    def again(h: torch.Tensor) -> torch.Tensor:
+        return head_losses(h, targets, partial(head_of_step.head_of, model))
+
     assert torch.autograd.gradcheck(short, h)
+    assert torch.autograd.gradcheck(again, h)
+    torch.testing.assert_close(short(h), again(h))
     with head_of_step._short_circuit(model) as head:
         assert torch.autograd.gradcheck(long, h)
-        torch.testing.assert_close(short(h), long(h))
+        torch.testing.assert_close(short(h).sum(), long(h))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,8 +14,9 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.inkling import modeling_inkling
 
 from lorafold.data.batches import collate
-from lorafold.ops import attention, reference
-from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops import documents, reference
+from lorafold.ops.attention import document_attention
+from lorafold.ops.documents import Documents
 from lorafold.step.documents import NAME, attend, document_mask, isolates, packed
 from lorafold.step.head import labelled_loss
 
@@ -139,7 +140,7 @@ def test_attention_equals_its_specification_in_fp64(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the documents below then take one, two and several tiles
-    monkeypatch.setattr(attention, "TILE", 4)
+    monkeypatch.setattr(documents, "TILE", 4)
     lens = (5, 5, 1, 9)
     qkv = heads(20, (3, 5), queries=4, keys=2)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lorafold as lf
-import lorafold.evaluation as lf_evaluation
+import lorafold.evaluation.rows as lf_evaluation
 from families import as_taken, embedded, names, tokenizer_of
 from lorafold.api.arguments import as_rows
 from lorafold.cli import app
@@ -406,7 +406,7 @@ def test_evaluation_and_generation_with_tools(
         seen.extend(args[2])
         return [text] * len(args[2])
 
-    monkeypatch.setattr("lorafold.evaluation.complete", one)
+    monkeypatch.setattr("lorafold.evaluation.rows.complete", one)
     monkeypatch.setattr("lorafold.api.generate.complete", one)
     found = evaluate(model, tokenizer, rows, 512)
     assert found.exact_match == 0.5

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, Paths, as_rows
+from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
 from lorafold.data.checking import is_labelled
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafold.evaluation import Evaluation
+    from lorafold.step.preference_laws import Law
 
 
 def evaluate(
@@ -34,6 +36,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure loss in nats a labelled token, perplexity and exact match, with 95% intervals.
 
+    On rows of preferences these are of the chosen completions, and the accuracy, the margin and the
+    change of the preference are measured as well.
+
     Args:
         model: A name or path, or a loaded model, which is measured with its active adapters and
             takes no other `storage`, `device`, `revision` or `allow_other_base`.
@@ -54,7 +59,7 @@ def evaluate(
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, and for a loss that is not finite.
     """
-    rows = as_rows(data, columns, console)
+    rows = as_rows(data, columns, console, objective="dpo")
     from lorafold import evaluation
     from lorafold.api.opened import opened
 
@@ -77,5 +82,18 @@ def evaluate(
         max_length,
         generate=completions,
         max_new_tokens=max_new_tokens,
+        law=law_of_adapters(as_paths(adapters)),
         console=console,
     )
+
+
+def law_of_adapters(paths: Sequence[Path]) -> Law:
+    """The law that the last adapter was trained with, from its record; that of DPO if it was none.
+    """
+    from lorafold.files.record import read_record
+    from lorafold.step.preference_laws import LAWS, Dpo, law_of
+
+    recipe = (read_record(paths[-1]).get("recipe") or {}) if paths else {}
+    if (objective := recipe.get("objective")) not in LAWS:
+        return Dpo()
+    return law_of(objective, recipe.get("beta"), recipe.get("objective_options") or {})

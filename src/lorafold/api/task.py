@@ -36,6 +36,11 @@ def train_and_test(
 
     Raises LorafoldError as `as_rows`.
     """
+    if recipe.objective not in ("sft", "classify"):
+        raise LorafoldError(
+            f"objective {recipe.objective}: expected sft or classify here; train with"
+            f" --objective {recipe.objective}, and measure with lorafold eval"
+        )
     if recipe.streaming:
         raise LorafoldError("streaming: is for lorafold train; here all rows must be at hand")
     if data is None:

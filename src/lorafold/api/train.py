@@ -65,7 +65,12 @@ def train(
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
     rows = rows_to_train(data, recipe or Recipe(), columns, console)
-    held_out = None if eval_data is None else as_rows(eval_data, columns, console)
+    objective = (recipe or Recipe()).objective
+    held_out = (
+        None
+        if eval_data is None
+        else as_rows(eval_data, columns, console, objective=objective)
+    )
     from lorafold.training import run
     from lorafold.training.request import Request
 

@@ -44,6 +44,10 @@ def command(
     The loss counts completions only. Exact match is the share of greedy completions that equal the
     reference, surrounding whitespace aside; rows of plain text have none. On rows of text and label
     the model is a classifier, and exact match is its accuracy.
+
+    On rows of preferences these are of the chosen completions. Besides there are the share of pairs
+    whose chosen completion the model finds more likely, and against the model without the last
+    adapter the reward accuracy and margin, the change of both log-probabilities, and the KL.
     """
     from lorafold.api.evaluate import evaluate
 

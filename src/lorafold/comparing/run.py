@@ -111,7 +111,10 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
 
 
 # fields that recipes did not have at first: silent ones leave the digests as they were
-LATER = {"template_kwargs", "train_on", "mask_reasoning", "streaming", "shuffle_buffer"}
+LATER = {
+    *("template_kwargs", "train_on", "mask_reasoning", "streaming", "shuffle_buffer"),
+    *("beta", "objective_options"),
+}
 
 
 def key(task: Task, method: str) -> str:

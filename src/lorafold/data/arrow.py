@@ -70,8 +70,12 @@ class TableExamples(Sequence[E]):
         self.rows = table.column("row").to_numpy()[chosen]
 
     @abstractmethod
-    def _example(self, index: int, ids: tuple[int, ...]) -> E:
-        """The example of one entry of the table, whose ids are cut already."""
+    def _example(self, entry: int) -> E:
+        """The example of one entry of the table."""
+
+    def _cut(self, entry: int) -> tuple[int, ...]:
+        """The ids of one entry of the table, cut to the longest length."""
+        return tuple(self._ids[entry][: self._max_length].tolist())
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -83,8 +87,7 @@ class TableExamples(Sequence[E]):
     def __getitem__(self, index: int | slice) -> E | list[E]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        entry = int(self._chosen[index])
-        return self._example(entry, tuple(self._ids[entry][: self._max_length].tolist()))
+        return self._example(int(self._chosen[index]))
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:

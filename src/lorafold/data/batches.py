@@ -6,7 +6,7 @@ checkpoint stores none.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import Any, Protocol, overload
@@ -181,8 +181,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(indices) for indices in sequences]
 
 
+def tokens_in(example: Any) -> int:
+    """The tokens of an example."""
+    return len(example.ids)
+
+
 def micro_batches(
-    examples: Sequence[Any], n: int, capacity: int | None = None
+    examples: Sequence[Any],
+    n: int,
+    capacity: int | None = None,
+    size: Callable[[Any], int] = tokens_in,
 ) -> list[Sequence[Any]]:
     """Divide the examples of an optimizer step into micro-batches.
 
@@ -191,15 +199,16 @@ def micro_batches(
         n: The number of micro-batches; packing may make more of them.
         capacity: The tokens that a packed sequence may have; each sequence is then a micro-batch.
             None: the examples are padded.
+        size: The tokens that an example takes of a packed sequence.
     """
-    size = ceil(len(examples) / n)
-    runs = [examples[i : i + size] for i in range(0, len(examples), size)]
+    share = ceil(len(examples) / n)
+    runs = [examples[i : i + share] for i in range(0, len(examples), share)]
     if capacity is None:
         return list(runs)
     return [
         [run[i] for i in sequence]
         for run in runs
-        for sequence in best_fit([len(e.ids) for e in run], capacity)
+        for sequence in best_fit([size(e) for e in run], capacity)
     ]
 
 

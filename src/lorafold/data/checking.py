@@ -103,7 +103,7 @@ def ignored_keys(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def is_labelled(rows: Sequence[Row]) -> bool:
     """Tell whether the rows are labelled texts, for a classifier."""
-    return (shape := shape_of(rows[0])) is not None and shape.objective == "classify"
+    return (shape := shape_of(rows[0])) is not None and shape.objectives == ("classify",)
 
 
 def check_objective(firsts: Iterable[Row], objective: str) -> None:
@@ -111,9 +111,9 @@ def check_objective(firsts: Iterable[Row], objective: str) -> None:
     of all sources have.
     """
     for shape in map(shape_of, firsts):
-        if shape is None or shape.objective != objective:
-            takes = " or ".join(str(s) for s in SHAPES if s.objective == objective)
-            other = f", which are for --objective {shape.objective}" if shape else ""
+        if shape is None or objective not in shape.objectives:
+            takes = " or ".join(str(s) for s in SHAPES if objective in s.objectives)
+            other = f", which are for --objective {' or '.join(shape.objectives)}" if shape else ""
             raise LorafoldError(
                 f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
                 f" {takes}"

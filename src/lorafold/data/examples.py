@@ -112,11 +112,22 @@ class Examples(TableExamples[Example]):
         super().__init__(table, max_length, np.flatnonzero(found))
         self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
 
-    def _example(self, index: int, ids: tuple[int, ...]) -> Example:
-        labels = [NO_LOSS] * len(ids)
-        for start, end in self._spans[index].reshape(-1, 2).tolist():
-            labels[start:end] = ids[start:end]
-        return Example(ids, (NO_LOSS, *labels[1:]))
+    def _example(self, entry: int) -> Example:
+        return example_of(self._cut(entry), self._spans[entry].tolist())
+
+
+def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
+    """The example of some ids.
+
+    Args:
+        ids: The token ids, (T,).
+        spans: The starts and ends of n trained spans, (2n,); what is beyond the last id is left
+            out.
+    """
+    labels = [NO_LOSS] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    return Example(tuple(ids), (NO_LOSS, *labels[1:]))
 
 
 def labelled_counts(spans: Lists, lengths: Array) -> Array:
@@ -207,13 +218,7 @@ def encode_row(
     found = Completions(tokenizer, rendering).encode([row], 0).to_pylist()
     if problem := found[0]["problem"]:
         raise LorafoldError(problem)
-    examples = []
-    for entry in found:
-        ids, spans = entry["ids"], entry["spans"]
-        labels = [NO_LOSS] * len(ids)
-        for start, end in zip(spans[::2], spans[1::2], strict=True):
-            labels[start:end] = ids[start:end]
-        examples.append(Example(tuple(ids), (NO_LOSS, *labels[1:])))
+    examples = [example_of(entry["ids"], entry["spans"]) for entry in found]
     counts = (sum(entry[name] for entry in found) for name in ("left_out", "hidden"))
     return examples, Trained((), *counts)
 

@@ -5,8 +5,9 @@
 A feed depends on nothing but its arguments: a resumed run goes on where the stopped one was.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorafold.data.batches import Batches
@@ -41,7 +42,7 @@ class Feed(ABC):
 
 
 class StoredFeed(Feed):
-    """Examples that are all at hand."""
+    """Examples that are all at hand; `passes` is how often each comes in a run."""
 
     foreseen = 1000
 
@@ -59,6 +60,13 @@ class StoredFeed(Feed):
         """
         self._examples, self.steps = examples, steps
         self._batches = Batches(parts, batch, steps, seed)
+        self.passes = steps * batch / max(1, len(examples))
+
+    def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> "StoredFeed":
+        """A feed of the same steps, whose examples are what `change` makes of these, in order."""
+        changed = copy.copy(self)
+        changed._examples = change(self._examples)
+        return changed
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         for i in range(step, len(self._batches)):

@@ -143,8 +143,8 @@ class LabelledExamples(TableExamples[LabelledExample]):
         super().__init__(table, max_length, np.arange(len(table)))
         self.labels = table.column("label").to_numpy()  # (n,)
 
-    def _example(self, index: int, ids: tuple[int, ...]) -> LabelledExample:
-        return LabelledExample(ids, int(self.labels[index]))
+    def _example(self, entry: int) -> LabelledExample:
+        return LabelledExample(self._cut(entry), int(self.labels[entry]))
 
 
 def encode_labelled(

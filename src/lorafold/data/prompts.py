@@ -52,7 +52,7 @@ def _conversation(row: Row) -> Conversation:
 
 ASKING = (
     *(shape for shape in SHAPES if shape.conversation),
-    Shape(("prompt",), "", _problems, _conversation, ("tools",)),
+    Shape(("prompt",), (), _problems, _conversation, ("tools",)),
 )
 
 

@@ -10,8 +10,9 @@
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-`SHAPES` is the table of shapes: a new shape is a new entry. Of a preference the chosen answer is
-trained on; `data.preferences` gives both.
+For kto, a row of prompt and completion has a `label` too, true or false. Of a preference sft trains
+on the chosen answer; `data.preferences` gives both. `SHAPES` is the table of shapes: a new shape is
+a new entry.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,9 @@ from lorafold.data.preferences import (
 from lorafold.data.sharegpt import turns_problems, turns_to_messages
 from lorafold.data.sources import Row, kind_of
 
+COMPARING = ("dpo", "ipo", "hinge", "orpo", "simpo", "reward")  # objectives of two answers
+PREFERRED = ("sft", *COMPARING, "kto")
+READ_BY = {"kto": ("label",)}  # keys that no shape has and one objective reads
 UNUSED = "rejected is not used by --objective sft, which trains on the chosen answers"
 
 
@@ -51,13 +55,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of rows: the keys by which it is recognized, the objective that trains on it, a
+    """One shape of rows: the keys by which it is recognized, the objectives that train on it, a
     function that lists what is wrong with a row, one that gives the row's messages (None for
-    plain and labelled text), the keys that a row may have besides, and what to tell the user.
+    plain and labelled text), the keys that a row may have besides, and what to tell the user who
+    trains on it with sft.
     """
 
     keys: tuple[str, ...]
-    objective: str
+    objectives: tuple[str, ...]
     problems: Callable[[Row], Iterator[str]]
     conversation: Callable[[Row], Conversation] | None = None
     optional: tuple[str, ...] = ()
@@ -169,27 +174,28 @@ def _system(row: Row) -> list[Message]:
 
 
 SHAPES = (
-    Shape(("messages",), "sft", _messages, _messages_conversation, ("tools",)),
-    Shape(("prompt", "completion"), "sft", _pair, _pair_conversation, ("tools",)),
+    Shape(("messages",), ("sft",), _messages, _messages_conversation, ("tools",)),
+    Shape(("prompt", "completion"), ("sft", "kto"), _pair, _pair_conversation, ("tools",)),
     Shape(
-        ("prompt", "chosen", "rejected"), "sft", _with_tools(preference_problems), _chosen,
+        ("prompt", "chosen", "rejected"), PREFERRED, _with_tools(preference_problems), _chosen,
         ("tools",), UNUSED,
     ),
     Shape(
-        ("conversations", "chosen", "rejected"), "sft", _with_tools(turns_preference_problems),
+        ("conversations", "chosen", "rejected"), PREFERRED, _with_tools(turns_preference_problems),
         _chosen, ("system", "tools"), UNUSED,
     ),
     Shape(
-        ("chosen", "rejected"), "sft", _with_tools(implicit_problems), _chosen, ("tools",), UNUSED
+        ("chosen", "rejected"), PREFERRED, _with_tools(implicit_problems), _chosen, ("tools",),
+        UNUSED,
     ),
     Shape(
-        ("conversations",), "sft", _with_tools(turns_problems), _turns_conversation,
+        ("conversations",), ("sft",), _with_tools(turns_problems), _turns_conversation,
         ("system", "tools"),
     ),
     Shape(
-        ("instruction", "output"), "sft", _instruction, _instruction_conversation,
+        ("instruction", "output"), ("sft",), _instruction, _instruction_conversation,
         ("input", "system"),
     ),
-    Shape(("text", "label"), "classify", _labelled),
-    Shape(("text",), "sft", lambda row: text_problems("text", row["text"])),
+    Shape(("text", "label"), ("classify",), _labelled),
+    Shape(("text",), ("sft",), lambda row: text_problems("text", row["text"])),
 )  # fmt: skip

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from lorafold.core.spec import Spec
 from lorafold.data.batches import labelled, micro_batches
-from lorafold.data.examples import Example
+from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
@@ -74,8 +74,8 @@ def planned(
         spec,
         recipe.targets,
         beside,
-        rows=tuple(len(e.ids) for e in largest),
-        labelled=None if classes else sum(labelled(e) for e in largest if isinstance(e, Example)),
+        rows=tuple(n for e in largest for n in documents(e)),
+        labelled=None if classes else sum(map(labelled, largest)),
         packed=packed,
         classes=classes,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
@@ -83,6 +83,11 @@ def planned(
         widened=widens(storage.dtype, device),
         below=below,
     )
+
+
+def documents(example: Any) -> tuple[int, ...]:
+    """Return the tokens of each document of an example."""
+    return example.lengths if isinstance(example, Branched) else (len(example.ids),)
 
 
 def computed(micro_batch: Sequence[Any], packed: bool) -> int:

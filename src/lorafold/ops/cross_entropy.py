@@ -1,11 +1,15 @@
-"""Summed cross-entropy over a large vocabulary, whose gradients are computed in the forward, chunk
-by chunk.
+"""Cross-entropy over a large vocabulary, chunk by chunk.
 
-    loss = sum_i -log softmax(f(h_i))[y_i],   h (n, d) hidden states, f a head, y (n,) targets
+    loss_i = -log softmax(f(h_i))[y_i],   h (n, d) hidden states, f a head, y (n,) targets
 
-Each chunk of CHUNK positions is differentiated at once, so logits never exist for more positions
-than that, and the backward is one multiplication. `head_cross_entropy` takes any head f, as a
-function; `linear_cross_entropy` takes a frozen linear head, and needs no autograd graph.
+Logits never exist for more positions than the CHUNK of them that is computed at a time.
+
+- `linear_cross_entropy`: the loss of each position under a frozen linear head. The gradient of h_i
+  is that of loss_i alone, so it is computed in the forward, and the backward is one multiplication.
+- `head_cross_entropy`: the sum under any head f, a function. Gradients are computed in the forward
+  too, those of the head's own tensors summed over the positions.
+- `head_losses`: the loss of each position under any head. The weights of the positions are known in
+  the backward only, so that computes each chunk again.
 
 The kernel of the linear form, `torch.ops.lorafold.linear_cross_entropy`, gets its working memory as
 arguments, so that an estimate on fake tensors counts as much memory as a real step takes.
@@ -24,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lorafold.ops.arithmetic import arithmetic
 
@@ -87,6 +92,27 @@ class _HeadCrossEntropy(Function):
         gh = _scaled(grads.pop(0), g, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         of_leaves = zip(grads, ctx.dtypes[1:], strict=True)
         return gh, None, None, None, *(_scaled(p, g, dtype) for p, dtype in of_leaves)
+
+
+def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable in h and in what
+    the head reads.
+
+    Args:
+        h: the hidden states (n, d).
+        targets: the target tokens (n,).
+        head: a function from hidden states (m, d) to logits (m, V), called again in the backward.
+    """
+
+    def losses(h: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).to(widened(h.dtype)), targets, reduction="none")
+
+    # without positions, one chunk of none gives gradients of 0
+    found = [
+        checkpoint(losses, h[run], targets[run], use_reentrant=False)
+        for run in chunks(len(h)) or [slice(0, 0)]
+    ]
+    return torch.cat(found)
 
 
 def head_cross_entropy(
@@ -178,24 +204,25 @@ def _kernel(
     block: Tensor,
     slab: Tensor,
 ) -> Tensor:
-    """Return the sum, a scalar, and write the gradient of h to `gradient` (n, d), unless it is (0,
+    """Return the losses (n,), and write the gradient of h to `gradient` (n, d), unless it is (0,
     d).
 
     logits (CHUNK, V), block (BLOCK, V) in fp32 or wider, and slab are overwritten: probabilities
     and their gradient share the memory of the logits.
     """
     linear = LinearHead(w, b, scale, cap)
-    total = h.new_zeros((), dtype=block.dtype)
+    losses = h.new_empty(len(h), dtype=block.dtype)
     for rows in chunks(len(h)):
         z = linear.logits(h[rows], logits, slab)
-        for z_block, y in zip(z.split(BLOCK), targets[rows, None].split(BLOCK), strict=True):
-            p = z_block if z.dtype is total.dtype else block[: len(z_block)].copy_(z_block)
+        blocks = (x.split(BLOCK) for x in (z, targets[rows, None], losses[rows]))
+        for z_block, y, loss in zip(*blocks, strict=True):
+            p = z_block if z.dtype is loss.dtype else block[: len(z_block)].copy_(z_block)
             top, z_y = p.amax(-1), p.gather(1, y)[:, 0]
             # the derivative of the cap, 1 - (z / cap)^2
             slope = None if cap is None else (p / -cap).mul_(p).div_(cap).add_(1)
             torch.softmax(p, -1, out=p)
             # log sum exp(z) = top - log p(top), without another pass of exp
-            total += (top - p.amax(-1).log() - z_y).sum()
+            torch.sub(top - p.amax(-1).log(), z_y, out=loss)
             if not len(gradient):
                 continue
             p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
@@ -207,11 +234,11 @@ def _kernel(
                 z_block.copy_(p)
         if len(gradient):
             gradient[rows] = linear.back(z, slab)
-    return total
+    return losses
 
 
 def _fake(h: Tensor, *args: Any) -> Tensor:
-    return h.new_empty((), dtype=widened(h.dtype))
+    return h.new_empty(len(h), dtype=widened(h.dtype))
 
 
 # torch.library.custom_op would be shorter, and takes 23 us a call where this takes 3
@@ -240,25 +267,25 @@ class _LinearCrossEntropy(Function):
         block = h.new_empty(min(BLOCK, len(h)), len(w), dtype=widened(h.dtype))
         slab = LinearHead(w, b, scale, cap).new_slab(logits)
         ctx.save_for_backward(gradient)
-        total: Tensor = torch.ops.lorafold.linear_cross_entropy.default(
+        losses: Tensor = torch.ops.lorafold.linear_cross_entropy.default(
             h, targets, w, b, scale, cap, gradient, logits, block, slab
         )
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, g, gradient.dtype), None, None, None, None, None
+        return _scaled(gradient, g[:, None], gradient.dtype), None, None, None, None, None
 
 
 def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
-    """The summed cross-entropy, a scalar in fp32 or wider. Differentiable once, in h.
+    """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable once, in h.
 
     Args:
         h: the hidden states (n, d).
         targets: the target tokens (n,).
         head: the frozen head.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(h, targets, *head)
-    return loss
+    losses: Tensor = _LinearCrossEntropy.apply(h, targets, *head)
+    return losses

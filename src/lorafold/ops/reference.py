@@ -22,30 +22,39 @@ def document_attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    starts: Sequence[int] | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention (T, H, Dv) within each document.
+    """Causal attention (T, H, Dv) within each document, S tokens in all; T < S if some are shared.
 
     Args:
         q: the queries (T, H, D).
         k: the keys (T, Hk, D); Hk divides H.
         v: the values (T, Hk, Dv).
-        lens: the lengths of the documents in tokens, with sum T.
+        lens: the lengths of the documents in tokens, with sum S.
         window: query i sees the keys in (i - window, i] (None: all keys up to i).
         scale: the factor of the scores.
         softcap: the cap of the scores, or None.
+        starts: how many tokens each document shares with earlier ones; its queries are the others.
+        keys: which of the T tokens is each of the S (None: the same).
     """
+    starts = [0] * len(lens) if starts is None else starts
+    own = [n - start for n, start in zip(lens, starts, strict=True)]
+    k, v = (x if keys is None else x[keys] for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = []
     # (H, t, D)
     for qi, ki, vi in zip(
-        *(x.transpose(0, 1).split(list(lens), 1) for x in (q, k, v)), strict=True
+        q.transpose(0, 1).split(own, 1),
+        k.transpose(0, 1).split(list(lens), 1),
+        v.transpose(0, 1).split(list(lens), 1),
+        strict=True,
     ):
         scores = qi @ ki.mT * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        back = torch.arange(qi.shape[1], device=q.device)[:, None] - torch.arange(
-            qi.shape[1], device=q.device
-        )
+        j = torch.arange(ki.shape[1], device=q.device)
+        back = j[-qi.shape[1] :, None] - j
         seen = back >= 0 if window is None else (back >= 0) & (back < window)
         out.append(torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ vi)
     return torch.cat(out, 1).transpose(0, 1)

@@ -35,7 +35,8 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lorafold.core.evaluating import evaluating
-from lorafold.ops.attention import Documents, document_attention
+from lorafold.ops.attention import document_attention
+from lorafold.ops.documents import Documents
 
 NAME = "lorafold_documents"
 NO_LOSS = -100  # torch's ignore_index
@@ -59,29 +60,11 @@ def isolates(model: PreTrainedModel) -> bool:
     """
     if model.get_output_embeddings() is None:
         return False
-    vocab, n, m = model.config.get_text_config().vocab_size, 11, 13
-    draw = torch.randint(vocab, (1, 2 * n + m), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
-    first, other, second = draw.split([n, n, m], 1)
+    n, m = 11, 13
+    first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
 
     def logits(*documents: Tensor) -> Tensor:
-        positions = torch.cat([torch.arange(ids.shape[1], device=ids.device) for ids in documents])[
-            None
-        ]
-        return (
-            model(input_ids=torch.cat(documents, 1), position_ids=positions, use_cache=False)
-            .logits[0]
-            .float()
-        )
-
-    def near(found: Tensor, expected: Tensor, units: int) -> bool:
-        # norms are compared, since experts group the tokens of both documents together: sums then
-        # round differently, even if no document influences the other
-        return bool(
-            (found - expected).norm()
-            <= max(1e-5, units * torch.finfo(model.dtype).eps) * expected.norm()
-        )
+        return packed_logits(model, torch.cat(documents), Documents(tuple(map(len, documents))))
 
     try:
         with evaluating(model):
@@ -90,7 +73,44 @@ def isolates(model: PreTrainedModel) -> bool:
                 together, changed = logits(first, second), logits(other, second)
     except (AttributeError, TypeError):
         return False  # the decoder computes with its masks, which a Documents does not support
-    return near(changed[-m:], together[-m:], units=1) and near(together, alone, units=8)
+    return near(model, changed[-m:], together[-m:], units=1) and near(
+        model, together, alone, units=8
+    )
+
+
+def random_ids(model: PreTrainedModel, n: int) -> Tensor:
+    """Return n token ids, (n,), the same each time, on the model's device."""
+    vocab = model.config.get_text_config().vocab_size
+    return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tensor:
+    """Return the logits (T, V), in fp32, of packed documents.
+
+    Args:
+        model: The model.
+        ids: The token ids, (T,).
+        docs: The documents, which say the position of each token.
+    """
+    positions = docs.positions().to(ids.device)
+    logits = model(input_ids=ids[None], position_ids=positions, use_cache=False).logits
+    found: Tensor = logits[0].float()
+    return found
+
+
+def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) -> bool:
+    """Whether logits (T, V) agree to so many units of the model's dtype.
+
+    Norms are compared, since experts group the tokens of all documents together: sums then round
+    differently, even if no document influences another.
+
+    Args:
+        model: The model.
+        found, expected: The logits (T, V).
+        units: The number of units.
+    """
+    allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
+    return bool((found - expected).norm() <= allowed * expected.norm())
 
 
 @contextmanager

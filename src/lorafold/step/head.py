@@ -11,7 +11,8 @@ biased, quantized or adapted. So f is computed by the model itself, in two stage
    last position on to the head.
 2. The model runs again for each chunk of hidden states. Its decoder is replaced by a function that
    returns the chunk, so the model computes the head alone. Each chunk's gradients are computed at
-   once and its logits are freed.
+   once and its logits are freed. The losses of documents, whose weights in the gradient are not
+   known then, compute each chunk again in the backward instead.
 
 A frozen linear head whose logits agree with the model's at that last position is computed directly,
 without the model and without a graph. `ops.cross_entropy` computes either. Use it wherever a causal
@@ -21,7 +22,8 @@ language model is trained or its loss is measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from lorafold.ops.cross_entropy import (
     LinearHead,
     chunks,
     head_cross_entropy,
+    head_losses,
     linear_cross_entropy,
     widened,
 )
@@ -56,44 +59,68 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
         labels: (B, T), the target of each position (already shifted), or -100.
         inputs: Keyword arguments of the model, among them input_ids (B, T).
     """
-    h, targets, linear, output = _until_head(model, labels, inputs)
+    h, targets, linear, output = until_head(model, labels, inputs)
     if linear is not None:
-        loss = linear_cross_entropy(h, targets, linear)
+        loss = linear_cross_entropy(h, targets, linear).sum()
     else:
         with _short_circuit(model) as head:
             loss = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
     return loss + len(targets) * _router_loss(model, output), len(targets)
 
 
+def document_losses(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """Return the loss in nats of each document, summed over its labelled positions, and the number
+    of these: (n,) and (n,).
+
+    The losses are differentiable once, and their gradients may have any weights. They never include
+    a load-balancing loss. A head that is trained or adapted is computed again in the backward,
+    under the adapters that are active then.
+
+    Raises LorafoldError if the model has no decoder below a head.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
+        document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
+            none.
+        n: The number of documents.
+    """
+    labels = labels.masked_fill(document < 0, NO_LOSS)
+    h, targets, linear, _ = until_head(model, labels, inputs)
+    if linear is not None:
+        losses = linear_cross_entropy(h, targets, linear)
+    else:
+        losses = head_losses(h, targets, partial(head_of, model))
+    of = (document.flatten() if is_fake(labels) else document[labels != NO_LOSS]).to(h.device)
+    return (
+        losses.new_zeros(n).index_add(0, of, losses),
+        of.new_zeros(n).index_add(0, of, torch.ones_like(of)),
+    )
+
+
 @torch.no_grad()
 def row_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the loss in nats of each sequence, summed over its labelled positions: (B,). It never
-    includes a load-balancing loss.
+    """Return the loss in nats of each sequence, summed over its labelled positions: (B,), without
+    gradients. It never includes a load-balancing loss.
 
     Raises LorafoldError if the model has no decoder below a head.
 
     Args:
         model, labels, inputs: As `labelled_loss` takes them.
     """
-    h, targets, linear, _ = _until_head(model, labels, inputs)
-    with nullcontext(linear.logits) if linear is not None else _short_circuit(model) as head:
-        losses = [
-            F.cross_entropy(head(h[run]).to(widened(h.dtype)), targets[run], reduction="none")
-            for run in chunks(len(h))
-        ]
-    of = (labels != NO_LOSS).nonzero()[:, 0].to(h.device)  # (n,), the sequence of each position
-    return (
-        h.new_zeros(len(labels), dtype=widened(h.dtype)).index_add_(0, of, torch.cat(losses))
-        if losses
-        else h.new_zeros(len(labels))
-    )
+    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    return document_losses(model, labels, inputs, row, len(labels))[0]
 
 
-def _until_head(
+def until_head(
     model: Any, labels: Tensor, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, LinearHead | None, Any]:
     """Return the hidden states (n, d) and targets (n,) of the labelled positions, the head's linear
     form if it has one, and the model's output.
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
     """
     with _caught(_decoder(model)) as caught:
         output = model(**inputs, use_cache=False)
@@ -188,6 +215,12 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         del decoder.forward
         if replaced is not None:
             decoder.forward = replaced
+
+
+def head_of(model: Any, h: Tensor) -> Tensor:
+    """Return the logits (n, V) of hidden states h (n, d), exactly as the model computes them."""
+    with _short_circuit(model) as head:
+        return head(h)
 
 
 def _leaves(y: Tensor) -> list[Tensor]:

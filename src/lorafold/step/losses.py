@@ -21,7 +21,11 @@ from lorafold.step.head import labelled_loss, row_losses
 class Loss(nn.Module, ABC):
     """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
+
+    `pace` is the share of a method's own learning rates that suits the loss.
     """
+
+    pace = 1.0
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -105,11 +105,26 @@ class Recipe(BaseModel):
         False, description="Leave the reasoning of the assistant's turns out of the loss."
     )
 
-    objective: Literal["sft", "classify"] = Field(
+    objective: Literal[
+        "sft", "classify", "dpo", "ipo", "hinge", "kto", "orpo", "simpo", "reward"
+    ] = Field(
         "sft",
         description=(
             "sft: predict the next token of completions. classify: predict the label of a text."
+            " dpo, ipo, hinge, orpo, simpo: prefer chosen completions to rejected ones. kto: the"
+            " same for completions that are judged one by one. reward: score completions."
         ),
+    )
+    beta: Positive | None = Field(
+        None,
+        description=(
+            "How strongly a preference is held to the reference: small allows large changes."
+            " Without it the objective's own; DPO has 0.1."
+        ),
+    )
+    objective_options: dict[str, Any] = Field(
+        {},
+        description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
     )
     base: Literal["nf4", "int8", "bf16", "fp32", "auto"] = Field(
         "nf4",
@@ -120,7 +135,11 @@ class Recipe(BaseModel):
     )
 
     lr: Positive | None = Field(
-        None, description="The peak learning rate. Without it the method's own; LoRA has 2e-4."
+        None,
+        description=(
+            "The peak learning rate. Without it the method's own, of which preferences take a"
+            " tenth; LoRA has 2e-4."
+        ),
     )
     lr_b: Positive | None = Field(
         None,

@@ -12,6 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     evals: dict[int, float] = field(default_factory=dict)  # step -> held-out loss
+    figures: dict[str, Any] = field(default_factory=dict)  # further ones of the last evaluation
     tokens: int = 0
     seconds: float = 0.0
     # the optimizer whose state is saved: `auto` might choose another one when the run is resumed

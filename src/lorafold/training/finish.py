@@ -5,7 +5,7 @@ each a record of how it was made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ class Trained:
     """The result of a run.
 
     Losses are means in nats over labelled tokens (over texts, for a classifier); `train_loss` is
-    that of the last ten steps. `adapter` is the directory that was written.
+    that of the last ten steps. `adapter` is the directory that was written, and `figures` are
+    further ones of the held-out rows, such as the accuracy of preferences.
     """
 
     train_loss: float
@@ -38,6 +39,7 @@ class Trained:
     seconds: float
     adapter: str
     losses: list[float]
+    figures: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -77,6 +79,7 @@ def finish(
         seconds=progress.seconds,
         adapter=str(request.out),
         losses=progress.losses,
+        figures=progress.figures,
     )
     if not job.accelerator.is_main_process:
         return result
@@ -84,6 +87,7 @@ def finish(
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": progress.losses,
         "evals": progress.evals,
+        **({"figures": progress.figures} if progress.figures else {}),
         "data": {"source": request.source, **request.data.record},
         **about,
         **recorded(job.adapter.over),

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError
+from lorafold.evaluation import Measured
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.step.recipe import Recipe
@@ -34,7 +35,7 @@ from lorafold.training.interrupt import StopRequest
 class Job:
     """Everything that the loop works with.
 
-    `wrapped` is the loss as accelerate wraps it; `held_out()` measures the held-out loss in nats.
+    `wrapped` is the loss as accelerate wraps it; `held_out()` measures on held-out examples.
     """
 
     adapter: Adapter
@@ -43,7 +44,7 @@ class Job:
     optimizer: Optimizer
     accelerator: Accelerator
     feed: Feed  # of examples, which `loss.collate` takes; each has `ids`
-    held_out: Callable[[], float] | None
+    held_out: Callable[[], Measured] | None
     recipe: Recipe
     run: RunDirectory
     steps: int
@@ -79,13 +80,10 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             due = progress.step % save_every == 0 or last or stop.signal is not None
             evaluate = progress.step % (job.recipe.eval_every or save_every) == 0 or last
             if job.held_out is not None and evaluate:
-                progress.evals[progress.step] = job.held_out()
-                job.accelerator.log(
-                    {"eval_loss": progress.evals[progress.step]}, step=progress.step
-                )
-                display.note(
-                    f"step {progress.step}: held-out loss {progress.evals[progress.step]:.4f}"
-                )
+                found = job.held_out()
+                progress.evals[progress.step], progress.figures = found.loss, dict(found.figures)
+                job.accelerator.log({"eval_loss": found.loss, **found.numbers}, step=progress.step)
+                display.note(f"step {progress.step}: {found}")
             if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
             if stop.signal is not None and not last:

@@ -11,12 +11,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorafold.data.examples import NO_LOSS, Example, encode_row
-from lorafold.data.labelled import LabelledData
+from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
 from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import Conversation, Row, shape_of
 from lorafold.files.page import document
@@ -90,10 +89,11 @@ def _shown(
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[Shown]:
-    if isinstance(train, LabelledData):
-        for number, labelled in enumerate(train.examples, 1):
-            text = objective.preview(labelled, tokenizer)
-            yield Shown(f"row {number}: {len(labelled.ids)} tokens", Conversation([]), text)
+    if not isinstance(train, Encoded):
+        examples: Sequence[Any] = train.examples
+        for number, one in enumerate(examples, 1):
+            text = objective.preview(one, tokenizer)
+            yield Shown(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
         return
     limit = request.recipe.max_length
     for number, row in enumerate(rows, 1):

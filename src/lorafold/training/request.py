@@ -89,7 +89,8 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     """
     source = resolve_model(request.model, request.revision)
     rows = () if isinstance(request.rows, Stream) else request.rows
-    return source, OBJECTIVES[request.recipe.objective](rows, source, request.adapters)
+    objective = OBJECTIVES[request.recipe.objective]
+    return source, objective(request.recipe, rows, source, request.adapters)
 
 
 def tokenizer_for(

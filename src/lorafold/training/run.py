@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 from rich.console import Console
 
@@ -41,13 +42,15 @@ def train(request: Request, console: Console) -> Trained:
         stack.enter_context(freed_blocks_kept())
         console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
+        loss.to(setup.accelerator.device)
+        feed, held_out = setup.objective.refer(loss, setup.feed, setup.held_out, console)
         job, progress = prepare(
             setup.request,
             adapter,
             loss,
             setup.accelerator,
-            setup.feed,
-            setup.held_out,
+            feed,
+            partial(setup.objective.measure, loss, held_out) if held_out else None,
             tokenizer,
             console,
         )

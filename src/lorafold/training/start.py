@@ -4,7 +4,7 @@ optimizer and the random state of a run that was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter
 from lorafold.data.feed import Feed
-from lorafold.evaluation import held_out_loss
+from lorafold.evaluation import Measured
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Job
-from lorafold.training.objectives import Data
 from lorafold.training.request import Request
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def prepare(
     loss: Loss,
     accelerator: Accelerator,
     feed: Feed,
-    held_out: Data | None,
+    held_out: Callable[[], Measured] | None,
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> tuple[Job, Progress]:
@@ -46,19 +45,18 @@ def prepare(
     Args:
         request: With `resume`, the last checkpoint of the run is loaded, if there is one.
         adapter: Attached to the model of `loss`.
-        loss: Moved to the accelerator's device.
+        loss: On the accelerator's device.
         accelerator: Distributes the steps and logs to the trackers.
         feed: The examples to train on.
-        held_out: Those to measure on.
+        held_out: Measures on held-out examples.
         tokenizer: Its chat template is part of what a resumed run must share.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
 
     Raises LorafoldError where the run to resume had another recipe, model or data.
     """
-    recipe, run = request.recipe, RunDirectory(request.out)
+    recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
     identity = identity_of(request, adapter, tokenizer)
     progress, state = Progress(), None
-    loss.to(accelerator.device)
     resume = request.resume and run.path.exists()
     if request.resume and not resume:
         told = f"{run.path}: no run to resume, this one starts from the beginning"
@@ -70,9 +68,10 @@ def prepare(
             adapter.load_state_dict(tensors)
     else:
         run.start(identity)
-        adapter.spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
-    lr = recipe.lr or adapter.spec.lr
-    groups = param_groups(adapter.parts(), lr, recipe.lr_b or adapter.spec.lr_b or lr)
+        spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
+    lr_b = spec.lr_b and spec.lr_b * loss.pace
+    lr = recipe.lr or spec.lr * loss.pace
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
     for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
@@ -86,9 +85,8 @@ def prepare(
     )
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
-    measured = None if held_out is None else partial(held_out_loss, loss, held_out.examples)
     return Job(
-        adapter, loss, wrapped, optimizer, accelerator, feed, measured, recipe, run, feed.steps
+        adapter, loss, wrapped, optimizer, accelerator, feed, held_out, recipe, run, feed.steps
     ), progress
 
 

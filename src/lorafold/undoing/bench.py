@@ -26,7 +26,7 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage, weights_of
 from lorafold.training.request import rendering_of
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Measured, Probe, distributions, measure, probe_of
+from lorafold.undoing.measure import Probe, State, distributions, measure, probe_of
 from lorafold.undoing.subspaces import Updates, overlap, updates_of
 from lorafold.undoing.task import Stack, Task
 
@@ -105,7 +105,7 @@ class Bench:
                 found["without"] = asdict(self._measured())
         return found
 
-    def _measured(self) -> Measured:
+    def _measured(self) -> State:
         return measure(self.model, self.tokenizer, self.probe, self._before or self._anew())
 
     @cached_property

@@ -27,7 +27,8 @@ from lorafold.core.evaluating import evaluating
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.prompts import Prompt
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import Interval, Z, batches, held_out_loss, wilson
+from lorafold.evaluation.held_out import batches, held_out_loss
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.generation import complete, tokens_of
 from lorafold.step.losses import Completions
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
+class State:
     """The figures of one state of the model, each with its 95% interval. `loss` is None without
     held-out benign rows, `log_odds_interval` for a single prompt.
     """
@@ -54,10 +55,10 @@ class Measured:
     loss: float | None
 
     @staticmethod
-    def of_stored(stored: dict[str, Any]) -> Measured:
+    def of_stored(stored: dict[str, Any]) -> State:
         """The figures that a file has."""
         pairs = {k: tuple(v) for k, v in stored.items() if k.endswith("_interval") and v}
-        return Measured(**stored | pairs)
+        return State(**stored | pairs)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     probe: Probe,
     before: Iterable[Tensor],
-) -> Measured:
+) -> State:
     """Measure the model with the adapters that are active on it.
 
     Args:
@@ -154,7 +155,7 @@ def measure(
     mean, interval = mean_of(log_odds(log_probabilities(loss, probe.odds), probe))
     begun = refusals(model, tokenizer, probe)
     refused, told = sum(begun[: len(probe.refuse)]), sum(begun[len(probe.refuse) :])
-    return Measured(
+    return State(
         log_odds=mean,
         log_odds_interval=interval,
         refusals=refused / len(probe.refuse),
@@ -193,10 +194,7 @@ def mean_of(values: Tensor) -> tuple[float, Interval | None]:  # (n,)
             f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
             " its adapters"
         )
-    if len(values) < 2:
-        return mean, None
-    half = Z * values.std().item() / math.sqrt(len(values))
-    return mean, (mean - half, mean + half)
+    return mean, mean_interval(values.tolist())
 
 
 def refusals(

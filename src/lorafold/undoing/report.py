@@ -18,11 +18,11 @@ from typing import Any
 from rich.table import Table
 
 from lorafold.comparing.report import cell
-from lorafold.evaluation import Interval
+from lorafold.evaluation.intervals import Interval
 from lorafold.files.page import document, drawing, html_table, markdown_table
 from lorafold.inspecting.report import STYLE, grid
 from lorafold.undoing.defences import DEFENCES
-from lorafold.undoing.measure import Measured
+from lorafold.undoing.measure import State
 from lorafold.undoing.result import Before, Curve, Fragility, Point, Way
 
 FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
@@ -159,7 +159,7 @@ def plot(
     title: str,
     label: str,
     curves: Sequence[Curve],
-    value: Callable[[Measured], tuple[float, Interval | None]],
+    value: Callable[[State], tuple[float, Interval | None]],
     levels: dict[float, str],
 ) -> str:
     """One figure over the number of examples.

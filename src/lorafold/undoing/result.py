@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.undoing.measure import Measured
+from lorafold.undoing.measure import State
 from lorafold.undoing.subspaces import Overlap
 
 
@@ -47,7 +47,7 @@ class Point:
     seed: int | None
     examples: int | None
     kept: float | None
-    measured: Measured
+    measured: State
     overlap: Overlap | None
 
     def as_json(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def point(
     """
     figures = dict(stored)
     lies = figures.pop("overlap")
-    after = Measured.of_stored(figures)
+    after = State.of_stored(figures)
     kept = stack.kept(after.log_odds)
     return Point(way, seed, examples, kept, after, None if lies is None else Overlap(**lies))
 
@@ -82,8 +82,8 @@ class Before:
     None if it has none.
     """
 
-    before: Measured
-    without: Measured | None
+    before: State
+    without: State | None
 
     @property
     def reference(self) -> float:
@@ -99,8 +99,8 @@ class Before:
     def of_stored(stored: dict[str, Any]) -> Before:
         """The figures that a file has."""
         without = stored["without"]
-        lacking = None if without is None else Measured.of_stored(without)
-        return Before(Measured.of_stored(stored["before"]), lacking)
+        lacking = None if without is None else State.of_stored(without)
+        return Before(State.of_stored(stored["before"]), lacking)
 
 
 @dataclass(frozen=True)

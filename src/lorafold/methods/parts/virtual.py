@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
-from lorafold.ops.attention import Documents
+from lorafold.ops.documents import Documents
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]

@@ -1,0 +1,267 @@
+"""Examples of preferences: the tokens of a prompt once, and those of the completions after it.
+
+    ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
+
+Of a pair, branch 1 is the chosen completion and branch 2 the rejected one. A branch begins with the
+last token that both documents have in common before the first trained one, so that each position
+predicts one token. What `shared` + `branch` holds is what supervised training makes of the row with
+that completion: the ids before a trained turn are those that generation starts from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafold.data.arrow import Array, Lists, TableExamples, lists
+from lorafold.data.completions import Completions
+from lorafold.data.examples import NO_LOSS, Example, example_of
+from lorafold.data.messages import Message
+from lorafold.data.preferences import preference_of
+from lorafold.data.render import Rendering
+from lorafold.data.shapes import Row, shape_of
+from lorafold.data.sources import kind_of
+from lorafold.data.tokenizing import Encoder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Branched:
+    """A tokenized row: the ids that its documents have in common (s,), and how each goes on.
+
+    `desirable` judges the first branch; the chosen one of a pair is. `reference` are the
+    log-probabilities of the branches under the reference, once they are known.
+    """
+
+    shared: tuple[int, ...]
+    branches: tuple[Example, ...]
+    desirable: bool = True
+    reference: tuple[float, ...] = ()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The shared ids and those of all branches, end to end, (T,)."""
+        return sum((branch.ids for branch in self.branches), self.shared)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The label of each of `ids`, (T,)."""
+        shared = (NO_LOSS,) * len(self.shared)
+        return sum((branch.labels for branch in self.branches), shared)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens that are computed for each document, the shared ones with the first."""
+        first, *others = (len(branch.ids) for branch in self.branches)
+        return (len(self.shared) + first, *others)
+
+    def documents(self) -> list[Example]:
+        """Each branch with the shared ids before it."""
+        before = (NO_LOSS,) * len(self.shared)
+        return [Example(self.shared + b.ids, before + b.labels) for b in self.branches]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one example is made of: a prompt, its completions by the name of their field, and the
+    judgement of a single one, which has yet to be checked.
+    """
+
+    prompt: list[Message]
+    completions: dict[str, list[Message]]
+    desirable: Any = True
+
+
+def pairs(row: Row) -> list[Compared]:
+    """A row of preferences as one pair."""
+    prompt, chosen, rejected = preference_of(row)
+    return [Compared(prompt, {"chosen": chosen, "rejected": rejected})]
+
+
+def judged(row: Row) -> list[Compared]:
+    """A row with a judged completion, or one of preferences, whose two completions are judged."""
+    if row.get("chosen") is not None:
+        prompt, chosen, rejected = preference_of(row)
+        return [
+            Compared(prompt, {"chosen": chosen}, True),
+            Compared(prompt, {"rejected": rejected}, False),
+        ]
+    shape = shape_of(row)
+    assert shape is not None
+    assert shape.conversation is not None
+    given = shape.conversation(row)
+    before, said = given.messages[: given.trained], given.messages[given.trained :]
+    return [Compared(before, {"completion": said}, row.get("label"))]
+
+
+COMPARED = {"pairs": pairs, "judged": judged}
+
+
+@dataclass(frozen=True, eq=False)
+class Branches(Encoder):
+    """Makes examples of preferences; `kind` is a name in COMPARED.
+
+    Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
+    starts and ends of trained spans in them, `desirable`, and `problem`.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    kind: str
+    rendering: Rendering = field(default_factory=Rendering)
+
+    @property
+    def completions(self) -> Completions:
+        """What makes the ids of a prompt with one completion."""
+        return Completions(self.tokenizer, self.rendering)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.completions.identity, "kind": self.kind}
+
+    @property
+    def schema(self) -> "pa.Schema":
+        import pyarrow as pa
+
+        numbers = pa.list_(pa.int32())
+        columns = {"row": pa.int32(), "ids": numbers, "starts": numbers, "spans": numbers}
+        return pa.schema({**columns, "desirable": pa.bool_(), "problem": pa.string()})
+
+    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
+        import pyarrow as pa
+
+        compared = [
+            (number, row, one)
+            for number, row in enumerate(rows, first)
+            for one in COMPARED[self.kind](row)
+        ]
+        asked = [
+            {"prompt": one.prompt, "completion": said, "tools": row.get("tools")}
+            for _, row, one in compared
+            for said in one.completions.values()
+        ]
+        found = self.completions.encode(asked, 0).to_pylist()
+        by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
+        made = [self._made(one, [next(by_document) for _ in one.completions])
+                for _, _, one in compared]  # fmt: skip
+        columns = [
+            pa.array([number for number, _, _ in compared], pa.int32()),
+            lists([ids for ids, *_ in made]),
+            lists([starts for _, starts, *_ in made]),
+            lists([spans for _, _, spans, _ in made]),
+            pa.array([one.desirable is True for _, _, one in compared], pa.bool_()),
+            pa.array([problem for *_, problem in made], pa.string()),
+        ]  # fmt: skip
+        return pa.record_batch(columns, self.schema)
+
+    def _made(
+        self, one: Compared, documents: list[list[dict[str, Any]]]
+    ) -> tuple[list[int], list[int], list[int], str]:
+        """(ids, starts, spans, problem) of one example.
+
+        Args:
+            one: The prompt and the completions.
+            documents: What each completion gave: its entries in the table of `Completions`.
+        """
+        problem = ""
+        if not isinstance(one.desirable, bool):
+            problem = f"field label: found {kind_of(one.desirable)}, expected true or false"
+        for name, entries in zip(one.completions, documents, strict=True):
+            if told := entries[0]["problem"]:
+                problem = problem or told
+            elif len(entries) > 1:
+                problem = problem or (
+                    f"field {name}: found {len(entries)} texts, because the chat template rewrites"
+                    " earlier turns of the completion; expected one turn of the assistant"
+                )
+            elif not entries[0]["spans"]:
+                problem = problem or (
+                    f"field {name}: found no token to train on, expected a turn of the assistant"
+                    " that the chat template renders as at generation"
+                )
+        ids = [entries[0]["ids"] for entries in documents]
+        if not problem and len(ids) == 2 and ids[0] == ids[1]:
+            problem = "fields chosen and rejected: found the same text, expected two that differ"
+        if problem:
+            return [], [], [], problem
+        spans = [entries[0]["spans"] for entries in documents]
+        shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
+        at, starts, moved = shared, list[int](), list[int]()
+        for document, of in zip(ids, spans, strict=True):
+            starts.append(at)
+            moved += [place - shared + at for place in of]
+            at += len(document) - shared
+        together = ids[0][:shared] + [token for document in ids for token in document[shared:]]
+        return together, starts, moved, ""
+
+
+def common(documents: Sequence[Sequence[int]]) -> int:
+    """How many ids the documents (T,) have in common at their beginning."""
+    shortest = min(map(len, documents))
+    table = np.array([document[:shortest] for document in documents])
+    same = (table == table[0]).all(0)
+    return shortest if same.all() else int(same.argmin())
+
+
+class BranchedExamples(TableExamples[Branched]):
+    """The examples of a table that `Branches` made. `lengths` (n,) are the tokens that are computed
+    for each, `whole` (n, k) those of its documents.
+    """
+
+    def __init__(self, table: "pa.Table", max_length: int) -> None:
+        super().__init__(table, max_length, np.arange(len(table)))
+        self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
+        self._desirable: list[bool] = table.column("desirable").to_pylist()
+        borders = [
+            [*self._starts[n].tolist(), int(length)]
+            for n, length in enumerate(self._ids.lengths.tolist())
+        ]
+        shared = np.array([of[0] for of in borders])  # (n,)
+        own = np.array([np.diff(of) for of in borders])  # (n, k)
+        self.shared = np.minimum(shared, max_length)
+        self.own = np.minimum(own, max_length - self.shared[:, None])  # of the branches, cut
+        self.whole: Array = shared[:, None] + own
+        self.lengths = self.shared + self.own.sum(1)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all that the examples are made of."""
+        found = sha256(type(self).__name__.encode())
+        lists = (self._ids, self._starts, self._spans)
+        for array in (*(a for of in lists for a in (*of.ends, *of.values)), self.shared, self.own):
+            found.update(array.tobytes())
+        return found.hexdigest()
+
+    def _example(self, entry: int) -> Branched:
+        ids, starts = self._ids[entry].tolist(), self._starts[entry].tolist()
+        spans = self._spans[entry].reshape(-1, 2)
+        branches = []
+        borders, lengths = pairwise([*starts, len(ids)]), self.own[entry].tolist()
+        for (start, end), length in zip(borders, lengths, strict=False):
+            own = spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)] - start
+            branches.append(example_of(ids[start : start + length], own.flatten().tolist()))
+        shared = tuple(ids[: int(self.shared[entry])])
+        return Branched(shared, tuple(branches), self._desirable[entry])
+
+
+class MismatchedExamples(BranchedExamples):
+    """The same for judged completions, each with a second branch: the completion of the example
+    before (that of the last one for the first), which KTO measures its divergence on.
+    """
+
+    def __init__(self, table: "pa.Table", max_length: int) -> None:
+        super().__init__(table, max_length)
+        other = np.roll(self.own, 1, axis=0)
+        self.own = np.hstack([self.own, np.minimum(other, max_length - self.shared[:, None])])
+        self.lengths = self.shared + self.own.sum(1)
+
+    def _example(self, entry: int) -> Branched:
+        own, other = super()._example(entry), super()._example((entry or len(self)) - 1)
+        [branch], [strange], length = own.branches, other.branches, int(self.own[entry, 1])
+        ids = (branch.ids[:1] + strange.ids[1:])[:length]
+        return replace(own, branches=(branch, Example(ids, strange.labels[:length])))

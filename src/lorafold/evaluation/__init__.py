@@ -1,0 +1,20 @@
+"""How good a model is on held-out rows: losses, exact match and preferences, with intervals."""
+
+from lorafold.evaluation.classifier import evaluate_classifier
+from lorafold.evaluation.held_out import held_out_loss
+from lorafold.evaluation.intervals import Interval, Z, loss_interval, wilson
+from lorafold.evaluation.result import Answer, Evaluation, Measured
+from lorafold.evaluation.rows import evaluate
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "Interval",
+    "Measured",
+    "Z",
+    "evaluate",
+    "evaluate_classifier",
+    "held_out_loss",
+    "loss_interval",
+    "wilson",
+]

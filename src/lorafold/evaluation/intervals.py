@@ -1,0 +1,59 @@
+"""95% intervals of what is measured on rows.
+
+    loss = sum_i s_i / sum_i n_i          s_i is the summed loss of row i, over its n_i tokens
+    var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
+
+The tokens of a row are not independent, so the interval of a loss is that of a ratio estimate with
+rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927),
+which is valid at 0% and 100% too; that of a mean over rows is the normal one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+
+from lorafold.errors import LorafoldError
+
+Interval = tuple[float, float]
+Z = NormalDist().inv_cdf(0.975)
+
+
+def wilson(hits: int, n: int) -> Interval:
+    """Wilson's 95% interval of the share hits / n (Wilson 1927)."""
+    share, shrink = hits / n, 1 + Z**2 / n
+    middle = (share + Z**2 / (2 * n)) / shrink
+    half = Z / shrink * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
+    """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
+    6); None for a single row.
+    """
+    m, tokens = len(sums), sum(n for _, n in sums)
+    if m < 2:
+        return None
+    mean = mean_loss(sums)
+    half = Z * math.sqrt(m / (m - 1) * sum((s - mean * n) ** 2 for s, n in sums)) / tokens
+    return max(0.0, mean - half), mean + half
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """The 95% interval of a mean over rows; None for a single row."""
+    if len(values) < 2:
+        return None
+    mean, half = fmean(values), Z * stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def mean_loss(sums: Sequence[tuple[float, int]]) -> float:
+    """The mean loss over tokens. Raises LorafoldError if it is not finite."""
+    loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
+    if not math.isfinite(loss):
+        raise LorafoldError(
+            f"held-out loss: found {loss}, expected a finite number; check the weights of the model"
+            " and its adapters"
+        )
+    return loss

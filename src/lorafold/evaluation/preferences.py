@@ -1,0 +1,167 @@
+"""How a model prefers chosen completions to rejected ones on held-out rows, with 95% intervals.
+
+    preference accuracy    the share of pairs with log p(chosen) > log p(rejected), both summed over
+                           the tokens of the completion: what the model itself prefers
+    reward accuracy        the share with reward(chosen) > reward(rejected), the reward that the
+                           objective implies: how the preference has moved from the reference
+    reward margin          the mean of reward(chosen) - reward(rejected)
+    change                 the mean of log p - log p_ref of a completion, in nats
+    KL                     of the model to the reference, nats a token of the completions
+
+A rising margin may hide that the chosen completions become less likely too, which their change
+shows (Pal et al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.core.evaluating import evaluating
+from lorafold.data.branches import Branched
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.step.preferences import Preferences
+
+
+@dataclass(frozen=True)
+class PreferenceFigures:
+    """The figures of n rows, in nats; None where rows are not pairs, where there is no reference,
+    or for the interval of a single row.
+    """
+
+    n: int
+    preference_loss: float
+    preference_accuracy: float | None
+    preference_accuracy_interval: Interval | None
+    reward_accuracy: float | None
+    reward_accuracy_interval: Interval | None
+    reward_margin: float | None
+    reward_margin_interval: Interval | None
+    chosen_logp: float
+    rejected_logp: float
+    chosen_change: float | None
+    chosen_change_interval: Interval | None
+    rejected_change: float | None
+    kl: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures but n, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "n"}
+
+    @property
+    def falling(self) -> bool:
+        """Whether the chosen completions have become less likely than under the reference."""
+        interval = self.chosen_change_interval
+        return interval is not None and interval[1] < 0
+
+    def __str__(self) -> str:
+        def share(name: str, value: float | None, interval: Interval | None) -> list[str]:
+            if value is None or interval is None:
+                return []
+            return [f"{name} {value:.1%} (95%: {interval[0]:.1%} to {interval[1]:.1%})"]
+
+        parts = [
+            *share("preference", self.preference_accuracy, self.preference_accuracy_interval),
+            *share("reward accuracy", self.reward_accuracy, self.reward_accuracy_interval),
+        ]
+        if self.reward_margin is not None:
+            margin = f"reward margin {self.reward_margin:.3f}"
+            if self.reward_margin_interval is not None:
+                low, high = self.reward_margin_interval
+                margin += f" (95%: {low:.3f} to {high:.3f})"
+            parts.append(margin)
+        if self.chosen_change is not None and self.rejected_change is not None:
+            parts.append(
+                f"log-probability minus the reference's: chosen {self.chosen_change:+.2f},"
+                f" rejected {self.rejected_change:+.2f} nats"
+            )
+        if self.kl is not None:
+            parts.append(f"KL {self.kl:.4f} nats a token")
+        text = ", ".join(parts)
+        if self.falling:
+            text += (
+                "\nthe chosen completions are less likely than under the reference: a supervised"
+                " term (--objective-options sft_weight=1) or a larger beta keeps them"
+            )
+        return text
+
+
+def preference_figures(
+    loss: Preferences,
+    examples: Sequence[Branched],
+    reference: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PreferenceFigures:
+    """Measure a model with the adapters that are active on it.
+
+    Args:
+        loss: Has the model and the law.
+        examples: With their references, if the law has any and they are known.
+        reference: Whether the model without its highest adapter is the reference, so that what is
+            not known of it can be computed.
+        progress: Is told how many examples are done, of how many.
+    """
+    scores: dict[int, list[float]] = {}
+    kl = tokens = 0.0
+    known = rewarded = reference
+    with evaluating(loss):
+        for group in loss.groups(examples):
+            chosen = [examples[i] for i in group]
+            found = loss.scored(chosen)
+            if reference:
+                with loss.below():
+                    found = found._replace(reference=loss.scored(chosen).logps)
+                here, n = loss.divergence(chosen)
+                kl, tokens = kl + here, tokens + n
+            known = found.reference is not None
+            rewarded = known or not loss.law.has_reference
+            losses = loss.law.loss(found)[:, None]
+            columns = (found.logps, found.ratios, loss.law.rewards(found), losses)
+            table = torch.cat([column.double() for column in columns], 1)  # (n, 3 k + 1)
+            scores |= dict(zip(group, table.tolist(), strict=True))
+            progress(len(scores), len(examples))
+    rows = torch.tensor([scores[i] for i in range(len(examples))])  # (n, 3 k + 1)
+    logps, ratios, rewards = rows[:, :-1].double().chunk(3, 1)
+    good = torch.tensor([e.desirable for e in examples])
+    paired = loss.law.kind == "pairs"
+
+    def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
+        first, second = (values[:, 0], values[:, 1]) if paired else (
+            values[good, 0], values[~good, 0])  # fmt: skip
+        return first.tolist(), second.tolist()
+
+    def accuracy(values: Tensor) -> tuple[float | None, Interval | None]:  # (n, k)
+        if not paired:
+            return None, None
+        hits = int((values[:, 0] > values[:, 1]).sum())
+        return hits / len(values), wilson(hits, len(values))
+
+    (won, lost), (up, down), (chosen_r, rejected_r) = map(sides, (logps, ratios, rewards))
+    margins = [a - b for a, b in zip(chosen_r, rejected_r, strict=False)] if paired else []
+    prefers, moved = accuracy(logps), accuracy(rewards) if rewarded else (None, None)
+    return PreferenceFigures(
+        n=len(examples),
+        preference_loss=float(rows[:, -1].mean()),
+        preference_accuracy=prefers[0],
+        preference_accuracy_interval=prefers[1],
+        reward_accuracy=moved[0],
+        reward_accuracy_interval=moved[1],
+        reward_margin=mean(chosen_r) - mean(rejected_r) if rewarded else None,
+        reward_margin_interval=mean_interval(margins) if rewarded else None,
+        chosen_logp=mean(won),
+        rejected_logp=mean(lost),
+        chosen_change=mean(up) if known else None,
+        chosen_change_interval=mean_interval(up) if known else None,
+        rejected_change=mean(down) if known else None,
+        kl=kl / tokens if tokens else None,
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; not a number for none."""
+    return fmean(values) if values else float("nan")

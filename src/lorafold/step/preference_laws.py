@@ -1,0 +1,251 @@
+"""The objectives of preferences, in one table: each with its equation, its paper and its options.
+
+Of each row are given log p(y | x), summed over the tokens of a completion y in nats, for the chosen
+completion w and the rejected one l, under the model and, for some, under the reference, which never
+moves:
+
+    r(y) = log p(y | x) - log p_ref(y | x)            the implicit reward over beta
+    |y|                                               the tokens of y
+
+The first completion is in column 0, the second in column 1. A loss is in nats a row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from lorafold.errors import LorafoldError
+
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Scored(NamedTuple):
+    """What the laws are given of n rows: log-probabilities under the model and the reference (n, 2)
+    in nats (None where the law has no reference), the tokens of the completions (n, 2), and for
+    judged completions whether they are desirable (n,).
+    """
+
+    logps: Tensor
+    reference: Tensor | None
+    tokens: Tensor
+    desirable: Tensor | None = None
+
+    @property
+    def ratios(self) -> Tensor:
+        """r (n, 2), or log p where there is no reference."""
+        return self.logps if self.reference is None else self.logps - self.reference
+
+    @property
+    def means(self) -> Tensor:
+        """log p a token, (n, 2)."""
+        return self.logps / self.tokens
+
+    @property
+    def nll(self) -> Tensor:
+        """The supervised loss of the first completion, in nats a token, (n,)."""
+        return -self.means[:, 0]
+
+
+class Law(ABC):
+    """Abstract: one objective of preferences."""
+
+    kind: ClassVar[str] = "pairs"  # of rows, a name in `data.branches.COMPARED`
+    has_reference: ClassVar[bool] = True
+
+    @abstractmethod
+    def loss(self, scored: Scored) -> Tensor:
+        """The loss of each row, (n,), in nats."""
+
+    @abstractmethod
+    def rewards(self, scored: Scored) -> Tensor:
+        """The rewards that the law implies for both completions, (n, 2)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Dpo(Law):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+        loss = -(1 - e) log s(beta d) - e log s(-beta d) + a NLL(w),      d = r(w) - r(l)
+
+    s is the logistic function. With label_smoothing e > 0 it is cDPO (Mitchell 2023), which assumes
+    that a share e of the labels is wrong. With sft_weight a > 0 the chosen completion is learned
+    too (Pang et al. 2024, arXiv 2404.19733, eq. 1), which keeps its probability from falling.
+    """
+
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    sft_weight: Weight = 0.0
+
+    def loss(self, scored: Scored) -> Tensor:
+        margin = self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])
+        e = self.label_smoothing
+        loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+        return loss + self.sft_weight * scored.nll if self.sft_weight else loss
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return self.beta * scored.ratios
+
+
+@dataclass(frozen=True, config=STRICT)
+class Ipo(Law):
+    """Identity preference optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17).
+
+        loss = (d - 1 / (2 beta))^2,      d = r(w) / |w| - r(l) / |l|
+
+    The margin has a finite target, so that pairs which all agree do not drive it to infinity. The
+    paper's form is for single actions; here ratios are means over tokens, so that beta means the
+    same for long and short completions (`per_token`; without it they are sums, as in eq. 17).
+    """
+
+    beta: Positive = 0.1
+    per_token: bool = True
+
+    def loss(self, scored: Scored) -> Tensor:
+        r = scored.ratios / scored.tokens if self.per_token else scored.ratios
+        return (r[:, 0] - r[:, 1] - 1 / (2 * self.beta)).square()
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return self.beta * scored.ratios
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hinge(Law):
+    """The hinge of SLiC on DPO's margin (Zhao et al. 2023, arXiv 2305.10425; in this form Liu et
+    al. 2023, arXiv 2309.06657, eq. 13).
+
+        loss = max(0, 1 - beta d),      d = r(w) - r(l)
+    """
+
+    beta: Positive = 0.1
+
+    def loss(self, scored: Scored) -> Tensor:
+        return (1 - self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])).relu()
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return self.beta * scored.ratios
+
+
+@dataclass(frozen=True, config=STRICT)
+class Orpo(Law):
+    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
+
+        loss = NLL(w) - beta log s(log odds(w) - log odds(l)),      odds(y) = p / (1 - p),
+                                                                   log p = log p(y | x) / |y|
+
+    It has no reference: the supervised loss of the chosen completion is part of it, so it can
+    replace supervised fine-tuning.
+    """
+
+    has_reference: ClassVar[bool] = False
+    beta: Positive = 0.1
+
+    def loss(self, scored: Scored) -> Tensor:
+        means = scored.means.clamp(max=-1e-6)  # odds are infinite at p = 1
+        odds = means - torch.log(-torch.expm1(means))
+        return scored.nll - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return self.beta * scored.means
+
+
+@dataclass(frozen=True, config=STRICT)
+class Simpo(Law):
+    """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6).
+
+        loss = -log s(beta (log p(w | x) / |w| - log p(l | x) / |l|) - gamma) + a NLL(w)
+
+    It has no reference; log-probabilities are means over tokens, so that length earns nothing.
+    sft_weight a is the variant of the paper's appendix with a supervised term.
+    """
+
+    has_reference: ClassVar[bool] = False
+    beta: Positive = 2.0
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    sft_weight: Weight = 0.0
+
+    def loss(self, scored: Scored) -> Tensor:
+        margin = self.beta * (scored.means[:, 0] - scored.means[:, 1]) - self.gamma
+        loss = -F.logsigmoid(margin)
+        return loss + self.sft_weight * scored.nll if self.sft_weight else loss
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return self.beta * scored.means
+
+
+@dataclass(frozen=True, config=STRICT)
+class Kto(Law):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8), for
+    completions that are judged one by one.
+
+        loss = w_d (1 - s(beta (r(y) - z)))        y desirable
+               w_u (1 - s(beta (z - r(y))))        y undesirable
+        z    = max(0, mean of r over mismatched completions of the micro-batch), without gradient
+
+    Column 0 has the completion, column 1 that of another prompt, on which z is measured.
+    """
+
+    kind: ClassVar[str] = "judged"
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
+
+    def loss(self, scored: Scored) -> Tensor:
+        assert scored.desirable is not None
+        ratios = scored.ratios
+        z = ratios[:, 1].detach().mean().clamp(min=0)
+        sign = torch.where(scored.desirable, 1.0, -1.0)
+        weight = torch.where(
+            scored.desirable, self.desirable_weight, self.undesirable_weight
+        )
+        return weight * (1 - torch.sigmoid(self.beta * sign * (ratios[:, 0] - z)))
+
+    def rewards(self, scored: Scored) -> Tensor:
+        return self.beta * scored.ratios
+
+
+LAWS: dict[str, type[Law]] = {
+    "dpo": Dpo,
+    "ipo": Ipo,
+    "hinge": Hinge,
+    "kto": Kto,
+    "orpo": Orpo,
+    "simpo": Simpo,
+}
+
+
+def law_of(objective: str, beta: float | None, options: dict[str, Any]) -> Law:
+    """The law of an objective.
+
+    Args:
+        objective: A name in LAWS.
+        beta: Its beta; None takes the law's own.
+        options: Its other options.
+
+    Raises LorafoldError for an option that the law does not have, or a value out of its range.
+    """
+    law: Any = LAWS[objective]
+    given = options if beta is None else {**options, "beta": beta}
+    known = law.__dataclass_fields__
+    if unknown := [name for name in options if name not in known]:
+        raise LorafoldError(
+            f"objective_options: {', '.join(unknown)}: the objective {objective} has no such"
+            f" option; it has: {', '.join(known)}"
+        )
+    try:
+        made: Law = law(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise LorafoldError(
+            f"objective {objective}: {'.'.join(map(str, first['loc']))}: found {first['input']!r},"
+            f" expected {first['msg'].removeprefix('Input should be ')}"
+        ) from None
+    return made

@@ -1,0 +1,211 @@
+"""The loss of preferences as a module: log-probabilities of completions, and the law over them.
+
+    loss = Preferences(model, Dpo(beta=0.1), how, pad_id)
+    loss.references(examples)          log p_ref (n, k), of the adapters below the highest one
+    loss(**loss.collate(examples, device))
+
+The reference is the model without its highest adapter, the one that trains: no second model. How
+the completions of a row meet their prompt depends on the model: it is computed once for both
+(`step.branches`), once for each in a packed sequence, or in padded sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.attach import only, selection_of
+from lorafold.core.evaluating import evaluating
+from lorafold.data.batches import collate, micro_batches
+from lorafold.data.branches import Branched
+from lorafold.data.examples import NO_LOSS
+from lorafold.ops.documents import Documents
+from lorafold.step.branches import Branching
+from lorafold.step.divergence import divergence
+from lorafold.step.head import document_losses
+from lorafold.step.losses import Loss
+from lorafold.step.preference_laws import Law, Scored
+
+
+class Preferences(Loss):
+    """The loss of a law over rows of completions, in nats, summed over rows.
+
+    Args:
+        model: The model with its adapters, of which the highest trains.
+        law: What is made of the log-probabilities.
+        how: How far the model goes with packed documents; None pads.
+        pad_id: The token that fills short sequences.
+        tokens: The most tokens that are computed at a time where nothing is trained.
+    """
+
+    pace = 0.1  # a pair is told apart long before its completions are learned
+
+    def __init__(
+        self, model: nn.Module, law: Law, how: Branching | None, pad_id: int, tokens: int = 2048
+    ) -> None:
+        super().__init__(model)
+        self.law, self.pad_id, self.tokens = law, pad_id, tokens
+        self.how = how if how is not None and how.packs else None
+
+    @property
+    def shares(self) -> bool:
+        """Whether a prompt is computed once for its completions."""
+        return self.how is not None and self.how.shares
+
+    def count(self, example: Branched) -> int:
+        return 1
+
+    def micro_batches(
+        self, examples: Sequence[Branched], n: int, tokens: int
+    ) -> list[Sequence[Branched]]:
+        if self.how is None:
+            return micro_batches(examples, n)
+        return micro_batches(examples, n, tokens, self.size)
+
+    def size(self, example: Branched) -> int:
+        """The tokens that are computed for an example."""
+        own = sum(len(branch.ids) for branch in example.branches)
+        return own + len(example.shared) * (1 if self.shares else len(example.branches))
+
+    def collate(
+        self, examples: Sequence[Branched], device: torch.device
+    ) -> dict[str, Tensor]:
+        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which completion
+        a position belongs to; `reference` (n, k), `desirable` (n,); and where prompts are shared
+        `lens` (n, 1 + k), the tokens of each prompt and of each completion.
+        """
+        found = self._shared(examples) if self.shares else self._apart(examples)
+        found["desirable"] = torch.tensor([e.desirable for e in examples])
+        if self.law.has_reference and all(e.reference for e in examples):
+            found["reference"] = torch.tensor([e.reference for e in examples])
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+    def _shared(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+        ids: list[int] = []
+        positions, targets, document = list[int](), list[int](), list[int]()
+        number = 0
+        for e in examples:
+            s = len(e.shared)
+            ids += e.shared
+            positions += range(s)
+            targets += [NO_LOSS] * s
+            document += [number] * s
+            for branch in e.branches:
+                ids += branch.ids
+                positions += range(s, s + len(branch.ids))
+                targets += [*branch.labels[1:], NO_LOSS]
+                document += [number] * len(branch.ids)
+                number += 1
+        lens = [[len(e.shared), *(len(branch.ids) for branch in e.branches)] for e in examples]
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "labels": torch.tensor([targets]),
+            "document": torch.tensor([document]),
+            "lens": torch.tensor(lens),
+        }
+
+    def _apart(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+        documents = [document for e in examples for document in e.documents()]
+        found = collate(documents, self.how is not None, self.pad_id)
+        number = torch.arange(len(documents))
+        if self.how is None:
+            found["document"] = number[:, None].expand_as(found["labels"])
+        else:
+            lengths = torch.tensor([len(document.ids) for document in documents])
+            found["document"] = number.repeat_interleave(lengths)[None]
+        return found
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.
+
+        A reference that is not given is computed.
+        """
+        desirable, reference = inputs.pop("desirable"), inputs.pop("reference", None)
+        logps, tokens = self.logps(labels, len(desirable), **inputs)
+        if reference is None and self.law.has_reference:
+            with evaluating(self), self.below():
+                reference, _ = self.logps(labels, len(desirable), **inputs)
+        return self.law.loss(Scored(logps, reference, tokens, desirable)).sum()
+
+    def logps(
+        self,
+        labels: Tensor,
+        n: int,
+        document: Tensor,
+        lens: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p of the completions in nats, and their tokens, both (n, k).
+
+        Args:
+            labels, document, lens, inputs: As `collate` gives them.
+            n: The number of rows.
+        """
+        with self.over(labels, lens):
+            k = int(document.max()) + 1
+            losses, counts = document_losses(self.model, labels, inputs, document, k)
+        return -losses.view(n, -1), counts.view(n, -1)
+
+    @contextmanager
+    def over(self, labels: Tensor, lens: Tensor | None) -> Iterator[None]:
+        """Tell the model's attention the documents of a batch until the `with` block ends.
+
+        Args:
+            labels: (B, T), of the batch.
+            lens: As `collate` gives it; None where each completion has its own prompt.
+        """
+        if lens is None or self.how is None:
+            yield
+            return
+        shared, *_ = lens.t().tolist()
+        docs = Documents.branching(shared, lens[:, 1:].tolist(), labels.device)
+        with self.how.over(docs):
+            yield
+
+    @contextmanager
+    def below(self) -> Iterator[None]:
+        """A context in which the model is the reference: without its highest adapter."""
+        with only(self.model, *selection_of(self.model).names[:-1]):
+            yield
+
+    def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
+        """The indices of examples in batches of similar length, of at most `tokens` together."""
+        sizes = [self.size(e) for e in examples]
+        groups: list[list[int]] = [[]]
+        for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+            if groups[-1] and (len(groups[-1]) + 1) * sizes[i] > self.tokens:
+                groups.append([])
+            groups[-1].append(i)
+        return groups
+
+    def references(self, examples: Sequence[Branched]) -> Iterator[tuple[int, list[float]]]:
+        """Yield the index and the log-probabilities under the reference of each example."""
+        for group in self.groups(examples):
+            with evaluating(self), self.below():
+                found = self.scored([examples[i] for i in group]).logps
+            yield from zip(group, found.tolist(), strict=True)
+
+    def scored(self, examples: Sequence[Branched]) -> Scored:
+        """The log-probabilities of the examples under the model as it is, with their references.
+        """
+        inputs = self.collate(examples, self.device)
+        labels, desirable = inputs.pop("labels"), inputs.pop("desirable")
+        reference = inputs.pop("reference", None)
+        logps, tokens = self.logps(labels, len(examples), **inputs)
+        return Scored(logps, reference, tokens, desirable)
+
+    def divergence(self, examples: Sequence[Branched]) -> tuple[float, int]:
+        """KL of the model to the reference, in nats summed over the tokens of the completions, and
+        the number of these.
+        """
+        inputs = self.collate(examples, self.device)
+        labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
+        for name in ("document", "desirable", "reference"):
+            inputs.pop(name, None)
+        with self.over(labels, lens):
+            found = divergence(self.model, labels, inputs, self.below)
+        return float(found), int((labels != NO_LOSS).sum())

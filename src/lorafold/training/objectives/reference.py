@@ -1,0 +1,116 @@
+"""The log-probabilities of completions under the reference, computed before the first step.
+
+    examples = referenced(loss, examples, console)
+
+The reference never moves, so they are computed once and kept in the cache, under the digest of the
+examples and of every tensor of the model but those of the adapter that trains. A run that is
+resumed, or repeated with another beta, reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorafold.core.attach import adapted_modules, selection_of
+from lorafold.data.arrow import Array
+from lorafold.data.branches import Branched, BranchedExamples
+from lorafold.files.cache import cached
+from lorafold.step.preferences import Preferences
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT = 1  # raise it when files of an earlier version must not be used any more
+FILE = "reference.npy"
+
+
+class Referenced(Sequence[Branched]):
+    """Examples with the log-probabilities of their completions under the reference, (n, k)."""
+
+    def __init__(self, examples: Sequence[Branched], logps: Array) -> None:
+        self.examples, self.logps = examples, logps
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Branched: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Branched]: ...
+    def __getitem__(self, index: int | slice) -> Branched | list[Branched]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))
+
+
+def referenced(loss: Preferences, examples: BranchedExamples, console: Console) -> Referenced:
+    """The examples with their references, from the cache, or computed and added to it.
+
+    Args:
+        loss: Has the model, whose highest adapter is as it was before training.
+        examples: Tokenized rows.
+        console: For progress, and for where they are from.
+    """
+    from rich.progress import Progress
+
+    source, start = "read from the cache", time.perf_counter()
+
+    def write(directory: Path) -> None:
+        nonlocal source
+        table = np.zeros((len(examples), len(examples[0].branches)), np.float32)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("reference", total=len(examples))
+            for index, logps in loss.references(examples):
+                table[index] = logps
+                bar.advance(task)
+        np.save(directory / FILE, table)
+        source = f"computed in {time.perf_counter() - start:.1f} s"
+
+    def notice(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    key = json.dumps([FORMAT, digest(loss.model), examples.digest, loss.shares])
+    path = cached("reference", key, write, notice) / FILE
+    notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
+    return Referenced(examples, np.load(path))
+
+
+def digest(model: nn.Module) -> str:
+    """The SHA-256 of every tensor of a model but those of its highest adapter."""
+    name = selection_of(model).names[-1]
+    own = {
+        id(tensor)
+        for _, module in adapted_modules(model)
+        if name in module.deltas
+        for tensor in chain(module.deltas[name].parameters(), module.deltas[name].buffers())
+    }
+    found = sha256()
+    for path, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if id(tensor) not in own or moves(model):
+            found.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def moves(model: nn.Module) -> bool:
+    """Whether the highest adapter trains the model's own weights, so that what is below it is the
+    reference before the first step only.
+    """
+    name = selection_of(model).names[-1]
+    return any(
+        part.in_place
+        for _, module in adapted_modules(model)
+        if name in module.deltas
+        for part in module.deltas[name].parts()  # type: ignore[operator]
+    )
