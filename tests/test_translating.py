@@ -342,13 +342,13 @@ def test_warm_up_steps_become_the_share_that_a_run_rounds_to_them(tmp_path, tota
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("stage: dpo\nlora_rank: 8", "stage: found 'dpo', but lorafold's objectives are sft"),
+        ("stage: ppo\nlora_rank: 8", "stage: found 'ppo', but lorafold trains no policy"),
         ("stage: pt\nfinetuning_type: full", "lorafold does not pretrain"),
         ("stage: sft\nfinetuning_type: oft", "finetuning_type: found 'oft'"),
         ("stage: sft\nlora_rank: many", "lora_rank: found 'many', expected a number"),
         ("stage: sft\nlora_rank: 0", "lora_rank: found 0 as recipe field rank"),
         ("stage: sft\nlora_dropout: 1.5", "lora_dropout: found 1.5 as recipe field dropout"),
-        ("base_model: m\nadapter: lora\nrl: dpo", "rl: found 'dpo'"),
+        ("base_model: m\nadapter: lora\nrl: grpo", "rl: found 'grpo'"),
         ("base_model: m\nadapter: lora\nlora_r: 8", "learning_rate, lora_alpha missing"),
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),

@@ -7,10 +7,13 @@ in `no_counterpart`.
 
 from __future__ import annotations
 
+from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
 from lorafold.translating import trainer
+from lorafold.translating.axolotl_preferences import objective_of
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.no_counterpart import AXOLOTL
+from lorafold.translating.preferences import law_option
 from lorafold.translating.rules import (
     Rule,
     all_without,
@@ -27,7 +30,6 @@ TYPICAL_KEYS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )
-INIT_ADAPTER = "lora_model_dir"
 
 RULES: tuple[Rule, ...] = (
     Rule("adapter", readers.adapter, readers.NO_ADAPTER),
@@ -37,13 +39,13 @@ RULES: tuple[Rule, ...] = (
     Rule("peft", readers.of_lora(readers.part_of_method)),
     Rule("lora_r", readers.of_lora(to("rank", integer))),
     Rule("lora_alpha", readers.of_lora(to("alpha", number))),
-    Rule("lora_dropout", readers.of_lora(to("dropout", number)), 0.0),
+    Rule("lora_dropout", readers.of_lora(preferences.dropout), 0.0),
     Rule("lora_target_linear", readers.of_lora(readers.target_linear)),
     Rule("lora_target_modules", readers.of_lora(readers.target_modules)),
     Rule("lora_rank_pattern", readers.of_lora(to("rank_pattern"))),
     Rule("lora_alpha_pattern", readers.of_lora(to("alpha_pattern"))),
     Rule("lora_modules_to_save", readers.of_lora(to("modules_to_save", names))),
-    Rule(INIT_ADAPTER, option("--init-adapter")),
+    Rule("lora_model_dir", preferences.lora_model_dir),
     Rule("load_in_4bit", readers.quantized("nf4")),
     Rule("load_in_8bit", readers.quantized("int8")),
     Rule("bf16", readers.bf16, "auto"),
@@ -108,9 +110,25 @@ RULES: tuple[Rule, ...] = (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("resume_from_checkpoint", without("lorafold resumes runs of its own: --resume")),
     Rule("auto_resume_from_checkpoints", without("pass --resume to go on with a run")),
-    Rule("rl", refusing("lorafold's objectives are sft and classify")),
-    Rule("reward_model", refusing("lorafold does not train reward models")),
-    Rule("process_reward_model", refusing("lorafold does not train reward models")),
+    Rule("rl", preferences.rl),
+    Rule("dpo_loss_type", preferences.loss_type, ["sigmoid"]),
+    Rule("dpo_loss_weights", preferences.loss_weights),
+    Rule("trl", preferences.beta_of("trl")),
+    Rule("rl_beta", preferences.beta_of("rl_beta"), 0.1),
+    Rule("dpo_beta", preferences.beta_of("dpo_beta")),
+    Rule("orpo_alpha", preferences.beta_of("orpo_alpha")),
+    Rule("dpo_label_smoothing", preferences.label_smoothing),
+    Rule("dpo_use_weighting", refusing("lorafold weighs every pair alike")),
+    Rule("rpo_alpha", refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term")),
+    Rule("dpo_norm_loss", refusing("axolotl refuses it")),
+    Rule("simpo_gamma", law_option("gamma", objective_of)),
+    Rule("cpo_alpha", preferences.cpo_alpha, 1.0),
+    Rule("kto_desirable_weight", law_option("desirable_weight", objective_of)),
+    Rule("kto_undesirable_weight", law_option("undesirable_weight", objective_of)),
+    Rule("reward_model", preferences.reward_model),
+    Rule("center_rewards_coefficient", preferences.center_rewards),
+    Rule("num_labels", preferences.num_labels),
+    Rule("process_reward_model", refusing("lorafold's reward models score whole texts")),
     Rule("reinit_weights", refusing("lorafold does not pretrain")),
     Rule("relora", refusing("lorafold does not restart LoRA")),
     Rule("unfrozen_parameters", refusing("lorafold's full method trains the whole model")),

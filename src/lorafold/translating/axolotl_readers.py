@@ -12,7 +12,9 @@ from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.translating import trainer
+from lorafold.translating.axolotl_preferences import objective_of, starts_afresh
 from lorafold.translating.convert import boolean, choice, integer, names, number
+from lorafold.translating.preferences import rows_wanted
 from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, taken
 
 NO_ADAPTER = "none, the whole model"  # what stands for a file without `adapter`
@@ -39,7 +41,7 @@ def adapter(value: Any, settings: Settings) -> Outcome:
     choice(value, "lora", "qlora")
     if value == "qlora" and not settings["load_in_4bit"]:
         raise LorafoldError("found qlora without load_in_4bit: true, which axolotl asks for")
-    if settings["lora_model_dir"]:
+    if not starts_afresh(settings):
         require("learning_rate", settings)
     else:
         require("learning_rate lora_r lora_alpha", settings)
@@ -193,10 +195,8 @@ def datasets(value: Any, settings: Settings) -> Outcome:
     """`datasets` are left: their rows go to `--data`."""
     found = [d for d in value if isinstance(d, dict)] if isinstance(value, list) else []
     listed = ", ".join(f"{d.get('path')} ({d.get('type', 'no type')})" for d in found)
-    return left(
-        f"pass rows of messages, of prompt and completion, or of text as --data: {listed or value}",
-        "--data DATA",
-    )
+    wanted = rows_wanted(objective_of(settings))
+    return left(f"{wanted}: {listed or value}", "--data DATA")
 
 
 def new_tokens(value: Any, settings: Settings) -> Outcome:

@@ -8,10 +8,13 @@ are read in `llamafactory_readers`, and keys that a recipe has no field for are 
 
 from __future__ import annotations
 
+from lorafold.translating import llamafactory_preferences as preferences
 from lorafold.translating import llamafactory_readers as readers
 from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, integer, names, number
+from lorafold.translating.llamafactory_preferences import objective_of
 from lorafold.translating.no_counterpart import LLAMAFACTORY
+from lorafold.translating.preferences import beta, law_option, rows_wanted
 from lorafold.translating.rules import (
     Rule,
     all_without,
@@ -28,26 +31,36 @@ TYPICAL_KEYS = (
     "model_name_or_path finetuning_type stage cutoff_len lora_rank lora_target template"
     " per_device_train_batch_size num_train_epochs quantization_bit dataset_dir"
 )
-INIT_ADAPTER = "adapter_name_or_path"
 
 RULES: tuple[Rule, ...] = (
     Rule("stage", readers.stage, "sft"),
     Rule("finetuning_type", readers.finetuning_type, "lora"),
     Rule("use_dora", readers.part_of_method, False),
     Rule("use_rslora", readers.part_of_method, False),
-    Rule("pissa_init", readers.part_of_method, False),
+    Rule("pissa_init", readers.pissa_init, False),
     Rule("pissa_iter", lambda value, settings: (
         taken("it is part of the method") if settings.read("pissa_init", boolean) else None), 16),
     Rule("pissa_convert", lambda value, settings: (
         taken("an adapter is always saved as LoRA over the plain base"))),
     Rule("lora_rank", readers.of_lora(readers.lora_rank), 8),
     Rule("lora_alpha", readers.of_lora(readers.lora_alpha)),
-    Rule("lora_dropout", readers.of_lora(to("dropout", number)), 0.0),
+    Rule("lora_dropout", readers.of_lora(preferences.dropout), 0.0),
     Rule("lora_target", readers.of_lora(readers.lora_target), "all"),
     Rule("additional_target", readers.of_lora(to("modules_to_save", names))),
-    Rule(INIT_ADAPTER, readers.init_adapter),
-    Rule("create_new_adapter", lambda value, settings: (
-        taken("a fresh adapter is lorafold's way, unless --init-adapter names one"))),
+    Rule("adapter_name_or_path", preferences.named_adapters),
+    Rule("create_new_adapter", preferences.create_new_adapter, False),
+    Rule("pref_loss", preferences.pref_loss, "sigmoid"),
+    Rule("pref_beta", beta(objective_of), 0.1),
+    Rule("pref_ftx", preferences.pref_ftx, 0.0),
+    Rule("pref_bco_weight", preferences.bco_weight, 0.0),
+    Rule("ld_alpha", preferences.other_term),
+    Rule("dpo_label_smoothing", preferences.label_smoothing, 0.0),
+    Rule("simpo_gamma", law_option("gamma", objective_of), 0.5),
+    Rule("kto_chosen_weight", law_option("desirable_weight", objective_of), 1.0),
+    Rule("kto_rejected_weight", law_option("undesirable_weight", objective_of), 1.0),
+    Rule("ref_model", preferences.ref_model),
+    Rule("ref_model_adapters", preferences.ref_model_adapters),
+    Rule("ref_model_quantization_bit", preferences.ref_model_quantization_bit),
     Rule("quantization_bit", readers.quantization_bit),
     Rule("quantization_method", readers.part_of_quantization, "bnb"),
     Rule("quantization_type", readers.part_of_quantization, "nf4"),
@@ -100,8 +113,7 @@ RULES: tuple[Rule, ...] = (
     Rule("output_dir", option("--out")),
     Rule("overwrite_output_dir", without("pass --overwrite to replace what an earlier run wrote")),
     Rule("dataset", lambda value, settings: left(
-        f"pass rows of messages, of prompt and completion, or of text as --data: {value}",
-        "--data DATA")),
+        f"{rows_wanted(objective_of(settings))}: {value}", "--data DATA")),
     Rule("eval_dataset", lambda value, settings: (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("do_train", lambda value, settings: (

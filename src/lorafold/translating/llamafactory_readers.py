@@ -12,7 +12,9 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, choice, integer, names, number
-from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, option, taken
+from lorafold.translating.llamafactory_preferences import objective_of, of_supervised
+from lorafold.translating.preferences import has_reference
+from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, taken
 
 
 def of_lora(reader: Reader) -> Reader:
@@ -33,7 +35,16 @@ def stage(value: Any, settings: Settings) -> Outcome:
         )
     if value == "pt":
         raise LorafoldError("found 'pt' of the whole model, but lorafold does not pretrain")
-    raise LorafoldError(f"found {value!r}, but lorafold's objectives are sft and classify")
+    if value == "dpo":
+        return taken("pref_loss says which objective")
+    if value == "rm":
+        return changed(
+            "its head there has a bias and a dropout of its own, and here neither",
+            objective="reward",
+        )
+    if value == "ppo":
+        raise LorafoldError("found 'ppo', but lorafold trains no policy on rewards")
+    return taken(objective=choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto"))
 
 
 def finetuning_type(value: Any, settings: Settings) -> Outcome:
@@ -48,6 +59,15 @@ def finetuning_type(value: Any, settings: Settings) -> Outcome:
         settings.read("use_rslora", boolean),
         pissa if settings.read("pissa_init", boolean) else None,
     )
+
+
+def pissa_init(value: Any, settings: Settings) -> Outcome | None:
+    """`pissa_init` is read by the rule of `finetuning_type`; LorafoldError with a reference, as in
+    LLaMA-Factory, since the base that PiSSA changes would be the reference.
+    """
+    if boolean(value) and has_reference(objective_of(settings)):
+        raise LorafoldError(f"found {value!r}, which LLaMA-Factory refuses with a reference")
+    return part_of_method(value, settings)
 
 
 def part_of_method(value: Any, settings: Settings) -> Outcome | None:
@@ -131,15 +151,18 @@ def fp16(value: Any, settings: Settings) -> Outcome | None:
 
 def is_packed(settings: Settings) -> bool:
     """Whether rows are packed, as LLaMA-Factory decides it: where `neat_packing` or `packing` is
-    on, and in pretraining unless `packing` is off.
+    on, and in pretraining unless `packing` is off. Rows of preferences are not.
     """
     found = settings["packing"]
     by_stage = settings["stage"] == "pt"
+    if objective_of(settings) is not None:
+        return False
     return settings.read("neat_packing", boolean) or (by_stage if found is None else boolean(found))
 
 
 def neat_packing(value: Any, settings: Settings) -> Outcome:
     """`neat_packing` and `packing` become `packing`, where packed rows never see each other."""
+    of_supervised(value, settings)
     if is_packed(settings) and not boolean(value):
         return changed("rows see each other there and are kept apart here", packing=True)
     return taken(packing=is_packed(settings))
@@ -167,6 +190,7 @@ def template(value: Any, settings: Settings) -> Outcome:
 
 def train_on_prompt(value: Any, settings: Settings) -> Outcome:
     """`train_on_prompt` is left where it is on: the loss is on completions."""
+    of_supervised(value, settings)
     if boolean(value):
         return left("every token of {text} rows is trained, and completions of the other rows")
     return taken("the loss is on completions")
@@ -174,6 +198,7 @@ def train_on_prompt(value: Any, settings: Settings) -> Outcome:
 
 def mask_history(value: Any, settings: Settings) -> Outcome:
     """`mask_history` trains the last turn of the assistant alone, where it is on."""
+    of_supervised(value, settings)
     if boolean(value):
         return taken(train_on="last")
     return taken("every turn of the assistant is trained", train_on="all")
@@ -187,16 +212,3 @@ def enable_thinking(value: Any, settings: Settings) -> Outcome:
         "a run refuses it where the model's chat template does not read it",
         template_kwargs={"enable_thinking": boolean(value)},
     )
-
-
-def init_adapter(value: Any, settings: Settings) -> Outcome | None:
-    """`adapter_name_or_path` goes to `--init-adapter`; LorafoldError where adapters are to be
-    merged first.
-    """
-    found = names(value)
-    if len(found) > 1 or settings["create_new_adapter"]:
-        raise LorafoldError(
-            f"found {value!r}, which LLaMA-Factory merges first: lorafold merge does that, and its"
-            " result is the --model"
-        )
-    return option("--init-adapter")(found[0], settings)

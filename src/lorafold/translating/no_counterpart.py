@@ -16,7 +16,10 @@ MEMORY = "it concerns memory or speed, and not what is trained"
 LOGGING = "a run shows its loss by itself and keeps the best checkpoint"
 HUB = "a saved adapter is uploaded with the hub's own command"
 
+REFERENCE = "one model is loaded, and what the reference computes is kept from one run to the next"
+
 AXOLOTL = (
+    (REFERENCE, "rl_adapter_ref_model precompute_ref_log_probs"),
     ("gradients are not logged", "wandb_watch"),
     ("words that are to be tokens: --new-tokens", "added_tokens_overrides"),
     ("lorafold merge folds the adapter into its base", "merge_lora"),
@@ -41,7 +44,7 @@ AXOLOTL = (
         " liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm"
         " liger_cross_entropy cut_cross_entropy bnb_config_kwargs tiled_mlp liger_rms_norm_gated"
         " experts_implementation quantize_moe_experts use_scattermoe use_sonicmoe"
-        " fp8_enable_fsdp_float8_all_gather",
+        " fp8_enable_fsdp_float8_all_gather dpo_use_liger_kernel",
     ),
     (
         MODEL,
@@ -72,7 +75,8 @@ AXOLOTL = (
         "lorafold packs rows by best fit and keeps each apart from the others",
         "eval_sample_packing pad_to_sequence_len pad_to_multiple_of sample_packing_group_size"
         " sample_packing_bin_size sample_packing_sequentially batch_flattening"
-        " multipack_real_batches sample_packing_eff_est eval_sequence_len max_packed_sequence_len",
+        " multipack_real_batches sample_packing_eff_est eval_sequence_len max_packed_sequence_len"
+        " dpo_padding_free",
     ),
     (
         DECAY,
@@ -146,9 +150,9 @@ LLAMAFACTORY = (
      " include_effective_tokens_per_second metric_for_best_model greater_is_better"
      " early_stopping_steps print_param_status eval_accumulation_steps full_determinism"),
     (HUB, "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo"),
-    ("it belongs to another stage or method than the file asks for", "pref_beta pref_ftx pref_loss"
-     " simpo_gamma dpo_label_smoothing kto_chosen_weight kto_rejected_weight ref_model"
-     " reward_model reward_model_type ppo_epochs ppo_buffer_size freeze_trainable_layers"
+    ("it belongs to another stage or method than the file asks for", "reward_model"
+     " reward_model_type reward_model_adapters reward_model_quantization_bit ppo_epochs"
+     " ppo_buffer_size ppo_score_norm ppo_target ppo_whiten_rewards freeze_trainable_layers"
      " freeze_trainable_modules freeze_extra_modules oft_rank oft_block_size oft_target"
      " module_dropout galore_rank galore_target galore_update_interval galore_scale"
      " galore_proj_type galore_layerwise apollo_rank apollo_target apollo_update_interval"

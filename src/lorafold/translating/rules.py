@@ -138,19 +138,12 @@ def refusing(why: str) -> Reader:
     return read
 
 
-def by_rules(
-    rules: Sequence[Rule], config: Mapping[str, Any], init_adapter: str | None = None
-) -> tuple[Entry, ...]:
+def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Entry, ...]:
     """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
 
-    Args:
-        rules: The table of the tool.
-        config: What its file says.
-        init_adapter: The key that names an adapter to start from. Where it is set, that adapter
-            brings its own method, rank and targets, and the file's are left.
-
-    Raises:
-        LorafoldError: it lists every value that can't be read, or that lorafold can't train.
+    Where a rule passes `--init-adapter`, that adapter brings its own method, rank and targets, and
+    the file's are left. LorafoldError lists every value that can't be read, or that lorafold can't
+    train.
     """
     settings = Settings(config, {rule.key: rule.default for rule in rules})
     entries: list[Entry] = []
@@ -171,7 +164,7 @@ def by_rules(
             entries.append(Entry(rule.key, value, given, outcome))
     if problems:
         raise LorafoldError("; ".join(problems))
-    if init_adapter and settings[init_adapter]:
+    if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
         entries = list(_brought_by_adapter(entries))
     return (*entries, *unknown(config, [rule.key for rule in rules]))
 

@@ -16,6 +16,7 @@ from lorafold.files.atomic import write_text
 from lorafold.files.record import read_object
 from lorafold.peft.config import CONFIG
 from lorafold.step.fitting import left_out, spec_of, trainable_storage
+from lorafold.step.preference_laws import LAWS, law_of
 from lorafold.step.reading import parse_yaml
 from lorafold.step.recipe import Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config
@@ -39,12 +40,12 @@ TOOLS: dict[str, Tool] = {
     "axolotl": Tool(
         "axolotl",
         axolotl.TYPICAL_KEYS,
-        partial(by_rules, axolotl.RULES, init_adapter=axolotl.INIT_ADAPTER),
+        partial(by_rules, axolotl.RULES),
     ),
     "llamafactory": Tool(
         "LLaMA-Factory",
         llamafactory.TYPICAL_KEYS,
-        partial(by_rules, llamafactory.RULES, init_adapter=llamafactory.INIT_ADAPTER),
+        partial(by_rules, llamafactory.RULES),
     ),
     "peft": Tool(
         "PEFT",
@@ -142,7 +143,7 @@ def _recipe(entries: Sequence[Entry]) -> Recipe:
         for name, value in entry.outcome.fields.items():
             values[name] = _joined(values.get(name), value)
     try:
-        return Recipe(**values)
+        recipe = Recipe(**values)
     except ValidationError as error:
         problems: dict[str, str] = {}
         for problem in error.errors(include_url=False):
@@ -153,6 +154,13 @@ def _recipe(entries: Sequence[Entry]) -> Recipe:
                 f" {problem['msg'].removeprefix('Value error, ').lower()}"
             )
         raise LorafoldError("; ".join(problems.values())) from None
+    if recipe.objective in LAWS:
+        try:
+            law_of(recipe.objective, recipe.beta, recipe.objective_options)
+        except LorafoldError as error:
+            keys = [e.key for e in entries if {"beta", "objective_options"} & {*e.outcome.fields}]
+            raise LorafoldError(f"{', '.join(keys)}: {error}") from None
+    return recipe
 
 
 def _joined(before: Any, value: Any) -> Any:

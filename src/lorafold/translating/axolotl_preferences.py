@@ -1,0 +1,189 @@
+"""Readers of axolotl's values where `rl` or `reward_model` is set: the loss, beta and the weights.
+
+axolotl hands them to TRL's trainers (1.8), whose losses are those of lorafold, apart from what the
+remarks say: supervised terms are means over all tokens of a micro-batch there, and over the tokens
+of each completion here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorafold.errors import LorafoldError
+from lorafold.translating.convert import boolean, choice, integer, names, number
+from lorafold.translating.preferences import NO_DROPOUT, supervised
+from lorafold.translating.rules import (
+    Outcome,
+    Reader,
+    Settings,
+    changed,
+    flagged,
+    is_off,
+    left,
+    taken,
+)
+
+LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
+OTHERS = ("ipo", "orpo", "simpo", "kto")
+SUPERVISED = (
+    "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
+    " those of each row"
+)
+
+
+def objective_of(settings: Settings) -> str | None:
+    """The objective of preferences that the file trains, or None."""
+    found = str(settings["rl"])
+    if found == "dpo":
+        return LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
+    if found in OTHERS:
+        return found
+    return "reward" if is_reward_model(settings) else None
+
+
+def is_reward_model(settings: Settings) -> bool:
+    """Whether `reward_model` is on, and `rl`, which decides, is not."""
+    return is_off(settings["rl"]) and not is_off(settings["reward_model"])
+
+
+def rl(value: Any, settings: Settings) -> Outcome:
+    """`rl` becomes the objective; of dpo it is `dpo_loss_type` that says which.
+
+    LorafoldError for training of policies on rewards, and for what axolotl refuses.
+    """
+    if is_off(value):
+        return taken("it is off")
+    if value in ("grpo", "gdpo", "ebft"):
+        raise LorafoldError(f"found {value!r}, but lorafold trains no policy on rewards")
+    choice(value, "dpo", *OTHERS)
+    if settings["sample_packing"]:
+        raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
+    if value == "dpo":
+        return taken("dpo_loss_type says which objective")
+    if value == "simpo" and settings["simpo_gamma"] is None:
+        raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
+    if value == "orpo":
+        return changed(
+            "TRL's supervised term also learns the prompts, and averages over the tokens of a"
+            " micro-batch; lorafold's learns each chosen completion",
+            objective="orpo",
+        )
+    return taken(objective=value)
+
+
+def loss_type(value: Any, settings: Settings) -> Outcome | None:
+    """`dpo_loss_type` becomes the objective and, where sft is its second, `sft_weight`, of which
+    `dpo_loss_weights` are the weights. LorafoldError for other losses and mixtures.
+    """
+    if settings["rl"] != "dpo":
+        return None
+    found, given = names(value), settings["dpo_loss_weights"]
+    weights = [1.0] * len(found)
+    if given is not None:
+        if not isinstance(given, list) or len(given) != len(found):
+            raise LorafoldError(f"found {value!r}, and dpo_loss_weights {given!r}, one for each")
+        weights = [number(one) for one in given]
+    if not found or found[0] not in LOSSES:
+        raise LorafoldError(f"found {value!r}, expected {', '.join(LOSSES)}, of what lorafold has")
+    if found[1:] not in ((), ("sft",)) or weights[0] != 1:
+        raise LorafoldError(
+            f"found {value!r} with weights {weights}, but lorafold has one loss of weight 1 and,"
+            " for sigmoid, sft besides"
+        )
+    objective = LOSSES[found[0]]
+    extra = supervised(weights[1], objective, SUPERVISED) if found[1:] else None
+    if extra is None or not extra.fields:
+        return taken(objective=objective)
+    return changed(extra.remark, objective=objective, **extra.fields)
+
+
+def loss_weights(value: Any, settings: Settings) -> Outcome | None:
+    """`dpo_loss_weights` are read with `dpo_loss_type`."""
+    if settings["rl"] != "dpo":
+        return None
+    if settings.given.get("dpo_loss_type") is None:
+        raise LorafoldError(f"found {value!r} without dpo_loss_type, which axolotl asks for")
+    return taken("they are read with dpo_loss_type")
+
+
+def beta_of(key: str) -> Reader:
+    """The reader of a key that may hold beta: `trl`, `rl_beta`, `dpo_beta` or `orpo_alpha`, of
+    which the first that the file sets decides.
+    """
+
+    def read(value: Any, settings: Settings) -> Outcome | None:
+        if objective_of(settings) in (None, "reward"):
+            return None
+        values = {k: settings.given.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
+        inner = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
+        values["trl"] = inner
+        decides = next((k for k, v in values.items() if v is not None), "rl_beta")
+        if key != decides:
+            return None
+        return taken(beta=number(inner if key == "trl" else value))
+
+    return read
+
+
+def label_smoothing(value: Any, settings: Settings) -> Outcome | None:
+    """`dpo_label_smoothing` has no effect on the losses that can be translated: TRL reads it for
+    others only.
+    """
+    if settings["rl"] != "dpo" or not number(value):
+        return None
+    return left(
+        "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
+        f" label_smoothing={number(value):g}"
+    )
+
+
+def cpo_alpha(value: Any, settings: Settings) -> Outcome | None:
+    """`cpo_alpha` becomes `sft_weight` of SimPO, the only one that it bears on."""
+    return supervised(value, "simpo", SUPERVISED) if settings["rl"] == "simpo" else None
+
+
+def reward_model(value: Any, settings: Settings) -> Outcome | None:
+    """`reward_model` becomes the objective reward."""
+    if not boolean(value):
+        return taken("it is off")
+    return taken(objective="reward") if is_reward_model(settings) else None
+
+
+def center_rewards(value: Any, settings: Settings) -> Outcome | None:
+    """`center_rewards_coefficient` becomes `centre`."""
+    if not is_reward_model(settings):
+        return None
+    found = number(value)
+    return taken(objective_options={"centre": found}) if found else taken("it is off")
+
+
+def num_labels(value: Any, settings: Settings) -> Outcome | None:
+    """`num_labels` of a reward model is one; LorafoldError for more."""
+    if not is_reward_model(settings):
+        return None
+    if integer(value) != 1:
+        raise LorafoldError(f"found {value!r}, but a reward model of lorafold gives one score")
+    return taken("a reward model gives one score")
+
+
+def dropout(value: Any, settings: Settings) -> Outcome:
+    """`lora_dropout` becomes the dropout, which TRL turns off for preferences."""
+    found = number(value)
+    if found and objective_of(settings) is not None:
+        return taken(NO_DROPOUT, dropout=0.0)
+    return taken(dropout=found)
+
+
+def starts_afresh(settings: Settings) -> bool:
+    """Whether axolotl trains a fresh adapter, although `lora_model_dir` may name one."""
+    return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
+
+
+def lora_model_dir(value: Any, settings: Settings) -> Outcome:
+    """`lora_model_dir` goes to `--init-adapter`, except where axolotl does not load it."""
+    if not starts_afresh(settings):
+        return flagged("--init-adapter", value)
+    return left(
+        f"axolotl does not load it for rl: {settings['rl']}, and trains a fresh adapter over the"
+        " base; to train over this one pass it as --over"
+    )

@@ -1,0 +1,92 @@
+"""What the files of axolotl and LLaMA-Factory share where they train on preferences: options of an
+objective, and the rows that it takes.
+
+Which options an objective has stands in `step.preference_laws` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from lorafold.errors import LorafoldError
+from lorafold.step.preference_laws import LAWS
+from lorafold.translating.convert import number
+from lorafold.translating.rules import Outcome, Reader, Settings, changed, taken
+
+NO_DROPOUT = "there it is off while preferences are trained"
+NO_SECOND_MODEL = (
+    "lorafold loads one model, and its reference is what lies below the new adapter: the base, or"
+    " the adapters of --over"
+)
+# Of a file's settings, the objective of preferences that it trains; None: another, or one refused
+ObjectiveOf = Callable[[Settings], str | None]
+
+
+def has_reference(objective: str | None) -> bool:
+    """Whether the objective compares with a reference."""
+    return objective in LAWS and LAWS[objective].has_reference
+
+
+def options_of(objective: str | None) -> dict[str, Any]:
+    """The options of the objective with their defaults; none where it is not one of preferences."""
+    law: Any = LAWS.get(str(objective))
+    return {} if law is None else {field.name: field.default for field in fields(law)}
+
+
+def beta(objective_of: ObjectiveOf) -> Reader:
+    """The reader of a key that becomes beta; a reward model has none."""
+
+    def read(value: Any, settings: Settings) -> Outcome | None:
+        objective = objective_of(settings)
+        return None if objective in (None, "reward") else taken(beta=number(value))
+
+    return read
+
+
+def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
+    """The reader of a key that becomes the option `name`, of the objectives that have it."""
+
+    def read(value: Any, settings: Settings) -> Outcome | None:
+        found = options_of(objective_of(settings))
+        if name not in found:
+            return None
+        if number(value) == found[name]:
+            return taken("the objective's own")
+        return taken(objective_options={name: number(value)})
+
+    return read
+
+
+def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome | None:
+    """A weight of the chosen completions' supervised loss becomes `sft_weight`.
+
+    Args:
+        value: The weight.
+        objective: The objective of preferences, or None.
+        remark: What differs in the other tool's loss.
+
+    Raises:
+        LorafoldError: the objective has no such term.
+    """
+    if objective is None:
+        return None
+    weight = number(value)
+    if weight == 0:
+        return taken("it is off")
+    if "sft_weight" not in options_of(objective):
+        raise LorafoldError(
+            f"found {value!r}, but lorafold's objective {objective} takes no such term"
+        )
+    fields_set = {"objective_options": {"sft_weight": weight}}
+    return changed(remark, **fields_set) if remark else taken(**fields_set)
+
+
+def rows_wanted(objective: str | None) -> str:
+    """The rows to give as --data, in words."""
+    if objective is None:
+        return "pass rows of messages, of prompt and completion, or of text as --data"
+    if objective == "kto":
+        return "pass rows of prompt, completion and label (true or false) as --data"
+    return "pass rows of prompt, chosen and rejected as --data"
