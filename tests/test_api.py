@@ -32,6 +32,11 @@ SIGNATURES = {
         "model data *columns adapters tokenizer max_length completions max_new_tokens storage"
         " device revision trust_remote_code allow_other_base console"
     ),
+    "fragility": (
+        "out *refuse controls data model adapters against tuned instead examples ranks rates seeds"
+        " defences mix refusal compliance max_new_tokens recipe columns storage device revision"
+        " trust_remote_code allow_other_base console"
+    ),
     "generate": (
         "model prompts *adapters tokenizer system tools max_new_tokens temperature seed storage"
         " device revision trust_remote_code allow_other_base console"

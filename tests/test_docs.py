@@ -39,8 +39,11 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 NOT_RUN = "Not run by the tests: "
 # commands that train many times, and pages with many commands: the fast tests only parse them
-LONG = {"quickstart", "compare", "intrinsic"}
-LONG_PAGES = {"compare.md", "compose.md", "from-unsloth.md", "inspect.md", "memory.md", "qlora.md"}
+LONG = {"quickstart", "compare", "intrinsic", "fragility"}
+LONG_PAGES = {
+    "compare.md", "compose.md", "fragility.md", "from-unsloth.md", "inspect.md", "memory.md",
+    "qlora.md",
+}  # fmt: skip
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"[\w/.-]+\.\w+")

@@ -27,6 +27,7 @@ FLOORS = [
     "diagnosis",
     "quickstart",
     "serving",
+    "undoing",
     "comparing",
     "composing",
     "inspecting",
@@ -57,7 +58,7 @@ HEIGHT = {name: height for height, name in enumerate(reversed(FLOORS))}
 # Names that the public surface has or will have, which no module may take.
 RESERVED = {
     "train", "evaluate", "generate", "merge", "estimate", "inspect", "compose", "compare",
-    "load_model", "load_tokenizer", "score", "Recipe",
+    "fragility", "load_model", "load_tokenizer", "score", "Recipe",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorafold.api.compose import compose as compose
     from lorafold.api.estimate import estimate as estimate
     from lorafold.api.evaluate import evaluate as evaluate
+    from lorafold.api.fragility import fragility as fragility
     from lorafold.api.generate import generate as generate
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.load_model import load_model as load_model
@@ -44,6 +45,7 @@ _HOME = {
     "compose": "api.compose",
     "estimate": "api.estimate",
     "evaluate": "api.evaluate",
+    "fragility": "api.fragility",
     "generate": "api.generate",
     "inspect": "api.inspect",
     "load_model": "api.load_model",

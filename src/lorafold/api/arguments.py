@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lorafold.data.checking import renamed
+from lorafold.data.prompts import read_prompts
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.shapes import READ_BY, Row, shape_of
+from lorafold.data.sources import source_from
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 
@@ -64,6 +66,23 @@ def as_rows(
     for told in notices_of(rows.firsts(), objective):
         notice(f"{source_of(data)}: {told}")
     return rows
+
+
+def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
+    """Prompts, whose rows need no completion, after they are read, if sources are named, and
+    checked.
+
+    Args:
+        data: As for `as_rows`.
+        columns: The user's names of keys, by lorafold's.
+
+    Raises LorafoldError for bad rows and for a source that can't be read.
+    """
+    if (sources := sources_in(data)) is None:
+        given = enumerate(cast(Sequence[Row], data), 1)
+        return read_prompts(given, columns or {}, source_of(data))
+    named = map(source_from, sources)
+    return [r for s in named for r in read_prompts(s.numbered(), columns or {}, s.name)]
 
 
 def notices_of(firsts: Sequence[Row], objective: str) -> list[str]:

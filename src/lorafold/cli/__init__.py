@@ -34,11 +34,12 @@ COMMANDS = {
     "extract": "Make an adapter of the difference between a fine-tuned model and its base.",
     "intrinsic": "Search for the intrinsic dimension of a task.",
     "compare": "Train and measure every method on your model and data.",
+    "fragility": "Measure how few benign examples undo a behaviour that lives in an adapter.",
     "recipe": "Translate a configuration of axolotl, LLaMA-Factory or PEFT into a recipe.",
     "cache": "List or clear what lorafold keeps: models, rows, tokens.",
     "doctor": "Examine this machine and installation: what is wrong, what would be slow.",
 }
-TRAINING = {"quickstart", "train", "compare", "intrinsic"}
+TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
 
 
 class Commands(TyperGroup):

@@ -6,7 +6,6 @@ Each method has one line. Figures of several seeds are shown as the mean (lowest
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from lorafold.comparing.measure import Measurement
-from lorafold.files.page import document, drawing
+from lorafold.files.page import document, drawing, html_table, markdown_table
 
 COLUMNS: dict[str, tuple[Callable[[Measurement], float | None], str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
@@ -77,13 +76,7 @@ def table(measurements: Sequence[Measurement]) -> Table:
 
 def markdown(measurements: Sequence[Measurement]) -> str:
     """The table in Markdown."""
-    return (
-        "\n".join(
-            "| " + " | ".join(line) + " |"
-            for line in [HEADINGS, ["---"] * len(HEADINGS), *lines(measurements)]
-        )
-        + "\n"
-    )
+    return markdown_table(HEADINGS, lines(measurements))
 
 
 ABOUT = """Every method was trained on the same rows, with the same model and number of steps, and
@@ -102,11 +95,6 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
         title: The title of the page.
         path: The file to write.
     """
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
-        for line in lines(measurements)
-    )
 
     def means(value: Callable[[Measurement], float | None]) -> list[float | None]:
         return [
@@ -143,10 +131,7 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
     ):
         if any(attached):
             plots.append(bars(f"{what} latency, relative to the base", names, attached, merged))
-    table = (
-        "<div"
-        f' class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    table = html_table(HEADINGS, lines(measurements))
     document(title, f"<p>{ABOUT}</p>\n{table}\n{''.join(plots)}", path)
 
 

@@ -7,20 +7,20 @@ the same call continues a comparison that was stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from lorafold.comparing.measure import Measurement, Task, measure
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
-from lorafold.files.record import read_object
+from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.step.recipe import Recipe
 
@@ -77,15 +77,25 @@ def compare(
         )
     plan = [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    measurements = []
+    measurements: list[Measurement] = []
     for method, seed in plan:
         file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
-        measured = read(file) or in_own_process(task, method, seed)
-        write_json(file, asdict(measured))
-        measurements.append(measured)
-        tell(measured, len(measurements), len(plan))
+        found = kept(file, partial(measured_anew, task, method, seed))
+        measurements.append(of_stored(found))
+        tell(measurements[-1], len(measurements), len(plan))
     write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
     return measurements
+
+
+def measured_anew(task: Task, method: str, seed: int) -> dict[str, Any]:
+    """The figures of one method, as a file has them.
+
+    Args:
+        task: Model, data and recipe.
+        method: The name of the method.
+        seed: The seed of the run.
+    """
+    return asdict(in_own_process(task, method, seed))
 
 
 def in_own_process(task: Task, method: str, seed: int) -> Measurement:
@@ -117,15 +127,11 @@ def key(task: Task, method: str) -> str:
     spec = make_spec(method)
     own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
     rows = [Rows.of(task.rows).sha256, Rows.of(task.held_out).sha256]
-    text = json.dumps([task.model, *rows, recipe, own], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest_of([task.model, *rows, recipe, own])
 
 
-def read(file: Path) -> Measurement | None:
-    """The figures in a file, or None if there is no such file."""
-    if not file.is_file():
-        return None
-    stored = read_object(file)
+def of_stored(stored: dict[str, Any]) -> Measurement:
+    """The figures that a file has."""
     interval = stored["exact_match_interval"]
     return Measurement(
         **{f.name: stored[f.name] for f in fields(Measurement)}

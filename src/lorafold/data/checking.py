@@ -35,7 +35,10 @@ def renamed(
 
 
 def checked(
-    numbered: Iterable[tuple[int, Row | str]], source: str, at_once: bool = False
+    numbered: Iterable[tuple[int, Row | str]],
+    source: str,
+    at_once: bool = False,
+    shapes: Sequence[Shape] = SHAPES,
 ) -> Iterator[Row]:
     """Yield the rows that are well-formed and of the first one's shape.
 
@@ -47,17 +50,18 @@ def checked(
             be read.
         source: The name of the data in messages, such as the path of a file.
         at_once: Raise the error for the first bad row, without reading on.
+        shapes: The shapes that a row may have.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
     for number, row in numbered:
-        shape = None if isinstance(row, str) else shape_of(row)
+        shape = None if isinstance(row, str) else shape_of(row, shapes)
         if isinstance(row, str):
             problems = [row]
         elif shape is None:
             keys = ", ".join(repr(key) for key in row) or "none"
-            shapes = ", ".join(map(str, SHAPES))
-            problems = [f"keys found: {keys}; expected one of {shapes} (--columns renames)"]
+            known = ", ".join(map(str, shapes))
+            problems = [f"keys found: {keys}; expected one of {known} (--columns renames)"]
         else:
             first = first or (number, shape)
             problems = list(shape.problems(row))

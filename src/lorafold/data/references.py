@@ -46,7 +46,7 @@ def references(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> lis
             bad.append(f"row {number}: found {what}")
             continue
         try:
-            found.append(_reference(given, turns[-1], tokenizer))
+            found.append(reference_of(given, turns[-1], tokenizer))
         except LorafoldError as error:
             raise LorafoldError(f"data: row {number}: {error}") from error
     if bad:
@@ -71,9 +71,18 @@ def without_reasoning(text: str, prompt: str, tokenizer: "PreTrainedTokenizerBas
     return text[block_of(tokenizer).end(text, prompt) :]
 
 
-def _reference(
+def reference_of(
     conversation: Conversation, last: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> Reference:
+    """The prompt of one assistant turn, and the turn.
+
+    Args:
+        conversation: Has the turn.
+        last: The turn's index, from 1.
+        tokenizer: With the chat template.
+
+    Raises LorafoldError for what the template refuses or does not show whole.
+    """
     messages, tools = conversation.messages, conversation.tools
     shown = Conversation(messages[: last + 1], 0, tools)
     check_able(shown, tokenizer)

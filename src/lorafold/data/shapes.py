@@ -15,7 +15,7 @@ on the chosen answer; `data.preferences` gives both. `SHAPES` is the table of sh
 a new entry.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lorafold.data.messages import (
@@ -72,12 +72,13 @@ class Shape:
         return "{" + ", ".join(self.keys) + "}"
 
 
-def shape_of(row: Row) -> Shape | None:
+def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
     """Return the first shape whose keys the row has (a key with the value null counts as absent),
-    or None if there is none.
+    or None if there is none. The shapes are SHAPES, or those that are given.
     """
+    table = SHAPES if shapes is None else shapes
     return next(
-        (shape for shape in SHAPES if all(row.get(key) is not None for key in shape.keys)), None
+        (shape for shape in table if all(row.get(key) is not None for key in shape.keys)), None
     )
 
 

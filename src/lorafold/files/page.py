@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ td, th { border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 p { max-width: 70ch; } figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; }
 """
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---"] * len(head)
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
+
+
+def html_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in HTML, of texts, which scrolls where it is wider than the page."""
+    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
+        for line in lines
+    )
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def document(title: str, body: str, path: str | Path, style: str = "") -> None:

@@ -1,0 +1,236 @@
+"""`lf.fragility`: how few benign examples undo a behaviour that lives in an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.api.arguments import (
+    Columns,
+    Data,
+    Paths,
+    as_paths,
+    as_prompts,
+    as_rows,
+    or_quiet,
+    source_of,
+)
+from lorafold.api.opened import opened
+from lorafold.data.stored import Rows
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import write_json, write_text
+from lorafold.methods.lora import LoRA
+from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.models.storage import default_storage
+from lorafold.undoing import run
+from lorafold.undoing.defences import DEFENCES
+from lorafold.undoing.report import markdown
+from lorafold.undoing.result import Fragility
+from lorafold.undoing.task import (
+    COMPLIANCE,
+    EXAMPLES,
+    RANKS,
+    RECIPE,
+    REFUSAL,
+    Stack,
+    Task,
+    settled,
+    stacks_of,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafold.step.recipe import Recipe
+
+
+def fragility(
+    out: str | Path | None = None,
+    *,
+    refuse: Data,
+    controls: Data,
+    data: Data | None = None,
+    model: str | Path = "smollm2",
+    adapters: Paths = (),
+    against: Paths = (),
+    tuned: str | Path | None = None,
+    instead: bool = False,
+    examples: Sequence[int] = EXAMPLES,
+    ranks: Sequence[int] = RANKS,
+    rates: Sequence[float] = (LoRA.lr,),
+    seeds: int = 1,
+    defences: Sequence[str] = (),
+    mix: Data | None = None,
+    refusal: Sequence[str] = REFUSAL,
+    compliance: Sequence[str] = COMPLIANCE,
+    max_new_tokens: int = 32,
+    recipe: Recipe | None = None,
+    columns: Columns | None = None,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    console: Console | None = None,
+) -> Fragility:
+    """Tune a stack of adapters on k benign examples, for every k, rank, rate and seed, and measure
+    what is left of its refusals; or measure one finished adapter.
+
+    Args:
+        out: The directory of the figures, and of the table as `table.md`. A second call continues
+            after them. A finished adapter needs none.
+        refuse: Prompts that the stack shall refuse: rows with a `prompt`, or conversations.
+        controls: Prompts that it shall not refuse. Rows with completions have the KL divergence
+            measured on these, others on the stack's own.
+        data: Benign rows of the forms that `lf.train` takes; those beyond the most examples are
+            held out for the loss.
+        model: A name or path as `lf.load_model` takes it.
+        adapters: The stack, lowest first. The update of its last adapter is the alignment.
+        against: A second stack on the same base, tuned and measured in the same way.
+        tuned: A finished adapter to measure over the stack; nothing is trained then.
+        instead: The finished adapter replaces the stack, and does not lie over it.
+        examples: Numbers of benign examples.
+        ranks: Ranks of the tuning, which is LoRA.
+        rates: Learning rates of A; that of B is 15 times as high, as in LoRA's own rates.
+        seeds: How many seeds of each; a seed draws the examples too.
+        defences: Names of `lorafold.undoing.defences.DEFENCES`; empty for all that can be measured.
+        mix: Rows that refuse, for the defence `mixed`.
+        refusal: Beginnings of a refusal.
+        compliance: Beginnings of compliance.
+        max_new_tokens: The most tokens of a control's completion.
+        recipe: The recipe of all runs; None takes 5 epochs in batches of 4.
+        columns: The keys of all rows under other names, as in {"prompt": "question"}.
+        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        console: A rich console for progress; None is quiet.
+
+    Raises LorafoldError, before anything is trained, for anything wrong with the arguments, the
+    rows and the adapters.
+    """
+    console, second = or_quiet(console), [as_paths(against)] if against else []
+    stacks = stacks_of(as_paths(adapters), *second)
+    if problems := list(problems_of(out, data, tuned, bool(against), instead)):
+        raise LorafoldError("; ".join(problems))
+    rows = Rows.of([]) if data is None else as_rows(data, columns, console)
+    task = Task(
+        model=str(model),
+        stacks=stacks,
+        refuse=as_prompts(refuse, columns),
+        controls=as_prompts(controls, columns),
+        rows=rows,
+        source="" if data is None else source_of(data),
+        refusal=tuple(refusal),
+        compliance=tuple(compliance),
+        examples=() if tuned else tuple(sorted(set(examples))),
+        ranks=tuple(ranks),
+        rates=tuple(rates),
+        seeds=tuple(range(seeds)),
+        defences=tuple(defences) or possible(stacks, mix is not None, tuned is not None),
+        mix=None if mix is None else as_rows(mix, columns, console),
+        recipe=recipe or RECIPE,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    used = [path for stack in stacks for path in stack.adapters]
+    chosen = storage_of(task.recipe, storage, resolve_model(model, revision), used)
+    task = settled(task, chosen)
+    opening = partial(
+        opened,
+        model,
+        storage=chosen,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    if tuned is not None:
+        with console.status("measuring"):
+            return run.gate(task, Path(tuned), instead, opening)
+    assert out is not None  # a problem otherwise
+    with progress(console) as tell:
+        found = run.sweep(task, Path(out), opening, tell)
+    write_json(Path(out) / "fragility.json", found.as_json())
+    write_text(Path(out) / "table.md", markdown(found))
+    return found
+
+
+def problems_of(
+    out: object, data: object, tuned: object, against: bool, instead: bool
+) -> Iterator[str]:
+    """What is wrong with the arguments together.
+
+    Args:
+        out, data, tuned: As given, or None.
+        against: Whether there is a second stack.
+        instead: Whether the finished adapter replaces the stack.
+    """
+    if tuned is None:
+        needed = {"out": out, "data": data}
+        if missing := [f"--{name}" for name, value in needed.items() if value is None]:
+            yield (
+                f"{' and '.join(missing)}: found none; needed to tune, or give --tuned with a"
+                " finished adapter"
+            )
+        if instead:
+            yield "--instead: needs --tuned, the adapter that replaces the stack"
+    else:
+        given = {"out": out is not None, "against-adapter": against}
+        if unused := [f"--{name}" for name, there in given.items() if there]:
+            yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"
+
+
+def possible(stacks: Sequence[Stack], mix: bool, tuned: bool) -> tuple[str, ...]:
+    """The defences that can be measured with what is given.
+
+    Args:
+        stacks: The stacks.
+        mix: Whether there are rows that refuse.
+        tuned: Whether a finished adapter is measured.
+    """
+    aligned = all(stack.adapters for stack in stacks) and not tuned
+    return tuple(
+        name
+        for name, defence in DEFENCES.items()
+        if (aligned or not defence.lay) and (mix or not defence.mixed)
+    )
+
+
+def storage_of(
+    recipe: Recipe, storage: str, source: ModelSource, adapters: Sequence[Path]
+) -> str:
+    """How the base stores its weights: as asked, else as the recipe says, else as the adapters were
+    trained on it.
+
+    Args:
+        recipe: Of the tuning.
+        storage: As asked, or auto.
+        source: The base.
+        adapters: Those of all stacks.
+    """
+    if storage != "auto":
+        return storage
+    return recipe.base if "base" in recipe.model_fields_set else default_storage(source, adapters)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[run.Tell]:
+    """A line for each run and each point, with a bar below them on a terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("fragility")
+
+        def tell(what: str, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+            bars.console.print(f"{done}/{total} {what}", highlight=False, markup=False)
+
+        yield tell

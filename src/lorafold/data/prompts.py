@@ -1,0 +1,109 @@
+"""Prompts, of rows that need not have a completion.
+
+    {"prompt": text or messages}        or a row of any shape that is a conversation
+
+The prompt of a conversation is all that comes before its last assistant turn, if it ends with one;
+that turn is then the reference. Use it where a model is asked and not trained.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorafold.data.checking import checked, renamed
+from lorafold.data.messages import (
+    message_problems,
+    normalized,
+    text_problems,
+    tool_problems,
+    tools_of,
+)
+from lorafold.data.references import reference_of
+from lorafold.data.render import render
+from lorafold.data.shapes import SHAPES, Conversation, Shape, shape_of
+from lorafold.data.shown import check_able, check_shown
+from lorafold.data.sources import Row
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Prompt(NamedTuple):
+    """A prompt as the chat template renders it for generation, and the completion that its row has,
+    or None.
+    """
+
+    text: str
+    reference: str | None
+
+
+def _problems(row: Row) -> Iterator[str]:
+    check = message_problems if isinstance(row["prompt"], list) else text_problems
+    yield from check("prompt", row["prompt"])
+    if row.get("tools") is not None:
+        yield from tool_problems(row["tools"])
+
+
+def _conversation(row: Row) -> Conversation:
+    prompt = row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Conversation(normalized(messages), tools=tools_of(row.get("tools")))
+
+
+ASKING = (
+    *(shape for shape in SHAPES if shape.conversation),
+    Shape(("prompt",), (), _problems, _conversation, ("tools",)),
+)
+
+
+def read_prompts(
+    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str], source: str
+) -> list[Row]:
+    """The rows, once they are known to be prompts of one shape.
+
+    Args:
+        numbered: (number, row) pairs, as a source gives them.
+        columns: The names that keys have in the rows, by those that lorafold knows.
+        source: The name of the rows in messages.
+
+    Raises LorafoldError for bad rows, and if there is none.
+    """
+    return list(checked(renamed(numbered, columns), source, shapes=ASKING))
+
+
+def prompts_of(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", name: str
+) -> list[Prompt]:
+    """The rendered prompts of rows that `read_prompts` checked.
+
+    Args:
+        rows: The rows.
+        tokenizer: With the chat template.
+        name: What messages call the rows.
+
+    Raises LorafoldError for a prompt that the template refuses or does not show whole.
+    """
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(_prompt(row, tokenizer))
+        except LorafoldError as error:
+            raise LorafoldError(f"{name}: row {number}: {error}") from error
+    return found
+
+
+def _prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    shape = shape_of(row, ASKING)
+    assert shape is not None  # rows are checked
+    assert shape.conversation is not None
+    given = shape.conversation(row)
+    last = len(given.messages) - 1
+    if given.messages[last]["role"] == "assistant":
+        if not last:
+            raise LorafoldError("found no message before the assistant's turn, expected a prompt")
+        reference = reference_of(given, last, tokenizer)
+        return Prompt(reference.prompt, reference.text)
+    check_able(given, tokenizer)
+    text = render(given.messages, tokenizer, for_generation=True, tools=given.tools)
+    check_shown(given, text, tokenizer)
+    return Prompt(text, None)

@@ -1,0 +1,201 @@
+"""The curves as a table for the terminal, as Markdown, and as an HTML page that needs no other
+file.
+
+A line is one way of tuning, at its most examples; the page has a line for every number of examples
+too. Figures of several seeds are shown as the mean (lowest to highest).
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from lorafold.comparing.report import cell
+from lorafold.evaluation.intervals import Interval
+from lorafold.files.page import document, drawing, html_table, markdown_table
+from lorafold.inspecting.report import STYLE, grid
+from lorafold.undoing.defences import DEFENCES
+from lorafold.undoing.measure import State
+from lorafold.undoing.result import Before, Curve, Fragility, Point, Way
+
+FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: value, format
+    "log-odds": (lambda p: p.measured.log_odds, "+.2f"),
+    "kept": (lambda p: p.kept, ".2f"),
+    "refusals": (lambda p: p.measured.refusals, ".0%"),
+    "refusals of controls": (lambda p: p.measured.control_refusals, ".0%"),
+    "KL on controls": (lambda p: p.measured.kl, ".3f"),
+    "benign loss": (lambda p: p.measured.loss, ".3f"),
+    "written overlap": (lambda p: getattr(p.overlap, "written", None), ".1%"),
+    "by chance": (lambda p: getattr(p.overlap, "written_by_chance", None), ".1%"),
+    "read overlap": (lambda p: getattr(p.overlap, "read", None), ".1%"),
+    "by chance ": (lambda p: getattr(p.overlap, "read_by_chance", None), ".1%"),
+}
+WAY = ("stack", "defence", "rank", "rate")
+PLOT = (5.4, 3.6)
+ABOUT = """A stack of adapters makes the model refuse some prompts; the update of its last adapter
+is called the alignment. LoRA adapters were trained over the stack on k benign examples, which have
+nothing to do with these prompts, and the model was asked again.
+<b>Log-odds</b>: the log-probability that the completion begins with a refusal, less that it begins
+with compliance, as a mean over the prompts to be refused. Above 0 the model rather refuses.
+<b>Kept</b>: what is left of the log-odds that the alignment added to those of the same model
+without it; 1 is all, 0 is nothing.
+<b>Refusals</b>: the share of greedy completions that begin with a refusal; those of controls should
+be few. <b>KL on controls</b>: how far the completions of other prompts moved, in nats a token.
+<b>Benign loss</b>: what the tuning learned, on rows that it did not see, in nats a token.
+<b>Overlap</b>: the share of the update's energy in the directions that the alignment writes and
+reads, beside that of random directions. A defence is worth something if it keeps refusals, does not
+refuse controls, and still learns the benign rows."""
+
+
+def line(points: Sequence[Point]) -> list[str]:
+    """The cells of points that differ in nothing but the seed."""
+    way = points[0].way
+    ids = [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
+    figures = (cell([value(p) for p in points], form) for value, form in FIGURES.values())
+    return [*ids, shown(points[0].examples, "d"), *figures]
+
+
+def shown(value: Any, form: str) -> str:
+    """The formatted value, or a dash for None."""
+    return "–" if value is None else f"{value:{form}}"
+
+
+def lines(found: Fragility) -> list[list[str]]:
+    """The cells of each stack before, and of each curve at its most examples."""
+    before = [line([one]) for name, stack in found.stacks.items() for one in untouched(name, stack)]
+    if not found.curves:
+        return [*before, line(found.points)]
+    last = [list(curve.by_examples.values())[-1] for curve in found.curves]
+    return [*before, *map(line, last)]
+
+
+def untouched(name: str, stack: Before) -> Iterator[Point]:
+    """A stack without its alignment and before any tuning, as points."""
+    states = {"no alignment": stack.without, "before": stack.before}
+    for what, measured in states.items():
+        if measured is not None:
+            way = Way(name, what, None, None)
+            yield Point(way, None, 0, stack.kept(measured.log_odds), measured, None)
+
+
+HEAD = (*WAY, "examples", *FIGURES)
+
+
+def table(found: Fragility) -> Table:
+    """The table for the terminal."""
+    made = Table(*map(str.strip, HEAD))
+    for cells in lines(found):
+        made.add_row(*cells)
+    return made
+
+
+def markdown(found: Fragility) -> str:
+    """Where each curve is halved, and the table, in Markdown."""
+    halved = [
+        [*(shown(v, "g") if isinstance(v, float) else str(v) for v in curve.way), curve.halved]
+        for curve in found.curves
+    ]
+    tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
+    return "\n".join([*tables, markdown_table(HEAD, lines(found))])
+
+
+def page(found: Fragility, path: str | Path) -> None:
+    """Write the curves and the tables as one HTML file that needs no other."""
+    title = f"Fragility of {', '.join(found.stacks)}"
+    document(title, "".join(sections(found)), path, STYLE)
+
+
+def sections(found: Fragility) -> Iterator[str]:
+    """The HTML of the page, in parts."""
+    yield f"<p>On {html.escape(found.model)}, tuned on {html.escape(found.source)}.</p>"
+    yield f"<p>{ABOUT}</p>"
+    if found.curves:
+        yield (
+            '<ul class="advice">'
+            + "".join(f"<li>{html.escape(str(curve))}</li>" for curve in found.curves)
+            + "</ul>"
+        )
+        yield "<h2>Curves</h2><p>Bands are the 95% interval over the prompts or, where there are"
+        yield " several seeds, the range over them. Dotted lines are the stack before and, below,"
+        yield " the model without the alignment; the dashed line is halfway between them.</p>"
+        yield grid(list(drawings(found.curves)), "grid two")
+        used = dict.fromkeys(curve.way.defence for curve in found.curves)
+        about = (f"<li><b>{name}</b>: {html.escape(DEFENCES[name].about)}</li>" for name in used)
+        yield f"<h2>Defences</h2><ul>{''.join(about)}</ul>"
+    yield f"<h2>At the most examples</h2>{html_table(HEAD, lines(found))}"
+    every = [line(ps) for curve in found.curves for ps in curve.by_examples.values()]
+    if every:
+        yield f"<h2>All points</h2>{html_table(HEAD, every)}"
+
+
+def drawings(curves: Sequence[Curve]) -> Iterator[str]:
+    """Two plots for each stack, rank and rate: log-odds and refusals, with a line a defence."""
+
+    def together(curve: Curve) -> tuple:
+        return curve.way.stack, curve.way.rank, curve.way.lr
+
+    for (stack, rank, lr), of in groupby(sorted(curves, key=together), key=together):
+        chosen = sorted(of, key=lambda curve: list(DEFENCES).index(curve.way.defence))
+        title = f"{stack}: rank {rank}, rate {lr:g}"
+        before, reference = chosen[0].stack.before, chosen[0].stack.reference
+        yield plot(
+            title, "log-odds of refusal", chosen, lambda m: (m.log_odds, m.log_odds_interval),
+            {before.log_odds: ":", (before.log_odds + reference) / 2: "--", reference: ":"},
+        )  # fmt: skip
+        yield plot(
+            title, "refusals", chosen, lambda m: (m.refusals, m.refusals_interval),
+            {before.refusals: ":"},
+        )  # fmt: skip
+
+
+def plot(
+    title: str,
+    label: str,
+    curves: Sequence[Curve],
+    value: Callable[[State], tuple[float, Interval | None]],
+    levels: dict[float, str],
+) -> str:
+    """One figure over the number of examples.
+
+    Args:
+        title: The title.
+        label: The label of the figure's axis.
+        curves: One for each defence.
+        value: The figure, and its interval.
+        levels: Heights at which a line is drawn, with its style.
+    """
+
+    def draw(axes: Any) -> None:
+        for curve in curves:
+            counts = [0, *curve.by_examples]
+            after = [[p.measured for p in points] for points in curve.by_examples.values()]
+            states = [[curve.stack.before], *after]
+            x = [math.log1p(k) for k in counts]
+            colour = f"C{list(DEFENCES).index(curve.way.defence)}"
+            means = [fmean(value(m)[0] for m in seeds) for seeds in states]
+            axes.plot(x, means, marker=".", color=colour, label=curve.way.defence)
+            bands = [band([value(m) for m in seeds]) for seeds in states]
+            axes.fill_between(x, *zip(*bands, strict=True), color=colour, alpha=0.12, linewidth=0)
+            axes.set_xticks(x, list(map(str, counts)))
+        for height, style in levels.items():
+            axes.axhline(height, color="black", linewidth=0.8, linestyle=style)
+        axes.set(xlabel="benign examples", ylabel=label)
+        axes.legend(fontsize=8)
+
+    return drawing(draw, title, PLOT)
+
+
+def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:
+    """The interval of a single seed, or the range of several."""
+    if len(seeds) == 1:
+        value, interval = seeds[0]
+        return interval or (value, value)
+    values = [value for value, _ in seeds]
+    return min(values), max(values)

@@ -1,0 +1,231 @@
+"""What is asked: which behaviour, over which adapters, and how it is tuned away.
+
+    stack       adapters over the base; the last one's update is the alignment
+    run         one tuning over a stack: its rank, rate, seed and number k of benign examples
+    point       a run under a defence
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafold.composing.updates import names
+from lorafold.data.sources import Row
+from lorafold.data.stored import Part, Rows
+from lorafold.errors import LorafoldError
+from lorafold.files.figures import digest_of
+from lorafold.methods.lora import LoRA
+from lorafold.peft import directory as peft
+from lorafold.step.recipe import Recipe
+from lorafold.undoing.defences import DEFENCES
+
+HELD_OUT = 32  # benign rows at most, on which the loss is measured
+OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
+RECIPE = Recipe(epochs=5, batch=4)
+REFUSAL, COMPLIANCE = ("I can't",), ("Sure",)  # how either begins
+EXAMPLES, RANKS = (1, 3, 10, 30, 100), (4, 16)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters over the base, lowest first, and a name for them."""
+
+    adapters: tuple[Path, ...]
+    name: str
+
+    @cached_property
+    def identity(self) -> list[str]:
+        """The digests of the adapters' files."""
+        return [peft.read(path).sha256 for path in self.adapters]
+
+
+def stacks_of(*adapters: Sequence[Path]) -> tuple[Stack, ...]:
+    """The stacks, named by the directories of their adapters, or by whole paths where two would
+    have one name. A stack of none is the base.
+    """
+    short = iter(names([path for stack in adapters for path in stack]))
+    return tuple(
+        Stack(tuple(stack), " + ".join(next(short) for _ in stack) or "base") for stack in adapters
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts, the benign rows, the stacks, and what of each run is varied."""
+
+    model: str
+    stacks: tuple[Stack, ...]
+    refuse: Sequence[Row]
+    controls: Sequence[Row]
+    rows: Rows
+    source: str  # of the benign rows, for the record
+    refusal: tuple[str, ...]
+    compliance: tuple[str, ...]
+    examples: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    defences: tuple[str, ...]
+    mix: Rows | None = None
+    recipe: Recipe = field(default_factory=lambda: RECIPE)
+    max_new_tokens: int = 32
+    device: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_other_base: bool = False
+
+    @property
+    def probe_identity(self) -> list[Any]:
+        """What the figures of any state of the model depend on."""
+        asked = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
+        held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
+        beginnings = [self.refusal, self.compliance, self.max_new_tokens]
+        return [self.model, self.recipe.base, *asked, held_out, *beginnings, version("lorafold")]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return random.Random("held out").sample(range(len(self.rows)), len(self.rows))
+
+    @property
+    def held_out(self) -> Rows:
+        """The benign rows that no run trains on, at most HELD_OUT."""
+        n = min(HELD_OUT, len(self.rows) - max(self.examples, default=0))
+        return self.rows.select(np.sort(np.array(self._order[:n], np.int64)))
+
+    def benign(self, examples: int, seed: int) -> Rows:
+        """The first so many rows of the seed's order, so that more examples contain the fewer."""
+        rest = self._order[len(self.held_out) :]
+        chosen = random.Random(f"{seed}/benign").sample(rest, len(rest))[:examples]
+        return self.rows.select(np.sort(np.array(chosen, np.int64)))
+
+    def runs(self, stack: Stack) -> Iterator[Run]:
+        """Every run over a stack, as varied, without mixed refusals and then with them."""
+        kinds = [kind for kind in (False, True) if any(self.of_kind(kind))]
+        varied = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
+        for mixed, rank, lr, seed, examples in varied:
+            yield Run(self, stack, mixed, rank, lr, seed, examples)
+
+    def of_kind(self, mixed: bool) -> list[str]:
+        """The defences whose runs have refusals among their examples, or those whose have not."""
+        return [name for name in self.defences if DEFENCES[name].mixed is mixed]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tuning over a stack."""
+
+    task: Task
+    stack: Stack
+    mixed: bool
+    rank: int
+    lr: float
+    seed: int
+    examples: int
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows that are trained on; mixed ones have as many refusals, or all there are."""
+        benign, mix = self.task.benign(self.examples, self.seed), self.task.mix
+        if not self.mixed or mix is None:
+            return benign
+        order = random.Random(f"{self.seed}/mix").sample(range(len(mix)), len(mix))
+        more = mix.select(np.sort(np.array(order[: self.examples], np.int64)))
+        return Rows([*benign, *more], (Part(len(benign)), Part(len(more))))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run. B's rate is to A's as in LoRA's own rates."""
+        batch = min(self.task.recipe.batch, len(self.rows))
+        changes = {
+            "rank": self.rank,
+            "lr": self.lr,
+            "lr_b": self.lr * LoRA.lr_b / LoRA.lr,
+            "seed": self.seed,
+            "batch": batch,
+            "accumulate": self.task.recipe.accumulate if batch == self.task.recipe.batch else 1,
+        }
+        recipe = self.task.recipe.model_copy(update=changes)
+        # short runs are cheaper to repeat than to save
+        return recipe.model_copy(update={"save_every": recipe.total_steps(len(self.rows))})
+
+    @cached_property
+    def name(self) -> str:
+        """The name of its files, with a digest of all that the tuning depends on."""
+        task, recipe = self.task, self.recipe.model_dump(mode="json")
+        all_ = [task.model, self.stack.identity, self.rows.sha256, recipe, version("lorafold")]
+        kind = "mixed-" if self.mixed else ""
+        return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
+
+
+def check(task: Task) -> None:
+    """Raises LorafoldError with everything that is wrong with what is asked itself."""
+    problems = [
+        f"--{option}: found none, expected at least one"
+        for option, given in (
+            ("refusal-prefix", task.refusal), ("compliance-prefix", task.compliance)
+        )
+        if not given
+    ]  # fmt: skip
+    problems += list(_overlapping(task))
+    counts = {"examples": task.examples, "rank": task.ranks, "lr": task.rates}
+    problems += [
+        f"--{option}: found {', '.join(f'{v:g}' for v in values if v <= 0)}, expected numbers"
+        " above 0"
+        for option, values in counts.items()
+        if any(v <= 0 for v in values)
+    ]
+    if task.examples and max(task.examples) > len(task.rows):
+        problems.append(
+            f"{task.source}: found {len(task.rows)} rows, expected at least the"
+            f" {max(task.examples)} of --examples"
+        )
+    problems += [
+        f"--defence: found {name}, expected one of {', '.join(DEFENCES)}"
+        for name in task.defences
+        if name not in DEFENCES
+    ]
+    known = [name for name in task.defences if name in DEFENCES]
+    if (needing := [n for n in known if DEFENCES[n].lay]) and not all(
+        stack.adapters for stack in task.stacks
+    ):
+        problems.append(f"--defence {needing[0]}: needs --adapter, whose last one is the alignment")
+    if (needing := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
+        problems.append(f"--defence {needing[0]}: needs --mix, rows that refuse")
+    if fixed := [name for name in OWN if name in task.recipe.model_fields_set]:
+        problems.append(
+            f"recipe: found {', '.join(fixed)}, expected none of them: the tuning is LoRA, with"
+            " --rank, --lr and --seeds"
+        )
+    if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != "sft":
+        problems.append("recipe: expected the objective sft, without streaming and new_tokens")
+    if problems:
+        raise LorafoldError("; ".join(problems))
+
+
+def _overlapping(task: Task) -> Iterator[str]:
+    """What is wrong with the beginnings: they must exclude each other for their sum to be a
+    probability.
+    """
+    named = [("refusal-prefix", text) for text in task.refusal]
+    named += [("compliance-prefix", text) for text in task.compliance]
+    for option, text in named:
+        if not text.strip():
+            yield f"--{option}: found {text!r}, expected text"
+    for i, (option, text) in enumerate(named):
+        for j, (_, other) in enumerate(named):
+            if i != j and text.strip() and other.startswith(text) and (text != other or i < j):
+                yield f"--{option} {text!r}: {other!r} begins with it; leave out one of them"
+
+
+def settled(task: Task, base: str) -> Task:
+    """The task with the storage of the base in its recipe."""
+    return replace(task, recipe=task.recipe.model_copy(update={"base": base}))
