@@ -112,12 +112,11 @@ def preference_figures(
     with evaluating(loss):
         for group in loss.groups(examples):
             chosen = [examples[i] for i in group]
-            found = loss.scored(chosen)
             if reference:
-                with loss.below():
-                    found = found._replace(reference=loss.scored(chosen).logps)
-                here, n = loss.divergence(chosen)
-                kl, tokens = kl + here, tokens + n
+                found, here = loss.against_reference(chosen)
+                kl, tokens = kl + here, tokens + float(found.tokens.sum())
+            else:
+                found = loss.scored(chosen)
             known = found.reference is not None
             rewarded = known or not loss.law.has_reference
             losses = loss.law.loss(found)[:, None]

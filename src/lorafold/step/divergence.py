@@ -1,33 +1,43 @@
-"""How far a model is from another one that has the same head's vocabulary, at labelled positions.
+"""A model beside what it is with fewer adapters, at labelled positions.
 
     KL = sum_i sum_v p_i(v) (log p_i(v) - log q_i(v))         p the model, q the other, in nats
 
-It is computed in chunks of positions, so that the logits of all of them never exist at once. Use it
-to tell how far a policy has moved from its reference on given text.
+Both are run once, and their logits compared in chunks of positions, so that those of all never
+exist at once. Use it to tell how far a policy has moved from its reference on given text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.ops.cross_entropy import chunks, widened
 from lorafold.step.head import head_of, until_head
 
 
+class Beside(NamedTuple):
+    """The losses of the model and of the other at n labelled positions, (n,) each, and the KL of
+    the model to the other summed over them, (), all in nats.
+    """
+
+    losses: Tensor
+    others: Tensor
+    kl: Tensor
+
+
 @torch.no_grad()
-def divergence(
+def beside(
     model: Any,
     labels: Tensor,
     inputs: Mapping[str, Tensor],
     other: Callable[[], AbstractContextManager[None]],
-) -> Tensor:  # ()
-    """KL of the model to what it is in the context `other()`, in nats, summed over the labelled
-    positions.
+) -> Beside:
+    """Compare the model with what it is in the context `other()`.
 
     Args:
         model: A causal language model of transformers.
@@ -35,13 +45,16 @@ def divergence(
         inputs: Keyword arguments of the model, each (B, T).
         other: Such as a context with fewer adapters.
     """
-    h, *_ = until_head(model, labels, inputs)
+    h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
-    total = h.new_zeros((), dtype=widened(h.dtype))
+    losses, others = (h.new_empty(len(h), dtype=widened(h.dtype)) for _ in range(2))
+    kl = losses.new_zeros(())
     for run in chunks(len(h)):
-        log_p = torch.log_softmax(head_of(model, h[run]).to(total.dtype), -1)
+        log_p = torch.log_softmax(head_of(model, h[run]).to(kl.dtype), -1)
         with other():
-            log_q = torch.log_softmax(head_of(model, h_other[run]).to(total.dtype), -1)
-        total += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return total
+            log_q = torch.log_softmax(head_of(model, h_other[run]).to(kl.dtype), -1)
+        losses[run] = F.nll_loss(log_p, targets[run], reduction="none")
+        others[run] = F.nll_loss(log_q, targets[run], reduction="none")
+        kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return Beside(losses, others, kl)

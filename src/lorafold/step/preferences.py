@@ -24,7 +24,7 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
 from lorafold.ops.documents import Documents
 from lorafold.step.branches import Branching
-from lorafold.step.divergence import divergence
+from lorafold.step.divergence import beside
 from lorafold.step.head import document_losses
 from lorafold.step.head_scores import document_scores
 from lorafold.step.losses import Loss
@@ -203,14 +203,20 @@ class Preferences(Loss):
         logps, tokens = self.logps(labels, len(examples), **inputs)
         return Scored(logps, reference, tokens, desirable)
 
-    def divergence(self, examples: Sequence[Branched]) -> tuple[float, int]:
-        """KL of the model to the reference, in nats summed over the tokens of the completions, and
-        the number of these.
+    def against_reference(self, examples: Sequence[Branched]) -> tuple[Scored, float]:
+        """The log-probabilities of the examples under the model and its reference, and the KL of
+        the model to it in nats, summed over the tokens of the completions.
         """
         inputs = self.collate(examples, self.device)
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
-        for name in ("document", "desirable", "reference"):
-            inputs.pop(name, None)
+        document, desirable = inputs.pop("document"), inputs.pop("desirable")
+        inputs.pop("reference", None)
         with self.over(labels, lens):
-            found = divergence(self.model, labels, inputs, self.below)
-        return float(found), int((labels != NO_LOSS).sum())
+            found = beside(self.model, labels, inputs, self.below)
+        of = document[labels != NO_LOSS]
+        sums = (-found.losses, -found.others, torch.ones_like(found.losses))
+        documents = sum(len(e.branches) for e in examples)
+        logps, reference, tokens = (
+            x.new_zeros(documents).index_add(0, of, x).view(len(examples), -1) for x in sums
+        )
+        return Scored(logps, reference, tokens, desirable), float(found.kl)
