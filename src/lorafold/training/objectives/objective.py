@@ -17,6 +17,7 @@ from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, held_out_loss
+from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
 from lorafold.step.recipe import Recipe
@@ -83,9 +84,16 @@ class Objective(ABC):
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
         """An example as the model sees it, with the tokens that count in the loss marked."""
 
-    @abstractmethod
     def load(self, request: ModelRequest) -> PreTrainedModel:
-        """The model with the head that this objective needs, and without adapters."""
+        """The model with the head that this objective needs, and without adapters: a language
+        model, unless it needs another head.
+        """
+        return load_model(
+            request.source,
+            request.storage,
+            request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
 
     @abstractmethod
     def loss(

@@ -16,32 +16,23 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
-from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.step.preference_laws import law_of
 from lorafold.step.preferences import Preferences
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.comparing import Comparing
-from lorafold.training.objectives.objective import Data, ModelRequest
+from lorafold.training.objectives.objective import Data
 from lorafold.training.objectives.reference import moves, referenced
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Preference(Comparing):
     """Preferring completions to others, by a law; the reference is the model without the adapter
     that trains.
     """
-
-    def load(self, request: ModelRequest) -> PreTrainedModel:
-        return load_model(
-            request.source,
-            request.storage,
-            request.device,
-            trust_remote_code=request.trust_remote_code,
-        )
 
     def refer(
         self, loss: Preferences, feed: Feed, held_out: Data | None, console: Console

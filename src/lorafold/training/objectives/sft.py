@@ -12,13 +12,12 @@ from lorafold.data.examples import WHOLE, Encoded, Example, encode, preview
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoder
-from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.step.documents import packed
 from lorafold.step.losses import Completions as CompletionLoss
 from lorafold.step.losses import Loss
 from lorafold.step.recipe import Recipe
-from lorafold.training.objectives.objective import ModelRequest, Objective, no_options
+from lorafold.training.objectives.objective import Objective, no_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,14 +48,6 @@ class Sft(Objective):
 
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
-
-    def load(self, request: ModelRequest) -> PreTrainedModel:
-        return load_model(
-            request.source,
-            request.storage,
-            request.device,
-            trust_remote_code=request.trust_remote_code,
-        )
 
     @contextmanager
     def loss(
