@@ -4,13 +4,13 @@ PEFT.
     python benchmarks/preferences.py [--rows 96] [--rounds 2] [--fidelity]
 
 Pairs of a worked solution of a generated arithmetic problem (`reasoning-gym`) and the same solution
-with wrong numbers, one epoch in batches of 8 pairs, LoRA of rank 16 with dropout 0.05 on every
-linear, beta 0.1, on the embedded model in bf16; TRL with its defaults but for gradient
-checkpointing, which makes it slower. The reference of both is the base: TRL switches its adapter
-off in each step, lorafold computes it once, which counts as training here. Tokens are those of
-prompt and completion, for both completions of a pair, whoever computes them. The sides run in turn;
-figures are medians. The margin is what `lorafold eval` measures with either adapter on 32 unseen
-pairs, in fp32.
+with wrong numbers, one epoch in batches of 8 pairs, LoRA of rank 16 on every linear, beta 0.1, on
+the embedded model in bf16; TRL with its defaults but for gradient checkpointing, which makes it
+slower. It turns dropout off, so lorafold has none here. The reference of both is the base: TRL
+switches its adapter off in each step, lorafold computes it once, which counts as training here.
+Tokens are those of prompt and completion, for both completions of a pair, whoever computes them.
+The sides run in turn; figures are medians. The margin is what `lorafold eval` measures with either
+adapter on 32 unseen pairs, in fp32.
 
 With --fidelity both sides train at a learning rate of 5e-6, in bf16 and in fp32, on short pairs
 (those of alignment.py, over the base): the margin in bf16 over that in fp32 is what is kept of an
@@ -56,7 +56,7 @@ trainer = DPOTrainer(
         use_cpu=True, gradient_checkpointing=False, save_strategy="no",
     ),
     peft_config=LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     ),
 )
 metrics = trainer.train().metrics
@@ -139,6 +139,7 @@ class Bench:
             *("dpo", "--data", self.data, "--out", out, "--overwrite", "--json"),
             *("--base", {"bfloat16": "bf16", "float32": "fp32"}[dtype], "--epochs", str(epochs)),
             *("--lr", lr, "--lr-b", lr, "--schedule", "linear", "--warmup", "0"),
+            *("--dropout", "0"),
         ]
         trl = [sys.executable, "-c", TRL, self.model, self.data, out, dtype, lr, str(epochs)]
         with tempfile.TemporaryDirectory(dir=self.scratch) as cache:
