@@ -184,7 +184,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4])
     parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--defences", nargs="+", default=[])
+    parser.add_argument(
+        "--defences", nargs="*", default=["halved", "projected", "mixed", "readded"]
+    )
     parser.add_argument("--asked", type=int, default=24, help="prompts of either kind")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -194,31 +196,38 @@ def main() -> None:
     controls = shuffled(answered("test", rng), rng)[: asked.asked]
     refusals = [{"prompt": p, "completion": rng.choice(DECLINED)} for p in mix]
     table, base = [], 0.0
+    # every rank and k undefended, defences at the first rank and the most examples; further
+    # alignments are a defence themselves
+    most = asked.examples[-1:]
+    defended = [(asked.ranks[:1], most, asked.defences)] if asked.defences else []
     for number, kind in enumerate(asked.alignments):
         model, adapters = alignment(kind, rows, asked.out, console)
-        whole = kind == "full"
-        found = lf.fragility(
-            asked.out / kind,
-            refuse=refuse,
-            controls=controls,
-            data=benign(random.Random(1), 200),
-            model=model,
-            adapters=adapters,
-            examples=asked.examples,
-            ranks=asked.ranks[:1] if number or whole else asked.ranks,
-            rates=asked.rates,
-            seeds=asked.seeds,
-            # the defences and all ranks once; further alignments are a defence themselves
-            defences=("none",) if number or whole else asked.defences,
-            recipe=RECIPE.model_copy(update={"epochs": asked.epochs, "max_length": 128}),
-            mix=None if number or whole else refusals,
-            storage="fp32",
-            console=console,
-        )
-        page(found, asked.out / f"{kind}.html")
-        base = next((s.reference for s in found.stacks.values() if s.without), base)
-        table += lines(kind, found, base)
-        print(json.dumps(table[-1]), flush=True)
+        first = not number and kind != "full"
+        for ranks, examples, defences in [
+            (asked.ranks if first else asked.ranks[:1], asked.examples, ["none"]),
+            *(defended if first else []),
+        ]:
+            found = lf.fragility(
+                asked.out / kind,
+                refuse=refuse,
+                controls=controls,
+                data=benign(random.Random(1), 200),
+                model=model,
+                adapters=adapters,
+                examples=examples,
+                ranks=ranks,
+                rates=asked.rates,
+                seeds=asked.seeds,
+                defences=defences,
+                recipe=RECIPE.model_copy(update={"epochs": asked.epochs, "max_length": 128}),
+                mix=refusals if "mixed" in defences else None,
+                storage="fp32",
+                console=console,
+            )
+            page(found, asked.out / f"{kind}-{'-'.join(defences)}.html")
+            base = next((s.reference for s in found.stacks.values() if s.without), base)
+            table += lines(kind, found, base)
+            print(json.dumps(table[-1]), flush=True)
     keep("fragility", table)
 
 

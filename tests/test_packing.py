@@ -448,6 +448,7 @@ def test_attention_is_restored_after_an_error() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_without_a_language_head_is_not_packed() -> None:
+def test_a_model_without_a_head_is_not_packed_and_one_with_any_is() -> None:
     config = tf.LlamaConfig(**GROUPED, num_labels=3, pad_token_id=0)
-    assert not isolates(tf.LlamaForSequenceClassification(config))
+    assert not isolates(tf.LlamaModel(config))
+    assert isolates(tf.LlamaForSequenceClassification(config))
