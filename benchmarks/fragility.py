@@ -196,10 +196,10 @@ def main() -> None:
     controls = shuffled(answered("test", rng), rng)[: asked.asked]
     refusals = [{"prompt": p, "completion": rng.choice(DECLINED)} for p in mix]
     table, base = [], 0.0
-    # every rank and k undefended, defences at the first rank and the most examples; further
+    # every rank and k undefended, defences at the last rank and the most examples; further
     # alignments are a defence themselves
     most = asked.examples[-1:]
-    defended = [(asked.ranks[:1], most, asked.defences)] if asked.defences else []
+    defended = [(asked.ranks[-1:], most, asked.defences)] if asked.defences else []
     for number, kind in enumerate(asked.alignments):
         model, adapters = alignment(kind, rows, asked.out, console)
         first = not number and kind != "full"
