@@ -116,7 +116,10 @@ def main() -> None:
     preferred = pairs(rows("train", asked.pairs, asked.seed + 1))
     for weight in asked.sft_weights:
         options = {"sft_weight": weight}
-        recipe = lf.Recipe(objective="dpo", batch=8, objective_options=options, **common)
+        rates = {"lr": 1e-5, "lr_b": 1e-4}
+        recipe = lf.Recipe(
+            objective="dpo", batch=8, objective_options=options, **rates, **common
+        )
         dpo = asked.out / f"dpo-{weight:g}"
         learn(recipe, preferred, dpo, over=sft)
         table.append(measured(f"SFT + DPO, sft_weight {weight:g}", [sft, dpo], test))

@@ -64,7 +64,7 @@ class Law(ABC):
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
     # of a method's own learning rates: a pair is told apart long before its completions are learned
-    pace: ClassVar[float] = 0.1
+    pace: ClassVar[float] = 0.05  # pairs are told apart long before completions are learned
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:

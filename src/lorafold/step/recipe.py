@@ -138,7 +138,7 @@ class Recipe(BaseModel):
         None,
         description=(
             "The peak learning rate. Without it the method's own, of which preferences take a"
-            " tenth; LoRA has 2e-4."
+            " twentieth; LoRA has 2e-4."
         ),
     )
     lr_b: Positive | None = Field(
