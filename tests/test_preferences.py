@@ -592,3 +592,17 @@ def test_a_preview_shows_both_completions(
 def test_comparing_methods_by_preferences_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match="objective: found dpo, expected one whose figures"):
         lf.compare(tmp_path / "out", data=PAIRS, recipe=lf.Recipe(objective="dpo"))
+
+
+def test_judged_rows_of_one_kind_have_no_margin(tiny: tuple[Any, Any, Path]) -> None:
+    model, tokenizer, _ = tiny
+    adapted(model)
+    good = [row for row in JUDGED if row["label"]]
+    with branching(model) as how:
+        loss = Preferences(model, Kto(), how, 0)
+        found = preference_figures(loss, list(examples_of(good, tokenizer, "judged")), True)
+    assert found.reward_margin is None
+    assert found.rejected_change is None
+    assert found.chosen_change is not None
+    json.dumps(found.as_json(), allow_nan=False)
+    assert "reward margin" not in str(found)

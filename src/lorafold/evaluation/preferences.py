@@ -30,8 +30,8 @@ from lorafold.step.preferences import Preferences
 
 @dataclass(frozen=True)
 class PreferenceFigures:
-    """The figures of n rows, in nats; None where rows are not pairs, where there is no reference,
-    or for the interval of a single row.
+    """The figures of n rows, in nats; None where rows are not pairs, where there is no reference or
+    no completion of the kind, or for the interval of a single row.
     """
 
     n: int
@@ -42,8 +42,8 @@ class PreferenceFigures:
     reward_accuracy_interval: Interval | None
     reward_margin: float | None
     reward_margin_interval: Interval | None
-    chosen_logp: float
-    rejected_logp: float
+    chosen_logp: float | None
+    rejected_logp: float | None
     chosen_change: float | None
     chosen_change_interval: Interval | None
     rejected_change: float | None
@@ -124,8 +124,9 @@ def preference_figures(
             table = torch.cat([column.double() for column in columns], 1)  # (n, 3 k + 1)
             scores |= dict(zip(group, table.tolist(), strict=True))
             progress(len(scores), len(examples))
-    rows = torch.tensor([scores[i] for i in range(len(examples))])  # (n, 3 k + 1)
-    logps, ratios, rewards = rows[:, :-1].double().chunk(3, 1)
+    ordered = [scores[i] for i in range(len(examples))]
+    rows = torch.tensor(ordered, dtype=torch.float64)  # (n, 3 k + 1)
+    logps, ratios, rewards = rows[:, :-1].chunk(3, 1)
     good = torch.tensor([e.desirable for e in examples])
     paired = loss.law.kind == "pairs"
 
@@ -143,6 +144,7 @@ def preference_figures(
     (won, lost), (up, down), (chosen_r, rejected_r) = map(sides, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(chosen_r, rejected_r, strict=False)] if paired else []
     prefers, moved = accuracy(logps), accuracy(rewards) if rewarded else (None, None)
+    both = rewarded and chosen_r and rejected_r  # judged rows may all be of one kind
     return PreferenceFigures(
         n=len(examples),
         preference_loss=float(rows[:, -1].mean()),
@@ -150,7 +152,7 @@ def preference_figures(
         preference_accuracy_interval=prefers[1],
         reward_accuracy=moved[0],
         reward_accuracy_interval=moved[1],
-        reward_margin=mean(chosen_r) - mean(rejected_r) if rewarded else None,
+        reward_margin=fmean(chosen_r) - fmean(rejected_r) if both else None,
         reward_margin_interval=mean_interval(margins) if rewarded else None,
         chosen_logp=mean(won),
         rejected_logp=mean(lost),
@@ -161,6 +163,6 @@ def preference_figures(
     )
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean; not a number for none."""
-    return fmean(values) if values else float("nan")
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None for no values."""
+    return fmean(values) if values else None
