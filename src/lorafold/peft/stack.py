@@ -75,7 +75,7 @@ def mismatch(needed: Sequence[Origin], found: Sequence[Origin]) -> str:
         found: The adapters that would be below it, lowest first.
     """
     return (
-        f"it was trained over {listed(needed)}, in this order; found {listed(found) or 'nothing'}"
+        f"it was trained over {listed(needed)}; found {listed(found) or 'nothing'}"
         " below it"
     )
 

@@ -87,19 +87,23 @@ def referenced(loss: Preferences, examples: BranchedExamples, console: Console) 
 
 
 def digest(model: nn.Module) -> str:
-    """The SHA-256 of every tensor of a model but those of its highest adapter."""
+    """The SHA-256 of every tensor of a model but those of its highest adapter, unless these are the
+    model's own.
+    """
     name = selection_of(model).names[-1]
+    above = [] if moves(model) else adapted_modules(model)
     own = {
         id(tensor)
-        for _, module in adapted_modules(model)
+        for _, module in above
         if name in module.deltas
         for tensor in chain(module.deltas[name].parameters(), module.deltas[name].buffers())
     }
     found = sha256()
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if id(tensor) not in own or moves(model):
+        if id(tensor) not in own:
             found.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found.update(content.numpy().data)
     return found.hexdigest()
 
 
