@@ -11,7 +11,7 @@ from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Quantized
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
-from lorafold.core.layer import Base
+from lorafold.core.base import Base
 from lorafold.errors import LorafoldError
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from lorafold.core.base import Base
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base, Layer, Over
+from lorafold.core.layer import Layer, Over
 from lorafold.core.reading import NAMES
 from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.core.base import Base
 from lorafold.core.delta import Delta, on_meta
-from lorafold.core.layer import Base
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
-from lorafold.core.layer import bare
+from lorafold.core.base import bare
 from lorafold.errors import NotMergeable
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of

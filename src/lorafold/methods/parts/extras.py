@@ -13,8 +13,8 @@ from torch import nn
 
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import adapted_modules
+from lorafold.core.base import bare
 from lorafold.core.delta import Delta
-from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
