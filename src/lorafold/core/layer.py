@@ -49,6 +49,10 @@ class Layer(ABC):
         layer is no matrix.
         """
 
+    def then(self, u: Tensor, m: Tensor) -> Tensor:
+        """The product of what `op` gave, u (..., r), and m (*stack, out, r): (..., out)."""
+        return F.linear(u, m.to(u.dtype))
+
     @abstractmethod
     def drop(self, x: Tensor, p: float) -> Tensor:
         """x (..., in) after dropout with probability p; ids (...) are returned as they are."""
@@ -162,7 +166,7 @@ class Layer(ABC):
             onto: a tensor (..., out) that is added before the rounding, or None.
         """
         u = self.op(self.drop(x, p), down)
-        return self(x, onto=add(F.linear(u, up.to(u.dtype)), onto))
+        return self(x, onto=add(self.then(u, up), onto))
 
 
 class Upon(Layer):
@@ -172,6 +176,9 @@ class Upon(Layer):
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return self.under.op(x, m)
+
+    def then(self, u: Tensor, m: Tensor) -> Tensor:
+        return self.under.then(u, m)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.under.drop(x, p)
