@@ -78,7 +78,7 @@ class Convolution(Base):
 
         With groups, k must be out: the rows belong to the groups as those of W do.
         """
-        kernel = m.to(x.dtype).view(len(m), -1, *self.bare.kernel_size)
+        kernel = m.to(x.dtype).reshape(len(m), -1, *self.bare.kernel_size)
         y: Tensor = self.bare._conv_forward(x, kernel, None)
         return y
 
