@@ -27,7 +27,6 @@ from torch import Tensor
 
 from lorafold.bases.dense import named, store_all
 from lorafold.core.base import Base
-from lorafold.core.layer import add
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 from lorafold.ops.dropout import dropout
@@ -82,16 +81,13 @@ class Convolution(Base):
         y: Tensor = self.bare._conv_forward(x, kernel, None)
         return y
 
-    def low_rank(
-        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
-    ) -> Tensor:
-        x_branch = self.drop(x, p)
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
         if self.bare.groups > 1:
-            return self(x, onto=add(self.op(x_branch, up @ down), onto))
-        u = self.op(x_branch, down)
+            return self.op(self.drop(x, p), up @ down)
+        u = self.op(self.drop(x, p), down)
         places = len(self.bare.kernel_size)
-        branch = FUNCTIONS[places](u, up.to(u.dtype).view(*up.shape, *(1,) * places))
-        return self(x, onto=add(branch, onto))
+        y: Tensor = FUNCTIONS[places](u, up.to(u.dtype).reshape(*up.shape, *(1,) * places))
+        return y
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x

@@ -48,11 +48,17 @@ class Base(Layer):
 
     @property
     def has_bias(self) -> bool:
-        return self._module._parameters.get("bias") is not None
+        return self.parameter("bias") is not None
 
     def sources(self) -> list[Tensor] | None:
         own = chain(self._module._parameters.values(), self._module._buffers.values())
         return [tensor for tensor in own if tensor is not None]
+
+    def parameter(self, name: str) -> Any:
+        """The stored parameter, of any shape, whose name is "weight" or "bias"; None if there is
+        none.
+        """
+        return self._module._parameters.get(name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, without any delta."""
@@ -64,6 +70,16 @@ class Base(Layer):
         """The parameters that would store W (out, in) and b (out,) in the module, by name, in the
         dtypes given. The module is not changed. Raises NotMergeable if it can't store them.
         """
+
+    @classmethod
+    def entered(cls, module: nn.Module) -> None:
+        """Do what a module needs when it gets its first delta."""
+        return None
+
+    @classmethod
+    def left(cls, module: nn.Module) -> None:
+        """Undo `entered`, when the last delta is detached."""
+        return None
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in) and b (out,) or None as `dense` gives them, on the meta device."""

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.core.layer import Given, Layer, Over, add
-from lorafold.errors import LorafoldError
 
 
 class Stack(Delta):
@@ -161,8 +160,7 @@ class Bank(Opaque):
     rank, slot 0 all zeros.
 
     Any assignment of deltas to the batch costs two batched products in addition to the base's.
-    There is no dropout. Calling it raises LorafoldError over a convolution; `PerExample` is for
-    those.
+    There is no dropout.
     """
 
     def __init__(self, deltas: Sequence[LowRank], slots: Slots) -> None:
@@ -176,11 +174,6 @@ class Bank(Opaque):
         self.register_buffer("down", torch.stack([torch.zeros_like(padded_down[0]), *padded_down]))
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if not (layer.takes_vectors or layer.takes_ids):
-            raise LorafoldError(
-                f"Bank: found {type(layer.module).__name__}, expected a linear or an embedding; use"
-                " PerExample"
-            )
         up, down = (t[self.slots.at] for t in (self.up, self.down))  # type: ignore[index]
-        u = torch.vmap(layer.op)(x, down)
-        return layer(x, onto=add(torch.vmap(F.linear)(u, up.to(u.dtype)), onto))
+        each = torch.vmap(lambda *factors: layer.branch(*factors, 0.0))
+        return layer(x, onto=add(each(x, down, up), onto))

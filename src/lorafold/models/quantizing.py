@@ -21,6 +21,7 @@ from lorafold.bases import is_linear, layer_of
 from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import all_linear
+from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.models.weights import FileWeights, model_files
@@ -59,7 +60,7 @@ def packable(model: PreTrainedModel) -> list[str]:
     body, _ = decoder_of(model)
     head = model.get_output_embeddings()
     inside = [p for p in all_linear(model, is_linear) if not body or f"{p}.".startswith(f"{body}.")]
-    modules = {p: model.get_submodule(p) for p in inside}
+    modules = {p: module_at(model, p) for p in inside}
     return [p for p, m in modules.items() if m is not head and layer_of(m).shape[1] % BLOCK == 0]
 
 

@@ -111,6 +111,6 @@ def in_matrix_form(file: Weights) -> Weights:
         if t.dim() < 3 or t.shape[:2] != (len(a), len(b)):
             continue
         hidden.update(names)
-        made[names[1]] = a.t().float()
-        made[names[2]] = torch.einsum("ij...,jc->ic...", t, b).flatten(1).float()
+        made[names[1]] = a.t().float().contiguous()
+        made[names[2]] = torch.einsum("ij...,jc->ic...", t, b).flatten(1).float().contiguous()
     return Completed(file, hidden, made) if made else file

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorafold.bases import layer_class
 from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
+from lorafold.core.stacked import module_at
 from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
 from lorafold.peft.table import entries_of
@@ -79,7 +80,7 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
     """
     found, aimed = [], set(targets)
     for path, deltas in parts.items():
-        module: Any = model.get_submodule(path)
+        module: Any = module_at(model, path)
         layer = layer_class(module)
         window = module.kernel_size if issubclass(layer, Convolution) else ()
         found += [Site(path, delta, layer, path in aimed, base, window) for delta in deltas]
