@@ -73,7 +73,9 @@ def not_down(a: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
 
 
 def whole(w2: Tensor, site: Site) -> Tensor:
-    """LoKr's whole D as the file has it, from a matrix (o2, i2 * prod(window))."""
+    """LoKr's whole D, a matrix (o2, i2 * prod(window)), as the file has it: (o2, i2, *window), or
+    the matrix itself over a Conv1d.
+    """
     return w2 if len(site.window) == 1 else as_kernel(w2, site)
 
 

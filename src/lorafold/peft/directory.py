@@ -217,11 +217,8 @@ def fill(
     strays = (_stray(key, stored.weights, base) for key in sorted(found - expected.keys()))
     wrong += [text for text in strays if text]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
-    wrong += [
-        text
-        for key, tensor in loaded.items()
-        if (text := _misfit(key, tensor, expected[key], loaded))
-    ]
+    misfits = (_misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
+    wrong += [text for text in misfits if text]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, saved in expected.items():

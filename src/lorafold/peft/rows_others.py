@@ -24,7 +24,7 @@ from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, wh
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site
 from lorafold.peft.rows_lora import fan_in_fan_out, number
 
-# keys for convolutions (whose tensors say it too), for the initialization, and for dropouts that act
+# keys for convolutions, whose tensors say it too, for the initialization, and for dropouts that act
 # in training only
 LYCORIS_IRRELEVANT = frozenset(
     {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
