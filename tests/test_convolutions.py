@@ -353,6 +353,8 @@ def test_presets_leave_convolutions_out() -> None:
     assert not any(is_linear(m) for m in net(1).modules())
     with pytest.raises(lf.LorafoldError, match="all-linear"):
         lf.attach(net(1), lf.LoRA(), "all-linear")
+    with pytest.raises(lf.LorafoldError, match="similar names: stem"):
+        lf.attach(net(1), lf.LoRA(), ["stemm"])
 
 
 @pytest.mark.parametrize(
