@@ -59,7 +59,7 @@ def parameter_count(model: nn.Module) -> int:
     """
     sizes: dict[int, int] = {}
     for _, module in bare_modules(model):
-        for name, p in module._parameters.items():
+        for p in module._parameters.values():
             if p is not None:
                 sizes.setdefault(id(p), p.numel())
         layer = layer_of(module)

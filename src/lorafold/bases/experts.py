@@ -11,6 +11,7 @@ where no delta is active and nothing is quantized.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.stacks import Held, held
+from lorafold.bases.stacks import Floats, Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.layer import Layer, add
@@ -141,6 +142,11 @@ class Experts(Base):
             )
         turned = self.held.turned(w)
         return {"weight": turned} if b is None else {"weight": turned, "bias": b}
+
+    def plain(self) -> Experts:
+        twin = copy.copy(self)
+        twin.held = Floats(self.module)  # type: ignore[arg-type]
+        return twin
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         encoded = self.encode(w, b)
