@@ -20,7 +20,6 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.presets import PRESETS
 from lorafold.errors import LorafoldError
 
-
 # what has a matrix and is in no preset, but may be named
 NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
