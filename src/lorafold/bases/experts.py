@@ -110,8 +110,8 @@ class Experts(Base):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return product(x, m, self.rows)
 
-    def then(self, u: Tensor, m: Tensor) -> Tensor:
-        return product(u, m, self.rows)
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.op(self.op(self.drop(x, p), down), up)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x

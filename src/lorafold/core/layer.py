@@ -49,10 +49,6 @@ class Layer(ABC):
         layer is no matrix.
         """
 
-    def then(self, u: Tensor, m: Tensor) -> Tensor:
-        """The product of what `op` gave, u (..., r), and m (*stack, out, r): (..., out)."""
-        return F.linear(u, m.to(u.dtype))
-
     @abstractmethod
     def drop(self, x: Tensor, p: float) -> Tensor:
         """x (..., in) after dropout with probability p; ids (...) are returned as they are."""
@@ -165,8 +161,19 @@ class Layer(ABC):
             p: the probability of dropout on the branch.
             onto: a tensor (..., out) that is added before the rounding, or None.
         """
+        return self(x, onto=add(self.branch(x, down, up, p), onto))
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        """up down drop(x), the small product first: (..., in) -> (..., out).
+
+        Args:
+            x: the input (..., in).
+            down: the down factor (r, in).
+            up: the up factor (out, r), with every scale in it.
+            p: the probability of dropout.
+        """
         u = self.op(self.drop(x, p), down)
-        return self(x, onto=add(self.then(u, up), onto))
+        return F.linear(u, up.to(u.dtype))
 
 
 class Upon(Layer):
@@ -177,11 +184,11 @@ class Upon(Layer):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return self.under.op(x, m)
 
-    def then(self, u: Tensor, m: Tensor) -> Tensor:
-        return self.under.then(u, m)
-
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.under.drop(x, p)
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.under.branch(x, down, up, p)
 
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
