@@ -6,8 +6,8 @@ seconds and peak memory.
 Random models of about 180M parameters in bf16, rank 16 on every linear of the blocks and every
 expert, AdamW, every token labelled, no dropout (which PEFT refuses on experts). Each side is a
 process of its own and the two take their steps in turn; figures are medians, ratios those of each
-turn. Peak memory is all that the process is resident in. lorafold also on NF4, which PEFT can't hold
-experts in. Prints a table, which is also written to results/experts.md. Linux only.
+turn. Peak memory is all that the process is resident in. lorafold also on NF4, in which PEFT can't
+hold experts. Prints a table, which is also written to results/experts.md. Linux only.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def main() -> None:
             path = Path(folder, name)
             random(name, path)
             case = Case(asked.batch, asked.length, asked.rank, model=str(path))
-            for title, of_ours in {name: case, f"{name}, ours NF4": case._replace(quantization="nf4")}.items():
+            four = case._replace(quantization="nf4")
+            for title, of_ours in ((name, case), (f"{name}, ours NF4", four)):
                 sides: dict[str, list[Step]] = {"lorafold": [], "peft": []}
                 with Worker("lorafold", of_ours) as ours, Worker("peft", case) as peft:
                     for turn in range(WARM_UP + asked.rounds):
