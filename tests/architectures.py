@@ -45,6 +45,7 @@ class Architecture:
     inputs: Callable[[], dict[str, Any]] = lambda: {"input_ids": TOKENS}
     towers: tuple[str, ...] = ()
     trains: Callable[[], dict[str, Any]] | None = None  # its labels, where it has a loop of its own
+    not_in_peft: tuple[str, ...] = ()  # targets that PEFT refuses or leaves out of what it computes
 
     def model(self) -> nn.Module:
         """Weights so large that every part matters: gains and biases are drawn too."""
@@ -85,15 +86,21 @@ def with_parts(parts: int, **others: Any) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | others
 
 
-def causal(config: type, fields: dict[str, Any] = COMMON, **changes: Any) -> Architecture:
+def causal(
+    config: type, fields: dict[str, Any] = COMMON, not_in_peft: tuple[str, ...] = (), **changes: Any
+) -> Architecture:
     kind = tf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[config]
-    return Architecture(kind, lambda: config(**fields | changes))
+    return Architecture(kind, lambda: config(**fields | changes), not_in_peft=not_in_peft)
 
 
 def patches(side: int, width: int) -> Tensor:
     return torch.randn(side * side, width, generator=torch.Generator().manual_seed(1))
 
 
+# the model reads the weight past PEFT's layer, or PEFT refuses the module
+MIXERS = ("dt_proj", "out_proj")
+# PEFT takes these names for those of experts, whatever has them, and leaves the shared expert alone
+OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4} | IDS
 SEQ2SEQ = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -123,14 +130,14 @@ TEXT = {
     "smollm3": causal(tf.SmolLM3Config, GROUPED),
 }
 RECURRENT = {
-    "mamba": causal(tf.MambaConfig, COMMON, state_size=8, time_step_rank=4),
+    "mamba": causal(tf.MambaConfig, COMMON, MIXERS, state_size=8, time_step_rank=4),
     "mamba2": causal(
-        tf.Mamba2Config, COMMON, state_size=8, num_heads=8, head_dim=8, expand=2, n_groups=1,
+        tf.Mamba2Config, COMMON, MIXERS, state_size=8, num_heads=8, head_dim=8, expand=2, n_groups=1,
         chunk_size=4,
     ),
     "jamba": causal(
-        tf.JambaConfig, GROUPED | MAMBA, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, num_experts=4, use_mamba_kernels=False,
+        tf.JambaConfig, GROUPED | MAMBA, MIXERS, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, num_experts=4,
         mamba_dt_rank=4,
     ),
     "bamba": causal(tf.BambaConfig, GROUPED | MAMBA2, attn_layer_indices=[1], mamba_chunk_size=4),
@@ -143,7 +150,7 @@ RECURRENT = {
         block_types=["recurrent", "attention"],
     ),
     "qwen3-next": causal(
-        tf.Qwen3NextConfig, ROUTED, layer_types=["linear_attention", "full_attention"],
+        tf.Qwen3NextConfig, ROUTED, OF_EXPERTS, layer_types=["linear_attention", "full_attention"],
         linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
         linear_num_value_heads=4, shared_expert_intermediate_size=16,
     ),
@@ -156,7 +163,7 @@ MIXTURES = {
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
     "deepseek-v3": causal(
-        tf.DeepseekV3Config, COMMON, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        tf.DeepseekV3Config, COMMON, OF_EXPERTS, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
         topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
         q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1,
         num_key_value_heads=4,

@@ -12,7 +12,7 @@ blocks are those of the language model, and what is beside them are towers and c
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,14 +51,12 @@ class Unreached:
         }
 
     def __str__(self) -> str:
-        inside = _listed(self.blocks, self.of_blocks)
+        inside = _listed(self.blocks, self.of_blocks) or "none"
         line = f"frozen in the blocks: {inside} of their {self.of_blocks:,} parameters"
-        if not self.blocks:
-            line = f"frozen in the blocks: none of their {self.of_blocks:,} parameters"
-        if self.beside:
-            around = _listed(self.beside, self.of_model)
-            line += f"; beside them: {around} of the model's {self.of_model:,}"
-        return line
+        if not self.beside:
+            return line
+        around = _listed(self.beside, self.of_model)
+        return f"{line}; beside them: {around} of the model's {self.of_model:,}"
 
 
 def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
@@ -150,8 +148,9 @@ def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
     if path in sites or not own:
         return 0
     left = [p for name, p in own.items() if name not in sites]
-    leaf = sum(1 for _ in bare_modules(module)) == 1
-    return parameter_count(module) if leaf and len(left) == len(own) else sum(p.numel() for p in left)
+    if len(left) == len(own) and sum(1 for _ in bare_modules(module)) == 1:
+        return parameter_count(module)
+    return sum(p.numel() for p in left)
 
 
 def _experts(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, int]:
@@ -180,9 +179,9 @@ def _kind(path: str, module: nn.Module, experts: Mapping[str, int]) -> str:
         return "experts"
     steps = path.split(".")
     rows = {experts.get(".".join(steps[:n])) for n in range(len(steps))}
-    if weight is not None and weight.dim() == 2 and len(weight) in rows:
-        if re.search("router|gate", f"{'.'.join(steps[-2:])} {name}"):
-            return "router"
+    routes = re.search("router|gate", f"{'.'.join(steps[-2:])} {name}") is not None
+    if routes and weight is not None and weight.dim() == 2 and len(weight) in rows:
+        return "router"
     if is_linear(module):
         return "linears"
     if isinstance(module, _ConvNd):

@@ -46,7 +46,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def of_attention(path: str) -> bool:
-    """Whether the module path names an attention: it contains `attn` or `attention`, in any case."""
+    """Whether the module path names an attention: it has `attn` or `attention` in any case."""
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
 
 
