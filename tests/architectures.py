@@ -2,9 +2,10 @@
 
     ARCHITECTURES["qwen3"].model()      the model, the same each time, in evaluation mode
     ARCHITECTURES["qwen3"].inputs()     what it is called with
-    run(model, inputs)                  all that it computes of them, as one tensor
+    run(model, inputs)                  all that it computes of them, as one vector
+    moved(model)                        an adapter on it of which every parameter matters
 
-No test knows what a model is called: what one needs in order to be adapted is a field of its row.
+What a test must know of a model is a field of its row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import Tensor, nn
+
+import lorafold as lf
 
 VOCAB = 97
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -36,16 +39,16 @@ TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0
 
 @dataclass(frozen=True)
 class Architecture:
-    """One tiny model: its class, its configuration, what it is called with beside `input_ids`, and
-    the paths of its towers.
+    """One tiny model: its class, its configuration, what it is called with, the paths of its
+    towers, its labels if it is no language model, and the targets that PEFT refuses or leaves out.
     """
 
     cls: Any
     config: Callable[[], Any]
     inputs: Callable[[], dict[str, Any]] = lambda: {"input_ids": TOKENS}
     towers: tuple[str, ...] = ()
-    trains: Callable[[], dict[str, Any]] | None = None  # its labels, where it has a loop of its own
-    not_in_peft: tuple[str, ...] = ()  # targets that PEFT refuses or leaves out of what it computes
+    trains: Callable[[], dict[str, Any]] | None = None
+    not_in_peft: tuple[str, ...] = ()
 
     def model(self) -> nn.Module:
         """Weights so large that every part matters: gains and biases are drawn too."""
@@ -59,16 +62,25 @@ class Architecture:
 
 
 def run(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Every number (n,) that the model computes of its inputs."""
-    return flat(model(**inputs))
+    """What the model computes of its inputs, as one vector (n,)."""
+    found = model(**inputs)
+    name = next(n for n in ("logits", "logits_per_image", "last_hidden_state") if n in found)
+    return found[name].float().flatten()
 
 
-def flat(found: Any) -> Tensor:
-    """The first of a model's outputs that is made of numbers of the task, as one vector (n,)."""
-    for name in ("logits", "logits_per_image", "last_hidden_state"):
-        if isinstance(found.get(name), Tensor):
-            return found[name].float().flatten()
-    raise AssertionError(type(found))
+def moved(model: nn.Module, **options: Any) -> lf.Adapter:
+    """A LoRA on the default targets, or on others, with every parameter drawn."""
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0), **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return adapter
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """1e-5 of the norm: what sums in another order cost in fp32."""
+    return bool((found - expected).norm() <= 1e-5 * expected.norm())
 
 
 def audio(mels: int, frames: int) -> Tensor:
@@ -132,8 +144,8 @@ TEXT = {
 RECURRENT = {
     "mamba": causal(tf.MambaConfig, COMMON, MIXERS, state_size=8, time_step_rank=4),
     "mamba2": causal(
-        tf.Mamba2Config, COMMON, MIXERS, state_size=8, num_heads=8, head_dim=8, expand=2, n_groups=1,
-        chunk_size=4,
+        tf.Mamba2Config, COMMON, MIXERS, state_size=8, num_heads=8, head_dim=8, expand=2,
+        n_groups=1, chunk_size=4,
     ),
     "jamba": causal(
         tf.JambaConfig, GROUPED | MAMBA, MIXERS, attn_layer_period=2, attn_layer_offset=1,
@@ -163,8 +175,8 @@ MIXTURES = {
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
     "deepseek-v3": causal(
-        tf.DeepseekV3Config, COMMON, OF_EXPERTS, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-        topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
+        tf.DeepseekV3Config, COMMON, OF_EXPERTS, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
         q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1,
         num_key_value_heads=4,
     ),
@@ -179,13 +191,13 @@ ENCODERS = {
             dropout_rate=0.0, **IDS,
         ),
         lambda: {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :7]},
-        trains=lambda: {"labels": TOKENS[:, 1:8]},
+        trains=lambda: {"labels": TOKENS[:, 1:8].clone()},
     ),
     "bart": Architecture(
         tf.BartForConditionalGeneration,
         lambda: tf.BartConfig(**SEQ2SEQ | IDS),
         lambda: {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :7]},
-        trains=lambda: {"labels": TOKENS[:, 1:8]},
+        trains=lambda: {"labels": TOKENS[:, 1:8].clone()},
     ),
     "whisper": Architecture(
         tf.WhisperForConditionalGeneration,
@@ -193,7 +205,7 @@ ENCODERS = {
             num_mel_bins=8, max_source_positions=10, max_target_positions=20, **SEQ2SEQ | IDS
         ),
         lambda: {"input_features": audio(8, 20), "decoder_input_ids": TOKENS[:1, :7]},
-        trains=lambda: {"labels": TOKENS[:1, 1:8]},
+        trains=lambda: {"labels": TOKENS[:1, 1:8].clone()},
     ),
     "bert": Architecture(
         tf.BertForSequenceClassification,
@@ -316,7 +328,7 @@ MULTIMODAL = {
         lambda: with_parts(
             5, input_features=audio(8, 20), feature_attention_mask=torch.ones(1, 20).long()
         ),
-        ("audio_tower",),
+        ("model.audio_tower",),
     ),
 }  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = TEXT | RECURRENT | MIXTURES | ENCODERS | MULTIMODAL

@@ -5,34 +5,32 @@ adapter matters, merging equals calling, and PEFT computes the same from the sam
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+import transformers as tf
+from torch import nn
 
 import lorafold as lf
-from architectures import ARCHITECTURES, ENCODERS, MIXTURES, MULTIMODAL, RECURRENT, TEXT, run
-from lorafold.core.anatomy import bare_modules, blocks
+from architectures import (
+    ARCHITECTURES,
+    ENCODERS,
+    IDS,
+    MIXTURES,
+    RECURRENT,
+    SEQ2SEQ,
+    TEXT,
+    moved,
+    near,
+    run,
+)
+from lorafold.core.anatomy import blocks
 from lorafold.core.towers import aside, language_model, towers
 from lorafold.step.documents import isolates
 
 NAMES = list(ARCHITECTURES)
-
-
-def moved(model: nn.Module, **options: Any) -> lf.Adapter:
-    """An adapter of the default targets, with every parameter drawn."""
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0), **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return adapter
-
-
-def near(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= 1e-5 * expected.norm())
+MIX_DOCUMENTS = {"bloom", "gpt-oss", "opt"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,3 +104,51 @@ def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None
     lf.load(model, tmp_path / "theirs")
     with torch.no_grad():
         assert near(run(model, inputs), run(theirs, inputs))
+
+
+# --- the loops of those that are no language models ----------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n, row in ENCODERS.items() if row.trains])
+def test_a_loop_of_its_own_learns(name: str) -> None:
+    row = ENCODERS[name]
+    assert row.trains is not None
+    model, inputs = row.model(), row.inputs() | row.trains()
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(model(**inputs).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_encoders_keep_all_their_blocks() -> None:
+    """A pair of encoders and an encoder-decoder are one model, and neither half is a tower."""
+    for name, row in ENCODERS.items():
+        model = row.model()
+        assert (language_model(model), towers(model), aside(model)) == ("", {}, ()), name
+        adapted = {site.rsplit(".", 1)[0] for site in lf.attach(model, lf.LoRA(rank=2)).sites}
+        assert all(any(f"{s}.".startswith(f"{b}.") for s in adapted) for b in blocks(model)), name
+
+
+def test_a_vision_encoder_under_a_text_decoder_is_one_model() -> None:
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ARCHITECTURES["vit"].config(), tf.TrOCRConfig(**SEQ2SEQ | IDS)
+    )
+    model = tf.VisionEncoderDecoderModel(config)
+    assert towers(model) == {}
+    sites = lf.attach(model, lf.LoRA(rank=2)).sites
+    assert {site.split(".")[0] for site in sites} == {"encoder", "decoder"}
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*TEXT, *RECURRENT, *MIXTURES])
+def test_what_mixes_documents_trains_padded(name: str) -> None:
+    """Recurrent and hybrid models among them: their code in torch carries the state on."""
+    model = ARCHITECTURES[name].model()
+    assert isolates(model) == (name not in RECURRENT and name not in MIX_DOCUMENTS)
