@@ -24,10 +24,10 @@ FILES = [path for path in sorted(SRC.rglob("*.py")) if path.name != "__main__.py
 PACKAGES: dict[str, list[Path]] = {}
 for file in FILES:
     PACKAGES.setdefault(file.relative_to(SRC).parts[0].removesuffix(".py"), []).append(file)
-# (out, r), (..., k), (k,), (); or a name with a suffix of dimensions, as in ids_BT; or one of
-# these words.
+# (out, r), (..., k), (*stack, k), (k,), (); or a name with a suffix of dimensions, as in
+# ids_BT; or one of these words.
 SHAPE = re.compile(
-    r"\(((\w|\.\.\.)[^()]*,[^()]*)?\)|\b[a-z]\w*_[A-Z][A-Z0-9]*\b"
+    r"\(((\w|\.\.\.|\*\w)[^()]*,[^()]*)?\)|\b[a-z]\w*_[A-Z][A-Z0-9]*\b"
     r"|\bscalars?\b|\b(any|same|own) shapes?\b"
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -151,13 +151,13 @@ def test_what_is_reached_and_what_is_not_are_all_of_the_blocks(name: str) -> Non
     inside = tuple(f"{b}." for b in blocks(model) if not f"{b}.".startswith(beside))
     adapter = lf.attach(model, lf.LoRA(rank=2))
     base = [(n, p) for n, p in model.named_parameters() if ".deltas." not in n]
-    left = [(n, p.numel()) for n, p in base if n.rpartition(".")[0] not in adapter.sites]
+    left = [(n, p.numel()) for n, p in base if not {n, n.rpartition(".")[0]} & set(adapter.sites)]
     found = adapter.unreached
     assert sum(found.blocks.values()) == sum(n for name, n in left if name.startswith(inside))
     assert found.of_blocks == sum(p.numel() for n, p in base if n.startswith(inside))
     assert sum(found.beside.values()) == sum(p.numel() for n, p in base if n.startswith(beside))
     assert "linears" not in found.blocks
-    assert ("experts" in found.blocks) == (name in HAVE_EXPERTS)
+    assert ("experts" in unreached(model, ()).blocks) == (name in HAVE_EXPERTS)
     assert ("router" in found.blocks) == (name in HAVE_EXPERTS)
     assert any(f"{kind} tower" in found.beside for kind in ("vision", "audio")) == bool(beside)
 

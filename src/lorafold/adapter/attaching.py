@@ -13,6 +13,7 @@ from lorafold.adapter.handle import Adapter
 from lorafold.bases import layer_class
 from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
 from lorafold.core.spec import Spec
+from lorafold.core.stacked import module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.extras import Bias
@@ -96,7 +97,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _place(model: nn.Module, built: Built, name: str) -> Adapter:
     selection = selection_of(model)
     for path, delta in built.deltas().items():
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         lay(module, layer_class(module), name, delta, selection, path)
     freeze(model, selection)
     selection.names += (name,)

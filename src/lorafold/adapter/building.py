@@ -21,6 +21,7 @@ from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
+from lorafold.core.stacked import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.core.unfilled import unfilled
 from lorafold.errors import LorafoldError
@@ -80,7 +81,7 @@ def build(
     selection = selection_of(model)
     names = selection.names
     saved = match(model, modules_to_save, is_linear)
-    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(model.get_submodule(p), p))
+    whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(module_at(model, p), p))
     matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
     if not matches.paths:
         raise LorafoldError(
@@ -89,28 +90,28 @@ def build(
         )
     deltas: dict[str, list[Delta]] = {}
     for path in matches.paths:
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         if isinstance(module, Adapted):
             layer = module.layer(*names)
         else:
-            layer = layer_of(module, reader(base, path))
+            layer = layer_of(module, reader(base, parameter_path(module, path, "weight")))
         try:
             deltas[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:
             raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {e}") from None
     add_biases(model, matches, bias, deltas)
-    deltas |= {path: [ReplaceDelta(model.get_submodule(path), path)] for path in whole}
+    deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     add_token_rows(model, spec, rows, names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
     return Built(spec, matches, bias, tuple(saved.by_pattern), deltas, selection.active)
 
 
-def reader(base: Weights | None, path: str) -> Callable[[], Tensor] | None:
-    """A function that reads the weight (out, in) of a module from the base's own files; None if
-    they do not have it.
+def reader(base: Weights | None, name: str) -> Callable[[], Tensor] | None:
+    """A function that reads a weight (*stack, out, in) from the base's own files by its name; None
+    if they do not have it.
     """
-    found = None if base is None else base.find(f"{path}.weight")
+    found = None if base is None else base.find(name)
     return None if base is None or found is None else partial(base.get, found)
 
 

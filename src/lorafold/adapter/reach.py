@@ -5,23 +5,24 @@
 
 A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
 blocks are those of the language model, and what is beside them are towers and connectors
-(`lorafold.core.towers`). The kinds follow from the structure: experts are stacks of matrices,
-(experts, out, in), a router is what has a row for each of them, and a norm has vectors alone.
+(`lorafold.core.towers`). The kinds follow from the structure: experts are stacks of matrices
+(E, out, in), a router is what has a row for each of them, and a norm has a vector for its weight.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lorafold.bases import is_linear, parameter_count
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.presets import beneath, own_blocks
+from lorafold.core.stacked import stack_names, stacks
 from lorafold.core.targets import Matches
 from lorafold.core.towers import aside, language_model, towers
 
@@ -69,11 +70,11 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
     blocks, beside, modules = own_blocks(model), beneath(aside(model)), list(bare_modules(model))
     in_block = beneath(blocks)
     inside = [(path, m) for path, m in modules if in_block(path) or not (blocks or beside(path))]
-    rows = _experts(inside)
+    route = routers(model)
     kinds = Counter[str]()
     for path, module in inside:
         if left := _left(path, module, sites):
-            kinds[_kind(path, module, rows)] += left
+            kinds[_kind(path, module, route)] += left
     around = Counter[str]()
     tower = _named_towers(model)
     for path, module in modules:
@@ -144,43 +145,27 @@ def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
         module: the module.
         sites: the paths of modules or parameters that carry a delta.
     """
-    own = {f"{path}.{n}": p for n, p in module._parameters.items() if p is not None}
+    own = {f"{path}.{n}": (n, p) for n, p in module._parameters.items() if p is not None}
     if path in sites or not own:
         return 0
-    left = [p for name, p in own.items() if name not in sites]
+    held, left = stacks(module), [entry for name, entry in own.items() if name not in sites]
     if len(left) == len(own) and sum(1 for _ in bare_modules(module)) == 1:
         return parameter_count(module)
-    return sum(p.numel() for p in left)
+    return sum(parameter_count(held[n]) if n in held else p.numel() for n, p in left)
 
 
-def _experts(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, int]:
-    """The number of experts by the path of each module that stacks their matrices, and by that of
-    the module around it, where their router is.
-    """
-    found = {}
-    for path, module in modules:
-        stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-        if stacks and re.search("expert", f"{path} {type(module).__name__}", re.IGNORECASE):
-            found[path] = found[path.rpartition(".")[0]] = len(stacks[0])
-    return found
-
-
-def _kind(path: str, module: nn.Module, experts: Mapping[str, int]) -> str:
+def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
     """The kind of a module with parameters of its own.
 
     Args:
         path: its path.
         module: the module.
-        experts: as `_experts` gives them.
+        route: the paths of routers.
     """
-    weight = module._parameters.get("weight")
-    name = type(module).__name__.lower()
-    if any(p is not None and p.dim() == 3 for p in module._parameters.values()) and path in experts:
+    weight, name = module._parameters.get("weight"), type(module).__name__.lower()
+    if stack_names(module):
         return "experts"
-    steps = path.split(".")
-    rows = {experts.get(".".join(steps[:n])) for n in range(len(steps))}
-    routes = re.search("router|gate", f"{'.'.join(steps[-2:])} {name}") is not None
-    if routes and weight is not None and weight.dim() == 2 and len(weight) in rows:
+    if path in route:
         return "router"
     if is_linear(module):
         return "linears"

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Quantized
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
+from lorafold.bases.experts import Experts
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
-from lorafold.core.layer import Base
+from lorafold.core.base import Base
 from lorafold.errors import LorafoldError
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.
@@ -22,6 +23,7 @@ LAYERS: dict[str, type[Base]] = {
     "bitsandbytes.nn.modules.Linear4bit": Linear4bit,
     "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
+    "lorafold.core.stacked.Stack": Experts,
 }
 
 
@@ -51,13 +53,14 @@ def parameter_count(model: nn.Module) -> int:
     """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts
     out * in.
     """
-    sizes = {}
+    sizes: dict[int, int] = {}
     for _, module in bare_modules(model):
-        quantized = isinstance(layer := layer_of(module), Quantized)
-        for name, p in module._parameters.items():
+        for p in module._parameters.values():
             if p is not None:
-                matrix = quantized and name == "weight"
-                sizes[id(p)] = prod(layer.shape) if matrix else p.numel()
+                sizes.setdefault(id(p), p.numel())
+        layer = layer_of(module)
+        if isinstance(layer, Quantized | Experts):
+            sizes[id(layer.sources()[0])] = prod((*layer.stack, *layer.shape))  # type: ignore[index]
     return sum(sizes.values())
 
 

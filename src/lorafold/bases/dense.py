@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.layer import Base, add, bare
+from lorafold.core.base import Base, bare
+from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.scale import scale
 
 
 def store(module: nn.Module, name: str, value: Tensor) -> None:
@@ -64,7 +66,16 @@ def named(w: Tensor, b: Tensor | None) -> dict[str, Tensor]:  # any shape, (out,
     return {"weight": w} if b is None else {"weight": w, "bias": b}
 
 
-class Matrix(Base):
+class Vectors(Base):
+    """Abstract: a layer whose outputs are vectors (..., out)."""
+
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        return scale(y, g, c, onto)
+
+
+class Matrix(Vectors):
     """Abstract: a matrix that multiplies activations."""
 
     linear = True
@@ -159,7 +170,7 @@ class Conv1D(Matrix):
         store_all(self, w, b)
 
 
-class Embedding(Base):
+class Embedding(Vectors):
     """An embedding: weight (in, out), `in` the size of the vocabulary."""
 
     takes_ids = True
@@ -200,7 +211,7 @@ class Embedding(Base):
             self.module.num_embeddings = w.shape[1]  # type: ignore[assignment]
 
 
-class Plain(Base):
+class Plain(Vectors):
     """A module without a matrix; its weight and bias, if it has them, are elementwise."""
 
     @property

@@ -19,6 +19,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.delta import Additive
+from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
@@ -56,7 +57,7 @@ class Updates:
         paths = [
             path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
         ]
-        shapes = {path: layer_of(self.model.get_submodule(path)).shape for path in paths}
+        shapes = {path: layer_of(module_at(self.model, path)).shape for path in paths}
         updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
         return tuple(Site(path, shapes[path], tuple(updates[path])) for path in paths)
 

@@ -14,21 +14,24 @@ from typing import Any
 from torch import nn
 
 from lorafold.core.attach import Deltas
+from lorafold.core.stacked import stack_names, stacks
 
 
 def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the path and module of each of the model's own modules, without those of the deltas
-    attached to it. A module that has several paths comes once, under the first.
+    attached to it. A module that has several paths comes once, under the first. The matrices of
+    experts come as `Stack`s, under the paths of their parameters.
     """
-    seen: set[int] = set()
+    seen: dict[int, nn.Module] = {}
     left = [(path, model)]
     while left:
         path, module = left.pop()
         if id(module) in seen or isinstance(module, Deltas):
             continue
-        seen.add(id(module))
+        seen[id(module)] = module
         yield path, module
-        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        own = {**module._modules, **stacks(module)}
+        children = [(name, child) for name, child in own.items() if child is not None]
         left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
 
 
@@ -43,6 +46,24 @@ def blocks(model: nn.Module) -> list[str]:
     return [
         f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()
     ]
+
+
+def routers(model: nn.Module) -> set[str]:
+    """The paths of the matrices that choose or weigh experts: those beside a module of E experts
+    that have E outputs (a router), or one (the gate of an expert that all tokens meet).
+    """
+    found: set[str] = set()
+    for path, module in bare_modules(model):
+        experts = [child for child in module._modules.values() if child and stack_names(child)]
+        outputs = {1, *(child.num_experts for child in experts)}
+        for name, beside in module._modules.items() if experts else ():
+            if beside is None or beside in experts:
+                continue
+            for inner, m in bare_modules(beside, f"{path}.{name}" if path else name):
+                weight = m._parameters.get("weight")
+                if weight is not None and weight.dim() == 2 and len(weight) in outputs:
+                    found.add(inner)
+    return found
 
 
 def of_attention(path: str) -> bool:

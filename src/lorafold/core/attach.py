@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from lorafold.core.base import Base
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base, Layer, Over
+from lorafold.core.layer import Layer, Over
 from lorafold.core.reading import NAMES
 from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError
@@ -110,9 +111,14 @@ class Adapted(nn.Module):
     selection: Selection
     site: str = ""
 
-    def layer(self, *names: str) -> Layer:
-        """The module as a layer under those of the named deltas that are attached to it."""
-        layer: Layer = self.layer_class(self)
+    def layer(self, *names: str, base: Base | None = None) -> Layer:
+        """The module as a layer under those of the named deltas that are attached to it.
+
+        Args:
+            *names: the names of the adapters, lowest first.
+            base: the layer at the bottom, if it is made already.
+        """
+        layer: Layer = base or self.layer_class(self)
         for delta in deltas_on(self, names):
             layer = Over(delta, layer)
         return layer
@@ -204,6 +210,7 @@ def lay(
         module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
         assert isinstance(module, Adapted)
         module.deltas, module.selection, module.site = deltas, selection, site
+        layer_class.entered(module)
     module.deltas[name] = delta.train(module.training)
 
 
@@ -213,7 +220,9 @@ def lift(module: Adapted, name: str) -> None:
     if not len(module.deltas):
         del module.deltas, module.selection
         module.__dict__.pop("site", None)
+        layer_class = module.layer_class
         module.__class__ = module.base_class  # type: ignore[assignment]
+        layer_class.left(module)
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:

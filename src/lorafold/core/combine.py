@@ -43,7 +43,7 @@ class Stack(Delta):
         if any(pair is None for pair in found):
             return None
         ups, downs = zip(*found, strict=True)
-        return torch.cat(ups, 1), torch.cat(downs, 0)
+        return torch.cat(ups, -1), torch.cat(downs, -2)
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         for delta in self.deltas:
@@ -102,8 +102,8 @@ class Mix(Delta):
         if all(isinstance(d, LowRank) and not (d.training and d.dropout) for d in deltas):
             # one low-rank update of all their ranks, so that the sum is rounded once
             ups, downs = zip(*(d.factors() for d in deltas), strict=True)  # type: ignore[operator]
-            up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], 1)
-            return layer.low_rank(x, torch.cat(downs, 0), up, 0.0, onto)
+            up = torch.cat([gate * up for gate, up in zip(self.gates, ups, strict=True)], -1)
+            return layer.low_rank(x, torch.cat(downs, -2), up, 0.0, onto)
         y = layer(x)
         given = Given(layer, y.to(torch.promote_types(y.dtype, self.gates.dtype)), x)
         change = sum(

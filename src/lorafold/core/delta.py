@@ -4,6 +4,8 @@
     delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the
                         weight's and the delta's dtype
 
+Where a layer has several matrices (`Layer.stack`), all of these have a dimension (E,) in front.
+
 The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises
 `NotMergeable`. Every class here is abstract; every method is a final subclass of one of them.
 """
@@ -111,9 +113,11 @@ class Additive(Delta):
     def change(self, w: Tensor) -> Tensor:
         return self.delta()
 
-    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (out,)
-        """The squared norm of each row of W + dW (out, in); `own` (out,) are those of W."""
-        return torch.linalg.vector_norm(w + self.delta(), dim=1).square()
+    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (*stack, out)
+        """The squared norm of each row of W + dW (*stack, out, in); those of W are `own`
+        (*stack, out).
+        """
+        return torch.linalg.vector_norm(w + self.delta(), dim=-1).square()
 
 
 class Dense(Additive):
@@ -134,7 +138,8 @@ class Dense(Additive):
 
     def _run(self, layer: Layer, x: Tensor, onto: Tensor | None) -> Tensor:
         w, b = layer.dense()
-        return add(add(layer.op(x, rounded(w + self.delta(), w.dtype)), onto), b)
+        y = add(layer.op(x, rounded(w + self.delta(), w.dtype)), onto)
+        return y if b is None else y + layer.each(b)
 
 
 class LowRank(Additive):
@@ -155,10 +160,10 @@ class LowRank(Additive):
     # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
     def row_squares(self, w: Tensor, own: Tensor) -> Tensor:
         up, down = self.factors()
-        cross = (w @ down.to(w.dtype).t()).to(up.dtype)  # (out, r)
-        return (
-            own + torch.linalg.vecdot(up, torch.addmm(cross, up, down @ down.t(), beta=2))
-        ).clamp_min(0)
+        cross = (w @ down.to(w.dtype).mT).to(up.dtype)  # (*stack, out, r)
+        gram = down @ down.mT
+        both = (up @ gram).add_(cross, alpha=2)
+        return (own + torch.linalg.vecdot(up, both)).clamp_min(0)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = self.factors()

@@ -6,9 +6,12 @@
     layer.op(x, m)      the product of its input and any m (k, in): (..., in) -> (..., k)
     layer.dense()       W (out, in), b (out,) | None
 
+A layer may have several matrices of one shape, of which each row of its input meets one: those of
+experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
+
 A layer under a delta is a layer (`Over`), and so is a layer whose output is known (`Given`).
-Therefore stacks and combinators need no special case. How a module stores its matrix is known only
-to the subclasses of `Base` in `lorafold.bases`.
+Therefore stacks and combinators need no special case. The layer at the bottom is the module itself
+(`core.base`).
 """
 
 from __future__ import annotations
@@ -31,22 +34,6 @@ if TYPE_CHECKING:
 def add(a: Tensor, b: Tensor | None) -> Tensor:
     """a + b, of any shapes that broadcast; a where b is None."""
     return a if b is None else a + b
-
-
-def bare(module: nn.Module) -> nn.Module:
-    """The module as it is without deltas: an object of its own class with the same state, whose
-    `weight` and `bias` are the stored ones (`lorafold.core.served_weights`).
-    """
-    cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
-    if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
-        return module
-    twin: nn.Module = object.__new__(cls)
-    if torch.compiler.is_compiling():  # torch before 2.13 can't trace that one dict is set
-        for name, value in module.__dict__.items():
-            object.__setattr__(twin, name, value)
-        return twin
-    object.__setattr__(twin, "__dict__", module.__dict__)
-    return twin
 
 
 class Layer(ABC):
@@ -72,9 +59,40 @@ class Layer(ABC):
         folded in. Raises NotMergeable if there is no weight, or if one of these deltas does.
         """
 
+    @abstractmethod
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """g * y + c + onto (..., k), summed in fp32 and rounded once.
+
+        Args:
+            y: an input or an output (..., k) of the layer.
+            g: the gains (*stack, k).
+            c: offsets (*stack, k), or None.
+            onto: a tensor that broadcasts to y, or None.
+        """
+
+    def each(self, v: Tensor) -> Tensor:
+        """Vectors v (*stack, k), one for each matrix, in a form that broadcasts to outputs (..., k)
+        of the layer.
+        """
+        return v
+
     @property
-    def bias(self) -> Tensor | None:  # (out,)
-        """The bias (out,) of `dense`, or None."""
+    def stack(self) -> tuple[int, ...]:
+        """The number of matrices, (E,), or () for one."""
+        return ()
+
+    @property
+    def window(self) -> int:
+        """The columns of W that belong to one input channel: the places of a convolution's
+        window, 1 for any other layer.
+        """
+        return 1
+
+    @property
+    def bias(self) -> Tensor | None:  # (*stack, out)
+        """The bias (*stack, out) of `dense`, or None."""
         return self.dense()[1]
 
     def original(self) -> Tensor:  # (out, in)
@@ -116,6 +134,11 @@ class Layer(ABC):
         """Whether its inputs are ids, as an embedding's are, and not activations."""
 
     @property
+    def takes_vectors(self) -> bool:
+        """Whether its inputs are vectors (..., in), which a method may take apart."""
+        return not self.takes_ids
+
+    @property
     @abstractmethod
     def has_bias(self) -> bool:
         """Whether the module has a bias of its own."""
@@ -142,60 +165,6 @@ class Layer(ABC):
         return self(x, onto=add(F.linear(u, up.to(u.dtype)), onto))
 
 
-class Base(Layer):
-    """Abstract: the module itself, frozen. `lorafold.bases` has one final subclass per storage."""
-
-    linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
-    takes_ids = False
-
-    def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
-        self._module, self.stored = module, stored  # `stored`: reads the weight from plain files
-        self.bare: Any = bare(module)
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module
-
-    @property
-    def has_bias(self) -> bool:
-        return self._module._parameters.get("bias") is not None
-
-    def sources(self) -> list[Tensor] | None:
-        own = chain(self._module._parameters.values(), self._module._buffers.values())
-        return [tensor for tensor in own if tensor is not None]
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, without any delta."""
-        cls = type(self._module)
-        return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
-
-    @abstractmethod
-    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        """The parameters that would store W (out, in) and b (out,) in the module, by name, in the
-        dtypes given. The module is not changed. Raises NotMergeable if it can't store them.
-        """
-
-    def dense_like(self) -> tuple[Tensor, Tensor | None]:
-        """W (out, in) and b (out,) or None as `dense` gives them, on the meta device."""
-        w, b = self.dense()
-        return w.to("meta"), None if b is None else b.to("meta")
-
-    def plain(self) -> Base:
-        """The layer that this becomes by `dequantize`."""
-        return self
-
-    @abstractmethod
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        """Store W (out, in) and b (out,) in the module, rounded once to its dtype.
-
-        Raises NotMergeable if the module can't store them.
-        """
-
-    def dequantize(self) -> None:
-        """Make a quantized module store its matrix in floating point, so that `write` works."""
-        return None
-
-
 class Upon(Layer):
     """Abstract: a layer over another one, with the same input, shape and module."""
 
@@ -207,6 +176,22 @@ class Upon(Layer):
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.under.drop(x, p)
 
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        return self.under.scale(y, g, c, onto)
+
+    def each(self, v: Tensor) -> Tensor:
+        return self.under.each(v)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.under.stack
+
+    @property
+    def window(self) -> int:
+        return self.under.window
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.under.shape
@@ -214,6 +199,10 @@ class Upon(Layer):
     @property
     def takes_ids(self) -> bool:
         return self.under.takes_ids
+
+    @property
+    def takes_vectors(self) -> bool:
+        return self.under.takes_vectors
 
     @property
     def has_bias(self) -> bool:

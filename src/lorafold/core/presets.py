@@ -1,6 +1,7 @@
 """Presets: named choices of modules in any transformer, found by its structure.
 
-    all-linear      every linear of the blocks, so neither head nor embeddings
+    all-linear      every linear of the blocks and the matrices of their experts, so no head, no
+                    embedding and no router
     attention, mlp  the linears of the blocks that are inside an attention, and the others
     sublayers       the attention and the MLP of each block, as whole modules
     mlp-sublayers   the MLPs only
@@ -25,7 +26,14 @@ from functools import partial
 
 from torch import nn
 
-from lorafold.core.anatomy import bare_modules, blocks, causal_attentions, decoder_of, of_attention
+from lorafold.core.anatomy import (
+    bare_modules,
+    blocks,
+    causal_attentions,
+    decoder_of,
+    of_attention,
+    routers,
+)
 from lorafold.core.towers import aside, heads, towers
 
 IsLinear = Callable[[nn.Module], bool]
@@ -50,9 +58,11 @@ def own_blocks(model: nn.Module) -> list[str]:
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules inside the blocks; all linear modules if the model has no blocks."""
-    inside = own_blocks(model)
-    linears = [path for path, m in own_modules(model) if is_linear(m)]
+    """The linear modules inside the blocks, the matrices of experts among them, but not what routes
+    to experts; all linear modules if the model has no blocks.
+    """
+    inside, left_out = own_blocks(model), routers(model)
+    linears = [p for p, m in own_modules(model) if is_linear(m) and p not in left_out]
     return list(filter(beneath(inside), linears)) if inside else linears
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.core.base import Base
 from lorafold.core.delta import Delta, on_meta
-from lorafold.core.layer import Base
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 
@@ -37,7 +37,8 @@ class Reading:
 
     def stored(self, name: str) -> Tensor | None:  # own shape
         """The parameter of that name as the module stores it; None if there is none."""
-        return self.base.module._parameters.get(name)
+        found: Tensor | None = self.base.parameter(name)
+        return found
 
     def like(self, name: str) -> Tensor:
         """A tensor, of any shape, with the dtype and device of the parameter of that name."""

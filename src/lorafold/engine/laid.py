@@ -18,6 +18,7 @@ from torch import nn
 from lorafold.bases import layer_class
 from lorafold.core.attach import Adapted, lay, lift, selection_of
 from lorafold.core.delta import Delta
+from lorafold.core.stacked import module_at
 from lorafold.engine.adapters import Held
 from lorafold.engine.products import Plan, Products, Site
 
@@ -105,13 +106,13 @@ class Laid:
                 self._fused[path].forward = forward
 
     def _lay(self, path: str, name: str, delta: Delta) -> None:
-        module = self.model.get_submodule(path)
+        module = module_at(self.model, path)
         if path not in self.aware and "forward" in vars(module):
             self._fused[path] = module
         lay(module, layer_class(module), name, delta.eval(), self.selection, path)
 
     def _lift(self, path: str, name: str) -> None:
-        module = self.model.get_submodule(path)
+        module = module_at(self.model, path)
         if isinstance(module, Adapted) and name in module.deltas:
             lift(module, name)
         if not isinstance(module, Adapted):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.core.layer import bare
+from lorafold.core.base import bare
 from lorafold.errors import NotMergeable
 
 # switch in the config -> path of each module to which it gives a bias -> the shape of that bias

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
-from lorafold.core.layer import bare
+from lorafold.core.base import bare
+from lorafold.core.stacked import module_at
 from lorafold.errors import NotMergeable
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of
@@ -52,21 +53,21 @@ def carry_out(
     ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
     for path in plan.paths:
         w, b = ahead[path] if path in ahead else _folded(model, path, names)
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         if f"{path}.weight" in plan.apart:
             untie(model, module)
         layer_of(module).dequantize()
         layer_of(module).write(w, b)
     for name, others in plan.together.items():  # a weight that grew is a new parameter
-        kept = bare(model.get_submodule(module_of(name)))
+        kept = bare(module_at(model, module_of(name)))
         for other in others:
             path, _, leaf = other.rpartition(".")
-            setattr(model.get_submodule(path), leaf, getattr(kept, leaf))
+            setattr(module_at(model, path), leaf, getattr(kept, leaf))
 
 
 @torch.no_grad()
 def _folded(model: nn.Module, path: str, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     wide = [
         None if t is None else t.detach().to(torch.promote_types(t.dtype, torch.float32))
         for t in layer_of(module).dense()

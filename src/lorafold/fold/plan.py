@@ -21,6 +21,7 @@ from lorafold.bases import layer_of
 from lorafold.core.anatomy import tied_parameters
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
+from lorafold.core.stacked import module_at, parameter_path
 from lorafold.errors import NotMergeable
 from lorafold.fold.biases import Switches, gained_with
 from lorafold.fold.vocabulary import grown
@@ -35,6 +36,7 @@ class FoldPlan:
 
     Attributes:
         shapes: the shape of each parameter that changes or is added, as its module stores it.
+        sites: the site of each of these parameters, and its name there: weight or bias.
         together: the tied parameters that all their modules change in the same way, so that they
             stay tied, each with the other names of the same tensor.
         apart: the tied parameters that their modules do not change in the same way, likewise.
@@ -44,6 +46,7 @@ class FoldPlan:
     """
 
     shapes: dict[str, tuple[int, ...]]
+    sites: dict[str, tuple[str, str]]
     together: dict[str, tuple[str, ...]]
     apart: dict[str, tuple[str, ...]]
     switches: Switches
@@ -52,8 +55,8 @@ class FoldPlan:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of the modules that change."""
-        return tuple(dict.fromkeys(module_of(parameter) for parameter in self.shapes))
+        """The sites that change."""
+        return tuple(dict.fromkeys(path for path, _ in self.sites.values()))
 
 
 def module_of(parameter: str) -> str:
@@ -65,6 +68,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     """Plan the folding of the adapters of these names, lowest first; the model is not changed."""
     problems: list[tuple[str, str]] = []
     shapes: dict[str, tuple[int, ...]] = {}
+    sites: dict[str, tuple[str, str]] = {}
     for path, module in adapted_modules(model):
         if not any(True for _ in deltas_of(module, names)):
             continue
@@ -73,8 +77,9 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
             problems.append((path, f"adapter {lowest!r} is attached below; merge that one first"))
             continue
         try:
-            found = changes(module, names)
-            shapes |= {f"{path}.{name}" if path else name: shape for name, shape in found.items()}
+            for name, shape in changes(module, names).items():
+                parameter = parameter_path(module, path, name)
+                shapes[parameter], sites[parameter] = shape, (path, name)
         except NotMergeable as e:
             problems.append((path or WHOLE, str(e)))
     shared = {name: others for name, others in tied_parameters(model).items() if name in shapes}
@@ -82,8 +87,8 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     apart = {name: others for name, others in shared.items() if name not in together}
     switches, vocabulary = {}, None
     try:
-        biased = [module_of(name) for name in shapes if name.endswith("bias")]
-        lacking = [p for p in biased if not layer_of(model.get_submodule(p)).has_bias]
+        biased = [path for path, name in sites.values() if name == "bias"]
+        lacking = [p for p in biased if not layer_of(module_at(model, p)).has_bias]
         switches = gained_with(model, lacking)
     except NotMergeable as e:
         problems.append(("added biases", str(e)))
@@ -91,7 +96,7 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
         vocabulary = grown(model, _rows(shapes))
     except NotMergeable as e:
         problems.append(("new tokens", str(e)))
-    return FoldPlan(shapes, together, apart, switches, vocabulary, tuple(problems))
+    return FoldPlan(shapes, sites, together, apart, switches, vocabulary, tuple(problems))
 
 
 def deltas_of(module: nn.Module, names: Sequence[str]) -> Iterator[Delta]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorafold.core.layer import bare
+from lorafold.core.base import bare
 
 
 def untie(model: nn.Module, module: nn.Module) -> None:

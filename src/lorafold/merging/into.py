@@ -27,6 +27,7 @@ from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
+from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.models.quantizing import QUANTIZATIONS, packable
@@ -122,5 +123,5 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
     """
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         lay(module, layer_class(module), ROUND_TRIP, RoundTrip(quantization), selection)

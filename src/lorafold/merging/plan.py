@@ -34,8 +34,9 @@ class Plan:
 
     `changed` maps the names of changed tensors to their parameters. `added` maps tensors that the
     files lack to an entry like them: the tensor that each was tied to, or a bias's own entry.
-    `zeros` has the values of added biases that no adapter changes. `shapes` has the shapes of the
-    changed tensors. `vocabulary` is its new size, or None if it did not grow.
+    `zeros` has the values of added biases that no adapter changes. `sites` has the site of each
+    changed parameter, and its name there. `shapes` has the shapes of the changed tensors.
+    `vocabulary` is its new size, or None if it did not grow.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,7 @@ class Plan:
     added: dict[str, Entry]
     zeros: dict[str, Tensor]
     config: dict[str, Any]
+    sites: dict[str, tuple[str, str]]
     shapes: dict[str, tuple[int, ...]]
     vocabulary: int | None
 
@@ -139,6 +141,7 @@ def plan(
         _untied(mapped, loose, sources) | {entry.name: entry for entry in biases.values()},
         zeros,
         config,
+        planned.sites,
         {name: planned.shapes[parameter] for name, parameter in changed.items()},
         planned.vocabulary,
     )

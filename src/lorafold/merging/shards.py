@@ -22,6 +22,7 @@ from torch import Tensor
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
 from lorafold.core.rounding import generator_of
+from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.fold.plan import deltas_of, fold
@@ -77,8 +78,8 @@ def execute(
         nonlocal sums
         if name not in plan.changed:
             return plan.zeros.get(name)
-        path, _, parameter = plan.changed[name].rpartition(".")
-        module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
+        path, parameter = plan.sites[plan.changed[name]]
+        module: Adapted = module_at(plan.model, path)  # type: ignore[assignment]
         before, after = before_and_after(module, plan.adapters, parameter)
         values = [
             i
@@ -134,7 +135,7 @@ def before_and_after(
         parameter: weight or bias.
     """
     layer = layer_of(module)
-    before: Tensor = getattr(layer.bare, parameter)
+    before: Tensor = layer.parameter(parameter)
     w, b = layer.dense()
     if ROUND_TRIP in module.deltas:
         w, b = fold(module, [ROUND_TRIP], w, b)

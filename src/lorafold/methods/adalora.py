@@ -22,6 +22,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
+from operator import mul
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,14 +34,15 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.start import zeros
 
 PARTS = ("P", "E", "Q")
 AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (out, r), E (r,), Q (r, in), fp32; kept (r,), which triplets the last allocation kept; and
-    two running averages for each of P, E and Q.
+    """P (*stack, out, r), E (*stack, r), Q (*stack, r, in), fp32; kept (*stack, r), which triplets
+    the last allocation kept; and two running averages for each of P, E and Q.
     """
 
     up_names = ("P",)
@@ -56,16 +59,18 @@ class AdaLoRADelta(LowRank):
         dropout: float,
         orth_reg: float,
         device: torch.device,
+        stack: tuple[int, ...] = (),
     ) -> None:
         super().__init__(dropout)
         self.init_rank = init_rank
         scale = alpha / (init_rank + 1e-5)  # it keeps the rank at start
-        # the mean over this delta's two norms; `join` sets it for all norms of the adapter
-        self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5
-        self.P = nn.Parameter(torch.randn(out, rank, device=device, dtype=torch.float32) * 0.02)
-        self.E = nn.Parameter(torch.zeros(rank, device=device, dtype=torch.float32))
-        self.Q = nn.Parameter(torch.randn(rank, inn, device=device, dtype=torch.float32) * 0.02)
-        self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=device))
+        # the mean over this delta's norms; `join` sets it for all norms of the adapter
+        self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5 / prod(stack)
+        p, q = (*stack, out, rank), (*stack, rank, inn)
+        self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
+        self.E = zeros((*stack, rank), device)
+        self.Q = nn.Parameter(torch.randn(q, device=device, dtype=torch.float32) * 0.02)
+        self.register_buffer("kept", torch.ones_like(self.E, dtype=torch.bool))
         for part in PARTS:
             for name in AVERAGES:
                 self.register_buffer(
@@ -73,15 +78,13 @@ class AdaLoRADelta(LowRank):
                 )
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.P * (self.scale * self.E), self.Q
+        return self.P * (self.scale * self.E[..., None, :]), self.Q
 
     def penalty(self) -> Tensor:
-        eye = torch.eye(len(self.E), device=self.E.device)
-        return (
-            self.orth_reg
-            * self.share
-            * sum(torch.linalg.norm(g - eye) for g in (self.P.t() @ self.P, self.Q @ self.Q.t()))
-        )
+        eye = torch.eye(self.E.shape[-1], device=self.E.device)
+        grams = self.P.mT @ self.P, self.Q @ self.Q.mT
+        norms = sum(torch.linalg.matrix_norm(g - eye).sum() for g in grams)
+        return self.orth_reg * self.share * norms
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
@@ -99,13 +102,13 @@ class AdaLoRADelta(LowRank):
             sensitivity.lerp_(now, 1 - beta1)
             uncertainty.lerp_((now - sensitivity).abs(), 1 - beta2)
 
-    def scores(self) -> Tensor:  # (r,)
+    def scores(self) -> Tensor:  # (*stack, r)
         """The score of each triplet (eq. 8)."""
         p, e, q = (
             getattr(self, f"sensitivity_{part}") * getattr(self, f"uncertainty_{part}")
             for part in PARTS
         )
-        return e + p.mean(0) + q.mean(1)
+        return e + p.mean(-2) + q.mean(-1)
 
     @torch.no_grad()
     def mask(self) -> None:
@@ -185,11 +188,12 @@ class AdaLoRA(Spec):
         alpha: Any = self.alpha
         rank = next(iter(self.rank_pattern.values()), first)
         options = (alpha, self.dropout, self.orth_reg, layer.device)
-        return AdaLoRADelta(out, inn, rank, first, *options)
+        return AdaLoRADelta(out, inn, rank, first, *options, layer.stack)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
+        share = 1 / (2 * sum(map(matrices, deltas.values())))
         for delta in deltas.values():
-            delta.share = 1 / (2 * len(deltas))  # type: ignore[assignment]
+            delta.share = share  # type: ignore[assignment]
 
     def phases(self, total: int) -> tuple[int, int]:
         """The last step at full rank, and the step of the last allocation, of a run of `total`
@@ -224,8 +228,8 @@ class AdaLoRA(Spec):
                 delta.observe(self.beta1, self.beta2)
         due = step == last or (first < step < last and step % self.delta_t == 0)
         if due:
-            full = sum(len(delta.E) for delta in ours)
-            allocate(ours, self.budget(step, total, full, min(full, self.rank * len(ours))))
+            full, least = sum(d.E.numel() for d in ours), self.rank * sum(map(matrices, ours))
+            allocate(ours, self.budget(step, total, full, min(full, least)))
         if due or step > last:
             for delta in ours:
                 delta.mask()
@@ -237,21 +241,31 @@ class AdaLoRA(Spec):
         left = ranks(deltas)
         lines: dict[str, list[str]] = {}
         for path, rank in left.items():
-            lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(str(rank))
-        head = f"ranks left, {sum(left.values()) / len(left):.2f} on average:"
+            lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(f"{rank:.4g}")
+        numbers = [matrices(delta) for delta in deltas.values()]
+        mean = sum(map(mul, left.values(), numbers)) / sum(numbers)
+        head = f"ranks left, {mean:.2f} on average:"
         return "\n  ".join([head, *(f"{name}: {' '.join(found)}" for name, found in lines.items())])
 
 
 @torch.no_grad()
 def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
     """Keep the `budget` triplets with the highest scores among those of all deltas."""
-    scores = torch.cat([delta.scores() for delta in deltas])
+    scores = torch.cat([delta.scores().flatten() for delta in deltas])
     worst = len(scores) - budget
     threshold = scores.kthvalue(worst).values if worst else scores.new_tensor(float("-inf"))
     for delta in deltas:
         delta.kept.copy_(delta.scores() > threshold)
 
 
-def ranks(deltas: Mapping[str, Delta]) -> dict[str, int]:
-    """The rank of each matrix after the last allocation, by module path."""
-    return {path: int(delta.kept.sum()) for path, delta in deltas.items()}  # type: ignore[operator]
+def matrices(delta: Any) -> int:
+    """The number of matrices that a delta of AdaLoRA changes."""
+    return prod(delta.kept.shape[:-1])
+
+
+def ranks(deltas: Mapping[str, Delta]) -> dict[str, float]:
+    """The rank of each matrix after the last allocation, by module path; the mean for experts."""
+    return {
+        path: int(delta.kept.sum()) / matrices(delta)  # type: ignore[operator]
+        for path, delta in deltas.items()
+    }

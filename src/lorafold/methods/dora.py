@@ -28,13 +28,12 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
-from lorafold.ops.scale import scale
 
 
-def squares(w: Tensor) -> Tensor:  # (out, in) -> (out,)
-    """The squared norm of each row of the matrix, in fp32 or wider."""
+def squares(w: Tensor) -> Tensor:  # (*stack, out, in) -> (*stack, out)
+    """The squared norm of each row of the matrices, in fp32 or wider."""
     return torch.linalg.vector_norm(
-        w, dim=1, dtype=torch.promote_types(w.dtype, torch.float32)
+        w, dim=-1, dtype=torch.promote_types(w.dtype, torch.float32)
     ).square()
 
 
@@ -64,7 +63,7 @@ class Kept:
 
 
 class DoRADelta(Delta):
-    """magnitude m (out,), fp32, over `inner`, an additive delta that starts at zero."""
+    """magnitude m (*stack, out), fp32, over `inner`, an additive delta that starts at zero."""
 
     def __init__(self, inner: Additive, layer: Layer) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class DoRADelta(Delta):
         return self.inner.penalty()
 
     @torch.no_grad()
-    def row_norms(self, layer: Layer) -> Tensor:  # (out,), fp32 or wider
+    def row_norms(self, layer: Layer) -> Tensor:  # (*stack, out), fp32 or wider
         """The norm of each row of V.
 
         |w|^2 is kept as long as W does not change; the norms themselves are kept outside training.
@@ -96,17 +95,17 @@ class DoRADelta(Delta):
             return make()
         return self.norms.get([*base, *self.inner.parameters()], make)
 
-    def gain(self, norms: Tensor) -> Tensor:  # (out,)
+    def gain(self, norms: Tensor) -> Tensor:  # (*stack, out)
         """g = m / norms, the gain of each output; a norm of 0 counts as 1."""
         return self.magnitude / torch.where(norms > 0, norms, 1)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         b, g = layer.bias, self.gain(self.row_norms(layer))
-        return scale(self.inner(layer, x), g, None if b is None else b * (1 - g), onto)
+        return layer.scale(self.inner(layer, x), g, None if b is None else b * (1 - g), onto)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v, b = self.inner.fold(w, b)
-        return self.gain(torch.linalg.vector_norm(v.detach(), dim=1))[:, None] * v, b
+        return self.gain(torch.linalg.vector_norm(v.detach(), dim=-1))[..., None] * v, b
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ class FastfoodDelta(Dense):
     gaussians: Tensor
     subspace: Subspace | None
 
-    def __init__(self, out: int, inn: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
-        self.shape = (out, inn)
+        self.shape = shape
         self.scale = nn.Parameter(torch.ones((), device=device))
         self.subspace = None
 
@@ -90,7 +90,7 @@ class FastfoodDelta(Dense):
         ).bfloat16()
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
-    def delta(self) -> Tensor:  # (out, in)
+    def delta(self) -> Tensor:  # (*stack, out, in)
         subspace: Any = self._first[0].subspace
         spread = subspace.spread().to(self.gaussians.device)
         blocks: Tensor = subspace.transformed(
@@ -121,8 +121,7 @@ class Fastfood(Spec):
             )
 
     def build(self, layer: Layer) -> FastfoodDelta:
-        out, inn = layer.shape
-        return FastfoodDelta(out, inn, layer.device)
+        return FastfoodDelta((*layer.stack, *layer.shape), layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]

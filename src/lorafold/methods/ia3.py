@@ -27,7 +27,6 @@ from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.ops.scale import scale
 
 ATTENTION = "(?i:attn|attention)"
 KEYS_VALUES = r"(?:k|v|kv|qkv|Wqkv|key|value|query_key_value|kv_b|in)(?:_proj|_lin)?|c_attn"
@@ -35,24 +34,24 @@ MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
 
 
 class IA3Delta(Delta):
-    """l (out,), or (in,) if the inputs are scaled, fp32."""
+    """l (*stack, out), or (*stack, in) if the inputs are scaled, fp32."""
 
-    def __init__(self, size: int, of_input: bool, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], of_input: bool, device: torch.device) -> None:
         super().__init__()
         self.of_input = of_input
-        self.l = nn.Parameter(torch.ones(size, device=device, dtype=torch.float32))
+        self.l = nn.Parameter(torch.ones(shape, device=device, dtype=torch.float32))
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return (
-            layer(scale(x, self.l), onto=onto)
+            layer(layer.scale(x, self.l), onto=onto)
             if self.of_input
-            else scale(layer(x), self.l, onto=onto)
+            else layer.scale(layer(x), self.l, onto=onto)
         )
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.of_input:
-            return w * self.l, b
-        return self.l[:, None] * w, None if b is None else self.l * b
+            return w * self.l[..., None, :], b
+        return self.l[..., None] * w, None if b is None else self.l * b
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,5 @@ class IA3(Spec):
                 "IA3: this embedding is among the feedforward modules, whose inputs are scaled, but"
                 " its inputs are ids; leave it out of them"
             )
-        return IA3Delta(
-            inn if self.feedforward else out,
-            bool(self.feedforward),
-            layer.device,
-        )
+        shape = (*layer.stack, inn if self.feedforward else out)
+        return IA3Delta(shape, bool(self.feedforward), layer.device)

@@ -30,7 +30,9 @@ from lorafold.ops.svd import best_of_rank
 
 
 class OffsetDelta(LowRank):
-    """A (r, in), B (out, r), fp32, and the buffers A0, B0 with their values at start."""
+    """A (*stack, r, in), B (*stack, out, r), fp32, and the buffers A0, B0 with their values at
+    start.
+    """
 
     up_names = ("B",)
     run_names = ("A0", "B0")
@@ -45,8 +47,8 @@ class OffsetDelta(LowRank):
         self.register_buffer("B0", b.clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:  # up (out, 2 r), down (2 r, in)
-        return self.scale * torch.cat([self.B - self.B0, self.B0], 1), torch.cat(
-            [self.A, self.A - self.A0], 0
+        return self.scale * torch.cat([self.B - self.B0, self.B0], -1), torch.cat(
+            [self.A, self.A - self.A0], -2
         )
 
 
@@ -74,7 +76,7 @@ class FromWeight(Spec):
 
     @abstractmethod
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """B0 (out, r) and A0 (r, in) for a matrix w (out, in)."""
+        """B0 (*stack, out, r) and A0 (*stack, r, in) for matrices w (*stack, out, in)."""
 
     def build(self, layer: Layer) -> OffsetDelta:
         if self.rank > min(layer.shape):
@@ -126,4 +128,4 @@ class OLoRA(FromWeight):
 
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
         q, r = torch.linalg.qr(w)
-        return q[:, : self.rank], r[: self.rank]
+        return q[..., : self.rank], r[..., : self.rank, :]

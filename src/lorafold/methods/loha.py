@@ -14,27 +14,34 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.start import kaiming, zeros
 from lorafold.ops.hadamard import hadamard
 
 
 class LoHaDelta(Dense):
-    """w1_a, w2_a (out, r), w1_b, w2_b (r, in), fp32."""
+    """w1_a, w2_a (*stack, out, r), w1_b, w2_b (*stack, r, in), fp32."""
 
-    def __init__(self, out: int, inn: int, rank: int, scale: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        out: int,
+        inn: int,
+        rank: int,
+        scale: float,
+        device: torch.device,
+        stack: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.scale = scale
-        shapes = [(out, rank), (rank, inn)] * 2
-        self.w1_a, self.w1_b, self.w2_a, self.w2_b = (
-            nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32)) for shape in shapes
-        )
+        shapes = [(*stack, out, rank), (*stack, rank, inn)] * 2
+        self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(shape, device) for shape in shapes)
         for p in (self.w1_a, self.w1_b, self.w2_a):
-            nn.init.kaiming_uniform_(p, a=5**0.5)
+            kaiming(p)
 
     def delta(self) -> Tensor:
         return hadamard(self.w1_a, self.w1_b, self.w2_a, self.w2_b, self.scale)
@@ -61,6 +68,5 @@ class LoHa(Spec):
 
     def build(self, layer: Layer) -> LoHaDelta:
         out, inn = layer.shape
-        return LoHaDelta(
-            out, inn, self.rank, self.alpha / self.rank, layer.device  # type: ignore[operator]
-        )
+        scale = self.alpha / self.rank  # type: ignore[operator]
+        return LoHaDelta(out, inn, self.rank, scale, layer.device, layer.stack)

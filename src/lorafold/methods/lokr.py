@@ -17,13 +17,13 @@ from math import isqrt
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.core.delta import Additive
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.start import kaiming, zeros
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 class LoKrDelta(Additive):
     """C is w1 (o1, i1), or w1_a (o1, r) times w1_b (r, i1). D is w2 (o2, i2), or w2_a (o2, r) times
-    w2_b (r, i2). All are fp32.
+    w2_b (r, i2). All are fp32, with the stack's dimension in front if there is one.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class LoKrDelta(Additive):
         scale: float,
         split: tuple[bool, bool],
         device: torch.device,
+        stack: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -60,13 +61,12 @@ class LoKrDelta(Additive):
         for name, o, i, low in zip(("w1", "w2"), outs, ins, split, strict=True):
             shapes |= {f"{name}_a": (o, rank), f"{name}_b": (rank, i)} if low else {name: (o, i)}
         for name, shape in shapes.items():
-            p = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
-            setattr(
-                self, name, p if name in ("w1", "w1_a") else nn.init.kaiming_uniform_(p, a=5**0.5)
-            )
+            setattr(self, name, p := zeros((*stack, *shape), device))
+            if name not in ("w1", "w1_a"):
+                kaiming(p)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """scale C (o1, i1) and D (o2, i2)."""
+        """scale C (*stack, o1, i1) and D (*stack, o2, i2)."""
         c, d = (
             (
                 getattr(self, n)
@@ -78,14 +78,16 @@ class LoKrDelta(Additive):
         return self.scale * c, d
 
     def delta(self) -> Tensor:
-        return torch.kron(*self.pair())
+        c, d = self.pair()
+        product = c[..., :, None, :, None] * d[..., None, :, None, :]
+        return product.flatten(-4, -3).flatten(-2)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if layer.takes_ids:  # ids can't be reshaped to X
+        if not layer.takes_vectors:
             return layer(x, onto=add(layer.op(x, self.delta()), onto))
         c, d = (m.to(x.dtype) for m in self.pair())
-        u = F.linear(x.unflatten(-1, (c.shape[1], d.shape[1])), d)  # (..., i1, o2)
-        return layer(x, onto=add(F.linear(u.mT, c).mT.flatten(-2), onto))
+        u = layer.op(x.unflatten(-1, (c.shape[-1], d.shape[-1])), d)  # (..., i1, o2)
+        return layer(x, onto=add(layer.op(u.mT, c).mT.flatten(-2), onto))
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,15 @@ class LoKr(Spec):
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoKrDelta:
-        outs, ins = (factorization(size, self.decompose_factor) for size in layer.shape)
+        out, inn, window = *layer.shape, layer.window
+        outs, ins = (factorization(n, self.decompose_factor) for n in (out, inn // window))
         low = [self.rank < max(o, i) / 2 for o, i in zip(outs, ins, strict=True)]
-        device = layer.device
         return LoKrDelta(
             outs,
-            ins,
+            (ins[0], ins[1] * window),
             self.rank,
             self.alpha / self.rank,  # type: ignore[operator]
             (low[0] and self.decompose_both, low[1]),
-            device,
+            layer.device,
+            layer.stack,
         )

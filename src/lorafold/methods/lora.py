@@ -28,13 +28,16 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.start import kaiming, zeros
 from lorafold.ops.svd import best_of_rank
 
 Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
-    """A (r, in), B (out, r), fp32; the scale s multiplies B in fp32, before any rounding."""
+    """A (*stack, r, in), B (*stack, out, r), fp32; the scale s multiplies B in fp32, before any
+    rounding.
+    """
 
     up_names = ("B",)
 
@@ -47,15 +50,17 @@ class LoRADelta(LowRank):
         dropout: float,
         init: Init,
         device: torch.device,
+        stack: tuple[int, ...] = (),
     ) -> None:
         super().__init__(dropout)
         self.scale = scale
-        self.A = nn.Parameter(torch.empty(rank, inn, device=device, dtype=torch.float32))
-        self.B = nn.Parameter(torch.zeros(out, rank, device=device, dtype=torch.float32))
+        shape = (*stack, rank, inn)
+        self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
+        self.B = zeros((*stack, out, rank), device)
         if init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
         else:
-            nn.init.kaiming_uniform_(self.A, a=5**0.5)
+            kaiming(self.A)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B, self.A
@@ -122,7 +127,8 @@ class LoRA(Spec):
     def build(self, layer: Layer) -> LoRADelta:
         out, inn = layer.shape
         device = layer.device
-        delta = LoRADelta(out, inn, self.rank, self.scale, self.dropout, self.init, device)
+        own = (self.rank, self.scale, self.dropout, self.init)
+        delta = LoRADelta(out, inn, *own, device, layer.stack)
         if self.init == "loftq":
             if self.rank > min(out, inn):
                 raise LorafoldError(

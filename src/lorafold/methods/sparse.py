@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -32,12 +33,12 @@ from lorafold.errors import LorafoldError
 class SparseDelta(Dense):
     """at (k,) int64, ascending, and values (k,) fp32.
 
-    While entries are being chosen, `at` is None and values (out * in,) has one for each entry.
+    While entries are being chosen, `at` is None and values has one for each entry of all matrices.
     """
 
     at: Tensor | None
 
-    def __init__(self, shape: tuple[int, int], at: Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], at: Tensor) -> None:
         super().__init__()
         self.shape = shape
         self.register_buffer("at", at)
@@ -46,15 +47,15 @@ class SparseDelta(Dense):
     def delta(self) -> Tensor:
         if self.at is None:
             return self.values.view(self.shape)
-        size = self.shape[0] * self.shape[1]
-        return self.values.new_zeros(size).index_put((self.at,), self.values).view(self.shape)
+        flat = self.values.new_zeros(prod(self.shape))
+        return flat.index_put((self.at,), self.values).view(self.shape)
 
     def select(self, at: Tensor | None) -> None:
         """Train the entries at these positions (k,) (None: all), with values of zero.
 
         The values are a new parameter, so make optimizers afterwards.
         """
-        size = self.shape[0] * self.shape[1] if at is None else len(at)
+        size = prod(self.shape) if at is None else len(at)
         self.at, self.values = at, nn.Parameter(self.values.new_zeros(size))
 
 
@@ -76,9 +77,10 @@ class _Sparse(Spec):
         return [] if 0 < self.density <= 1 else [found]
 
     def build(self, layer: Layer) -> SparseDelta:
-        out, inn = layer.shape
-        at = torch.randperm(out * inn)[: max(1, round(self.density * out * inn))].sort().values
-        return SparseDelta((out, inn), at.to(layer.device))
+        shape = (*layer.stack, *layer.shape)
+        size = prod(shape)
+        at = torch.randperm(size)[: max(1, round(self.density * size))].sort().values
+        return SparseDelta(shape, at.to(layer.device))
 
     def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
         sparse = [d for d in deltas.values() if isinstance(d, SparseDelta)]

@@ -24,6 +24,7 @@ from lorafold.core.delta import Delta, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.start import zeros
 
 
 class Projections(nn.Module):
@@ -52,23 +53,31 @@ class Projections(nn.Module):
 
 
 class VeRADelta(LowRank):
-    """d (r,), b (out,), fp32. `VeRA.join` sets the projections."""
+    """d (*stack, r), b (*stack, out), fp32. `VeRA.join` sets the projections."""
 
     projections: Projections
 
     def __init__(
-        self, out: int, inn: int, rank: int, d_initial: float, dropout: float, device: torch.device
+        self,
+        out: int,
+        inn: int,
+        rank: int,
+        d_initial: float,
+        dropout: float,
+        device: torch.device,
+        stack: tuple[int, ...] = (),
     ) -> None:
         super().__init__(dropout)
         self.shape = (out, inn)
-        self.d = nn.Parameter(torch.full((rank,), d_initial, device=device, dtype=torch.float32))
-        self.b = nn.Parameter(torch.zeros(out, device=device, dtype=torch.float32))
+        d = torch.full((*stack, rank), d_initial, device=device, dtype=torch.float32)
+        self.d = nn.Parameter(d)
+        self.b = zeros((*stack, out), device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         out, inn = self.shape
         return (
-            self.b[:, None] * self.projections.B[:out],
-            self.d[:, None] * self.projections.A[:, :inn],
+            self.b[..., None] * self.projections.B[:out],
+            self.d[..., None] * self.projections.A[:, :inn],
         )
 
 
@@ -104,14 +113,8 @@ class VeRA(Spec):
 
     def build(self, layer: Layer) -> VeRADelta:
         out, inn = layer.shape
-        return VeRADelta(
-            out,
-            inn,
-            self.rank,
-            self.d_initial,
-            self.dropout,
-            layer.device,
-        )
+        own = (self.rank, self.d_initial, self.dropout)
+        return VeRADelta(out, inn, *own, layer.device, layer.stack)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]

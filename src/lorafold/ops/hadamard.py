@@ -1,6 +1,6 @@
 """The elementwise (Hadamard) product of two low-rank matrices, from their factors.
 
-    P = s (A1 B1) * (A2 B2)         A (out, r), B (r, in)
+    P = s (A1 B1) * (A2 B2)         A (..., out, r), B (..., r, in)
 
 Only the factors are kept for the backward: autograd would keep both products, (out, in) each.
 """
@@ -27,15 +27,15 @@ class _Hadamard(Function):
         a1, b1, a2, b2 = ctx.saved_tensors
         g1 = (a2 @ b2).mul_(g).mul_(ctx.s)
         g2 = (a1 @ b1).mul_(g).mul_(ctx.s)
-        return g1 @ b1.t(), a1.t() @ g1, g2 @ b2.t(), a2.t() @ g2, None
+        return g1 @ b1.mT, a1.mT @ g1, g2 @ b2.mT, a2.mT @ g2, None
 
 
 def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor:
-    """s (a1 b1) * (a2 b2), (out, in). Differentiable once.
+    """s (a1 b1) * (a2 b2), (..., out, in). Differentiable once.
 
     Args:
-        a1, a2: the left factors (out, r).
-        b1, b2: the right factors (r, in).
+        a1, a2: the left factors (..., out, r).
+        b1, b2: the right factors (..., r, in).
         s: the scale.
     """
     return _Hadamard.apply(a1, b1, a2, b2, s)

@@ -18,21 +18,21 @@ from torch import Tensor
 def best_of_rank(
     w: Tensor, rank: int, scale: float = 1.0, niter: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """The factors B (out, rank) and A (rank, in) of the best approximation of w.
+    """The factors B (..., out, rank) and A (..., rank, in) of the best approximation of w.
 
     Args:
-        w: the matrix (out, in), in fp32.
+        w: the matrices (..., out, in), in fp32.
         rank: the rank of the approximation.
         scale: the factor s in w ~ s B A.
         niter: the rounds of subspace iteration, 0 for the full SVD.
     """
-    if niter and 2 * rank < min(w.shape):
+    if niter and 2 * rank < min(w.shape[-2:]):
         u, s, v = torch.svd_lowrank(w, q=2 * rank, niter=niter)
-        vt = v.t()
+        vt = v.mT
     else:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
-    root = (s[:rank] / scale).sqrt()
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
+    root = (s[..., :rank] / scale).sqrt()
+    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
 
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

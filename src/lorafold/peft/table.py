@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lorafold.core.base import Base
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3

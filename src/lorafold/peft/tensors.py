@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_class
 from lorafold.core.delta import Delta
+from lorafold.core.stacked import module_at
 from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
 from lorafold.peft.table import entries_of
@@ -75,7 +76,7 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
         targets: The paths of the modules that the method adapts.
         base: The base's weights.
     """
-    layers, aimed = {path: layer_class(model.get_submodule(path)) for path in parts}, set(targets)
+    layers, aimed = {path: layer_class(module_at(model, path)) for path in parts}, set(targets)
     return [
         Site(path, delta, layers[path], path in aimed, base)
         for path, deltas in parts.items()

@@ -17,6 +17,7 @@ from rich.console import Console
 from lorafold.adapter import Adapter, attach, load
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.spec import Spec
+from lorafold.core.stacked import module_at
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
@@ -225,7 +226,7 @@ def untrained(setup: Setup, model: PreTrainedModel, spec: Spec) -> list[str]:
         spec: The method.
     """
     needed = setup.objective.modules_to_save(model, spec, setup.request.recipe.targets)
-    return [path for path in needed if not isinstance(model.get_submodule(path), Adapted)]
+    return [path for path in needed if not isinstance(module_at(model, path), Adapted)]
 
 
 def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class BiasDelta(Delta):
         self.offset = nn.Parameter(torch.zeros(out, device=device, dtype=torch.float32))
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
-        return layer(x, onto=add(self.offset, onto))
+        return layer(x, onto=add(layer.each(self.offset), onto))
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w, add(self.offset, b)

@@ -13,9 +13,10 @@ from torch import nn
 
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import adapted_modules
+from lorafold.core.base import bare
 from lorafold.core.delta import Delta
-from lorafold.core.layer import bare
 from lorafold.core.spec import Spec
+from lorafold.core.stacked import module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.bias import BiasDelta
@@ -37,7 +38,7 @@ def add_biases(
     """
     every = (path for path, _ in bare_modules(model))
     for path in {"none": (), "lora_only": matches.paths, "all": every}[bias]:
-        own = model.get_submodule(path)._parameters.get("bias")
+        own = module_at(model, path)._parameters.get("bias")
         if own is not None:
             deltas.setdefault(path, []).append(BiasDelta(len(own), own.device))
 
@@ -65,7 +66,7 @@ def add_token_rows(
         )
     carry = {id(m) for _, m in adapted_modules(model) if any(carried(m))}
     others = [path for path in deltas if path not in rows] if carry else []
-    over = [path for path in others if id(model.get_submodule(path)) in carry]
+    over = [path for path in others if id(module_at(model, path)) in carry]
     problems = [
         f"{path} has token rows of another adapter, which change its shape; merge that one first"
         for path in over
@@ -86,6 +87,6 @@ def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | No
     path; None if it has none.
     """
     ids = {path: part.ids for path, part in parts if isinstance(part, TokenRows)}
-    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in ids}
+    ends: dict[str, Any] = {path: bare(module_at(model, path)) for path in ids}
     sizes = {path: max(own) + 1 for path, own in ids.items()}
     return max((n for path, n in sizes.items() if n > len(ends[path].weight)), default=None)

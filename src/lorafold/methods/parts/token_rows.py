@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_class, layer_of
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.core.attach import Adapted
+from lorafold.core.base import bare
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer, add, bare
+from lorafold.core.layer import Layer, add
 from lorafold.core.targets import no_match
 from lorafold.errors import LorafoldError
 

@@ -1,0 +1,238 @@
+"""The matrices of experts as a layer, and the forward of a module of experts over such layers.
+
+    for a token x, its experts e_1 .. e_k and their weights p_1 .. p_k (the router's):
+    y = sum_i p_i down_{e_i} act(gate_up_{e_i} x)
+
+The tokens are sorted by expert, so that each expert's are one product (`ops.grouped`). A delta over
+`gate_up_proj` or `down_proj` changes a layer (S, in) -> (S, out), S being k times the tokens.
+The form is that of transformers' experts (`use_experts_implementation`), whose own forward runs
+where no delta is active and nothing is quantized.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases.stacks import Floats, Held, held
+from lorafold.core.attach import Adapted
+from lorafold.core.base import Base
+from lorafold.core.layer import Layer, add
+from lorafold.core.stacked import Stack, parameter_path, stacks
+from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.ops.dropout import dropout, keep_scale, shared
+from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product
+from lorafold.ops.scale import scale
+
+
+class Experts(Base):
+    """The matrices (E, out, in) of a parameter of experts. Its rows x (S, in) are in the order of
+    their experts, which `groups` says.
+    """
+
+    linear = True
+    groups: Groups | None = None
+
+    def __init__(self, module: Stack, stored: Callable[[], Tensor] | None = None) -> None:
+        super().__init__(module, stored)
+        self.owner, self.name = module.owner, module.name
+        self.held: Held = held(module)
+
+    @classmethod
+    def entered(cls, module: nn.Module) -> None:
+        assert isinstance(module, Stack)
+        module.owner._modules[module.name] = module
+        route(module.owner)
+
+    @classmethod
+    def left(cls, module: nn.Module) -> None:
+        assert isinstance(module, Stack)
+        del module.owner._modules[module.name]
+        leave(module.owner)
+
+    @property
+    def rows(self) -> Groups:
+        """Which rows are of which expert. Raises LorafoldError outside of the experts' forward."""
+        if self.groups is None:
+            raise LorafoldError(
+                f"{self.name}: found no rows sorted by expert, expected to be called by the"
+                " module of the experts"
+            )
+        return self.groups
+
+    def read(self, e: int, dtype: torch.dtype) -> Tensor:  # (out, in)
+        """The matrix (out, in) of expert e for a product with activations of that dtype."""
+        return self.held.matrix(e).to(dtype)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the matrices get no gradient."""
+        return not self.held.parameter.requires_grad
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.held.parameter.device
+        return device
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.held.shape[:1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.held.shape[1:]
+
+    def parameter(self, name: str) -> Any:
+        return self.owner._parameters.get(parameter_path(self.module, self.name, name))
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.parameter("bias")
+        return bias
+
+    def sources(self) -> list[Tensor] | None:
+        return [t for t in (self.held.parameter, self.bias) if t is not None]
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.held.dense(), self.bias
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        b = None if self.bias is None else self.each(self.bias).to(x.dtype)
+        if self.frozen:
+            return add(frozen_product(x, onto, self.read, self.rows, self.shape[0]), b)
+        return add(add(product(x, self.held.dense(), self.rows), onto), b)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        return product(x, m, self.rows)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return dropout(x, p) if p else x
+
+    def each(self, v: Tensor) -> Tensor:
+        return v[self.rows.of_row]
+
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        parts = [
+            scale(y[at], g[e], None if c is None else c[e], None if onto is None else onto[at])
+            for e, at in self.rows.spans()
+        ]
+        return torch.cat(parts) if parts else y
+
+    def low_rank(
+        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
+    ) -> Tensor:
+        if not self.frozen or onto is not None:
+            return self(x, onto=add(self.op(self.op(self.drop(x, p), down), up), onto))
+        drop = shared(x, p, id(self.module)) if p else None
+        y = low_rank_product(x, self.read, self.rows, down, up, drop, keep_scale(p))
+        return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        if self.held.quantized:
+            raise NotMergeable(
+                "these experts store quantized weights, in which a change would be lost to"
+                " rounding; dequantize them first"
+            )
+        turned = self.held.turned(w)
+        return {"weight": turned} if b is None else {"weight": turned, "bias": b}
+
+    def plain(self) -> Experts:
+        twin = copy.copy(self)
+        twin.held = Floats(self.module)  # type: ignore[arg-type]
+        return twin
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        encoded = self.encode(w, b)
+        with torch.no_grad():
+            self.held.parameter.copy_(encoded["weight"])
+            if b is not None and self.bias is not None:
+                self.bias.copy_(b)
+
+    def dequantize(self) -> None:
+        if self.held.quantized:
+            dense = self.held.turned(self.held.dense()).contiguous()
+            self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
+            self.held = held(self.module)  # type: ignore[arg-type]
+            leave(self.owner)
+
+
+class Routed(nn.Module):
+    """Mixin: a module of experts whose forward runs over `Experts`."""
+
+    base_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.base_class,), self.__dict__
+
+
+@functools.cache
+def routed_class(cls: type[nn.Module]) -> type[Routed]:
+    """The subclass of a class of experts, with its name, whose forward runs over `Experts`."""
+    body = {"forward": functools.wraps(cls.forward)(forward), "base_class": cls}
+    swapped = type(cls.__name__, (Routed, cls), body)
+    swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
+    return swapped
+
+
+def _rebuild(cls: type[nn.Module]) -> Routed:
+    swapped = routed_class(cls)  # type: ignore[arg-type]
+    return swapped.__new__(swapped)
+
+
+def route(owner: nn.Module) -> None:
+    """Make the module of the experts run over `Experts`, as it must with deltas over its matrices
+    or with quantized ones.
+    """
+    if not isinstance(owner, Routed):
+        owner.__class__ = routed_class(type(owner))  # type: ignore[arg-type]
+
+
+def leave(owner: nn.Module) -> None:
+    """Give the module of the experts its own forward again, if nothing needs another."""
+    own = stacks(owner).values()
+    if isinstance(owner, Routed) and not any(
+        isinstance(s, Adapted) or held(s).quantized for s in own
+    ):
+        owner.__class__ = owner.base_class  # type: ignore[assignment]
+
+
+def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The output (T, hidden) of the experts: each token's, weighted by the router and summed.
+
+    Args:
+        self: the module of the experts.
+        hidden: the tokens (T, hidden).
+        *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
+    """
+    own = stacks(self)
+    active = any(
+        isinstance(s, Adapted) and any(n in s.deltas for n in s.selection.names)
+        for s in own.values()
+    )
+    if not active and not any(held(s).quantized for s in own.values()):
+        y: Tensor = self.base_class.forward(self, hidden, *args, **kwargs)
+        return y
+    index, weights = (*args, *kwargs.values())
+    groups, order = grouped(index.reshape(-1), self.num_experts)
+    tokens = order // index.shape[-1]
+    first, last = (_layer(s, groups) for s in own.values())
+    u = first(hidden[tokens])
+    u = last(self._apply_gate(u) if self.has_gate else self.act_fn(u))
+    if self.has_post_expert_norm:
+        u = self.post_expert_norm(u)
+    u = u * weights.reshape(-1)[order, None]
+    back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=u.device))
+    return u[back].view(*index.shape, -1).sum(1).to(hidden.dtype)
+
+
+def _layer(stack: Stack, groups: Groups) -> Layer:
+    base = Experts(stack)
+    base.groups = groups
+    return stack.layer(*stack.selection.names, base=base) if isinstance(stack, Adapted) else base

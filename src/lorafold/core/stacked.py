@@ -1,0 +1,76 @@
+"""The matrices of experts as a module of their own, which deltas can be attached to.
+
+    experts.gate_up_proj    a parameter (E, 2 I, H)  ->  a `Stack` at `...experts.gate_up_proj`
+
+A mixture of experts in transformers has one module for the experts of a block, whose 3-D parameters
+have one matrix for each expert. No module is called for such a parameter, so a site there is the
+path of the parameter. The `Stack` becomes a child of its owner, under the parameter's name, when it
+gets its first delta; until then it is made where it is asked for. It has no parameters, since the
+owner keeps its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Stack(nn.Module):
+    """The matrices of the parameter `name` of `owner`."""
+
+    owner: nn.Module
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # not as a submodule, which would be a cycle
+        self.name = name
+        self.training = owner.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise NotImplementedError: the owner's forward computes with the matrices."""
+        raise NotImplementedError(f"{self.name} is computed by {type(self.owner).__name__}")
+
+
+def stack_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters in which a module holds the matrices of experts: those of
+    transformers' interface for experts (`use_experts_implementation`); none for any other module.
+    """
+    if "is_transposed" not in module.__dict__ or "has_gate" not in module.__dict__:
+        return ()
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def stacks(module: nn.Module) -> dict[str, Stack]:
+    """The stacks of matrices of a module, by the names of its parameters."""
+    return {
+        name: module._modules.get(name) or Stack(module, name)  # type: ignore[misc]
+        for name in stack_names(module)
+    }
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a site, which is a module path or the path of a parameter of experts.
+
+    Raises AttributeError if there is none.
+    """
+    module = model
+    for name in path.split(".") if path else ():
+        found = module._modules.get(name) or stacks(module).get(name)
+        if found is None:
+            raise AttributeError(f"{path}: {type(module).__name__} has no module {name!r}")
+        module = found
+    return module
+
+
+def parameter_path(module: nn.Module, path: str, name: str) -> str:
+    """The path of a parameter in the model.
+
+    Args:
+        module: the module at the site.
+        path: the site.
+        name: the parameter's name, "weight" or "bias".
+    """
+    if isinstance(module, Stack):
+        return path if name == "weight" else f"{path}_{name}"
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,239 @@
+"""Grouped products: rows in groups, each group with a matrix of its own, as tokens meet experts.
+
+    y_s = x_s M_e^T                     s a row of group e; x (S, in), M (E, k, in), y (S, k)
+    y_s = W_e x_s + B_e A_e drop(x_s)   the same with a frozen W and a low-rank update, summed in
+                                        one accumulator and rounded once (`ops.lora` for one matrix)
+
+Rows of one group lie together. Only groups that have rows are computed, one product each, so a
+quantized W is read for those experts alone, one at a time. Backward passes keep what those of
+`ops.lora` keep, and read W again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorafold.core.fake import is_fake
+from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.dropout import Dropped, empty_
+
+Read = Callable[[int, torch.dtype], Tensor]  # the number of a group, dtype -> W_e (out, in)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of S rows: `sizes`, the number of rows of each, and `of_row` (S,), the group of
+    each row, ascending.
+    """
+
+    sizes: tuple[int, ...]
+    of_row: Tensor
+
+    def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
+        """Yield the number of each group that has rows, and where its rows are, if each of the S
+        rows is `times` rows.
+        """
+        start = 0
+        for number, size in enumerate(self.sizes):
+            if size:
+                yield number, slice(start, start + size * times)
+                start += size * times
+
+
+def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor]:
+    """The groups that rows form once they are sorted, and the order (S,) that sorts them.
+
+    Of rows without values (fake tensors) each group has an equal share.
+
+    Args:
+        of_row: the group of each row (S,).
+        number: the number of groups.
+    """
+    found, order = of_row.sort(stable=True)
+    if is_fake(of_row):
+        share, rest = divmod(len(of_row), number)
+        return Groups(tuple(share + (n < rest) for n in range(number)), found), order
+    return Groups(tuple(torch.bincount(found, minlength=number).tolist()), found), order
+
+
+class _Product(Function):
+    """x (S, in) times m (E, k, in), by groups."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Tensor, spans: list[tuple[int, slice]]) -> Tensor:
+        ctx.dtype = dtype = arithmetic(x)
+        wide, wide_m = x.to(dtype), m.to(dtype)
+        ctx.save_for_backward(x, m)
+        ctx.spans = spans
+        y = wide.new_empty(len(x), m.shape[1])
+        for e, at in spans:
+            torch.mm(wide[at], wide_m[e].t(), out=y[at])
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, m = ctx.saved_tensors
+        wide = g.to(ctx.dtype)
+        gx = gm = None
+        if ctx.needs_input_grad[0]:
+            wide_m, gx = m.to(ctx.dtype), wide.new_empty(x.shape)
+            for e, at in ctx.spans:
+                torch.mm(wide[at], wide_m[e], out=gx[at])
+            gx = gx.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            wide_x, gm = x.to(ctx.dtype), wide.new_zeros(m.shape)
+            for e, at in ctx.spans:
+                torch.mm(wide[at].t(), wide_x[at], out=gm[e])
+            gm = gm.to(m.dtype)
+        return gx, gm, None
+
+
+def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
+    """x times the matrix of its group: (S, ..., k), in x's dtype. Differentiable once.
+
+    Args:
+        x: the input (S, ..., in).
+        m: one matrix for each group (E, k, in), of any dtype.
+        groups: the groups of the S rows.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    times = len(flat) // max(1, len(x))
+    y: Tensor = _Product.apply(flat, m, list(groups.spans(times)))
+    return y.view(*x.shape[:-1], m.shape[1])
+
+
+class _Frozen(Function):
+    """x (S, in) times frozen W_e (out, in), plus onto (S, out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, onto: Tensor | None, read: Read, groups: Groups, out: int
+    ) -> Tensor:
+        ctx.read, ctx.groups, ctx.width = read, groups, x.shape[1]
+        ctx.onto = None if onto is None else onto.dtype
+        ctx.dtype = dtype = arithmetic(x)
+        wide, y = x.to(dtype), x.new_empty(len(x), out, dtype=dtype)
+        for e, at in groups.spans():
+            w = read(e, dtype).t()
+            if onto is None:
+                torch.mm(wide[at], w, out=y[at])
+            else:
+                torch.addmm(onto[at].to(dtype), wide[at], w, out=y[at])
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gx = None
+        if ctx.needs_input_grad[0]:
+            wide = g.to(ctx.dtype)
+            gx = wide.new_empty(len(g), ctx.width)
+            for e, at in ctx.groups.spans():
+                torch.mm(wide[at], ctx.read(e, ctx.dtype), out=gx[at])
+            gx = gx.to(g.dtype)
+        return gx, g.to(ctx.onto) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def frozen_product(
+    x: Tensor, onto: Tensor | None, read: Read, groups: Groups, out: int
+) -> Tensor:
+    """x times the frozen matrix of its group, plus onto: (S, out), in x's dtype. Differentiable
+    once.
+
+    Args:
+        x: the input (S, in).
+        onto: what is added before the rounding, (S, out), or None.
+        read: returns W_e (out, in) of a group, in a dtype.
+        groups: the groups of the S rows.
+        out: the size of the output.
+    """
+    y: Tensor = _Frozen.apply(x, onto, read, groups, out)
+    return y
+
+
+class _LowRank(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        read: Read,
+        groups: Groups,
+        down: Tensor,
+        up: Tensor,
+        xd: Tensor,
+        where: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        dtype = arithmetic(x)
+        a, b = down.to(dtype), (up * scale).to(dtype)
+        wide = x.to(dtype)
+        branch = wide if where is None else xd.to(dtype)
+        u, y = wide.new_empty(len(x), a.shape[1]), wide.new_empty(len(x), b.shape[1])
+        for e, at in groups.spans():
+            torch.mm(branch[at], a[e].t(), out=u[at])
+            torch.mm(u[at], b[e].t(), out=y[at]).addmm_(wide[at], read(e, dtype).t())
+        ctx.save_for_backward(xd, u, a, b, where)
+        ctx.read, ctx.groups, ctx.scale, ctx.dtype = read, groups, scale, down.dtype
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        xd, u, a, b, where = ctx.saved_tensors
+        need_x, _, _, need_down, need_up, *_ = ctx.needs_input_grad
+        wide, branch = g.to(u.dtype), xd.to(u.dtype)
+        v = torch.empty_like(u)
+        gx = wide.new_empty(xd.shape) if need_x else None
+        gdown = torch.zeros_like(a) if need_down else None
+        gup = b.new_zeros(b.mT.shape) if need_up else None
+        for e, at in ctx.groups.spans():
+            torch.mm(wide[at], b[e], out=v[at])
+            if gx is not None:
+                torch.mm(v[at], a[e], out=gx[at])
+            if gdown is not None:
+                torch.mm(v[at].t(), branch[at], out=gdown[e])
+            if gup is not None:
+                torch.mm(u[at].t(), wide[at], out=gup[e])
+        if gx is not None:
+            if where is not None:
+                empty_(gx, where)
+            for e, at in ctx.groups.spans():
+                gx[at].addmm_(wide[at], ctx.read(e, wide.dtype))
+            gx = gx.to(g.dtype)
+        gdown = None if gdown is None else gdown.to(ctx.dtype)
+        gup = None if gup is None else gup.mT.to(ctx.dtype).mul_(ctx.scale)
+        return gx, None, None, gdown, gup, None, None, None
+
+
+def low_rank_product(
+    x: Tensor,
+    read: Read,
+    groups: Groups,
+    down: Tensor,
+    up: Tensor,
+    drop: Dropped | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """W_e x + scale up_e down_e drop(x), (S, out), in x's dtype, e the group of each row.
+    Differentiable once.
+
+    Args:
+        x: the input (S, in).
+        read: returns the frozen W_e (out, in) of a group, in a dtype.
+        groups: the groups of the S rows.
+        down: the down factors (E, r, in).
+        up: the up factors (E, out, r).
+        drop: x with dropped elements, the input of the branch (None: x).
+        scale: the factor of the branch.
+    """
+    xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
+    y: Tensor = _LowRank.apply(x, read, groups, down, up, xd, where, scale)
+    return y
