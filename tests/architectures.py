@@ -239,6 +239,14 @@ ENCODERS = {
         ),
         lambda: {"input_ids": TOKENS, "pixel_values": image(2)},
     ),
+    "siglip": Architecture(
+        tf.SiglipModel,
+        lambda: tf.SiglipConfig(
+            text_config=COMMON | {"max_position_embeddings": 32, "projection_size": 32},
+            vision_config=TOWER,
+        ),
+        lambda: {"input_ids": TOKENS, "pixel_values": image(2)},
+    ),
     "clip-text": Architecture(
         tf.CLIPTextModel,
         lambda: tf.CLIPTextConfig(**COMMON, projection_dim=16, max_position_embeddings=32),

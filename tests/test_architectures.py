@@ -37,7 +37,8 @@ MIX_DOCUMENTS = {"bloom", "gpt-oss", "opt"}
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_adapter_changes_nothing_and_the_base_stays_bit_for_bit(name: str) -> None:
     row = ARCHITECTURES[name]
-    model, inputs = row.model(), row.inputs()
+    # frozen from the first: torch's own multi-head attention rounds otherwise if its weights train
+    model, inputs = row.model().requires_grad_(False), row.inputs()
     with torch.no_grad():
         bare = run(model, inputs)
         assert bare.std() > 0.01
@@ -135,6 +136,16 @@ def test_encoders_keep_all_their_blocks() -> None:
         assert (language_model(model), towers(model), aside(model)) == ("", {}, ()), name
         adapted = {site.rsplit(".", 1)[0] for site in lf.attach(model, lf.LoRA(rank=2)).sites}
         assert all(any(f"{s}.".startswith(f"{b}.") for s in adapted) for b in blocks(model)), name
+
+
+def test_presets_of_an_encoder_decoder() -> None:
+    """T5's attentions have capital letters, and its encoder lies outside the decoder, as the head
+    does.
+    """
+    model = ARCHITECTURES["t5"].model()
+    attention = lf.attach(model, lf.LoRA(rank=2), "attention", name="attention").sites
+    assert {path.rsplit(".", 2)[1] for path in attention} == {"SelfAttention", "EncDecAttention"}
+    assert list(lf.attach(model, lf.LoRA(rank=2), "head", name="head").sites) == ["lm_head"]
 
 
 def test_a_vision_encoder_under_a_text_decoder_is_one_model() -> None:
