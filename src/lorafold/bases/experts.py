@@ -110,6 +110,9 @@ class Experts(Base):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return product(x, m, self.rows)
 
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.op(self.op(self.drop(x, p), down), up)
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x
 
@@ -129,7 +132,7 @@ class Experts(Base):
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
     ) -> Tensor:
         if not self.frozen or onto is not None:
-            return self(x, onto=add(self.op(self.op(self.drop(x, p), down), up), onto))
+            return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
         y = low_rank_product(x, self.read, self.rows, down, up, drop, keep_scale(p))
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
