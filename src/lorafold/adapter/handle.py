@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.bases import parameter_count
-from lorafold.bases.bitsandbytes import record_dequantized
+from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
 from lorafold.core.spec import Spec

@@ -8,6 +8,7 @@ from math import prod
 from torch import Tensor, nn
 
 from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Quantized
+from lorafold.bases.compressed import Compressed
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
@@ -21,6 +22,7 @@ LAYERS: dict[str, type[Base]] = {
     "torch.nn.modules.sparse.Embedding": Embedding,
     "bitsandbytes.nn.modules.Linear4bit": Linear4bit,
     "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
+    "lorafold.bases.compressed.CompressedLinear": Compressed,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
 }
 
@@ -54,10 +56,11 @@ def parameter_count(model: nn.Module) -> int:
     sizes = {}
     for _, module in bare_modules(model):
         quantized = isinstance(layer := layer_of(module), Quantized)
+        if quantized:
+            sizes[id(module)] = prod(layer.shape)
         for name, p in module._parameters.items():
-            if p is not None:
-                matrix = quantized and name == "weight"
-                sizes[id(p)] = prod(layer.shape) if matrix else p.numel()
+            if p is not None and not (quantized and name != "bias"):
+                sizes[id(p)] = p.numel()
     return sum(sizes.values())
 
 

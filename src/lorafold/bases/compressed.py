@@ -18,9 +18,9 @@ activations a folded delta would compute something else than the delta itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,22 @@ class CompressedLinear(nn.Module):
             found = codes.parameters(self.out_features, self.in_features, scales)
         for name, value in found.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-        self.bias = linear.bias
+        self.register_parameter("bias", linear.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of any module, except that codes and scales keep their dtypes.
+
+        Args:
+            fn: Moves or converts a tensor of any shape.
+            recurse: Whether to apply it to the modules inside too.
+        """
+        own = {id(p) for name, p in self._parameters.items() if name != "bias"}
+
+        def apart(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if id(t) not in own or moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(apart, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T + b: (..., out)."""
@@ -147,17 +162,13 @@ class Compressed(Quantized):
         out, inn = self.shape
         scale = getattr(module, codes.scale).to(dtype)
         numbers = unpacked(module.weight_packed, codes.bits, inn) if codes.packed else module.weight
-        w = numbers.to(dtype)
+        w = numbers.to(dtype, copy=True)
         if not codes.symmetric:
             w = _by_block(w, self._zero_points().to(dtype), codes, torch.sub)
         return _by_block(w, scale, codes, torch.mul)
 
     def dequantized(self) -> Tensor:  # (out, in)
         return self.read(self.dtype)
-
-    def original(self) -> Tensor:  # (out, in)
-        """W itself: what was before it is not in the files."""
-        return self.weight()
 
     def _zero_points(self) -> Tensor:  # the shape of the scales
         zero, codes = self.bare.weight_zero_point, self.bare.codes

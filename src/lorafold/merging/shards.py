@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.bases import layer_of
+from lorafold.bases.bitsandbytes import Quantized
 from lorafold.core.attach import Adapted
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
@@ -73,10 +74,13 @@ def execute(
     need_space(out, total + sum((plan.checkpoint.path / p).stat().st_size for p in carried))
     sums, rounded, done = Sums(), Counter[str](), 0
 
+    def dequantized(name: str) -> Tensor:
+        return layer_of(plan.model.get_submodule(plan.dequantized[name])).dense()[0]
+
     def new_values(name: str) -> Tensor | None:
         nonlocal sums
         if name not in plan.changed:
-            return plan.zeros.get(name)
+            return plan.zeros.get(name) if name not in plan.dequantized else dequantized(name)
         path, _, parameter = plan.changed[name].rpartition(".")
         module: Adapted = plan.model.get_submodule(path)  # type: ignore[assignment]
         before, after = before_and_after(module, plan.adapters, parameter)
@@ -134,8 +138,11 @@ def before_and_after(
         parameter: weight or bias.
     """
     layer = layer_of(module)
-    before: Tensor = getattr(layer.bare, parameter)
     w, b = layer.dense()
+    quantized = isinstance(layer, Quantized)
+    before: Tensor = (
+        layer.plain().encode(w, b)[parameter] if quantized else getattr(layer.bare, parameter)
+    )
     if ROUND_TRIP in module.deltas:
         w, b = fold(module, [ROUND_TRIP], w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
+from lorafold.bases.bitsandbytes import Quantized
 
 
 @torch.no_grad()
@@ -23,9 +24,11 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
     """
     layer = layer_of(module)
     found = {}
-    for name, value in layer.encode(w, b).items():
+    for name, value in layer.plain().encode(w, b).items():
         own = module._parameters.get(name)
-        dtype = (layer.bare.weight if own is None else own).dtype
+        dtype = (
+            value if isinstance(layer, Quantized) else layer.bare.weight if own is None else own
+        ).dtype
         found[name] = torch.empty(
             value.shape, dtype=torch.promote_types(dtype, torch.float32), device=value.device
         ).copy_(value)
