@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
-from lorafold.models.compressed import stored_compressed
+from lorafold.models.compressed import storage_of, stored_compressed
 from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED, quantization_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import FileWeights, Weights, model_files
@@ -72,11 +72,18 @@ def default_storage(source: ModelSource, adapters: Sequence[str | Path] = ()) ->
     return trained_on if trained_on in QUANTIZATIONS else "auto"
 
 
+def stored_in_files(source: ModelSource) -> str | None:
+    """Return the storage of files that are quantized and that lorafold folds into, dequantized; None
+    if they are not.
+    """
+    settings = source.config().get("quantization_config") or {}
+    return storage_of(settings, f"model {source.name}") if stored_compressed(settings) else None
+
+
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
     """Return the base's original weights, read from its files, if the model's are quantized and
     they are in the files; else None. `load_model` must have checked the files.
     """
-    in_files = source.config().get("quantization_config") or {}
-    if storage.quantization is None or stored_compressed(in_files):
+    if storage.quantization is None or stored_in_files(source) is not None:
         return None
     return FileWeights(model_files(source.path))
