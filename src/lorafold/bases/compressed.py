@@ -11,9 +11,10 @@
 
 The names and layouts are those of compressed-tensors (vLLM project), formats float-quantized,
 int-quantized and pack-quantized, and of the fine-grained FP8 of DeepSeek-V3 (arXiv 2412.19437,
-section 3.3), whose scales are `weight_scale_inv`. W is dequantized for each use, in the dtype of the
-computation, and never kept. Activations are not quantized, whatever the files ask for: with rounded
-activations a folded delta would compute something else than the delta itself.
+section 3.3), whose scales are `weight_scale_inv`. W has the dtype of the scales, in which these
+formats multiply. It is dequantized for each use and never kept. Activations are not quantized,
+whatever the files ask for: with rounded activations a folded delta would compute something else
+than the delta itself.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ class Codes:
         return -(-out // (self.rows or out)), -(-inn // (self.columns or inn))
 
     def parameters(self, out: int, inn: int, scales: torch.dtype) -> dict[str, Tensor]:
-        """The parameters that store a matrix, by name, without values.
+        """The parameters that store a matrix (out, in), by name, without values.
 
         Args:
-            out, inn: The shape of the matrix.
+            out: The number of rows.
+            inn: The number of columns.
             scales: The dtype of the scales.
         """
         high, wide = self.blocks(out, inn)
@@ -139,6 +141,12 @@ class CompressedLinear(nn.Module):
 
         return super()._apply(apart, recurse)
 
+    def freeze(self) -> None:
+        """Have no gradients for codes and scales, which loading makes parameters like any other."""
+        for name, parameter in self._parameters.items():
+            if name != "bias" and parameter is not None:
+                parameter.requires_grad = False
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T + b: (..., out)."""
         y: Tensor = Compressed(self)(x)
@@ -157,18 +165,18 @@ class Compressed(Quantized):
         scale: Tensor = getattr(self.bare, self.bare.codes.scale)
         return scale.dtype
 
-    def read(self, dtype: torch.dtype) -> Tensor:  # (out, in)
-        module, codes = self.bare, self.bare.codes
-        out, inn = self.shape
-        scale = getattr(module, codes.scale).to(dtype)
-        numbers = unpacked(module.weight_packed, codes.bits, inn) if codes.packed else module.weight
-        w = numbers.to(dtype, copy=True)
-        if not codes.symmetric:
-            w = _by_block(w, self._zero_points().to(dtype), codes, torch.sub)
-        return _by_block(w, scale, codes, torch.mul)
-
     def dequantized(self) -> Tensor:  # (out, in)
-        return self.read(self.dtype)
+        module, codes = self.bare, self.bare.codes
+        scale = getattr(module, codes.scale)
+        numbers = (
+            unpacked(module.weight_packed, codes.bits, self.shape[1])
+            if codes.packed
+            else module.weight
+        )
+        w = numbers.to(scale.dtype)
+        if not codes.symmetric:
+            w = _by_block(w, self._zero_points().to(scale.dtype), codes, torch.sub)
+        return _by_block(w, scale, codes, torch.mul)
 
     def _zero_points(self) -> Tensor:  # the shape of the scales
         zero, codes = self.bare.weight_zero_point, self.bare.codes
@@ -201,9 +209,10 @@ def _by_block(w: Tensor, by: Tensor, codes: Codes, operation: Any) -> Tensor:
     rows, columns = codes.rows or out, codes.columns or inn
     high, wide = codes.blocks(out, inn)
     by = by.view(high, wide)
-    if out % rows or inn % columns:  # blocks at the edges are cut short
+    if out % rows or inn % columns:  # the last blocks are cut short
         spread = by.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inn]
-        return operation(w, spread, out=w)  # type: ignore[no-any-return]
+        operation(w, spread, out=w)
+        return w
     blocks = w.view(high, rows, wide, columns)
     operation(blocks, by[:, None, :, None], out=blocks)
     return w

@@ -110,7 +110,7 @@ def as_in_files(
     trains = setting.spec is not None and setting.spec.trains_base
     if stored_as not in QUANTIZED or trains or (asked and base.quantization != stored_as):
         found = "not quantized" if stored_as is None else f"stored as {stored_as}"
-        wanted = "a method that trains the base's own weights" if trains else f"the base {base.name}"
+        wanted = "a method that trains the base" if trains else f"the base {base.name}"
         raise LorafoldError(f"model {name}: its files are {found}, which does not fit {wanted}")
     return replace(setting, base=Storage(torch.bfloat16, stored_as))
 

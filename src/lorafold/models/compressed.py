@@ -1,5 +1,5 @@
-"""Models whose files are quantized by compressed-tensors, or as fine-grained FP8: which linears are,
-how, and whether the files have what that takes.
+"""Models whose files are quantized by compressed-tensors, or as fine-grained FP8: which linears
+are, how, and whether the files have what that takes.
 
     fp8      float8_e4m3fn with a scale for the matrix, a row, or a block    0.50 of bf16's bytes
     int8     8-bit integers                                                  0.50

@@ -147,65 +147,59 @@ def read_quantized(
             f"{what}: its weights are stored as {stored}, so it can't be loaded as"
             f" {quantization}; expected the base {stored}"
         )
-    weights = FileWeights(model_files(path), mapped=False)
-    given = {
-        "state_dict": {n: weights.slice(n) for n in weights.names},
-        "device_map": {"": device},
-        "output_loading_info": True,
-    }
-    if stored is not None and stored_compressed(settings):
-        model, info = _compressed(auto, found, settings, path, what, dtype, trust_remote_code, given)
+    compressed = stored is not None and stored_compressed(settings)
+    if compressed:
+        # transformers would round scales to `dtype`, and dequantize every weight on the first call
+        del found.quantization_config
     else:
-        model, info = _by_bitsandbytes(auto, found, stored or quantization, trust_remote_code, given)
+        bitsandbytes()
+    with torch.device("meta"):
+        mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
+    cls, how = type(mapped), {"dtype": torch.bfloat16}
+    if compressed:
+        cls, how = _with_codes(mapped, settings, path, what), {"dtype": dtype}
+    elif stored is None:
+        how["quantization_config"] = _by_bitsandbytes(mapped, quantization)
+    weights = FileWeights(model_files(path), mapped=False)
+    with freed_blocks_returned():
+        model, info = cls.from_pretrained(
+            None,
+            config=found,
+            state_dict={n: weights.slice(n) for n in weights.names},
+            device_map={"": device},
+            output_loading_info=True,
+            **how,
+        )
+    if compressed:
+        model.__class__ = type(mapped)
+        model.config.quantization_config = settings
+        check_values(model, what)
+        if (line := remark(settings, what)) is not None:
+            log.warning(line)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), info
 
 
-def _by_bitsandbytes(
-    auto: Any, config: Any, quantization: str, trust_remote_code: bool, given: dict[str, Any]
-) -> tuple[Any, Any]:
+def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
+    """What tells transformers to quantize a plain model."""
     from transformers import BitsAndBytesConfig
 
-    bitsandbytes()
-    with torch.device("meta"):
-        mapped = auto.from_config(config, trust_remote_code=trust_remote_code)
-    quantized = set(packable(mapped))
-    others = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in quantized]
-    if getattr(config, "quantization_config", None) is None:
-        given["quantization_config"] = BitsAndBytesConfig(
-            **QUANTIZATIONS[quantization], llm_int8_skip_modules=others
-        )
-    with freed_blocks_returned():
-        loaded: tuple[Any, Any] = type(mapped).from_pretrained(
-            None, config=config, dtype=torch.bfloat16, **given
-        )
-    return loaded
+    quantized = set(packable(model))
+    others = [p for p, m in bare_modules(model) if is_linear(m) and p not in quantized]
+    return BitsAndBytesConfig(**QUANTIZATIONS[quantization], llm_int8_skip_modules=others)
 
 
-def _compressed(
-    auto: Any,
-    config: Any,
-    settings: dict[str, Any],
-    path: Path,
-    what: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    given: dict[str, Any],
-) -> tuple[Any, Any]:
+def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
+    """The class of a model without values, made with the linears that its files are for."""
     from lorafold.models.checkpoint import by_parameter, entries_of
 
-    # transformers would dequantize every weight on the first call, and round scales to `dtype`
-    del config.quantization_config
-    with torch.device("meta"):
-        plan = auto.from_config(config, trust_remote_code=trust_remote_code)
-    compress(plan, settings, what, torch.bfloat16)
-    entries, _ = by_parameter(plan, entries_of(path))
-    as_in_files(plan, entries, what)
-    found = {p: m for p, m in bare_modules(plan) if isinstance(m, CompressedLinear)}
+    compress(model, settings, what, torch.bfloat16)
+    as_in_files(model, by_parameter(model, entries_of(path))[0], what)
+    found = {p: m for p, m in bare_modules(model) if isinstance(m, CompressedLinear)}
 
-    class Prepared(type(plan)):  # type: ignore[misc]
-        """The model's own class, made with the linears that the files are for."""
+    class Prepared(type(model)):  # type: ignore[misc]
+        """transformers loads files into what this makes."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -214,17 +208,7 @@ def _compressed(
                 module._parameters["bias"] = self.get_submodule(at).bias
                 setattr(self.get_submodule(parent), leaf, module)
 
-    with freed_blocks_returned():
-        model, info = Prepared.from_pretrained(None, config=config, dtype=dtype, **given)
-    for module in found.values():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            parameter.requires_grad_(leaf == "bias")
-    model.__class__ = type(plan)
-    model.config.quantization_config = settings
-    check_values(model, what)
-    if (line := remark(settings, what)) is not None:
-        log.warning(line)
-    return model, info
+    return Prepared
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -233,8 +217,9 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         set_compute_dtype(module, dtype)
-        if isinstance(module, CompressedLinear):
-            continue  # the scales stay, and a bias was loaded in this dtype
+        if isinstance(module, CompressedLinear):  # it was loaded in this dtype, but for its scales
+            module.freeze()
+            continue
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None and tensor.dtype == torch.bfloat16:

@@ -1,5 +1,5 @@
-"""Chooses how a base stores its weights (fp32, bf16, nf4, int8, fp8, int4): as was asked, or else by its
-files, its adapters and the device; with the reason for the choice.
+"""Chooses how a base stores its weights (fp32, bf16, nf4, int8, fp8, int4): as was asked, or else
+by its files, its adapters and the device; with the reason for the choice.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Storage(NamedTuple):
 
 
 def choose_storage(base: str, device: "torch.device | str") -> Storage:
-    """Return the storage for a base of auto, fp32, bf16, nf4, int8, fp8 or int4 on this device, with
-    the reason as a line to print. Raises LorafoldError for other names.
+    """Return the storage for a base of auto, fp32, bf16, nf4, int8, fp8 or int4 on this device,
+    with the reason as a line to print. Raises LorafoldError for other names.
 
     auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
     fp32. Quantized weights are dequantized to the dtype that auto would choose.
@@ -73,8 +73,8 @@ def default_storage(source: ModelSource, adapters: Sequence[str | Path] = ()) ->
 
 
 def stored_in_files(source: ModelSource) -> str | None:
-    """Return the storage of files that are quantized and that lorafold folds into, dequantized; None
-    if they are not.
+    """Return the storage of files that are quantized and that adapters are folded into,
+    dequantized; None if they are not.
     """
     settings = source.config().get("quantization_config") or {}
     return storage_of(settings, f"model {source.name}") if stored_compressed(settings) else None

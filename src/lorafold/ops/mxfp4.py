@@ -6,9 +6,9 @@ weight.
     E2M1              sign, two bits of exponent, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and
                       their negatives
 
-The specification is OCP Microscaling Formats (MX) v1.0, 2023: its elements E2M1 and its scales E8M0,
-of which 255 stands for not-a-number. gpt-oss stores its experts in this format. A value has one bit
-of mantissa and its exponent the range of bf16's, so bf16 is exact.
+The specification is OCP Microscaling Formats (MX) v1.0, 2023: its elements E2M1 and its scales
+E8M0, of which 255 stands for not-a-number. gpt-oss stores its experts in this format. A value has
+one bit of mantissa, and its exponent the range of bf16's, so bf16 is exact.
 """
 
 from __future__ import annotations
