@@ -72,7 +72,7 @@ def extremes(w: Tensor, args: Any) -> tuple[Tensor, Tensor]:
     return (low.view(1), high.view(1)) if args.strategy == "tensor" else (low, high)
 
 
-def make_compressed(base: Path, path: Path, kind: str, ignore: tuple[str, ...] = ("lm_head",)) -> Path:
+def make_compressed(base: Path, path: Path, kind: str) -> Path:
     """Write the plain model at `base`, in bf16, in the format of `kind`, by compressed-tensors' own
     compressor.
     """
@@ -86,7 +86,7 @@ def make_compressed(base: Path, path: Path, kind: str, ignore: tuple[str, ...] =
     config = QuantizationConfig.model_validate(
         {
             "config_groups": {"group_0": {**group, "format": form}},
-            "ignore": list(ignore),
+            "ignore": ["lm_head"],
             "format": form,
             "quant_method": "compressed-tensors",
             "quantization_status": "frozen",

@@ -10,20 +10,12 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import lorafold
-from quantized_cases import (
-    KINDS,
-    compressor_of,
-    edit,
-    make_compressed,
-    make_fine_grained,
-    plain_of,
-)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import lorafold as lf
+from conftest import lorafold
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.compressed import CompressedLinear
 from lorafold.errors import LorafoldError
@@ -31,6 +23,7 @@ from lorafold.merging.run import merge
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 from lorafold.ops.mxfp4 import dequantize as mxfp4
+from quantized_cases import KINDS, compressor_of, edit, make_compressed, make_fine_grained, plain_of
 
 IDS = torch.arange(5, 25)[None]
 SITE = "model.layers.0.self_attn.q_proj"
@@ -144,7 +137,8 @@ def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(base, quantiz
         model(IDS, labels=IDS).loss.backward()
     for a, b in zip(*(x.parameters() for x in adapters), strict=True):
         assert relative(a.grad, b.grad) < 1e-4
-    assert all(p.grad is None for m in compressed(over).values() for p in m.parameters(recurse=False))
+    codes = [p for m in compressed(over).values() for p in m.parameters(recurse=False)]
+    assert all(p.grad is None for p in codes)
     adapters[0].merge()
     assert not compressed(over)
     assert relative(over(IDS).logits, expected) < 1e-5
@@ -155,9 +149,9 @@ def test_fine_grained_fp8_is_what_transformers_dequantizes(base, tmp_path):
     model = loaded(path)
     assert len(compressed(model)) == 14
     theirs = by_transformers(path, FineGrainedFP8Config)
-    assert torch.equal(layer_of(model.get_submodule(SITE)).dense()[0], theirs.get_submodule(SITE).weight)
-    y = moved(model)
-    y.save(tmp_path / "a", record={"recipe": {"base": "fp8"}})
+    w = layer_of(model.get_submodule(SITE)).dense()[0]
+    assert torch.equal(w, theirs.get_submodule(SITE).weight)
+    moved(model).save(tmp_path / "a", record={"recipe": {"base": "fp8"}})
     expected = model(IDS).logits
     done = merge(path, [tmp_path / "a"], tmp_path / "merged")
     assert done.gap.kl < 1e-4
@@ -205,7 +199,7 @@ def test_targets_in_which_the_update_would_be_lost_are_refused(base, quantized, 
     assert done.into.target == "original"
     other = load_model(base, torch.float32)
     nn.init.normal_(other.model.embed_tokens.weight)
-    with pytest.raises(LorafoldError, match="another base|fingerprint"):
+    with pytest.raises(LorafoldError, match="not the base it was trained on"):
         lf.load(other, tmp_path / "a")
 
 
@@ -449,10 +443,10 @@ def test_without_the_package_one_line_names_it(quantized, monkeypatch):
 
 
 def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_path):
-    with pytest.raises(LorafoldError, match="files that are not quantized, of which lorafold makes"):
+    with pytest.raises(LorafoldError, match="files that are not quantized, of which"):
         lf.load_model(base, "fp8")
     for asked in ("nf4", "int4"):
-        with pytest.raises(LorafoldError, match="stored as fp8, .* expected the base fp8"):
+        with pytest.raises(LorafoldError, match=r"stored as fp8, .* expected the base fp8"):
             lf.load_model(quantized("fp8"), asked)
     with pytest.raises(LorafoldError, match="stored as fp8; expected the base fp8"):
         lf.load_model(quantized("fp8"), "bf16")
@@ -474,7 +468,7 @@ def test_an_estimate_is_of_the_files_as_they_are_stored(quantized, kind, mode):
 
 def test_an_estimate_that_does_not_fit_the_files_is_refused(base, quantized):
     path = str(quantized("fp8"))
-    with pytest.raises(LorafoldError, match="stored as fp8, which does not fit a method that train"):
+    with pytest.raises(LorafoldError, match="fp8, which does not fit a method that trains"):
         lf.estimate(path, "full")
     with pytest.raises(LorafoldError, match="stored as fp8, which does not fit the base nf4"):
         lf.estimate(path, "lora", recipe=lf.Recipe(base="nf4"))
