@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
     "fp8-dynamic": ("float-quantized", FP8 | {"strategy": "channel"}, DYNAMIC, "fp8"),
     "fp8-block": (
         "naive-quantized",
-        FP8 | {"strategy": "block", "block_structure": [24, 32]},
+        FP8 | {"strategy": "block", "block_structure": [16, 32]},
         None,
         "fp8",
     ),

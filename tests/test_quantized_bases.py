@@ -2,6 +2,7 @@
 merges, or refuses in one line.
 """
 
+import itertools
 import json
 import logging
 import shutil
@@ -17,11 +18,12 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrai
 import lorafold as lf
 from conftest import lorafold
 from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.compressed import CompressedLinear
+from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.errors import LorafoldError
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
+from lorafold.ops.float8 import is_nan, values
 from lorafold.ops.mxfp4 import dequantize as mxfp4
 from quantized_cases import KINDS, compressor_of, edit, make_compressed, make_fine_grained, plain_of
 
@@ -316,6 +318,11 @@ MISTAKES = {
         "weight_shape: found [60, 60], expected [64, 64]",
     ),
     "nan": ("fp8", at_start(torch.nan), "weight_scale: found nan (1 such scales)"),
+    "a code that is nan": (
+        "fp8",
+        replaced("weight", lambda t: torch.full_like(t, torch.nan)),
+        "q_proj.weight: found 4096 values that are not numbers",
+    ),
     "infinite": ("int4", at_start(torch.inf), "weight_scale: found inf (1 such scales)"),
     "zero": ("int8", at_start(0.0), "weight_scale: found 0 (1 such scales), expected finite"),
     "order of columns": (
@@ -474,6 +481,35 @@ def test_an_estimate_that_does_not_fit_the_files_is_refused(base, quantized):
         lf.estimate(path, "lora", recipe=lf.Recipe(base="nf4"))
     with pytest.raises(LorafoldError, match="not quantized, which does not fit the base int4"):
         lf.estimate(str(base), "lora", recipe=lf.Recipe(base="int4"))
+
+
+def test_every_fp8_code_has_torch_s_value():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    expected = codes.float()
+    assert torch.equal(is_nan(codes), expected.isnan())
+    assert torch.equal(values(codes)[~expected.isnan()], expected[~expected.isnan()])
+    assert values(codes)[128].signbit()
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [Codes("fp8", 24, 20), Codes("int8", 24, 20, symmetric=False)],
+    ids=["fp8", "int8-asymmetric"],
+)
+def test_blocks_may_be_cut_short_at_both_edges(codes):
+    module = CompressedLinear(nn.Linear(50, 70), codes, torch.float32)
+    numbers = torch.randint(-9, 9, (70, 50))
+    scale, zero = torch.rand(3, 3) + 0.1, torch.randint(-3, 3, (3, 3))
+    module.weight.data = numbers.to(module.weight.dtype)
+    module.weight_scale.data = scale
+    if not codes.symmetric:
+        module.weight_zero_point.data = zero.to(torch.int8)
+    else:
+        zero = torch.zeros(3, 3)
+    w = layer_of(module).dense()[0]
+    for i, j in itertools.product(range(70), range(50)):
+        at = i // 24, j // 20
+        assert w[i, j] == (numbers[i, j] - zero[at]) * scale[at]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lorafold.bases.bitsandbytes import Quantized
 from lorafold.bases.dense import Linear
 from lorafold.core.attach import Adapted, adapted_class
+from lorafold.ops.float8 import values
 
 WORD = 32  # bits of an int32
 
@@ -168,11 +169,10 @@ class Compressed(Quantized):
     def dequantized(self) -> Tensor:  # (out, in)
         module, codes = self.bare, self.bare.codes
         scale = getattr(module, codes.scale)
-        numbers = (
-            unpacked(module.weight_packed, codes.bits, self.shape[1])
-            if codes.packed
-            else module.weight
-        )
+        if codes.packed:
+            numbers = unpacked(module.weight_packed, codes.bits, self.shape[1])
+        else:
+            numbers = values(module.weight) if codes.storage == "fp8" else module.weight
         w = numbers.to(scale.dtype)
         if not codes.symmetric:
             w = _by_block(w, self._zero_points().to(scale.dtype), codes, torch.sub)

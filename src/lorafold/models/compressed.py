@@ -23,6 +23,7 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
 from lorafold.models.load_errors import one_line
+from lorafold.ops.float8 import is_nan
 
 COMPRESSED, FINE_GRAINED = "compressed-tensors", "fp8"  # values of quant_method
 # format, type and bits of weights -> storage, whether codes are packed
@@ -142,8 +143,8 @@ def as_in_files(model: nn.Module, entries: Mapping[str, Entry], what: str) -> No
 
 
 def check_values(model: nn.Module, what: str) -> None:
-    """Raise LorafoldError for scales that are zero or not finite, and for recorded shapes that are
-    not those of the model, with the names of the tensors.
+    """Raise LorafoldError for scales that are zero or not finite, for codes that are not numbers,
+    and for recorded shapes that are not those of the model, with the names of the tensors.
 
     Args:
         model: The model with its values.
@@ -157,6 +158,11 @@ def check_values(model: nn.Module, what: str) -> None:
             raise LorafoldError(
                 f"{what}: {path}.{name}: found {wrong[0].item():g} ({len(wrong)} such scales),"
                 " expected finite numbers other than 0"
+            )
+        codes: Any = module._parameters.get("weight")
+        if module.codes.storage == "fp8" and (lost := int(is_nan(codes).sum())):
+            raise LorafoldError(
+                f"{what}: {path}.weight: found {lost} values that are not numbers, expected none"
             )
         recorded = module._parameters.get("weight_shape")
         shape = [module.out_features, module.in_features]
