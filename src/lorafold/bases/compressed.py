@@ -98,8 +98,9 @@ def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
         n: The codes of a row.
     """
     codes = packed.contiguous().view(torch.uint8)
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    if bits == 4:  # both codes of a byte, each in a byte of an int16
+        pairs = codes.to(torch.int16)
+        codes = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
     return codes[:, :n].view(torch.int8) - (1 << bits - 1)
 
 
