@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
+from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.core.delta import Dense
 from lorafold.core.spec import Spec
+from lorafold.models.quantizing import QUANTIZED
 
 METHODS: dict[str, Spec] = {
     "lora": lf.LoRA(rank=3, dropout=0.0),
@@ -51,6 +53,19 @@ def packed(kind: str) -> nn.Module:
     return module
 
 
+def compressed(codes: Codes) -> nn.Module:
+    """A linear with random codes and scales, as files have them."""
+    module = CompressedLinear(nn.Linear(16, 32), codes, torch.bfloat16)
+    for name, p in module.named_parameters():
+        if name == codes.scale:
+            nn.init.uniform_(p, 0.01, 0.02)
+        elif p.dtype == torch.float8_e4m3fn:
+            p.data = torch.randn(p.shape).mul(8).to(p.dtype)
+        elif name == "weight_packed":
+            p.data = torch.randint(-(2**31), 2**31 - 1, p.shape, dtype=torch.int32)
+    return module
+
+
 def to(root: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in root.to(dtype).modules():
         set_compute_dtype(module, dtype)
@@ -82,6 +97,14 @@ BASES = {
     ),
     "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "fp8": (
+        lambda: compressed(Codes("fp8", 8, 8)),
+        lambda g: torch.randn(3, 5, 16, generator=g),
+    ),
+    "int4": (
+        lambda: compressed(Codes("int4", 1, 8, bits=4, packed=True)),
+        lambda g: torch.randn(3, 5, 16, generator=g),
+    ),
 }
 
 # (method, base) for which the method is not defined; `attach` refuses them
@@ -131,7 +154,7 @@ def test_folding_then_calling_equals_calling(method: str, base: str) -> None:
     y = root(x)
     assert (y - bare).norm() > 1e-3 * bare.norm()
     adapter.merge()
-    assert type(root[0]) is (nn.Linear if base in PACKERS else type(BASES[base][0]()))
+    assert type(root[0]) is (nn.Linear if base in QUANTIZED else type(BASES[base][0]()))
     assert (root(x) - y).norm() <= 1e-6 * y.norm()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafold.adapter.reach import Unreached, in_towers, unreached
 from lorafold.bases import parameter_count
-from lorafold.bases.bitsandbytes import record_dequantized
+from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
 from lorafold.core.spec import Spec

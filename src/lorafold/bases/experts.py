@@ -42,6 +42,7 @@ class Experts(Base):
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
         self.held: Held = held(module)
+        self.quantized = self.held.quantized
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
@@ -138,7 +139,7 @@ class Experts(Base):
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        if self.held.quantized:
+        if self.quantized:
             raise NotMergeable(
                 "these experts store quantized weights, in which a change would be lost to"
                 " rounding; dequantize them first"
@@ -148,7 +149,7 @@ class Experts(Base):
 
     def plain(self) -> Experts:
         twin = copy.copy(self)
-        twin.held = Floats(self.module)  # type: ignore[arg-type]
+        twin.held, twin.quantized = Floats(self.module), False  # type: ignore[arg-type]
         return twin
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
@@ -159,10 +160,10 @@ class Experts(Base):
                 self.bias.copy_(b)
 
     def dequantize(self) -> None:
-        if self.held.quantized:
+        if self.quantized:
             dense = self.held.turned(self.held.dense()).contiguous()
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
-            self.held = held(self.module)  # type: ignore[arg-type]
+            self.held, self.quantized = held(self.module), False  # type: ignore[arg-type]
             leave(self.owner)
 
 

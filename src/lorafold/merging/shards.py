@@ -74,10 +74,13 @@ def execute(
     need_space(out, total + sum((plan.checkpoint.path / p).stat().st_size for p in carried))
     sums, rounded, done = Sums(), Counter[str](), 0
 
+    def dequantized(name: str) -> Tensor:
+        return layer_of(plan.model.get_submodule(plan.dequantized[name])).dense()[0]
+
     def new_values(name: str) -> Tensor | None:
         nonlocal sums
         if name not in plan.changed:
-            return plan.zeros.get(name)
+            return plan.zeros.get(name) if name not in plan.dequantized else dequantized(name)
         path, parameter = plan.sites[plan.changed[name]]
         module: Adapted = module_at(plan.model, path)  # type: ignore[assignment]
         before, after = before_and_after(module, plan.adapters, parameter)
@@ -135,8 +138,10 @@ def before_and_after(
         parameter: weight or bias.
     """
     layer = layer_of(module)
-    before: Tensor = layer.parameter(parameter)
     w, b = layer.dense()
+    before: Tensor = (
+        layer.plain().encode(w, b)[parameter] if layer.quantized else layer.parameter(parameter)
+    )
     if ROUND_TRIP in module.deltas:
         w, b = fold(module, [ROUND_TRIP], w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)

@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.models.compressed import as_in_files, check_values, compress, stored_compressed
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource
@@ -118,23 +119,27 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel:
     """Build the model of a checkpoint over its mapped files.
 
-    Raises LorafoldError if the weights are quantized, and lists every weight that is missing or has
-    another shape than the model expects.
+    Raises LorafoldError if the weights are quantized in another way than `models.compressed` reads,
+    and lists every weight that is missing or has another shape than the model expects.
     """
-    with loading(f"model {checkpoint.path}"):
+    what = f"model {checkpoint.path}"
+    with loading(what):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    if quantization := getattr(config, "quantization_config", None):
-        method = (
-            quantization.get("quant_method", "unknown")
-            if isinstance(quantization, dict)
-            else quantization
-        )
-        raise LorafoldError(
-            f"{checkpoint.path}: its weights are quantized ({method}); merge into the model that it"
-            " was quantized from"
-        )
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+        if not isinstance(settings, dict) or not stored_compressed(settings):
+            raise LorafoldError(
+                f"{checkpoint.path}: its weights are quantized ({method}); merge into the model"
+                " that it was quantized from"
+            )
+        del config.quantization_config
     model = build(config, trust_remote_code)
-    entries, converted = _by_parameter(model, checkpoint.entries)
+    if settings is not None:
+        compress(model, settings, what, torch.bfloat16)
+    entries, converted = by_parameter(model, checkpoint.entries)
+    if settings is not None:
+        as_in_files(model, entries, what)
     tied = tied_parameters(model)
     problems = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -148,6 +153,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
     _map_files(model, entries, tied)
+    check_values(model, what)
     return MappedModel(model, entries, tied, converted)
 
 
@@ -160,9 +166,21 @@ def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> Map
     return mapped
 
 
-def _by_parameter(
+def entries_of(path: Path) -> dict[str, Entry]:
+    """The tensors of all weight files of a model directory, by name."""
+    return {
+        name: entry
+        for file in model_files(path)
+        for name, entry in read_container(file).entries.items()
+    }
+
+
+def by_parameter(
     model: PreTrainedModel, entries: dict[str, Entry]
 ) -> tuple[dict[str, Entry], frozenset[str]]:
+    """Return the tensors of the files by the model's names for them, and the names of those that
+    transformers computes from several tensors. Both include names that the model does not have.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
