@@ -4,7 +4,8 @@
     PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, with the factors [s (B - B0),
                     s B0] and [A; A - A0] of the offset from the base; read as LoRA
     AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
-                                                triplets that were dropped
+                                                triplets that were dropped; at experts with all of
+                                                them, and lora_kept says which are kept
     VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
                                                 if save_projection
 """
@@ -108,14 +109,41 @@ LORA = Method(
     marks={"use_dora": False},
     irrelevant=LORA_IRRELEVANT,
     derived=fan_in_fan_out,
+    parameters=True,
 )  # fmt: skip
+
+
+def flat_a(a: Tensor, site: Site) -> Tensor:
+    """A (E r, in) of all experts as PEFT has it, from A (E, r, in); any other A as it is."""
+    return a if site.wrappers is None else a.flatten(0, 1)
+
+
+def flat_b(b: Tensor, site: Site) -> Tensor:
+    """B (out, r E) of all experts as PEFT has it, from B (E, out, r); any other B as it is."""
+    return b if site.wrappers is None else b.permute(1, 2, 0).flatten(1)
+
+
+def stacked_a(a: Tensor, site: Site) -> Tensor:
+    """The reverse of `flat_a`: A (E, r, in) from (E r, in)."""
+    return a if site.wrappers is None else a.view(site.delta.A.shape)  # type: ignore[arg-type]
+
+
+def stacked_b(b: Tensor, site: Site) -> Tensor:
+    """The reverse of `flat_b`: B (E, out, r) from (out, r E)."""
+    if site.wrappers is None:
+        return b
+    experts = len(site.delta.B)  # type: ignore[arg-type]
+    return b.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe the factors of LoRA, which have other keys at an embedding."""
     if layer.takes_ids:
         return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
-    return [Entry("A", "{at}.lora_A.weight"), Entry("B", "{at}.lora_B.weight")]
+    return [
+        Entry("A", "{at}.lora_A.weight", flat_a, stacked_a),
+        Entry("B", "{at}.lora_B.weight", flat_b, stacked_b),
+    ]
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
@@ -129,16 +157,18 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
         ),
         marks={"use_dora": False, "use_rslora": False, "init_lora_weights": True},
         derived=fan_in_fan_out,
+        parameters=True,
     )  # fmt: skip
 
 
 def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
-    def up(b: Tensor, site: Site) -> Tensor:  # (out, 2 r)
-        return site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
+    def up(b: Tensor, site: Site) -> Tensor:  # (*stack, out, 2 r)
+        b = site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
+        return flat_b(b, site)
 
-    def down(a: Tensor, site: Site) -> Tensor:  # (2 r, in)
-        return site.delta.factors()[1]  # type: ignore[index]
+    def down(a: Tensor, site: Site) -> Tensor:  # (*stack, 2 r, in)
+        return flat_a(site.delta.factors()[1], site)  # type: ignore[index]
 
     a, b = lora(delta, layer)
     return [replace(a, to_file=down), replace(b, to_file=up)]
@@ -155,7 +185,11 @@ def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
     """Return the keys that PEFT needs to read a file: a whole schedule, and for each module a list,
     as long as the initial rank, of the triplets that are kept.
     """
-    deltas = {site.path: site.delta for site in sites if isinstance(site.delta, AdaLoRADelta)}
+    deltas = {
+        site.path: site.delta
+        for site in sites
+        if isinstance(site.delta, AdaLoRADelta) and site.delta.kept.dim() == 1
+    }
     pattern = {
         f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
         for p, d in deltas.items()
@@ -192,7 +226,14 @@ ADALORA = Method(
 
 
 def adalora(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe the triplets of AdaLoRA that are kept."""
+    """Describe the triplets of AdaLoRA that are kept; those of experts are all there, since each
+    expert keeps others.
+    """
+    if delta.kept.dim() > 1:  # type: ignore[operator]
+        return [
+            Entry("P", "{at}.lora_B"), Entry("E", "{at}.lora_E"), Entry("Q", "{at}.lora_A"),
+            Entry("kept", "{at}.lora_kept"),
+        ]  # fmt: skip
 
     def kept(site: Site) -> Tensor:
         return site.delta.kept  # type: ignore[return-value]
@@ -228,6 +269,8 @@ def vera(delta: Delta, layer: type[Base]) -> list[Entry]:
     return own + shared * delta.projections.saved  # type: ignore[operator, union-attr]
 
 
+# the deltas that PEFT has for parameters too
+WRAPPED = (LoRADelta, OffsetDelta)
 METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
 
 TENSORS: dict[type[Delta], Entries] = {

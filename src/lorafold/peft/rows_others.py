@@ -88,7 +88,9 @@ IA3_ROW = Method(
 
 
 def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe IA3's vector, which PEFT stores as a matrix."""
+    """Describe IA3's vector, which PEFT stores as a matrix; those of experts are one already."""
+    if delta.l.dim() > 1:  # type: ignore[operator]
+        return [Entry("l", "{at}.ia3_l")]
 
     def to_file(v: Tensor, site: Site) -> Tensor:
         return v[None, :] if site.delta.of_input else v[:, None]

@@ -12,6 +12,8 @@ from lorafold.core.delta import Delta
 from lorafold.core.stacked import module_at
 from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
+from lorafold.peft.parameters import wrappers_over
+from lorafold.peft.rows_lora import WRAPPED
 from lorafold.peft.table import entries_of
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
@@ -77,8 +79,10 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
         base: The base's weights.
     """
     layers, aimed = {path: layer_class(module_at(model, path)) for path in parts}, set(targets)
+    above = wrappers_over(model, targets)
     return [
-        Site(path, delta, layers[path], path in aimed, base)
+        Site(path, delta, layers[path], path in aimed, base, wrappers)
         for path, deltas in parts.items()
         for delta in deltas
+        for wrappers in (above.get(path) if isinstance(delta, WRAPPED) else None,)
     ]
