@@ -18,7 +18,14 @@ from lorafold.peft.tokens import plain as plainly
 def misfit(
     key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
 ) -> str | None:
-    """Return what is wrong with a tensor of the file, or None."""
+    """What is wrong with a tensor of the file, of any shape, or None.
+
+    Args:
+        key: Its key in the file.
+        tensor: The tensor.
+        saved: The adapter's own tensor of this key.
+        file: All tensors of the file that belong to the adapter.
+    """
     if saved.entry.misfit is not None:
         wrong = saved.entry.misfit(tensor, saved.site, file)
         return not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
@@ -32,6 +39,7 @@ def misfit(
 
 
 def not_finite(key: str, tensor: Tensor) -> str | None:
+    """What says that a tensor, of any shape, has values that are not finite, or None."""
     if math.isfinite(tensor.detach().sum()):
         return None
     count = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -39,8 +47,13 @@ def not_finite(key: str, tensor: Tensor) -> str | None:
 
 
 def stray(key: str, stored: Weights, base: Weights) -> str | None:
-    """Return what is wrong with a tensor that belongs to no delta, or None if it is a copy of a
-    base weight or of another tensor of the file, as PEFT saves some.
+    """What is wrong with a tensor that belongs to no delta, or None if it is a copy of a base
+    weight or of another tensor of the file, as PEFT saves some.
+
+    Args:
+        key: Its key in the file.
+        stored: The tensors of the file.
+        base: The base's weights.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):

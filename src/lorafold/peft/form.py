@@ -54,9 +54,12 @@ class Form:
 
 
 def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
-    """The form of an adapter with this spec at these sites.
+    """The form of an adapter. Raises LorafoldError for a method that is not registered.
 
-    Raises LorafoldError for a method that is not registered.
+    Args:
+        model: The adapted model.
+        spec: The method with its options.
+        targets: The sites that the method adapts.
     """
     method = next((m for m in methods() if m.holds(spec)), None)
     if method is None:
