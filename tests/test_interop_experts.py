@@ -161,6 +161,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "target_parameters": [f"model.layers.1.{GATE_UP}", DOWN],
         },
     ),
+    "beside": (
+        {
+            "spec": lf.LoRA(rank=3, dropout=0.0),
+            "targets": ["q_proj", *EXPERTS],
+            "bias": "lora_only",
+            "modules_to_save": ["model.norm"],
+            "tokens": {"embed_tokens": [4, 7]},
+        },
+        {
+            "r": 3,
+            "lora_alpha": 6,
+            "target_modules": ["q_proj"],
+            "target_parameters": EXPERTS,
+            "bias": "lora_only",
+            "modules_to_save": ["model.norm"],
+            "trainable_token_indices": [4, 7],
+        },
+    ),
     "patterns": (
         {
             "spec": lf.LoRA(
@@ -399,7 +417,7 @@ def test_what_peft_lacks_for_experts(
     with caplog.at_level(logging.INFO, "lorafold"):
         ours(model, spec=spec, targets=["q_proj", *EXPERTS]).save(tmp_path / "a")
     assert config(tmp_path / "a")["peft_type"] == peft_type
-    assert ("PEFT has experts for LoRA alone" in caplog.text) == peft_type.startswith("LORAFOLD_")
+    assert ("PEFT adapts experts with LoRA alone" in caplog.text) == peft_type.startswith("LORAFOLD_")
     with pytest.raises((ValueError, KeyError)):
         peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
     again = moe(kind)

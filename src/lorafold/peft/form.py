@@ -86,8 +86,8 @@ def tell(form: Form, path: object) -> None:
     """
     if form.own:
         log.warning(
-            f"{path}: PEFT has experts for LoRA alone, so that it refuses this adapter"
-            f" (peft_type {form.method.peft_type}); lorafold reads it"
+            f"{path}: PEFT adapts experts with LoRA alone, so it refuses this adapter (peft_type"
+            f" {form.method.peft_type}); lorafold reads it"
         )
     if form.dropout:
         log.info(

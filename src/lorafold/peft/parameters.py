@@ -42,11 +42,13 @@ def renames(model: nn.Module) -> bool:
     """Whether PEFT takes some target modules of LoRA in this model for parameters of experts: it
     looks the model's type up in transformers' table of families.
     """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None or not any(isinstance(m, Stack) for _, m in bare_modules(model)):
+        return False
     from transformers import conversion_mapping
 
-    kind = getattr(getattr(model, "config", None), "model_type", None)
     table: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return kind == "mixtral" or table.get(str(kind)) in FAMILIES
+    return kind == "mixtral" or table.get(kind) in FAMILIES
 
 
 def as_parameters(model: nn.Module, targets: Iterable[str], renamed: bool) -> dict[str, str]:
@@ -80,6 +82,8 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
 
 def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
     """The shortest ends of paths, in whole parts, that name exactly the chosen parameters."""
+    if not chosen:
+        return ()
     every = Counter(end for path, *_ in _parameters(model) for end in _ends(path))
     own = Counter(end for path in chosen for end in _ends(path))
     names = (next(e for e in _ends(p) if own[e] == every[e] or e == p) for p in chosen)

@@ -133,7 +133,7 @@ def stacked_b(b: Tensor, site: Site) -> Tensor:
     if site.wrappers is None:
         return b
     experts = len(site.delta.B)  # type: ignore[arg-type]
-    return b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    return b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
