@@ -239,12 +239,14 @@ def test_we_write_and_peft_reads(kind: str, case: str, moe: Moe, tmp_path: Path)
     again = moe(kind)
     adapter = lf.load(again, tmp_path / "a")
     assert adapter.spec == CASES[case][0]["spec"]
-    assert torch.equal(logits(again), logits(model))
+    # a file has the biases, whose offsets are trained
+    assert gap(logits(again), logits(model)) <= (CLOSE if case == "beside" else 0)
     adapter.save(tmp_path / "b")
     assert config(tmp_path / "b") == config(tmp_path / "a")
     one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, other[key], rtol=0, atol=1e-6 * key.endswith("bias"))
 
 
 def test_the_names_in_the_config(moe: Moe, tmp_path: Path) -> None:
