@@ -39,6 +39,7 @@ from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
 from lorafold.peft.checks import misfit, not_finite, stray
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config, write_config
+from lorafold.peft.convolution import in_matrix_form
 from lorafold.peft.form import DROPOUT, form_of, tell, with_dropout
 from lorafold.peft.parameters import check_fused
 from lorafold.peft.selection import Selection, describe
@@ -230,11 +231,8 @@ def fill(
     strays = (stray(key, stored.weights, base) for key in sorted(found - expected.keys()))
     wrong += [text for text in strays if text]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
-    wrong += [
-        text
-        for key, tensor in loaded.items()
-        if (text := misfit(key, tensor, expected[key], loaded))
-    ]
+    misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
+    wrong += [text for text in misfits if text]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, saved in expected.items():
@@ -251,7 +249,7 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
 
 def _open(contents: Contents) -> Weights:
     if WEIGHTS in contents.files:
-        return LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS)
+        return in_matrix_form(LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS))
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
         f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"

@@ -54,6 +54,7 @@ class Site:
     base: The base's weights.
     wrappers: For the matrices of experts that PEFT adapts too, how many of its wrappers lie over
         theirs (`parameters`); None for all other sites.
+    window: The size of a convolution's window; () for any other module.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Site:
     target: bool
     base: Weights
     wrappers: int | None = None
+    window: tuple[int, ...] = ()
 
     @property
     def at(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
@@ -27,6 +28,7 @@ from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
 from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.vera import VeRA, VeRADelta
+from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_is
 
 # Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
@@ -137,9 +139,16 @@ def stacked_b(b: Tensor, site: Site) -> Tensor:
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe the factors of LoRA, which have other keys at an embedding."""
+    """Describe the factors of LoRA, which have other keys at an embedding, and are kernels at a
+    convolution.
+    """
     if layer.takes_ids:
         return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
+    if issubclass(layer, Convolution):
+        return [
+            Entry("A", "{at}.lora_A.weight", as_kernel, flat, not_down),
+            Entry("B", "{at}.lora_B.weight", as_points, flat),
+        ]
     return [
         Entry("A", "{at}.lora_A.weight", flat_a, stacked_a),
         Entry("B", "{at}.lora_B.weight", flat_b, stacked_b),
@@ -163,14 +172,14 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
 
 def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
-    def up(b: Tensor, site: Site) -> Tensor:  # (*stack, out, 2 r)
-        b = site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
-        return flat_b(b, site)
-
-    def down(a: Tensor, site: Site) -> Tensor:  # (*stack, 2 r, in)
-        return flat_a(site.delta.factors()[1], site)  # type: ignore[index]
-
     a, b = lora(delta, layer)
+
+    def up(_: Tensor, site: Site) -> Tensor:  # (*stack, out, 2 r)
+        return b.to_file(site.delta.factors()[0] / site.delta.scale, site)  # type: ignore[index, operator]
+
+    def down(_: Tensor, site: Site) -> Tensor:  # (*stack, 2 r, in)
+        return a.to_file(site.delta.factors()[1], site)  # type: ignore[index]
+
     return [replace(a, to_file=down), replace(b, to_file=up)]
 
 
