@@ -111,8 +111,6 @@ def patches(side: int, width: int) -> Tensor:
 
 # the model reads the weight past PEFT's layer, or PEFT refuses the module
 MIXERS = ("dt_proj", "out_proj")
-# PEFT takes these names for those of experts, whatever has them, and leaves the shared expert alone
-OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4} | IDS
 SEQ2SEQ = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -162,7 +160,7 @@ RECURRENT = {
         block_types=["recurrent", "attention"],
     ),
     "qwen3-next": causal(
-        tf.Qwen3NextConfig, ROUTED, OF_EXPERTS, layer_types=["linear_attention", "full_attention"],
+        tf.Qwen3NextConfig, ROUTED,  layer_types=["linear_attention", "full_attention"],
         linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
         linear_num_value_heads=4, shared_expert_intermediate_size=16,
     ),
@@ -175,7 +173,7 @@ MIXTURES = {
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
     "deepseek-v3": causal(
-        tf.DeepseekV3Config, COMMON, OF_EXPERTS, n_routed_experts=4, num_experts_per_tok=2,
+        tf.DeepseekV3Config, COMMON,  n_routed_experts=4, num_experts_per_tok=2,
         n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
         q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1,
         num_key_value_heads=4,

@@ -25,7 +25,7 @@ from architectures import (
     near,
     run,
 )
-from lorafold.core.anatomy import blocks
+from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.stacked import Stack
 from lorafold.core.towers import aside, language_model, towers
 from lorafold.step.documents import isolates
@@ -75,12 +75,14 @@ def test_merging_equals_calling(name: str) -> None:
     assert not [n for n, _ in model.named_parameters() if "deltas" in n]
 
 
+# where there are experts, PEFT takes these names of modules for theirs, whatever has them
+OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+
+
 def peft_has(name: str, model: nn.Module) -> list[str]:
-    """The default targets, without those that PEFT does not adapt in this model, and without the
-    matrices of experts, whose files have a form of their own.
-    """
+    """The default targets, without those that PEFT does not adapt in this model."""
     adapter = lf.attach(model, lf.LoRA(rank=1))
-    sites = sorted(path for path, m in adapter.sites.items() if not isinstance(m, Stack))
+    sites = sorted(adapter.sites)
     adapter.detach()
     return [p for p in sites if p.rsplit(".", 1)[-1] not in ARCHITECTURES[name].not_in_peft]
 
@@ -101,8 +103,17 @@ def test_peft_computes_the_same_from_our_file(name: str, tmp_path: Path) -> None
 def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
     model, inputs = row.model(), row.inputs()
-    targets = peft_has(name, model)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    matrices = {path for path, m in bare_modules(model) if isinstance(m, Stack)}
+    left_out = OF_EXPERTS if matrices else ()
+    targets = [p for p in peft_has(name, model) if p.rsplit(".", 1)[-1] not in left_out]
+    matrices &= set(peft_has(name, model))
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        target_parameters=sorted(matrices) or None,
+        init_lora_weights=False,
+    )
     theirs = peft.get_peft_model(row.model(), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     lf.load(model, tmp_path / "theirs")
