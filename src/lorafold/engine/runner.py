@@ -5,9 +5,9 @@ from the first one on, as a view of the cache; slots in between that have nothin
 computed for nothing, at their own next position, which is written again before it is read. A slot
 whose request ended well is kept as it is (`lorafold.engine.prefix`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
-chunks of one size, and whole slots are read; where a model has experts, which see other numbers of
-tokens in every pass, rows decode one at a time too. `SoloRunner` computes one row with the model's own
-cache, by transformers' `generate`.
+chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
+rows of a model with some decode one at a time too. `SoloRunner` computes one row with the model's
+own cache, by transformers' `generate`.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ def by_kind(paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
-    """Figures by their names in the JSON, for the matrices that both adapters change: cosine and phi
-    of each, phi of unrelated updates (`chance_*`), and the phi of each kind of module as a
-    mean over its sites, phi[i][j] for the first i + 1 and j + 1 directions.
+    """Figures by their names in the JSON, for the matrices that both adapters change: the cosine
+    and phi of each, phi of unrelated updates (`chance_*`), and the phi of each kind of module as a
+    mean over its matrices, phi[i][j] for the first i + 1 and j + 1 directions.
     """
     shared = [path for path in a if path in b and len(a[path].s) and len(b[path].s)]
     sites, sums = {}, defaultdict[str, list[tuple[Tensor, Tensor]]](list)

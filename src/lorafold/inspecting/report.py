@@ -47,8 +47,8 @@ MAPS = {  # figure: heading, format
 
 
 def table(found: Figures) -> Table:
-    """The means of each kind of module, for the terminal; of experts with the lowest and the highest
-    value.
+    """The means of each kind of module, for the terminal; those of experts with the lowest and the
+    highest value.
     """
     shown = Table(
         Column("module", no_wrap=True),

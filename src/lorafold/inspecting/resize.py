@@ -46,8 +46,9 @@ NAME = "resized"
 @dataclass(frozen=True)
 class Resized:
     """A written adapter: `sites` has rank and relative error by module path, for experts those of
-    each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the relative difference of tensors that differ between two models
-    and that an adapter of linear layers can't change.
+    each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
+    relative difference of tensors that differ between two models and that an adapter of linear
+    layers can't change.
     """
 
     sites: dict[str, dict[str, float]]
