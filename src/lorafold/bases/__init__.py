@@ -8,6 +8,7 @@ from math import prod
 from torch import Tensor, nn
 
 from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Quantized
+from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.bases.experts import Experts
 from lorafold.core.anatomy import bare_modules
@@ -20,6 +21,9 @@ LAYERS: dict[str, type[Base]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
     "torch.nn.modules.sparse.Embedding": Embedding,
+    "torch.nn.modules.conv.Conv1d": Convolution,
+    "torch.nn.modules.conv.Conv2d": Convolution,
+    "torch.nn.modules.conv.Conv3d": Convolution,
     "bitsandbytes.nn.modules.Linear4bit": Linear4bit,
     "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
@@ -55,7 +59,7 @@ def parameter_count(model: nn.Module) -> int:
     """
     sizes: dict[int, int] = {}
     for _, module in bare_modules(model):
-        for name, p in module._parameters.items():
+        for p in module._parameters.values():
             if p is not None:
                 sizes.setdefault(id(p), p.numel())
         layer = layer_of(module)

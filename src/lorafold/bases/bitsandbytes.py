@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.fake import is_fake
+from lorafold.core.stacked import stack_names
 from lorafold.errors import LorafoldError, NotMergeable
 
 
@@ -242,10 +243,13 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make a module of bitsandbytes compute in that dtype and keep the order of its codes.
+    """Make a module of bitsandbytes compute in that dtype and keep the order of its codes, and
+    quantized experts.
 
     Any other module is left as it is.
     """
+    if stack_names(module):
+        module.__dict__["compute_dtype"] = dtype
     if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         settings: Any = module
         (

@@ -11,6 +11,7 @@ where no delta is active and nothing is quantized.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.stacks import Held, held
+from lorafold.bases.stacks import Floats, Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.layer import Layer, add
@@ -109,6 +110,9 @@ class Experts(Base):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return product(x, m, self.rows)
 
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.op(self.op(self.drop(x, p), down), up)
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x
 
@@ -128,7 +132,7 @@ class Experts(Base):
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
     ) -> Tensor:
         if not self.frozen or onto is not None:
-            return self(x, onto=add(self.op(self.op(self.drop(x, p), down), up), onto))
+            return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
         y = low_rank_product(x, self.read, self.rows, down, up, drop, keep_scale(p))
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
@@ -141,6 +145,11 @@ class Experts(Base):
             )
         turned = self.held.turned(w)
         return {"weight": turned} if b is None else {"weight": turned, "bias": b}
+
+    def plain(self) -> Experts:
+        twin = copy.copy(self)
+        twin.held = Floats(self.module)  # type: ignore[arg-type]
+        return twin
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
         encoded = self.encode(w, b)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.stacked import Stack
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS
 
@@ -26,29 +27,25 @@ class Held(ABC):
     quantized = False
 
     def __init__(self, stack: Stack) -> None:
-        self.parameter: Any = stack.owner._parameters[stack.name]
-        self.transposed = bool(stack.owner.is_transposed)
+        owner: Any = stack.owner
+        self.parameter: Any = owner._parameters[stack.name]
+        self.number, self.transposed = int(owner.num_experts), bool(owner.is_transposed)
+        self.compute_dtype: torch.dtype | None = owner.__dict__.get("compute_dtype")
 
     @property
     @abstractmethod
-    def stored_shape(self) -> torch.Size:
-        """The shape of the matrices as they are stored, (E, out, in) or (E, in, out)."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of the matrices."""
+    def sides(self) -> tuple[int, int]:
+        """The shape of a matrix as it is stored, (out, in) or (in, out)."""
 
     @abstractmethod
     def stored(self, e: int) -> Tensor:
-        """The matrix of expert e as it is stored, (out, in) or (in, out), in `dtype`."""
+        """The matrix of expert e as it is stored, (out, in) or (in, out)."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, out, in)."""
-        e, *sides = self.stored_shape
-        out, inn = reversed(sides) if self.transposed else sides
-        return e, out, inn
+        a, b = self.sides
+        return (self.number, b, a) if self.transposed else (self.number, a, b)
 
     def turned(self, w: Tensor) -> Tensor:
         """Matrices (..., out, in) from stored ones or the reverse, a view of any shape."""
@@ -58,23 +55,18 @@ class Held(ABC):
         """The matrix (out, in) of expert e."""
         return self.turned(self.stored(e))
 
+    @abstractmethod
     def dense(self) -> Tensor:
-        """All matrices (E, out, in)."""
-        return self.turned(torch.stack([self.stored(e) for e in range(self.stored_shape[0])]))
+        """All matrices (E, out, in), in the dtype of computation."""
 
 
 class Floats(Held):
     """Matrices in floating point."""
 
     @property
-    def stored_shape(self) -> torch.Size:
-        shape: torch.Size = self.parameter.shape
-        return shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.parameter.dtype
-        return dtype
+    def sides(self) -> tuple[int, int]:
+        _, a, b = self.parameter.shape
+        return a, b
 
     def stored(self, e: int) -> Tensor:
         matrix: Tensor = self.parameter[e]
@@ -84,28 +76,31 @@ class Floats(Held):
         return self.turned(self.parameter)
 
 
-class NF4(Held):
-    """Matrices in 4-bit codes of bitsandbytes, with the constants of all experts in one list."""
+class Codes(Held):
+    """Abstract: matrices in codes."""
 
     quantized = True
+
+    def dense(self) -> Tensor:
+        matrices = [self.stored(e).to(self.compute_dtype) for e in range(self.number)]
+        return self.turned(torch.stack(matrices))
+
+
+class NF4(Codes):
+    """Matrices in 4-bit codes of bitsandbytes, with the constants of all experts in one list."""
 
     @property
     def _state(self) -> Any:
         return self.parameter.quant_state
 
     @property
-    def stored_shape(self) -> torch.Size:
-        shape: torch.Size = self._state.shape
-        return shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._state.dtype
-        return dtype
+    def sides(self) -> tuple[int, int]:
+        rows, b = self._state.shape
+        return rows // self.number, b
 
     def stored(self, e: int) -> Tensor:
         state, ops = self._state, torch.ops.bitsandbytes
-        shape = self.stored_shape[1:]
+        shape = self.sides
         size = prod(shape)
         codes = self.parameter.data.view(-1)[e * size // 2 : (e + 1) * size // 2]
         count = size // state.blocksize
@@ -129,20 +124,19 @@ class NF4(Held):
         return matrix.view(shape)
 
 
-class Int8(Held):
+class Int8(Codes):
     """Matrices in 8 bits, with a scale for each of their stored rows."""
 
-    quantized = True
-    dtype = torch.bfloat16
-
     @property
-    def stored_shape(self) -> torch.Size:
-        shape: torch.Size = self.parameter.shape
-        return shape
+    def sides(self) -> tuple[int, int]:
+        rows, b = self.parameter.shape
+        return rows // self.number, b
 
     def stored(self, e: int) -> Tensor:
-        scale = self.parameter.SCB.view(self.stored_shape[:2])[e]
-        return (self.parameter.data[e] * (scale / 127)[:, None]).to(self.dtype)
+        a, _ = self.sides
+        at = slice(e * a, (e + 1) * a)
+        scale = self.parameter.SCB[at] / 127
+        return (self.parameter.data[at] * scale[:, None]).bfloat16()
 
 
 def held(stack: Stack) -> Held:
@@ -151,3 +145,14 @@ def held(stack: Stack) -> Held:
     if hasattr(parameter, "quant_state"):
         return NF4(stack)
     return Int8(stack) if parameter.dtype is torch.int8 else Floats(stack)
+
+
+def quantized(w: Tensor, quantization: str) -> nn.Parameter:
+    """The parameter that stores w, in bf16, as nf4 or int8: that of a linear (E a, b).
+
+    Args:
+        w: the matrices as they are stored, (E, a, b).
+        quantization: nf4 or int8.
+    """
+    parameter: nn.Parameter = PACKERS[quantization](w.flatten(0, 1)).weight  # type: ignore[assignment]
+    return parameter

@@ -1,7 +1,7 @@
 """Presets: named choices of modules in any transformer, found by its structure.
 
-    all-linear      every linear of the blocks and the matrices of their experts, so neither head nor
-                    embeddings, and no router
+    all-linear      every linear of the blocks and the matrices of their experts, so no head, no
+                    embedding and no router
     attention, mlp  the linears of the blocks that are inside an attention, and the others
     sublayers       the attention and the MLP of each block, as whole modules
     mlp-sublayers   the MLPs only

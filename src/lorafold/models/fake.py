@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import PACKERS
+from lorafold.bases.stacks import quantized
+from lorafold.core.stacked import stack_names
 from lorafold.models.load_errors import loading
-from lorafold.models.quantizing import packable
+from lorafold.models.quantizing import packable, route_quantized
 from lorafold.models.storage import Storage
 
 if TYPE_CHECKING:
@@ -79,8 +81,14 @@ def fake_model(
     if storage.quantization is not None:
         for path in packable(model):
             parent, _, name = path.rpartition(".")
-            w, b = layer_of(model.get_submodule(path)).dense()
-            quantized = PACKERS[storage.quantization](w)
-            quantized.bias = b  # type: ignore[assignment]
-            setattr(model.get_submodule(parent), name, quantized)
+            owner = model.get_submodule(parent)
+            if name in stack_names(owner):
+                own: Any = owner._parameters[name]
+                owner._parameters[name] = quantized(own, storage.quantization)
+                continue
+            w, b = layer_of(owner.get_submodule(name)).dense()
+            linear = PACKERS[storage.quantization](w)
+            linear.bias = b  # type: ignore[assignment]
+            setattr(owner, name, linear)
+        route_quantized(model)
     return model

@@ -5,23 +5,28 @@
     int8     8 bits, a scale for each output (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339)
              0.50
 
-Every linear of the blocks is quantized, from bf16; embeddings, norms and heads stay in 16 bits.
-Tensors are read from the files and not mapped, so the peak of memory is the quantized model and one
-tensor. A model whose files are quantized already is loaded as it is.
+Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
+norms, routers and heads stay in 16 bits. Tensors are read from the files and not mapped, so the
+peak of memory is the quantized model and one tensor, or one block's experts. A model whose files
+are quantized already is loaded as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
+from lorafold.bases.experts import route
+from lorafold.bases.stacks import held, quantized
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import all_linear
-from lorafold.core.stacked import module_at
+from lorafold.core.stacked import module_at, stack_names, stacks
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.models.weights import FileWeights, model_files
@@ -53,15 +58,44 @@ def quantization_of(settings: Mapping[str, Any]) -> str:
 
 
 def packable(model: PreTrainedModel) -> list[str]:
-    """Return the paths of the linears that are quantized: those of the blocks whose number of
-    inputs is a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules
-    without an adapter, computes others wrongly on some CPUs.
+    """Return the sites whose matrices are quantized: those of the blocks whose number of inputs is
+    a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
+    adapter, computes others wrongly on some CPUs.
     """
     body, _ = decoder_of(model)
     head = model.get_output_embeddings()
     inside = [p for p in all_linear(model, is_linear) if not body or f"{p}.".startswith(f"{body}.")]
     modules = {p: module_at(model, p) for p in inside}
     return [p for p, m in modules.items() if m is not head and layer_of(m).shape[1] % BLOCK == 0]
+
+
+@contextmanager
+def experts_quantized(quantization: str) -> Iterator[None]:
+    """Context in which parameters of experts are quantized when a module gets them, so that a model
+    that is being loaded never has more than one of them in 16 bits.
+    """
+
+    def quantize(module: Any, name: str, parameter: Any) -> Any:
+        if name not in stack_names(module) or parameter.is_meta or parameter.dim() != 3:
+            return None
+        if parameter.shape[1 if module.is_transposed else 2] % BLOCK:
+            return None
+        made: Any = quantized(parameter, quantization)
+        made._is_hf_initialized = True  # else transformers fills it with random numbers
+        return made
+
+    hook = register_module_parameter_registration_hook(quantize)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def route_quantized(model: torch.nn.Module) -> None:
+    """Make modules of experts that have quantized matrices compute with these."""
+    for _, module in bare_modules(model):
+        if any(held(stack).quantized for stack in stacks(module).values()):
+            route(module)
 
 
 def read_quantized(
@@ -105,8 +139,8 @@ def read_quantized(
         )
     with torch.device("meta"):
         mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
-    quantized = set(packable(mapped))
-    others = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in quantized]
+    chosen = set(packable(mapped))
+    others = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in chosen]
     how = (
         {}
         if stored
@@ -117,7 +151,7 @@ def read_quantized(
         }
     )
     weights = FileWeights(model_files(path), mapped=False)
-    with freed_blocks_returned():
+    with freed_blocks_returned(), experts_quantized(quantization):
         model, info = type(mapped).from_pretrained(
             None,
             config=found,
@@ -127,6 +161,7 @@ def read_quantized(
             output_loading_info=True,
             **how,
         )
+    route_quantized(model)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), info

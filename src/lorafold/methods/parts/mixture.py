@@ -141,6 +141,11 @@ class Mixture(Spec):
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
         n = len(self.adapters)
         if self.gates == "token":
+            if not (layer.takes_vectors or layer.takes_ids):
+                raise LorafoldError(
+                    "Mixture: gates: found token for a module whose inputs are signals, expected"
+                    " global or layer"
+                )
             return RoutedDelta(layer, n)
         return MixtureDelta(layer, n, self.gates == "global")
 
