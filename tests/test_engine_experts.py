@@ -13,25 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 import lorafold as lf
-from conftest import SIZE, lorafold, make_tokenizer
+from conftest import lorafold, make_tokenizer
 from engine_cases import alone, generated, prompt, save_adapters, together
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.request import Token
+from mixtures import CONFIGS, mixture
 
-TOKENS = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-KINDS: dict[str, Any] = {
-    "mixtral": lambda: MixtralConfig(**SIZE, **TOKENS, num_local_experts=4),
-    "qwen3-moe": lambda: Qwen3MoeConfig(
-        **SIZE, **TOKENS, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
-    # matrices (E, in, out), biases, sinks, windows
-    "gpt-oss": lambda: GptOssConfig(
-        **SIZE, **TOKENS, num_local_experts=4, num_experts_per_tok=2, sliding_window=6
-    ),
-}
 SPECS = {
     "lora": lf.LoRA(rank=4),
     "dora": lf.DoRA(over=lf.LoRA(rank=3)),
@@ -41,24 +30,15 @@ SPECS = {
 OPTIONS = {"slots": 4, "length": 64, "chunk": 7, "budget": 14}
 
 
-def model_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(KINDS[kind](), dtype=torch.float32).eval()
-    for name, p in model.named_parameters():
-        if p.dim() > 1 or name.endswith("bias"):
-            torch.nn.init.normal_(p, std=0.1)
-    return model.to(dtype)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Callable[[str], dict[str, Path]]:
     """An adapter of each method over all linears and experts, and one over attention alone."""
 
     @cache
     def made(kind: str) -> dict[str, Path]:
-        model, root = model_of(kind), tmp_path_factory.mktemp(kind)
+        model, root = mixture(kind), tmp_path_factory.mktemp(kind)
         paths = save_adapters(model, root, SPECS)
-        adapter = lf.attach(model, lf.LoRA(rank=4), targets=["q_proj", "o_proj"], name="saved")
+        adapter = lf.attach(model, lf.LoRA(rank=4), targets=["o_proj"], name="saved")
         with torch.no_grad():
             for p in adapter.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(9)))
@@ -86,9 +66,9 @@ def expected(model: Any, request: Request, paths: dict[str, Path]) -> tuple[int,
 
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant, saved) -> None:
-    model, paths, asked = model_of(kind), saved(kind), requests()
+    model, paths, asked = mixture(kind), saved(kind), requests()
     tokens = [expected(model, request, paths) for request in asked]
     classes = {path: type(m) for path, m in model.named_modules()}
     with Engine(model, **OPTIONS, invariant=invariant) as engine:
@@ -120,7 +100,7 @@ def logprobs(model: Any, asked: list[Request], paths: dict[str, Path]) -> list[l
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
 def test_invariant_logits_are_the_same_bits_in_any_company(kind, dtype, saved) -> None:
-    model, paths, sampling = model_of(kind, dtype), saved(kind), Sampling(logprobs=1)
+    model, paths, sampling = mixture(kind, dtype), saved(kind), Sampling(logprobs=1)
     asked = [
         Request(str(i), prompt(5 + 3 * i, i), 8, adapter=name, sampling=sampling)
         for i, name in enumerate([None, "lora", "attention", None, "lora", "attention"])
@@ -130,23 +110,27 @@ def test_invariant_logits_are_the_same_bits_in_any_company(kind, dtype, saved) -
     assert found == [logprobs(model, [request], paths)[0] for request in asked]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, saved) -> None:
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, tmp_path, monkeypatch) -> None:
     """The logits of a prompt, by the engine in bf16, are as near to those in fp32 as the model's
-    own in bf16 are.
+    own in bf16 are. Every token meets every expert, since a router whose choice rounding changes
+    would be most of the error.
     """
-    ids, paths = prompt(30, 3), saved(kind)
+    config = CONFIGS[kind]()
+    config.num_experts_per_tok = config.num_local_experts
+    monkeypatch.setitem(CONFIGS, kind, lambda: config)
+    ids, paths = prompt(30, 3), save_adapters(mixture(kind), tmp_path, {"lora": SPECS["lora"]})
 
     def own(dtype: torch.dtype, name: str | None = "lora") -> Tensor:
-        model = model_of(kind, dtype)
+        model = mixture(kind, dtype)
         if name:
             lf.load(model, paths[name], allow_other_base=True)
         with torch.no_grad():
             return model(input_ids=torch.tensor([ids])).logits[0, -1].float()
 
     seen: list[Tensor] = []
-    model = model_of(kind, torch.bfloat16)
-    adapter = lf.load(model, paths["lora"], "lora", allow_other_base=True)
+    model = mixture(kind, torch.bfloat16)
+    lf.load(model, paths["lora"], "lora", allow_other_base=True)
     with lf.only(model), Engine(model, length=64) as engine:
         engine.adopt("mine", ["lora"])
         forward = engine._runner.forward
@@ -159,7 +143,6 @@ def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, saved) -> None:
         stream = engine.submit(Request("1", ids, 1, adapter="mine"))
         engine.run()
         assert stream.result().message == ""
-    adapter.detach()
     exact, plain, base = own(torch.float32), own(torch.bfloat16), own(torch.float32, None)
     error = (seen[0][0].float() - exact).norm()
     assert error <= 2 * (plain - exact).norm()
@@ -167,7 +150,7 @@ def test_the_fast_parts_leave_no_expert_out_in_16_bits(kind, saved) -> None:
 
 
 def test_generate_with_an_attached_adapter_and_a_prefix_that_is_shared(saved) -> None:
-    model, paths = model_of("mixtral"), saved("mixtral")
+    model, paths = mixture("mixtral"), saved("mixtral")
     start = prompt(20, 1)
     asked = [Request("1", start, 6), Request("2", (*start, 5, 6), 6)]
     asked += [Request("3", (*start, 5, 6), 6, adapter="lora")]
@@ -184,7 +167,7 @@ def test_generate_with_an_attached_adapter_and_a_prefix_that_is_shared(saved) ->
 
 
 def test_the_command_generates_what_generate_does(saved, tmp_path) -> None:
-    model, adapter = model_of("mixtral"), saved("mixtral")["dora"]
+    model, adapter = mixture("mixtral"), saved("mixtral")["dora"]
     tokenizer, question = make_tokenizer(), "Book a table for four"
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(tmp_path / "base")

@@ -15,10 +15,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 import lorafold as lf
-from conftest import SIZE, lorafold, make_tokenizer
+from conftest import lorafold, make_tokenizer
 from lorafold.bases.experts import Experts
 from lorafold.composing import lorahub
 from lorafold.composing.geometry import meetings
@@ -36,16 +35,11 @@ from lorafold.methods.parts.mixture import Mixture
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.ops.grouped import grouped
+from mixtures import SHAPE, mixture
 from test_merge import adapted_logits, logits, make_adapter, relative
 
 E = 4
-KINDS: dict[str, Any] = {  # (E, out, in) · (E, in, out), with biases
-    "mixtral": lambda **tokens: MixtralConfig(**SIZE, **tokens, num_local_experts=E),
-    "gpt-oss": lambda **tokens: GptOssConfig(
-        **SIZE, **tokens, num_local_experts=E, num_experts_per_tok=2, sliding_window=6,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-}  # fmt: skip
+KINDS = ("mixtral", "gpt-oss")  # (E, out, in) · (E, in, out), with biases
 SPECS = {
     "lora": lf.LoRA(rank=3),
     "dora": lf.DoRA(over=lf.LoRA(rank=3)),
@@ -67,15 +61,8 @@ def moe_dir(tmp_path_factory) -> Callable[[str], Path]:
 
     @cache
     def made(kind: str) -> Path:
-        path, tokenizer = tmp_path_factory.mktemp(kind), make_tokenizer()
-        tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "pad_token_id": 0}
-        config = KINDS[kind](**tokens, eos_token_id=tokenizer.eos_token_id)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            for name, p in model.named_parameters():
-                if p.dim() > 1 or name.endswith("bias"):
-                    torch.nn.init.normal_(p, std=0.1)
+        path, tokenizer, model = tmp_path_factory.mktemp(kind), make_tokenizer(), mixture(kind)
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(path, save_original_format=False)
         tokenizer.save_pretrained(path)
         return path
@@ -170,7 +157,7 @@ def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, t
         delta.B.normal_(std=0.01)
         delta.B[1].zero_()
         delta.B[2].normal_()
-        delta.A[2] = model.get_input_embeddings().weight[77] / gain(norm, SIZE["hidden_size"])
+        delta.A[2] = model.get_input_embeddings().weight[77] / gain(norm, SHAPE["hidden_size"])
     adapter.save(tmp_path / "a")
     found = lf.inspect(tmp_path / "a", base)
     assert [name for name, site in found.sites.items() if "reads" in site] == [f"{path}[2]"]
@@ -326,7 +313,7 @@ def test_the_composition_of_each_expert_is_the_formula_on_its_matrices(
 ):
     base, adapters = moe_dir(kind), pair(kind)
     dense = how in ("magnitude", "ties")
-    options: dict[str, Any] = {"rank": 32, "density": 0.3} if dense else {}
+    options: dict[str, Any] = {"rank": 64, "density": 0.3} if dense else {}
     lf.compose(adapters, tmp_path / "out", model=base, how=how, **options)
     a, b = (updates(base, path) for path in adapters)
     found = updates(base, tmp_path / "out")
@@ -341,7 +328,7 @@ def test_svd_is_the_best_of_its_rank_and_dare_keeps_entries_as_they_are_divided(
 ):
     base, adapters = moe_dir("mixtral"), pair("mixtral")
     lf.compose(adapters, tmp_path / "svd", model=base, how="svd", rank=2)
-    lf.compose(adapters[:1], tmp_path / "dare", model=base, how="dare", rank=32, density=0.5)
+    lf.compose(adapters[:1], tmp_path / "dare", model=base, how="dare", rank=64, density=0.5)
     a, b = (updates(base, path) for path in adapters)
     for name, dw in updates(base, tmp_path / "svd").items():
         mean = FORMULAS["linear"]([of[name] for of in (a, b) if name in of])

@@ -276,7 +276,8 @@ def test_adapters_of_experts_learn_from_packed_documents_what_they_learn_from_ea
     fused parts of training.
     """
     model, plain, examples = build(name), build(name), rows()
-    adapter = lf.attach(model, lf.LoRA(rank=3, dropout=0.0) if method == "lora" else lf.LoHa(rank=2))
+    spec = lf.LoRA(rank=3, dropout=0.0) if method == "lora" else lf.LoHa(rank=2)
+    adapter = lf.attach(model, spec)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in adapter.parameters():
