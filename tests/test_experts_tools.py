@@ -35,6 +35,8 @@ from lorafold.methods.parts.mixture import Mixture
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.ops.grouped import grouped
+from lorafold.undoing.defences import laid
+from lorafold.undoing.subspaces import factors_of, updates_of
 from mixtures import SHAPE, mixture
 from test_merge import adapted_logits, logits, make_adapter, relative
 
@@ -262,6 +264,18 @@ def test_extract_gives_back_what_was_added(kind, moe_dir, tmp_path):
     assert found.left_out == {}
     assert found.sites.keys() == updates(base, tmp_path / "a").keys()
     assert relative(adapted_logits(base, tmp_path / "out"), logits(tuned)) < 1e-4
+
+
+def test_updates_are_laid_over_a_model_by_their_matrices(moe_dir, tmp_path):
+    base = moe_dir("gpt-oss")
+    make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
+    model, own = (load_model(base, torch.float32) for _ in range(2))
+    updates = updates_of(lf.load(own, tmp_path / "a"))
+    assert updates is not None
+    before = logits(model)
+    with laid(model, {name: factors_of(update) for name, update in updates.items()}):
+        assert relative(logits(model), logits(own)) < 1e-5
+    assert torch.equal(logits(model), before)
 
 
 # --- composing -----------------------------------------------------------------------------------

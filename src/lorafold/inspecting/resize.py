@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.adapter import Adapter, attach, load
@@ -31,7 +30,13 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
-from lorafold.inspecting.updates import load_below, matrix_names, sites, unstacked
+from lorafold.inspecting.updates import (
+    load_below,
+    matrix_names,
+    sites,
+    stacked,
+    unstacked,
+)
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
@@ -157,7 +162,7 @@ def resize(
             root = kept.s.sqrt()
             found.append((kept.u * root, root[:, None] * kept.v.t()))
             errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
-        factors[site.path] = _stacked(found) if site.layer.stack else found[0]
+        factors[site.path] = stacked(found) if site.layer.stack else found[0]
     result = errors.result(out)
     history = {k: v for k, v in read_record(path).items() if k not in ("base", "lorafold")}
     record = {
@@ -211,7 +216,7 @@ def extract(
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
         found = [_difference(errors, name, w, tuned, rank) for name, w, tuned in both]
         if any(len(a) for _, a in found):
-            factors[path] = _stacked(found) if layers[0].stack else found[0]
+            factors[path] = stacked(found) if layers[0].stack else found[0]
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
@@ -245,17 +250,6 @@ def _difference(errors: Errors, name: str, w: Tensor, tuned: Tensor, rank: int) 
     b, a = best_of_rank(dw, min(rank, *dw.shape))
     errors.add(name, len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole)
     return b, a
-
-
-def _stacked(found: Sequence[Factors]) -> Factors:
-    """The factors of several matrices, (E, out, r) and (E, r, in), zero beyond a matrix's own rank.
-    """
-    rank = max(len(a) for _, a in found)
-    ups, downs = zip(
-        *((F.pad(b, (0, rank - len(a))), F.pad(a, (0, 0, 0, rank - len(a)))) for b, a in found),
-        strict=True,
-    )
-    return torch.stack(ups), torch.stack(downs)
 
 
 @torch.no_grad()

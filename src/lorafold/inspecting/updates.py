@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, load
@@ -183,6 +184,15 @@ def svds_of(delta: Delta, layer: Layer, path: str) -> Iterator[Svd]:
 def unstacked(w: Tensor) -> Sequence[Tensor]:
     """The matrices of w (E, ., .), as views, or w (., .) itself."""
     return w.unbind() if w.dim() == 3 else (w,)
+
+
+def stacked(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of several matrices, (E, out, r) and (E, r, in), zero beyond a matrix's own rank.
+    """
+    rank = max(len(down) for _, down in found)
+    ups = [F.pad(up, (0, rank - up.shape[1])) for up, _ in found]
+    downs = [F.pad(down, (0, 0, 0, rank - len(down))) for _, down in found]
+    return torch.stack(ups), torch.stack(downs)
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
