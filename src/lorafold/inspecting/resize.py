@@ -30,13 +30,7 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
-from lorafold.inspecting.updates import (
-    load_below,
-    matrix_names,
-    sites,
-    stacked,
-    unstacked,
-)
+from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
