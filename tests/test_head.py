@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.ops import cross_entropy, reference
 from lorafold.ops.cross_entropy import (
@@ -264,10 +265,19 @@ def test_sums_over_micro_batches_add_up() -> None:
         assert_close(model.get_parameter(name).grad, gradient)
 
 
-def test_router_loss_is_the_models_own() -> None:
-    config = tf.Qwen3MoeConfig(**COMMON, **MOE, output_router_logits=True, router_aux_loss_coef=0.5)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_router_loss_is_the_models_own(name: str, adapted: bool) -> None:
+    router = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    config = {
+        "qwen3-moe": tf.Qwen3MoeConfig(**COMMON, **MOE, **router),
+        "mixtral": tf.MixtralConfig(**COMMON, **router, num_local_experts=4),
+    }[name]
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config)
+    if adapted:
+        for p in lf.attach(model, lf.LoRA(rank=2, dropout=0.0)).parameters():
+            nn.init.normal_(p, std=0.1)
     labels, inputs = batch()
     inputs["attention_mask"][1, 7:] = 0
     output = model(**inputs)

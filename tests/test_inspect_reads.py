@@ -73,8 +73,14 @@ def test_places_where_norms_come_after_and_among_experts():
         build(MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2), False)
     )
     assert experts.readers["model.layers.1.self_attn.q_proj"] == "model.layers.1.input_layernorm"
+    assert {p: n for p, n in experts.readers.items() if "experts" in p} == {
+        f"model.layers.{i}.mlp.experts.gate_up_proj": f"model.layers.{i}.post_attention_layernorm"
+        for i in range(2)
+    }
     assert {p for p in experts.writers if "layers" in p} == {
-        f"model.layers.{i}.self_attn.o_proj" for i in range(2)
+        f"model.layers.{i}.{name}"
+        for i in range(2)
+        for name in ("self_attn.o_proj", "mlp.experts.down_proj")
     }
 
 

@@ -50,8 +50,9 @@ def test_the_parts_are_those_of_the_dense_update(method, kind, tiny_model):
     move(adapter)
     for site in sites(adapter):
         w = layer_of(model.get_submodule(site.path)).dense()[0].detach()
+        ((name, svd),) = site.parts()
+        assert name == site.path
         dense = (site.delta.fold(w.double(), None)[0] - w.double()).detach()
-        svd = site.parts()
         assert (site.rank is not None) == (method in RANKED)
         assert (svd.dense() - dense).norm() < 1e-5 * dense.norm()
         expected = torch.linalg.svdvals(dense)[: len(svd.s)]

@@ -9,15 +9,19 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.func import functional_call
 from transformers import masking_utils
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.inkling import modeling_inkling
 
+import lorafold as lf
+from lorafold.core.stacked import module_at, parameter_path
 from lorafold.data.batches import collate
 from lorafold.ops import documents, reference
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
 from lorafold.step.documents import NAME, attend, document_mask, isolates, packed
+from lorafold.step.fused import fused
 from lorafold.step.head import labelled_loss
 
 VOCAB = 97
@@ -71,6 +75,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
             "decoder_sparse_step": 1,
         },
     ),
+    "mixtral": (tf.MixtralConfig, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 LENGTHS = [9, 14, 14, 5]
 
@@ -259,6 +264,52 @@ def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> Non
     whole = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
     for parameter, gradient in gradients.items():
         assert_close(packed_gradients[parameter], gradient, whole)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["lora", "loha"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_adapters_of_experts_learn_from_packed_documents_what_they_learn_from_each(
+    name: str, method: str, checkpointed: bool
+) -> None:
+    """Against each document alone, by torch's own backward through the folded weights, and with the
+    fused parts of training.
+    """
+    model, plain, examples = build(name), build(name), rows()
+    spec = lf.LoRA(rank=3, dropout=0.0) if method == "lora" else lf.LoHa(rank=2)
+    adapter = lf.attach(model, spec)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    assert any(path.endswith("experts.gate_up_proj") for path in adapter.matches.paths)
+    folded = {}
+    for path, delta in adapter.own_deltas.items():
+        weight = parameter_path(module_at(model, path), path, "weight")
+        folded[weight] = plain.get_parameter(weight).detach() + delta.delta()
+    losses = [
+        functional_call(
+            plain, folded, kwargs={"input_ids": torch.tensor([e.ids]), "use_cache": False}
+        ).logits[0, :-1]
+        for e in examples
+    ]
+    expected = sum(
+        torch.nn.functional.cross_entropy(z, torch.tensor(e.labels[1:]), reduction="sum")
+        for z, e in zip(losses, examples, strict=True)
+    )
+    parameters = dict(adapter.named_parameters())
+    gradients = torch.autograd.grad(expected, list(parameters.values()))
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    with fused(model), packed(model) as apart:
+        assert apart
+        found, got = loss_and_gradients(model, [collate(examples, packed=True, pad_id=0)])
+    assert_close(found, expected.detach())
+    assert len(got) == len(gradients)
+    whole = torch.cat([g.flatten() for g in gradients]).norm().item()
+    for p, gradient in zip(parameters.values(), gradients, strict=True):
+        assert p.grad is not None
+        assert_close(p.grad, gradient, whole)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral"])

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 class Inspection:
     """The figures of one adapter; `lorafold.inspecting` defines each.
 
-    `sites` has the figures of every module path, `whole` those of all sites together, `beside` the
-    number of deltas that are not measured, `layers` the overlaps of the blocks' top directions, and
-    `advice` the conclusions in sentences. `over` is None for an adapter over the bare base,
-    `against` without a second adapter, `paths` without data.
+    `sites` has the figures of every module path, and of each matrix of experts as
+    `...gate_up_proj[3]`; `whole` those of all sites together, `beside` the number of deltas that
+    are not measured, `layers` the overlaps of the blocks' top directions, and `advice` the
+    conclusions in sentences. `over` is None for an adapter over the bare base, `against` without a
+    second adapter, `paths` without data; without experts so are `experts`, the overlaps of their
+    top directions, and `experts_left_out`, which of them have tokens.
     """
 
     adapter: str
@@ -41,10 +43,12 @@ class Inspection:
     over: list[str] | None = None
     against: dict[str, Any] | None = None
     paths: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
+    experts_left_out: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All figures under the keys of `lorafold inspect --json`."""
-        optional = ("over", "against", "paths")
+        optional = ("over", "against", "paths", "experts", "experts_left_out")
         return {k: v for k, v in asdict(self).items() if k not in optional or v is not None}
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ mean that they interfere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 from lorafold.composing.arithmetic import inner, trim
-from lorafold.composing.updates import Change, Site, Updates, change_of, dense
+from lorafold.composing.updates import Change, Updates, dense
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,15 +95,18 @@ class Pair:
 
 
 def meetings(updates: Updates, console: Console) -> list[Pair]:
-    """Every pair of adapters. The dense updates of one site at a time are in memory."""
+    """Every pair of adapters. The dense updates of one matrix at a time are in memory, or those of
+    a site where they have no factors.
+    """
     found: dict[tuple[int, int], dict[str, Meeting]] = {
         pair: {} for pair in combinations(range(len(updates.names)), 2)
     }
     for site in track(
         updates.sites, "geometry", console=console, transient=True, disable=not console.is_terminal
     ):
-        for pair, meeting in meet(site).items():
-            found[pair][site.path] = meeting
+        for name, changes in site.changes():
+            for pair, meeting in meet(changes).items():
+                found[pair][name] = meeting
     return [
         Pair(updates.names[i], updates.names[j], overall(list(sites.values())), sites)
         for (i, j), sites in found.items()
@@ -111,9 +114,8 @@ def meetings(updates: Updates, console: Console) -> list[Pair]:
 
 
 @torch.no_grad()
-def meet(site: Site) -> dict[tuple[int, int], Meeting]:
-    """Every pair of updates at a site, by the numbers of their adapters."""
-    changes = {i: change_of(update) for i, update in site.there}
+def meet(changes: Mapping[int, Change]) -> dict[tuple[int, int], Meeting]:
+    """Every pair of updates of a matrix, by the numbers of their adapters."""
     norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
     largest = {
         i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)

@@ -53,10 +53,12 @@ def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -
         transient=True,
         disable=not job.console.is_terminal,
     ):
-        change = by.at(site, weights, density, request.seed)
-        up, down, error = cut(change, by.rank_at(site, request.rank))
-        factors[site.path] = (up, down)
-        lost, total = lost + error, total + inner(change, change)
+        rank, found = by.rank_at(site, request.rank), []
+        for change in by.at(site, weights, density, request.seed):
+            up, down, error = cut(change, rank)
+            found.append((up, down))
+            lost, total = lost + error, total + inner(change, change)
+        factors[site.path] = site.joined(found)
     error = (lost / total) ** 0.5 if total else 0.0
     write(
         job,
@@ -78,11 +80,11 @@ def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[st
 
     Args:
         job: The adapters that it was made from.
-        factors: up (out, r) and down (r, in) of each site.
+        factors: up (*stack, out, r) and down (*stack, r, in) of each site.
         out: The directory to write.
         about: How it was composed, for the record.
     """
-    spec = of_ranks({path: len(down) for path, (_, down) in factors.items()})
+    spec = of_ranks({path: down.shape[-2] for path, (_, down) in factors.items()})
     adapter = attach(job.updates.model, spec, job.targets(), "composed")
     for path, delta in adapter.own_deltas.items():
         up, down = factors[path]

@@ -18,7 +18,6 @@ from lorafold.adapter import attach, load
 from lorafold.composing.arithmetic import cut, inner
 from lorafold.composing.job import Composed, Job
 from lorafold.composing.rules import rank_of
-from lorafold.composing.updates import change_of
 from lorafold.errors import Interrupted
 from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
@@ -86,17 +85,18 @@ def write(job: Job, out: Path, gates: Gating) -> float:
     sites = {site.path: site for site in updates.sites}
     lost = total = 0.0
     for path, delta in adapter.own_deltas.items():
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for i, update in sites[path].there:
-            change = change_of(update)
-            up, down, error = cut(change, job.request.rank or rank_of(update, path))
-            lost, total = lost + error, total + inner(change, change)
-            parts.append((up, down, torch.full((len(down),), i)))
-        ups, downs, owners = zip(*parts, strict=True)
-        delta.up, delta.down, delta.owner = (
-            torch.cat(ups, 1),
-            torch.cat(downs, 0),
-            torch.cat(owners),
-        )
+        site, found, owners = sites[path], list[tuple[Tensor, Tensor]](), list[Tensor]()
+        ranks = {i: job.request.rank or rank_of(update, path) for i, update in site.there}
+        for _, changes in site.changes():
+            parts: list[tuple[Tensor, Tensor]] = []
+            for i, change in changes.items():
+                up, down, error = cut(change, ranks[i])
+                lost, total = lost + error, total + inner(change, change)
+                parts.append((up, down))
+            ups, downs = zip(*parts, strict=True)
+            owners = [torch.full((len(d),), i) for i, d in zip(changes, downs, strict=True)]
+            found.append((torch.cat(ups, 1), torch.cat(downs, 0)))
+        delta.up, delta.down = site.joined(found)
+        delta.owner = torch.cat(owners)
     job.save(adapter, out, {"how": "mixture", "gates": gates})
     return (lost / total) ** 0.5 if total else 0.0

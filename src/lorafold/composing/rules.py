@@ -16,13 +16,13 @@ for each task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorafold.composing.arithmetic import Joined, Kept, disjoint_mean, drop, summed, times, trim
-from lorafold.composing.updates import Change, Site, change_of, dense
+from lorafold.composing.updates import Change, Site, dense
 from lorafold.core.delta import Additive
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
@@ -55,8 +55,10 @@ class Rule:
         return None if self.kept is None else asked or self.density
 
     @torch.no_grad()
-    def at(self, site: Site, weights: Sequence[float], density: float | None, seed: int) -> Change:
-        """The composition at one site.
+    def at(
+        self, site: Site, weights: Sequence[float], density: float | None, seed: int
+    ) -> Iterator[Change]:
+        """Yield the composition of each matrix of a site.
 
         Args:
             site: The site, with its updates.
@@ -64,13 +66,12 @@ class Rule:
             density: As `share` gives it.
             seed: The entries that stay follow from it, the site and the number of the adapter.
         """
-        changes = []
-        for i, update in site.there:
-            change = change_of(update)
+        draws = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
+        for _, changes in site.changes():
+            kept = changes
             if self.kept is not None and density is not None:
-                change = self.kept(dense(change), density, generator_of(seed, f"{site.path}/{i}"))
-            changes.append(times(change, weights[i]))
-        return self.joined(changes)
+                kept = {i: self.kept(dense(c), density, draws[i]) for i, c in changes.items()}
+            yield self.joined([times(change, weights[i]) for i, change in kept.items()])
 
     def rank_at(self, site: Site, asked: int | None) -> int:
         """The rank of a site: that asked for, or the default.
@@ -87,7 +88,7 @@ def rank_of(update: Additive, path: str) -> int:
             f"{path}: found {type(update).__name__}, which is not a product of two factors and has"
             " no rank of its own; give --rank"
         )
-    return len(factors[1])
+    return factors[1].shape[-2]
 
 
 RULES: dict[str, Rule] = {

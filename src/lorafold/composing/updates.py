@@ -2,11 +2,13 @@
 
     dW_i (out, in)      the update of adapter i at a site: as factors B_i (out, r_i), A_i (r_i, in)
                         where it has them, of any method, rank and targets
+
+A site of experts has one such update for each matrix, and each is composed on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,7 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.delta import Additive
 from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
+from lorafold.inspecting.updates import matrix_names, unstacked
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
 
@@ -30,16 +33,32 @@ Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted module with the update of each adapter, None where an adapter has none there."""
+    """One adapted module, or the matrices of experts, with the update of each adapter, None where
+    an adapter has none there. `names` are those of its matrices.
+    """
 
     path: str
-    shape: tuple[int, int]  # (out, in)
+    names: tuple[str, ...]
     updates: tuple[Additive | None, ...]
 
     @property
     def there(self) -> list[tuple[int, Additive]]:
         """The updates at this site, with the numbers of their adapters, from 0."""
         return [(i, update) for i, update in enumerate(self.updates) if update is not None]
+
+    def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
+        """Yield the name of each matrix, and its updates by the numbers of their adapters."""
+        numbers = [i for i, _ in self.there]
+        every = zip(*(changes_of(update) for _, update in self.there), strict=True)
+        for name, own in zip(self.names, every, strict=True):
+            yield name, dict(zip(numbers, own, strict=True))
+
+    def joined(self, found: Sequence[Factors]) -> Factors:
+        """The factors of all its matrices, of one rank, as a delta has them."""
+        if self.names == (self.path,):
+            return found[0]
+        ups, downs = zip(*found, strict=True)
+        return torch.stack(ups), torch.stack(downs)
 
 
 @dataclass(frozen=True)
@@ -57,9 +76,12 @@ class Updates:
         paths = [
             path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
         ]
-        shapes = {path: layer_of(module_at(self.model, path)).shape for path in paths}
+        stacks = {path: layer_of(module_at(self.model, path)).stack for path in paths}
         updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
-        return tuple(Site(path, shapes[path], tuple(updates[path])) for path in paths)
+        return tuple(
+            Site(path, tuple(matrix_names(path, stacks[path])), tuple(updates[path]))
+            for path in paths
+        )
 
 
 def read(
@@ -123,7 +145,9 @@ def dense(change: Change) -> Tensor:  # (out, in)
 
 
 @torch.no_grad()
-def change_of(update: Additive) -> Change:
-    """The update in fp32: its factors, or a dense matrix if it has none."""
+def changes_of(update: Additive) -> list[Change]:
+    """The update of each matrix in fp32: its factors, or a dense matrix if it has none."""
     factors = update.factors()
-    return update.delta().float() if factors is None else (factors[0].float(), factors[1].float())
+    if factors is None:
+        return [*unstacked(update.delta().float())]
+    return [*zip(*(unstacked(factor.float()) for factor in factors), strict=True)]

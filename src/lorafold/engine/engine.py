@@ -66,7 +66,7 @@ class Engine:
             matrices then take their memory twice.
         beyond: accept a length beyond the positions that the model was made for.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
-            bits whatever shares the batch, without the faster parts.
+            bits whatever shares the batch, without the faster parts (experts: one at a time).
         prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
             the prompt begins the same; never where `invariant`. A prompt is then read in other
             chunks, which round differently in 16 bits where torch's own operations run.
@@ -127,9 +127,9 @@ class Engine:
             self._stack = stack.pop_all()
         below = vocabulary(model, parts_of(attached(model, self._runner.laid.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
-        self._scheduler = Scheduler(
-            self._runner.slots, chunk, budget, invariant, tenant_slots, weights
-        )
+        sizes = self._runner.slots, chunk, budget
+        single = invariant and self.structure.routed
+        self._scheduler = Scheduler(*sizes, invariant, single, tenant_slots, weights)
         self._wake, self._lock = threading.Event(), threading.RLock()
         self.adapters = Residency(self._reader.read, adapter_bytes, self._wake.set, strikes)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)

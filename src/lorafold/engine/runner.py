@@ -5,8 +5,9 @@ from the first one on, as a view of the cache; slots in between that have nothin
 computed for nothing, at their own next position, which is written again before it is read. A slot
 whose request ended well is kept as it is (`lorafold.engine.prefix`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
-chunks of one size, and whole slots are read. `SoloRunner` computes one row with the model's own
-cache, by transformers' `generate`.
+chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
+rows of a model with some decode one at a time too. `SoloRunner` computes one row with the model's
+own cache, by transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class SlotRunner(Runner):
     ) -> None:
         self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
         self.reuse, self.kept = reuse and not each, Kept()
+        self.single = each and structure.routed
         # padding is written too
         self.cache = SlotCache(slots, length + chunk, operations, whole=each)
         self.products = Products(structure, slots, operations)
@@ -187,7 +189,7 @@ class SlotRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         held = together(rows[0])
         decoding = max(counts) == 1
-        if decoding and held is None:
+        if decoding and held is None and not self.single:
             last = self.slots if self.each else max(row.slot for row in rows) + 1
             at = slice(0, last)
             taken: list[Row | None] = [None] * last

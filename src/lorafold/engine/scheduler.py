@@ -32,6 +32,7 @@ class Scheduler:
         chunk: the most tokens of a row in a pass.
         budget: the most tokens of prompts in a step, with padding.
         each: read prompts one row at a time.
+        single: decode one row at a time too.
         most: how many rows of a tenant run at a time; half of the slots, if that is less, while
             other tenants are there. Rows that run beside it make each of a tenant's steps longer,
             and slots that are free let the next one begin at once. None: there is no such limit.
@@ -44,10 +45,11 @@ class Scheduler:
         chunk: int,
         budget: int,
         each: bool = False,
+        single: bool = False,
         most: int | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        self.slots, self.chunk, self.each = slots, chunk, each
+        self.slots, self.chunk, self.each, self.single = slots, chunk, each, single
         self.budget, self.most = max(budget, chunk), most
         self.waiting = Waiting(weights)
         self.running: list[Row] = []
@@ -118,6 +120,8 @@ class Scheduler:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            key: object = (alone, row.request.id) if self.each and alone else alone
+            key: object = (
+                (alone, row.request.id) if self.single or (self.each and alone) else alone
+            )
             groups.setdefault(key, []).append(row)
         return list(groups.values())

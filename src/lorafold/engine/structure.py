@@ -27,6 +27,7 @@ from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import deltas_on, selection_of
 from lorafold.core.evaluating import evaluating
+from lorafold.core.stacked import stack_names
 from lorafold.engine.attention import slot_attention, slot_mask
 from lorafold.engine.operations import Operations, Plain
 from lorafold.engine.slots import SlotCache, SlotView
@@ -49,13 +50,15 @@ class Shape:
 @dataclass(frozen=True)
 class Structure:
     """What was found: why the model has no slots, if so, its modules that take rows, and groups of
-    matrices that read the same tensor one after the other; every matrix is in one.
+    matrices that read the same tensor one after the other; every matrix is in one. `routed` says
+    whether it has experts, each of which multiplies its tokens of all rows at once.
     """
 
     why: str
     rowwise: frozenset[str] = frozenset()
     shapes: tuple[Shape, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
+    routed: bool = False
 
     @cached_property
     def where(self) -> dict[str, tuple[int, int]]:
@@ -146,7 +149,8 @@ def probe(model: Any) -> Structure:
     rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
     found = shapes(model, rowwise)
     matrices = {path for shape in found for path in shape.paths}
-    return Structure("", rowwise, found, seen.groups(matrices))
+    routed = any(stack_names(module) for _, module in bare_modules(model))
+    return Structure("", rowwise, found, seen.groups(matrices), routed)
 
 
 def shapes(model: nn.Module, rowwise: frozenset[str]) -> tuple[Shape, ...]:

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from lorafold.inspecting.residual import Stream
 from lorafold.inspecting.subspaces import phi
-from lorafold.inspecting.updates import Svd
+from lorafold.inspecting.updates import Svd, site_of
 
 SHOWN = 64  # the most directions of each adapter in a heat map
-TOP = 4  # directions of each block that are compared with those of the other blocks
+TOP = 4  # directions of each block, or expert, that are compared with those of the others
 
 
 def kind_of(path: str) -> tuple[str, int | None]:
     """A module's name within its block, and the number of the block: self_attn.q_proj and 3 for
-    model.layers.3.self_attn.q_proj. Outside of blocks: the whole path, and None.
+    model.layers.3.self_attn.q_proj. Outside of blocks: the whole path, and None. All experts of a
+    block are of one kind.
     """
+    path = site_of(path)
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (found[2], int(found[1])) if found else (path, None)
 
@@ -39,9 +41,9 @@ def by_kind(paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
-    """Figures by their names in the JSON, for the sites that both adapters change: cosine and phi
-    of each site, phi of unrelated updates (`chance_*`), and the phi of each kind of module as a
-    mean over its sites, phi[i][j] for the first i + 1 and j + 1 directions.
+    """Figures by their names in the JSON, for the matrices that both adapters change: the cosine
+    and phi of each, phi of unrelated updates (`chance_*`), and the phi of each kind of module as a
+    mean over its matrices, phi[i][j] for the first i + 1 and j + 1 directions.
     """
     shared = [path for path in a if path in b and len(a[path].s) and len(b[path].s)]
     sites, sums = {}, defaultdict[str, list[tuple[Tensor, Tensor]]](list)
@@ -77,10 +79,12 @@ def compared(a: Mapping[str, Svd], b: Mapping[str, Svd]) -> dict[str, Any]:
 def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str, Any]]:
     """phi of the top directions of every two blocks, by kind of module: near 1 where an adapter
     makes the same change at every depth. Only the side in the residual stream, which all blocks
-    share, can be compared.
+    share, can be compared. Experts are left out, since those of one number in two blocks have
+    nothing in common.
     """
     found = {}
-    for kind, paths in by_kind([path for path, svd in svds.items() if len(svd.s)]).items():
+    single = [path for path, svd in svds.items() if len(svd.s) and site_of(path) == path]
+    for kind, paths in by_kind(single).items():
         for side, inside in (("read", stream.readers.keys()), ("written", stream.writers)):
             if len(paths) > 1 and inside >= set(paths):
                 top = [
@@ -89,6 +93,42 @@ def across_layers(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str
                 grid = [[round(float(phi(a, b)[-1, -1]), 4) for b in top] for a in top]
                 found[kind] = {"side": side, "layers": paths, "phi": grid}
     return found
+
+
+def across_experts(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[str, Any]]:
+    """phi of the top directions of every two experts, by site: its mean, lowest and highest value,
+    near 1 where the experts of a block make the same change. Only the side in the residual stream
+    is compared, which they share.
+    """
+    found = {}
+    stacks = defaultdict[str, list[Svd]](list)
+    for name, svd in svds.items():
+        if site_of(name) != name and len(svd.s):
+            stacks[site_of(name)].append(svd)
+    for site, own in stacks.items():
+        for side, inside in (("read", stream.readers.keys()), ("written", stream.writers)):
+            if len(own) > 1 and site in inside:
+                phis = _pairs([(svd.v if side == "read" else svd.u)[:, :TOP] for svd in own])
+                found[site] = {
+                    "side": side,
+                    "experts": len(own),
+                    "phi": float(phis.mean()),
+                    "phi_lowest": float(phis.min()),
+                    "phi_highest": float(phis.max()),
+                }
+    return found
+
+
+def _pairs(top: Sequence[Tensor]) -> Tensor:
+    """phi of all directions of every two of these (n, k), each pair once."""
+    ranks = torch.tensor([directions.shape[1] for directions in top])
+    owner = torch.arange(len(top)).repeat_interleave(ranks)
+    together = torch.cat(list(top), 1)
+    overlap = (together.t() @ together).double().square()
+    sums = overlap.new_zeros(len(top), len(overlap)).index_add(0, owner, overlap)
+    shared = overlap.new_zeros(len(top), len(top)).index_add(1, owner, sums)
+    i, j = torch.triu_indices(len(top), len(top), 1)
+    return shared[i, j] / torch.minimum(ranks[i], ranks[j])
 
 
 def _mean(grids: Sequence[Tensor]) -> list[list[float]]:

@@ -39,7 +39,7 @@ def cached_svd(fingerprint: Mapping[str, Any], path: str, w: Tensor) -> Svd:
 
     Args:
         fingerprint: That of the base, which names its directory in the cache.
-        path: The module path.
+        path: The module path, or the name of a matrix of experts.
         w: W0, (out, in).
     """
     base = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
@@ -94,7 +94,7 @@ def figures(
 
     Args:
         fingerprint: That of the base.
-        path: The module path.
+        path: The module path, or the name of a matrix of experts.
         w: W0, (out, in).
         update: The SVD of dW.
         directions: `top_projection` is the norm of W0 in so many of its own top directions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lorafold.inspecting.against import TOP
 from lorafold.inspecting.base_svd import COSINE
 from lorafold.inspecting.spectra import advice
+from lorafold.inspecting.updates import site_of
 
 Figures = Mapping[str, Any]
 INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
@@ -25,6 +27,7 @@ def sentences(found: Figures) -> list[str]:
         of_strength(sites),
         of_tokens(sites, found["chance_cosine"]),
     ]
+    parts.append(of_experts(found["sites"]))
     if "position_read" in sites[0]:
         parts += [of_position(sites), of_intruders(sites)]
     if "against" in found:
@@ -105,6 +108,23 @@ def of_tokens(sites: list[Figures], chance: Figures) -> str:
         f" {' and '.join(parts)}."
         if parts
         else ""
+    )
+
+
+def of_experts(sites: Figures) -> str:
+    """How evenly the experts changed; empty without experts."""
+    stacks = defaultdict[str, list[float]](list)
+    for name, site in sites.items():
+        if site_of(name) != name:
+            stacks[site_of(name)].append(site["norm"])
+    every = [norm for norms in stacks.values() for norm in norms]
+    if not any(every):
+        return ""
+    uneven = median(max(norms) / fmean(norms) for norms in stacks.values() if any(norms))
+    return (
+        f"Of {len(every)} matrices of experts {sum(norm > 0 for norm in every)} changed; the"
+        f" largest update of a site is {uneven:.1f} times as large as the mean of its experts"
+        " (median over sites)."
     )
 
 

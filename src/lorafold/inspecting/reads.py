@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.residual import Stream, gain
-from lorafold.inspecting.updates import Svd
+from lorafold.inspecting.updates import Svd, site_of
 from lorafold.models.weights import FileWeights
 
 DIRECTIONS = 3  # the strongest directions of a module, which are shown
@@ -119,12 +119,12 @@ def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side
     Args:
         model: Has the norm before the module.
         stream: The modules of the residual stream.
-        path: The module path.
+        path: The module path, or the name of a matrix of experts.
         svd: The SVD of the module's update.
     """
     if path == stream.embedding:
         return Side(svd.v, True)
-    if (norm := stream.readers.get(path)) is None:
+    if (norm := stream.readers.get(site_of(path))) is None:
         return None
     return Side(
         gain(model.get_submodule(norm), stream.size)[:, None] * svd.v if norm else svd.v, False
@@ -136,12 +136,12 @@ def writing(stream: Stream, path: str, svd: Svd) -> Side | None:
 
     Args:
         stream: The modules of the residual stream.
-        path: The module path.
+        path: The module path, or the name of a matrix of experts.
         svd: The SVD of the module's update.
     """
     if path == stream.head:
         return Side(svd.u, True)
-    return Side(svd.u, False) if path in stream.writers else None
+    return Side(svd.u, False) if site_of(path) in stream.writers else None
 
 
 def tables(

@@ -5,6 +5,7 @@ the figures behind it. Both show only figures that the JSON has too.
 from __future__ import annotations
 
 import html
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,8 @@ from rich.table import Column, Table
 from lorafold.files.page import document
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
-from lorafold.inspecting.tables import Figures, shares, tokens
+from lorafold.inspecting.tables import Figures, average, experts, shares, spread, tokens
+from lorafold.inspecting.updates import largest, site_of
 
 STYLE = """
 .advice { border-left: 4px solid #2a788e; padding: .1rem 1rem .1rem 2rem; background: #f4f8f9; }
@@ -45,7 +47,9 @@ MAPS = {  # figure: heading, format
 
 
 def table(found: Figures) -> Table:
-    """The means of each kind of module, for the terminal."""
+    """The means of each kind of module, for the terminal; those of experts with the lowest and the
+    highest value.
+    """
     shown = Table(
         Column("module", no_wrap=True),
         "rank",
@@ -56,15 +60,19 @@ def table(found: Figures) -> Table:
     )
     for kind, paths in by_kind(list(found["sites"])).items():
         sites = [found["sites"][path] for path in paths]
+        ranged = site_of(paths[0]) != paths[0]
 
-        def mean(name: str, form: str, sites: Sequence[Figures] = sites) -> str:
-            known = [site[name] for site in sites if site[name] is not None]
-            return f"{fmean(known):{form}}" if known else "–"
+        def mean(
+            name: str, form: str, sites: Sequence[Figures] = sites, ranged: bool = ranged
+        ) -> str:
+            return spread([site[name] for site in sites], form, ranged)
 
-        ranks = ", ".join(mean(f"effective_rank_{share}", ".1f") for share in (90, 95, 99))
+        ranks = ", ".join(
+            mean(f"effective_rank_{share}", ".1f", ranged=False) for share in (90, 95, 99)
+        )
         shown.add_row(
             kind,
-            mean("rank", ".3g"),
+            mean("rank", ".3g", ranged=False),
             ranks,
             mean("stable_rank", ".2f"),
             mean("relative_norm", ".2%"),
@@ -132,7 +140,8 @@ def sections(found: Figures) -> Iterator[str]:
         yield (
             "<h2>Blocks compared</h2><p>phi of the four strongest directions that every two blocks"
             " read from the residual stream, or write to it: 1 for the same subspace, 0 for"
-            " orthogonal ones.</p>"
+            " orthogonal ones. Experts are left out, since those of one number in two blocks have"
+            " nothing in common.</p>"
         )
         yield grid(
             [
@@ -140,7 +149,10 @@ def sections(found: Figures) -> Iterator[str]:
                 for kind, of in found["layers"].items()
             ]
         )
-    yield from tokens(sites, found["chance_cosine"], found["tokens_left_out"])
+    if "experts" in found:
+        yield from experts(sites, found["experts"])
+    left_out = found.get("experts_left_out")
+    yield from tokens(sites, found["chance_cosine"], found["tokens_left_out"], left_out)
     yield from shares(sites)
 
 
@@ -164,7 +176,8 @@ def shown(value: float | None, form: str) -> str:
 
 
 def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
-    """A table of one figure, with blocks down and kinds of module across, as a heat map.
+    """A table of one figure, with blocks down and kinds of module across, as a heat map. Of experts
+    it shows the mean.
 
     Args:
         sites: The figures of each site.
@@ -172,7 +185,10 @@ def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
         form: Its format.
     """
     kinds = by_kind(list(sites))
-    values = {kind_of(path): site.get(name) for path, site in sites.items()}
+    every = defaultdict[tuple[str, int | None], list[float | None]](list)
+    for path, site in sites.items():
+        every[kind_of(path)].append(site.get(name))
+    values = {at: average(found) for at, found in every.items()}
     most = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
 
@@ -192,11 +208,11 @@ def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
 
 
 def spectra(sites: Mapping[str, Figures]) -> list[str]:
-    """A plot of singular values for each kind of module."""
+    """A plot of singular values for each kind of module; of experts those of the largest update."""
     depth = max((kind_of(path)[1] or 0 for path in sites), default=0)
     kinds = {
         kind: {p: s for p in paths if (s := sites[p]["singular_values"])}
-        for kind, paths in by_kind(list(sites)).items()
+        for kind, paths in by_kind(largest(sites)).items()
     }
     return [plots.spectra(kind, lines, depth) for kind, lines in kinds.items() if lines]
 

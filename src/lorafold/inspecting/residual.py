@@ -8,6 +8,8 @@ it. They are found by running a fake model, whatever the modules are called.
     h + W x                         a module that reads h in neither way, with outputs of h's size,
                                     writes to h
 
+Of a module of experts, the first matrices read what the module reads, and the last ones write.
+
 Fake tensors have no values (`lorafold.models.fake`), so the run takes no memory and reads no
 weights. On the residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer
 Circuits".
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel
 
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import blocks
+from lorafold.core.stacked import module_at, stack_names
 from lorafold.errors import NotMergeable
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.storage import Storage
@@ -85,11 +88,20 @@ def stream_of(model: PreTrainedModel) -> Stream:
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
                 readers[path] = norm
 
+        def read_by_experts(path: str, module: nn.Module, args: Any) -> None:
+            first, last = (f"{path}.{name}" for name in stack_names(module))
+            if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
+                readers[first] = norm
+            if not getattr(module, "has_post_expert_norm", False):
+                seen.add(last)
+
         for path, module in twin.named_modules():
             if is_norm(module, size):
                 module.register_forward_hook(partial(normed, path))
             elif _is_matrix(module):
                 module.register_forward_pre_hook(partial(read, path))
+            elif stack_names(module):
+                module.register_forward_pre_hook(partial(read_by_experts, path))
         for path in blocks(twin):
             twin.get_submodule(path).register_forward_pre_hook(entered)
         with suppress(RuntimeError):  # fake tensors end the run at code that needs values
@@ -97,7 +109,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
         writers = {
             path
             for path in seen - readers.keys() - {head}
-            if layer_of(twin.get_submodule(path)).shape[0] == size
+            if layer_of(module_at(twin, path)).shape[0] == size
         }
     return Stream(readers, frozenset(writers), embedding, head, size)
 

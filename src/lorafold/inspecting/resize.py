@@ -6,7 +6,8 @@
                 norm
 
 The result is plain LoRA with scale 1 (alpha = r at every site), whatever the method was. Trained
-biases, modules to save and embeddings of tokens are copied unchanged.
+biases, modules to save and embeddings of tokens are copied unchanged. Each matrix of experts has
+its own best factors, and those of one site the rank of the largest.
 """
 
 from __future__ import annotations
@@ -24,26 +25,29 @@ from lorafold.adapter import Adapter, attach, load
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import put
+from lorafold.core.stacked import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
-from lorafold.inspecting.updates import load_below, sites
+from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.ops.svd import best_of_rank
 
-Factors = tuple[Tensor, Tensor]  # B (out, r), A (r, in); r = 0 for an update that is zero
+# B (*stack, out, r), A (*stack, r, in); r = 0 for an update that is zero
+Factors = tuple[Tensor, Tensor]
 NAME = "resized"
 
 
 @dataclass(frozen=True)
 class Resized:
-    """A written adapter: `sites` has rank and relative error by module path, `error` is that of all
-    sites together. `left_out` has the relative difference of tensors that differ between two models
-    and that an adapter of linear layers can't change.
+    """A written adapter: `sites` has rank and relative error by module path, for experts those of
+    each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
+    relative difference of tensors that differ between two models and that an adapter of linear
+    layers can't change.
     """
 
     sites: dict[str, dict[str, float]]
@@ -144,22 +148,24 @@ def resize(
                 f"{path}: {type(site.delta).__name__} changes the bias of {site.path} together with"
                 " its weight, so it can't become LoRA"
             )
-        svd = site.parts()
-        s = svd.s
-        asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
-        kept = svd.top(asked)
-        root = kept.s.sqrt()
-        factors[site.path] = kept.u * root, root[:, None] * kept.v.t()
-        errors.add(site.path, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
-    found = errors.result(out)
+        found = []
+        for name, svd in site.parts():
+            s = svd.s
+            asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
+            kept = svd.top(asked)
+            root = kept.s.sqrt()
+            found.append((kept.u * root, root[:, None] * kept.v.t()))
+            errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
+        factors[site.path] = stacked(found) if site.layer.stack else found[0]
+    result = errors.result(out)
     history = {k: v for k, v in read_record(path).items() if k not in ("base", "lorafold")}
     record = {
         **history,
-        "resized": {"from": str(path), "rank": rank, "energy": energy, "error": found.error},
+        "resized": {"from": str(path), "rank": rank, "energy": energy, "error": result.error},
     }
     tokenizer = tokenizer_of(source, [path], trust_remote_code) if has_tokenizer(path) else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
-    return found
+    return result
 
 
 def extract(
@@ -199,43 +205,56 @@ def extract(
         )
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:
-        before, after = (
-            layer_of(mapped.model.get_submodule(path)).dense()[0].float() for mapped in (one, other)
-        )
-        dw = after - before
-        if whole := _squares(dw):
-            b, a = best_of_rank(dw, min(rank, *dw.shape))
-            factors[path] = b, a
-            errors.add(path, len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole)
+        layers = [layer_of(module_at(mapped.model, path)) for mapped in (one, other)]
+        names = matrix_names(path, layers[0].stack)
+        both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
+        found = [_difference(errors, name, w, tuned, rank) for name, w, tuned in both]
+        if any(len(a) for _, a in found):
+            factors[path] = stacked(found) if layers[0].stack else found[0]
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
             " nothing to extract"
         )
-    extracted = {f"{path}.weight" for path in paths}
+    extracted = {parameter_path(module_at(one.model, p), p, "weight") for p in paths}
     left_out = {
         name: change
         for name, p in own.items()
         if name not in extracted and (change := _relative(theirs[name], p))
     }
     adapter = attach(one.model, LoRA(rank=1), Matches({path: (path,) for path in factors}), NAME)
-    found = errors.result(out, left_out)
-    record = {
-        "extracted": {"from": tuned.name, "rank": rank, "error": found.error, "left_out": left_out}
-    }
-    as_lora(adapter, factors).save(out, overwrite=overwrite, record=record)
-    return found
+    result = errors.result(out, left_out)
+    about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
+    as_lora(adapter, factors).save(out, overwrite=overwrite, record={"extracted": about})
+    return result
+
+
+def _difference(errors: Errors, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
+    """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed.
+
+    Args:
+        errors: Gets the error, if anything changed.
+        name: The name of the matrix.
+        w, tuned: The matrix (out, in) before and after.
+        rank: The rank.
+    """
+    dw = tuned.float() - w.float()
+    if not (whole := _squares(dw)):
+        return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])
+    b, a = best_of_rank(dw, min(rank, *dw.shape))
+    errors.add(name, len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole)
+    return b, a
 
 
 @torch.no_grad()
 def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
     """The adapter with LoRA instead of its method; its biases, whole modules and tokens stay."""
-    spec = of_ranks({path: max(len(a), 1) for path, (_, a) in factors.items()})
+    spec = of_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites
     for path, (b, a) in factors.items():
         module = modules[path]
         delta = spec.at(path).build(layer_of(module))
-        if len(a):
+        if a.shape[-2]:
             put(delta, "B", b)
             put(delta, "A", a)
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]

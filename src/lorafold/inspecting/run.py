@@ -1,13 +1,16 @@
 """The figures of `lorafold inspect`, except the loss, for one adapter and its base.
 
-    sites             by module path: the spectrum, the size relative to the base, the tokens
+    sites             by module path: the spectrum, the size relative to the base, the tokens; each
+                      matrix of experts on its own, as `...gate_up_proj[3]`
     whole             the same over all sites
     layers            phi of the top directions of every two blocks
+    experts           phi of the top directions of every two experts of a block
+    experts_left_out  which experts have tokens, where there are experts
     against           the comparison with a second adapter
     tokens_left_out   why no site has tokens, where the model has no tokenizer
     advice            conclusions, in sentences
 
-The weights of one module of the base at a time are read from its files.
+The weights of one matrix of the base at a time are read from its files.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from lorafold.bases import layer_of
 from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
 from lorafold.inspecting import base_svd, conclusions, reads
-from lorafold.inspecting.against import SHOWN, across_layers, compared
+from lorafold.inspecting.against import SHOWN, across_experts, across_layers, compared
 from lorafold.inspecting.residual import Stream, gain, stream_of
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.subspaces import against_base
-from lorafold.inspecting.updates import Site, Svd, load_below, sites
+from lorafold.inspecting.updates import Site, Svd, largest, load_below, sites
 from lorafold.models import fingerprint
 from lorafold.models.checkpoint import MappedModel, mapped_model_of
 from lorafold.models.sources import ModelSource
@@ -40,6 +43,7 @@ from lorafold.peft.stack import recorded
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
+EXPERTS = "Of the experts of a block, the one with the largest update has tables of tokens."
 WHOLE = (
     "effective_rank_90",
     "effective_rank_95",
@@ -93,7 +97,10 @@ def inspect(
     base = fingerprint.of(ModelWeights(mapped.model)) | recorded(adapter.over) if full else None
     changed, figures, svds = list(sites(adapter, below)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(changed, 1):
-        svds[site.path], figures[site.path] = of_site(site, base)
+        weights = site.weights()
+        for name, svd in site.parts():
+            figures[name] = of_matrix(site, name, svd, weights[name].float(), base)
+            svds[name] = kept_of(site, svd)
         if progress is not None:
             progress(done, len(changed))
     vectors = (
@@ -104,8 +111,10 @@ def inspect(
         "reads": reads.chance(ends_of(mapped)[0], None),
         "writes": reads.chance(ends_of(mapped)[1], final_gain(mapped, stream)),
     }
-    for at, found in tokens_of(mapped, stream, svds, tokenizer, vectors).items():
+    shown = {name: svds[name] for name in largest(figures)}
+    for at, found in tokens_of(mapped, stream, shown, tokenizer, vectors).items():
         figures[at] |= found
+    among = across_experts(svds, stream)
     result: Figures = {
         "adapter": str(path),
         **({"over": [*map(str, over)]} if over else {}),
@@ -115,6 +124,7 @@ def inspect(
         "whole": of_whole(figures),
         "sites": figures,
         "layers": across_layers(svds, stream),
+        **({"experts": among, "experts_left_out": EXPERTS} if among else {}),
         "chance_cosine": chance,
         "tokens_left_out": left_out,
     }
@@ -122,27 +132,35 @@ def inspect(
         others = sites(other, below if other.over else ())
         result["against"] = {
             "adapter": str(against),
-            **compared(svds, {site.path: kept_of(site, site.parts()) for site in others}),
+            **compared(svds, {n: kept_of(site, svd) for site in others for n, svd in site.parts()}),
         }
     return {**result, "advice": conclusions.sentences(result)}
 
 
-def of_site(site: Site, base: Mapping[str, Any] | None) -> tuple[Svd, Figures]:
-    """The SVD of a site's update, as `kept_of` cuts it, and its figures. Those that need the
-    spectrum of W0 are added if the base's fingerprint is given.
+def of_matrix(
+    site: Site, name: str, svd: Svd, w: torch.Tensor, base: Mapping[str, Any] | None
+) -> Figures:
+    """The figures of a matrix.
+
+    Args:
+        site: Its site.
+        name: Its name.
+        svd: The SVD of its update.
+        w: W0, (out, in), in fp32.
+        base: The base's fingerprint, for those that need the spectrum of W0 too; None leaves them
+            out.
     """
-    svd, w = site.parts(), site.weight
     figures = spectrum(svd.s, site.rank)
     directions = len(svd.s) if figures["factored"] else int(figures["effective_rank_95"])
     found = {**figures, **against_base(svd, w, directions), "directions": directions}
     if base is not None:
-        found |= base_svd.figures(base, site.path, w, svd, directions)
+        found |= base_svd.figures(base, name, w, svd, directions)
     about = {
         "shape": list(w.shape),
         "singular_values": svd.s.tolist(),
         "advice": advice(site.rank, pooled([svd.s])),
     }
-    return kept_of(site, svd), {**found, **about}
+    return {**found, **about}
 
 
 def of_whole(sites: Mapping[str, Figures]) -> Figures:

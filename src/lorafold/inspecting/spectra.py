@@ -18,6 +18,7 @@ from itertools import chain, count
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 SHARES = (0.90, 0.95, 0.99)
 ENOUGH = 0.95
@@ -63,26 +64,32 @@ def spectrum(s: Tensor, nominal: int | None) -> dict[str, float | int | bool]:  
     }
 
 
-def pooled_loss(s: Sequence[Tensor], rank: int) -> float:  # (k,) for each site
-    """The share of the energy of all sites that is lost if each is cut to a rank."""
-    total = float(sum(x.double().square().sum() for x in s))
-    return float(sum(x[rank:].double().square().sum() for x in s)) / total if total else 0.0
+def pooled_loss(energies: Tensor, rank: int) -> float:  # (k,)
+    """The share of the energy of all sites that is lost if each is cut to a rank.
+
+    Args:
+        energies: The energy of each direction, summed over the sites, (k,) in fp64.
+        rank: The rank.
+    """
+    total = float(energies.sum())
+    return float(energies[rank:].sum()) / total if total else 0.0
 
 
-def holding(s: Sequence[Tensor], ranks: Iterable[int]) -> int:  # (k,) for each site
+def holding(energies: Tensor, ranks: Iterable[int]) -> int:  # (k,)
     """The first of these ranks at which all sites, cut to it, hold 95% of their common energy."""
-    return next(rank for rank in ranks if pooled_loss(s, rank) <= 1 - ENOUGH)
+    return next(rank for rank in ranks if pooled_loss(energies, rank) <= 1 - ENOUGH)
 
 
 def pooled(s: Sequence[Tensor]) -> dict[str, float | int]:  # (k,) for each site
     """One rank for all sites: the smallest that holds 95% of their common energy, the advised rank,
     and the share of the energy that the advised rank loses. 0 where all updates are zero.
     """
-    rank = holding(s, chain((0, 1, 2), count(4, 4)))
+    energies = pad_sequence(list(s), batch_first=True).double().square().sum(0)
+    rank = holding(energies, chain((0, 1, 2), count(4, 4)))
     return {
-        "rank_95": holding(s, count()),
+        "rank_95": holding(energies, count()),
         "advised_rank": rank,
-        "advised_loss": pooled_loss(s, rank),
+        "advised_loss": pooled_loss(energies, rank),
     }
 
 

@@ -1,18 +1,80 @@
-"""The tables of the page: the tokens and the user's vectors that directions read and write."""
+"""The tables of the page: what experts changed, and the tokens and the user's vectors that
+directions read and write.
+"""
 
 from __future__ import annotations
 
 import html
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+from lorafold.files.page import html_table
 from lorafold.inspecting.against import by_kind, kind_of
+from lorafold.inspecting.updates import site_of
 
 Figures = Mapping[str, Any]
 
 
+def average(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are known, or None."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def spread(values: Sequence[float | None], form: str, ranged: bool = True) -> str:
+    """The mean of figures as text, a dash for none.
+
+    Args:
+        values: The figures.
+        form: Their format.
+        ranged: Whether the lowest and the highest follow.
+    """
+    if (mean := average(values)) is None:
+        return "–"
+    known = [value for value in values if value is not None]
+    ends = f" ({min(known):{form}} to {max(known):{form}})" if ranged else ""
+    return f"{mean:{form}}{ends}"
+
+
+def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
+    """The section on experts: a line for each site.
+
+    Args:
+        sites: The figures of each matrix.
+        overlaps: phi of their top directions by site, where one side is in the residual stream.
+    """
+    own = defaultdict[str, list[Figures]](list)
+    for name, site in sites.items():
+        if site_of(name) != name:
+            own[site_of(name)].append(site)
+    yield (
+        "<h2>Experts</h2><p>Means over the experts of a module, with the lowest and the highest"
+        " value. An expert is changed if a token of the data came to it. phi compares the four"
+        " strongest directions of every two experts, on the side in the residual stream.</p>"
+    )
+    lines = []
+    for path, of in own.items():
+        phi = overlaps.get(path)
+        lines.append(
+            [
+                path,
+                f"{sum(site['numerical_rank'] > 0 for site in of)} of {len(of)}",
+                spread([site["relative_norm"] for site in of], ".2%"),
+                spread([site["effective_rank_95"] for site in of], ".1f"),
+                spread([site["stable_rank"] for site in of], ".2f"),
+                "–"
+                if phi is None
+                else f"{phi['phi']:.2f} ({phi['phi_lowest']:.2f} to {phi['phi_highest']:.2f})",
+            ]
+        )
+    heads = ("site", "changed", "|dW|/|W0|", "directions for 95%", "stable rank", "phi")
+    yield f'<div class="wide">{html_table(heads, lines)}</div>'
+
+
 def tokens(
-    sites: Mapping[str, Figures], chance: Figures, left_out: str | None
+    sites: Mapping[str, Figures], chance: Figures, left_out: str | None, experts: str | None = None
 ) -> Iterator[str]:
     """The section on the tokens and vectors nearest to the strongest directions.
 
@@ -20,6 +82,7 @@ def tokens(
         sites: The figures of each site.
         chance: The cosine of a random direction, for reading and for writing.
         left_out: Why there are no tokens, or None.
+        experts: Which experts have tokens, or None.
     """
     explained = (
         "The tokens with the largest cosine to each module's strongest directions. A direction"
@@ -27,6 +90,7 @@ def tokens(
         " or outputs stay inside its block has no tokens for them. The token nearest to a random"
         f" direction has a cosine of {chance['reads']:.2f} when reading and"
         f" {chance['writes']:.2f} when writing; a cosine that is not larger means little."
+        + (f" {experts}" if experts else "")
     )
     yield f"<h2>What it reads and writes</h2><p>{html.escape(left_out or explained, False)}</p>"
     for verb, names in (
@@ -42,7 +106,7 @@ def tokens(
                 f" +</th><th>{verb.split('_')[0]} −</th></tr>"
             )
             lines = "".join(
-                line(kind_of(path)[1], i, sites[path], ends)
+                line(place(path), i, sites[path], ends)
                 for path in of_kind
                 for i, ends in enumerate(sites[path][verb])
             )
@@ -50,11 +114,17 @@ def tokens(
             yield f'<div class="wide"><table class="tokens">{head}{lines}</table></div></details>'
 
 
-def line(block: int | None, i: int, site: Figures, ends: Figures) -> str:
+def place(name: str) -> str:
+    """The number of a matrix's block, and that of its expert; empty outside of blocks."""
+    block, expert = kind_of(name)[1], name.removeprefix(site_of(name)).strip("[]")
+    return ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
+
+
+def line(block: str, i: int, site: Figures, ends: Figures) -> str:
     """One direction as a line of the table.
 
     Args:
-        block: The number of the block, or None outside of blocks.
+        block: The block, as `place` names it.
         i: The index of the direction.
         site: The figures of the site.
         ends: The names and cosines at both ends of the direction.
@@ -68,7 +138,7 @@ def line(block: int | None, i: int, site: Figures, ends: Figures) -> str:
     share = site["singular_values"][i] ** 2 / sum(s**2 for s in site["singular_values"])
     name = f"{i + 1}: {share:.0%} of the energy"
     cells = (
-        "" if block is None else str(block),
+        block,
         name,
         end(ends["positive"]),
         end(ends["negative"]),

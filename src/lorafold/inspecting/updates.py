@@ -2,6 +2,8 @@
 
     dW = U S V^T       U (out, k), S (k,) in descending order, V (in, k)
 
+The matrices of experts are taken one by one: that of expert 3 is called `...gate_up_proj[3]`.
+
 A product of factors is decomposed from its factors (`ops.svd.svd_of_product`), which takes O((out +
 in) r^2) instead of O(out in min(out, in)). Other updates are built as dense matrices, one module at
 a time. The base's weights stay in their mapped files until a figure needs one.
@@ -9,13 +11,15 @@ a time. The base's weights stay in their mapped files until a figure needs one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, load
@@ -48,26 +52,59 @@ class Svd:
         return (self.u * self.s) @ self.v.t()
 
 
+def matrix_names(path: str, stack: Sequence[int]) -> list[str]:
+    """The names of the matrices at a site.
+
+    Args:
+        path: The site.
+        stack: The number of matrices, (E,), or () for one, which is called as its site.
+    """
+    return [f"{path}[{e}]" for e in range(stack[0])] if stack else [path]
+
+
+def site_of(name: str) -> str:
+    """The site of a matrix, by its name."""
+    return name.partition("[")[0]
+
+
+def largest(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of the matrices, of the experts of a site that alone which changed most.
+
+    Args:
+        figures: The figures of each matrix by name, with the norm of its update.
+    """
+    found: dict[str, str] = {}
+    for name, of in figures.items():
+        best = found.setdefault(site_of(name), name)
+        if of["norm"] > figures[best]["norm"]:
+            found[site_of(name)] = name
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Site:
-    """One module, with the delta that is attached to it."""
+    """One module, or the matrices of experts, with the delta that is attached to it."""
 
     path: str
     delta: Delta
     layer: Layer
 
     @property
-    def weight(self) -> Tensor:  # (out, in)
-        """W0 in fp32, read from the file each time; with the adapters below in it, if there are
-        any.
+    def names(self) -> list[str]:
+        """The names of its matrices."""
+        return matrix_names(self.path, self.layer.stack)
+
+    def weights(self) -> dict[str, Tensor]:
+        """W0 (out, in) of each matrix, in the dtype of the base, by name: views of the files; with
+        the adapters below in it, if there are any.
         """
-        return self.layer.dense()[0].detach().float()
+        return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
     def rank(self) -> int | None:
         """The nominal rank, or None for a delta without factors."""
         factors = self.delta.factors()
-        return None if factors is None else len(factors[1])
+        return None if factors is None else factors[1].shape[-2]
 
     @property
     def changes_bias(self) -> bool:
@@ -76,14 +113,14 @@ class Site:
         return (
             self.delta.factors() is None
             and bias is not None
-            and self.delta.fold(self.weight, bias)[1] is not bias
+            and self.delta.fold(self.layer.dense()[0].float(), bias)[1] is not bias
         )
 
-    def parts(self) -> Svd:
-        """The SVD of the update, computed each time. Raises LorafoldError for an update without a
-        form in weight space.
+    def parts(self) -> Iterator[tuple[str, Svd]]:
+        """Yield the name and the SVD of each matrix's update, computed each time. Raises
+        LorafoldError for an update without a form in weight space.
         """
-        return svd_of(self.delta, self.layer, self.path)
+        return zip(self.names, svds_of(self.delta, self.layer, self.path), strict=True)
 
 
 def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
@@ -126,8 +163,8 @@ def load_below(
 
 
 @torch.no_grad()
-def svd_of(delta: Delta, layer: Layer, path: str) -> Svd:
-    """The SVD of a delta's update.
+def svds_of(delta: Delta, layer: Layer, path: str) -> Iterator[Svd]:
+    """The SVD of a delta's update, one for each matrix of the layer.
 
     Args:
         delta: From its factors, if it has them.
@@ -137,11 +174,25 @@ def svd_of(delta: Delta, layer: Layer, path: str) -> Svd:
     Raises LorafoldError for a delta without a form in weight space.
     """
     if (factors := delta.factors()) is not None:
-        return of_factors(*factors)
+        return map(of_factors, *(unstacked(factor.detach()) for factor in factors))
     try:
-        return of_dense(delta.change(layer.dense()[0].float()))
+        return map(of_dense, unstacked(delta.change(layer.dense()[0].float())))
     except NotMergeable as e:
         raise LorafoldError(f"{path}: {e}") from None
+
+
+def unstacked(w: Tensor) -> Sequence[Tensor]:
+    """The matrices of w (E, ., .), as views, or w (., .) itself."""
+    return w.unbind() if w.dim() == 3 else (w,)
+
+
+def stacked(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of several matrices, (E, out, r) and (E, r, in), zero beyond a matrix's own rank.
+    """
+    rank = max(len(down) for _, down in found)
+    ups = [F.pad(up, (0, rank - up.shape[1])) for up, _ in found]
+    downs = [F.pad(down, (0, 0, 0, rank - len(down))) for _, down in found]
+    return torch.stack(ups), torch.stack(downs)
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)

@@ -110,24 +110,22 @@ def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
 
 
 def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str | None]:
-    """The check of a mixture's factors, up (out, R) or down (R, in): dimension `dim` has a column
-    for each owner, and the other is a side of the layer.
+    """The check of a mixture's factors, up (*stack, out, R) or down (*stack, R, in): dimension
+    `dim`, -1 or -2, has a column for each owner, and the others are those of the layer.
     """
 
     def misfit(factor: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
         owner = file.get(f"{site.at}.mixture_owner")
         laid: Any = site.delta
-        side = (laid.up.shape[0], laid.down.shape[1])[1 - dim]
-        fine = (
-            factor.is_floating_point()
-            and factor.dim() == 2
-            and owner is not None
-            and factor.shape[dim] == owner.numel()
-        )
-        if fine and factor.shape[1 - dim] == side:
+        expected = list((laid.up if dim == -1 else laid.down).shape)
+        expected[dim] = -1 if owner is None else owner.numel()
+        if factor.is_floating_point() and list(factor.shape) == expected:
             return None
+        del expected[dim]
         return (
-            f"shape {list(factor.shape)}, expected a factor with {side} in dimension {1 - dim} and"
+            f"shape {list(factor.shape)}, expected a factor with"
+            f" {' and '.join(map(str, expected))} in dimension"
+            f" {' and '.join(str(i) for i in range(factor.dim()) if i != dim % factor.dim())} and"
             " the owners' number in the other"
         )
 
@@ -137,8 +135,8 @@ def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str |
 def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
     """The frozen factors of a mixture, and which adapter each column belongs to."""
     return [
-        Entry("up", "{at}.mixture_up", misfit=not_frozen(1)),
-        Entry("down", "{at}.mixture_down", misfit=not_frozen(0)),
+        Entry("up", "{at}.mixture_up", misfit=not_frozen(-1)),
+        Entry("down", "{at}.mixture_down", misfit=not_frozen(-2)),
         Entry("owner", "{at}.mixture_owner", misfit=not_owners),
     ]
 

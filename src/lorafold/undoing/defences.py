@@ -18,6 +18,7 @@ import torch
 from lorafold.adapter import attach
 from lorafold.core.delta import put
 from lorafold.core.targets import Matches
+from lorafold.inspecting.updates import site_of, stacked
 from lorafold.methods.lora import of_ranks
 from lorafold.undoing.subspaces import Factors, Updates, factors_of, off
 
@@ -76,13 +77,18 @@ def laid(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
 
     Args:
         model: The model.
-        factors: up (out, r) and down (r, in) by module path; r = 0 changes nothing.
+        factors: up (out, r) and down (r, in) by module path, or by the names of all matrices of
+            experts; r = 0 changes nothing.
     """
-    there = {path: pair for path, pair in factors.items() if len(pair[1])}
+    sites: dict[str, list[Factors]] = {}
+    for name, pair in factors.items():
+        sites.setdefault(site_of(name), []).append(pair)
+    every = {path: own[0] if path in factors else stacked(own) for path, own in sites.items()}
+    there = {path: pair for path, pair in every.items() if pair[1].shape[-2]}
     if not there:
         yield
         return
-    spec = of_ranks({path: len(down) for path, (_, down) in there.items()})
+    spec = of_ranks({path: down.shape[-2] for path, (_, down) in there.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in there}), NAME)
     try:
         for path, delta in adapter.own_deltas.items():

@@ -41,12 +41,12 @@ class Overlap:
 
 
 def updates_of(adapter: Adapter) -> Updates | None:
-    """The update of each site of an adapter; None if a part of it is not added to a weight (a
+    """The update of each matrix of an adapter; None if a part of it is not added to a weight (a
     magnitude, a bias, virtual tokens), so that it has no subspace.
     """
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
-    return {site.path: site.parts() for site in sites(adapter)}
+    return {name: svd for site in sites(adapter) for name, svd in site.parts()}
 
 
 def overlap(update: Updates, alignment: Updates) -> Overlap | None:

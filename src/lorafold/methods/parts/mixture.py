@@ -46,17 +46,18 @@ class Gates(nn.Module):
         self.values = nn.Parameter(torch.full((n,), 1 / n, device=device, dtype=torch.float32))
 
 
-def add_factor_buffers(delta: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
-    """Give a delta empty buffers for the frozen factors: up (out, R), down (R, in), fp32, and owner
-    (R,) int64, the index of the adapter that a column of up belongs to.
+def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
+    """Give a delta empty buffers for the frozen factors: up (*stack, out, R), down (*stack, R, in),
+    fp32, and owner (R,) int64, the index of the adapter that a column of up belongs to.
 
     Args:
         delta: the delta.
-        shape: the shape (out, in) of its layer.
-        device: the device of the buffers.
+        layer: its layer, whose device the buffers share.
     """
-    delta.register_buffer("up", torch.zeros(shape[0], 0, device=device, dtype=torch.float32))
-    delta.register_buffer("down", torch.zeros(0, shape[1], device=device, dtype=torch.float32))
+    (out, inn), device = layer.shape, layer.device
+    for name, sides in {"up": (out, 0), "down": (0, inn)}.items():
+        empty = torch.zeros(*layer.stack, *sides, device=device, dtype=torch.float32)
+        delta.register_buffer(name, empty)
     delta.register_buffer("owner", torch.zeros(0, device=device, dtype=torch.int64))
 
 
@@ -71,11 +72,11 @@ class MixtureDelta(LowRank):
     down: Tensor
     owner: Tensor
 
-    def __init__(self, shape: tuple[int, int], n: int, shared: bool, device: torch.device) -> None:
+    def __init__(self, layer: Layer, n: int, shared: bool) -> None:
         super().__init__()
         self.n = n
-        self.gates = Gates(n, shared, device)
-        add_factor_buffers(self, shape, device)
+        self.gates = Gates(n, shared, layer.device)
+        add_factor_buffers(self, layer)
 
     def share(self, gates: Gates) -> None:
         """Use another delta's gates.
@@ -93,23 +94,25 @@ class MixtureDelta(LowRank):
 
 
 class RoutedDelta(Opaque):
-    """Frozen factors with gates that a router (n, in), fp32, computes for each token."""
+    """Frozen factors with gates that a router (*stack, n, in), fp32, computes for each token."""
 
     up: Tensor
     down: Tensor
     owner: Tensor
 
-    def __init__(self, shape: tuple[int, int], n: int, device: torch.device) -> None:
+    def __init__(self, layer: Layer, n: int) -> None:
         super().__init__()
         self.n = n
-        self.router = nn.Parameter(torch.zeros(n, shape[1], device=device, dtype=torch.float32))
-        add_factor_buffers(self, shape, device)
+        start = torch.zeros(*layer.stack, n, layer.shape[1], dtype=torch.float32)
+        self.router = nn.Parameter(start.to(layer.device))
+        add_factor_buffers(self, layer)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         gates = layer.op(x, self.router).float().softmax(-1)  # (..., n)
         u = layer.op(x, self.down)  # (..., R)
         u = u * gates[..., self.owner].to(u.dtype)
-        return layer(x, onto=add(F.linear(u, self.up.to(u.dtype)), onto))
+        change = layer.op(u, self.up) if layer.stack else F.linear(u, self.up.to(u.dtype))
+        return layer(x, onto=add(change, onto))
 
 
 @dataclass(frozen=True)
@@ -136,15 +139,15 @@ class Mixture(Spec):
             raise LorafoldError(f"Mixture: {'; '.join(wrong)}")
 
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
-        n, device = len(self.adapters), layer.device
+        n = len(self.adapters)
         if self.gates == "token":
             if not (layer.takes_vectors or layer.takes_ids):
                 raise LorafoldError(
                     "Mixture: gates: found token for a module whose inputs are signals, expected"
                     " global or layer"
                 )
-            return RoutedDelta(layer.shape, n, device)
-        return MixtureDelta(layer.shape, n, self.gates == "global", device)
+            return RoutedDelta(layer, n)
+        return MixtureDelta(layer, n, self.gates == "global")
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         if self.gates == "global":
