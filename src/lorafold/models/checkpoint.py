@@ -2,28 +2,36 @@
 
 The architecture is built on the meta device, and every parameter is replaced by the file's tensor,
 which is memory-mapped and not read. So attaching adapters takes only the memory of the adapters.
-transformers' own rules turn names in the files into names in the model.
+transformers' own rules turn names in the files into names in the model, and tensors of the files
+into parameters where it does not take them as they are (`converted`).
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    rename_source_key,
+)
 
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.container import Container, Entry, read_container, read_tensors
+from lorafold.models.converted import Conversion, Source
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
@@ -76,14 +84,14 @@ class MappedModel:
     """A model whose parameters are tensors of its files.
 
     `entries` gives the file's tensor by parameter name; `tied` gives the other names of a shared
-    parameter; `converted` are parameters that transformers computes from several tensors of the
-    files instead of reading them.
+    parameter; `converted` gives the conversion of each parameter that transformers computes from
+    tensors of the files instead of reading it.
     """
 
     model: PreTrainedModel
     entries: dict[str, Entry]
     tied: dict[str, tuple[str, ...]]
-    converted: frozenset[str]
+    converted: dict[str, Conversion]
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
@@ -134,20 +142,36 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
             " was quantized from"
         )
     model = build(config, trust_remote_code)
-    entries, converted = _by_parameter(model, checkpoint.entries)
-    tied = tied_parameters(model)
-    problems = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in entries and entries[name].shape != tuple(parameter.shape):
+    tensors = _read(checkpoint.entries.values())
+    entries, sources = _by_parameter(model, checkpoint.entries)
+    tied, problems = tied_parameters(model), []
+    converted: dict[str, Conversion] = {}
+    for (name, converter), group in sources.items():
+        parts = [Source(e, tensors[e.name], pattern, renamed) for e, pattern, renamed in group]
+        try:
+            conversion = Conversion(model, converter, name, parts)
+        except Exception as e:
             problems.append(
-                f"{entries[name].name}: shape {list(entries[name].shape)}, expected"
-                f" {list(parameter.shape)}"
+                f"{name}: transformers can't compute it from the {len(group)} tensors found for it,"
+                f" {group[0][0].name} and so on ({e})"
             )
-        elif not any(n in entries or n in converted for n in (name, *tied.get(name, ()))):
+        else:
+            converted |= dict.fromkeys(conversion.like, conversion)
+    failed = {name for name, _ in sources} - converted.keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found = entries[name].shape if name in entries else None
+        if name in converted:
+            found = tuple(converted[name].like[name].shape)
+        if found is not None and found != tuple(parameter.shape):
+            source = entries[name].name if name in entries else name
+            problems.append(f"{source}: shape {list(found)}, expected {list(parameter.shape)}")
+        elif not any(
+            n in entries or n in converted or n in failed for n in (name, *tied.get(name, ()))
+        ):
             problems.append(f"{name}: found in no weight file")
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
-    _map_files(model, entries, tied)
+    _place(model, _parameters(entries, tensors, converted, tied), tied)
     return MappedModel(model, entries, tied, converted)
 
 
@@ -162,37 +186,48 @@ def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> Map
 
 def _by_parameter(
     model: PreTrainedModel, entries: dict[str, Entry]
-) -> tuple[dict[str, Entry], frozenset[str]]:
+) -> tuple[dict[str, Entry], dict[tuple[str, WeightConverter], list[tuple[Entry, str, str]]]]:
+    """(entries by parameter, those that are converted by parameter and converter). Of the latter:
+    the entry, the converter's pattern of its name, and its name before the conversion.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
-    known = model.state_dict()
-    found, converted = {}, set()
+    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found, converted = {}, defaultdict(list)
     for key, entry in entries.items():
-        name, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, known
-        )
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:
-            name, converter = key, None
-        if converter is None:
+            name, pattern = key, None
+        if pattern is None:
             found[name] = entry
-        else:
-            converted.add(name)
-    return found, frozenset(converted)
+        elif name in known:
+            renamed = apply_renamings(key, renamings)
+            alone, _ = apply_converters(renamed, converters)  # as `name`, but for the prefix
+            if name != alone and name.endswith(alone):
+                renamed = name.removesuffix(alone) + renamed
+            elif name != alone:
+                renamed = renamed.removeprefix(alone.removesuffix(name))
+            converted[name, of_pattern[pattern]].append((entry, pattern, renamed))
+    return found, converted
 
 
-def _map_files(
-    model: nn.Module, entries: dict[str, Entry], tied: dict[str, tuple[str, ...]]
-) -> None:
-    """Replace the model's parameters by the files' tensors. A parameter without a tensor in the
-    files, or with an equal one, becomes the parameter that it is tied to.
-    """
+def _read(entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """The tensors of entries by their names, mapped from the files."""
     by_file = defaultdict(list)
-    for entry in entries.values():
+    for entry in entries:
         by_file[entry.file].append(entry.name)
-    tensors = {
-        name: t for file, names in by_file.items() for name, t in read_tensors(file, names).items()
-    }
+    return {n: t for file, names in by_file.items() for n, t in read_tensors(file, names).items()}
+
+
+def _parameters(
+    entries: dict[str, Entry],
+    tensors: dict[str, Tensor],
+    converted: dict[str, Conversion],
+    tied: dict[str, tuple[str, ...]],
+) -> dict[str, nn.Parameter]:
+    """The parameters that the files have, by name; two tied ones with equal tensors are one."""
     parameters = {
         name: nn.Parameter(tensors[entry.name], requires_grad=False)
         for name, entry in entries.items()
@@ -202,6 +237,15 @@ def _map_files(
         first = min(n for n in (name, *tied[name]) if n in parameters)
         if first != name and torch.equal(parameters[first], parameters[name]):
             parameters[name] = parameters[first]
+    return parameters | {name: c.parameter(name) for name, c in converted.items()}
+
+
+def _place(
+    model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
+) -> None:
+    """Give the model these parameters. One that is not among them becomes the one that it is tied
+    to.
+    """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
         if source is not None:
