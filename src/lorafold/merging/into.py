@@ -137,3 +137,25 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
         turned = isinstance(module, Stack) and bool(module.owner.is_transposed)
         delta = RoundTrip(quantization, turned)
         lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
+
+
+def check_saved(model: nn.Module, quantization: str) -> None:
+    """Raise LorafoldError for a model that can't be saved quantized: transformers has no form for
+    quantized experts in files.
+
+    Args:
+        model: The model.
+        quantization: nf4 or int8.
+    """
+    found = [
+        path
+        for path in packable(model)  # type: ignore[arg-type]
+        if isinstance(module_at(model, path), Stack)
+    ]
+    if found:
+        raise LorafoldError(
+            f"into {quantization}: found experts ({found[0]}"
+            + f" and {len(found) - 1} more" * (len(found) > 1)
+            + f"), which transformers can't save as {quantization}; fold into original or"
+            f" dequantized weights and load them with --base {quantization}"
+        )

@@ -74,7 +74,8 @@ def execute(
         shutil.copyfile(plan.checkpoint.path / path, out / path)
     write_json(out / "config.json", plan.config)
     for file, container in plan.checkpoint.files.items():
-        write_container(out / file, plan.layout(file), container.metadata, folding.new_values, written)
+        layout, values = plan.layout(file), folding.new_values
+        write_container(out / file, layout, container.metadata, values, written)
     if plan.checkpoint.index is not None:
         where = {name: file for file in plan.checkpoint.files for name, _ in plan.layout(file)}
         metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}

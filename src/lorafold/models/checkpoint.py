@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
-from lorafold.models.load_errors import loading
+from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
@@ -142,29 +142,17 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
             " was quantized from"
         )
     model = build(config, trust_remote_code)
-    tensors = _read(checkpoint.entries.values())
-    entries, sources = _by_parameter(model, checkpoint.entries)
-    tied, problems = tied_parameters(model), []
-    converted: dict[str, Conversion] = {}
-    for (name, converter), group in sources.items():
-        parts = [Source(e, tensors[e.name], pattern, renamed) for e, pattern, renamed in group]
-        try:
-            conversion = Conversion(model, converter, name, parts)
-        except Exception as e:
-            problems.append(
-                f"{name}: transformers can't compute it from the {len(group)} tensors found for it,"
-                f" {group[0][0].name} and so on ({e})"
-            )
-        else:
-            converted |= dict.fromkeys(conversion.like, conversion)
-    failed = {name for name, _ in sources} - converted.keys()
+    tensors = mapped_tensors(checkpoint.entries.values())
+    entries, converted, failed = by_parameter(model, checkpoint.entries, tensors)
+    tied, problems = tied_parameters(model), list(failed.values())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found = entries[name].shape if name in entries else None
+        own, expected = entries.get(name), tuple(parameter.shape)
+        found = own.shape if own else None
         if name in converted:
             found = tuple(converted[name].like[name].shape)
-        if found is not None and found != tuple(parameter.shape):
-            source = entries[name].name if name in entries else name
-            problems.append(f"{source}: shape {list(found)}, expected {list(parameter.shape)}")
+        if found is not None and found != expected:
+            label = own.name if own else name
+            problems.append(f"{label}: shape {list(found)}, expected {list(expected)}")
         elif not any(
             n in entries or n in converted or n in failed for n in (name, *tied.get(name, ()))
         ):
@@ -184,18 +172,23 @@ def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> Map
     return mapped
 
 
-def _by_parameter(
-    model: PreTrainedModel, entries: dict[str, Entry]
-) -> tuple[dict[str, Entry], dict[tuple[str, WeightConverter], list[tuple[Entry, str, str]]]]:
-    """(entries by parameter, those that are converted by parameter and converter). Of the latter:
-    the entry, the converter's pattern of its name, and its name before the conversion.
+def by_parameter(
+    model: PreTrainedModel, entries: dict[str, Entry], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Entry], dict[str, Conversion], dict[str, str]]:
+    """(entries, conversions, problems), each by parameter: tensors that the model takes as they
+    are, those that it computes from several, and what is wrong with others of the latter.
+
+    Args:
+        model: The model, on the meta device.
+        entries: The tensors of its files by name.
+        tensors: Their values, mapped from the files.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
     of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
-    found, converted = {}, defaultdict(list)
+    found, parts = {}, defaultdict(list)
     for key, entry in entries.items():
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:
@@ -209,12 +202,24 @@ def _by_parameter(
                 renamed = name.removesuffix(alone) + renamed
             elif name != alone:
                 renamed = renamed.removeprefix(alone.removesuffix(name))
-            converted[name, of_pattern[pattern]].append((entry, pattern, renamed))
-    return found, converted
+            parts[name, of_pattern[pattern]].append(Source(entry, tensors[key], pattern, renamed))
+    converted: dict[str, Conversion] = {}
+    problems = {}
+    for (name, converter), sources in parts.items():
+        try:
+            conversion = Conversion(model, converter, name, sources)
+        except (RuntimeError, ValueError, LookupError, TypeError) as e:
+            problems[name] = (
+                f"{name}: transformers can't compute it from the {len(sources)} tensors found for"
+                f" it, {sources[0].entry.name} and so on ({one_line(e)})"
+            )
+        else:
+            converted |= dict.fromkeys(conversion.like, conversion)
+    return found, converted, problems
 
 
-def _read(entries: Iterable[Entry]) -> dict[str, Tensor]:
-    """The tensors of entries by their names, mapped from the files."""
+def mapped_tensors(entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """The tensors of entries, of any shape, by their names, mapped from the files."""
     by_file = defaultdict(list)
     for entry in entries:
         by_file[entry.file].append(entry.name)
@@ -223,7 +228,7 @@ def _read(entries: Iterable[Entry]) -> dict[str, Tensor]:
 
 def _parameters(
     entries: dict[str, Entry],
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     converted: dict[str, Conversion],
     tied: dict[str, tuple[str, ...]],
 ) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
 from lorafold.models.quantizing import QUANTIZATIONS, quantization_of
 from lorafold.models.sources import ModelSource
-from lorafold.models.weights import FileWeights, Weights, model_files
+from lorafold.models.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -66,4 +66,8 @@ def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
     """Return the base's original weights, read from its files, if the model's are quantized; else
     None. `load_model` must have checked the files.
     """
-    return None if storage.quantization is None else FileWeights(model_files(source.path))
+    if storage.quantization is None:
+        return None
+    from lorafold.models.originals import original_weights
+
+    return original_weights(source)
