@@ -190,14 +190,14 @@ def by_parameter(
     known, prefix = model.state_dict(), model.base_model_prefix
     found, parts = {}, defaultdict(list)
     for key, entry in entries.items():
-        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        renamed = apply_renamings(key, renamings)
+        alone, pattern = apply_converters(renamed, converters)
+        name, _ = rename_source_key(alone, [], [], prefix, known)  # with the prefix of the model
         if name not in known and key in known:
             name, pattern = key, None
         if pattern is None:
             found[name] = entry
         elif name in known:
-            renamed = apply_renamings(key, renamings)
-            alone, _ = apply_converters(renamed, converters)  # as `name`, but for the prefix
             if name != alone and name.endswith(alone):
                 renamed = name.removesuffix(alone) + renamed
             elif name != alone:
