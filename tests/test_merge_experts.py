@@ -296,6 +296,22 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(kind, moe) -> None
     assert of_model(mapped.model) == of_model(load_model(base, torch.float32))
 
 
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
+    base = moe(kind, size="60KB")
+    weights = weights_of(resolve_model(base), Storage(torch.float32, "nf4"))
+    loaded = load_model(base, torch.float32).state_dict()
+    assert weights is not None
+    assert set(weights.names) <= loaded.keys()
+    for name in weights.names:
+        assert weights.find(name) == name
+        assert weights.shape(name) == tuple(loaded[name].shape)
+        assert weights.is_floating(name)
+        assert torch.equal(weights.get(name), loaded[name])
+        where = torch.stack([torch.randint(n, (9,)) for n in loaded[name].shape], 1)
+        assert torch.equal(weights.at(name, where), loaded[name][where.unbind(1)])
+
+
 def on_demand(base: Path) -> Iterator[tuple[str, OnDemand, torch.Tensor]]:
     """Each converted parameter, and its values as transformers loads them."""
     mapped = mapped_model_of(resolve_model(base))

@@ -1,15 +1,16 @@
 """The original weights of a quantized base, read from its files under the names of its parameters.
 
+    block_sparse_moe.gate.weight                    ->  mlp.gate.weight
     experts.0.w1.weight, experts.0.w3.weight, ...   ->  experts.gate_up_proj
 
-Where transformers computes parameters from several tensors, these stand for the tensors. So the
-fingerprint of a base, and a method that starts from its weights, find the experts by the names that
-the model has for them.
+Where transformers computes parameters from several tensors, so the fingerprint of a base, and a
+method that starts from its weights, find the experts by the names that the model has for them. The
+files of other models are read as they are, since their names are the model's but for a prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 from transformers import AutoConfig
@@ -18,44 +19,24 @@ from transformers.core_model_loading import WeightConverter
 
 from lorafold.errors import LorafoldError
 from lorafold.models.checkpoint import build, by_parameter, mapped_tensors, open_checkpoint
-from lorafold.models.converted import Conversion
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource
-from lorafold.models.weights import FileWeights, Weights, model_files
+from lorafold.models.weights import FileWeights, InMemory, Weights, model_files
 
 
-class ConvertedWeights(Weights):
-    """The tensors of files, where some have parameters in their place.
+class MappedWeights(InMemory):
+    """Tensors that are mapped from files, or are made of such when they are used.
 
     Args:
-        files: the tensors as they are.
-        converted: the conversions by parameter.
+        tensors: the tensors, of any shape, by name.
     """
 
-    def __init__(self, files: FileWeights, converted: Mapping[str, Conversion]) -> None:
-        self.files, self.converted = files, converted
-        taken = {entry.name for c in converted.values() for entry in c.entries}
-        self._names = dict.fromkeys([*(n for n in files.names if n not in taken), *converted])
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
 
     @property
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        own = self.converted.get(name)
-        return self.files.shape(name) if own is None else tuple(own.like[name].shape)
-
-    def is_floating(self, name: str) -> bool:
-        own = self.converted.get(name)
-        return self.files.is_floating(name) if own is None else own.like[name].is_floating_point()
-
-    def at(self, name: str, where: Tensor) -> Tensor:
-        own = self.converted.get(name)
-        return self.files.at(name, where) if own is None else own.parameter(name)[where.unbind(1)]
-
-    def get(self, name: str) -> Tensor:
-        own = self.converted.get(name)
-        return self.files.get(name) if own is None else own.values()[name]
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors
 
 
 def original_weights(source: ModelSource) -> Weights:
@@ -66,15 +47,17 @@ def original_weights(source: ModelSource) -> Weights:
     Args:
         source: The model, whose files must have been checked.
     """
-    files, config = FileWeights(model_files(source.path)), source.config()
+    config = source.config()
     kinds = {config.get("model_type"), config.get("text_config", {}).get("model_type")}
     rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
     if "quantization_config" in config or not any(isinstance(r, WeightConverter) for r in rules):
-        return files
+        return FileWeights(model_files(source.path))
     with loading(f"model {source.name}"):
         model = build(AutoConfig.from_pretrained(source.path), False)
     entries = open_checkpoint(source, ()).entries
-    _, converted, problems = by_parameter(model, entries, mapped_tensors(entries.values()))
+    tensors = mapped_tensors(entries.values())
+    found, converted, problems = by_parameter(model, entries, tensors)
     if problems:
         raise LorafoldError(f"model {source.name}: {'; '.join(problems.values())}")
-    return ConvertedWeights(files, converted)
+    own = {name: tensors[entry.name] for name, entry in found.items()}
+    return MappedWeights(own | {name: c.parameter(name) for name, c in converted.items()})
