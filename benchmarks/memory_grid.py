@@ -46,6 +46,18 @@ CONFIGS: dict[str, Any] = {
         **SHAPE, head_dim=64, num_hidden_layers=10, vocab_size=64000, sliding_window=256
     ),
     "gpt2": tf.GPT2Config(n_embd=512, n_layer=12, n_head=8),
+    "mixtral": tf.MixtralConfig(
+        **SHAPE | {"intermediate_size": 1024},
+        num_hidden_layers=6, num_local_experts=8, vocab_size=32000,
+    ),
+    "qwen3-moe": tf.Qwen3MoeConfig(
+        **SHAPE, head_dim=64, num_hidden_layers=6, vocab_size=32000,
+        num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
+    ),
+    "qwen2-moe": tf.Qwen2MoeConfig(
+        **SHAPE, num_hidden_layers=6, vocab_size=32000, num_experts=16, num_experts_per_tok=2,
+        moe_intermediate_size=512, shared_expert_intermediate_size=1024,
+    ),
     "bert": tf.BertConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
     ),
@@ -87,6 +99,14 @@ GRID: list[tuple[str, str, dict[str, Any], int, int]] = [
     ("gemma2", "dora", ON, 2, 512),
     ("gpt2", "lora", {}, 2, 512),
     ("gpt2", "full", ON, 2, 256),
+    ("mixtral", "inference", {}, 2, 512),
+    ("mixtral", "lora", {}, 2, 512),
+    ("mixtral", "qlora", {}, 2, 512),
+    ("mixtral", "dora", ON, 2, 512),
+    ("qwen3-moe", "lora", {}, 2, 512),
+    ("qwen3-moe", "qlora", ON, 2, 512),
+    ("qwen2-moe", "lora", {}, 2, 512),
+    ("qwen2-moe", "qlora", {}, 2, 256),
     ("bert", "lora", {}, 4, 256),
     ("bert", "full", {}, 4, 128),
 ]

@@ -51,7 +51,6 @@ from torch import Tensor, nn
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
-from lorafold.ops.scale import scale
 
 
 class ScaledDelta(Delta):
@@ -67,7 +66,7 @@ class ScaledDelta(Delta):
         return 1 + self.strength * self.s[self.order].repeat_interleave(self.group)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return scale(layer(x), self.gain(), onto=onto)
+        return layer.scale(layer(x), self.gain(), onto=onto)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         g = self.gain()

@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
+from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.core.delta import Dense
 from lorafold.core.spec import Spec
+from lorafold.models.quantizing import QUANTIZED
 
 METHODS: dict[str, Spec] = {
     "lora": lf.LoRA(rank=3, dropout=0.0),
@@ -51,6 +53,19 @@ def packed(kind: str) -> nn.Module:
     return module
 
 
+def compressed(codes: Codes) -> nn.Module:
+    """A linear with random codes and scales, as files have them."""
+    module = CompressedLinear(nn.Linear(16, 32), codes, torch.bfloat16)
+    for name, p in module.named_parameters():
+        if name == codes.scale:
+            nn.init.uniform_(p, 0.01, 0.02)
+        elif p.dtype == torch.float8_e4m3fn:
+            p.data = torch.randn(p.shape).mul(8).to(p.dtype)
+        elif name == "weight_packed":
+            p.data = torch.randint(-(2**31), 2**31 - 1, p.shape, dtype=torch.int32)
+    return module
+
+
 def to(root: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in root.to(dtype).modules():
         set_compute_dtype(module, dtype)
@@ -68,12 +83,36 @@ BASES = {
         lambda: nn.Embedding(16, 32),
         lambda g: torch.randint(0, 16, (3, 5), generator=g),
     ),
+    "convolution-1d": (
+        lambda: nn.Conv1d(6, 32, 3, stride=2, padding=1),
+        lambda g: torch.randn(3, 6, 11, generator=g),
+    ),
+    "convolution-2d": (
+        lambda: nn.Conv2d(6, 32, (3, 2), stride=(1, 2), padding="valid", dilation=(2, 1)),
+        lambda g: torch.randn(3, 6, 9, 8, generator=g),
+    ),
+    "convolution-groups": (
+        lambda: nn.Conv2d(6, 32, 3, padding="same", padding_mode="reflect", groups=2, bias=False),
+        lambda g: torch.randn(3, 6, 5, 4, generator=g),
+    ),
     "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
+    "fp8": (
+        lambda: compressed(Codes("fp8", 8, 8)),
+        lambda g: torch.randn(3, 5, 16, generator=g),
+    ),
+    "int4": (
+        lambda: compressed(Codes("int4", 1, 8, bits=4, packed=True)),
+        lambda g: torch.randn(3, 5, 16, generator=g),
+    ),
 }
 
 # (method, base) for which the method is not defined; `attach` refuses them
-NOT_LAID: set[tuple[str, str]] = {("ia3-inputs", "embedding"), ("bitfit", "embedding")}
+NOT_LAID: set[tuple[str, str]] = {
+    ("ia3-inputs", "embedding"),
+    ("bitfit", "embedding"),
+    *(("ia3-inputs", base) for base in BASES if base.startswith("convolution")),
+}
 
 CASES = [
     pytest.param(m, b, id=f"{m}-{b}") for m in METHODS for b in BASES if (m, b) not in NOT_LAID
@@ -115,7 +154,7 @@ def test_folding_then_calling_equals_calling(method: str, base: str) -> None:
     y = root(x)
     assert (y - bare).norm() > 1e-3 * bare.norm()
     adapter.merge()
-    assert type(root[0]) is (nn.Linear if base in PACKERS else type(BASES[base][0]()))
+    assert type(root[0]) is (nn.Linear if base in QUANTIZED else type(BASES[base][0]()))
     assert (root(x) - y).norm() <= 1e-6 * y.norm()
 
 
@@ -140,7 +179,7 @@ def test_gradients_are_those_of_the_folded_weight(method: str, base: str) -> Non
     layer = layer_of(root[0])
     w, b = adapter.deltas["0"].fold(*layer.dense())
     y = layer.op(x, w)
-    (y if b is None else y + b).sin().sum().backward()
+    (y if b is None else y + layer.each(b)).sin().sum().backward()
     for ours, plain in zip(fused, (p.grad for p in adapter.parameters()), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
@@ -179,7 +218,8 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
         )
     torch.manual_seed(0)
     root, x, adapter = adapted(method, base, torch.bfloat16)
-    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.cat([BASES[base][1](generator) for _ in range(273)]).bfloat16()
     move(adapter, 1e-2)
     exact = to(copy.deepcopy(root), torch.float64)
     with torch.no_grad():
@@ -189,7 +229,8 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
         realised = root(x).double() - bare
     kept = ((realised * change).sum() / change.square().sum()).item()
     # of the weights, or of every output
-    roundings = 16 * 32 if isinstance(adapter.deltas["0"], Dense) else change.numel()
+    weights = layer_of(root[0]).dense()[0].numel()
+    roundings = weights if isinstance(adapter.deltas["0"], Dense) else change.numel()
     # of a projection, under rounding's noise
     standard_error = ((realised - change).norm() / change.norm() / roundings**0.5).item()
     assert standard_error < 0.1
@@ -209,8 +250,9 @@ def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:
     with torch.no_grad():
         y, folded = exact(wide), copy.deepcopy(exact)
         w, b = folded[0].deltas["default"].fold(*layer_of(folded[0]).dense())
-        law = layer_of(folded[0]).op(wide, w)
-        assert (law if b is None else law + b).sub(y).norm() <= 1e-10 * y.norm()
+        layer = layer_of(folded[0])
+        law = layer.op(wide, w)
+        assert (law if b is None else law + layer.each(b)).sub(y).norm() <= 1e-10 * y.norm()
         assert root(x).dtype is torch.bfloat16
         # of one rounding to the nearest, relative to the binade's foot
         unit = torch.finfo(torch.bfloat16).eps / 12**0.5

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, Self
 
 
 class Case(NamedTuple):
-    """What both sides train: LoRA or DoRA on every linear of the blocks of the embedded model in
-    bf16, AdamW, every token labelled.
+    """What both sides train: LoRA or DoRA on every linear of the blocks of a model in bf16, experts
+    among them (PEFT's `target_parameters`), AdamW, every token labelled.
     """
 
     batch: int = 4
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     dropout: float = 0.0
     dora: bool = False
     quantization: str | None = None
+    model: str = "smollm2"  # or a directory
 
 
 class Step(NamedTuple):
@@ -100,7 +101,7 @@ def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     from lorafold.step.recipe import Recipe
     from lorafold.training.objectives import Sft
 
-    model = load_model("smollm2", Storage(torch.bfloat16, case.quantization))
+    model = load_model(case.model, Storage(torch.bfloat16, case.quantization))
     stack.enter_context(freed_blocks_kept())
     spec = lf.LoRA(rank=case.rank, dropout=case.dropout)
     adapter = lf.attach(model, lf.DoRA(spec) if case.dora else spec)
@@ -134,7 +135,7 @@ def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     }
     packing = {"quantization_config": BitsAndBytesConfig(**four)} if case.quantization else {}
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model("smollm2").path, dtype=torch.bfloat16, **packing
+        resolve_model(case.model).path, dtype=torch.bfloat16, **packing
     )
     config = LoraConfig(
         r=case.rank,
@@ -142,6 +143,7 @@ def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
         lora_dropout=case.dropout,
         use_dora=case.dora,
         target_modules="all-linear",
+        target_parameters=[n for n, p in model.named_parameters() if p.dim() == 3] or None,
     )
     tuned, rows = get_peft_model(model, config).train(), ids(case)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafold.adapter.reach import Unreached, in_towers, unreached
 from lorafold.bases import parameter_count
-from lorafold.bases.bitsandbytes import record_dequantized
+from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
 from lorafold.core.spec import Spec
@@ -78,6 +79,11 @@ class Adapter:
     def vocabulary(self) -> int | None:
         """The size of the vocabulary with the adapter's new tokens; None if it has none."""
         return vocabulary(self.model, self.parts())
+
+    @property
+    def unreached(self) -> Unreached:
+        """What of the model carries no delta of the adapter: `str` gives one line, by kind."""
+        return unreached(self.model, self.sites)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the name, `<module path>.<name>`, and the parameter, for each of the adapter's."""
@@ -196,8 +202,10 @@ class Adapter:
         base = parameter_count(self.model)
         lines = [f"{self.name}: {self.spec}"]
         lines += [f"  over: {listed(self.over)}"] * bool(self.over)
+        inside = in_towers(self.model, self.matches)
         lines += [
             f"  {pattern}: {len(paths)} modules"
+            + (f", {len(inside[pattern])} of them in a tower" if pattern in inside else "")
             for pattern, paths in self.matches.by_pattern.items()
         ]
         lines += [f"  bias: {self.bias}"] * (self.bias != "none")

@@ -13,7 +13,7 @@ from lorafold.machine.devices import choose_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise
 from lorafold.memory.measure import measure as measured_bytes
-from lorafold.memory.modes import llama, setting_of
+from lorafold.memory.modes import as_in_files, llama, setting_of
 from lorafold.memory.terms import Estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.configuration import configuration
@@ -120,6 +120,8 @@ def estimate(
     config = (
         configuration(str(model), revision, trust_remote_code) if params is None else llama(params)
     )
+    asked = recipe is not None and "base" in recipe.model_fields_set
+    setting = as_in_files(setting, config, str(model), asked)
     on = choose_device(device) if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"
     if of_this_cpu:

@@ -7,7 +7,9 @@ from math import prod
 
 from torch import Tensor, nn
 
-from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit, Quantized
+from lorafold.bases.bitsandbytes import Linear4bit, Linear8bit
+from lorafold.bases.compressed import Compressed
+from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.bases.experts import Experts
 from lorafold.core.anatomy import bare_modules
@@ -20,8 +22,12 @@ LAYERS: dict[str, type[Base]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Conv1D,
     "torch.nn.modules.sparse.Embedding": Embedding,
+    "torch.nn.modules.conv.Conv1d": Convolution,
+    "torch.nn.modules.conv.Conv2d": Convolution,
+    "torch.nn.modules.conv.Conv3d": Convolution,
     "bitsandbytes.nn.modules.Linear4bit": Linear4bit,
     "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
+    "lorafold.bases.compressed.CompressedLinear": Compressed,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
     "lorafold.core.stacked.Stack": Experts,
 }
@@ -55,12 +61,12 @@ def parameter_count(model: nn.Module) -> int:
     """
     sizes: dict[int, int] = {}
     for _, module in bare_modules(model):
-        for p in module._parameters.values():
-            if p is not None:
-                sizes.setdefault(id(p), p.numel())
         layer = layer_of(module)
-        if isinstance(layer, Quantized | Experts):
-            sizes[id(layer.sources()[0])] = prod((*layer.stack, *layer.shape))  # type: ignore[index]
+        if layer.quantized:
+            sizes[id(module)] = prod((*layer.stack, *layer.shape))
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and (name == "bias" or not layer.quantized):
+                sizes[id(p)] = p.numel()
     return sum(sizes.values())
 
 

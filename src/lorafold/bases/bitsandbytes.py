@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -50,6 +50,7 @@ class Quantized(Matrix):
     """Abstract: a frozen matrix that is dequantized for each use."""
 
     frozen = True
+    quantized = True
 
     @property
     @abstractmethod
@@ -222,36 +223,14 @@ def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
 PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}
 
 
-def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
-    """Record in the config of a transformers model that the modules at these paths are quantized no
-    longer; if no quantized module is left, remove the quantization config.
-    """
-    quantizer, config = getattr(model, "hf_quantizer", None), getattr(model, "config", None)
-    if quantizer is None:
-        return
-    if any(
-        isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8)
-        for m in model.modules()
-    ):
-        skipped = config.quantization_config.llm_int8_skip_modules or []  # type: ignore[union-attr]
-        settings: Any = config.quantization_config  # type: ignore[union-attr]
-        settings.llm_int8_skip_modules = [*skipped, *paths]
-    else:
-        quantizer.remove_quantization_config(model)
-        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-            model.__dict__.pop(flag, None)
-
-
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make a module of bitsandbytes compute in that dtype and keep the order of its codes, and
-    quantized experts.
-
-    Any other module is left as it is.
+    """Make a module that stores quantized matrices compute in that dtype; one of bitsandbytes keeps
+    the order of its codes. Any other module is left as it is.
     """
-    if stack_names(module):
-        module.__dict__["compute_dtype"] = dtype
-    if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
-        settings: Any = module
+    settings: Any = module
+    if "codes" in vars(module) or stack_names(module):
+        settings.compute_dtype = dtype
+    elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         (
             settings.compute_dtype,
             settings.compute_type_is_set,

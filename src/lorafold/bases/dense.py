@@ -216,7 +216,10 @@ class Plain(Vectors):
 
     @property
     def shape(self) -> tuple[int, int]:
-        raise NotMergeable(f"{type(self.module).__name__} has no matrix")
+        transposed = ", since transposed convolutions are not supported" * isinstance(
+            self.module, nn.modules.conv._ConvTransposeNd
+        )
+        raise NotMergeable(f"{type(self.module).__name__} has no matrix{transposed}")
 
     def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         y = self.run(*args, **kwargs)

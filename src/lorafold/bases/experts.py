@@ -42,6 +42,7 @@ class Experts(Base):
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
         self.held: Held = held(module)
+        self.quantized = self.held.quantized
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
@@ -110,6 +111,9 @@ class Experts(Base):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return product(x, m, self.rows)
 
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.op(self.op(self.drop(x, p), down), up)
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x
 
@@ -129,13 +133,13 @@ class Experts(Base):
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
     ) -> Tensor:
         if not self.frozen or onto is not None:
-            return self(x, onto=add(self.op(self.op(self.drop(x, p), down), up), onto))
+            return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
         y = low_rank_product(x, self.read, self.rows, down, up, drop, keep_scale(p))
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        if self.held.quantized:
+        if self.quantized:
             raise NotMergeable(
                 "these experts store quantized weights, in which a change would be lost to"
                 " rounding; dequantize them first"
@@ -145,7 +149,7 @@ class Experts(Base):
 
     def plain(self) -> Experts:
         twin = copy.copy(self)
-        twin.held = Floats(self.module)  # type: ignore[arg-type]
+        twin.held, twin.quantized = Floats(self.module), False  # type: ignore[arg-type]
         return twin
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
@@ -156,10 +160,10 @@ class Experts(Base):
                 self.bias.copy_(b)
 
     def dequantize(self) -> None:
-        if self.held.quantized:
+        if self.quantized:
             dense = self.held.turned(self.held.dense()).contiguous()
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
-            self.held = held(self.module)  # type: ignore[arg-type]
+            self.held, self.quantized = held(self.module), False  # type: ignore[arg-type]
             leave(self.owner)
 
 

@@ -67,8 +67,17 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def of_attention(path: str) -> bool:
-    """Whether the module path names an attention: it contains `attn` or `attention`."""
-    return re.search(r"attn|attention", path) is not None
+    """Whether the module path names an attention: it has `attn` or `attention` in any case."""
+    return re.search(r"attn|attention", path, re.IGNORECASE) is not None
+
+
+def input_embedding(model: Any) -> nn.Module | None:
+    """The model's input embedding; None if the model does not say which it is."""
+    try:
+        found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # what transformers raises for two encoders side by side
+        return None
+    return found
 
 
 def vocabulary_ends(model: Any) -> list[str]:
@@ -77,11 +86,8 @@ def vocabulary_ends(model: Any) -> list[str]:
 
     A module without a weight of its own (the patches of a vision model) is left out.
     """
-    ends = [
-        getattr(model, name)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, name)
-    ]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    ends = [input_embedding(model), output]
     paths = {id(m): path for path, m in bare_modules(model)}
     return [
         paths[id(end)]
@@ -96,8 +102,7 @@ def decoder_of(model: Any) -> tuple[str, nn.Module]:
     Where the model has no head or no such module, the decoder is the model itself, at path "".
     """
     part = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if part is model and hasattr(model, "get_input_embeddings"):
-        embedding = model.get_input_embeddings()
+    if part is model and (embedding := input_embedding(model)) is not None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None:
             around = [

@@ -35,6 +35,7 @@ def bare(module: nn.Module) -> nn.Module:
 class Base(Layer):
     """Abstract: the module itself, frozen. `lorafold.bases` has one final subclass per storage."""
 
+    quantized = False  # whether it stores codes, which are dequantized for each use
     linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
     takes_ids = False
 

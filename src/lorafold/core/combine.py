@@ -16,6 +16,7 @@ the layer below once, and again for a delta that changes the layer's input.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,5 +176,5 @@ class Bank(Opaque):
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = (t[self.slots.at] for t in (self.up, self.down))  # type: ignore[index]
-        u = torch.vmap(layer.op)(x, down)
-        return layer(x, onto=add(torch.vmap(F.linear)(u, up.to(u.dtype)), onto))
+        each = torch.vmap(partial(layer.branch, p=0.0))
+        return layer(x, onto=add(each(x, down, up), onto))

@@ -161,8 +161,19 @@ class Layer(ABC):
             p: the probability of dropout on the branch.
             onto: a tensor (..., out) that is added before the rounding, or None.
         """
+        return self(x, onto=add(self.branch(x, down, up, p), onto))
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        """up down drop(x), the small product first: (..., in) -> (..., out).
+
+        Args:
+            x: the input (..., in).
+            down: the down factor (r, in).
+            up: the up factor (out, r), with every scale in it.
+            p: the probability of dropout.
+        """
         u = self.op(self.drop(x, p), down)
-        return self(x, onto=add(F.linear(u, up.to(u.dtype)), onto))
+        return F.linear(u, up.to(u.dtype))
 
 
 class Upon(Layer):
@@ -175,6 +186,9 @@ class Upon(Layer):
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.under.drop(x, p)
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.under.branch(x, down, up, p)
 
     def scale(
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None

@@ -8,7 +8,12 @@
     biases          every module that has a bias; all-linear where the blocks have no bias
     parameters      every module that has parameters of its own, tied ones once
     decoder         the module between token ids and head, and the causal self-attentions inside it
-    head            the linears outside the decoder: a classifier's head, or the output embedding
+    head            the linears over the base model: a classifier's head, or the output embedding
+    vision-linear   every linear of the blocks of the towers that see images
+    audio-linear    every linear of the blocks of the towers that hear
+
+In a model that has towers, all but the last two take the language model and its head alone: neither
+the towers nor the connectors between them (`lorafold.core.towers`).
 
 Each preset is a function from a model, and a test for linear modules, to module paths. It returns
 an empty list if the model has no such modules.
@@ -16,7 +21,8 @@ an empty list if the model has no such modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import nn
 
@@ -28,17 +34,52 @@ from lorafold.core.anatomy import (
     of_attention,
     routers,
 )
+from lorafold.core.towers import aside, heads, towers
 
 IsLinear = Callable[[nn.Module], bool]
+
+
+def beneath(roots: Iterable[str]) -> Callable[[str], bool]:
+    """The test whether a module path is one of these or lies beneath one."""
+    prefixes = tuple(f"{root}." for root in roots)
+    return lambda path: f"{path}.".startswith(prefixes)
+
+
+def own_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The path and module of each of the model's modules, without towers and connectors."""
+    out = beneath(aside(model))
+    return [(path, m) for path, m in bare_modules(model) if not out(path)]
+
+
+def own_blocks(model: nn.Module) -> list[str]:
+    """The paths of the blocks of the language model; all blocks of a model without towers."""
+    out = beneath(aside(model))
+    return [path for path in blocks(model) if not out(path)]
 
 
 def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The linear modules inside the blocks, the matrices of experts among them, but not what routes
     to experts; all linear modules if the model has no blocks.
     """
-    inside, left_out = tuple(f"{path}." for path in blocks(model)), routers(model)
-    linears = [p for p, m in bare_modules(model) if is_linear(m) and p not in left_out]
-    return [p for p in linears if f"{p}.".startswith(inside)] if inside else linears
+    inside, left_out = own_blocks(model), routers(model)
+    linears = [p for p, m in own_modules(model) if is_linear(m) and p not in left_out]
+    return list(filter(beneath(inside), linears)) if inside else linears
+
+
+def tower_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules inside the blocks of the towers, or all those of a tower without blocks.
+
+    Args:
+        kind: what the towers take in: vision or audio.
+        model: the model.
+        is_linear: whether a module is linear.
+    """
+    return [
+        f"{path}.{inner}"
+        for path, takes in towers(model).items()
+        if takes == kind
+        for inner in all_linear(model.get_submodule(path), is_linear)
+    ]
 
 
 def attention(model: nn.Module, is_linear: IsLinear) -> list[str]:
@@ -58,7 +99,7 @@ def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """
     body, _ = decoder_of(model)
     found: list[str] = []
-    for block in blocks(model):
+    for block in own_blocks(model):
         if not f"{block}.".startswith(f"{body}." if body else ""):
             continue
         parts = [
@@ -81,18 +122,16 @@ def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """Every module that has a bias; all-linear if no module inside the blocks has one."""
-    inside = tuple(f"{path}." for path in blocks(model))
-    biased = [path for path, m in bare_modules(model) if m._parameters.get("bias") is not None]
-    return (
-        biased if any(f"{p}.".startswith(inside) for p in biased) else all_linear(model, is_linear)
-    )
+    inside = beneath(own_blocks(model))
+    biased = [path for path, m in own_modules(model) if m._parameters.get("bias") is not None]
+    return biased if any(map(inside, biased)) else all_linear(model, is_linear)
 
 
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """Every module with parameters of its own; tied parameters count for the first module only."""
     seen: set[int] = set()
     found = []
-    for path, module in bare_modules(model):
+    for path, module in own_modules(model):
         own = {id(p) for p in module._parameters.values() if p is not None}
         if own - seen:
             found.append(path)
@@ -108,13 +147,9 @@ def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """The linear modules outside the decoder."""
-    path, _ = decoder_of(model)
-    return (
-        [p for p, m in bare_modules(model) if is_linear(m) and not f"{p}.".startswith(f"{path}.")]
-        if path
-        else []
-    )
+    """The linear modules over the base model."""
+    over = beneath(heads(model))
+    return [path for path, m in bare_modules(model) if is_linear(m) and over(path)]
 
 
 PRESETS: dict[str, Callable[[nn.Module, IsLinear], list[str]]] = {
@@ -127,4 +162,6 @@ PRESETS: dict[str, Callable[[nn.Module, IsLinear], list[str]]] = {
     "parameters": parameters,
     "decoder": decoder,
     "head": head,
+    "vision-linear": partial(tower_linear, "vision"),
+    "audio-linear": partial(tower_linear, "audio"),
 }

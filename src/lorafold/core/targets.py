@@ -20,6 +20,9 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.presets import PRESETS
 from lorafold.errors import LorafoldError
 
+# what has a matrix and is in no preset, but may be named
+NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -94,14 +97,14 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
 
     Args:
         pattern: the pattern.
-        model: the model, whose linears and embeddings with similar names are listed.
+        model: the model, whose linears, embeddings and convolutions with similar names are listed.
         is_linear: whether a module is linear.
     """
     names = sorted(
         {
             path.rsplit(".", 1)[-1]
             for path, m in bare_modules(model)
-            if is_linear(m) or isinstance(m, nn.Embedding)
+            if is_linear(m) or isinstance(m, NAMED)
         }
     )
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.core.base import bare
+from lorafold.bases import layer_of
 from lorafold.errors import NotMergeable
 
 # switch in the config -> path of each module to which it gives a bias -> the shape of that bias
@@ -74,5 +74,7 @@ def switch_on(model: Any, switches: Switches) -> None:
         setattr(model.config.get_text_config(), switch, True)
         for path, shape in shapes.items():
             module = model.get_submodule(path)
-            weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
-            module.bias = nn.Parameter(weight.new_zeros(shape), requires_grad=weight.requires_grad)
+            like = next(module.parameters(recurse=False))
+            dtype = layer_of(module).dense_like()[0].dtype
+            zeros = torch.zeros(shape, dtype=dtype, device=like.device)
+            module.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)

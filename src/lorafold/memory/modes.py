@@ -13,13 +13,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
-from lorafold.models.quantizing import QUANTIZATIONS
+from lorafold.models.quantizing import IN_FILES, QUANTIZED, quantization_of
 from lorafold.models.storage import Storage
 from lorafold.step.adamw import check_rounding
 from lorafold.step.fitting import spec_of, trainable_storage
@@ -85,7 +86,33 @@ def setting_of(
 def stored(base: str) -> Storage:
     """Return the storage of that name. Quantized ones are dequantized to bf16; auto is bf16."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
-    return Storage(dtype, base if base in QUANTIZATIONS else None)
+    return Storage(dtype, base if base in QUANTIZED else None)
+
+
+def as_in_files(
+    setting: Setting, config: PreTrainedConfig, name: str, asked: bool
+) -> Setting:
+    """Return the setting with the base as the model's files store it, if they are quantized.
+
+    Raises LorafoldError if another storage was asked for, and if the method trains the base's own
+    weights.
+
+    Args:
+        setting: What is estimated.
+        config: The configuration of the model.
+        name: The name of the model in messages.
+        asked: Whether the setting's storage was asked for, or is a mode's.
+    """
+    settings, base = getattr(config, "quantization_config", None), setting.base
+    stored_as = None if settings is None else quantization_of(settings, f"model {name}")
+    if stored_as is None and base.quantization not in IN_FILES:
+        return setting
+    trains = setting.spec is not None and setting.spec.trains_base
+    if stored_as not in QUANTIZED or trains or (asked and base.quantization != stored_as):
+        found = "not quantized" if stored_as is None else f"stored as {stored_as}"
+        wanted = "a method that trains the base" if trains else f"the base {base.name}"
+        raise LorafoldError(f"model {name}: its files are {found}, which does not fit {wanted}")
+    return replace(setting, base=Storage(torch.bfloat16, stored_as))
 
 
 LLAMA = {  # width, width of the MLP, blocks, heads, key heads, context

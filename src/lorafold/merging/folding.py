@@ -63,6 +63,8 @@ class Folding:
             result = self._converted(conversion, name)
         elif name in self.plan.changed:
             result = self._rounded(name, *self._folded(self.plan.changed[name]))
+        elif name in self.plan.dequantized:
+            return layer_of(self.plan.model.get_submodule(self.plan.dequantized[name])).dense()[0]
         else:
             return self.plan.zeros.get(name)
         self.sums += result.sums
@@ -133,8 +135,10 @@ def before_and_after(
         parameter: weight or bias.
     """
     layer = layer_of(module)
-    before: Tensor = layer.parameter(parameter)
     w, b = layer.dense()
+    before: Tensor = (
+        layer.plain().encode(w, b)[parameter] if layer.quantized else layer.parameter(parameter)
+    )
     if ROUND_TRIP in module.deltas:
         w, b = fold(module, [ROUND_TRIP], w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)

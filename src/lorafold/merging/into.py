@@ -9,7 +9,8 @@ round trip: it quantizes W and dequantizes it again.
 nf4 and int8 start from the original weights. The values of q(W) are levels of the quantization
 already, and quantizing them again would round away every change of less than half a level
 (measured: an adapter with 99% exact match fell to 0%). An adapter whose base was not quantized is
-folded into the original weights, and the result may be quantized.
+folded into the original weights, and the result may be quantized. A model whose files are quantized
+has no original weights: its own, dequantized, are the only target.
 """
 
 from __future__ import annotations
@@ -39,16 +40,18 @@ TARGETS = ("original", "dequantized", *QUANTIZATIONS)
 @dataclass(frozen=True)
 class Into:
     """`target` is one of TARGETS; `trained_on` is the quantization of the base in training, or None
-    if it was not quantized.
+    if it was not quantized. `in_files`: the files of the base are quantized so.
     """
 
     target: str
     trained_on: str | None
+    in_files: bool = False
 
     @property
     def round_trip(self) -> str | None:
         """The quantization whose round trip W makes before adapters are folded into it."""
-        return self.trained_on if self.target == "dequantized" else None
+        made = self.target == "dequantized" and not self.in_files
+        return self.trained_on if made else None
 
     @property
     def quantized(self) -> str | None:
@@ -58,29 +61,48 @@ class Into:
     def __str__(self) -> str:
         base = (
             f"the {self.trained_on} weights that the adapter was trained on, dequantized"
-            if self.round_trip
+            if self.target == "dequantized"
             else "the original weights"
         )
         other = (
             f" (the adapter was trained on {self.trained_on})"
-            if self.trained_on and not self.round_trip
+            if self.trained_on and self.target != "dequantized"
             else ""
         )
         return base + other + f", quantized to {self.quantized}" * bool(self.quantized)
 
 
-def choose_into(asked: str | None, adapters: Sequence[str | Path], base: str = "auto") -> Into:
+def choose_into(
+    asked: str | None,
+    adapters: Sequence[str | Path],
+    base: str = "auto",
+    in_files: str | None = None,
+) -> Into:
     """The target that was asked for, else dequantized for a quantized base, else original.
 
     Args:
         asked: One of TARGETS, or None.
         adapters: Their records say how the base stored its weights in training.
         base: The storage of the base in training; auto takes it from the records.
+        in_files: The quantization of the base's files, or None.
 
     Raises LorafoldError for an unknown target, for adapters that were trained on different
-    storages, and for dequantized weights of a base that was not quantized.
+    storages, for dequantized weights of a base that was not quantized, and for anything else of one
+    whose files are.
     """
     storage = (base_trained_on(adapters) or "auto") if base == "auto" else base
+    if in_files is not None:
+        if base not in ("auto", in_files):
+            raise LorafoldError(
+                f"base {base}: the model's files are stored as {in_files}; expected {in_files}"
+            )
+        if asked not in (None, "dequantized"):
+            lost = ", in which the update would be lost to rounding" * (asked == in_files)
+            raise LorafoldError(
+                f"into {asked}: the model's files have {in_files} weights{lost}, and no original"
+                " ones; expected dequantized, or as --model the model that it was quantized from"
+            )
+        return Into("dequantized", in_files, in_files=True)
     trained_on = storage if storage in QUANTIZATIONS else None
     if asked is not None and asked not in TARGETS:
         raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")

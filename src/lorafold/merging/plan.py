@@ -24,6 +24,7 @@ from lorafold.merging.into import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion
+from lorafold.models.plain_files import as_plain
 from lorafold.models.sources import HUB_FILES, ModelSource
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -36,10 +37,10 @@ class Plan:
     `changed` maps the names of changed tensors to their parameters, and `converted` those of
     tensors that transformers computes changed parameters from to the conversion. `added` maps
     tensors that the files lack to an entry like them: the tensor that each was tied to, or a bias's
-    own entry.
-    `zeros` has the values of added biases that no adapter changes. `sites` has the site of each
-    changed parameter, and its name there. `shapes` has the shapes of the changed tensors.
-    `vocabulary` is its new size, or None if it did not grow.
+    own entry. `zeros` has the values of added biases that no adapter changes. `dequantized` maps
+    the tensors that the files have quantized to their modules. `sites` has the site of each changed
+    parameter, and its name there. `shapes` has the shapes of the changed tensors. `vocabulary` is
+    its new size, or None if it did not grow.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +50,7 @@ class Plan:
     converted: dict[str, Conversion]
     added: dict[str, Entry]
     zeros: dict[str, Tensor]
+    dequantized: dict[str, str]
     config: dict[str, Any]
     sites: dict[str, tuple[str, str]]
     shapes: dict[str, tuple[int, ...]]
@@ -90,6 +92,7 @@ def plan(
     """
     checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
     mapped = mapped_model(checkpoint, trust_remote_code)
+    checkpoint, mapped, dequantized = as_plain(checkpoint, mapped)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
@@ -100,6 +103,7 @@ def plan(
     for path, reason in planned.problems:
         problems[reason].append(path)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
     biases: dict[str, Entry] = {}
     try:
         config, biases = with_biases(config, mapped, planned.switches)
@@ -156,6 +160,7 @@ def plan(
         converted,
         _untied(mapped, loose, sources) | {entry.name: entry for entry in biases.values()},
         zeros,
+        dequantized,
         config,
         planned.sites,
         {name: planned.shapes[parameter] for name, parameter in changed.items()},

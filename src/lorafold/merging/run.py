@@ -26,7 +26,7 @@ from lorafold.models.classifier import check_language_model
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage, weights_of
+from lorafold.models.storage import Storage, stored_in_files, weights_of
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
 
 if TYPE_CHECKING:
@@ -166,11 +166,12 @@ def merge(
     adapters = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not adapters:
         raise LorafoldError("adapters: found no adapter, expected at least one to merge")
-    where, target = choose_device(device), choose_into(into, adapters, storage)
-    if console is not None and target.trained_on is not None:
-        console.print(f"merging into {target}", highlight=False)
+    where = choose_device(device)
     with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
         source = resolve_model(model, revision)
+        target = choose_into(into, adapters, storage, stored_in_files(source))
+        if console is not None and target.trained_on is not None:
+            console.print(f"merging into {target}", highlight=False)
         check_language_model(source, adapters, INSTEAD)
         own = any(map(has_tokenizer, adapters))
         tokenizer = (

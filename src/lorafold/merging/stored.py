@@ -23,8 +23,8 @@ def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tenso
     """
     layer = layer_of(module)
     found = {}
-    for name, value in layer.encode(w, b).items():
-        own = layer.parameter(name)
+    for name, value in layer.plain().encode(w, b).items():
+        own = value if layer.quantized else layer.parameter(name)
         dtype = (layer.parameter("weight") if own is None else own).dtype
         found[name] = torch.empty(
             value.shape, dtype=torch.promote_types(dtype, torch.float32), device=value.device

@@ -56,7 +56,8 @@ class IA3Delta(Delta):
 
 @dataclass(frozen=True)
 class IA3(Spec):
-    """IA3. Building raises LorafoldError for an embedding among the feedforward modules.
+    """IA3. Building raises LorafoldError for an embedding or a convolution among the feedforward
+    modules.
 
     Args:
         feedforward: the modules whose inputs are scaled: names or path ends, or a regular
@@ -81,10 +82,11 @@ class IA3(Spec):
 
     def build(self, layer: Layer) -> IA3Delta:
         out, inn = layer.shape
-        if self.feedforward and layer.takes_ids:
+        if self.feedforward and not layer.takes_vectors:
+            found = "ids" if layer.takes_ids else "signals"
             raise LorafoldError(
-                "IA3: this embedding is among the feedforward modules, whose inputs are scaled, but"
-                " its inputs are ids; leave it out of them"
+                "IA3: this module is among the feedforward modules, whose inputs are scaled, but"
+                f" its inputs are {found}, expected vectors; leave it out of them"
             )
         shape = (*layer.stack, inn if self.feedforward else out)
         return IA3Delta(shape, bool(self.feedforward), layer.device)

@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.models.compressed import as_in_files, check_values, compress, stored_compressed
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.load_errors import loading, one_line
@@ -126,24 +127,29 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel:
     """Build the model of a checkpoint over its mapped files.
 
-    Raises LorafoldError if the weights are quantized, and lists every weight that is missing or has
-    another shape than the model expects.
+    Raises LorafoldError if the weights are quantized in another way than `models.compressed` reads,
+    and lists every weight that is missing or has another shape than the model expects.
     """
-    with loading(f"model {checkpoint.path}"):
+    what = f"model {checkpoint.path}"
+    with loading(what):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    if quantization := getattr(config, "quantization_config", None):
-        method = (
-            quantization.get("quant_method", "unknown")
-            if isinstance(quantization, dict)
-            else quantization
-        )
-        raise LorafoldError(
-            f"{checkpoint.path}: its weights are quantized ({method}); merge into the model that it"
-            " was quantized from"
-        )
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+        if not isinstance(settings, dict) or not stored_compressed(settings):
+            raise LorafoldError(
+                f"{checkpoint.path}: its weights are quantized ({method}); merge into the model"
+                " that it was quantized from"
+            )
+        del config.quantization_config
     model = build(config, trust_remote_code)
+    if settings is not None:
+        compress(model, settings, what, torch.bfloat16)
+    entries, parts = by_parameter(model, checkpoint.entries)
+    if settings is not None:
+        as_in_files(model, entries, what)
     tensors = mapped_tensors(checkpoint.entries.values())
-    entries, converted, failed = by_parameter(model, checkpoint.entries, tensors)
+    converted, failed = conversions(model, parts, tensors)
     tied, problems = tied_parameters(model), list(failed.values())
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own, expected = entries.get(name), tuple(parameter.shape)
@@ -160,6 +166,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
     _place(model, _parameters(entries, tensors, converted, tied), tied)
+    check_values(model, what)
     return MappedModel(model, entries, tied, converted)
 
 
@@ -172,16 +179,25 @@ def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> Map
     return mapped
 
 
-def by_parameter(
-    model: PreTrainedModel, entries: dict[str, Entry], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Entry], dict[str, Conversion], dict[str, str]]:
-    """(entries, conversions, problems), each by parameter: tensors that the model takes as they
-    are, those that it computes from several, and what is wrong with others of the latter.
+def entries_of(path: Path) -> dict[str, Entry]:
+    """The tensors of all weight files of a model directory, by name."""
+    return {
+        name: entry
+        for file in model_files(path)
+        for name, entry in read_container(file).entries.items()
+    }
 
-    Args:
-        model: The model, on the meta device.
-        entries: The tensors of its files by name.
-        tensors: Their values, mapped from the files.
+
+# a parameter and what it is computed with -> the entries that it is computed from, each with the
+# pattern of its name there and its name before the conversion
+Parts = dict[tuple[str, WeightConverter], list[tuple[Entry, str, str]]]
+
+
+def by_parameter(
+    model: PreTrainedModel, entries: dict[str, Entry]
+) -> tuple[dict[str, Entry], Parts]:
+    """Return the tensors of the files by the model's names for them, among them such as the model
+    does not have, and those from which transformers computes parameters.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
@@ -202,10 +218,25 @@ def by_parameter(
                 renamed = name.removesuffix(alone) + renamed
             elif name != alone:
                 renamed = renamed.removeprefix(alone.removesuffix(name))
-            parts[name, of_pattern[pattern]].append(Source(entry, tensors[key], pattern, renamed))
+            parts[name, of_pattern[pattern]].append((entry, pattern, renamed))
+    return found, parts
+
+
+def conversions(
+    model: PreTrainedModel, parts: Parts, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Conversion], dict[str, str]]:
+    """Return the conversions by the parameters that they make, and what is wrong with the tensors
+    of others.
+
+    Args:
+        model: The model.
+        parts: What each parameter is computed from.
+        tensors: The values of the files' tensors, of any shape, by name.
+    """
     converted: dict[str, Conversion] = {}
     problems = {}
-    for (name, converter), sources in parts.items():
+    for (name, converter), group in parts.items():
+        sources = [Source(e, tensors[e.name], pattern, renamed) for e, pattern, renamed in group]
         try:
             conversion = Conversion(model, converter, name, sources)
         except (RuntimeError, ValueError, LookupError, TypeError) as e:
@@ -215,7 +246,7 @@ def by_parameter(
             )
         else:
             converted |= dict.fromkeys(conversion.like, conversion)
-    return found, converted, problems
+    return converted, problems
 
 
 def mapped_tensors(entries: Iterable[Entry]) -> dict[str, Tensor]:

@@ -14,14 +14,18 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import PACKERS
+from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
 from lorafold.bases.stacks import quantized
 from lorafold.core.stacked import stack_names
+from lorafold.errors import LorafoldError
+from lorafold.models.compressed import compress, stored_compressed
+from lorafold.models.experts import route_quantized
 from lorafold.models.load_errors import loading
-from lorafold.models.quantizing import packable, route_quantized
+from lorafold.models.quantizing import IN_FILES, packable
 from lorafold.models.storage import Storage
 
 if TYPE_CHECKING:
@@ -61,7 +65,8 @@ def fake_model(
 ) -> PreTrainedModel:
     """Make a frozen model; inside `without_values` a fake one, else one with random weights.
 
-    Raises LorafoldError if transformers has no such model.
+    Raises LorafoldError if transformers has no such model, or if the configuration is not that of a
+    model whose files are stored so.
 
     Args:
         config: The configuration of the model.
@@ -78,7 +83,17 @@ def fake_model(
     auto = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
     with loading(f"configuration of a {config.model_type}"):
         model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
-    if storage.quantization is not None:
+    settings = getattr(config, "quantization_config", None) or {}
+    if storage.quantization is not None and stored_compressed(settings):
+        compress(model, settings, f"configuration of a {config.model_type}", torch.bfloat16)
+        for module in model.modules():
+            set_compute_dtype(module, storage.dtype)
+    elif storage.quantization in IN_FILES:
+        raise LorafoldError(
+            f"base {storage.quantization}: found the configuration of a {config.model_type} that is"
+            " not quantized, expected one whose files are stored so"
+        )
+    elif storage.quantization is not None:
         for path in packable(model):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)

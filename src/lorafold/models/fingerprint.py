@@ -76,11 +76,9 @@ def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     """Return the fingerprint of named weights; `without` as `of_model` takes it."""
     inside = tuple(f"{path}." for path in without)
-    names = [
-        n
-        for n in weights.names
-        if weights.is_floating(n) and 0 not in weights.shape(n) and not n.startswith(inside)
-    ]
+    shapes = {n: weights.shape(n) for n in weights.names if not n.startswith(inside)}
+    # a scalar, such as the temperature of two encoders, has no positions to compare
+    names = [n for n, s in shapes.items() if s and 0 not in s and weights.is_floating(n)]
     # the order of hashes mixes types of modules and depths
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
     matrices = [n for n in names if len(weights.shape(n)) > 1]

@@ -112,6 +112,7 @@ def read_weights(
             source.path,
             source.name,
             wanted.quantization,
+            wanted.dtype,
             torch.device(device),
             trust_remote_code,
             **config,

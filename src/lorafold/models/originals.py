@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from lorafold.errors import LorafoldError
-from lorafold.models.checkpoint import build, by_parameter, mapped_tensors, open_checkpoint
+from lorafold.models.checkpoint import build, by_parameter, conversions, entries_of, mapped_tensors
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import FileWeights, InMemory, Weights, model_files
@@ -50,13 +50,14 @@ def original_weights(source: ModelSource) -> Weights:
     config = source.config()
     kinds = {config.get("model_type"), config.get("text_config", {}).get("model_type")}
     rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
-    if "quantization_config" in config or not any(isinstance(r, WeightConverter) for r in rules):
+    if not any(isinstance(rule, WeightConverter) for rule in rules):
         return FileWeights(model_files(source.path))
     with loading(f"model {source.name}"):
         model = build(AutoConfig.from_pretrained(source.path), False)
-    entries = open_checkpoint(source, ()).entries
+    entries = entries_of(source.path)
     tensors = mapped_tensors(entries.values())
-    found, converted, problems = by_parameter(model, entries, tensors)
+    found, parts = by_parameter(model, entries)
+    converted, problems = conversions(model, parts, tensors)
     if problems:
         raise LorafoldError(f"model {source.name}: {'; '.join(problems.values())}")
     own = {name: tensors[entry.name] for name, entry in found.items()}

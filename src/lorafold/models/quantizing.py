@@ -1,4 +1,5 @@
-"""Loads models while bitsandbytes quantizes their linears, one tensor at a time.
+"""Loads models while bitsandbytes quantizes their linears, one tensor at a time, and models whose
+files are quantized already.
 
     nf4      4-bit NormalFloat, constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
              0.26 of bf16's bytes
@@ -8,27 +9,38 @@
 Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
 norms, routers and heads stay in 16 bits. Tensors are read from the files and not mapped, so the
 peak of memory is the quantized model and one tensor, or one block's experts. A model whose files
-are quantized already is loaded as it is.
+are quantized already is loaded as it is, which adds two storages:
+
+    fp8, int4    of files that compressed-tensors wrote, or fine-grained FP8 (`models.compressed`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import importlib.util
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
-from lorafold.bases.experts import route
-from lorafold.bases.stacks import held, quantized
+from lorafold.bases.compressed import CompressedLinear
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import all_linear
-from lorafold.core.stacked import module_at, stack_names, stacks
+from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import freed_blocks_returned
+from lorafold.models.compressed import (
+    as_in_files,
+    check_values,
+    compress,
+    remark,
+    storage_of,
+    stored_compressed,
+)
+from lorafold.models.experts import experts_quantized, route_quantized
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
 
@@ -36,6 +48,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {
@@ -48,13 +62,37 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def quantization_of(settings: Mapping[str, Any]) -> str:
-    """Return the name of a checkpoint's quantization, by its `quantization_config`: nf4, int8, or
-    the name of another method.
+IN_FILES = ("fp8", "int4")  # what files may be stored as, and lorafold does not make
+QUANTIZED = (*QUANTIZATIONS, *IN_FILES)
+# quant_method -> the package that transformers reads it with
+READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
+
+
+def quantization_of(settings: Mapping[str, Any], what: str) -> str:
+    """Return the storage of a checkpoint by its `quantization_config`: nf4, fp4, int8, fp8 or int4.
+
+    Raises LorafoldError, in a message that begins with `what`, if it is none of them, or if the
+    package that reads it is not installed.
     """
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
-    return "int8" if settings.get("load_in_8bit") else str(settings.get("quant_method", "unknown"))
+    if settings.get("load_in_8bit"):
+        return "int8"
+    if stored_compressed(settings):
+        return storage_of(settings, what)
+    method = str(settings.get("quant_method", "unknown"))
+    instead = "train on the model that it was quantized from instead"
+    package = READ_BY.get(method)
+    if package is None:
+        raise LorafoldError(
+            f"{what}: unsupported quantization {method}; supported: compressed-tensors (fp8, int8,"
+            f" int4), fp8, bitsandbytes (nf4, int8); {instead}"
+        )
+    absent = importlib.util.find_spec(package) is None
+    raise LorafoldError(
+        f"{what}: its weights are quantized by {method}, which the package {package} reads"
+        f"{' (not installed)' * absent} and lorafold can't train over; {instead}"
+    )
 
 
 def packable(model: PreTrainedModel) -> list[str]:
@@ -69,40 +107,12 @@ def packable(model: PreTrainedModel) -> list[str]:
     return [p for p, m in modules.items() if m is not head and layer_of(m).shape[1] % BLOCK == 0]
 
 
-@contextmanager
-def experts_quantized(quantization: str) -> Iterator[None]:
-    """Context in which parameters of experts are quantized when a module gets them, so that a model
-    that is being loaded never has more than one of them in 16 bits.
-    """
-
-    def quantize(module: Any, name: str, parameter: Any) -> Any:
-        if name not in stack_names(module) or parameter.is_meta or parameter.dim() != 3:
-            return None
-        if parameter.shape[1 if module.is_transposed else 2] % BLOCK:
-            return None
-        made: Any = quantized(parameter, quantization)
-        made._is_hf_initialized = True  # else transformers fills it with random numbers
-        return made
-
-    hook = register_module_parameter_registration_hook(quantize)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def route_quantized(model: torch.nn.Module) -> None:
-    """Make modules of experts that have quantized matrices compute with these."""
-    for _, module in bare_modules(model):
-        if any(held(stack).quantized for stack in stacks(module).values()):
-            route(module)
-
-
 def read_quantized(
     auto: Any,
     path: Path,
     name: str,
     quantization: str,
+    dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool,
     **config: Any,
@@ -110,61 +120,102 @@ def read_quantized(
     """Load a quantized model, in evaluation mode, and return it with transformers' report on its
     weights.
 
-    Raises LorafoldError if the files are quantized in another way, ImportError without
-    bitsandbytes.
+    Raises LorafoldError if the files are quantized in another way, or lack what their quantization
+    takes; ImportError without bitsandbytes where that quantizes.
 
     Args:
         auto: One of transformers' auto classes.
         path: The directory of the model.
         name: The name of the model in messages.
-        quantization: nf4 or int8.
+        quantization: One of QUANTIZED.
+        dtype: What is computed in.
         device: Where to load the model.
         trust_remote_code: Run the code in the model's directory.
         config: Fields that replace those of the model's configuration.
     """
-    from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    bitsandbytes()
     found = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **config)
-    settings = getattr(found, "quantization_config", None)
-    stored = (
-        None
-        if settings is None
-        else quantization_of(settings if isinstance(settings, dict) else settings.to_dict())
-    )
+    settings: Any = getattr(found, "quantization_config", None)
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    what = f"model {name}"
+    stored = None if settings is None else quantization_of(settings, what)
+    if stored is None and quantization in IN_FILES:
+        raise LorafoldError(
+            f"{what}: found files that are not quantized, of which lorafold makes"
+            f" {' or '.join(QUANTIZATIONS)}, not {quantization}"
+        )
     if stored not in (None, quantization):
         raise LorafoldError(
-            f"model {name}: its weights are stored as {stored}, so it can't be loaded as"
+            f"{what}: its weights are stored as {stored}, so it can't be loaded as"
             f" {quantization}; expected the base {stored}"
         )
+    compressed = stored is not None and stored_compressed(settings)
+    if compressed:
+        # transformers would round scales to `dtype`, and dequantize every weight on the first call
+        del found.quantization_config
+    else:
+        bitsandbytes()
     with torch.device("meta"):
         mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
-    chosen = set(packable(mapped))
-    others = [p for p, m in bare_modules(mapped) if is_linear(m) and p not in chosen]
-    how = (
-        {}
-        if stored
-        else {
-            "quantization_config": BitsAndBytesConfig(
-                **QUANTIZATIONS[quantization], llm_int8_skip_modules=others
-            )
-        }
-    )
+    cls, how = type(mapped), {"dtype": torch.bfloat16}
+    quantizing: AbstractContextManager[Any] = nullcontext()
+    if compressed:
+        cls, how = _with_codes(mapped, settings, path, what), {"dtype": dtype}
+    elif stored is None:
+        how["quantization_config"] = _by_bitsandbytes(mapped, quantization)
+        quantizing = experts_quantized(quantization)
     weights = FileWeights(model_files(path), mapped=False)
-    with freed_blocks_returned(), experts_quantized(quantization):
-        model, info = type(mapped).from_pretrained(
+    with freed_blocks_returned(), quantizing:
+        model, info = cls.from_pretrained(
             None,
             config=found,
             state_dict={n: weights.slice(n) for n in weights.names},
-            dtype=torch.bfloat16,
             device_map={"": device},
             output_loading_info=True,
             **how,
         )
     route_quantized(model)
+    if compressed:
+        model.__class__ = type(mapped)
+        model.config.quantization_config = settings
+        check_values(model, what)
+        if (line := remark(settings, what)) is not None:
+            log.warning(line)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), info
+
+
+def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
+    """What tells transformers to quantize a plain model."""
+    from transformers import BitsAndBytesConfig
+
+    quantized = set(packable(model))
+    others = [p for p, m in bare_modules(model) if is_linear(m) and p not in quantized]
+    return BitsAndBytesConfig(**QUANTIZATIONS[quantization], llm_int8_skip_modules=others)
+
+
+def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
+    """The class of a model without values, made with the linears that its files are for."""
+    from lorafold.models.checkpoint import by_parameter, entries_of
+
+    compress(model, settings, what, torch.bfloat16)
+    as_in_files(model, by_parameter(model, entries_of(path))[0], what)
+    found = {p: m for p, m in bare_modules(model) if isinstance(m, CompressedLinear)}
+
+    class Prepared(type(model)):  # type: ignore[misc]
+        """transformers loads files into what this makes."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for at, module in found.items():
+                parent, _, leaf = at.rpartition(".")
+                module._parameters["bias"] = self.get_submodule(at).bias
+                setattr(self.get_submodule(parent), leaf, module)
+
+    return Prepared
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -173,6 +224,9 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         set_compute_dtype(module, dtype)
+        if isinstance(module, CompressedLinear):  # it was loaded in this dtype, but for its scales
+            module.freeze()
+            continue
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None and tensor.dtype == torch.bfloat16:

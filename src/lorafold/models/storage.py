@@ -1,5 +1,5 @@
-"""Chooses how a base stores its weights (fp32, bf16, nf4, int8): as was asked, or else by its
-files, its adapters and the device; with the reason for the choice.
+"""Chooses how a base stores its weights (fp32, bf16, nf4, int8, fp8, int4): as was asked, or else
+by its files, its adapters and the device; with the reason for the choice.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
-from lorafold.models.quantizing import QUANTIZATIONS, quantization_of
+from lorafold.models.compressed import storage_of, stored_compressed
+from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED, quantization_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import Weights
 
@@ -23,13 +24,18 @@ class Storage(NamedTuple):
     """
 
     dtype: "torch.dtype"
-    quantization: str | None = None  # nf4, int8 (the keys of `quantizing.QUANTIZATIONS`)
+    quantization: str | None = None  # one of `quantizing.QUANTIZED`
     why: str = ""
+
+    @property
+    def name(self) -> str:
+        """The storage as `choose_storage` takes it."""
+        return self.quantization or {"bfloat16": "bf16"}.get(str(self.dtype)[6:], "fp32")
 
 
 def choose_storage(base: str, device: "torch.device | str") -> Storage:
-    """Return the storage for a base of auto, fp32, bf16, nf4 or int8 on this device, with the
-    reason as a line to print. Raises LorafoldError for other names.
+    """Return the storage for a base of auto, fp32, bf16, nf4, int8, fp8 or int4 on this device,
+    with the reason as a line to print. Raises LorafoldError for other names.
 
     auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
     fp32. Quantized weights are dequantized to the dtype that auto would choose.
@@ -37,14 +43,15 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if base not in ("auto", *dtypes, *QUANTIZATIONS):
+    if base not in ("auto", *dtypes, *QUANTIZED):
         raise LorafoldError(
             f"base {base}: unknown; expected auto, {', '.join(dtypes)},"
-            f" {' or '.join(QUANTIZATIONS)}"
+            f" {' or '.join(QUANTIZATIONS)}, or {' or '.join(IN_FILES)} where its files are"
+            " stored so"
         )
     native, why = native_bf16(torch.device(device))
     best = "bf16" if native else "fp32"
-    if base in QUANTIZATIONS:
+    if base in QUANTIZED:
         return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
     if base == "auto":
         return Storage(dtypes[best], None, f"{best}: {why}")
@@ -58,15 +65,26 @@ def default_storage(source: ModelSource, adapters: Sequence[str | Path] = ()) ->
     Raises LorafoldError if the adapters were trained on different ones.
     """
     in_files = source.config().get("quantization_config")
-    name = base_trained_on(adapters) if in_files is None else quantization_of(in_files)
-    return name if name in QUANTIZATIONS else "auto"
+    if in_files is not None:
+        name = quantization_of(in_files, f"model {source.name}")
+        return name if name in QUANTIZED else "auto"
+    trained_on = base_trained_on(adapters)
+    return trained_on if trained_on in QUANTIZATIONS else "auto"
+
+
+def stored_in_files(source: ModelSource) -> str | None:
+    """Return the storage of files that are quantized and that adapters are folded into,
+    dequantized; None if they are not.
+    """
+    settings = source.config().get("quantization_config") or {}
+    return storage_of(settings, f"model {source.name}") if stored_compressed(settings) else None
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
-    """Return the base's original weights, read from its files, if the model's are quantized; else
-    None. `load_model` must have checked the files.
+    """Return the base's original weights, read from its files, if the model's are quantized and
+    they are in the files; else None. `load_model` must have checked the files.
     """
-    if storage.quantization is None:
+    if storage.quantization is None or stored_in_files(source) is not None:
         return None
     from lorafold.models.originals import original_weights
 

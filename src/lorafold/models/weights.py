@@ -45,7 +45,7 @@ class Weights(ABC):
 
     @abstractmethod
     def is_floating(self, name: str) -> bool:
-        """Tell whether a tensor has a floating-point dtype."""
+        """Tell whether a tensor has a floating-point dtype of 16 bits or more: fewer are codes."""
 
     @abstractmethod
     def at(self, name: str, where: Tensor) -> Tensor:
@@ -110,8 +110,12 @@ class ModelWeights(InMemory):
         self._tensors = {
             k: state[k]
             for k in own
-            if k in state and state[k].is_floating_point() and not state[k].is_meta
+            if k in state and self._counts(state[k])
         }
+
+    @staticmethod
+    def _counts(tensor: Tensor) -> bool:  # of any shape
+        return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -161,7 +165,7 @@ class FileWeights(Weights):
 
     def is_floating(self, name: str) -> bool:
         dtype: str = self._file[name].get_slice(name).get_dtype()
-        return dtype.startswith(("F", "BF"))
+        return dtype.startswith(("F", "BF")) and not dtype.startswith("F8")
 
     def at(self, name: str, where: Tensor) -> Tensor:
         lazy = self._file[name].get_slice(name)

@@ -40,6 +40,7 @@ from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config, write_config
+from lorafold.peft.convolution import in_matrix_form
 from lorafold.peft.format import ROOT
 from lorafold.peft.selection import Selection, describe
 from lorafold.peft.stack import digest_of, parse
@@ -216,11 +217,8 @@ def fill(
     strays = (_stray(key, stored.weights, base) for key in sorted(found - expected.keys()))
     wrong += [text for text in strays if text]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
-    wrong += [
-        text
-        for key, tensor in loaded.items()
-        if (text := _misfit(key, tensor, expected[key], loaded))
-    ]
+    misfits = (_misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
+    wrong += [text for text in misfits if text]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, saved in expected.items():
@@ -282,7 +280,7 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
 
 def _open(contents: Contents) -> Weights:
     if WEIGHTS in contents.files:
-        return LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS)
+        return in_matrix_form(LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS))
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
         f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"

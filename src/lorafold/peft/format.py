@@ -48,6 +48,7 @@ class Site:
     layer: The class of its `Base`, which knows how the module stores its matrix.
     target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
     base: The base's weights.
+    window: The size of a convolution's window; () for any other module.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Site:
     layer: type[Base]
     target: bool
     base: Weights
+    window: tuple[int, ...] = ()
 
     @property
     def at(self) -> str:

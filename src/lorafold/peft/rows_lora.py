@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
@@ -26,6 +27,7 @@ from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
 from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.vera import VeRA, VeRADelta
+from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_is
 
 # Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
@@ -112,9 +114,16 @@ LORA = Method(
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe the factors of LoRA, which have other keys at an embedding."""
+    """Describe the factors of LoRA, which have other keys at an embedding, and are kernels at a
+    convolution.
+    """
     if layer.takes_ids:
         return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
+    if issubclass(layer, Convolution):
+        return [
+            Entry("A", "{at}.lora_A.weight", as_kernel, flat, not_down),
+            Entry("B", "{at}.lora_B.weight", as_points, flat),
+        ]
     return [Entry("A", "{at}.lora_A.weight"), Entry("B", "{at}.lora_B.weight")]
 
 
@@ -134,13 +143,14 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
 
 def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
-    def up(b: Tensor, site: Site) -> Tensor:  # (out, 2 r)
-        return site.delta.factors()[0] / site.delta.scale  # type: ignore[index, operator]
-
-    def down(a: Tensor, site: Site) -> Tensor:  # (2 r, in)
-        return site.delta.factors()[1]  # type: ignore[index]
-
     a, b = lora(delta, layer)
+
+    def up(_: Tensor, site: Site) -> Tensor:  # (out, 2 r)
+        return b.to_file(site.delta.factors()[0] / site.delta.scale, site)  # type: ignore[index, operator]
+
+    def down(_: Tensor, site: Site) -> Tensor:  # (2 r, in)
+        return a.to_file(site.delta.factors()[1], site)  # type: ignore[index]
+
     return [replace(a, to_file=down), replace(b, to_file=up)]
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from lorafold.bases.convolution import Convolution
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
+from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, whole
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site
 from lorafold.peft.rows_lora import fan_in_fan_out, number
 
-# keys for convolutions, for the initialization, and for dropouts that act in training only
+# keys for convolutions, whose tensors say it too, for the initialization, and for dropouts that act
+# in training only
 LYCORIS_IRRELEVANT = frozenset(
     {"init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"}
 )
@@ -50,6 +54,17 @@ def prefixed(prefix: str) -> Entries:
     """Describe a delta whose keys are its parameters' names with a prefix."""
     return lambda delta, layer: [
         Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()
+    ]
+
+
+def lokr(delta: Delta, layer: type[Base]) -> list[Entry]:
+    """Describe the factors of LoKr; at a convolution a whole D is a kernel."""
+    entries = prefixed("lokr")(delta, layer)
+    if not issubclass(layer, Convolution):
+        return entries
+    return [
+        replace(e, to_file=whole, from_file=flat, misfit=not_whole) if e.attribute == "w2" else e
+        for e in entries
     ]
 
 
@@ -88,18 +103,20 @@ IA3_ROW = Method(
 
 
 def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe IA3's vector, which PEFT stores as a matrix."""
+    """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output."""
+    if issubclass(layer, Convolution):
+        return [Entry("l", "{at}.ia3_l", as_channels, all_flat)]
 
     def to_file(v: Tensor, site: Site) -> Tensor:
         return v[None, :] if site.delta.of_input else v[:, None]
 
-    return [Entry("l", "{at}.ia3_l", to_file, lambda v, site: v.flatten())]
+    return [Entry("l", "{at}.ia3_l", to_file, all_flat)]
 
 
 METHODS = (LOHA, LOKR, IA3_ROW)
 
 TENSORS: dict[type[Delta], Entries] = {
     LoHaDelta: prefixed("hada"),
-    LoKrDelta: prefixed("lokr"),
+    LoKrDelta: lokr,
     IA3Delta: ia3,
 }

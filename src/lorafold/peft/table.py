@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lorafold.bases.convolution import Convolution
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError
@@ -27,6 +28,7 @@ from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
 from lorafold.peft import derived, rows_lora, rows_others, rows_own, rows_virtual
+from lorafold.peft.convolution import all_flat, as_channels
 from lorafold.peft.format import Entries, Entry, Method, Site
 from lorafold.peft.tokens import ROWS
 
@@ -70,7 +72,8 @@ def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
 
     inner: Delta = delta.inner  # type: ignore[assignment]
     entries = TENSORS.get(type(inner), derived.entries)(inner, layer)
-    return [Entry("magnitude", "{at}.lora_magnitude_vector")] + [
+    of_channels = (as_channels, all_flat) if issubclass(layer, Convolution) else ()
+    return [Entry("magnitude", "{at}.lora_magnitude_vector", *of_channels)] + [
         Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
         for e in entries
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorafold.bases import layer_class
+from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
 from lorafold.core.stacked import module_at
 from lorafold.models.weights import Weights
@@ -76,9 +78,10 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
         targets: The paths of the modules that the method adapts.
         base: The base's weights.
     """
-    layers, aimed = {path: layer_class(module_at(model, path)) for path in parts}, set(targets)
-    return [
-        Site(path, delta, layers[path], path in aimed, base)
-        for path, deltas in parts.items()
-        for delta in deltas
-    ]
+    found, aimed = [], set(targets)
+    for path, deltas in parts.items():
+        module: Any = module_at(model, path)
+        layer = layer_class(module)
+        window = module.kernel_size if issubclass(layer, Convolution) else ()
+        found += [Site(path, delta, layer, path in aimed, base, window) for delta in deltas]
+    return found

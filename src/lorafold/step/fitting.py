@@ -15,7 +15,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.methods import known_options, make_spec
-from lorafold.models.quantizing import QUANTIZATIONS
+from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
 from lorafold.step.recipe import Recipe
@@ -54,7 +54,7 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
     unset = [name for name in recipe.for_method() if name not in known]
     changes: dict[str, Any] = {name: Recipe.model_fields[name].default for name in unset}
     changes["options"] = {name: value for name, value in recipe.options.items() if name in known}
-    if make_spec(method).trains_base and recipe.base in QUANTIZATIONS:
+    if make_spec(method).trains_base and recipe.base in QUANTIZED:
         changes["base"] = "fp32"
     return recipe.model_copy(update=changes | {"method": method})
 
@@ -64,12 +64,12 @@ def trainable_storage(recipe: Recipe) -> str:
     for it. Raises LorafoldError if it asks for quantized weights.
     """
     storage = str(recipe.base)
-    if storage in QUANTIZATIONS and "base" in recipe.model_fields_set:
+    if storage in QUANTIZED and "base" in recipe.model_fields_set:
         raise LorafoldError(
             f"base {storage}: {recipe.method} trains the base's own weights, which can't be"
             " quantized; expected fp32 or bf16"
         )
-    return "fp32" if storage in (*QUANTIZATIONS, "auto") else storage
+    return "fp32" if storage in (*QUANTIZED, "auto") else storage
 
 
 def settled_base(
@@ -93,12 +93,11 @@ def settled_base(
     if spec.trains_base:
         return trainable_storage(recipe)
     if not asked:
-        in_files = default_storage(source)
-        storage = (
-            in_files
-            if in_files != "auto"
-            else base_trained_on(adapters) or storage
-        )
+        in_files, trained_on = default_storage(source), base_trained_on(adapters)
+        if in_files != "auto":
+            storage = in_files
+        elif trained_on is not None and trained_on not in IN_FILES:
+            storage = trained_on
     if storage in QUANTIZATIONS and importlib.util.find_spec("bitsandbytes") is None:
         if asked:
             raise LorafoldError(

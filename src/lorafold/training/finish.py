@@ -27,7 +27,9 @@ class Trained:
 
     Losses are means in nats over labelled tokens (over texts, for a classifier); `train_loss` is
     that of the last ten steps. `adapter` is the directory that was written, and `figures` are
-    further ones of the held-out rows, such as the accuracy of preferences.
+    further ones of the held-out rows, such as the accuracy of preferences. `frozen` has the shares
+    of parameters that the adapter does not reach, by kind: of those of the blocks, and of the
+    model's the towers and connectors beside them.
     """
 
     train_loss: float
@@ -40,6 +42,7 @@ class Trained:
     adapter: str
     losses: list[float]
     figures: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -80,6 +83,7 @@ def finish(
         adapter=str(request.out),
         losses=progress.losses,
         figures=progress.figures,
+        frozen=job.adapter.unreached.as_json(),
     )
     if not job.accelerator.is_main_process:
         return result

@@ -14,6 +14,7 @@ from functools import partial
 
 from rich.console import Console
 
+from lorafold.adapter.reach import strays
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.step.activations import recompute
@@ -34,7 +35,9 @@ def train(request: Request, console: Console) -> Trained:
     """
     setup = set_up(request, console)
     model, adapter, weights, checkpointing = adapted_model(setup, console)
-    console.print(repr(adapter), highlight=False, markup=False)
+    for line in (repr(adapter), f"  {adapter.unreached}", strays(model, adapter.matches)):
+        if line is not None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if checkpointing:
         recompute(model)
     tokenizer, packing = setup.tokenizer, setup.request.recipe.packing

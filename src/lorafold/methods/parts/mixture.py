@@ -138,6 +138,11 @@ class Mixture(Spec):
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
         n, device = len(self.adapters), layer.device
         if self.gates == "token":
+            if not (layer.takes_vectors or layer.takes_ids):
+                raise LorafoldError(
+                    "Mixture: gates: found token for a module whose inputs are signals, expected"
+                    " global or layer"
+                )
             return RoutedDelta(layer.shape, n, device)
         return MixtureDelta(layer.shape, n, self.gates == "global", device)
 

@@ -63,7 +63,7 @@ class Sft(Objective):
         with packed(model) as apart:
             if not apart:
                 console.print(
-                    "packing: this model lets documents of one sequence attend to each other, so"
+                    "packing: in this model documents of one sequence influence each other, so"
                     " examples are padded instead",
                     highlight=False,
                 )

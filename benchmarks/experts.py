@@ -1,0 +1,70 @@
+"""A training step on a mixture of experts beside the same of PEFT with its `target_parameters`:
+seconds and peak memory.
+
+    python benchmarks/experts.py [--rounds 5] [--batch 4] [--length 256] [--rank 16]
+
+Random models of about 180M parameters in bf16, rank 16 on every linear of the blocks and every
+expert, AdamW, every token labelled, no dropout (which PEFT refuses on experts). Each side is a
+process of its own and the two take their steps in turn; figures are medians, ratios those of each
+turn. Peak memory is all that the process is resident in. lorafold also on NF4, in which PEFT can't
+hold experts. Prints a table, which is also written to results/experts.md. Linux only.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lib.mixtures import random
+from lib.results import keep
+from lib.worker import Case, Step, Worker
+
+WARM_UP = 1
+
+
+def figures(name: str, ours: list[Step], peft: list[Step], tokens: int) -> dict:
+    """The row of a table."""
+    turns = zip(ours, peft, strict=True)
+    medians = [statistics.median(step.seconds for step in side) for side in (ours, peft)]
+    return {
+        "model": name,
+        "tokens/s": f"{tokens / medians[0]:.0f}",
+        "PEFT": f"{tokens / medians[1]:.0f}",
+        "times as fast": f"{statistics.median(b.seconds / a.seconds for a, b in turns):.2f}",
+        "peak GB": f"{ours[-1].peak / 1e9:.2f}",
+        "PEFT's peak": f"{peft[-1].peak / 1e9:.2f}",
+        "ratio": f"{ours[-1].peak / peft[-1].peak:.2f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each that count")
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--rank", type=int, default=16)
+    asked = parser.parse_args()
+    table = []
+    with TemporaryDirectory() as folder:
+        for name in ("mixtral", "qwen3-moe"):
+            path = Path(folder, name)
+            random(name, path)
+            case = Case(asked.batch, asked.length, asked.rank, model=str(path))
+            four = case._replace(quantization="nf4")
+            for title, of_ours in ((name, case), (f"{name}, ours NF4", four)):
+                sides: dict[str, list[Step]] = {"lorafold": [], "peft": []}
+                with Worker("lorafold", of_ours) as ours, Worker("peft", case) as peft:
+                    for turn in range(WARM_UP + asked.rounds):
+                        for side, worker in (("lorafold", ours), ("peft", peft)):
+                            step = worker.step()
+                            sides[side] += [step] * (turn >= WARM_UP)
+                row = figures(title, sides["lorafold"], sides["peft"], asked.batch * asked.length)
+                print(row, flush=True)
+                table.append(row)
+    keep("experts", table)
+
+
+if __name__ == "__main__":
+    main()

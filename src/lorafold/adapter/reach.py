@@ -1,0 +1,183 @@
+"""What an adapter reaches of a model, and what stays frozen.
+
+    frozen in the blocks: experts 68.9%, router 0.3%, norms 0.1% of their 1,234,567 parameters;
+    beside them: vision tower 31.0% of the model's 2,345,678
+
+A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
+blocks are those of the language model, and what is beside them are towers and connectors
+(`lorafold.core.towers`). The kinds follow from the structure: experts are stacks of matrices
+(E, out, in), a router is what has a row for each of them, and a norm has a vector for its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lorafold.bases import is_linear, parameter_count
+from lorafold.core.anatomy import bare_modules, routers
+from lorafold.core.presets import beneath, own_blocks
+from lorafold.core.stacked import stack_names, stacks
+from lorafold.core.targets import Matches
+from lorafold.core.towers import aside, language_model, towers
+
+KINDS = ("linears", "experts", "router", "convolutions", "embeddings", "norms", "other")
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """The numbers of parameters that carry no delta.
+
+    blocks: those in the blocks, by kind.
+    of_blocks: the number of all parameters in the blocks.
+    beside: those of towers and connectors, by what they are.
+    of_model: the number of all parameters of the model.
+    """
+
+    blocks: dict[str, int]
+    of_blocks: int
+    beside: dict[str, int]
+    of_model: int
+
+    def as_json(self) -> dict[str, dict[str, float]]:
+        """The shares: `blocks` of the blocks' parameters, `beside` of the model's."""
+        return {
+            "blocks": {kind: n / self.of_blocks for kind, n in self.blocks.items()},
+            "beside": {what: n / self.of_model for what, n in self.beside.items()},
+        }
+
+    def __str__(self) -> str:
+        inside = _listed(self.blocks, self.of_blocks) or "none"
+        line = f"frozen in the blocks: {inside} of their {self.of_blocks:,} parameters"
+        if not self.beside:
+            return line
+        around = _listed(self.beside, self.of_model)
+        return f"{line}; beside them: {around} of the model's {self.of_model:,}"
+
+
+def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
+    """Count what carries no delta, in the blocks and beside them.
+
+    Args:
+        model: the model; one without blocks counts as a block.
+        sites: the paths of the modules or parameters that carry a delta.
+    """
+    blocks, beside, modules = own_blocks(model), beneath(aside(model)), list(bare_modules(model))
+    in_block = beneath(blocks)
+    inside = [(path, m) for path, m in modules if in_block(path) or not (blocks or beside(path))]
+    route = routers(model)
+    kinds = Counter[str]()
+    for path, module in inside:
+        if left := _left(path, module, sites):
+            kinds[_kind(path, module, route)] += left
+    around = Counter[str]()
+    tower = _named_towers(model)
+    for path, module in modules:
+        if beside(path) and (left := _left(path, module, sites)):
+            around[next((what for is_in, what in tower if is_in(path)), "connector")] += left
+    return Unreached(
+        {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+        sum(_left(path, module, ()) for path, module in inside),
+        dict(around),
+        parameter_count(model),
+    )
+
+
+def in_towers(model: nn.Module, matches: Matches) -> dict[str, tuple[str, ...]]:
+    """The matched module paths that are in a tower, by pattern, without patterns that match none.
+
+    Args:
+        model: the model.
+        matches: the matches of an adapter's targets.
+    """
+    inside = beneath(towers(model))
+    found = {p: tuple(filter(inside, paths)) for p, paths in matches.by_pattern.items()}
+    return {pattern: paths for pattern, paths in found.items() if paths}
+
+
+def strays(model: nn.Module, matches: Matches) -> str | None:
+    """One line about targets that are in a tower and do not name it; None if there are none.
+
+    Args:
+        model: the model.
+        matches: the matches of an adapter's targets.
+    """
+    roots, language = towers(model), language_model(model)
+    meant = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
+    found = {
+        pattern: paths
+        for pattern, paths in in_towers(model, matches).items()
+        if not any(name in pattern for name in meant)
+    }
+    if not found:
+        return None
+    hit = {path for paths in found.values() for path in paths}
+    where = dict.fromkeys(what for is_in, what in _named_towers(model) if any(map(is_in, hit)))
+    counts = ", ".join(
+        f"{len(paths)} of the {len(matches.by_pattern[pattern])} modules of {pattern}"
+        for pattern, paths in found.items()
+    )
+    ends = {p.rsplit(".", 1)[-1] for t in found for p in matches.by_pattern[t] if p not in hit}
+    only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
+    advice = f", or the regular expression {only}" if language and ends else ""
+    return (
+        f"targets in the {' and the '.join(where)}: {counts}; for the language model alone give a"
+        f" preset such as all-linear{advice}"
+    )
+
+
+def _named_towers(model: nn.Module) -> list[tuple[Callable[[str], bool], str]]:
+    """For each tower, the test whether a module path is in it, and what it is."""
+    return [(beneath([root]), f"{kind} tower") for root, kind in towers(model).items()]
+
+
+def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
+    """The number of the module's own parameters that no site reaches; a quantized weight (out, in)
+    counts out * in.
+
+    Args:
+        path: the module's path.
+        module: the module.
+        sites: the paths of modules or parameters that carry a delta.
+    """
+    own = {f"{path}.{n}": (n, p) for n, p in module._parameters.items() if p is not None}
+    if path in sites or not own:
+        return 0
+    held, left = stacks(module), [entry for name, entry in own.items() if name not in sites]
+    if len(left) == len(own) and sum(1 for _ in bare_modules(module)) == 1:
+        return parameter_count(module)
+    return sum(parameter_count(held[n]) if n in held else p.numel() for n, p in left)
+
+
+def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
+    """The kind of a module with parameters of its own.
+
+    Args:
+        path: its path.
+        module: the module.
+        route: the paths of routers.
+    """
+    weight, name = module._parameters.get("weight"), type(module).__name__.lower()
+    if stack_names(module):
+        return "experts"
+    if path in route:
+        return "router"
+    if is_linear(module):
+        return "linears"
+    if isinstance(module, _ConvNd):
+        return "convolutions"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"
+
+
+def _listed(counts: Mapping[str, int], whole: int) -> str:
+    shares = ((what, n / whole) for what, n in counts.items())
+    return ", ".join(
+        f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%" for what, share in shares
+    )

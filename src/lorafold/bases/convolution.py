@@ -1,0 +1,110 @@
+"""Convolutions: a matrix that multiplies the window around each place of a signal.
+
+    y[o, t] = sum_{c, k} W[o, c, k] x[c, stride t + dilation k - padding] + b[o]
+    x (N, in, *places), W (out, in / groups, *window), y (N, out, *places')
+
+As a matrix W is (out, in / groups * prod(window)), its columns in the order of the stored kernel,
+so that a method sees no difference from a linear. Any matrix of as many columns is a kernel with
+the module's own stride, padding, dilation and padding mode. A low-rank update is a convolution to r
+channels and one of window 1 from these to the outputs, by torch's own kernels: W + dW is not built.
+
+With groups a row of W meets only the inputs of its own group, and the r channels would have to
+exist once a group; there a low-rank update is built, which is small since a row has in / groups
+channels.
+
+The module's own forward computes W x + b, bit for bit as without adapters. What a delta adds is
+summed onto it in fp32 and rounded with a dither (`core.rounding`), which keeps changes under half a
+unit of a 16-bit output. `all-linear` and the other presets do not mean convolutions; name them.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafold.bases.dense import named, store_all
+from lorafold.core.base import Base
+from lorafold.core.rounding import rounded
+from lorafold.errors import NotMergeable
+from lorafold.ops.dropout import dropout
+from lorafold.ops.scale import scaled
+
+# by the number of the dimensions of a place
+FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Convolution(Base):
+    """A convolution over one, two or three dimensions: weight (out, in / groups, *window)."""
+
+    takes_vectors = False
+
+    @property
+    def kernel(self) -> Tensor:  # (out, in / groups, *window)
+        """The stored weight. Raises NotMergeable if the module computes it from others."""
+        if "weight" not in self.module._parameters:
+            raise NotMergeable(
+                f"{type(self.module).__name__}: its weight is computed from other parameters"
+                " (weight norm or another parametrization), expected a stored one; remove the"
+                " parametrization, or leave the module out of the targets"
+            )
+        kernel: Tensor = self.bare.weight
+        return kernel
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.bare.bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, *columns = self.kernel.shape
+        return out, prod(columns)
+
+    @property
+    def window(self) -> int:
+        return prod(self.bare.kernel_size)
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        y: Tensor = self.run(x)
+        if onto is None:
+            return y
+        return rounded(y.to(torch.promote_types(y.dtype, torch.float32)) + onto, y.dtype)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        """x (N, in, *places) convolved with m (k, in / groups * prod(window)): (N, k, *places').
+
+        With groups, k must be out: the rows belong to the groups as those of W do.
+        """
+        kernel = m.to(x.dtype).reshape(len(m), -1, *self.bare.kernel_size)
+        y: Tensor = self.bare._conv_forward(x, kernel, None)
+        return y
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        if self.bare.groups > 1:
+            return self.op(self.drop(x, p), up @ down)
+        u = self.op(self.drop(x, p), down)
+        places = len(self.bare.kernel_size)
+        y: Tensor = FUNCTIONS[places](u, up.to(u.dtype).reshape(*up.shape, *(1,) * places))
+        return y
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return dropout(x, p) if p else x
+
+    def each(self, v: Tensor) -> Tensor:
+        return v.view(-1, *(1,) * len(self.bare.kernel_size))
+
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        return scaled(y, self.each(g), None if c is None else self.each(c), onto)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.kernel.flatten(1), self.bias
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        return named(w.reshape(self.kernel.shape), b)
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        store_all(self, w, b)

@@ -1,0 +1,42 @@
+"""What a model's config says about its quantization after some of its matrices were dequantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafold.bases.compressed import CompressedLinear
+
+# quant_method -> the setting that lists the modules whose weights are plain
+EXCEPT = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert"}
+
+
+def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
+    """Record in the config of a transformers model that the modules at these paths are quantized no
+    longer; if no quantized module is left, remove the quantization config.
+    """
+    config: Any = getattr(model, "config", None)
+    settings: Any = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict):
+        if any(isinstance(m, CompressedLinear) for m in model.modules()):
+            name = EXCEPT[settings["quant_method"]]
+            settings[name] = [*(settings.get(name) or []), *paths]
+        else:
+            del config.quantization_config
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    if any(
+        isinstance(m, nn.Linear) and m.weight.dtype in (torch.uint8, torch.int8)
+        for m in model.modules()
+    ):
+        skipped = settings.llm_int8_skip_modules or []
+        settings.llm_int8_skip_modules = [*skipped, *paths]
+    else:
+        quantizer.remove_quantization_config(model)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            model.__dict__.pop(flag, None)

@@ -1,0 +1,281 @@
+"""Models whose files are quantized by compressed-tensors, or as fine-grained FP8: which linears
+are, how, and whether the files have what that takes.
+
+    fp8      float8_e4m3fn with a scale for the matrix, a row, or a block    0.50 of bf16's bytes
+    int8     8-bit integers                                                  0.50
+    int4     4-bit integers, packed into int32, in rows or groups            0.25 and the scales
+
+The package compressed-tensors reads its own configurations and matches modules with them. The
+linears become `bases.compressed.CompressedLinear`, so the codes stay as they are in memory, and
+what the model computes does not depend on that package's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafold.bases.compressed import Codes, CompressedLinear
+from lorafold.core.anatomy import bare_modules
+from lorafold.errors import LorafoldError
+from lorafold.models.container import Entry
+from lorafold.models.load_errors import one_line
+from lorafold.ops.float8 import is_nan
+
+COMPRESSED, FINE_GRAINED = "compressed-tensors", "fp8"  # values of quant_method
+# format, type and bits of weights -> storage, whether codes are packed
+FORMATS: dict[tuple[str, str, int], tuple[str, bool]] = {
+    ("float-quantized", "float", 8): ("fp8", False),
+    ("naive-quantized", "float", 8): ("fp8", False),
+    ("int-quantized", "int", 8): ("int8", False),
+    ("naive-quantized", "int", 8): ("int8", False),
+    ("pack-quantized", "int", 8): ("int8", True),
+    ("pack-quantized", "int", 4): ("int4", True),
+}
+DTYPES = {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# the last parts of tensors' names that only quantized weights have
+PARTS = ("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx")
+
+
+def stored_compressed(settings: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is one of those that this module reads."""
+    return settings.get("quant_method") in (COMPRESSED, FINE_GRAINED)
+
+
+def storage_of(settings: Mapping[str, Any], what: str) -> str:
+    """Return the storage of a `quantization_config`: fp8, int8 or int4.
+
+    Raises LorafoldError, in messages that begin with `what`, if it is none of them, or mixed, or if
+    compressed-tensors is not installed.
+    """
+    found = sorted({codes.storage for codes, _ in _groups(settings, what)})
+    if len(found) != 1:
+        raise LorafoldError(
+            f"{what}: its weights are stored in {len(found)} ways ({', '.join(found)}), expected"
+            " one of fp8, int8, int4"
+        )
+    return found[0]
+
+
+def remark(settings: Mapping[str, Any], what: str) -> str | None:
+    """A line on what the files ask for and training does not do, or None; it begins with `what`."""
+    asked = [
+        *["activations"] * (_activations(settings)),
+        *["the cache of keys and values"] * bool(settings.get("kv_cache_scheme")),
+    ]
+    if not asked:
+        return None
+    return (
+        f"{what}: its files ask to quantize {' and '.join(asked)} too, which are computed"
+        " unquantized, since a merged adapter would compute something else otherwise"
+    )
+
+
+def compress(model: Any, settings: Mapping[str, Any], what: str, scales: torch.dtype) -> None:
+    """Make the quantized linears of a model without values `CompressedLinear`.
+
+    Raises LorafoldError if something else than a linear is quantized.
+
+    Args:
+        model: The model as its architecture has it.
+        settings: The `quantization_config` of its files.
+        what: What messages begin with.
+        scales: The dtype of the scales.
+    """
+    for path, codes in codes_of(model, settings, what).items():
+        parent, _, name = path.rpartition(".")
+        module: Any = model.get_submodule(path)
+        setattr(model.get_submodule(parent), name, CompressedLinear(module, codes, scales))
+
+
+def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Codes]:
+    """Return how the quantized linears of a model are stored, by path.
+
+    Args:
+        model: The model as its architecture has it.
+        settings: The `quantization_config` of its files.
+        what: What messages begin with.
+    """
+    found: dict[str, Codes] = {}
+    for codes, targets in _groups(settings, what):
+        found |= {path: codes for path in _matched(model, settings, targets) if path not in found}
+    head = model.get_output_embeddings()
+    for path in found:
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.Linear) or module is head:
+            kind = "the head" if module is head else f"of class {type(module).__name__}"
+            raise LorafoldError(
+                f"{what}: its quantization_config quantizes {path}, {kind}; expected linears of the"
+                " blocks"
+            )
+    if not found:
+        raise LorafoldError(f"{what}: its quantization_config matches no linear of the model")
+    return found
+
+
+def as_in_files(model: nn.Module, entries: Mapping[str, Entry], what: str) -> None:
+    """Give the scales of a model on the meta device the dtypes of the files.
+
+    Raises LorafoldError with every tensor that a quantized weight lacks or that does not fit it.
+
+    Args:
+        model: After `compress`.
+        entries: The tensors of the files by the model's names.
+        what: What messages begin with.
+    """
+    problems = [*_misfits(model, entries)]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise LorafoldError(f"{what}: {'; '.join(problems[:4])}{more}")
+    for path, module in _compressed(model):
+        entry = entries[f"{path}.{module.codes.scale}"]
+        empty = torch.empty(entry.shape, dtype=FLOATS[entry.dtype], device="meta")
+        module._parameters[module.codes.scale] = nn.Parameter(empty, requires_grad=False)
+
+
+def check_values(model: nn.Module, what: str) -> None:
+    """Raise LorafoldError for scales that are zero or not finite, for codes that are not numbers,
+    and for recorded shapes that are not those of the model, with the names of the tensors.
+
+    Args:
+        model: The model with its values.
+        what: What messages begin with.
+    """
+    for path, module in _compressed(model):
+        name = module.codes.scale
+        scale = module._parameters[name].detach()  # type: ignore[union-attr]
+        wrong = scale[~(scale.isfinite() & (scale != 0))]
+        if len(wrong):
+            raise LorafoldError(
+                f"{what}: {path}.{name}: found {wrong[0].item():g} ({len(wrong)} such scales),"
+                " expected finite numbers other than 0"
+            )
+        codes: Any = module._parameters.get("weight")
+        if module.codes.storage == "fp8" and (lost := int(is_nan(codes).sum())):
+            raise LorafoldError(
+                f"{what}: {path}.weight: found {lost} values that are not numbers, expected none"
+            )
+        recorded = module._parameters.get("weight_shape")
+        shape = [module.out_features, module.in_features]
+        if recorded is not None and recorded.tolist() != shape:
+            raise LorafoldError(
+                f"{what}: {path}.weight_shape: found {recorded.tolist()}, expected {shape}"
+            )
+
+
+def _misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in _compressed(model):
+        for name, parameter in module._parameters.items():
+            if name == "bias" or parameter is None:
+                continue
+            entry, scales = entries.get(f"{path}.{name}"), name == module.codes.scale
+            kinds = [*FLOATS] if scales else [DTYPES[parameter.dtype]]
+            expected = f"{' or '.join(kinds)} {list(parameter.shape)}"
+            if entry is None:
+                yield f"{path}.{name}: found in no weight file, expected {expected}"
+                continue
+            one = scales and parameter.numel() == 1 and entry.shape in ((), (1,), (1, 1))
+            if entry.dtype not in kinds or not (one or entry.shape == tuple(parameter.shape)):
+                found = f"{entry.dtype} {list(entry.shape)}"
+                yield f"{entry.name}: found {found}, expected {expected}"
+    for name, entry in entries.items():
+        if name.endswith(PARTS) and name not in known:
+            yield f"{entry.name}: found in the files, but quantization_config expects none"
+
+
+def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
+    return ((path, m) for path, m in bare_modules(model) if isinstance(m, CompressedLinear))
+
+
+def _activations(settings: Mapping[str, Any]) -> bool:
+    if settings["quant_method"] == FINE_GRAINED:
+        return True
+    groups = settings.get("config_groups") or {}
+    asked = ("input_activations", "output_activations")
+    return any(not isinstance(g, Mapping) or any(map(g.get, asked)) for g in groups.values())
+
+
+def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[Codes, list[str]]]:
+    """How the weights are stored, and patterns of modules for which that is so."""
+    if settings["quant_method"] == FINE_GRAINED:
+        rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
+        return [(Codes("fp8", rows, columns, scale="weight_scale_inv"), [])]
+    config = _configuration(settings, what)
+    for field, value in (
+        ("transform_config", settings.get("transform_config")),
+        ("sparsity_config", (settings.get("sparsity_config") or {}).get("format", "dense")),
+        ("quantization_status", config.quantization_status.value),
+    ):
+        if value not in (None, {}, "dense", "compressed"):
+            raise LorafoldError(
+                f"{what}: {field}: found {str(value)[:60]}, expected plain compressed weights"
+            )
+    return [
+        (_codes(group, config.format, what), list(group.targets))
+        for group in config.config_groups.values()
+        if group.weights is not None
+    ]
+
+
+def _codes(group: Any, form: str, what: str) -> Codes:
+    weights, form = group.weights, str(getattr(group.format or form, "value", group.format or form))
+    blocks = {
+        "tensor": (0, 0),
+        "channel": (1, 0),
+        "group": (1, weights.group_size),
+        "block": tuple(weights.block_structure or ()),
+    }
+    stored = FORMATS.get((form, weights.type, weights.num_bits))
+    strategy = str(weights.strategy)
+    apart = not weights.symmetric and (weights.type == "float" or strategy == "tensor")
+    if stored is None or strategy not in blocks or apart:
+        raise LorafoldError(
+            f"{what}: found weights in the format {form} ({weights.num_bits}-bit {weights.type}, a"
+            f" scale for each {strategy}{', zero points' * (not weights.symmetric)}), expected"
+            " float-quantized, int-quantized or pack-quantized ones of 8 or 4 bits, a scale for"
+            f" each {', '.join(blocks)}"
+        )
+    storage, packed = stored
+    rows, columns = blocks[strategy]
+    return Codes(storage, rows, columns, weights.num_bits, packed, weights.symmetric)
+
+
+def _configuration(settings: Mapping[str, Any], what: str) -> Any:
+    try:
+        from compressed_tensors.quantization import QuantizationConfig
+    except ImportError:
+        raise LorafoldError(
+            f"{what}: its weights are stored by compressed-tensors, and that package is not"
+            " installed; pip install 'lorafold[quantized]'"
+        ) from None
+    try:
+        return QuantizationConfig.model_validate(dict(settings))
+    except ValueError as error:
+        raise LorafoldError(f"{what}: quantization_config: {one_line(error)}") from None
+
+
+def _matched(model: Any, settings: Mapping[str, Any], targets: list[str]) -> list[str]:
+    if settings["quant_method"] == FINE_GRAINED:
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        plain = HfQuantizer.get_modules_to_not_convert(
+            model,
+            settings.get("modules_to_not_convert") or settings.get("ignored_layers"),
+            model._keep_in_fp32_modules,
+        )
+        linears = [path for path, m in bare_modules(model) if isinstance(m, nn.Linear)]
+        return [path for path in linears if should_convert_module(path, plain)]
+    from compressed_tensors.utils.match import match_named_modules
+
+    return [path for path, _ in match_named_modules(model, targets, settings.get("ignore") or [])]

@@ -1,0 +1,118 @@
+"""The forms that tensors of a convolution's delta have in PEFT's files. A delta holds matrices for
+W (out, in / groups * prod(window)).
+
+    lora_A       (r, in / groups, *window)      lora_B               (out, r, 1, ...)
+    ia3_l        (1, out, 1, ...)               lora_magnitude_vector (1, out, 1, ...)
+    lokr_w2      (o2, i2, *window); over a Conv1d (o2, i2 * window), as explained at `not_whole`
+    all others of LoHa, LoKr and AdaLoRA as the delta has them
+
+With `use_effective_conv2d`, LoHa and LoKr have a Tucker core for a window larger than 1. It is
+multiplied into one of its factors when a file is read:
+
+    t (r, r, *window), a (r, out), b (r, in):   dW[o, c, k] = sum_ij a[i, o] t[i, j, k] b[j, c]
+    a' = a^T (out, r),   b' (r, in * prod(window)) = sum_j t[i, j, k] b[j, c]
+
+The change of the weight stays the same; b' has more parameters than t and b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorafold.models.weights import Weights
+from lorafold.peft.format import Site
+from lorafold.peft.tokens import Completed
+
+CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
+
+
+def as_kernel(m: Tensor, site: Site) -> Tensor:
+    """A matrix (k, c * prod(window)) as a kernel (k, c, *window)."""
+    return m.unflatten(1, (-1, *site.window))
+
+
+def as_points(m: Tensor, site: Site) -> Tensor:
+    """A matrix (out, r) as a kernel of window 1: (out, r, 1, ...)."""
+    return m.view(*m.shape, *(1,) * len(site.window))
+
+
+def as_channels(v: Tensor, site: Site) -> Tensor:
+    """A vector (out,) that broadcasts to outputs: (1, out, 1, ...)."""
+    return v.view(1, -1, *(1,) * len(site.window))
+
+
+def flat(kernel: Tensor, site: Site) -> Tensor:
+    """A kernel (k, ...) as a matrix (k, columns)."""
+    return kernel.flatten(1)
+
+
+def all_flat(v: Tensor, site: Site) -> Tensor:
+    """A vector (out,) of any form."""
+    return v.flatten()
+
+
+def not_down(a: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a lora_A of a file, or None. PEFT's has all input channels where the
+    convolution has groups: an update that mixes them, which the weight can't hold.
+
+    Args:
+        a: The tensor of the file.
+        site: The delta with its module.
+        file: All tensors of the file that belong to the adapter.
+    """
+    expected = as_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
+    if a.shape == expected and a.is_floating_point():
+        return None
+    mixes = a.dim() == len(expected) and a.shape[1] > expected[1]
+    return f"{a.dtype}, shape {list(a.shape)}, expected numbers of shape {list(expected)}" + (
+        "; an update that mixes the groups of a convolution is not supported" * mixes
+    )
+
+
+def whole(w2: Tensor, site: Site) -> Tensor:
+    """LoKr's whole D, a matrix (o2, i2 * prod(window)), as the file has it: (o2, i2, *window), or
+    the matrix itself over a Conv1d.
+    """
+    return w2 if len(site.window) == 1 else as_kernel(w2, site)
+
+
+def not_whole(w2: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a lokr_w2 of a file, or None.
+
+    PEFT 0.21 multiplies a w2 (o2, i2, k) of a Conv1d in another order, kron(w2, w1), than its own
+    factors, its Conv2d and LyCORIS. Such a file is refused, and ours has the matrix, which PEFT
+    refuses: neither is misread.
+
+    Args:
+        w2: The tensor of the file.
+        site: The delta with its module.
+        file: All tensors of the file that belong to the adapter.
+    """
+    expected = whole(site.delta.w2, site).shape  # type: ignore[arg-type]
+    if w2.shape == expected and w2.is_floating_point():
+        return None
+    other = len(site.window) == 1 and w2.dim() == 3
+    return f"{w2.dtype}, shape {list(w2.shape)}, expected numbers of shape {list(expected)}" + (
+        "; PEFT multiplies a whole lokr_w2 of a Conv1d in another order than LyCORIS, which is not"
+        " supported (a rank below half the larger side of w2 gives lokr_w2_a and lokr_w2_b)" * other
+    )
+
+
+def in_matrix_form(file: Weights) -> Weights:
+    """The tensors of a file, with the Tucker cores multiplied into their factors."""
+    hidden, made = set[str](), dict[str, Tensor]()
+    for core in [name for name in file.names if name.endswith(CORES)]:
+        stem = f"{core[:-2]}w{core[-1]}"
+        names = core, f"{stem}_a", f"{stem}_b"
+        if not set(names) <= set(file.names):
+            continue
+        t, a, b = (file.get(name).double() for name in names)
+        if t.dim() < 3 or t.shape[:2] != (len(a), len(b)):
+            continue
+        hidden.update(names)
+        made[names[1]] = a.t().float().contiguous()
+        made[names[2]] = torch.einsum("ij...,jc->ic...", t, b).flatten(1).float().contiguous()
+    return Completed(file, hidden, made) if made else file

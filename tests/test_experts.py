@@ -1,0 +1,267 @@
+"""Experts as a storage: the laws on mixtures of every form, grouped products against plain torch,
+and quantized matrices against bitsandbytes.
+"""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+import lorafold as lf
+from lorafold.bases import layer_of, parameter_count
+from lorafold.bases.bitsandbytes import bitsandbytes
+from lorafold.core.anatomy import bare_modules, routers
+from lorafold.core.spec import Spec
+from lorafold.core.stacked import Stack, module_at
+from lorafold.models.quantizing import compute_in
+from lorafold.ops.grouped import frozen_product, grouped, low_rank_product, product
+from mixtures import CONFIGS, mixture
+
+IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+METHODS: dict[str, Spec] = {
+    "lora": lf.LoRA(rank=3, dropout=0.0),
+    "rslora": lf.LoRA(rank=3, dropout=0.0, rslora=True),
+    "pissa": lf.PiSSA(rank=3),
+    "olora": lf.OLoRA(rank=3),
+    "dora": lf.DoRA(lf.LoRA(rank=3, dropout=0.0)),
+    "dora-loha": lf.DoRA(lf.LoHa(rank=3)),
+    "dora-vera": lf.DoRA(lf.VeRA(rank=8)),
+    "adalora": lf.AdaLoRA(rank=3),
+    "vera": lf.VeRA(rank=8),
+    "loha": lf.LoHa(rank=3),
+    "lokr": lf.LoKr(rank=2),
+    "ia3": lf.IA3(),
+    "lt-sft": lf.LTSFT(density=0.1),
+    "fastfood": lf.Fastfood(dimension=40),
+}
+CASES = [
+    *[pytest.param(m, "mixtral", id=f"{m}-mixtral") for m in METHODS],
+    *[pytest.param(m, "gpt-oss", id=f"{m}-gpt-oss") for m in METHODS],
+    *[
+        pytest.param(m, c, id=f"{m}-{c}")
+        for m in ("lora", "dora")
+        for c in ("qwen3-moe", "qwen2-moe", "deepseek-v3")
+    ],
+]
+
+
+def move(adapter: lf.Adapter, size: float = 0.05) -> lf.Adapter:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+    return adapter
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_the_laws(method: str, family: str) -> None:
+    model = mixture(family)
+    bare, names = logits(model), set(model.state_dict())
+    adapter = lf.attach(model, METHODS[method], EXPERTS)
+    assert {type(module_at(model, p)).__name__ for p in adapter.matches.paths} == {"Stack"}
+    assert torch.allclose(logits(model), bare, rtol=1e-5, atol=1e-6)
+    move(adapter)
+    y = logits(model)
+    assert (y - bare).norm() > 1e-3 * bare.norm()
+    with lf.only(model):
+        assert torch.equal(logits(model), bare)
+    assert set(model.state_dict()) == names
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), y)
+    adapter.merge()
+    assert (logits(model) - y).norm() <= 1e-5 * y.norm()
+    assert not [m for m in model.modules() if isinstance(m, Stack)]
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_gradients_are_those_of_the_folded_weight(method: str, family: str) -> None:
+    """Grouped products against autograd through `fold` and the model's own forward, in fp64."""
+    model = mixture(family, torch.float64)
+    model.config._experts_implementation = "eager"  # the only one of transformers in fp64
+    adapter = move(lf.attach(model, METHODS[method], EXPERTS))
+    for delta in adapter.deltas.values():
+        delta.double()
+    model(IDS).logits.sin().sum().backward()
+    ours = {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    assert all(g.any() for g in ours.values())
+    for p in adapter.parameters():
+        p.grad = None
+    folded = {}
+    for path, delta in adapter.deltas.items():
+        layer = layer_of(module_at(model, path))
+        w, _ = delta.fold(*layer.dense())
+        folded[path] = layer.encode(w, None)["weight"]
+    with lf.only(model):
+        functional_call(model, folded, (IDS,)).logits.sin().sum().backward()
+    for name, p in adapter.named_parameters():
+        assert torch.allclose(ours[name], p.grad, rtol=1e-7, atol=1e-10), name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_all_linear_includes_experts_and_leaves_routers_alone(family: str) -> None:
+    model = mixture(family)
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    sites = set(adapter.matches.paths)
+    every = {path for path, m in bare_modules(model) if isinstance(m, Stack)}
+    assert every
+    assert every <= sites
+    assert routers(model)
+    assert not routers(model) & sites
+    attention_only = lf.attach(mixture(family), lf.LoRA(rank=2), "attention").matches.paths
+    assert not every & set(attention_only)
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_dropout_is_the_same_when_a_block_is_computed_again(family: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = mixture(family)
+        adapter = move(lf.attach(model, lf.LoRA(rank=3, dropout=0.3)))
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.train()
+        torch.manual_seed(1)
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_an_adapter_lies_over_another() -> None:
+    model = mixture("mixtral")
+    first = move(lf.attach(model, lf.LoRA(rank=2, dropout=0.0), name="first"))
+    second = move(lf.attach(model, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), name="second"))
+    y = logits(model)
+    with pytest.raises(lf.NotMergeable, match="'first' is attached below"):
+        second.merge()
+    first.merge()
+    second.merge()
+    assert (logits(model) - y).norm() <= 1e-5 * y.norm()
+
+
+def groups_of(number: int, rows: int) -> tuple:
+    of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(3))
+    return grouped(of[of != 1], number)  # the second and the last have no rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    groups, _ = groups_of(5, 40)
+    n = len(groups.of_row)
+    x, onto = torch.randn(n, 6, dtype=dtype), torch.randn(n, 7, dtype=dtype)
+    w, down, up = (
+        torch.randn(5, *s, dtype=torch.promote_types(dtype, torch.float32))
+        for s in ((7, 6), (2, 6), (7, 2))
+    )
+    each = w.to(dtype)[groups.of_row]
+    pairs = [
+        (lambda x: product(x, w, groups), lambda x: torch.einsum("soi,si->so", each, x)),
+        (
+            lambda x: frozen_product(x, onto, lambda e, d: w[e].to(d), groups, 7),
+            lambda x: torch.einsum("soi,si->so", each, x) + onto,
+        ),
+        (
+            lambda x: low_rank_product(x, lambda e, d: w[e].to(d), groups, down, up),
+            lambda x: torch.einsum("soi,si->so", (w + up @ down).to(dtype)[groups.of_row], x),
+        ),
+    ]
+    for ours, plain in pairs:
+        exact = plain(x.double()) if dtype is torch.float64 else None
+        y = ours(x)
+        reference = plain(x)
+        error = 1e-12 if exact is not None else 2e-2
+        assert y.dtype is dtype
+        assert (y - reference).norm() <= error * reference.norm()
+
+
+def test_gradients_of_grouped_products_are_right() -> None:
+    torch.manual_seed(0)
+    groups, _ = groups_of(4, 12)
+    n = len(groups.of_row)
+    x = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 5, 3, dtype=torch.float64)
+    m = w.clone().requires_grad_()
+    down = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(4, 5, 2, dtype=torch.float64, requires_grad=True)
+    onto = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
+
+    def read(e: int, dtype: torch.dtype) -> Tensor:
+        return w[e].to(dtype)
+
+    check = torch.autograd.gradcheck
+    assert check(lambda x, m: product(x, m, groups), (x, m))
+    assert check(lambda x, o: frozen_product(x, o, read, groups, 5), (x, onto))
+    assert check(lambda x, a, b: low_rank_product(x, read, groups, a, b), (x, down, up))
+
+
+def saved(family: str, folder: Path) -> Path:
+    mixture(family, torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
+    folder = saved(family, tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = lf.load_model(folder, storage=storage)
+    assert parameter_count(model) == parameter_count(plain)
+    own = {path: m for path, m in bare_modules(model) if isinstance(m, Stack)}
+    functional = bitsandbytes().functional
+    for path, stack in own.items():
+        stored = plain.get_parameter(path)
+        layer = layer_of(stack)
+        parameter = stack.owner._parameters[stack.name]
+        if storage == "nf4":
+            bytes_ = parameter.nbytes + parameter.quant_state.absmax.nbytes
+            assert bytes_ <= 0.27 * 2 * stored.numel()
+            whole = functional.dequantize_4bit(parameter.data, parameter.quant_state)
+        else:
+            codes, scales, _ = functional.int8_vectorwise_quant(stored.flatten(0, 1).half())
+            whole = (codes * (scales / 127)[:, None]).bfloat16()
+        whole = whole.view(stored.shape)
+        transposed = stack.owner.is_transposed
+        assert torch.equal(layer.dense()[0].bfloat16(), whole.mT if transposed else whole)
+    with torch.no_grad():
+        for path, stack in own.items():
+            w = layer_of(stack).dense()[0]
+            plain.get_parameter(path).copy_(w.mT if stack.owner.is_transposed else w)
+        for path, m in bare_modules(model):
+            if type(m).__module__.startswith("bitsandbytes."):
+                plain.get_parameter(f"{path}.weight").copy_(layer_of(m).dense()[0])
+    compute_in(model, torch.float32)
+    path = next(iter(own)).rpartition(".")[0]  # without an adapter
+    x, index = torch.randn(7, 64), torch.randint(0, 4, (7, 2))
+    mixed = [m.get_submodule(path)(x, index, torch.full((7, 2), 0.5)) for m in (model, plain)]
+    assert (mixed[0] - mixed[1]).norm() <= 1e-5 * mixed[1].norm()
+    adapter = lf.attach(model, lf.DoRA(lf.LoRA(rank=3, dropout=0.0)))
+    expected = logits(plain)
+    assert (logits(model) - expected).norm() <= 1e-5 * expected.norm()
+    move(adapter)
+    y = logits(model)
+    adapter.merge()
+    assert (logits(model) - y).norm() <= 1e-5 * y.norm()
+    assert model.get_parameter(next(iter(own))).is_floating_point()
+
+
+def test_estimate_of_a_mixture_is_what_a_step_takes(tmp_path: Path) -> None:
+    folder = saved("mixtral", tmp_path / "model")
+    for base in ("bf16", "nf4"):
+        recipe = lf.Recipe(base=base, rank=4)
+        found = lf.estimate(folder, "lora", batch=2, length=64, recipe=recipe, measure=True)
+        assert found.measured == pytest.approx(found.total, rel=0.05)

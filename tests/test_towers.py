@@ -1,0 +1,235 @@
+"""Models with towers for images and sounds: which part is adapted, what is said of the others, and
+what of any model stays frozen.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+import lorafold as lf
+from architectures import ARCHITECTURES, GROUPED, MIXTURES, MULTIMODAL, TOWER, moved, near, run
+from conftest import lorafold, make_tokenizer
+from lorafold.adapter.reach import strays, unreached
+from lorafold.bases import is_linear
+from lorafold.core.anatomy import bare_modules, blocks
+from lorafold.core.presets import PRESETS
+from lorafold.core.towers import aside, language_model, towers
+
+HAVE_EXPERTS = {*MIXTURES, "jamba", "granite-hybrid", "qwen3-next"}
+
+
+@pytest.mark.parametrize("name", list(MULTIMODAL))
+def test_the_tower_stays_out_and_byte_for_byte_the_same(name: str) -> None:
+    row = MULTIMODAL[name]
+    model, inputs = row.model(), row.inputs()
+    assert tuple(towers(model)) == row.towers
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
+    inner = language_model(model)
+    assert all(site.startswith(f"{inner}.layers.") for site in adapter.sites)
+    before = {n: p.clone() for n, p in model.named_parameters() if n.startswith(row.towers)}
+    assert before
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(3):
+        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
+@pytest.mark.parametrize("preset", ["attention", "mlp", "sublayers", "biases", "parameters"])
+@pytest.mark.parametrize("name", list(MULTIMODAL))
+def test_no_preset_but_the_tower_s_own_takes_it(name: str, preset: str) -> None:
+    model = MULTIMODAL[name].model()
+    beside = tuple(f"{path}." for path in aside(model))
+    paths = PRESETS[preset](model, is_linear)
+    assert paths
+    assert not [path for path in paths if f"{path}.".startswith(beside)]
+    assert PRESETS["head"](model, is_linear) == ["lm_head"]
+
+
+@pytest.mark.parametrize("name", list(MULTIMODAL))
+def test_the_tower_is_adapted_on_request(name: str, tmp_path: Path) -> None:
+    row = MULTIMODAL[name]
+    model, inputs = row.model(), row.inputs()
+    (tower,) = row.towers
+    preset = f"{towers(model)[tower]}-linear"
+    linears = {p for p, m in bare_modules(model) if is_linear(m) and p.startswith(f"{tower}.")}
+    adapter = moved(model, targets=preset)
+    assert set(adapter.sites) <= linears
+    assert len(adapter.sites) >= 8
+    assert strays(model, adapter.matches) is None
+    with torch.no_grad():
+        y = run(model, inputs)
+        adapter.save(tmp_path / "tower")
+        theirs = peft.PeftModel.from_pretrained(row.model(), tmp_path / "tower").eval()
+        assert near(run(theirs, inputs), y)
+        adapter.merge()
+        assert near(run(model, inputs), y)
+
+
+@pytest.mark.parametrize("preset", ["vision-linear", "audio-linear"])
+def test_a_model_without_a_tower_refuses_its_preset(preset: str) -> None:
+    with pytest.raises(lf.LorafoldError, match=f"targets '{preset}': .* has no modules of this"):
+        lf.attach(ARCHITECTURES["llama"].model(), lf.LoRA(), preset)
+
+
+def test_a_tower_inside_the_language_model_stays_out_too() -> None:
+    """Phi-4-multimodal's configuration is that of its text, with parts for the towers."""
+    config = tf.Phi4MultimodalConfig(
+        **GROUPED,
+        vision_config=TOWER | {"crop_size": 8},
+        audio_config={"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2},
+    )
+    with torch.device("meta"):
+        model = tf.Phi4MultimodalForCausalLM(config)
+    assert language_model(model) == ""
+    assert sorted(towers(model).values()) == ["audio", "vision"]
+    assert {p.split(".")[1] for p in PRESETS["all-linear"](model, is_linear)} == {"layers"}
+    assert PRESETS["vision-linear"](model, is_linear)
+    assert PRESETS["audio-linear"](model, is_linear)
+
+
+def test_a_name_matches_in_the_tower_too_and_one_line_says_so() -> None:
+    """PEFT's rule for names, so that the files mean the same."""
+    model = MULTIMODAL["gemma3"].model()
+    theirs = peft.get_peft_model(
+        MULTIMODAL["gemma3"].model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+    )
+    adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj", "v_proj"])
+    assert set(adapter.sites) == set(theirs.base_model.targeted_module_names)
+    assert "  q_proj: 4 modules, 2 of them in a tower\n" in repr(adapter)
+    told = strays(model, adapter.matches)
+    assert told is not None
+    assert told.startswith(
+        "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of the 4 modules of v_proj;"
+    )
+    only = told.rpartition(" ")[2]
+    adapter.detach()
+    again = lf.attach(model, lf.LoRA(rank=2), only)
+    assert len(again.sites) == 4
+    assert strays(model, again.matches) is None
+    again.detach()
+    for meant in (r".*vision_tower.*\.q_proj", ["model.vision_tower.encoder.layers.0.mlp.fc1"]):
+        adapter = lf.attach(model, lf.LoRA(rank=2), meant)
+        assert strays(model, adapter.matches) is None
+        adapter.detach()
+
+
+def test_all_linear_in_peft_s_file_keeps_peft_s_meaning(tmp_path: Path) -> None:
+    row = MULTIMODAL["gemma3"]
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(row.model(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "adapter_config.json"
+    told = json.loads(file.read_text(encoding="utf-8")) | {"target_modules": "all-linear"}
+    file.write_text(json.dumps(told), encoding="utf-8")
+    model, inputs = row.model(), row.inputs()
+    adapter = lf.load(model, tmp_path / "theirs")
+    assert set(adapter.sites) == set(theirs.base_model.targeted_module_names)
+    assert any(site.startswith(row.towers) for site in adapter.sites)
+    with torch.no_grad():
+        assert near(run(model, inputs), run(theirs, inputs))
+
+
+# --- what stays frozen ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_what_is_reached_and_what_is_not_are_all_of_the_blocks(name: str) -> None:
+    model = ARCHITECTURES[name].model()
+    beside = tuple(f"{path}." for path in aside(model))
+    inside = tuple(f"{b}." for b in blocks(model) if not f"{b}.".startswith(beside))
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    base = [(n, p) for n, p in model.named_parameters() if ".deltas." not in n]
+    left = [(n, p.numel()) for n, p in base if not {n, n.rpartition(".")[0]} & set(adapter.sites)]
+    found = adapter.unreached
+    assert sum(found.blocks.values()) == sum(n for name, n in left if name.startswith(inside))
+    assert found.of_blocks == sum(p.numel() for n, p in base if n.startswith(inside))
+    assert sum(found.beside.values()) == sum(p.numel() for n, p in base if n.startswith(beside))
+    assert "linears" not in found.blocks
+    assert ("experts" in unreached(model, ()).blocks) == (name in HAVE_EXPERTS)
+    assert ("router" in found.blocks) == (name in HAVE_EXPERTS)
+    assert any(f"{kind} tower" in found.beside for kind in ("vision", "audio")) == bool(beside)
+
+
+def test_the_kinds_and_the_line() -> None:
+    model = ARCHITECTURES["gpt-oss"].model()
+    adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj", "o_proj"])
+    block = model.model.layers[0]
+    expected = {
+        "linears": 2 * sum(p.numel() for p in block.self_attn.k_proj.parameters()),
+        "experts": sum(p.numel() for p in block.mlp.experts.parameters()),
+        "router": sum(p.numel() for p in block.mlp.router.parameters()),
+        "norms": 2 * 32,
+        "other": block.self_attn.sinks.numel(),
+    }
+    whole = sum(p.numel() for p in block.parameters() if p.dim()) - sum(
+        p.numel() for p in block.parameters() if p.requires_grad
+    )
+    found = adapter.unreached
+    assert found.blocks == {kind: 2 * n for kind, n in expected.items()}
+    assert list(found.blocks) == list(expected)
+    shares = [f"{kind} {n / whole:.1%}" for kind, n in expected.items() if kind != "other"]
+    assert str(found) == (
+        f"frozen in the blocks: {', '.join(shares)}, other under 0.1% of their {2 * whole:,}"
+        " parameters"
+    )
+    assert found.as_json()["blocks"]["experts"] == pytest.approx(expected["experts"] / whole)
+
+
+def test_a_parameter_that_is_a_site_is_reached() -> None:
+    """The paths of experts name the parameter, not the module that has it."""
+    model = ARCHITECTURES["mixtral"].model()
+    sites = {f"model.layers.{n}.mlp.experts.gate_up_proj" for n in range(2)}
+    found = unreached(model, sites)
+    down = [m.down_proj.numel() for m in (layer.mlp.experts for layer in model.model.layers)]
+    assert found.blocks["experts"] == sum(down)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_a_quantized_weight_counts_out_times_in(storage: str, tiny_model_dir) -> None:
+    plain, quantized = (
+        lf.attach(
+            lf.load_model(tiny_model_dir("llama-wide"), storage=how), lf.LoRA(rank=2), ["q_proj"]
+        ).unreached
+        for how in ("fp32", storage)
+    )
+    assert quantized == plain
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    config = MULTIMODAL["gemma3"].config()
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    tf.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{n}", "completion": f"{n + 1}"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = lorafold(
+        *("train", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")),
+        *("--out", str(tmp_path / "out"), "--base", "fp32", "--epochs", "1", "--json"),
+        *("--targets", "q_proj", "--targets", "v_proj"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    shares = result["frozen"]["blocks"]
+    assert set(shares) == {"linears", "norms"}
+    assert 0 < shares["norms"] < 0.05 < shares["linears"] < 1
+    assert set(result["frozen"]["beside"]) == {"vision tower", "connector"}
+    assert f"  frozen in the blocks: linears {shares['linears']:.1%}, norms" in done.stderr
+    assert "targets in the vision tower: 2 of the 4 modules of q_proj, 2 of" in done.stderr
