@@ -68,7 +68,8 @@ def main() -> None:
             "train", "--model", base, "--data", files["train"], "--out", adapter, *options
         )
         command("merge", "--model", base, "--adapter", adapter, "--out", merged)
-        with_adapter = command("eval", "--model", base, "--adapter", adapter, "--data", files["test"])
+        over = ("--adapter", adapter, "--data", files["test"])
+        with_adapter = command("eval", "--model", base, *over)
         after = command("eval", "--model", merged, "--data", files["test"])
         prompt = rows("test", 1, seed=0)[0]
         said = command("generate", "--model", merged, "--prompt", prompt["prompt"])

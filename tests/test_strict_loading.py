@@ -126,8 +126,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["layer_replication=[[0,2],[1,2]] is not supported"],
     ),
     "parameters": (
-        {"target_parameters": ["experts.gate_up_proj"]},
-        ['target_parameters=["experts.gate_up_proj"] is not supported'],
+        {"target_parameters": ["model.norm.weight"]},
+        ["target_parameters: found model.norm.weight, expected the matrices of experts"],
     ),
     "tokens without rows": (
         {"trainable_token_indices": [1, 2]},

@@ -384,6 +384,9 @@ def peft_configs():
             r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj", "v_proj"],
             rank_pattern={"0.q_proj": 2}, modules_to_save=["lm_head"], task_type="CAUSAL_LM",
         ),
+        "experts": peft.LoraConfig(
+            target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
+        ),
         "gaussian": peft.LoraConfig(target_modules="all-linear", init_lora_weights="gaussian"),
         "dora": peft.LoraConfig(r=6, use_dora=True, target_modules=".*q_proj", bias="all"),
         "rslora": peft.LoraConfig(r=6, use_rslora=True, target_modules=["q_proj"]),
@@ -407,7 +410,9 @@ def test_pefts_own_files_become_the_spec_that_is_read_from_them(tmp_path, name):
     assert spec_of(found.recipe) == spec
     assert found.tool == "PEFT"
     if selection.target_modules:
-        assert found.recipe.targets == selection.target_modules
+        experts = selection.target_parameters
+        targets = selection.target_modules
+        assert found.recipe.targets == ((*targets, *experts) if experts else targets)
     assert (found.recipe.bias, found.recipe.modules_to_save) == (bias, selection.modules_to_save)
     counts = [[e.key for e in found.entries].count(key) for key in config]
     assert counts == [1] * len(config)
@@ -418,6 +423,26 @@ def test_pefts_own_files_become_the_spec_that_is_read_from_them(tmp_path, name):
 def peft_file(tmp_path: Path, **config) -> Translation:
     (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA"} | config))
     return translate(tmp_path)
+
+
+def test_parameters_of_experts_are_targets(tmp_path):
+    names = ["experts.gate_up_proj", "shared_expert.up_proj.weight"]
+    own = ("experts.gate_up_proj", "shared_expert.up_proj")
+    for modules in (None, []):
+        found = peft_file(tmp_path, target_modules=modules, target_parameters=names)
+        assert found.recipe.targets == own
+    preset = peft_file(tmp_path, target_modules="all-linear", target_parameters=["down_proj"])
+    assert preset.recipe.targets == "all-linear"
+    assert "experts" in remark(preset, "target_parameters")
+    bare = peft_file(tmp_path, target_modules=["q_proj"], target_parameters=["down_proj"])
+    assert bare.recipe.targets == ("q_proj", "down_proj")
+    assert "modules called down_proj" in remark(bare, "target_parameters")
+    regex = peft_file(tmp_path, target_modules=".*q_proj", target_parameters=["down_proj"])
+    assert (regex.recipe.targets, keys(regex, "left")) == (".*q_proj", {"target_parameters"})
+    settings = {"lora_target_linear": False, "lora_target_modules": ["q_proj"]}
+    theirs = axolotl_of(tmp_path, **settings, lora_target_parameters=names)
+    assert theirs.recipe.targets == ("q_proj", *own)
+    assert "lora_target_parameters" not in keys(theirs, "changed") | keys(theirs, "left")
 
 
 def test_pefts_initializations_that_change_the_base_are_methods_of_their_own(tmp_path):

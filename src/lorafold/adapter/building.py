@@ -143,7 +143,7 @@ def read(
     try:
         tokens, stored = stored.token_rows(model, base)
         with unfilled():
-            built = build(model, stored.spec, tokens=tokens, **stored.beside(model))
+            built = build(model, stored.spec_in(model), tokens=tokens, **stored.beside(model))
     except LorafoldError as e:
         raise LorafoldError(f"{stored.path}: {'; '.join([*problems, str(e)])}") from None
     peft.fill(model, built.parts, built.matches.paths, stored, base, problems)

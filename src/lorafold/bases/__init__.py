@@ -15,6 +15,7 @@ from lorafold.bases.experts import Experts
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
+from lorafold.core.stacked import stack_names
 from lorafold.errors import LorafoldError
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.
@@ -61,11 +62,12 @@ def parameter_count(model: nn.Module) -> int:
     """
     sizes: dict[int, int] = {}
     for _, module in bare_modules(model):
-        layer = layer_of(module)
-        if layer.quantized:
+        layer, matrices = layer_of(module), set(stack_names(module))
+        if layer.quantized or layer.stack:
             sizes[id(module)] = prod((*layer.stack, *layer.shape))
         for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point() and (name == "bias" or not layer.quantized):
+            stored = name in matrices or (layer.quantized and name != "bias")
+            if p is not None and p.is_floating_point() and not stored:
                 sizes[id(p)] = p.numel()
     return sum(sizes.values())
 

@@ -17,7 +17,9 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.extras import Bias
 from lorafold.peft.derived import PREFIX
+from lorafold.peft.form import Form
 from lorafold.peft.format import Field, Method, Regex, Site
+from lorafold.peft.parameters import renamed_patterns
 from lorafold.peft.selection import Patterns, Selection, saved_leaves
 from lorafold.peft.table import methods
 from lorafold.peft.tokens import INDICES, Ids, describe
@@ -70,6 +72,9 @@ SELECTION = (
     Field("layers_pattern", "layers_pattern", Regex | list[Regex] | None, None, from_file=as_tuple),
     Field(INDICES, "tokens", list[int] | dict[str, list[int]] | None, None, from_file=as_ids),
 )
+PARAMETERS = Field(
+    "target_parameters", "target_parameters", list[str] | None, None, from_file=as_tuple
+)
 BIAS = Field("bias", "bias", Bias, "none")
 # what says where an adapter came from, not what it computes
 ABOUT = frozenset(
@@ -85,7 +90,7 @@ ABOUT = frozenset(
     }
 )
 # what no method's own option is called
-SHARED = ABOUT | {BIAS.key} | {field.key for field in SELECTION}
+SHARED = ABOUT | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
 
 # By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
 # modules to save.
@@ -99,8 +104,9 @@ TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def write_config(
-    model: nn.Module, spec: Spec, sites: Sequence[Site], selection: Selection, bias: Bias
-) -> dict[str, Any]:
+    model: nn.Module, spec: Spec, sites: Sequence[Site], selection: Selection, bias: Bias,
+    form: Form,
+) -> dict[str, Any]:  # fmt: skip
     """The config of an adapter on `model`, ready for JSON.
 
     Args:
@@ -109,16 +115,11 @@ def write_config(
         sites: The deltas with their module paths.
         selection: Targets, modules trained whole, and token rows.
         bias: Which biases are trained.
+        form: The form of the files.
 
-    LorafoldError for a method that is not registered, or that has an option with the name of a key
-    that all methods share.
+    LorafoldError for a method that has an option with the name of a key that all methods share.
     """
-    method = next((m for m in methods() if m.holds(spec)), None)
-    if method is None:
-        raise LorafoldError(
-            f"{type(spec).__name__} is no method of lorafold.methods.METHODS, where a file would be"
-            " looked up by its name; register it there"
-        )
+    method = form.method
     if taken := sorted({f.key for f in method.fields} & SHARED):
         raise LorafoldError(
             f"{method.spec.__name__}: {', '.join(taken)}: every config has a key of that name;"
@@ -136,9 +137,14 @@ def write_config(
     if method.preset is None:
         targets = selection.target_modules
         config["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    if form.parameters:
+        config[PARAMETERS.key] = list(selection.target_parameters)
+        for key in ("rank_pattern", "alpha_pattern"):
+            if values := config.get(key):
+                config[key] = renamed_patterns(values, form.parameters.items())
     if method.biases or bias != BIAS.default:
         config[BIAS.key] = bias
-    config |= describe(model, sites)
+    config |= describe(model, sites) | form.config
     return dict(sorted(config.items()))
 
 
@@ -146,11 +152,14 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     """LorafoldError lists every field that has a wrong value or is not supported."""
     method = method_of(config)
     spec, problems = method.read(config)
-    shared: dict[str, Any] = (
-        {} if method.preset is None else {"target_modules": (), "preset": method.preset}
-    )
+    shared: dict[str, Any] = {"stacks": not method.of_peft}
+    if method.preset is not None:
+        shared |= {"target_modules": (), "preset": method.preset}
+    if method.parameters and config.get(PARAMETERS.key) and config.get("target_modules") is None:
+        config = {**config, "target_modules": []}
     fields = (
         *(f for f in SELECTION if method.preset is None or f.key in ("modules_to_save", INDICES)),
+        *[PARAMETERS] * method.parameters,
         BIAS,
     )
     for field in fields:

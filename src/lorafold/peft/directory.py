@@ -14,16 +14,14 @@ unchanged. Directories written by PEFT are read in the same way (they have no fi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
@@ -39,12 +37,14 @@ from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
+from lorafold.peft.checks import misfit, not_finite, stray
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config, write_config
 from lorafold.peft.convolution import in_matrix_form
-from lorafold.peft.format import ROOT
+from lorafold.peft.form import DROPOUT, form_of, tell, with_dropout
+from lorafold.peft.parameters import check_fused
 from lorafold.peft.selection import Selection, describe
 from lorafold.peft.stack import digest_of, parse
-from lorafold.peft.tensors import Parts, SavedTensor, saved_tensors, sites
+from lorafold.peft.tensors import Parts, saved_tensors, sites
 
 FILES = (CONFIG, WEIGHTS, RECORD)
 
@@ -90,16 +90,18 @@ def write(
         p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)
     ]
     saved = [p for p in replaced if p not in targets]
+    form = form_of(model, spec, targets)
     selection = describe(
-        model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save
+        model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save, form
     )
-    config = write_config(model, spec, sites(model, parts, targets, base), selection, bias)
+    config = write_config(model, spec, sites(model, parts, targets, base), selection, bias, form)
     tensors = {
         key: saved.encoded().contiguous().cpu()
         for key, saved in saved_tensors(model, parts, targets, base).items()
     }
-    if wrong := [text for key, t in tensors.items() if (text := _not_finite(key, t))]:
+    if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
+    record = {k: v for k, v in record.items() if k != DROPOUT} | form.record
     about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
     shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}
@@ -112,6 +114,7 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         (directory / CARD).write_text(card or own_card, encoding="utf-8")
+    tell(form, path)
     return Path(path)
 
 
@@ -130,7 +133,14 @@ class Stored:
 
     def targets(self, model: nn.Module) -> Matches:
         """Return the modules of this model to adapt."""
+        check_fused(model, self.weights.names)
         return self.selection.targets(model)
+
+    def spec_in(self, model: nn.Module) -> Spec:
+        """Return the spec for this model, whose ranks and alphas PEFT looks up by other paths where
+        it adapts a module's weight as a parameter.
+        """
+        return self.selection.spec_in(model, self.spec)
 
     def modules_to_save(self, model: nn.Module) -> Matches:
         """Return the modules of this model to train whole."""
@@ -185,7 +195,11 @@ def read(path: str | Path | Contents) -> Stored:
     if config is None or weights is None or about is None:
         raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
     spec, selection, bias = config
-    return Stored(contents.path, spec, bias, selection, weights, *about, digest_of(contents))
+    written, over, record = about
+    ours = with_dropout(spec, record) if selection.target_parameters else spec
+    return Stored(
+        contents.path, ours, bias, selection, weights, written, over, digest_of(contents)
+    )
 
 
 def fill(
@@ -214,60 +228,15 @@ def fill(
     found = set(stored.weights.names)
     loaded = {key: stored.weights.get(key) for key in sorted(found & expected.keys())}
     wrong = list(problems)
-    strays = (_stray(key, stored.weights, base) for key in sorted(found - expected.keys()))
+    strays = (stray(key, stored.weights, base) for key in sorted(found - expected.keys()))
     wrong += [text for text in strays if text]
     wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
-    misfits = (_misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
+    misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
     wrong += [text for text in misfits if text]
     if wrong:
         raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, saved in expected.items():
         saved.assign(saved.entry.from_file(loaded[key], saved.site))
-
-
-def _misfit(
-    key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
-) -> str | None:
-    """Return what is wrong with a tensor of the file, or None."""
-    if saved.entry.misfit is not None:
-        wrong = saved.entry.misfit(tensor, saved.site, file)
-        return _not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
-    own = saved.encoded()
-    if tensor.shape != own.shape:
-        return f"{key}: shape {list(tensor.shape)}, expected {list(own.shape)}"
-    if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
-        wanted = "a floating-point dtype" if own.is_floating_point() else own.dtype
-        return f"{key}: dtype {tensor.dtype}, expected {wanted}"
-    return _not_finite(key, tensor)
-
-
-def _not_finite(key: str, tensor: Tensor) -> str | None:
-    if math.isfinite(tensor.detach().sum()):
-        return None
-    count = tensor.numel() - int(torch.isfinite(tensor).sum())
-    return f"{key}: {count} of {tensor.numel()} values are not finite" if count else None
-
-
-def _stray(key: str, stored: Weights, base: Weights) -> str | None:
-    """Return what is wrong with a tensor that belongs to no delta, or None if it is a copy of a
-    base weight or of another tensor of the file, as PEFT saves some.
-    """
-    tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
-    if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
-        return None
-    own = base.find(tokens.plain(key).removeprefix(f"{ROOT}."))
-    if own is None or not tensor.is_floating_point():
-        return f"unknown key {key}"
-    if base.shape(own) != tuple(tensor.shape):
-        return (
-            f"{key}: a base weight of shape {list(tensor.shape)}, where this base has"
-            f" {list(base.shape(own))}"
-        )
-    return (
-        None
-        if fingerprint.same(tensor, base.get(own))
-        else f"{key}: a base weight that differs from this base's"
-    )
 
 
 def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
@@ -289,10 +258,14 @@ def _open(contents: Contents) -> Weights:
     raise LorafoldError(f"{WEIGHTS}: {reason}")
 
 
-def _about(contents: Contents) -> tuple[Fingerprint, tuple[Origin, ...]]:
-    """Return the fingerprint of the base and what the adapter lies over; PEFT says neither."""
+def _about(
+    contents: Contents,
+) -> tuple[Fingerprint, tuple[Origin, ...], Mapping[str, Any]]:
+    """Return the fingerprint of the base, what the adapter lies over, and the record that says
+    both; PEFT's directories have none.
+    """
     record = contents.record
     try:
-        return fingerprint.parse(record.get("base", {})), parse(record)
+        return fingerprint.parse(record.get("base", {})), parse(record), record
     except LorafoldError as e:
         raise LorafoldError(f"{RECORD}: {e}") from None

@@ -26,6 +26,10 @@ from lorafold.errors import LorafoldError
 from lorafold.models.weights import Weights
 
 ROOT = "base_model.model"
+# the methods of PEFT's that have rows; it refuses a file of any other type
+PEFT_TYPES = frozenset(
+    {"LORA", "ADALORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"}
+)
 
 
 def compiles(pattern: str) -> str:
@@ -48,6 +52,8 @@ class Site:
     layer: The class of its `Base`, which knows how the module stores its matrix.
     target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
     base: The base's weights.
+    wrappers: For the matrices of experts that PEFT adapts too, how many of its wrappers lie over
+        theirs (`parameters`); None for all other sites.
     window: The size of a convolution's window; () for any other module.
     """
 
@@ -56,12 +62,15 @@ class Site:
     layer: type[Base]
     target: bool
     base: Weights
+    wrappers: int | None = None
     window: tuple[int, ...] = ()
 
     @property
     def at(self) -> str:
         """The module's path in PEFT's names."""
-        return f"{ROOT}.{self.path}"
+        if self.wrappers is None:
+            return f"{ROOT}.{self.path}"
+        return f"{ROOT}.{self.path.rpartition('.')[0]}{'.base_layer' * self.wrappers}"
 
     @property
     def under(self) -> str:
@@ -155,6 +164,7 @@ class Method:
     outer: A spec that combines with this one as its `over`, such as DoRA.
     biases: PEFT's config of this method has a key for biases.
     preset: The method always adapts this preset, so its config has no target modules.
+    parameters: PEFT has the method for parameters too, under `target_parameters`.
     """
 
     spec: type[Spec]
@@ -166,6 +176,12 @@ class Method:
     outer: type[Spec] | None = None
     biases: bool = True
     preset: str | None = None
+    parameters: bool = False
+
+    @property
+    def of_peft(self) -> bool:
+        """Whether PEFT reads files of this type."""
+        return self.peft_type in PEFT_TYPES
 
     def holds(self, spec: Spec) -> bool:
         """Tell whether this is the description of the spec's method."""

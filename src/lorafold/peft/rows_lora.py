@@ -4,7 +4,8 @@
     PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, with the factors [s (B - B0),
                     s B0] and [A; A - A0] of the offset from the base; read as LoRA
     AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
-                                                triplets that were dropped
+                                                triplets that were dropped; at experts with all of
+                                                them, and lora_kept says which are kept
     VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
                                                 if save_projection
 """
@@ -110,7 +111,31 @@ LORA = Method(
     marks={"use_dora": False},
     irrelevant=LORA_IRRELEVANT,
     derived=fan_in_fan_out,
+    parameters=True,
 )  # fmt: skip
+
+
+def flat_a(a: Tensor, site: Site) -> Tensor:
+    """A (E r, in) of all experts as PEFT has it, from A (E, r, in); any other A as it is."""
+    return a if site.wrappers is None else a.flatten(0, 1)
+
+
+def flat_b(b: Tensor, site: Site) -> Tensor:
+    """B (out, r E) of all experts as PEFT has it, from B (E, out, r); any other B as it is."""
+    return b if site.wrappers is None else b.permute(1, 2, 0).flatten(1)
+
+
+def stacked_a(a: Tensor, site: Site) -> Tensor:
+    """The reverse of `flat_a`: A (E, r, in) from (E r, in)."""
+    return a if site.wrappers is None else a.view(site.delta.A.shape)  # type: ignore[arg-type]
+
+
+def stacked_b(b: Tensor, site: Site) -> Tensor:
+    """The reverse of `flat_b`: B (E, out, r) from (out, r E)."""
+    if site.wrappers is None:
+        return b
+    experts = len(site.delta.B)  # type: ignore[arg-type]
+    return b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
@@ -124,7 +149,10 @@ def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
             Entry("A", "{at}.lora_A.weight", as_kernel, flat, not_down),
             Entry("B", "{at}.lora_B.weight", as_points, flat),
         ]
-    return [Entry("A", "{at}.lora_A.weight"), Entry("B", "{at}.lora_B.weight")]
+    return [
+        Entry("A", "{at}.lora_A.weight", flat_a, stacked_a),
+        Entry("B", "{at}.lora_B.weight", flat_b, stacked_b),
+    ]
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
@@ -138,6 +166,7 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
         ),
         marks={"use_dora": False, "use_rslora": False, "init_lora_weights": True},
         derived=fan_in_fan_out,
+        parameters=True,
     )  # fmt: skip
 
 
@@ -145,10 +174,10 @@ def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
     a, b = lora(delta, layer)
 
-    def up(_: Tensor, site: Site) -> Tensor:  # (out, 2 r)
+    def up(_: Tensor, site: Site) -> Tensor:  # (*stack, out, 2 r)
         return b.to_file(site.delta.factors()[0] / site.delta.scale, site)  # type: ignore[index, operator]
 
-    def down(_: Tensor, site: Site) -> Tensor:  # (2 r, in)
+    def down(_: Tensor, site: Site) -> Tensor:  # (*stack, 2 r, in)
         return a.to_file(site.delta.factors()[1], site)  # type: ignore[index]
 
     return [replace(a, to_file=down), replace(b, to_file=up)]
@@ -165,7 +194,11 @@ def adalora_derived(sites: Sequence[Site]) -> dict[str, Any]:
     """Return the keys that PEFT needs to read a file: a whole schedule, and for each module a list,
     as long as the initial rank, of the triplets that are kept.
     """
-    deltas = {site.path: site.delta for site in sites if isinstance(site.delta, AdaLoRADelta)}
+    deltas = {
+        site.path: site.delta
+        for site in sites
+        if isinstance(site.delta, AdaLoRADelta) and site.delta.kept.dim() == 1
+    }
     pattern = {
         f"{p}.lora_E": [True] * (n := int(d.kept.sum())) + [False] * (d.init_rank - n)
         for p, d in deltas.items()
@@ -202,7 +235,14 @@ ADALORA = Method(
 
 
 def adalora(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe the triplets of AdaLoRA that are kept."""
+    """Describe the triplets of AdaLoRA that are kept; those of experts are all there, since each
+    expert keeps others.
+    """
+    if delta.kept.dim() > 1:  # type: ignore[operator]
+        return [
+            Entry("P", "{at}.lora_B"), Entry("E", "{at}.lora_E"), Entry("Q", "{at}.lora_A"),
+            Entry("kept", "{at}.lora_kept"),
+        ]  # fmt: skip
 
     def kept(site: Site) -> Tensor:
         return site.delta.kept  # type: ignore[return-value]
@@ -238,6 +278,8 @@ def vera(delta: Delta, layer: type[Base]) -> list[Entry]:
     return own + shared * delta.projections.saved  # type: ignore[operator, union-attr]
 
 
+# the deltas that PEFT has for parameters too
+WRAPPED = (LoRADelta, OffsetDelta)
 METHODS = (LORA, from_weight(PiSSA), from_weight(OLoRA), ADALORA, VERA)
 
 TENSORS: dict[type[Delta], Entries] = {

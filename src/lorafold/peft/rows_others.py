@@ -103,9 +103,13 @@ IA3_ROW = Method(
 
 
 def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output."""
+    """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of
+    experts are a matrix already.
+    """
     if issubclass(layer, Convolution):
         return [Entry("l", "{at}.ia3_l", as_channels, all_flat)]
+    if delta.l.dim() > 1:  # type: ignore[operator]
+        return [Entry("l", "{at}.ia3_l")]
 
     def to_file(v: Tensor, site: Site) -> Tensor:
         return v[None, :] if site.delta.of_input else v[:, None]

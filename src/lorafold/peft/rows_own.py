@@ -18,6 +18,7 @@ one that is derived, so that their names stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -54,11 +55,11 @@ def not_positions(at: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
         site: The delta with its module path.
         file: All tensors of the file that belong to the adapter.
     """
-    out, inn = site.delta.shape  # type: ignore[misc]
+    shape: tuple[int, ...] = site.delta.shape  # type: ignore[assignment]
     fine = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
-    if fine and (not len(at) or (at[0] >= 0 and at[-1] < out * inn)):
+    if fine and (not len(at) or (at[0] >= 0 and at[-1] < prod(shape))):
         return None
-    return f"expected ascending int64 positions in a weight of {out} x {inn}"
+    return f"expected ascending int64 positions in a weight of {' x '.join(map(str, shape))}"
 
 
 def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:

@@ -5,6 +5,7 @@
     exclude_modules    the same forms, for modules to leave out; modules to save are left out too
     layers_to_transform, layers_pattern    adapt only modules in the blocks of these numbers
     modules_to_save    names with which paths end, even inside a part of a path
+    target_parameters  names of parameters, as target_modules has names of modules (`parameters.py`)
     trainable_token_indices    ids of tokens whose vectors are trained, by module (`tokens.py`)
 """
 
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lorafold.bases import is_linear
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.spec import Spec
+from lorafold.core.stacked import Stack, module_at
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
+from lorafold.peft.form import Form
+from lorafold.peft.parameters import renamed_patterns, selected, shortest
 from lorafold.peft.tokens import Ids
 
 Patterns = str | tuple[str, ...]
@@ -37,7 +42,9 @@ class Selection:
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     tokens: Ids = ()
+    target_parameters: tuple[str, ...] = ()
     preset: str | None = None  # what the method always adapts, instead of target_modules
+    stacks: bool = False  # target_modules name matrices of experts too, as PEFT's do not
 
     def targets(self, model: nn.Module) -> Matches:
         """Return the modules to adapt, by pattern. Patterns that match no module are left out.
@@ -45,7 +52,11 @@ class Selection:
         """
         if self.preset is not None:
             return match(model, self.preset, is_linear)
-        modules = {p: m for p, m in bare_modules(model) if p and not self._excluded(p)}
+        modules = {
+            p: m
+            for p, m in bare_modules(model)
+            if p and (self.stacks or not isinstance(m, Stack)) and not self._excluded(p)
+        }
         if self.target_modules == "all-linear":
             head = getattr(model, "get_output_embeddings", lambda: None)()
             found = {
@@ -61,11 +72,28 @@ class Selection:
                 p: next((t for t in self.target_modules if _matches((t,), p)), None) for p in inside
             }
             found = {t: tuple(p for p in inside if first[p] == t) for t in self.target_modules}
+        for name, sites in selected(model, self.target_parameters).items():
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *sites)))
         if not any(found.values()):
-            raise LorafoldError(
-                f"target_modules {_shown(self.target_modules)} match no module of this model"
-            )
+            named = {"target_modules": self.target_modules} if self.target_modules else {}
+            named |= {"target_parameters": self.target_parameters} if self.target_parameters else {}
+            shown = " and ".join(f"{key} {_shown(names)}" for key, names in named.items())
+            raise LorafoldError(f"{shown or 'target_modules'} match no module of this model")
         return Matches({pattern: hits for pattern, hits in found.items() if hits})
+
+    def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
+        """Return the spec that gives each site the rank and alpha that PEFT gives it in this model:
+        it looks those of a module's weight up by the path of the weight.
+        """
+        sites = [p for hits in selected(model, self.target_parameters).values() for p in hits]
+        pairs = [(f"{p}.weight", p) for p in sites if not isinstance(module_at(model, p), Stack)]
+        if not pairs:
+            return spec
+        ranks, alphas = (
+            renamed_patterns(values, pairs)
+            for values in (spec.rank_pattern, spec.alpha_pattern)  # type: ignore[attr-defined]
+        )
+        return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
 
     def saved(self, model: nn.Module) -> Matches:
         """Return the modules to save whole, by name. Names that match no module are left out: PEFT
@@ -96,6 +124,7 @@ def describe(
     patterns: Sequence[str],
     saved: Sequence[str],
     names: Sequence[str],
+    form: Form,
 ) -> Selection:
     """Return the simplest selection of exactly these modules.
 
@@ -107,6 +136,7 @@ def describe(
         patterns: The patterns with which the user selected them.
         saved: The paths of the leaf modules to train whole.
         names: The names with which the user selected those.
+        form: The form of the files.
     """
     whole = next(
         (
@@ -122,14 +152,24 @@ def describe(
             f"modules to save {', '.join(names)}: PEFT's format can't name them without"
             f" {', '.join(extra)}; save these too"
         )
-    candidates: list[Patterns] = [
-        _ends(targets),
-        tuple(sorted(targets)),
-        "|".join(re.escape(p) for p in sorted(targets)),
-    ]
-    if len(patterns) == 1 and patterns[0] not in targets:
-        candidates.insert(1, patterns[0])
-    return next(s for c in candidates if _selects(s := Selection(c, whole), model, targets))
+    like = Selection((), whole, stacks=not form.method.of_peft)
+    parameters = shortest(model, form.parameters.values())
+    modules = [path for path in targets if path not in form.parameters]
+    if not modules:
+        return replace(like, target_parameters=parameters)
+    candidates: list[Patterns] = [_ends(modules), tuple(sorted(modules))]
+    if not form.renamed:
+        candidates.append("|".join(re.escape(p) for p in sorted(modules)))
+        if len(patterns) == 1 and patterns[0] not in targets:
+            candidates.insert(1, patterns[0])
+    for candidate in candidates:
+        selection = replace(like, target_modules=candidate)
+        if _selects(selection, model, modules):
+            return replace(selection, target_parameters=parameters)
+    raise LorafoldError(
+        "PEFT's format can't name the target modules of this model without others: one path is the"
+        " end of another"
+    )
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -46,13 +46,22 @@ def dora_over(method: Method) -> Method:
     return replace(
         method, outer=DoRA, derived=lambda sites: method.derived([inside(site) for site in sites]),
         peft_type=method.peft_type if of_peft else f"DORA_{method.peft_type}",
+        parameters=False,
         marks={**method.marks, "use_dora": True} if of_peft else method.marks,
     )  # fmt: skip
 
 
+def over_experts(method: Method) -> Method:
+    """The form of a method of PEFT's for experts, to which PEFT does not apply it: the same layout
+    under a peft_type of our own, with sites under their own paths and factors in their own shapes.
+    """
+    return replace(method, peft_type=f"{derived.PREFIX}EXPERTS_{method.peft_type}")
+
+
+OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3))
 METHODS: tuple[Method, ...] = (
-    *PLAIN,
-    *(dora_over(method) for method in PLAIN if method.spec is not IA3),
+    *OF_PEFT,
+    *(over_experts(method) for method in OF_PEFT if method.of_peft and not method.parameters),
     *rows_virtual.METHODS,
     *rows_own.METHODS,
 )

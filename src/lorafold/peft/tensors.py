@@ -14,6 +14,8 @@ from lorafold.core.delta import Delta
 from lorafold.core.stacked import module_at
 from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
+from lorafold.peft.parameters import wrappers_over
+from lorafold.peft.rows_lora import WRAPPED
 from lorafold.peft.table import entries_of
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
@@ -78,10 +80,12 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
         targets: The paths of the modules that the method adapts.
         base: The base's weights.
     """
-    found, aimed = [], set(targets)
+    found, aimed, above = [], set(targets), wrappers_over(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)
         layer = layer_class(module)
         window = module.kernel_size if issubclass(layer, Convolution) else ()
-        found += [Site(path, delta, layer, path in aimed, base, window) for delta in deltas]
+        for delta in deltas:
+            wrappers = above.get(path) if isinstance(delta, WRAPPED) else None
+            found.append(Site(path, delta, layer, path in aimed, base, wrappers, window))
     return found

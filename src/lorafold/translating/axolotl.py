@@ -42,6 +42,7 @@ RULES: tuple[Rule, ...] = (
     Rule("lora_dropout", readers.of_lora(preferences.dropout), 0.0),
     Rule("lora_target_linear", readers.of_lora(readers.target_linear)),
     Rule("lora_target_modules", readers.of_lora(readers.target_modules)),
+    Rule("lora_target_parameters", readers.of_lora(readers.target_parameters)),
     Rule("lora_rank_pattern", readers.of_lora(to("rank_pattern"))),
     Rule("lora_alpha_pattern", readers.of_lora(to("alpha_pattern"))),
     Rule("lora_modules_to_save", readers.of_lora(to("modules_to_save", names))),

@@ -83,6 +83,12 @@ def target_modules(value: Any, settings: Settings) -> Outcome:
     return taken(targets=value if isinstance(value, str) else names(value))
 
 
+def target_parameters(value: Any, settings: Settings) -> Outcome:
+    """`lora_target_parameters` become targets beside the modules."""
+    modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
+    return trainer.target_parameters(modules, names(value))
+
+
 def quantized(base: str) -> Reader:
     """The reader of `load_in_4bit` or `load_in_8bit`, which become this quantized base."""
 

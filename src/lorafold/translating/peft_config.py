@@ -14,11 +14,20 @@ from typing import Any
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, make_spec
-from lorafold.peft.config import ABOUT, BIAS, CONFIG, SELECTION, is_neutral, method_of, read_config
+from lorafold.peft.config import (
+    ABOUT,
+    BIAS,
+    CONFIG,
+    PARAMETERS,
+    SELECTION,
+    is_neutral,
+    method_of,
+    read_config,
+)
 from lorafold.peft.format import Field, Method
 from lorafold.step.recipe import OF_METHOD
 from lorafold.translating.rules import NOT_KNOWN, Entry, Outcome, changed, flagged, left, taken
-from lorafold.translating.trainer import kind_of_lora
+from lorafold.translating.trainer import kind_of_lora, target_parameters
 
 TYPICAL_KEYS = "peft_type"
 INIT = "init_lora_weights"
@@ -42,9 +51,10 @@ def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
     """
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
+    shared += [PARAMETERS] * method.parameters
     keys = {f.key for f in (*method.fields, *shared)} | ABOUT | set(method.marks)
     understood = {k: v for k, v in config.items() if k in keys}
-    if method.preset is None and not config.get(TARGETS):
+    if method.preset is None and not (config.get(TARGETS) or config.get(PARAMETERS.key)):
         understood[TARGETS] = "all-linear"  # only for the reader, which asks for some
     start = config.get(INIT) if any(f.key == INIT for f in method.fields) else None
     if start is not None:
@@ -116,6 +126,10 @@ def _of_method(method: Method, spec: Spec, start: Any) -> Iterator[tuple[str, Ou
 def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome:
     if field.key in BESIDE:
         return left(BESIDE[field.key]) if value not in (None, [], {}, "") else taken("it is off")
+    if field.key == PARAMETERS.key and value:
+        return target_parameters(found[TARGETS], found[field.attribute])
+    if field.key == TARGETS and not value and found[PARAMETERS.attribute]:
+        return taken("it is off")
     if field.key == TARGETS and not value:
         return changed("PEFT looks them up by architecture, and lorafold by the method's own rule")
     if not value:

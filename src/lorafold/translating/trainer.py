@@ -6,6 +6,7 @@ Read off transformers 5.24 and PEFT 0.21.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -148,6 +149,24 @@ def trackers(value: Any, settings: Settings) -> Outcome:
             f"{', '.join(unknown)}: name trackers one by one, as in --set trackers=[tensorboard]"
         )
     return taken(trackers=found)
+
+
+def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
+    """Names of parameters become targets beside those of modules; a linear module is called by its
+    own name, and not by its weight's.
+
+    Args:
+        modules: The names of the modules, or a preset or a regular expression.
+        parameters: The names of the parameters.
+    """
+    if modules == "all-linear":
+        return changed("all-linear has the matrices of experts too")
+    if isinstance(modules, str):
+        return left("write --set targets=REGEX that matches these parameters too")
+    own = tuple(name.removesuffix(".weight") for name in parameters)
+    if bare := [name for name in own if "." not in name]:
+        return changed(f"modules called {' or '.join(bare)} are targets too", targets=own)
+    return taken(targets=own)
 
 
 def loraplus_ratio(value: Any, settings: Settings) -> Outcome:

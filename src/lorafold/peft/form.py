@@ -1,0 +1,110 @@
+"""The form in which an adapter is written: PEFT's, or one of our own that PEFT refuses.
+
+PEFT adapts the matrices of experts (`parameters`) with LoRA alone, and without dropout. So dropout
+is 0 in the config of such an adapter and stands in its record, where lorafold finds it again; any
+other method over experts has the layout of PEFT's files under a peft_type of our own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
+from lorafold.peft.format import Method
+from lorafold.peft.parameters import as_parameters, renames
+from lorafold.peft.table import methods, over_experts
+
+log = logging.getLogger(__name__)
+DROPOUT = "dropout"  # in the record: the dropout of an adapter whose config can't have it
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an adapter is written.
+
+    method: The row of the table.
+    parameters: The paths of the parameters by site, for the sites that PEFT adapts as parameters;
+        empty in a form of our own.
+    renamed: PEFT renames target modules of this model, so that only lists of names are safe.
+    own: The form is one of our own because PEFT has no such method for parameters.
+    dropout: The dropout that the config can't have.
+    """
+
+    method: Method
+    parameters: Mapping[str, str]
+    renamed: bool = False
+    own: bool = False
+    dropout: float = 0.0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys of the config that differ from those of the spec."""
+        return {"lora_dropout": 0.0} if self.dropout else {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the record has beside the config."""
+        return {DROPOUT: self.dropout} if self.dropout else {}
+
+
+def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
+    """The form of an adapter. Raises LorafoldError for a method that is not registered.
+
+    Args:
+        model: The adapted model.
+        spec: The method with its options.
+        targets: The sites that the method adapts.
+    """
+    method = next((m for m in methods() if m.holds(spec)), None)
+    if method is None:
+        raise LorafoldError(
+            f"{type(spec).__name__} is no method of lorafold.methods.METHODS, where a file would be"
+            " looked up by its name; register it there"
+        )
+    renamed = method.peft_type == "LORA" and renames(model)
+    parameters = as_parameters(model, targets, renamed)
+    if not (parameters and method.of_peft):
+        return Form(method, {}, renamed)
+    if not method.parameters:
+        return Form(over_experts(method), {}, own=True)
+    dropout: float = spec.dropout  # type: ignore[attr-defined]
+    return Form(method, parameters, renamed, dropout=dropout)
+
+
+def tell(form: Form, path: object) -> None:
+    """Log what the form means to a user of PEFT.
+
+    Args:
+        form: The form of an adapter.
+        path: Where it was written.
+    """
+    if form.own:
+        log.warning(
+            f"{path}: PEFT adapts experts with LoRA alone, so it refuses this adapter (peft_type"
+            f" {form.method.peft_type}); lorafold reads it"
+        )
+    if form.dropout:
+        log.info(
+            f"{path}: PEFT adapts parameters of experts without dropout, so lora_dropout is 0 in"
+            f" its config; lorafold reads {form.dropout:g} from lorafold.json"
+        )
+
+
+def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
+    """The spec of a config, with the dropout of the record. Raises LorafoldError if that is none.
+
+    Args:
+        spec: The spec that was read from the config.
+        record: The record beside it; empty where PEFT wrote the adapter.
+    """
+    if DROPOUT not in record:
+        return spec
+    if type(value := record[DROPOUT]) is not float:
+        raise LorafoldError(f"field {DROPOUT}: found {value!r}, expected a number")
+    return replace(spec, dropout=value)  # type: ignore[type-var]
