@@ -20,8 +20,9 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.fold.plan import changes
+from lorafold.merging.folding import before_and_after
 from lorafold.merging.run import merge
-from lorafold.merging.shards import before_and_after, need_space
+from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model, load_tokenizer
 

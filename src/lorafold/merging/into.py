@@ -28,7 +28,7 @@ from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
-from lorafold.core.stacked import module_at
+from lorafold.core.stacked import Stack, module_at
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.models.quantizing import QUANTIZATIONS, packable
@@ -120,11 +120,16 @@ def choose_into(
 
 
 class RoundTrip(Delta):
-    """Quantization as a change in weight space: W (out, in) -> q(W) (out, in), in fp32 or wider."""
+    """Quantization as a change in weight space: W (*stack, out, in) -> q(W), in fp32 or wider.
 
-    def __init__(self, quantization: str) -> None:
+    Args:
+        quantization: nf4 or int8.
+        turned: whether the matrices are stored as (*stack, in, out), and so quantized.
+    """
+
+    def __init__(self, quantization: str, turned: bool = False) -> None:
         super().__init__()
-        self.quantization = quantization
+        self.quantization, self.turned = quantization, turned
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
         """The output (n, out) of the layer with q(W) for an input x (n, in)."""
@@ -132,18 +137,47 @@ class RoundTrip(Delta):
         return add(add(layer.op(x, w), onto), b)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """q(W) (out, in), and the bias (out,) as it is."""
+        """q(W) (*stack, out, in), and the bias (*stack, out) as it is."""
         wide = torch.promote_types(w.dtype, torch.float32)
-        q = torch.empty_like(w) if w.is_meta else layer_of(PACKERS[self.quantization](w)).dense()[0]
-        return q.to(wide), b
+        if w.is_meta:
+            return torch.empty_like(w, dtype=wide), b
+        stored = w.mT if self.turned else w
+        # the matrices of experts are quantized as one
+        q = layer_of(PACKERS[self.quantization](stored.flatten(0, -2))).dense()[0]
+        q = q.view(stored.shape).to(wide)
+        return q.mT if self.turned else q, b
 
 
 def attach_round_trip(model: nn.Module, quantization: str) -> None:
-    """Attach the round trip to every linear layer that was quantized in training.
+    """Attach the round trip to every site whose matrices were quantized in training.
 
     It is not an adapter and not active: only folding applies it.
     """
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = module_at(model, path)
-        lay(module, layer_class(module), ROUND_TRIP, RoundTrip(quantization), selection)
+        turned = isinstance(module, Stack) and bool(module.owner.is_transposed)
+        delta = RoundTrip(quantization, turned)
+        lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
+
+
+def check_saved(model: nn.Module, quantization: str) -> None:
+    """Raise LorafoldError for a model that can't be saved quantized: transformers has no form for
+    quantized experts in files.
+
+    Args:
+        model: The model.
+        quantization: nf4 or int8.
+    """
+    found = [
+        path
+        for path in packable(model)  # type: ignore[arg-type]
+        if isinstance(module_at(model, path), Stack)
+    ]
+    if found:
+        raise LorafoldError(
+            f"into {quantization}: found experts ({found[0]}"
+            + f" and {len(found) - 1} more" * (len(found) > 1)
+            + f"), which transformers can't save as {quantization}; fold into original or"
+            f" dequantized weights and load them with --base {quantization}"
+        )

@@ -23,6 +23,7 @@ from lorafold.merging.config import declared, untied_config, with_biases
 from lorafold.merging.into import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
 from lorafold.models.container import Entry
+from lorafold.models.converted import Conversion
 from lorafold.models.plain_files import as_plain
 from lorafold.models.sources import HUB_FILES, ModelSource
 
@@ -33,18 +34,20 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class Plan:
     """What will be written.
 
-    `changed` maps the names of changed tensors to their parameters. `added` maps tensors that the
-    files lack to an entry like them: the tensor that each was tied to, or a bias's own entry.
-    `zeros` has the values of added biases that no adapter changes. `dequantized` maps the tensors
-    that the files have quantized to their modules. `sites` has the site of each changed parameter,
-    and its name there. `shapes` has the shapes of the changed tensors. `vocabulary` is its new
-    size, or None if it did not grow.
+    `changed` maps the names of changed tensors to their parameters, and `converted` those of
+    tensors that transformers computes changed parameters from to the conversion. `added` maps
+    tensors that the files lack to an entry like them: the tensor that each was tied to, or a bias's
+    own entry. `zeros` has the values of added biases that no adapter changes. `dequantized` maps
+    the tensors that the files have quantized to their modules. `sites` has the site of each changed
+    parameter, and its name there. `shapes` has the shapes of the changed tensors. `vocabulary` is
+    its new size, or None if it did not grow.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     adapters: tuple[str, ...]
     changed: dict[str, str]
+    converted: dict[str, Conversion]
     added: dict[str, Entry]
     zeros: dict[str, Tensor]
     dequantized: dict[str, str]
@@ -107,6 +110,7 @@ def plan(
     except NotMergeable as e:
         problems[str(e)].append("added biases")
     changed: dict[str, str] = {}
+    converted: dict[str, Conversion] = {}
     sources: dict[str, Entry] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter in planned.shapes:
@@ -115,6 +119,10 @@ def plan(
         if parameter not in known:
             continue  # a bias that the architecture can't have, which is among the problems
         try:
+            if (conversion := mapped.converted.get(parameter)) is not None:
+                _check_converted(conversion, parameter, planned.shapes[parameter])
+                converted |= {entry.name: conversion for entry in conversion.entries}
+                continue
             name, entry = _entry(mapped, parameter)
             changed[name], sources[name] = parameter, entry
         except NotMergeable as e:
@@ -126,7 +134,13 @@ def plan(
             problems[str(e)].append("tied weights")
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
-    if not changed and not problems:
+    # of the parameters that are converted alike, the first shows whether that can be reversed
+    for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
+        try:
+            conversion.check_reversible()
+        except LorafoldError as e:
+            problems[str(e)].append(conversion.name)
+    if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
         raise NotMergeable(
@@ -143,6 +157,7 @@ def plan(
         mapped.model,
         names,
         changed,
+        converted,
         _untied(mapped, loose, sources) | {entry.name: entry for entry in biases.values()},
         zeros,
         dequantized,
@@ -166,14 +181,36 @@ def _entry(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(
-            "transformers converts this weight on loading, so it can't be written back to the files"
+            "the weight is tied to one that transformers converts on loading, so it can't be"
+            " written to the files"
         )
     entry = next(mapped.entries[n] for n in names if n in mapped.entries)
-    if entry.dtype not in FLOATS:
-        raise NotMergeable(
-            f"the weight is stored as {entry.dtype}, expected one of {', '.join(FLOATS)}"
-        )
+    _check_dtypes([entry])
     return (entry.name if parameter in mapped.entries else parameter), entry
+
+
+def _check_dtypes(entries: Sequence[Entry]) -> None:
+    found = sorted({entry.dtype for entry in entries})
+    if len(found) > 1 or found[0] not in FLOATS:
+        raise NotMergeable(
+            f"the weight is stored as {' and '.join(found)}, expected one of {', '.join(FLOATS)}"
+        )
+
+
+def _check_converted(conversion: Conversion, parameter: str, shape: tuple[int, ...]) -> None:
+    """Raise NotMergeable if the tensors of the files can't take a new value of the parameter.
+
+    Args:
+        conversion: makes the parameter from the tensors.
+        parameter: its name.
+        shape: the shape of its new value.
+    """
+    _check_dtypes(conversion.entries)
+    if shape != (own := tuple(conversion.like[parameter].shape)):
+        raise NotMergeable(
+            f"transformers converts this weight on loading, so it can't change its shape: found"
+            f" {list(shape)}, expected {list(own)}"
+        )
 
 
 def _untied(

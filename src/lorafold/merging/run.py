@@ -19,7 +19,7 @@ from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.fold.rounding import Rounding
 from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import Gap, compare, probe_ids
-from lorafold.merging.into import Into, choose_into
+from lorafold.merging.into import Into, check_saved, choose_into
 from lorafold.merging.plan import plan
 from lorafold.merging.shards import Folded, execute
 from lorafold.models.classifier import check_language_model
@@ -185,6 +185,8 @@ def merge(
             allow_other_base=allow_other_base,
             trust_remote_code=trust_remote_code,
         )
+        if target.quantized is not None:
+            check_saved(planned.model, target.quantized)
         folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
         if own and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)

@@ -2,30 +2,38 @@
 
 The architecture is built on the meta device, and every parameter is replaced by the file's tensor,
 which is memory-mapped and not read. So attaching adapters takes only the memory of the adapters.
-transformers' own rules turn names in the files into names in the model.
+transformers' own rules turn names in the files into names in the model, and tensors of the files
+into parameters where it does not take them as they are (`converted`).
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    rename_source_key,
+)
 
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.compressed import as_in_files, check_values, compress, stored_compressed
 from lorafold.models.container import Container, Entry, read_container, read_tensors
-from lorafold.models.load_errors import loading
+from lorafold.models.converted import Conversion, Source
+from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
@@ -77,14 +85,14 @@ class MappedModel:
     """A model whose parameters are tensors of its files.
 
     `entries` gives the file's tensor by parameter name; `tied` gives the other names of a shared
-    parameter; `converted` are parameters that transformers computes from several tensors of the
-    files instead of reading them.
+    parameter; `converted` gives the conversion of each parameter that transformers computes from
+    tensors of the files instead of reading it.
     """
 
     model: PreTrainedModel
     entries: dict[str, Entry]
     tied: dict[str, tuple[str, ...]]
-    converted: frozenset[str]
+    converted: dict[str, Conversion]
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
@@ -137,22 +145,27 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
     model = build(config, trust_remote_code)
     if settings is not None:
         compress(model, settings, what, torch.bfloat16)
-    entries, converted = by_parameter(model, checkpoint.entries)
+    entries, parts = by_parameter(model, checkpoint.entries)
     if settings is not None:
         as_in_files(model, entries, what)
-    tied = tied_parameters(model)
-    problems = []
+    tensors = mapped_tensors(checkpoint.entries.values())
+    converted, failed = conversions(model, parts, tensors)
+    tied, problems = tied_parameters(model), list(failed.values())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in entries and entries[name].shape != tuple(parameter.shape):
-            problems.append(
-                f"{entries[name].name}: shape {list(entries[name].shape)}, expected"
-                f" {list(parameter.shape)}"
-            )
-        elif not any(n in entries or n in converted for n in (name, *tied.get(name, ()))):
+        own, expected = entries.get(name), tuple(parameter.shape)
+        found = own.shape if own else None
+        if name in converted:
+            found = tuple(converted[name].like[name].shape)
+        if found is not None and found != expected:
+            label = own.name if own else name
+            problems.append(f"{label}: shape {list(found)}, expected {list(expected)}")
+        elif not any(
+            n in entries or n in converted or n in failed for n in (name, *tied.get(name, ()))
+        ):
             problems.append(f"{name}: found in no weight file")
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
-    _map_files(model, entries, tied)
+    _place(model, _parameters(entries, tensors, converted, tied), tied)
     check_values(model, what)
     return MappedModel(model, entries, tied, converted)
 
@@ -175,42 +188,82 @@ def entries_of(path: Path) -> dict[str, Entry]:
     }
 
 
+# a parameter and what it is computed with -> the entries that it is computed from, each with the
+# pattern of its name there and its name before the conversion
+Parts = dict[tuple[str, WeightConverter], list[tuple[Entry, str, str]]]
+
+
 def by_parameter(
     model: PreTrainedModel, entries: dict[str, Entry]
-) -> tuple[dict[str, Entry], frozenset[str]]:
-    """Return the tensors of the files by the model's names for them, and the names of those that
-    transformers computes from several tensors. Both include names that the model does not have.
+) -> tuple[dict[str, Entry], Parts]:
+    """Return the tensors of the files by the model's names for them, among them such as the model
+    does not have, and those from which transformers computes parameters.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
-    known = model.state_dict()
-    found, converted = {}, set()
+    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found, parts = {}, defaultdict(list)
     for key, entry in entries.items():
-        name, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, known
-        )
+        renamed = apply_renamings(key, renamings)
+        alone, pattern = apply_converters(renamed, converters)
+        name, _ = rename_source_key(alone, [], [], prefix, known)  # with the prefix of the model
         if name not in known and key in known:
-            name, converter = key, None
-        if converter is None:
+            name, pattern = key, None
+        if pattern is None:
             found[name] = entry
-        else:
-            converted.add(name)
-    return found, frozenset(converted)
+        elif name in known:
+            if name != alone and name.endswith(alone):
+                renamed = name.removesuffix(alone) + renamed
+            elif name != alone:
+                renamed = renamed.removeprefix(alone.removesuffix(name))
+            parts[name, of_pattern[pattern]].append((entry, pattern, renamed))
+    return found, parts
 
 
-def _map_files(
-    model: nn.Module, entries: dict[str, Entry], tied: dict[str, tuple[str, ...]]
-) -> None:
-    """Replace the model's parameters by the files' tensors. A parameter without a tensor in the
-    files, or with an equal one, becomes the parameter that it is tied to.
+def conversions(
+    model: PreTrainedModel, parts: Parts, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Conversion], dict[str, str]]:
+    """Return the conversions by the parameters that they make, and what is wrong with the tensors
+    of others.
+
+    Args:
+        model: The model.
+        parts: What each parameter is computed from.
+        tensors: The values of the files' tensors, of any shape, by name.
     """
+    converted: dict[str, Conversion] = {}
+    problems = {}
+    for (name, converter), group in parts.items():
+        sources = [Source(e, tensors[e.name], pattern, renamed) for e, pattern, renamed in group]
+        try:
+            conversion = Conversion(model, converter, name, sources)
+        except (RuntimeError, ValueError, LookupError, TypeError) as e:
+            problems[name] = (
+                f"{name}: transformers can't compute it from the {len(sources)} tensors found for"
+                f" it, {sources[0].entry.name} and so on ({one_line(e)})"
+            )
+        else:
+            converted |= dict.fromkeys(conversion.like, conversion)
+    return converted, problems
+
+
+def mapped_tensors(entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """The tensors of entries, of any shape, by their names, mapped from the files."""
     by_file = defaultdict(list)
-    for entry in entries.values():
+    for entry in entries:
         by_file[entry.file].append(entry.name)
-    tensors = {
-        name: t for file, names in by_file.items() for name, t in read_tensors(file, names).items()
-    }
+    return {n: t for file, names in by_file.items() for n, t in read_tensors(file, names).items()}
+
+
+def _parameters(
+    entries: dict[str, Entry],
+    tensors: Mapping[str, Tensor],
+    converted: dict[str, Conversion],
+    tied: dict[str, tuple[str, ...]],
+) -> dict[str, nn.Parameter]:
+    """The parameters that the files have, by name; two tied ones with equal tensors are one."""
     parameters = {
         name: nn.Parameter(tensors[entry.name], requires_grad=False)
         for name, entry in entries.items()
@@ -220,6 +273,15 @@ def _map_files(
         first = min(n for n in (name, *tied[name]) if n in parameters)
         if first != name and torch.equal(parameters[first], parameters[name]):
             parameters[name] = parameters[first]
+    return parameters | {name: c.parameter(name) for name, c in converted.items()}
+
+
+def _place(
+    model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
+) -> None:
+    """Give the model these parameters. One that is not among them becomes the one that it is tied
+    to.
+    """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
         if source is not None:

@@ -12,7 +12,7 @@ from lorafold.machine.devices import native_bf16
 from lorafold.models.compressed import storage_of, stored_compressed
 from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED, quantization_of
 from lorafold.models.sources import ModelSource
-from lorafold.models.weights import FileWeights, Weights, model_files
+from lorafold.models.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -86,4 +86,6 @@ def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
     """
     if storage.quantization is None or stored_in_files(source) is not None:
         return None
-    return FileWeights(model_files(source.path))
+    from lorafold.models.originals import original_weights
+
+    return original_weights(source)

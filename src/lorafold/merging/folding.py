@@ -1,0 +1,145 @@
+"""The new values of a checkpoint's tensors: folded, and rounded to their dtypes.
+
+    W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
+
+A parameter that transformers computes from several tensors of the files is folded once for all of
+them: computed, folded, converted back, and each tensor rounded as its own. Those that are not
+written yet are kept, rounded, for at most KEPT parameters, since the tensors of a block's experts
+lie side by side in files but those of its parameters alternate; a file that has them in another
+order costs time, as what was given up is folded again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorafold.bases import layer_of
+from lorafold.core.attach import Adapted
+from lorafold.core.rounding import generator_of
+from lorafold.core.stacked import module_at
+from lorafold.errors import LorafoldError
+from lorafold.fold.plan import deltas_of, fold
+from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
+from lorafold.merging.into import ROUND_TRIP
+from lorafold.merging.plan import Plan
+from lorafold.merging.stored import as_stored, settled
+from lorafold.models.converted import Conversion
+
+# two parameters of a block's experts, and two whose tensors are divided between two files
+KEPT = 4
+
+
+class Folding:
+    """The new values by name, each asked for once.
+
+    Args:
+        plan: what changes.
+        rounding: nearest, stochastic or auto.
+        seed: the seed of stochastic rounding.
+
+    Attributes:
+        sums: the inner products of the update and its rounding errors, so far.
+        rounded: the number of tensors by the way they were rounded, so far.
+    """
+
+    def __init__(self, plan: Plan, rounding: Rounding, seed: int) -> None:
+        self.plan, self.rounding, self.seed = plan, rounding, seed
+        self.sums, self.rounded = Sums(), Counter[str]()
+        self._kept: dict[Conversion, dict[str, Rounded]] = {}
+
+    def new_values(self, name: str) -> Tensor | None:
+        """The new values of a tensor, of any shape in its dtype; None if it does not change.
+
+        Raises LorafoldError if a value does not fit the dtype.
+
+        Args:
+            name: the tensor's name in the files.
+        """
+        if (conversion := self.plan.converted.get(name)) is not None:
+            result = self._converted(conversion, name)
+        elif name in self.plan.changed:
+            result = self._rounded(name, *self._folded(self.plan.changed[name]))
+        elif name in self.plan.dequantized:
+            return layer_of(self.plan.model.get_submodule(self.plan.dequantized[name])).dense()[0]
+        else:
+            return self.plan.zeros.get(name)
+        self.sums += result.sums
+        self.rounded[result.how] += 1
+        return result.tensor
+
+    def _folded(self, parameter: str) -> tuple[Tensor, Tensor]:
+        """(target, original) of a parameter, of any shape."""
+        path, leaf = self.plan.sites[parameter]
+        module: Adapted = module_at(self.plan.model, path)  # type: ignore[assignment]
+        before, after = before_and_after(module, self.plan.adapters, leaf)
+        values = [
+            i
+            for delta in deltas_of(module, self.plan.adapters)
+            for part in delta.parts()
+            for i in part.values_at()
+        ]
+        return settled(after, before, values if leaf == "weight" else ())
+
+    def _rounded(self, name: str, target: Tensor, original: Tensor) -> Rounded:
+        try:
+            return round_to(target, original, self.rounding, generator_of(self.seed, name))
+        except LorafoldError as e:
+            raise LorafoldError(f"{name}: {e}") from None
+
+    def _converted(self, conversion: Conversion, name: str) -> Rounded:
+        kept = self._kept.pop(conversion, {})
+        if name not in kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]  # the one used least recently
+            kept = self._all(conversion)
+        result = kept.pop(name)
+        if kept:
+            self._kept[conversion] = kept
+        return result
+
+    @torch.no_grad()
+    def _all(self, conversion: Conversion) -> dict[str, Rounded]:
+        """The tensors that the parameters of a conversion are made of, by name."""
+        targets, originals = self._parameters(conversion)
+        before = conversion.reversed(originals)
+        originals.clear()
+        after = conversion.reversed(targets)
+        targets.clear()
+        return {name: self._rounded(name, after[name], before[name]) for name in after}
+
+    def _parameters(self, conversion: Conversion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(targets, originals) of the parameters of a conversion by name, of any shape."""
+        targets, originals = {}, {}
+        with conversion.made() as values:
+            for parameter, value in values.items():
+                targets[parameter], originals[parameter] = (
+                    self._folded(parameter) if parameter in self.plan.sites else (value, value)
+                )
+        return targets, originals
+
+
+@torch.no_grad()
+def before_and_after(
+    module: Adapted, adapters: Sequence[str], parameter: str
+) -> tuple[Tensor, Tensor]:
+    """A parameter in the module's layout, of any shape, before and after folding: (the value that
+    the adapters change, in the module's dtype; the changed value, in fp32 or wider).
+
+    Args:
+        module: With the adapters attached.
+        adapters: Their names, in the order of folding.
+        parameter: weight or bias.
+    """
+    layer = layer_of(module)
+    w, b = layer.dense()
+    before: Tensor = (
+        layer.plain().encode(w, b)[parameter] if layer.quantized else layer.parameter(parameter)
+    )
+    if ROUND_TRIP in module.deltas:
+        w, b = fold(module, [ROUND_TRIP], w, b)
+        before = as_stored(module, w, b)[parameter].to(before.dtype)
+    return before, as_stored(module, *fold(module, adapters, w, b))[parameter]

@@ -1,0 +1,243 @@
+"""Parameters that transformers computes from several tensors of the files, and the reverse.
+
+    experts.0.w1, experts.0.w3, experts.1.w1, ...   ->  experts.gate_up_proj  (E, 2 I, H)
+    attention.qkv                                   ->  q_proj, k_proj, v_proj
+
+Files of mixtures have one tensor for each matrix of each expert, the model one parameter for all
+experts. The operations are transformers' own (`core_model_loading`), so every architecture that it
+converts works here. A parameter's values are made when they are needed and not kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    dot_natural_key,
+)
+
+from lorafold.errors import LorafoldError
+from lorafold.models.container import Entry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that a parameter is made of: its entry, the values, which are mapped from the file,
+    the pattern of its name in the converter, and the name that the reverse conversion gives it.
+    """
+
+    entry: Entry
+    values: Tensor
+    pattern: str
+    renamed: str
+
+
+class Conversion:
+    """The parameters that are made of some tensors of the files, which are made of no others.
+
+    Args:
+        model: the model that has the parameters.
+        converter: what transformers computes them with.
+        name: the name of the first of them.
+        sources: the tensors.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        converter: WeightConverter,
+        name: str,
+        sources: Sequence[Source],
+    ) -> None:
+        self.model, self.converter, self.name = model, converter, name
+        self.sources = sorted(sources, key=lambda source: dot_natural_key(source.entry.name))
+        self.like = self._convert(lambda values: values.to("meta"))
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The tensors of the files."""
+        return [source.entry for source in self.sources]
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters by name, of any shape, computed from the files."""
+        return self._convert(lambda values: values)
+
+    def _convert(self, each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        converter: Any = deepcopy(self.converter)
+        for s in self.sources:
+            converter.add_tensor(self.name, s.entry.name, s.pattern, each(s.values))
+        return self._run(converter, self.name)
+
+    def reversed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the files, by their names there, for values of all the parameters.
+
+        Raises LorafoldError if transformers has no reverse that gives these tensors.
+
+        Args:
+            values: the parameters by name, of any shape.
+        """
+        found: dict[str, Tensor] = {}
+        names, renamed = {s.renamed: s.entry for s in self.sources}, ""
+        try:
+            back: Any = self.converter.reverse_transform()
+            for name, tensor in values.items():
+                renamed, pattern = back.rename_source_key(name)
+                back.add_tensor(renamed, name, pattern, tensor)
+            found = {names[n].name: t for n, t in self._run(back, renamed).items() if n in names}
+        except NotImplementedError:
+            pass
+        if {n: tuple(t.shape) for n, t in found.items()} != {e.name: e.shape for e in self.entries}:
+            raise LorafoldError(
+                f"{self.name}: transformers' conversion of this weight has no reverse that gives"
+                " the tensors of the files"
+            )
+        return found
+
+    def check_reversible(self) -> None:
+        """Raise LorafoldError unless the reverse gives back the tensors of the files."""
+        back = self.reversed(self.values())
+        if wrong := [s.entry.name for s in self.sources if not _same(back[s.entry.name], s.values)]:
+            raise LorafoldError(
+                f"{self.name}: the reverse of transformers' conversion gives other values for"
+                f" {wrong[0]} than the file has, so the weight can't be written back"
+            )
+
+    def _run(self, converter: WeightConverter, name: str) -> dict[str, Tensor]:
+        made = converter.convert(name, model=self.model, config=self.model.config)
+        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+
+    def elements(self, where: Tensor) -> Tensor | None:
+        """Elements of the parameter, read alone, or None where that takes the whole conversion.
+
+        Args:
+            where: indices (n, rank).
+
+        Returns:
+            The elements (n,).
+        """
+        first, *rest = self.converter.operations
+        joined = rest[0] if rest else None
+        if not isinstance(first, MergeModulelist) or first.dim or len(rest) > 1:
+            return None
+        if joined is not None and not (isinstance(joined, Concatenate) and joined.dim > 0):
+            return None
+        lists: dict[str, list[Tensor]] = defaultdict(list)
+        for s in self.sources:
+            lists[s.pattern].append(s.values)
+        ordered = [lists[p] for p in self.converter.source_patterns if p in lists]
+        found = []
+        for e, *at in where.tolist():
+            own = ordered[0]
+            for own in ordered if joined is not None else ():
+                size = own[0].shape[joined.dim - 1]  # type: ignore[union-attr]
+                if at[joined.dim - 1] < size:  # type: ignore[union-attr]
+                    break
+                at[joined.dim - 1] -= size  # type: ignore[union-attr]
+            found.append(own[e][tuple(at)])
+        return torch.stack(found)
+
+    @contextmanager
+    def made(self) -> Iterator[dict[str, Tensor]]:
+        """Context in which the model has the parameters with their values, of any shape, in memory;
+        it gives them by name.
+        """
+        values = self.values()
+        before = {name: self._put(name, nn.Parameter(t, False)) for name, t in values.items()}
+        try:
+            yield values
+        finally:
+            for name, parameter in before.items():
+                self._put(name, parameter)
+
+    def _put(self, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        """Give the model a parameter, and return the one that it had."""
+        path, _, leaf = name.rpartition(".")
+        own = self.model.get_submodule(path)._parameters
+        before, own[leaf] = own[leaf], parameter
+        return before
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """One of the parameters, as a tensor whose values are made when they are used."""
+        lone = len(self.like) == 1
+        values = OnDemand(
+            self.like[name], lambda: self.values()[name], self.elements if lone else None
+        )
+        return nn.Parameter(values, requires_grad=False)
+
+
+class OnDemand(Tensor):
+    """A tensor on the CPU whose values are made by each operation that needs them. Views of it are
+    such tensors too. It can't be written to.
+
+    Args:
+        like: a tensor of its shape and dtype, on the meta device.
+        make: makes the values.
+        elements: gives the elements at indices (n, rank), or None.
+    """
+
+    make: Callable[[], Tensor]
+    elements: Callable[[Tensor], Tensor | None] | None
+    like: Tensor
+
+    @staticmethod
+    def __new__(cls, like: Tensor, *_: Any) -> OnDemand:
+        made: OnDemand = Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("cpu")
+        )
+        return made
+
+    def __init__(
+        self,
+        like: Tensor,
+        make: Callable[[], Tensor],
+        elements: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        self.like, self.make, self.elements = like, make, elements
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"OnDemand({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        self = args[0] if isinstance(args[0], OnDemand) else None
+        if self is not None and func is aten.detach.default:
+            return OnDemand(self.like, self.make, self.elements)
+        if self is not None and func._schema.is_mutable:
+            raise LorafoldError("a weight that is computed from files: it can't be written to")
+        if self is not None and func.is_view:
+            like = func(self.like, *args[1:], **kwargs)
+            if isinstance(like, Tensor):
+                return OnDemand(like, lambda: func(self.make(), *args[1:], **kwargs))
+        device = kwargs.get("device")
+        if self is not None and device is not None and torch.device(device).type == "meta":
+            return func(self.like, *args[1:], **kwargs)
+        if self is not None and func is aten.index.Tensor and self.elements is not None:
+            index = args[1]
+            if len(index) == self.dim() and all(i is not None and i.dim() == 1 for i in index):
+                found = self.elements(torch.stack(index, 1))
+                if found is not None:
+                    return found
+        args, kwargs = tree_map_only(OnDemand, lambda t: t.make(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of any shape have the same bytes."""
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
