@@ -20,6 +20,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.stacked import Stack, module_at
 from lorafold.models.quantizing import compute_in
 from lorafold.ops.grouped import frozen_product, grouped, low_rank_product, product
+from lorafold.step.fused import fused
 from mixtures import CONFIGS, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -265,3 +266,46 @@ def test_estimate_of_a_mixture_is_what_a_step_takes(tmp_path: Path) -> None:
         recipe = lf.Recipe(base=base, rank=4)
         found = lf.estimate(folder, "lora", batch=2, length=64, recipe=recipe, measure=True)
         assert found.measured == pytest.approx(found.total, rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "router"), [("mixtral", "gate"), ("gpt-oss", "router")])
+def test_a_target_that_is_a_router_is_refused(family: str, router: str) -> None:
+    model = mixture(family)
+    expected = r"mlp\.\w+: LoRA can't adapt it: it is a router.*such as experts.gate_up_proj"
+    with pytest.raises(lf.LorafoldError, match=expected):
+        lf.attach(model, lf.LoRA(rank=2), [router])
+    assert not [m for m in model.modules() if hasattr(m, "deltas")]
+
+
+def test_a_router_trains_if_it_is_asked_for() -> None:
+    model = mixture("mixtral")
+    adapter = lf.attach(model, lf.LoRA(rank=2), EXPERTS, modules_to_save=["mlp.gate"])
+    move(adapter)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    y = logits(model)
+    adapter.merge()
+    assert (logits(model) - y).norm() <= 1e-5 * y.norm()
+
+
+def test_every_bias_trains_but_those_of_experts_and_routers() -> None:
+    model = mixture("gpt-oss")
+    adapter = lf.attach(model, lf.LoRA(rank=2), "attention", bias="all")
+    move(adapter)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    assert not [path for path in adapter.sites if "mlp" in path]
+
+
+def test_a_mixture_trains_on_the_fast_path_and_says_what_it_adapts() -> None:
+    model = mixture("mixtral")
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    assert "all-linear: 8 modules and 4 parameters of experts (16 matrices)" in repr(adapter)
+    with fused(model) as found:
+        assert str(found) == "fast path: 2 of 2 blocks"
+        model(IDS, labels=IDS).loss.backward()
+    fast = [p.grad.clone() for p in adapter.parameters()]
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    for a, p in zip(fast, adapter.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7)
