@@ -309,3 +309,15 @@ def test_a_mixture_trains_on_the_fast_path_and_says_what_it_adapts() -> None:
     model(IDS, labels=IDS).loss.backward()
     for a, p in zip(fast, adapter.parameters(), strict=True):
         assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [n for n in lf.methods.METHODS if n != "linear-probe"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_every_method_trains_with_its_own_targets(family: str, method: str) -> None:
+    model = mixture(family)
+    adapter = lf.attach(model, lf.methods.METHODS[method]())
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
