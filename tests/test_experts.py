@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
@@ -21,7 +21,7 @@ from lorafold.core.stacked import Stack, module_at
 from lorafold.models.quantizing import compute_in
 from lorafold.ops.grouped import frozen_product, grouped, low_rank_product, product
 from lorafold.step.fused import fused
-from mixtures import CONFIGS, mixture
+from mixtures import CONFIGS, SHAPE, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -321,3 +321,13 @@ def test_every_method_trains_with_its_own_targets(family: str, method: str) -> N
     trained = [p for p in adapter.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None for p in trained)
+
+
+def test_experts_of_another_form_stay_frozen_and_that_is_said() -> None:
+    shape = SHAPE | {"intermediate_size_mlp": 64, "head_dim": 16, "num_local_experts": 4}
+    model = Llama4ForCausalLM(Llama4TextConfig(**shape))
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    assert not [path for path in adapter.sites if ".experts." in path]
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert adapter.unreached.blocks["experts"] == experts
+    assert "frozen in the blocks: experts 6" in str(adapter.unreached)

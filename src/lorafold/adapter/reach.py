@@ -179,14 +179,17 @@ def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
         route: the paths of routers.
     """
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
-    if stack_names(module):
+    if isinstance(module, _ConvNd):
+        return "convolutions"
+    # experts of another form than transformers' interface are stacks of matrices as well
+    if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
+        return "experts"
+    if stack_names(module):  # in codes
         return "experts"
     if path in route:
         return "router"
     if is_linear(module):
         return "linears"
-    if isinstance(module, _ConvNd):
-        return "convolutions"
     if isinstance(module, nn.Embedding):
         return "embeddings"
     return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"
