@@ -11,38 +11,48 @@ import transformers as tf
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
-    "intermediate_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
 }
-MANY = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MANY = {"num_experts": 8, "moe_intermediate_size": 128}
 
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "mixtral": lambda: tf.MixtralConfig(**SHAPE, num_local_experts=4),
-    "qwen3-moe": lambda: tf.Qwen3MoeConfig(**SHAPE, **MANY, head_dim=16),
-    "qwen2-moe": lambda: tf.Qwen2MoeConfig(**SHAPE, **MANY, shared_expert_intermediate_size=64),
-    "gpt-oss": lambda: tf.GptOssConfig(
-        **SHAPE,
-        head_dim=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"],
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "mixtral": lambda **o: tf.MixtralConfig(**SHAPE | {"num_local_experts": 4} | o),
+    "qwen3-moe": lambda **o: tf.Qwen3MoeConfig(**SHAPE | MANY | {"head_dim": 16} | o),
+    # an expert that all tokens meet, beside those that they are sent to
+    "qwen2-moe": lambda **o: tf.Qwen2MoeConfig(
+        **SHAPE | MANY | {"shared_expert_intermediate_size": 64} | o
     ),
-    "deepseek-v3": lambda: tf.DeepseekV3Config(
-        **SHAPE | {"num_key_value_heads": 4},
-        moe_intermediate_size=64,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=16,
+    # matrices (E, in, out), and biases
+    "gpt-oss": lambda **o: tf.GptOssConfig(
+        **SHAPE
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }
+        | o
+    ),
+    # the first block is dense
+    "deepseek-v3": lambda **o: tf.DeepseekV3Config(
+        **SHAPE
+        | {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+        }
+        | o
     ),
 }
 

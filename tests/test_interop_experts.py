@@ -26,63 +26,11 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.spec import Spec
 from lorafold.core.stacked import Stack
 from lorafold.files.atomic import MANIFEST
+from mixtures import CONFIGS
 from test_interop_peft import CLOSE, gap, logits, move, noise
 
-SIZE: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-MOE: dict[str, Any] = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-KINDS = ["mixtral", "qwen3", "qwen2", "gpt-oss"]
-
-
-def config_of(kind: str) -> Any:
-    """mixtral, qwen3 · qwen2: an expert that all tokens meet, beside those that are routed to ·
-    gpt-oss: matrices (in, out), and biases · deepseek: the first block is dense, and PEFT renames
-    target modules.
-    """
-    from transformers import (
-        DeepseekV3Config,
-        GptOssConfig,
-        MixtralConfig,
-        Qwen2MoeConfig,
-        Qwen3MoeConfig,
-    )
-
-    return {
-        "mixtral": lambda: MixtralConfig(intermediate_size=48, num_local_experts=4, **SIZE),
-        "qwen3": lambda: Qwen3MoeConfig(
-            intermediate_size=64, num_experts=4, head_dim=8, **SIZE, **MOE
-        ),
-        "qwen2": lambda: Qwen2MoeConfig(
-            intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4, **SIZE, **MOE
-        ),
-        "gpt-oss": lambda: GptOssConfig(
-            intermediate_size=48,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            head_dim=8,
-            layer_types=["sliding_attention", "full_attention"],
-            **SIZE,
-        ),
-        "deepseek": lambda: DeepseekV3Config(
-            intermediate_size=64,
-            n_routed_experts=8,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            kv_lora_rank=16,
-            q_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=16,
-            **SIZE | MOE | {"num_key_value_heads": 4},
-        ),
-    }[kind]()
+KINDS = ["mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +48,7 @@ def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(kind: str) -> Path:
         path = tmp_path_factory.mktemp(kind)
-        config = config_of(kind)
+        config = CONFIGS[kind]()
         config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -250,16 +198,16 @@ def test_we_write_and_peft_reads(kind: str, case: str, moe: Moe, tmp_path: Path)
 
 
 def test_the_names_in_the_config(moe: Moe, tmp_path: Path) -> None:
-    ours(moe("qwen2"), **CASES["mixed"][0]).save(tmp_path / "a")
+    ours(moe("qwen2-moe"), **CASES["mixed"][0]).save(tmp_path / "a")
     found = config(tmp_path / "a")
     assert found["target_modules"] == ["q_proj", "v_proj"]
     # the shared expert's down_proj is a module, whose parameter is called weight
     assert found["target_parameters"] == ["down_proj", "gate_up_proj"]
-    ours(moe("qwen2"), **CASES["one-layer"][0]).save(tmp_path / "b")
+    ours(moe("qwen2-moe"), **CASES["one-layer"][0]).save(tmp_path / "b")
     found = config(tmp_path / "b")
     assert found["target_modules"] == []
     assert found["target_parameters"] == ["1.mlp.experts.gate_up_proj", "down_proj"]
-    ours(moe("qwen2"), spec=lf.LoRA(), targets=["q_proj"]).save(tmp_path / "c")
+    ours(moe("qwen2-moe"), spec=lf.LoRA(), targets=["q_proj"]).save(tmp_path / "c")
     assert "target_parameters" not in config(tmp_path / "c")
     assert config(tmp_path / "c")["lora_dropout"] == 0.05
 
@@ -307,7 +255,7 @@ def test_merged_weights_are_pefts(kind: str, moe: Moe, tmp_path: Path) -> None:
         assert gap(weight, merged[name]) < CLOSE, name
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
 def test_a_bf16_base(kind: str, moe: Moe, tmp_path: Path) -> None:
     """Our error against fp32 is PEFT's, up to what a few thousand roundings make of it. Every token
     meets all experts, since rounding may change which are the first.
@@ -339,7 +287,7 @@ def test_offsets_become_lora(kind: str, spec: Spec, moe: Moe, tmp_path: Path) ->
     assert gap(logits(again), logits(model)) < CLOSE
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "deepseek"])
+@pytest.mark.parametrize("kind", ["qwen2-moe", "deepseek-v3"])
 def test_linears_that_peft_renames(kind: str, moe: Moe, tmp_path: Path) -> None:
     """In DeepSeek's models PEFT takes the names of the dense block's and the shared expert's
     linears for those of experts; so they are named by their weights.
@@ -352,7 +300,7 @@ def test_linears_that_peft_renames(kind: str, moe: Moe, tmp_path: Path) -> None:
     assert {p.rsplit(".", 1)[-1] for p in adapter.matches.paths} > {"gate_proj", "gate_up_proj"}
     adapter.save(tmp_path / "a")
     found = config(tmp_path / "a")
-    assert ("down_proj.weight" in found["target_parameters"]) == (kind == "deepseek")
+    assert ("down_proj.weight" in found["target_parameters"]) == (kind == "deepseek-v3")
     wrapped = peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
     wrapped.save_pretrained(tmp_path / "b")
@@ -364,17 +312,17 @@ def test_linears_that_peft_renames(kind: str, moe: Moe, tmp_path: Path) -> None:
 
 def test_a_layer_of_a_model_that_peft_renames(moe: Moe, tmp_path: Path) -> None:
     """There a regular expression would be one for the last parts of paths, in all layers."""
-    model = moe("deepseek")
+    model = moe("deepseek-v3")
     ours(model, spec=lf.LoRA(rank=3), targets=r".*layers\.1\..*(o_proj|down_proj)").save(
         tmp_path / "a"
     )
-    wrapped = peft.PeftModel.from_pretrained(moe("deepseek"), tmp_path / "a")
+    wrapped = peft.PeftModel.from_pretrained(moe("deepseek-v3"), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
 
 
 def test_ranks_by_the_names_of_weights(moe: Moe, tmp_path: Path) -> None:
     wrapped = peft.get_peft_model(
-        moe("qwen2"),
+        moe("qwen2-moe"),
         peft.LoraConfig(
             r=3,
             target_modules=["q_proj"],
@@ -385,11 +333,11 @@ def test_ranks_by_the_names_of_weights(moe: Moe, tmp_path: Path) -> None:
     )
     move(p for p in wrapped.parameters() if p.requires_grad)
     wrapped.save_pretrained(tmp_path / "a")
-    model = moe("qwen2")
+    model = moe("qwen2-moe")
     adapter = lf.load(model, tmp_path / "a")
     assert gap(logits(model), logits(wrapped)) < CLOSE
     adapter.save(tmp_path / "b")
-    again = moe("qwen2")
+    again = moe("qwen2-moe")
     lf.load(again, tmp_path / "b")
     assert torch.equal(logits(again), logits(model))
 
@@ -409,7 +357,7 @@ OWN: dict[str, tuple[Spec, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["qwen2-moe", "gpt-oss"])
 @pytest.mark.parametrize("method", OWN)
 def test_what_peft_lacks_for_experts(
     kind: str, method: str, moe: Moe, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -449,25 +397,25 @@ def test_each_expert_keeps_its_own_triplets(moe: Moe, tmp_path: Path) -> None:
 def test_dropout_stays_ours(
     moe: Moe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = moe("qwen3")
+    model = moe("qwen3-moe")
     adapter = ours(model, spec=lf.LoRA(rank=3, dropout=0.25), targets="all-linear")
     with caplog.at_level(logging.INFO, "lorafold"):
         adapter.save(tmp_path / "a")
     assert "lora_dropout is 0 in its config; lorafold reads 0.25" in caplog.text
     assert config(tmp_path / "a")["lora_dropout"] == 0
-    wrapped = peft.PeftModel.from_pretrained(moe("qwen3"), tmp_path / "a")
+    wrapped = peft.PeftModel.from_pretrained(moe("qwen3-moe"), tmp_path / "a")
     assert gap(logits(wrapped), logits(model)) < CLOSE
-    loaded = lf.load(moe("qwen3"), tmp_path / "a")
+    loaded = lf.load(moe("qwen3-moe"), tmp_path / "a")
     assert loaded.spec == adapter.spec
     record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
     # what the record of another adapter says is not this one's
-    other = ours(moe("qwen3"), spec=lf.LoRA(rank=3, dropout=0.1), targets=["q_proj"])
+    other = ours(moe("qwen3-moe"), spec=lf.LoRA(rank=3, dropout=0.1), targets=["q_proj"])
     other.save(tmp_path / "b", record=record)
-    assert lf.load(moe("qwen3"), tmp_path / "b").spec == other.spec
+    assert lf.load(moe("qwen3-moe"), tmp_path / "b").spec == other.spec
     damaged(tmp_path / "a", tmp_path / "c", {})
     (tmp_path / "c" / "lorafold.json").write_text(json.dumps(record | {"dropout": "much"}))
     with pytest.raises(lf.LorafoldError, match="field dropout: found 'much', expected a number"):
-        lf.load(moe("qwen3"), tmp_path / "c")
+        lf.load(moe("qwen3-moe"), tmp_path / "c")
 
 
 def test_trained_by_the_command(
@@ -476,14 +424,14 @@ def test_trained_by_the_command(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Book a table", "completion": "for four at eight"}\n' * 8)
     done = lorafold(
-        "train", "--model", str(moe_dir("qwen3")), "--data", str(rows), "--epochs", "2",
+        "train", "--model", str(moe_dir("qwen3-moe")), "--data", str(rows), "--epochs", "2",
         "--batch", "4", "--out", str(tmp_path / "a"), "--device", "cpu", "--base", "fp32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = " ".join((done.stdout + done.stderr).split())
     assert told.count("PEFT adapts parameters of experts without dropout") == 1
-    wrapped = peft.PeftModel.from_pretrained(moe("qwen3"), tmp_path / "a")
-    model = moe("qwen3")
+    wrapped = peft.PeftModel.from_pretrained(moe("qwen3-moe"), tmp_path / "a")
+    model = moe("qwen3-moe")
     bare = logits(model)
     adapter = lf.load(model, tmp_path / "a")
     assert adapter.spec.dropout == 0.05  # type: ignore[attr-defined]
@@ -508,10 +456,10 @@ OUTER = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"
 EACH = "base_model.model.model.layers.0.mlp.experts.3.w1.lora_A.weight"
 DEFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "tensors": (
-        {INNER: torch.zeros(15, 32), OUTER: None, f"{INNER}s": torch.zeros(2)},
+        {INNER: torch.zeros(15, 64), OUTER: None, f"{INNER}s": torch.zeros(2)},
         {},
         [
-            f"{INNER}: shape [15, 32], expected [12, 32]",
+            f"{INNER}: shape [15, 64], expected [12, 64]",
             f"missing key {OUTER}",
             f"unknown key {INNER}s",
         ],
@@ -545,7 +493,7 @@ DEFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ['target_parameters=["down_proj","gate_up_proj"] is not supported'],
     ),
     "modules of transformers 4": (
-        {EACH: torch.zeros(3, 32)},
+        {EACH: torch.zeros(3, 64)},
         {"target_modules": ["w1", "w2", "w3"], "target_parameters": None},
         [f"found 1 tensors of single experts, such as {EACH}", "load the adapter with PEFT"],
     ),
@@ -569,15 +517,14 @@ def test_a_model_with_more_experts(moe: Moe, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ours(moe("mixtral"), **CASES["experts"][0]).save(tmp_path / "a")
-    larger = config_of("mixtral")
-    larger.num_local_experts = 5
-    with pytest.raises(lf.LorafoldError, match=r"shape \[12, 32\], expected \[15, 32\]"):
+    larger = CONFIGS["mixtral"](num_local_experts=5)
+    with pytest.raises(lf.LorafoldError, match=r"shape \[12, 64\], expected \[15, 64\]"):
         lf.load(AutoModelForCausalLM.from_config(larger), tmp_path / "a", allow_other_base=True)
 
 
 def test_files_of_transformers_4_come_through_peft(moe: Moe, tmp_path: Path) -> None:
     """The advice that the refusal gives."""
-    names = {"w1": (32, 48), "w3": (32, 48), "w2": (48, 32)}
+    names = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}
     tensors = {}
     for layer in range(2):
         for expert in range(4):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Chunk, ConversionOps, MergeModulelist, WeightConverter
 
 import lorafold as lf
+import mixtures
 from conftest import make_tokenizer
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
@@ -31,33 +32,9 @@ from lorafold.models.storage import Storage, weights_of
 from lorafold.step.recipe import Recipe
 
 IDS = torch.arange(3, 43).view(1, -1)
-SIZE = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-}
-CONFIGS = {
-    "mixtral": lambda **o: tf.MixtralConfig(num_local_experts=4, **SIZE | o),
-    "qwen3": lambda: tf.Qwen3MoeConfig(
-        moe_intermediate_size=64, num_experts=8, head_dim=16, **SIZE
-    ),
-    # with a shared expert
-    "qwen2": lambda: tf.Qwen2MoeConfig(
-        moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=8, **SIZE
-    ),
-    # 3-D in the files too, transposed, with biases
-    "gpt-oss": lambda: tf.GptOssConfig(
-        num_local_experts=4,
-        head_dim=16,
-        layer_types=["sliding_attention", "full_attention"],
-        **SIZE,
-    ),
+CONFIGS = {kind: of for kind, of in mixtures.CONFIGS.items() if kind != "deepseek-v3"} | {
     # one tensor of the files is several parameters
-    "hrm": lambda: tf.HrmTextConfig(**SIZE),
+    "hrm": lambda: tf.HrmTextConfig(**mixtures.SHAPE),
 }
 CONVERTED = [kind for kind in CONFIGS if kind != "gpt-oss"]
 
@@ -228,7 +205,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe", "gpt-oss"])
 def test_into_the_dequantized_experts_that_were_trained_on(
     kind, quantization, moe, tmp_path
 ) -> None:
@@ -356,7 +333,7 @@ def test_a_missing_expert_is_named(moe, tmp_path) -> None:
         mapped_model_of(resolve_model(base))
     del found["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
     save_file(found, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LorafoldError, match=r"gate_up_proj: shape \[3, 128, 64\], expected \[4,"):
+    with pytest.raises(LorafoldError, match=r"gate_up_proj: shape \[3, 256, 64\], expected \[4,"):
         mapped_model_of(resolve_model(base))
 
 
