@@ -22,6 +22,7 @@ from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
 from lorafold.bases.stacks import quantized
 from lorafold.core.stacked import stack_names
 from lorafold.errors import LorafoldError
+from lorafold.models.architecture import auto_class
 from lorafold.models.compressed import compress, stored_compressed
 from lorafold.models.experts import route_quantized
 from lorafold.models.load_errors import loading
@@ -80,12 +81,13 @@ def fake_model(
     if classes:
         text = short.get_text_config()
         short.num_labels, text.pad_token_id, text.use_cache = classes, 0, False
-    auto = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
-    with loading(f"configuration of a {config.model_type}"):
+    what = f"configuration of a {config.model_type}"
+    auto = tf.AutoModelForSequenceClassification if classes else auto_class(config, what)
+    with loading(what):
         model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
     settings = getattr(config, "quantization_config", None) or {}
     if storage.quantization is not None and stored_compressed(settings):
-        compress(model, settings, f"configuration of a {config.model_type}", torch.bfloat16)
+        compress(model, settings, what, torch.bfloat16)
         for module in model.modules():
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:

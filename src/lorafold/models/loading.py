@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer
+from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, resolved
@@ -57,11 +58,12 @@ def load_model(
     """
     source = resolved(source, revision)
     with loading(f"model {source.name}"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        model, missing = read_weights(
-            AutoModelForCausalLM, source, storage, device, trust_remote_code
-        )
+        source.intact("config.json")
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        auto = auto_class(config, f"model {source.name}")
+        model, missing = read_weights(auto, source, storage, device, trust_remote_code)
         check_complete(source, missing)
         return model
 
