@@ -1,8 +1,8 @@
 """Which of transformers' auto classes opens a configuration as a model that continues text.
 
     AutoModelForCausalLM        wherever transformers has a causal class for it
-    AutoModelForMultimodalLM    for others that take text beside images or sounds (LLaVA, Qwen2.5-VL,
-                                SmolVLM, Qwen2-Audio): they compute from text alone what their
+    AutoModelForMultimodalLM    for others that take images or sounds beside text (LLaVA, SmolVLM,
+                                Qwen2.5-VL, Qwen2-Audio); of text alone they compute what their
                                 language model does
 
 transformers' own mappings decide, so a new architecture needs nothing here. A model that can't run
@@ -19,6 +19,8 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+CAUSAL = "AutoModelForCausalLM"
+
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:
     """Return the auto class of a language model with this configuration.
@@ -29,20 +31,34 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
         config: The configuration of the model.
         what: The name of the model in messages.
     """
-    import transformers as tf
-
-    kinds: tuple[Any, ...] = (tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM)
-    coded = getattr(config, "auto_map", None) or {}
-    auto = next((a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping), None)
-    if auto is None or auto is kinds[0] or auto.__name__ in coded:
-        return auto or kinds[0]  # whose message lists what there is
-    if needed := _beside_text(config, auto._model_mapping[type(config)]):
+    auto = opened_by(config)
+    cls = auto._model_mapping.get(type(config), None)
+    if auto.__name__ != CAUSAL and cls and (needed := _beside_text(config, cls)):
         raise LorafoldError(
             f"{what}: a {config.model_type} model can't run on text alone ({needed}), and rows have"
             " only text; expected a causal language model, or one with towers for images or sounds"
             " beside a language model that runs without them"
         )
     return auto
+
+
+def opened_by(config: PreTrainedConfig) -> Any:
+    """Return the auto class that has a model for this configuration, whatever that model needs; the
+    causal one, whose error lists what there is, if none has.
+    """
+    import transformers as tf
+
+    kinds: tuple[Any, ...] = (tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM)
+    coded = getattr(config, "auto_map", None) or {}
+    found = (a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping)
+    return next(found, kinds[0])
+
+
+def opened_by_name(model: Any) -> str:
+    """Return the name of the auto class that opens a model again, for its model card."""
+    config = getattr(model, "config", None)
+    name: str = CAUSAL if config is None else opened_by(config).__name__
+    return name
 
 
 def _beside_text(config: PreTrainedConfig, cls: Any) -> str:

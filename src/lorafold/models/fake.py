@@ -49,8 +49,9 @@ class _Fake(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is GROUPED and (dtype := args[0].dtype) != torch.bfloat16:
-            x, m = (factor.to(torch.bfloat16) for factor in args[:2])
-            return super().__torch_dispatch__(func, types, (x, m, *args[2:]), kwargs).to(dtype)
+            bf16 = [factor.to(torch.bfloat16) for factor in args[:2]]
+            found: Any = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
+            return found.to(dtype)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -129,6 +130,5 @@ def fake_model(
 
 
 def _uninitialized() -> AbstractContextManager[Any]:
-    """Inside `without_values`, skip the initialization of weights: some initializations read values.
-    """
+    """Inside `without_values`, skip the initialization of weights, which may read values."""
     return no_init_weights() if is_fake(torch.empty(0)) else nullcontext()
