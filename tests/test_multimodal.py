@@ -211,8 +211,8 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     model = MULTIMODAL["gemma3"].model()
     adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj"])
     assert text_alone(model, adapter.sites) == (
-        "text alone is trained: no row has an image, so the vision tower gets no input, and 2 of the"
-        " 4 adapted modules get no gradient"
+        "text alone is trained: no row has an image, so the vision tower gets no input, and 2 of"
+        " the 4 adapted modules get no gradient"
     )
     model(input_ids=IDS % 90).logits.sum().backward()
     trained = [any(p.grad is not None for p in d.parameters()) for d in adapter.deltas.values()]
@@ -229,7 +229,7 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     ],
 )
 def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
-    line = f"a {config.model_type} model can't run on text alone ({needs}), and rows have only text;"
+    line = f"a {config.model_type} model can't run on text alone ({needs}), and rows have only"
     with pytest.raises(lf.LorafoldError) as found:
         auto_class(config, "model x")
     assert str(found.value).startswith(f"model x: {line}")
