@@ -238,7 +238,9 @@ def test_inference(name: str) -> None:
 
 @pytest.mark.parametrize("name", mixtures.CONFIGS)
 @pytest.mark.parametrize("targets", [None, "attention", "all-linear"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_mixtures_of_experts(name: str, targets: str | None, dtype: torch.dtype) -> None:
     """Experts without an adapter run torch's grouped product, whatever the dtype."""
     spec = None if targets is None else make_spec("lora")

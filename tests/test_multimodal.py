@@ -21,6 +21,9 @@ from lorafold.models.architecture import auto_class
 from lorafold.training.text_alone import text_alone
 
 ROWS = [{"prompt": f"{n} cats", "completion": f"{n + 1} cats sat"} for n in range(6)]
+# one that sees, one that is padded instead of packed, and one that hears; the others are slow
+FEW = ("llava", "qwen2.5-vl", "qwen2-audio")
+EACH = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in MULTIMODAL]
 IDS = torch.tensor([[20, 31, 42, 53, 64, 75], [99, 88, 77, 66, 55, 44]])
 # the widths and heads with which NF4 quantizes every matrix of the language model
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -77,7 +80,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
         return found.flatten()
 
 
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize("name", EACH)
 def test_trained_evaluated_generated_and_merged(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:

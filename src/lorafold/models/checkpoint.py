@@ -114,7 +114,7 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a causal language model on the meta device from its configuration, frozen and without
+    """Build a language model on the meta device from its configuration, frozen and without
     weights. Raises LorafoldError if transformers can't, or if the model needs more than text.
     """
     auto = auto_class(config, "the model's architecture")

@@ -90,7 +90,7 @@ def fake_model(
         config: The configuration of the model.
         storage: How the model stores its weights.
         blocks: The number of blocks, from the first.
-        classes: The number of classes of a classifier; 0 for a causal language model.
+        classes: The number of classes of a classifier; 0 for a language model.
     """
     import transformers as tf
 

@@ -43,7 +43,8 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """Load a causal language model, in evaluation mode. Its `name_or_path` is the name asked for.
+    """Load a language model (`models.architecture` says which), in evaluation mode. Its
+    `name_or_path` is the name asked for.
 
     Raises LorafoldError as `resolve_model` does; if transformers can't load the directory; if the
     files lack weights (which transformers would fill with random numbers); and if lorafold wrote
