@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from conftest import lorafold
 from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare
@@ -38,6 +39,13 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
         assert row.prefill_merged is not None
     page([probe, lora], "Methods", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 2
+
+
+def test_the_option_for_methods_is_a_list() -> None:
+    names = ("--methods", "nosuch,lora", "--methods", "neither, dora")
+    done = lorafold("compare", "--out", "unused", *names)
+    assert done.returncode == 2
+    assert "unknown method nosuch, neither; expected one of" in done.stderr
 
 
 def test_options_reach_the_methods_that_have_them() -> None:

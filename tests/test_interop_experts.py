@@ -369,6 +369,7 @@ def test_what_peft_lacks_for_experts(
     assert config(tmp_path / "a")["peft_type"] == peft_type
     told = "PEFT adapts experts with LoRA alone" in caplog.text
     assert told == peft_type.startswith("LORAFOLD_")
+    assert "PeftModel" not in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     with pytest.raises((ValueError, KeyError)):
         peft.PeftModel.from_pretrained(moe(kind), tmp_path / "a")
     again = moe(kind)

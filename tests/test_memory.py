@@ -12,6 +12,8 @@ import torch
 import transformers as tf
 from torch import nn
 
+import mixtures
+from architectures import MULTIMODAL
 from lorafold.bases import LAYERS
 from lorafold.bases.bitsandbytes import PACKERS, Quantized
 from lorafold.cli.estimate import size
@@ -79,7 +81,7 @@ METHODS = [
 def close(config: Any, setting: Setting) -> None:
     """16-bit matrices are multiplied as this processor does, or as a scope says."""
     setting = replace(setting, widened=widens(setting.base.dtype))
-    found, blocks = estimate(config, setting), config.num_hidden_layers
+    found, blocks = estimate(config, setting), config.get_text_config().num_hidden_layers
     measured = measure(
         lambda: fake_model(config, setting.base, blocks, setting.classes), setting, CPU
     )
@@ -232,6 +234,28 @@ def test_inference(name: str) -> None:
         estimate(CONFIGS[name], Setting(BF16, rows=(200, 200))).terms["kv_cache"]
         == 2 * 6 * 2 * 32 * 200 * 2 * 2
     )
+
+
+@pytest.mark.parametrize("name", mixtures.CONFIGS)
+@pytest.mark.parametrize("targets", [None, "attention", "all-linear"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
+def test_mixtures_of_experts(name: str, targets: str | None, dtype: torch.dtype) -> None:
+    """Experts without an adapter run torch's grouped product, whatever the dtype."""
+    spec = None if targets is None else make_spec("lora")
+    # in gpt-oss documents of one sequence influence each other, so that rows are padded
+    setting = Setting(Storage(dtype), spec, targets, rows=(64, 64), packed=name != "gpt-oss")
+    close(mixtures.CONFIGS[name](), setting)
+
+
+@pytest.mark.parametrize("spec", [None, "lora"])
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_towers(name: str, spec: str | None) -> None:
+    """That of Gemma 3 is initialized with values that fake tensors lack, and its head is tied."""
+    config = MULTIMODAL[name].config()
+    packed = name != "qwen2.5-vl"
+    close(config, Setting(BF16, spec and make_spec(spec), rows=(96, 64), packed=packed))
 
 
 @pytest.mark.parametrize("quantization", PACKERS)

@@ -22,7 +22,8 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model, in evaluation mode.
+    """Load a language model, in evaluation mode: a causal one, or one that also takes images or
+    sounds and runs without them.
 
     Args:
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.

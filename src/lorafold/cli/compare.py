@@ -40,10 +40,11 @@ def command(
     eval_data: HeldOutOption = None,
     columns: ColumnsOption = None,
     methods: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="The methods, as in lora,dora. Without it all that can learn the objective.",
+            help="The methods, as in lora,dora. Repeat it for more. Without it all that can learn"
+            " the objective.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each method.")] = 1,
@@ -73,7 +74,7 @@ def command(
         data=data,
         eval_data=eval_data,
         columns=columns_of(columns),
-        methods=methods.split(",") if methods else (),
+        methods=[name.strip() for names in methods or () for name in names.split(",")],
         seeds=seeds,
         recipe=flags.recipe(None if data else RECIPE),
         device=device,

@@ -14,8 +14,10 @@ from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
 from lorafold.files.record import base_trained_on
 from lorafold.methods.parts.mixture import Gating
+from lorafold.models.architecture import opened_by_name
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.peft.form import peft_reads
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,7 +143,11 @@ class Job:
                 "composed": {"adapters": [*map(str, paths)], **about},
             },
             card=training_card(
-                request.model, {"recipe": {"adapters": ", ".join(self.updates.names), **about}}, {}
+                request.model,
+                {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
+                {},
+                opened_by=opened_by_name(adapter.model),
+                in_peft=peft_reads(adapter.model, adapter.spec, adapter.matches.paths),
             ),
         )
         adapter.detach()

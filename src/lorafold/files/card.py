@@ -31,6 +31,8 @@ model = {auto}.from_pretrained("{base}"{head})
 {below}adapter = lf.load(model, "path/to/this/directory")
 ```
 
+{or_with_peft}"""
+IN_PEFT = """\
 or with PEFT:
 
 ```python
@@ -38,6 +40,9 @@ from peft import PeftModel
 
 {grown}{stacked}
 ```
+"""
+NOT_IN_PEFT = """\
+PEFT has no such adapters and refuses these files: lorafold alone reads them.
 """
 ALONE = 'model = PeftModel.from_pretrained(model, "path/to/this/directory")'
 GROWN = (
@@ -56,7 +61,13 @@ model = {auto}.from_pretrained("path/to/this/directory")
 
 
 def training_card(
-    base: str, record: Mapping[str, Any], figures: Mapping[str, Any], whole: bool = False
+    base: str,
+    record: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    *,
+    whole: bool = False,
+    opened_by: str = "AutoModelForCausalLM",
+    in_peft: bool = True,
 ) -> str:
     """The card, as Markdown with YAML front matter.
 
@@ -65,22 +76,25 @@ def training_card(
         record: the record, of which "recipe" and "data" are shown as tables.
         figures: measurements by name, of which the numbers are shown.
         whole: the directory contains a plain model, not an adapter.
+        opened_by: the auto class of transformers that opens the base, if it is a language model.
+        in_peft: PEFT reads the adapter.
     """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
     front: dict[str, Any] = {"base_model": base} if on_hub else {}
     relation = "finetune" if whole else "adapter"
     front |= {
-        "library_name": "transformers" if whole else "peft",
+        "library_name": "transformers" if whole else "peft" if in_peft else "lorafold",
         "tags": [*["lora"] * (not whole), "lorafold"],
     }
     front["tags"] += [f"base_model:{relation}:{base}"] * on_hub
+    form = "in PEFT's format" if in_peft else "in a format of its own"
     title = (
         f"# {name}, fine-tuned\n\nTrained in place with lorafold: a plain Hugging Face model.\n"
         if whole
         else (
-            f"# An adapter of {name}\n\nMade with lorafold, in PEFT's format: a small change of the"
-            " base model, attached to it.\n"
+            f"# An adapter of {name}\n\nMade with lorafold, {form}: a small change of the base"
+            " model, attached to it.\n"
         )
     )
     numbers = {
@@ -91,10 +105,12 @@ def training_card(
         for k, v in record.get("data", {}).items()
     }
     outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
-    auto = "AutoModelForSequenceClassification" if outputs else "AutoModelForCausalLM"
+    auto = "AutoModelForSequenceClassification" if outputs else opened_by
     head = f", num_labels={outputs}" if outputs else ""
     grown = GROWN.format(size=record[VOCABULARY]) if VOCABULARY in record else ""
     below = {f"below{n}": entry["adapter"] for n, entry in enumerate(record.get(OVER, ()), 1)}
+    ours, stacked = _loaded(below)
+    theirs = IN_PEFT.format(grown=grown, stacked=stacked) if in_peft else NOT_IN_PEFT
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
         title,
@@ -102,16 +118,18 @@ def training_card(
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
         (LOAD_WHOLE if whole else LOAD).format(
-            auto=auto, base=name, head=head, grown=grown, **_loaded(below)
+            auto=auto, base=name, head=head, below=ours, or_with_peft=theirs
         ),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _loaded(below: Mapping[str, str]) -> dict[str, str]:
-    """The lines that load an adapter over those below, whose directories are by their names."""
+def _loaded(below: Mapping[str, str]) -> tuple[str, str]:
+    """The lines that load those below for lorafold, and those that load all of them for PEFT; their
+    directories are by their names.
+    """
     if not below:
-        return {"below": "", "stacked": ALONE}
+        return "", ALONE
     (first, path), *others = below.items()
     lines = [
         f'model = PeftModel.from_pretrained(model, "{path}", adapter_name="{first}")',
@@ -120,7 +138,7 @@ def _loaded(below: Mapping[str, str]) -> dict[str, str]:
         f"model.base_model.set_adapter({[*below, 'default']})",
     ]
     ours = "".join(f'lf.load(model, "{path}", "{name}")\n' for name, path in below.items())
-    return {"below": ours, "stacked": "\n".join(lines)}
+    return ours, "\n".join(lines)
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:

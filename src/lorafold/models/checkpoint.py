@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.models.architecture import auto_class
 from lorafold.models.compressed import as_in_files, check_values, compress, stored_compressed
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
@@ -113,12 +114,13 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a causal language model on the meta device from its configuration, frozen and without
-    weights. Raises LorafoldError if transformers can't.
+    """Build a language model on the meta device from its configuration, frozen and without
+    weights. Raises LorafoldError if transformers can't, or if the model needs more than text.
     """
+    auto = auto_class(config, "the model's architecture")
     with loading("the model's architecture"), torch.device("meta"):
         return (
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            auto.from_config(config, trust_remote_code=trust_remote_code)
             .eval()
             .requires_grad_(False)
         )

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.presets import beneath
+from lorafold.core.towers import aside
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES, REWARD
 from lorafold.files.record import RECORD, read_object, read_record
@@ -107,15 +109,17 @@ def load_reward_model(
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules with parameters that are not part of the model's body.
+    """Return the paths of the modules with parameters that are neither part of the model's body nor
+    of towers and connectors beside it.
 
     Raises LorafoldError if there are none.
     """
     body, _ = decoder_of(model)
+    inside = beneath([body, *aside(model)])
     found = [
         p
         for p, m in bare_modules(model)
-        if any(p is not None for p in m._parameters.values()) and not f"{p}.".startswith(f"{body}.")
+        if any(p is not None for p in m._parameters.values()) and not inside(p)
     ]
     if not body or not found:
         raise LorafoldError(

@@ -10,18 +10,21 @@ model, unless it asks for values (`core.fake`).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
 from lorafold.bases.stacks import quantized
+from lorafold.core.fake import is_fake
 from lorafold.core.stacked import stack_names
 from lorafold.errors import LorafoldError
+from lorafold.models.architecture import auto_class
 from lorafold.models.compressed import compress, stored_compressed
 from lorafold.models.experts import route_quantized
 from lorafold.models.load_errors import loading
@@ -32,9 +35,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+GROUPED = torch.ops.aten._grouped_mm.default
+
+
 def without_values() -> AbstractContextManager[Any]:
     """Make all tensors fake that are made inside the `with` block, or computed from fake ones."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _Fake(allow_non_fake_inputs=True)
+
+
+class _Fake(FakeTensorMode):
+    """torch gives the shape of a grouped product in bf16 alone, though its kernels also take fp32.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is GROUPED and (dtype := args[0].dtype) != torch.bfloat16:
+            bf16 = [factor.to(torch.bfloat16) for factor in args[:2]]
+            found: Any = super().__torch_dispatch__(func, types, (*bf16, *args[2:]), kwargs)
+            return found.to(dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def shortened(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
@@ -72,7 +90,7 @@ def fake_model(
         config: The configuration of the model.
         storage: How the model stores its weights.
         blocks: The number of blocks, from the first.
-        classes: The number of classes of a classifier; 0 for a causal language model.
+        classes: The number of classes of a classifier; 0 for a language model.
     """
     import transformers as tf
 
@@ -80,12 +98,14 @@ def fake_model(
     if classes:
         text = short.get_text_config()
         short.num_labels, text.pad_token_id, text.use_cache = classes, 0, False
-    auto = tf.AutoModelForSequenceClassification if classes else tf.AutoModelForCausalLM
-    with loading(f"configuration of a {config.model_type}"):
+    what = f"configuration of a {config.model_type}"
+    auto = tf.AutoModelForSequenceClassification if classes else auto_class(config, what)
+    with loading(what), _uninitialized():
         model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
+        model.tie_weights()  # a part of the initialization
     settings = getattr(config, "quantization_config", None) or {}
     if storage.quantization is not None and stored_compressed(settings):
-        compress(model, settings, f"configuration of a {config.model_type}", torch.bfloat16)
+        compress(model, settings, what, torch.bfloat16)
         for module in model.modules():
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:
@@ -107,3 +127,8 @@ def fake_model(
             setattr(owner, name, linear)
         route_quantized(model)
     return model
+
+
+def _uninitialized() -> AbstractContextManager[Any]:
+    """Inside `without_values`, skip the initialization of weights, which may read values."""
+    return no_init_weights() if is_fake(torch.empty(0)) else nullcontext()

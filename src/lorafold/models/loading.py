@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer
+from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, resolved
@@ -42,7 +43,8 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """Load a causal language model, in evaluation mode. Its `name_or_path` is the name asked for.
+    """Load a language model (`models.architecture` says which), in evaluation mode. Its
+    `name_or_path` is the name asked for.
 
     Raises LorafoldError as `resolve_model` does; if transformers can't load the directory; if the
     files lack weights (which transformers would fill with random numbers); and if lorafold wrote
@@ -57,11 +59,12 @@ def load_model(
     """
     source = resolved(source, revision)
     with loading(f"model {source.name}"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        model, missing = read_weights(
-            AutoModelForCausalLM, source, storage, device, trust_remote_code
-        )
+        source.intact("config.json")
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        auto = auto_class(config, f"model {source.name}")
+        model, missing = read_weights(auto, source, storage, device, trust_remote_code)
         check_complete(source, missing)
         return model
 

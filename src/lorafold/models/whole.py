@@ -20,6 +20,7 @@ from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, training_card
 from lorafold.files.record import RECORD
 from lorafold.methods.full import write_model
+from lorafold.models.architecture import opened_by_name
 
 
 def write(
@@ -53,7 +54,11 @@ def write(
         )
     base = getattr(model.config, "_name_or_path", "")
     own_card = training_card(
-        base, {"recipe": {"method": type(spec).__name__, **vars(spec)}}, {}, whole=True
+        base,
+        {"recipe": {"method": type(spec).__name__, **vars(spec)}},
+        {},
+        whole=True,
+        opened_by=opened_by_name(model),
     )
     with atomic_directory(path, overwrite) as directory:
         write_model(model, directory)

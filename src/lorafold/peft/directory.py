@@ -34,6 +34,7 @@ from lorafold.files.record import RECORD
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
+from lorafold.models.architecture import opened_by_name
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
@@ -106,7 +107,13 @@ def write(
     shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}
     }
-    own_card = training_card(config["base_model_name_or_path"] or "", shown, {})
+    own_card = training_card(
+        config["base_model_name_or_path"] or "",
+        shown,
+        {},
+        opened_by=opened_by_name(model),
+        in_peft=form.method.of_peft,
+    )
     with atomic_directory(path, overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         write_json(directory / CONFIG, config)

@@ -77,6 +77,18 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
     return Form(method, parameters, renamed, dropout=dropout)
 
 
+def peft_reads(model: nn.Module, spec: Spec, targets: Iterable[str]) -> bool:
+    """Whether PEFT reads the files of an adapter, or refuses their peft_type, which is one of our
+    own. Raises LorafoldError as `form_of` does.
+
+    Args:
+        model: The adapted model.
+        spec: The method with its options.
+        targets: The sites that the method adapts.
+    """
+    return form_of(model, spec, targets).method.of_peft
+
+
 def tell(form: Form, path: object) -> None:
     """Log what the form means to a user of PEFT.
 

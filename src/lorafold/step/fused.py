@@ -28,6 +28,7 @@ from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.attach import Adapted
 from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
+from lorafold.core.presets import own_blocks
 from lorafold.core.stacked import stack_names
 from lorafold.ops.gated import ACTIVATIONS, Activation, gated
 from lorafold.ops.norm import rms_norm
@@ -40,7 +41,7 @@ Forward = Callable[..., Any]
 @dataclass(frozen=True)
 class FastPath:
     """How many of the blocks run norms, MLP and rotary embedding fused, and which of these parts
-    run the model's own code in the other blocks.
+    run the model's own code in the other blocks. Those of towers do not count.
     """
 
     fast: int
@@ -73,9 +74,8 @@ def fused(
         "norms": partial(_fused_norm, norm),
         "MLP": partial(_fused_mlp, gate),
     }
-    inside = [
-        [module for _, module in bare_modules(model.get_submodule(path))] for path in blocks(model)
-    ]
+    paths, own = blocks(model), own_blocks(model)
+    inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in paths]
     with ExitStack() as stack:
         with evaluating(model):
             found = [
@@ -95,8 +95,9 @@ def fused(
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
                     parts.add("rotary embedding")
         wanted = {*make, "rotary embedding"}
-        lacking = set[str]().union(*(wanted - parts for parts in found))
-        yield FastPath(sum(parts == wanted for parts in found), len(found), tuple(sorted(lacking)))
+        told = [parts for path, parts in zip(paths, found, strict=True) if path in own]
+        lacking = set[str]().union(*(wanted - parts for parts in told))
+        yield FastPath(sum(parts == wanted for parts in told), len(told), tuple(sorted(lacking)))
 
 
 def _free(module: nn.Module) -> bool:

@@ -179,13 +179,19 @@ def _last(h: Tensor) -> Tensor:
 
 
 class _Given:
-    """A decoder's output that has hidden states; every other attribute is None."""
+    """A decoder's output that has hidden states; every other attribute is None. A multimodal model
+    unpacks it with `**`.
+    """
 
     def __init__(self, h: Tensor) -> None:
         self.last_hidden_state = h
 
-    def __getitem__(self, index: int) -> Tensor | None:
-        return self.last_hidden_state if index == 0 else None
+    def __getitem__(self, index: int | str) -> Tensor | None:
+        return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def keys(self) -> tuple[str, ...]:
+        """The names that `**` unpacks."""
+        return ("last_hidden_state",)
 
     def __getattr__(self, name: str) -> None:
         return None

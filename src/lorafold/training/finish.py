@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.files.card import VOCABULARY, training_card
 from lorafold.machine.room import peak_bytes
+from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights
+from lorafold.peft.form import peft_reads
 from lorafold.peft.stack import recorded
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
@@ -98,7 +100,15 @@ def finish(
     }
     if (size := job.adapter.vocabulary) is not None:
         record |= {VOCABULARY: size}
-    card = training_card(request.model, record, asdict(result), whole=job.adapter.spec.trains_base)
+    model, spec = job.adapter.model, job.adapter.spec
+    card = training_card(
+        request.model,
+        record,
+        asdict(result),
+        whole=spec.trains_base,
+        opened_by=opened_by_name(model),
+        in_peft=not spec.trains_base and peft_reads(model, spec, job.adapter.matches.paths),
+    )
 
     def write(path: Path, record: dict[str, Any]) -> None:
         overwrite = request.overwrite or request.resume

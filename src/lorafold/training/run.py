@@ -25,6 +25,7 @@ from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import Setup, adapted_model, set_up
 from lorafold.training.start import prepare
+from lorafold.training.text_alone import text_alone
 
 
 def train(request: Request, console: Console) -> Trained:
@@ -35,7 +36,12 @@ def train(request: Request, console: Console) -> Trained:
     """
     setup = set_up(request, console)
     model, adapter, weights, checkpointing = adapted_model(setup, console)
-    for line in (repr(adapter), f"  {adapter.unreached}", strays(model, adapter.matches)):
+    for line in (
+        text_alone(model, adapter.sites),
+        repr(adapter),
+        f"  {adapter.unreached}",
+        strays(model, adapter.matches),
+    ):
         if line is not None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if checkpointing:

@@ -1,0 +1,275 @@
+"""Models that take images or sounds beside text, trained on text by the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+import lorafold as lf
+from architectures import ARCHITECTURES, MULTIMODAL, near
+from conftest import Done, lorafold, make_tokenizer
+from lorafold.models.architecture import auto_class
+from lorafold.training.text_alone import text_alone
+
+ROWS = [{"prompt": f"{n} cats", "completion": f"{n + 1} cats sat"} for n in range(6)]
+# one that sees, one that is padded instead of packed, and one that hears; the others are slow
+FEW = ("llava", "qwen2.5-vl", "qwen2-audio")
+EACH = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in MULTIMODAL]
+IDS = torch.tensor([[20, 31, 42, 53, 64, 75], [99, 88, 77, 66, 55, 44]])
+# the widths and heads with which NF4 quantizes every matrix of the language model
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def write(name: str, path: Path, **text: int) -> Path:
+    """Write the model of that name, with a tokenizer, whose ids are below those of images."""
+    row, tokenizer = ARCHITECTURES[name], make_tokenizer()
+    config = row.config()
+    own = config.get_text_config()
+    for field, value in text.items():
+        setattr(own, field, value)
+    own.vocab_size = len(tokenizer) + 8
+    own.bos_token_id, own.eos_token_id = None, tokenizer.eos_token_id
+    own.pad_token_id = tokenizer.pad_token_id
+    for field in ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
+        if hasattr(config, field):
+            setattr(config, field, len(tokenizer) + 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        row.cls(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny multimodal model, which all tests share."""
+    return cache(lambda name: write(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return path
+
+
+def train(model: Path, rows: Path, out: Path, *options: str) -> Done:
+    return lorafold(
+        *("train", "--model", str(model), "--data", str(rows), "--out", str(out)),
+        *("--epochs", "2", "--lr", "1e-2", "--json", *options),
+    )
+
+
+def opened(path: Path) -> Any:
+    """The model as transformers opens it."""
+    return tf.AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def logits(model: Any) -> torch.Tensor:  # (n,)
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+        return found.flatten()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_trained_evaluated_generated_and_merged(
+    name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    base, adapter, merged = model_dir(name), tmp_path / "adapter", tmp_path / "merged"
+    done = train(base, rows, adapter, "--base", "fp32")
+    assert done.returncode == 0, done.stderr
+    kind, what = ("audio", "a sound") if name == "qwen2-audio" else ("vision", "an image")
+    assert (
+        f"text alone is trained: no row has {what}, so the {kind} tower gets no input\n"
+        in done.stderr
+    )
+    assert "memory: no estimate" not in done.stderr
+    assert "fast path: 2 of 2 blocks\n" in done.stderr
+    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    assert losses[-1] < losses[0]
+    on = ("--model", str(base), "--adapter", str(adapter), "--base", "fp32", "--json")
+    done = lorafold("eval", *on, "--data", str(rows))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["loss"] < losses[0]
+    done = lorafold("generate", *on, "--prompt", "2 cats", "--max-new-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    done = lorafold("inspect", str(adapter), "--model", str(base))
+    assert done.returncode == 0, done.stderr
+    done = lorafold(
+        *("merge", "--model", str(base), "--adapter", str(adapter), "--out", str(merged), "--json")
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(path / "model.safetensors") for path in (base, merged))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert len(changed) == 14
+    towers = ("vision", "visual", "audio", "projector", "connector")
+    assert not [key for key in changed if any(part in key for part in towers)]
+    model = lf.load_model(base, "fp32")
+    assert type(model) is type(opened(base))
+    lf.load(model, adapter)
+    assert near(logits(opened(merged)), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_peft_reads_what_the_command_wrote(
+    name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    assert train(model_dir(name), rows, tmp_path / "a", "--base", "fp32").returncode == 0
+    ours = lf.load_model(model_dir(name), "fp32")
+    plain = logits(ours)
+    lf.load(ours, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(opened(model_dir(name)), tmp_path / "a").eval()
+    assert near(logits(theirs), logits(ours))
+    assert not near(logits(ours), plain)
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForMultimodalLM.from_pretrained(" in card
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_the_command_merges_what_peft_wrote(
+    name: str, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    names = ["q_proj", "v_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(opened(model_dir(name)), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    on = ("--model", str(model_dir(name)), "--adapter", str(tmp_path / "theirs"))
+    done = lorafold("merge", *on, "--out", str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    assert near(logits(opened(tmp_path / "merged")), logits(theirs))
+
+
+def test_an_adapter_of_another_model_is_refused(
+    model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    other = write("llava", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    model = opened(other)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    model.save_pretrained(other)
+    assert weights.keys() == load_file(other / "model.safetensors").keys()
+    assert train(model_dir("llava"), rows, tmp_path / "a", "--base", "fp32").returncode == 0
+    with pytest.raises(lf.LorafoldError, match="base"):
+        lf.load(lf.load_model(other, "fp32"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["full", "prompt", "houlsby"])
+def test_other_ways_to_train(
+    method: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    """full trains the head, whose loss runs the model over given hidden states."""
+    options = ("--base", "fp32", "--method", method)
+    done = train(model_dir("llava"), rows, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    assert losses[-1] < losses[0]
+    if method == "full":
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert "AutoModelForMultimodalLM.from_pretrained(" in card
+        assert not near(logits(opened(tmp_path / "out")), logits(opened(model_dir("llava"))))
+
+
+def test_a_classifier_beside_a_tower(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    texts = [{"text": f"{n} cats", "label": "ab"[n % 2]} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
+    on = ("--base", "fp32", "--objective", "classify")
+    done = train(model_dir("gemma3"), tmp_path / "rows.jsonl", tmp_path / "out", *on)
+    assert done.returncode == 0, done.stderr
+    assert "modules to save: score\n" in done.stderr
+
+
+# --- what text alone can't do --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["vision-linear", "audio-linear"])
+def test_a_tower_alone_is_refused(
+    preset: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    name, what = {
+        "vision-linear": ("llava", "no row has an image"),
+        "audio-linear": ("qwen2-audio", "no row has a sound"),
+    }[preset]
+    done = train(model_dir(name), rows, tmp_path / "out", "--base", "fp32", "--targets", preset)
+    assert done.returncode == 2
+    assert f", and {what}, so none of them would get a gradient" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
+    model = MULTIMODAL["gemma3"].model()
+    adapter = lf.attach(model, lf.LoRA(rank=2), ["q_proj"])
+    assert text_alone(model, adapter.sites) == (
+        "text alone is trained: no row has an image, so the vision tower gets no input, and 2 of"
+        " the 4 adapted modules get no gradient"
+    )
+    model(input_ids=IDS % 90).logits.sum().backward()
+    trained = [any(p.grad is not None for p in d.parameters()) for d in adapter.deltas.values()]
+    assert sum(trained) == 2
+    assert text_alone(ARCHITECTURES["llama"].model(), ["model.layers.0.mlp.up_proj"]) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "needs"),
+    [
+        (tf.BlipConfig(), "its forward needs pixel_values"),
+        (tf.Pix2StructConfig(), "it is an encoder-decoder"),
+        (tf.Qwen2_5OmniConfig(), "its forward takes no input_ids"),
+    ],
+)
+def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
+    line = f"a {config.model_type} model can't run on text alone ({needs}), and rows have only"
+    with pytest.raises(lf.LorafoldError) as found:
+        auto_class(config, "model x")
+    assert str(found.value).startswith(f"model x: {line}")
+    config.save_pretrained(tmp_path / "model")
+    done = lorafold("estimate", "--model", str(tmp_path / "model"), "--mode", "lora")
+    assert done.returncode == 2
+    assert line in done.stderr
+
+
+def test_transformers_own_mappings_decide() -> None:
+    """Every multimodal class is opened or refused; none that has a causal class changes."""
+    both = tf.AutoModelForCausalLM._model_mapping
+    assert auto_class(ARCHITECTURES["gemma3"].config(), "x") is tf.AutoModelForCausalLM
+    assert auto_class(ARCHITECTURES["llava"].config(), "x") is tf.AutoModelForMultimodalLM
+    assert auto_class(tf.T5Config(), "x") is tf.AutoModelForCausalLM
+    for name in MULTIMODAL:
+        config = ARCHITECTURES[name].config()
+        expected = "CausalLM" if type(config) in both else "MultimodalLM"
+        assert auto_class(config, "x").__name__ == f"AutoModelFor{expected}"
+
+
+# --- Gemma 3 on NF4 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemma3-text", "gemma3"])
+def test_gemma_3_on_nf4_runs_fused_and_merges(name: str, rows: Path, tmp_path: Path) -> None:
+    base = write(name, tmp_path / "model", **WIDE, num_hidden_layers=2)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    done = train(base, rows, adapter, "--base", "nf4")
+    assert done.returncode == 0, done.stderr
+    assert "fast path: 2 of 2 blocks\n" in done.stderr
+    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    assert losses[-1] < losses[0]
+    done = lorafold(
+        *("merge", "--model", str(base), "--adapter", str(adapter), "--out", str(merged), "--json")
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["argmax_agreement"] > 0.99
+    assert found["kl"] < 1e-4
