@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from lorafold.bases import is_linear, layer_of, parameter_count
 from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.presets import beneath, own_blocks
-from lorafold.core.stacked import Stack, module_at, stack_names, stacks
+from lorafold.core.stacked import Stack, module_at, stacks
 from lorafold.core.targets import Matches
 from lorafold.core.towers import aside, language_model, towers
 
@@ -181,10 +181,7 @@ def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    # experts of another form than transformers' interface are stacks of matrices as well
-    if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
-        return "experts"
-    if stack_names(module):  # in codes
+    if hasattr(module, "num_experts") and path not in route:
         return "experts"
     if path in route:
         return "router"
