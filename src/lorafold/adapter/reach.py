@@ -181,7 +181,9 @@ def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    if hasattr(module, "num_experts") and path not in route:
+    own = [p for p in module._parameters.values() if p is not None]
+    # those of another form than transformers' interface have matrices for each expert as well
+    if stack_names(module) or (hasattr(module, "num_experts") and any(p.dim() == 3 for p in own)):
         return "experts"
     if path in route:
         return "router"
