@@ -22,8 +22,8 @@ from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
 from lorafold.bases.stacks import quantized
 from lorafold.core.stacked import stack_names
 from lorafold.errors import LorafoldError
-from lorafold.models.compressed import compress, stored_compressed
 from lorafold.models.experts import route_quantized
+from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
 from lorafold.models.quantizing import IN_FILES, packable
 from lorafold.models.storage import Storage
@@ -84,8 +84,9 @@ def fake_model(
     with loading(f"configuration of a {config.model_type}"):
         model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
     settings = getattr(config, "quantization_config", None) or {}
-    if storage.quantization is not None and stored_compressed(settings):
-        compress(model, settings, f"configuration of a {config.model_type}", torch.bfloat16)
+    if storage.quantization is not None and readable(settings):
+        make_quantized(model, settings, f"configuration of a {config.model_type}")
+        route_quantized(model)
         for module in model.modules():
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:
