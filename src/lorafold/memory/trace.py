@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -170,6 +170,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
+    if not model._supports_sdpa:  # its attention can't be kept inside documents
+        setting = replace(setting, packed=False)
     attach_below(model, setting)
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}

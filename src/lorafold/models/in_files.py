@@ -11,9 +11,14 @@ import torch
 from torch import nn
 
 from lorafold.errors import LorafoldError
-from lorafold.models.compressed import check_values, compress, storage_of, stored_compressed
+from lorafold.models.compressed import (
+    check_values,
+    compress,
+    scales_as_in_files,
+    storage_of,
+    stored_compressed,
+)
 from lorafold.models.compressed import misfits as compressed_misfits
-from lorafold.models.compressed import scales_as_in_files
 from lorafold.models.container import Entry
 from lorafold.models.mxfp4 import MXFP4, check_scales, make_mxfp4, misfits, stored_mxfp4
 
