@@ -188,6 +188,25 @@ def test_copies_and_moves_keep_the_codes(released, copied):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16, torch.uint8}
 
 
+OTHERS = [lf.PiSSA(rank=2), lf.OLoRA(rank=2), lf.VeRA(rank=8), lf.LoHa(rank=2), lf.IA3()]
+
+
+@pytest.mark.parametrize("spec", OTHERS, ids=lambda spec: type(spec).__name__)
+def test_folding_then_calling_equals_calling(released, spec):
+    model = load_model(released, FP32)
+    bare = model(IDS).logits
+    torch.manual_seed(1)
+    adapter = lf.attach(model, spec)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    y = model(IDS).logits
+    assert relative(y, bare) > 1e-3
+    adapter.merge()
+    assert experts(model) == [] or isinstance(spec, lf.IA3)
+    assert relative(model(IDS).logits, y) < 1e-5
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(released, method):
     """Values, gradients, and the same after folding."""
@@ -316,6 +335,7 @@ def test_the_dequantized_model_counts_as_the_same_base(released, tmp_path):
     assert differences(found, ModelWeights(over)) != []
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_inspects_and_merges(released, tmp_path):
     """Without --base: the files say how they are stored."""
     rows = tmp_path / "rows.jsonl"
@@ -331,6 +351,7 @@ def test_the_command_trains_evaluates_inspects_and_merges(released, tmp_path):
     assert done.returncode == 0, done.stderr
     done = lorafold("inspect", *model, str(out))
     assert done.returncode == 0, done.stderr
+    assert "Of 16 matrices of experts" in done.stdout
     merged = tmp_path / "merged"
     done = lorafold("merge", *model, "--adapter", str(out), "--out", str(merged), "--json")
     assert done.returncode == 0, done.stderr

@@ -73,7 +73,7 @@ class Held(ABC):
         """All matrices (E, out, in), in `dtype`."""
 
     def dense_like(self) -> Tensor:
-        """As `dense`, on the meta device."""
+        """All matrices (E, out, in) as `dense` gives them, on the meta device."""
         return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
 
 

@@ -28,7 +28,7 @@ from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.documents import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import attending
+from lorafold.step.documents import attending, has_sinks
 from lorafold.step.fused import fused
 from lorafold.step.head import labelled_loss
 from lorafold.step.losses import Classification
@@ -170,8 +170,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
-    if not model._supports_sdpa:  # its attention can't be kept inside documents
-        setting = replace(setting, packed=False)
+    setting = replace(setting, packed=setting.packed and not has_sinks(model))
     attach_below(model, setting)
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}
