@@ -20,6 +20,7 @@ from lorafold.bases.experts import Routed
 from lorafold.bases.stacks import MXFP4
 from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
+from lorafold.memory.ledger import Ledger
 from lorafold.merging.run import merge
 from lorafold.models.fingerprint import differences, of_model
 from lorafold.models.loading import load_model
@@ -160,18 +161,38 @@ def test_blocks_and_scales_are_in_memory_as_in_the_files(released):
     assert parameter_count(model) == sum(p.numel() for p in plain.parameters())
 
 
-def test_no_dequantized_parameter_is_made_while_loading(released, monkeypatch):
-    """Not even one expert's matrix: nothing is dequantized before the model computes."""
+class WithValues(Ledger):
+    """Counts tensors that are not on the meta device."""
+
+    def _enter(self, t):
+        if not t.is_meta:
+            super()._enter(t)
+
+
+def test_no_dequantized_parameter_is_made_while_loading(released):
+    """The tensors that are read from files are not counted, those computed from them are."""
+    peaks = []
+    for load in (lambda: load_model(released, FP32), lambda: by_transformers(released)):
+        with WithValues() as ledger:
+            load()
+        peaks.append(ledger.peak)
+    one_matrix = 64 * 96 * 4  # of down_proj, in fp32
+    assert peaks[0] < one_matrix
+    assert peaks[1] > 4 * one_matrix
+
+
+def test_one_expert_is_dequantized_at_a_time(released, monkeypatch):
     from lorafold.bases import stacks
 
     asked = []
-    monkeypatch.setattr(
-        stacks, "dequantize", lambda *a, own=stacks.dequantize: asked.append(a[0].dim()) or own(*a)
-    )
-    model = load_model(released, FP32)
-    assert asked == []
-    model(IDS)
-    assert set(asked) == {3}  # the blocks of one expert
+
+    def seen(blocks, *others, own=stacks.dequantize):
+        asked.append(blocks.dim())
+        return own(blocks, *others)
+
+    monkeypatch.setattr(stacks, "dequantize", seen)
+    load_model(released, FP32)(IDS)
+    assert set(asked) == {3}  # (out, in / 32, 16)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -227,8 +248,7 @@ def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(released, met
     assert experts(over) == []
     assert {p.dtype for p in over.parameters()} == {torch.float32}
     assert not hasattr(over.config, "quantization_config")
-    names = by_transformers(released).state_dict().keys()
-    assert over.state_dict().keys() == names
+    assert over.state_dict().keys() == by_transformers(released).state_dict().keys()
 
 
 def test_merging_some_experts_leaves_the_others_in_codes(released, tmp_path):
