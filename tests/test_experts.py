@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
@@ -20,7 +20,8 @@ from lorafold.core.spec import Spec
 from lorafold.core.stacked import Stack, module_at
 from lorafold.models.quantizing import compute_in
 from lorafold.ops.grouped import frozen_product, grouped, low_rank_product, product
-from mixtures import CONFIGS, mixture
+from lorafold.step.fused import fused
+from mixtures import CONFIGS, SHAPE, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -265,3 +266,68 @@ def test_estimate_of_a_mixture_is_what_a_step_takes(tmp_path: Path) -> None:
         recipe = lf.Recipe(base=base, rank=4)
         found = lf.estimate(folder, "lora", batch=2, length=64, recipe=recipe, measure=True)
         assert found.measured == pytest.approx(found.total, rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "router"), [("mixtral", "gate"), ("gpt-oss", "router")])
+def test_a_target_that_is_a_router_is_refused(family: str, router: str) -> None:
+    model = mixture(family)
+    expected = r"mlp\.\w+: LoRA can't adapt it: it is a router.*such as experts.gate_up_proj"
+    with pytest.raises(lf.LorafoldError, match=expected):
+        lf.attach(model, lf.LoRA(rank=2), [router])
+    assert not [m for m in model.modules() if hasattr(m, "deltas")]
+
+
+def test_a_router_trains_if_it_is_asked_for() -> None:
+    model = mixture("mixtral")
+    adapter = lf.attach(model, lf.LoRA(rank=2), EXPERTS, modules_to_save=["mlp.gate"])
+    move(adapter)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    y = logits(model)
+    adapter.merge()
+    assert (logits(model) - y).norm() <= 1e-5 * y.norm()
+
+
+def test_every_bias_trains_but_those_of_experts_and_routers() -> None:
+    model = mixture("gpt-oss")
+    adapter = lf.attach(model, lf.LoRA(rank=2), "attention", bias="all")
+    move(adapter)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    assert not [path for path in adapter.sites if "mlp" in path]
+
+
+def test_a_mixture_trains_on_the_fast_path_and_says_what_it_adapts() -> None:
+    model = mixture("mixtral")
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    assert "all-linear: 8 modules and 4 parameters of experts (16 matrices)" in repr(adapter)
+    with fused(model) as found:
+        assert str(found) == "fast path: 2 of 2 blocks"
+        model(IDS, labels=IDS).loss.backward()
+    fast = [p.grad.clone() for p in adapter.parameters()]
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    for a, p in zip(fast, adapter.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [n for n in lf.methods.METHODS if n != "linear-probe"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_every_method_trains_with_its_own_targets(family: str, method: str) -> None:
+    model = mixture(family)
+    adapter = lf.attach(model, lf.methods.METHODS[method]())
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+
+
+def test_experts_of_another_form_stay_frozen_and_that_is_said() -> None:
+    shape = SHAPE | {"intermediate_size_mlp": 64, "head_dim": 16, "num_local_experts": 4}
+    model = Llama4ForCausalLM(Llama4TextConfig(**shape))
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    assert not [path for path in adapter.sites if ".experts." in path]
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert adapter.unreached.blocks["experts"] == experts
+    assert "frozen in the blocks: experts 6" in str(adapter.unreached)

@@ -17,11 +17,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
+from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import module_at, parameter_path
+from lorafold.core.stacked import module_at, parameter_path, stack_names
 from lorafold.core.targets import Matches, match
 from lorafold.core.unfilled import unfilled
 from lorafold.errors import LorafoldError
@@ -98,13 +99,29 @@ def build(
         try:
             deltas[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:
-            raise LorafoldError(f"{path}: {type(spec).__name__} can't adapt it: {e}") from None
+            what = type(spec).__name__
+            raise LorafoldError(
+                f"{path}: {what} can't adapt it: {_of_router(model, path) or e}"
+            ) from None
     add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     add_token_rows(model, spec, rows, names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
     return Built(spec, matches, bias, tuple(saved.by_pattern), deltas, selection.active)
+
+
+def _of_router(model: nn.Module, path: str) -> str | None:
+    """What to do instead, if the module at the path is a router of experts."""
+    if path not in routers(model):
+        return None
+    found = ((p, stack_names(m)) for p, m in bare_modules(model))
+    owner, name = next((p, names[0]) for p, names in found if names)
+    short = f"{owner.rpartition('.')[2]}.{name}"
+    return (
+        f"it is a router, which chooses the experts of a token; to train it too, give it as"
+        f" --modules-to-save (modules_to_save); the experts themselves are targets such as {short}"
+    )
 
 
 def reader(base: Weights | None, name: str) -> Callable[[], Tensor] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.adapter.reach import Unreached, in_towers, unreached
+from lorafold.adapter.reach import Unreached, counted, in_towers, unreached
 from lorafold.bases import parameter_count
 from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
@@ -204,7 +204,7 @@ class Adapter:
         lines += [f"  over: {listed(self.over)}"] * bool(self.over)
         inside = in_towers(self.model, self.matches)
         lines += [
-            f"  {pattern}: {len(paths)} modules"
+            f"  {pattern}: {counted(self.model, paths)}"
             + (f", {len(inside[pattern])} of them in a tower" if pattern in inside else "")
             for pattern, paths in self.matches.by_pattern.items()
         ]

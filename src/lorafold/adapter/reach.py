@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lorafold.bases import is_linear, parameter_count
+from lorafold.bases import is_linear, layer_of, parameter_count
 from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.presets import beneath, own_blocks
-from lorafold.core.stacked import stack_names, stacks
+from lorafold.core.stacked import Stack, module_at, stack_names, stacks
 from lorafold.core.targets import Matches
 from lorafold.core.towers import aside, language_model, towers
 
@@ -86,6 +86,22 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
         dict(around),
         parameter_count(model),
     )
+
+
+def counted(model: nn.Module, paths: Collection[str]) -> str:
+    """The number of sites in words, parameters of experts apart.
+
+    Args:
+        model: the model.
+        paths: the sites.
+    """
+    found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Stack)]
+    rest = len(paths) - len(found)
+    words = [f"{rest} modules"] * bool(rest or not found)
+    if found:
+        matrices = sum(layer_of(stack).stack[0] for stack in found)
+        words.append(f"{len(found)} parameters of experts ({matrices:,} matrices)")
+    return " and ".join(words)
 
 
 def in_towers(model: nn.Module, matches: Matches) -> dict[str, tuple[str, ...]]:
@@ -163,14 +179,17 @@ def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
         route: the paths of routers.
     """
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
-    if stack_names(module):
+    if isinstance(module, _ConvNd):
+        return "convolutions"
+    # experts of another form than transformers' interface are stacks of matrices as well
+    if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
+        return "experts"
+    if stack_names(module):  # in codes
         return "experts"
     if path in route:
         return "router"
     if is_linear(module):
         return "linears"
-    if isinstance(module, _ConvNd):
-        return "convolutions"
     if isinstance(module, nn.Embedding):
         return "embeddings"
     return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"

@@ -232,13 +232,13 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     groups, order = grouped(index.reshape(-1), self.num_experts)
     tokens = order // index.shape[-1]
     first, last = (_layer(s, groups) for s in own.values())
-    u = first(hidden[tokens])
+    u = first(hidden.index_select(0, tokens))  # whose backward is faster than that of indexing
     u = last(self._apply_gate(u) if self.has_gate else self.act_fn(u))
     if self.has_post_expert_norm:
         u = self.post_expert_norm(u)
     u = u * weights.reshape(-1)[order, None]
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=u.device))
-    return u[back].view(*index.shape, -1).sum(1).to(hidden.dtype)
+    return u.index_select(0, back).view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
 def _layer(stack: Stack, groups: Groups) -> Layer:

@@ -34,6 +34,7 @@ from lorafold.core.anatomy import (
     of_attention,
     routers,
 )
+from lorafold.core.stacked import Stack
 from lorafold.core.towers import aside, heads, towers
 
 IsLinear = Callable[[nn.Module], bool]
@@ -121,10 +122,15 @@ def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
 
 
 def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """Every module that has a bias; all-linear if no module inside the blocks has one."""
-    inside = beneath(own_blocks(model))
-    biased = [path for path, m in own_modules(model) if m._parameters.get("bias") is not None]
-    return biased if any(map(inside, biased)) else all_linear(model, is_linear)
+    """Every module that has a bias, but no router; the linears of all-linear if no module inside
+    the blocks has one. Experts are left out.
+    """
+    inside, left_out = beneath(own_blocks(model)), routers(model)
+    biased = [p for p, m in own_modules(model) if m._parameters.get("bias") is not None]
+    if any(map(inside, biased)):
+        return [path for path in biased if path not in left_out]
+    experts = {path for path, m in own_modules(model) if isinstance(m, Stack)}
+    return [path for path in all_linear(model, is_linear) if path not in experts]
 
 
 def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:

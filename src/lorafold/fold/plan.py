@@ -70,7 +70,8 @@ def plan_fold(model: nn.Module, names: Sequence[str]) -> FoldPlan:
     shapes: dict[str, tuple[int, ...]] = {}
     sites: dict[str, tuple[str, str]] = {}
     for path, module in adapted_modules(model):
-        if not any(True for _ in deltas_of(module, names)):
+        # the parameters of a delta in place are the module's own: there is nothing to fold
+        if all(delta.in_place for delta in deltas_of(module, names)):
             continue
         lowest = next(iter(module.deltas))
         if lowest not in names:

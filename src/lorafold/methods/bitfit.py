@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
+from lorafold.errors import LorafoldError
 from lorafold.methods.parts.bias import BiasDelta
 
 
@@ -31,5 +32,10 @@ class BitFit(Spec):
     lr: ClassVar[float] = 5e-3
 
     def build(self, layer: Layer) -> BiasDelta:
+        if layer.stack:
+            raise LorafoldError(
+                "BitFit: found the matrices of experts, whose biases are not trained; leave them"
+                " out of the targets"
+            )
         bias = layer.module._parameters.get("bias")
         return BiasDelta(layer.shape[0] if bias is None else len(bias), layer.device)

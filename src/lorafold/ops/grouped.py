@@ -7,6 +7,10 @@
 Rows of one group lie together. Only groups that have rows are computed, one product each, so a
 quantized W is read for those experts alone, one at a time. Backward passes keep what those of
 `ops.lora` keep, and read W again.
+
+`torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that a small
+update would be lost to a second rounding, and not from codes. On a CPU it is such a loop as well:
+2048 rows in 8 groups, 512 x 2048 in bf16 on two cores, take 15.4 ms with it and 13.8 here.
 """
 
 from __future__ import annotations

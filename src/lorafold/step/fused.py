@@ -28,6 +28,7 @@ from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.attach import Adapted
 from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
+from lorafold.core.stacked import stack_names
 from lorafold.ops.gated import ACTIVATIONS, Activation, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
@@ -81,6 +82,9 @@ def fused(
                 {part for module in block if _free(module) for part in _fuse(stack, module, make)}
                 for block in inside
             ]
+            for parts, block in zip(found, inside, strict=True):
+                if any([_put(stack, m, "_apply_gate", _fused_gate(gate, m)) for m in block]):
+                    parts.add("MLP")
             if linears:
                 for module in (module for block in inside for module in block if _free(module)):
                     _put(stack, module, "forward", _linear(module))
@@ -215,6 +219,26 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
         1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device)
     )
     return forward if _agree(forward, module, x) else None
+
+
+def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
+    """Return the fused act(gate) * up of experts, whose gates and ups are the halves of u (S, 2 k);
+    None if the module has no experts or their gate is another.
+    """
+    plain: Any = getattr(module, "_apply_gate", None)
+    if not stack_names(module) or plain.__func__.__name__ != "_default_apply_gate":
+        return None
+    u = torch.linspace(-6, 6, 64).view(2, 32)
+    for known in ACTIVATIONS.values():
+
+        def forward(u: Tensor, known: Activation = known) -> Tensor:
+            gate, up = u.chunk(2, dim=-1)
+            fused: Tensor = gating(gate, up, known)
+            return fused
+
+        if _agree(forward, plain, u):
+            return forward
+    return None
 
 
 def _rotated(module: nn.Module, rotation: Callable[[Forward], Forward | None]) -> Forward | None:
