@@ -9,21 +9,33 @@ import torch
 from torch import nn
 
 from lorafold.bases.compressed import CompressedLinear
+from lorafold.bases.stacks import held
+from lorafold.core.stacked import Stack, module_at, stacks
 
 # quant_method -> the setting that lists the modules whose weights are plain
-EXCEPT = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert"}
+EXCEPT = {
+    "compressed-tensors": "ignore",
+    "fp8": "modules_to_not_convert",
+    "mxfp4": "modules_to_not_convert",
+}
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
-    """Record in the config of a transformers model that the modules at these paths are quantized no
-    longer; if no quantized module is left, remove the quantization config.
+    """Record in the config of a transformers model that the sites at these paths are quantized no
+    longer, experts by their module; if no quantized module is left, remove the quantization config.
     """
     config: Any = getattr(model, "config", None)
     settings: Any = getattr(config, "quantization_config", None)
     if isinstance(settings, dict):
-        if any(isinstance(m, CompressedLinear) for m in model.modules()):
+        if any(map(_quantized, model.modules())):
             name = EXCEPT[settings["quant_method"]]
-            settings[name] = [*(settings.get(name) or []), *paths]
+            sites = ((path, module_at(model, path)) for path in paths)
+            plain = [
+                p.rpartition(".")[0] if isinstance(m, Stack) else p
+                for p, m in sites
+                if not (isinstance(m, Stack) and _quantized(m.owner))
+            ]
+            settings[name] = list(dict.fromkeys([*(settings.get(name) or []), *plain]))
         else:
             del config.quantization_config
         return
@@ -40,3 +52,9 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
         quantizer.remove_quantization_config(model)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             model.__dict__.pop(flag, None)
+
+
+def _quantized(module: nn.Module) -> bool:
+    return isinstance(module, CompressedLinear) or any(
+        held(stack).quantized for stack in stacks(module).values()
+    )

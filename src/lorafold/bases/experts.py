@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.stacks import Floats, Held, held
+from lorafold.bases.stacks import Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.layer import Layer, add
@@ -102,6 +102,9 @@ class Experts(Base):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.held.dense(), self.bias
 
+    def dense_like(self) -> tuple[Tensor, Tensor | None]:
+        return self.held.dense_like(), None if self.bias is None else self.bias.to("meta")
+
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         b = None if self.bias is None else self.each(self.bias).to(x.dtype)
         if self.frozen:
@@ -149,7 +152,7 @@ class Experts(Base):
 
     def plain(self) -> Experts:
         twin = copy.copy(self)
-        twin.held, twin.quantized = Floats(self.module), False  # type: ignore[arg-type]
+        twin.quantized = False
         return twin
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
@@ -162,6 +165,8 @@ class Experts(Base):
     def dequantize(self) -> None:
         if self.quantized:
             dense = self.held.turned(self.held.dense()).contiguous()
+            for name in self.held.names:
+                del self.owner._parameters[name]
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
             self.held, self.quantized = held(self.module), False  # type: ignore[arg-type]
             leave(self.owner)

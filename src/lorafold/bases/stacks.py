@@ -3,6 +3,8 @@
     Floats      a parameter (E, out, in), or (E, in, out) where the module is transposed
     NF4         the same in 4-bit codes of bitsandbytes (`ops.nf4`), 4.13 bits a weight
     Int8        the same in 8 bits, with one scale for each row as it is stored
+    MXFP4       parameters `..._blocks` and `..._scales` in its place, each matrix (out, in), 4.25
+                bits a weight (`ops.mxfp4`)
 
 A matrix of quantized codes is dequantized alone, for each use.
 """
@@ -18,19 +20,30 @@ from torch import Tensor, nn
 
 from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.stacked import Stack
+from lorafold.ops.mxfp4 import dequantize
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS
+
+BLOCKS, SCALES = "_blocks", "_scales"  # what the names of MXFP4's parameters end with
+GROUP = 32  # weights that share a scale of MXFP4
 
 
 class Held(ABC):
     """Abstract: the matrices (E, out, in) of one parameter of experts."""
 
     quantized = False
+    endings: tuple[str, ...] = ("",)  # of the names of the parameters, the matrices' first
 
     def __init__(self, stack: Stack) -> None:
         owner: Any = stack.owner
-        self.parameter: Any = owner._parameters[stack.name]
+        self.names = [stack.name + ending for ending in self.endings]
+        self.parameter: Any = owner._parameters[self.names[0]]
         self.number, self.transposed = int(owner.num_experts), bool(owner.is_transposed)
         self.compute_dtype: torch.dtype | None = owner.__dict__.get("compute_dtype")
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of all matrices."""
 
     @property
     @abstractmethod
@@ -57,11 +70,20 @@ class Held(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """All matrices (E, out, in), in the dtype of computation."""
+        """All matrices (E, out, in), in `dtype`."""
+
+    def dense_like(self) -> Tensor:
+        """All matrices (E, out, in) as `dense` gives them, on the meta device."""
+        return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
 
 
 class Floats(Held):
     """Matrices in floating point."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.parameter.dtype
+        return dtype
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -81,9 +103,17 @@ class Codes(Held):
 
     quantized = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype or torch.bfloat16
+
     def dense(self) -> Tensor:
-        matrices = [self.stored(e).to(self.compute_dtype) for e in range(self.number)]
-        return self.turned(torch.stack(matrices))
+        w = torch.empty(
+            self.number, *self.sides, dtype=self.dtype, device=self.parameter.device
+        )
+        for e in range(self.number):
+            w[e] = self.stored(e)
+        return self.turned(w)
 
 
 class NF4(Codes):
@@ -139,12 +169,49 @@ class Int8(Codes):
         return (self.parameter.data[at] * scale[:, None]).bfloat16()
 
 
+class MXFP4(Codes):
+    """Matrices (out, in) in 4-bit floating point, with a power of two for 32 weights of a row."""
+
+    endings = (BLOCKS, SCALES)
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack)
+        self.scales: Any = stack.owner._parameters[self.names[1]]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        _, out, groups, _ = self.parameter.shape
+        inn = groups * GROUP
+        return (inn, out) if self.transposed else (out, inn)
+
+    def stored(self, e: int) -> Tensor:
+        return self.turned(dequantize(self.parameter[e], self.scales[e], self.dtype))
+
+
 def held(stack: Stack) -> Held:
     """How a stack's parameter stores its matrices."""
+    if stack.name + BLOCKS in stack.owner._parameters:
+        return MXFP4(stack)
     parameter: nn.Parameter = stack.owner._parameters[stack.name]  # type: ignore[assignment]
     if hasattr(parameter, "quant_state"):
         return NF4(stack)
     return Int8(stack) if parameter.dtype is torch.int8 else Floats(stack)
+
+
+def mxfp4_parameters(stack: Stack) -> dict[str, nn.Parameter]:
+    """The parameters (E, out, in / 32, 16) and (E, out, in / 32) that store the stack in MXFP4, by
+    name, without values, for a stack in floating point; in / 32 is rounded down.
+    """
+    floats = Floats(stack)
+    number, out, inn = floats.shape
+    shape = (number, out, inn // GROUP)
+    return {
+        stack.name + ending: nn.Parameter(
+            torch.empty(full, dtype=torch.uint8, device=floats.parameter.device),
+            requires_grad=False,
+        )
+        for ending, full in ((BLOCKS, (*shape, GROUP // 2)), (SCALES, shape))
+    }
 
 
 def quantized(w: Tensor, quantization: str) -> nn.Parameter:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BASE = "Base model"
-STORAGES = "nf4 (4 bits), int8, bf16, fp32, fp8 or int4 (only as its files are stored)"
+STORAGES = "nf4 (4 bits), int8, bf16, fp32, fp8, int4 or mxfp4 (only as its files are stored)"
 
 ModelOption = Annotated[
     str,

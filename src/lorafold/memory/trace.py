@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.documents import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import attending
+from lorafold.step.documents import attending, has_sinks
 from lorafold.step.fused import fused
 from lorafold.step.head import labelled_loss
 from lorafold.step.losses import Classification
@@ -170,6 +170,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
+    setting = replace(setting, packed=setting.packed and not has_sinks(model))
     attach_below(model, setting)
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}

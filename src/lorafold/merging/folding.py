@@ -64,7 +64,8 @@ class Folding:
         elif name in self.plan.changed:
             result = self._rounded(name, *self._folded(self.plan.changed[name]))
         elif name in self.plan.dequantized:
-            return layer_of(self.plan.model.get_submodule(self.plan.dequantized[name])).dense()[0]
+            layer = layer_of(module_at(self.plan.model, self.plan.dequantized[name]))
+            return layer.plain().encode(*layer.dense())["weight"]
         else:
             return self.plan.zeros.get(name)
         self.sums += result.sums

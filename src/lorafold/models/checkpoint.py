@@ -31,9 +31,9 @@ from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.architecture import auto_class
-from lorafold.models.compressed import as_in_files, check_values, compress, stored_compressed
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
+from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
@@ -129,7 +129,7 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel:
     """Build the model of a checkpoint over its mapped files.
 
-    Raises LorafoldError if the weights are quantized in another way than `models.compressed` reads,
+    Raises LorafoldError if the weights are quantized in another way than `models.in_files` reads,
     and lists every weight that is missing or has another shape than the model expects.
     """
     what = f"model {checkpoint.path}"
@@ -138,7 +138,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-        if not isinstance(settings, dict) or not stored_compressed(settings):
+        if not isinstance(settings, dict) or not readable(settings):
             raise LorafoldError(
                 f"{checkpoint.path}: its weights are quantized ({method}); merge into the model"
                 " that it was quantized from"
@@ -146,7 +146,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
         del config.quantization_config
     model = build(config, trust_remote_code)
     if settings is not None:
-        compress(model, settings, what, torch.bfloat16)
+        make_quantized(model, settings, what)
     entries, parts = by_parameter(model, checkpoint.entries)
     if settings is not None:
         as_in_files(model, entries, what)
@@ -168,7 +168,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
     if problems:
         raise LorafoldError(f"{checkpoint.path}: {'; '.join(problems)}")
     _place(model, _parameters(entries, tensors, converted, tied), tied)
-    check_values(model, what)
+    check_quantized(model, what)
     return MappedModel(model, entries, tied, converted)
 
 

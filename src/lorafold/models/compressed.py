@@ -122,20 +122,13 @@ def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Co
     return found
 
 
-def as_in_files(model: nn.Module, entries: Mapping[str, Entry], what: str) -> None:
+def scales_as_in_files(model: nn.Module, entries: Mapping[str, Entry]) -> None:
     """Give the scales of a model on the meta device the dtypes of the files.
-
-    Raises LorafoldError with every tensor that a quantized weight lacks or that does not fit it.
 
     Args:
         model: After `compress`.
-        entries: The tensors of the files by the model's names.
-        what: What messages begin with.
+        entries: The tensors of the files by the model's names, without `misfits`.
     """
-    problems = [*_misfits(model, entries)]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise LorafoldError(f"{what}: {'; '.join(problems[:4])}{more}")
     for path, module in _compressed(model):
         entry = entries[f"{path}.{module.codes.scale}"]
         empty = torch.empty(entry.shape, dtype=FLOATS[entry.dtype], device="meta")
@@ -172,7 +165,13 @@ def check_values(model: nn.Module, what: str) -> None:
             )
 
 
-def _misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
+def misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Say of each tensor of a quantized weight that it is missing, or not of its dtype and shape.
+
+    Args:
+        model: After `compress`.
+        entries: The tensors of the files by the model's names.
+    """
     known = dict(model.named_parameters(remove_duplicate=False))
     for path, module in _compressed(model):
         for name, parameter in module._parameters.items():

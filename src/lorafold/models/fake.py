@@ -25,8 +25,8 @@ from lorafold.core.fake import is_fake
 from lorafold.core.stacked import stack_names
 from lorafold.errors import LorafoldError
 from lorafold.models.architecture import auto_class
-from lorafold.models.compressed import compress, stored_compressed
 from lorafold.models.experts import route_quantized
+from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
 from lorafold.models.quantizing import IN_FILES, packable
 from lorafold.models.storage import Storage
@@ -104,13 +104,14 @@ def fake_model(
         model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
     settings = getattr(config, "quantization_config", None) or {}
-    if storage.quantization is not None and stored_compressed(settings):
-        compress(model, settings, what, torch.bfloat16)
+    if storage.quantization is not None and readable(settings):
+        make_quantized(model, settings, what)
+        route_quantized(model)
         for module in model.modules():
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:
         raise LorafoldError(
-            f"base {storage.quantization}: found the configuration of a {config.model_type} that is"
+            f"base {storage.quantization}: found the {what} that is"
             " not quantized, expected one whose files are stored so"
         )
     elif storage.quantization is not None:

@@ -1,17 +1,26 @@
 """The files of a quantized model as those of a plain one: the same tensors in the same order, each
 quantized weight with its dequantized shape and dtype in the place of its codes, and no scales.
 
-Nothing is dequantized here. Whoever writes the files asks the module for its matrix, one at a time.
+    q_proj.weight_packed, .weight_scale                  ->  q_proj.weight            (out, in)
+    experts.gate_up_proj_blocks, .gate_up_proj_scales    ->  experts.gate_up_proj     (E, in, out)
+
+Nothing is dequantized here. Whoever writes the files asks the site for its matrix, one at a time.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import torch
 
 from lorafold.bases.compressed import CompressedLinear
+from lorafold.bases.stacks import BLOCKS, held
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.stacked import Stack
 from lorafold.models.checkpoint import Checkpoint, MappedModel
 from lorafold.models.container import Container, Entry
 
@@ -21,10 +30,10 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 def as_plain(
     checkpoint: Checkpoint, mapped: MappedModel
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
-    """Return the checkpoint and the model's entries as those of a plain model, and the paths of the
-    modules that have the values of dequantized tensors, by the names of these.
+    """Return the checkpoint and the model's entries as those of a plain model, and the sites
+    that have the values of dequantized tensors, by the names of these.
 
-    The modules then dequantize to the dtype that the config names, else to bf16.
+    The sites then dequantize to the dtype that the config names, else to bf16.
 
     Args:
         checkpoint: The files.
@@ -34,24 +43,22 @@ def as_plain(
     dtype = dtype if dtype in DTYPES else torch.bfloat16
     entries, by_file = dict(mapped.entries), {e.name: e for e in checkpoint.entries.values()}
     paths: dict[str, str] = {}
-    for path, module in bare_modules(mapped.model):
-        if not isinstance(module, CompressedLinear):
-            continue
-        module.compute_dtype = dtype
-        codes = entries[f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"]
-        shape = (module.out_features, module.in_features)
+    for path, module, parameter, own, shape in _quantized(mapped):
+        codes = entries[own[0]]
+        name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
         plain = Entry(
-            codes.name.removesuffix("_packed"),
+            name,
             DTYPES[dtype],
             shape,
             codes.file,
             codes.offset,
-            shape[0] * shape[1] * dtype.itemsize,
+            prod(shape) * dtype.itemsize,
         )
-        for name in [n for n in entries if n.rpartition(".")[0] == path and n[-5:] != ".bias"]:
-            del by_file[entries.pop(name).name]
-        entries[f"{path}.weight"] = by_file[plain.name] = plain
-        paths[plain.name] = path
+        module.compute_dtype = dtype
+        for part in own:
+            del by_file[entries.pop(part).name]
+        entries[parameter] = by_file[name] = plain
+        paths[name] = path
     files = {
         name: Container(
             {
@@ -64,3 +71,24 @@ def as_plain(
         for name, container in checkpoint.files.items()
     }
     return replace(checkpoint, files=files), replace(mapped, entries=entries), paths
+
+
+def _quantized(
+    mapped: MappedModel,
+) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
+    """Each quantized matrix, or stack of them: its site, the module that says what it is
+    dequantized to, its parameter's path in a plain model, the paths of the tensors that are not
+    written again, codes first, and its shape as a plain model stores it.
+    """
+    beside = defaultdict(list)
+    for name in mapped.entries:
+        beside[name.rpartition(".")[0]].append(name)
+    for path, module in bare_modules(mapped.model):
+        if isinstance(module, CompressedLinear):
+            codes = f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"
+            others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]
+            shape: tuple[int, ...] = (module.out_features, module.in_features)
+            yield path, module, f"{path}.weight", [codes, *others], shape
+        elif isinstance(module, Stack) and (stored := held(module)).quantized:
+            own = [path.removesuffix(module.name) + name for name in stored.names]
+            yield path, module.owner, path, own, (stored.number, *stored.sides)

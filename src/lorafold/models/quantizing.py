@@ -9,9 +9,10 @@ files are quantized already.
 Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
 norms, routers and heads stay in 16 bits. Tensors are read from the files and not mapped, so the
 peak of memory is the quantized model and one tensor, or one block's experts. A model whose files
-are quantized already is loaded as it is, which adds two storages:
+are quantized already is loaded as it is, which adds three storages:
 
     fp8, int4    of files that compressed-tensors wrote, or fine-grained FP8 (`models.compressed`)
+    mxfp4        of gpt-oss's files, for the matrices of experts alone (`models.mxfp4`)
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from lorafold.core.presets import all_linear
 from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import freed_blocks_returned
-from lorafold.models.compressed import (
-    as_in_files,
-    check_values,
-    compress,
-    remark,
-    storage_of,
-    stored_compressed,
-)
+from lorafold.models.compressed import remark
 from lorafold.models.experts import experts_quantized, route_quantized
+from lorafold.models.in_files import (
+    as_in_files,
+    check_quantized,
+    make_quantized,
+    readable,
+    storage_in_files,
+)
+from lorafold.models.mxfp4 import make_mxfp4, stored_mxfp4
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
 
@@ -62,14 +64,15 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-IN_FILES = ("fp8", "int4")  # what files may be stored as, and lorafold does not make
+IN_FILES = ("fp8", "int4", "mxfp4")  # what files may be stored as, and lorafold does not make
 QUANTIZED = (*QUANTIZATIONS, *IN_FILES)
 # quant_method -> the package that transformers reads it with
 READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
 
 
 def quantization_of(settings: Mapping[str, Any], what: str) -> str:
-    """Return the storage of a checkpoint by its `quantization_config`: nf4, fp4, int8, fp8 or int4.
+    """Return the storage of a checkpoint by its `quantization_config`: nf4, fp4, int8, fp8, int4
+    or mxfp4.
 
     Raises LorafoldError, in a message that begins with `what`, if it is none of them, or if the
     package that reads it is not installed.
@@ -78,15 +81,15 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     if settings.get("load_in_8bit"):
         return "int8"
-    if stored_compressed(settings):
-        return storage_of(settings, what)
+    if readable(settings):
+        return storage_in_files(settings, what)
     method = str(settings.get("quant_method", "unknown"))
     instead = "train on the model that it was quantized from instead"
     package = READ_BY.get(method)
     if package is None:
         raise LorafoldError(
             f"{what}: unsupported quantization {method}; supported: compressed-tensors (fp8, int8,"
-            f" int4), fp8, bitsandbytes (nf4, int8); {instead}"
+            f" int4), fp8, mxfp4, bitsandbytes (nf4, int8); {instead}"
         )
     absent = importlib.util.find_spec(package) is None
     raise LorafoldError(
@@ -151,8 +154,8 @@ def read_quantized(
             f"{what}: its weights are stored as {stored}, so it can't be loaded as"
             f" {quantization}; expected the base {stored}"
         )
-    compressed = stored is not None and stored_compressed(settings)
-    if compressed:
+    own = stored is not None and readable(settings)
+    if own:
         # transformers would round scales to `dtype`, and dequantize every weight on the first call
         del found.quantization_config
     else:
@@ -161,7 +164,7 @@ def read_quantized(
         mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
     cls, how = type(mapped), {"dtype": torch.bfloat16}
     quantizing: AbstractContextManager[Any] = nullcontext()
-    if compressed:
+    if own:
         cls, how = _with_codes(mapped, settings, path, what), {"dtype": dtype}
     elif stored is None:
         how["quantization_config"] = _by_bitsandbytes(mapped, quantization)
@@ -177,10 +180,10 @@ def read_quantized(
             **how,
         )
     route_quantized(model)
-    if compressed:
+    if own:
         model.__class__ = type(mapped)
         model.config.quantization_config = settings
-        check_values(model, what)
+        check_quantized(model, what)
         if (line := remark(settings, what)) is not None:
             log.warning(line)
     if (path / "generation_config.json").is_file():
@@ -198,10 +201,12 @@ def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
 
 
 def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
-    """The class of a model without values, made with the linears that its files are for."""
+    """The class of a model without values, made with the linears and experts that its files are
+    for.
+    """
     from lorafold.models.checkpoint import by_parameter, entries_of
 
-    compress(model, settings, what, torch.bfloat16)
+    make_quantized(model, settings, what)
     as_in_files(model, by_parameter(model, entries_of(path))[0], what)
     found = {p: m for p, m in bare_modules(model) if isinstance(m, CompressedLinear)}
 
@@ -214,6 +219,8 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
                 parent, _, leaf = at.rpartition(".")
                 module._parameters["bias"] = self.get_submodule(at).bias
                 setattr(self.get_submodule(parent), leaf, module)
+            if stored_mxfp4(settings):
+                make_mxfp4(self, settings, what)
 
     return Prepared
 

@@ -1,5 +1,5 @@
-"""Chooses how a base stores its weights (fp32, bf16, nf4, int8, fp8, int4): as was asked, or else
-by its files, its adapters and the device; with the reason for the choice.
+"""Chooses how a base stores its weights (fp32, bf16, nf4, int8, fp8, int4, mxfp4): as was asked, or
+else by its files, its adapters and the device; with the reason for the choice.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
-from lorafold.models.compressed import storage_of, stored_compressed
+from lorafold.models.in_files import readable, storage_in_files
 from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED, quantization_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import Weights
@@ -34,8 +34,8 @@ class Storage(NamedTuple):
 
 
 def choose_storage(base: str, device: "torch.device | str") -> Storage:
-    """Return the storage for a base of auto, fp32, bf16, nf4, int8, fp8 or int4 on this device,
-    with the reason as a line to print. Raises LorafoldError for other names.
+    """Return the storage for a base of auto, fp32, bf16, nf4, int8, fp8, int4 or mxfp4 on this
+    device, with the reason as a line to print. Raises LorafoldError for other names.
 
     auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
     fp32. Quantized weights are dequantized to the dtype that auto would choose.
@@ -77,7 +77,7 @@ def stored_in_files(source: ModelSource) -> str | None:
     dequantized; None if they are not.
     """
     settings = source.config().get("quantization_config") or {}
-    return storage_of(settings, f"model {source.name}") if stored_compressed(settings) else None
+    return storage_in_files(settings, f"model {source.name}") if readable(settings) else None
 
 
 def weights_of(source: ModelSource, storage: Storage) -> Weights | None:

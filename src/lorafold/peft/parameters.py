@@ -75,7 +75,7 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
             owned[module.owner][module.name] = path
     found = {}
     for owner, sites in owned.items():
-        order = [sites[name] for name in reversed(owner._parameters) if name in sites]
+        order = [sites[name] for name in reversed(stack_names(owner)) if name in sites]
         found.update({path: above for above, path in enumerate(order)})
     return found
 
@@ -146,11 +146,13 @@ def check_fused(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Yield the path of each parameter, that of its module, the module and the parameter's name."""
+    """Yield the path of each parameter, that of its module, the module and the parameter's name.
+    Experts have those of a plain model in any storage.
+    """
     for path, module in bare_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{path}.{name}" if path else name, path, module, name
+        own = (name for name, parameter in module._parameters.items() if parameter is not None)
+        for name in dict.fromkeys([*stack_names(module), *own]):
+            yield f"{path}.{name}" if path else name, path, module, name
 
 
 def _ends(path: str) -> Iterator[str]:

@@ -78,6 +78,13 @@ def isolates(model: PreTrainedModel) -> bool:
     )
 
 
+def has_sinks(model: nn.Module) -> bool:
+    """Whether a softmax of the model's attention has a logit that is of no key, as that of gpt-oss
+    has, which attention inside documents does not compute. So its rows are never packed.
+    """
+    return any("sinks" in module._parameters for module in model.modules())
+
+
 def random_ids(model: PreTrainedModel, n: int) -> Tensor:
     """Return n token ids, (n,), the same each time, on the model's device."""
     vocab = model.config.get_text_config().vocab_size

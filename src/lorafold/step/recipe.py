@@ -126,12 +126,12 @@ class Recipe(BaseModel):
         {},
         description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
     )
-    base: Literal["nf4", "int8", "fp8", "int4", "bf16", "fp32", "auto"] = Field(
+    base: Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "auto"] = Field(
         "nf4",
         description=(
             "How the base stores its weights while the adapter is trained: in 4 bits (nf4), 8, 16"
-            " or 32; fp8 and int4 only where its files are stored so. auto is bf16 where the device"
-            " multiplies it natively, else fp32."
+            " or 32; fp8, int4 and mxfp4 only where its files are stored so. auto is bf16 where the"
+            " device multiplies it natively, else fp32."
         ),
     )
 

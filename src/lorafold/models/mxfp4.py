@@ -1,0 +1,105 @@
+"""Models whose files hold the matrices of experts in MXFP4, as gpt-oss is released: which experts
+these are, and whether the files have what that takes.
+
+    experts.gate_up_proj_blocks    (E, out, in / 32, 16)    two codes a byte
+    experts.gate_up_proj_scales    (E, out, in / 32)        a power of two for 32 weights
+
+Both stay in memory as they are in the files, as parameters of those names (`bases.stacks`), 4.25
+bits a weight; everything else is plain. transformers would dequantize all of it while it loads,
+wherever its own kernels can't run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lorafold.bases.stacks import BLOCKS, GROUP, SCALES, mxfp4_parameters
+from lorafold.core.anatomy import bare_modules
+from lorafold.core.stacked import stack_names, stacks
+from lorafold.errors import LorafoldError
+from lorafold.models.container import Entry
+from lorafold.ops.mxfp4 import NAN
+
+MXFP4 = "mxfp4"  # the value of quant_method, and the storage
+
+
+def stored_mxfp4(settings: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is one that this module reads."""
+    return settings.get("quant_method") == MXFP4
+
+
+def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
+    """Give the experts of a model parameters for blocks and scales, without values.
+
+    Raises LorafoldError if there are no experts to give them to, or if rows are no whole groups.
+
+    Args:
+        model: The model as its architecture has it.
+        settings: The `quantization_config` of its files.
+        what: What messages begin with.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    plain, found = settings.get("modules_to_not_convert"), False
+    for path, module in bare_modules(model):
+        if not stack_names(module) or not should_convert_module(path, plain):
+            continue
+        for name, stack in stacks(module).items():
+            made = mxfp4_parameters(stack)
+            inn = module._parameters.pop(name).shape[1 if module.is_transposed else 2]  # type: ignore[union-attr]
+            if inn % GROUP:
+                raise LorafoldError(
+                    f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"
+                    f" {GROUP}, the weights that share a scale of MXFP4"
+                )
+            module._parameters.update(made)
+        # its own initialization asks for parameters that it has no longer
+        module._is_hf_initialized = True  # type: ignore[assignment]
+        found = True
+    if not found:
+        raise LorafoldError(f"{what}: its quantization_config matches no experts of the model")
+
+
+def misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Say of each tensor of blocks or scales that it is missing, or not of its dtype and shape.
+
+    Args:
+        model: After `make_mxfp4`.
+        entries: The tensors of the files by the model's names.
+    """
+    known = dict(_parameters(model))
+    for name, parameter in known.items():
+        entry, expected = entries.get(name), f"U8 {list(parameter.shape)}"
+        if entry is None:
+            yield f"{name}: found in no weight file, expected {expected}"
+        elif (found := f"{entry.dtype} {list(entry.shape)}") != expected:
+            yield f"{entry.name}: found {found}, expected {expected}"
+    for name, entry in entries.items():
+        if name.endswith((f"_proj{BLOCKS}", f"_proj{SCALES}")) and name not in known:
+            yield f"{entry.name}: found in the files, but quantization_config expects none"
+
+
+def check_scales(model: nn.Module, what: str) -> None:
+    """Raise LorafoldError for scales of values that are not numbers, with the name of the tensor.
+
+    Args:
+        model: The model with its values.
+        what: What messages begin with.
+    """
+    for name, parameter in _parameters(model):
+        if name.endswith(SCALES) and (lost := int((parameter == NAN).sum())):
+            raise LorafoldError(
+                f"{what}: {name}: found {NAN}, which stands for not-a-number ({lost} such scales),"
+                f" expected at most {NAN - 1}"
+            )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in bare_modules(model):
+        for stack in stack_names(module):
+            for name in (stack + BLOCKS, stack + SCALES):
+                if (parameter := module._parameters.get(name)) is not None:
+                    yield f"{path}.{name}", parameter

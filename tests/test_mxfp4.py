@@ -1,0 +1,486 @@
+"""gpt-oss as it is released: experts in MXFP4, which lorafold keeps so, trains over and merges, or
+refuses in one line. The oracle is transformers, which dequantizes the same directory.
+"""
+
+import copy
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+import lorafold as lf
+from conftest import lorafold, make_tokenizer
+from lorafold.bases import layer_of, parameter_count
+from lorafold.bases.experts import Routed
+from lorafold.bases.stacks import MXFP4
+from lorafold.core.stacked import module_at
+from lorafold.errors import LorafoldError
+from lorafold.memory.ledger import Ledger
+from lorafold.merging.run import merge
+from lorafold.models.fingerprint import differences, of_model
+from lorafold.models.loading import load_model
+from lorafold.models.storage import Storage
+from lorafold.models.weights import ModelWeights
+from lorafold.ops.mxfp4 import MAGNITUDES
+from mixtures import CONFIGS
+from quantized_cases import edit
+
+IDS = torch.arange(5, 25)[None]
+OWNER = "model.layers.0.mlp.experts"
+SITES = [
+    f"model.layers.{i}.mlp.experts.{name}"
+    for i in range(2)
+    for name in ("gate_up_proj", "down_proj")
+]
+METHODS = {"lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0))}
+ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
+SETTINGS = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+FP32 = Storage(torch.float32, "mxfp4")
+EPS = torch.finfo(torch.bfloat16).eps
+
+
+def to_mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks (..., G, 16) and scales (..., G) of w (..., 32 G): the smallest power of two by which
+    all of a group fit, and the nearest values.
+    """
+    groups = w.float().unflatten(-1, (-1, 32))
+    exponents = (groups.abs().amax(-1) / MAGNITUDES[-1]).log2().ceil().clamp(-127, 127)
+    scaled = groups / exponents.exp2()[..., None]
+    codes = (scaled.abs()[..., None] - torch.tensor(MAGNITUDES)).abs().argmin(-1)
+    codes = codes + 8 * scaled.signbit()
+    blocks = codes[..., ::2] + 16 * codes[..., 1::2]
+    return blocks.to(torch.uint8), (exponents + 127).to(torch.uint8)
+
+
+def change_config(path, change):
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Directory of a tiny gpt-oss in bf16. Read only."""
+    tokenizer, path = make_tokenizer(), tmp_path_factory.mktemp("plain") / "gpt-oss"
+    config = CONFIGS["gpt-oss"]()
+    config.intermediate_size, config.vocab_size = 96, len(tokenizer)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.05)
+    model.to(torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(plain, tmp_path_factory):
+    """Directory of the same with its experts in MXFP4, as gpt-oss is released. Read only."""
+    path = tmp_path_factory.mktemp("released") / "gpt-oss"
+    shutil.copytree(plain, path)
+
+    def quantized(tensors):
+        for name in SITES:
+            blocks, scales = to_mxfp4(tensors.pop(name).mT)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+
+    edit(path, quantized)
+    change_config(path, lambda config: config.update(quantization_config=SETTINGS))
+    return path
+
+
+def by_transformers(path, dtype=torch.float32):
+    """The model as transformers dequantizes it while loading."""
+    config = Mxfp4Config(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def moved(model, method="lora", name="a", targets="all-linear"):
+    torch.manual_seed(1)
+    adapter = lf.attach(model, METHODS[method], targets, name=name)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return adapter
+
+
+def experts(model):
+    return [module for _, module in model.named_modules() if isinstance(module, Routed)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_what_transformers_dequantizes(released, dtype):
+    ours, theirs = load_model(released, Storage(dtype, "mxfp4")), by_transformers(released, dtype)
+    for site in SITES:
+        layer, expected = layer_of(module_at(ours, site)), theirs.get_parameter(site).mT
+        assert isinstance(layer.held, MXFP4)
+        assert layer.dense()[0].dtype == dtype
+        assert torch.equal(layer.dense()[0], expected)
+        assert torch.equal(layer.read(2, dtype), expected[2])
+        assert layer.dense_like()[0].shape == expected.shape
+    for name, parameter in theirs.named_parameters():
+        if name not in SITES:
+            assert torch.equal(ours.get_parameter(name), parameter)
+            assert ours.get_parameter(name).dtype == parameter.dtype
+    tolerance = 1e-6 if dtype is torch.float32 else 4 * EPS
+    assert relative(ours(IDS).logits, theirs(IDS).logits) < tolerance
+
+
+def test_blocks_and_scales_are_in_memory_as_in_the_files(released):
+    stored = load_file(released / "model.safetensors")
+    for model in (load_model(released, FP32), lf.load_model(released)):
+        assert len(experts(model)) == 2
+        codes = {n: p for n, p in model.named_parameters() if n.endswith(("_blocks", "_scales"))}
+        assert len(codes) == 2 * len(SITES)
+        assert all(torch.equal(p, stored[n]) for n, p in codes.items())
+        assert all(not p.requires_grad for p in codes.values())
+        assert model.state_dict().keys() == stored.keys()
+        matrices = [layer_of(module_at(model, site)) for site in SITES]
+        weights = sum(4 * out * inn for out, inn in (m.shape for m in matrices))
+        assert sum(p.nbytes for p in codes.values()) * 8 == 4.25 * weights
+    plain = AutoModelForCausalLM.from_config(model.config)
+    assert parameter_count(model) == sum(p.numel() for p in plain.parameters())
+
+
+class WithValues(Ledger):
+    """Counts tensors that are not on the meta device."""
+
+    def _enter(self, t):
+        if not t.is_meta:
+            super()._enter(t)
+
+
+def test_no_dequantized_parameter_is_made_while_loading(released):
+    """The tensors that are read from files are not counted, those computed from them are."""
+    peaks = []
+    for load in (lambda: load_model(released, FP32), lambda: by_transformers(released)):
+        with WithValues() as ledger:
+            load()
+        peaks.append(ledger.peak)
+    one_matrix = 64 * 96 * 4  # of down_proj, in fp32
+    assert peaks[0] < one_matrix
+    assert peaks[1] > 4 * one_matrix
+
+
+def test_one_expert_is_dequantized_at_a_time(released, monkeypatch):
+    from lorafold.bases import stacks
+
+    asked = []
+
+    def seen(blocks, *others, own=stacks.dequantize):
+        asked.append(blocks.dim())
+        return own(blocks, *others)
+
+    monkeypatch.setattr(stacks, "dequantize", seen)
+    load_model(released, FP32)(IDS)
+    assert set(asked) == {3}  # (out, in / 32, 16)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_moves_keep_the_codes(released, copied):
+    model = load_model(released, FP32)
+    y = model(IDS).logits
+    moved(model)
+    changed = model(IDS).logits
+    twin = copied(model).to(torch.float32)
+    assert torch.equal(twin(IDS).logits, changed)
+    with lf.only(twin):
+        assert torch.equal(twin(IDS).logits, y)
+    half = twin.to(torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16, torch.uint8}
+
+
+OTHERS = [lf.PiSSA(rank=2), lf.OLoRA(rank=2), lf.VeRA(rank=8), lf.LoHa(rank=2), lf.IA3()]
+
+
+@pytest.mark.parametrize("spec", OTHERS, ids=lambda spec: type(spec).__name__)
+def test_folding_then_calling_equals_calling(released, spec):
+    model = load_model(released, FP32)
+    bare = model(IDS).logits
+    torch.manual_seed(1)
+    adapter = lf.attach(model, spec)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    y = model(IDS).logits
+    assert relative(y, bare) > 1e-3
+    adapter.merge()
+    assert experts(model) == [] or isinstance(spec, lf.IA3)
+    assert relative(model(IDS).logits, y) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(released, method):
+    """Values, gradients, and the same after folding."""
+    over, plain = load_model(released, FP32), by_transformers(released)
+    adapters = [moved(model, method) for model in (over, plain)]
+    assert set(SITES) < set(adapters[0].matches.paths)
+    with lf.only(over), lf.only(plain):
+        bare = over(IDS).logits.detach()
+    y, expected = (model(IDS).logits for model in (over, plain))
+    assert relative(expected, bare) > 1e-2
+    assert relative(y, expected) < 1e-5
+    for model in (over, plain):
+        model(IDS, labels=IDS).loss.backward()
+    for a, b in zip(*(x.parameters() for x in adapters), strict=True):
+        assert relative(a.grad, b.grad) < 1e-4
+    adapters[0].merge()
+    assert relative(over(IDS).logits, expected) < 1e-5
+    assert experts(over) == []
+    assert {p.dtype for p in over.parameters()} == {torch.float32}
+    assert not hasattr(over.config, "quantization_config")
+    assert over.state_dict().keys() == by_transformers(released).state_dict().keys()
+
+
+def test_merging_some_experts_leaves_the_others_in_codes(released, tmp_path):
+    model = load_model(released, Storage(torch.bfloat16, "mxfp4"))
+    adapter = moved(model, targets=[f"{OWNER}.gate_up_proj", f"{OWNER}.down_proj"])
+    adapter.merge()
+    assert len(experts(model)) == 1
+    assert OWNER in model.config.quantization_config["modules_to_not_convert"]
+    model.save_pretrained(tmp_path / "half")
+    again = load_model(tmp_path / "half", Storage(torch.bfloat16, "mxfp4"))
+    assert len(experts(again)) == 1
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_the_model_saves_as_it_was_loaded(released, tmp_path):
+    load_model(released, Storage(torch.bfloat16, "mxfp4")).save_pretrained(tmp_path / "same")
+    before = load_file(released / "model.safetensors")
+    after = load_file(tmp_path / "same" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    settings = json.loads((tmp_path / "same" / "config.json").read_text())["quantization_config"]
+    assert settings == SETTINGS
+
+
+def shards(path, limit):
+    """Divide a directory's file of weights into several, the scales apart from their blocks."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors, key=lambda n: (n.endswith("_scales"), n))
+    where = {}
+    for i in range(0, len(names), limit):
+        file = f"model-{i // limit:05}.safetensors"
+        save_file({n: tensors[n] for n in names[i : i + limit]}, path / file, {"format": "pt"})
+        where |= dict.fromkeys(names[i : i + limit], file)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_merging_gives_a_plain_model_and_says_how_near(released, plain, tmp_path, sharded):
+    path = tmp_path / "released"
+    shutil.copytree(released, path)
+    if sharded:
+        shards(path, 7)
+    model = load_model(path, FP32)
+    moved(model, targets=["q_proj", f"{OWNER}.gate_up_proj"]).save(
+        tmp_path / "a", record={"recipe": {"base": "mxfp4"}}
+    )
+    done = merge(path, [tmp_path / "a"], tmp_path / "out")
+    assert (done.into.target, done.into.trained_on) == ("dequantized", "mxfp4")
+    assert done.gap.kl < 1e-4
+    assert done.folded.sums.survival == pytest.approx(1, abs=0.01)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = {
+        name: tensor
+        for file in (tmp_path / "out").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    source = load_file(plain / "model.safetensors")
+    assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in source.items()}
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    # a weight that no adapter changes is the dequantized one
+    expected = by_transformers(path, torch.bfloat16).state_dict()
+    for name in (f"{OWNER}.down_proj", "model.layers.1.mlp.experts.gate_up_proj"):
+        assert torch.equal(written[name], expected[name])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert relative(merged(IDS).logits, model(IDS).logits) < 4 * EPS
+
+
+def test_targets_that_the_files_do_not_have_are_refused(released, tmp_path):
+    moved(load_model(released, FP32)).save(tmp_path / "a", record={"recipe": {"base": "mxfp4"}})
+    for asked, said in [
+        ({"into": "original"}, "into original: the model's files have mxfp4 weights, and no orig"),
+        ({"into": "nf4"}, "into nf4: the model's files have mxfp4 weights, and no original"),
+        ({"into": "int8"}, "into int8: .* expected dequantized, or as --model the model"),
+        ({"storage": "nf4"}, "base nf4: the model's files are stored as mxfp4; expected mxfp4"),
+    ]:
+        with pytest.raises(LorafoldError, match=said):
+            merge(released, [tmp_path / "a"], tmp_path / "out", **asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_peft_reads_the_adapter_on_the_dequantized_model(released, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load_model(released, FP32)
+    moved(model).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(by_transformers(released), tmp_path / "a")
+    assert relative(theirs(IDS).logits, model(IDS).logits) < 1e-5
+
+
+def test_the_dequantized_model_counts_as_the_same_base(released, tmp_path):
+    over, plain = load_model(released, FP32), by_transformers(released)
+    found = of_model(over)
+    assert not any(name.endswith(("_blocks", "_scales")) for name in found)
+    assert any(name.startswith(OWNER) for name in found)  # a bias
+    assert differences(found, ModelWeights(plain)) == []
+    assert differences(of_model(plain), ModelWeights(over)) == []
+    moved(plain).save(tmp_path / "a")
+    lf.load(over, tmp_path / "a")
+    assert relative(over(IDS).logits, plain(IDS).logits) < 1e-5
+    nn.init.normal_(over.model.embed_tokens.weight)
+    assert differences(found, ModelWeights(over)) != []
+
+
+@pytest.mark.slow
+def test_the_command_trains_evaluates_inspects_and_merges(released, tmp_path):
+    """Without --base: the files say how they are stored."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    model, out = ["--model", str(released)], tmp_path / "adapter"
+    data = ["--data", str(rows)]
+    done = lorafold("train", *model, *data, "--out", str(out), "--steps", "3", "--batch", "4")
+    assert done.returncode == 0, done.stderr
+    assert "base: mxfp4, computed in" in done.stdout + done.stderr
+    record = json.loads((out / "lorafold.json").read_text())
+    assert record["recipe"]["base"] == "mxfp4"
+    done = lorafold("eval", *model, "--adapter", str(out), *data)
+    assert done.returncode == 0, done.stderr
+    done = lorafold("inspect", *model, str(out))
+    assert done.returncode == 0, done.stderr
+    assert "Of 16 matrices of experts" in done.stdout
+    merged = tmp_path / "merged"
+    done = lorafold("merge", *model, "--adapter", str(out), "--out", str(merged), "--json")
+    assert done.returncode == 0, done.stderr
+    certificate = json.loads(done.stdout.splitlines()[-1])
+    assert (certificate["into"], certificate["kl"] < 1e-4) == ("dequantized", True)
+
+
+def at(name, change):
+    return lambda t: t.update({f"{OWNER}.{name}": change(t[f"{OWNER}.{name}"]).contiguous()})
+
+
+def with_nan(scales):
+    scales[1, 2, 0] = 255
+    return scales
+
+
+MISTAKES = {
+    "no scales": (
+        lambda t: t.pop(f"{OWNER}.gate_up_proj_scales"),
+        f"{OWNER}.gate_up_proj_scales: found in no weight file, expected U8 [4, 192, 2]",
+    ),
+    "no blocks": (
+        lambda t: t.pop(f"{OWNER}.down_proj_blocks"),
+        f"{OWNER}.down_proj_blocks: found in no weight file, expected U8 [4, 64, 3, 16]",
+    ),
+    "blocks' shape": (
+        at("down_proj_blocks", lambda t: t[:, :, :2]),
+        f"{OWNER}.down_proj_blocks: found U8 [4, 64, 2, 16], expected U8 [4, 64, 3, 16]",
+    ),
+    "scales' shape": (
+        at("down_proj_scales", lambda t: t[:3]),
+        f"{OWNER}.down_proj_scales: found U8 [3, 64, 3], expected U8 [4, 64, 3]",
+    ),
+    "scales' dtype": (
+        at("down_proj_scales", lambda t: t.bfloat16()),
+        f"{OWNER}.down_proj_scales: found BF16 [4, 64, 3], expected U8 [4, 64, 3]",
+    ),
+    "not a number": (
+        at("down_proj_scales", with_nan),
+        f"{OWNER}.down_proj_scales: found 255, which stands for not-a-number (1 such scales)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(released, tmp_path, mistake):
+    change, said = MISTAKES[mistake]
+    path, rows = tmp_path / "q", tmp_path / "rows.jsonl"
+    shutil.copytree(released, path)
+    edit(path, change)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    moved(load_model(released, FP32)).save(tmp_path / "a")
+    for work in (
+        lambda: lf.load_model(path),
+        lambda: lf.train(lf.Recipe(steps=1), model=str(path), data=str(rows), out=tmp_path / "out"),
+        lambda: merge(path, [tmp_path / "a"], tmp_path / "out"),
+    ):
+        with pytest.raises(LorafoldError) as caught:
+            work()
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "q", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c["quantization_config"].update(modules_to_not_convert=["mlp.experts"]),
+            "quantization_config matches no experts of the model",
+        ),
+        (
+            lambda c: c["quantization_config"].update(modules_to_not_convert=[OWNER]),
+            f"{OWNER}.down_proj_blocks: found in the files, but quantization_config expects none",
+        ),
+        (
+            lambda c: c.update(intermediate_size=80),
+            f"{OWNER}.down_proj: found rows of 80 weights, expected a multiple of 32",
+        ),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(released, tmp_path, change, said):
+    shutil.copytree(released, tmp_path / "q")
+    change_config(tmp_path / "q", change)
+    with pytest.raises(LorafoldError) as caught:
+        lf.load_model(tmp_path / "q")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_storage_that_the_files_do_not_have_is_refused(released, plain):
+    with pytest.raises(LorafoldError, match=r"files that are not quantized, of which .* not mxfp4"):
+        lf.load_model(plain, "mxfp4")
+    for asked in ("nf4", "int8", "fp8"):
+        with pytest.raises(LorafoldError, match=r"stored as mxfp4, .* expected the base mxfp4"):
+            lf.load_model(released, asked)
+    with pytest.raises(LorafoldError, match="stored as mxfp4; expected the base mxfp4"):
+        lf.load_model(released, "bf16")
+
+
+@pytest.mark.parametrize("mode", ["lora", "inference"])
+def test_an_estimate_is_of_the_files_as_they_are_stored(released, mode):
+    found = lf.estimate(str(released), mode, batch=2, length=64, measure=True, device="cpu")
+    assert found.setting.base.quantization == "mxfp4"
+    assert found.total == pytest.approx(found.measured, rel=0.05)
+
+
+def test_an_estimate_that_does_not_fit_the_files_is_refused(released, plain):
+    with pytest.raises(LorafoldError, match="mxfp4, which does not fit a method that trains"):
+        lf.estimate(str(released), "full")
+    with pytest.raises(LorafoldError, match="not quantized, which does not fit the base mxfp4"):
+        lf.estimate(str(plain), "lora", recipe=lf.Recipe(base="mxfp4"))
