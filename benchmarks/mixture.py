@@ -20,7 +20,7 @@ from lib.mixtures import upcycled
 from lib.results import keep
 
 import lorafold as lf
-from lorafold.core.stacked import stack_names
+from lorafold.core.matrices import expert_parameters
 from lorafold.quickstart.task import rows
 
 
@@ -39,7 +39,7 @@ def experts_bytes(model: object) -> int:
     """The bytes of the experts' matrices, with their constants."""
     found = 0
     for module in model.modules():  # type: ignore[attr-defined]
-        for name in stack_names(module):
+        for name in expert_parameters(module):
             own = module._parameters[name]
             state = getattr(own, "quant_state", None)
             extra = [] if state is None else [state.absmax, state.state2.absmax]

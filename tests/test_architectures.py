@@ -26,7 +26,7 @@ from architectures import (
     run,
 )
 from lorafold.core.anatomy import bare_modules, blocks
-from lorafold.core.stacked import Stack
+from lorafold.core.matrices import Matrices
 from lorafold.core.towers import aside, language_model, towers
 from lorafold.step.documents import isolates
 
@@ -103,7 +103,7 @@ def test_peft_computes_the_same_from_our_file(name: str, tmp_path: Path) -> None
 def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
     model, inputs = row.model(), row.inputs()
-    matrices = {path for path, m in bare_modules(model) if isinstance(m, Stack)}
+    matrices = {path for path, m in bare_modules(model) if isinstance(m, Matrices)}
     left_out = OF_EXPERTS if matrices else ()
     targets = [p for p in peft_has(name, model) if p.rsplit(".", 1)[-1] not in left_out]
     matrices &= set(peft_has(name, model))

@@ -24,7 +24,7 @@ FILES = [path for path in sorted(SRC.rglob("*.py")) if path.name != "__main__.py
 PACKAGES: dict[str, list[Path]] = {}
 for file in FILES:
     PACKAGES.setdefault(file.relative_to(SRC).parts[0].removesuffix(".py"), []).append(file)
-# (out, r), (..., k), (*stack, k), (k,), (); or a name with a suffix of dimensions, as in
+# (out, r), (..., k), (*matrices, k), (k,), (); or a name with a suffix of dimensions, as in
 # ids_BT; or one of these words.
 SHAPE = re.compile(
     r"\(((\w|\.\.\.|\*\w)[^()]*,[^()]*)?\)|\b[a-z]\w*_[A-Z][A-Z0-9]*\b"

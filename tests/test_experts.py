@@ -16,8 +16,8 @@ import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.core.anatomy import bare_modules, routers
+from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import Stack, module_at
 from lorafold.models.quantizing import compute_in
 from lorafold.ops.grouped import frozen_product, grouped, low_rank_product, product
 from lorafold.step.fused import fused
@@ -70,7 +70,7 @@ def test_the_laws(method: str, family: str) -> None:
     model = mixture(family)
     bare, names = logits(model), set(model.state_dict())
     adapter = lf.attach(model, METHODS[method], EXPERTS)
-    assert {type(module_at(model, p)).__name__ for p in adapter.matches.paths} == {"Stack"}
+    assert {type(module_at(model, p)).__name__ for p in adapter.matches.paths} == {"Matrices"}
     assert torch.allclose(logits(model), bare, rtol=1e-5, atol=1e-6)
     move(adapter)
     y = logits(model)
@@ -82,7 +82,7 @@ def test_the_laws(method: str, family: str) -> None:
         assert torch.equal(logits(twin), y)
     adapter.merge()
     assert (logits(model) - y).norm() <= 1e-5 * y.norm()
-    assert not [m for m in model.modules() if isinstance(m, Stack)]
+    assert not [m for m in model.modules() if isinstance(m, Matrices)]
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)
@@ -114,7 +114,7 @@ def test_all_linear_includes_experts_and_leaves_routers_alone(family: str) -> No
     model = mixture(family)
     adapter = lf.attach(model, lf.LoRA(rank=2))
     sites = set(adapter.matches.paths)
-    every = {path for path, m in bare_modules(model) if isinstance(m, Stack)}
+    every = {path for path, m in bare_modules(model) if isinstance(m, Matrices)}
     assert every
     assert every <= sites
     assert routers(model)
@@ -222,12 +222,12 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = lf.load_model(folder, storage=storage)
     assert parameter_count(model) == parameter_count(plain)
-    own = {path: m for path, m in bare_modules(model) if isinstance(m, Stack)}
+    own = {path: m for path, m in bare_modules(model) if isinstance(m, Matrices)}
     functional = bitsandbytes().functional
-    for path, stack in own.items():
+    for path, matrices in own.items():
         stored = plain.get_parameter(path)
-        layer = layer_of(stack)
-        parameter = stack.owner._parameters[stack.name]
+        layer = layer_of(matrices)
+        parameter = matrices.owner._parameters[matrices.name]
         if storage == "nf4":
             bytes_ = parameter.nbytes + parameter.quant_state.absmax.nbytes
             assert bytes_ <= 0.27 * 2 * stored.numel()
@@ -236,12 +236,12 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
             codes, scales, _ = functional.int8_vectorwise_quant(stored.flatten(0, 1).half())
             whole = (codes * (scales / 127)[:, None]).bfloat16()
         whole = whole.view(stored.shape)
-        transposed = stack.owner.is_transposed
+        transposed = matrices.owner.is_transposed
         assert torch.equal(layer.dense()[0].bfloat16(), whole.mT if transposed else whole)
     with torch.no_grad():
-        for path, stack in own.items():
-            w = layer_of(stack).dense()[0]
-            plain.get_parameter(path).copy_(w.mT if stack.owner.is_transposed else w)
+        for path, matrices in own.items():
+            w = layer_of(matrices).dense()[0]
+            plain.get_parameter(path).copy_(w.mT if matrices.owner.is_transposed else w)
         for path, m in bare_modules(model):
             if type(m).__module__.startswith("bitsandbytes."):
                 plain.get_parameter(f"{path}.weight").copy_(layer_of(m).dense()[0])

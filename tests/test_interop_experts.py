@@ -23,8 +23,8 @@ from torch import nn
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import Stack
 from lorafold.files.atomic import MANIFEST
 from mixtures import CONFIGS
 from test_interop_peft import CLOSE, gap, logits, move, noise
@@ -553,5 +553,5 @@ def test_pefts_wrappers_are_in_the_order_of_the_parameters(moe: Moe) -> None:
     wrapped = theirs("experts", moe("gpt-oss"))
     outer = next(m for m in wrapped.modules() if isinstance(m, ParamWrapper))
     assert (outer.parameter_name, outer.base_layer.parameter_name) == ("down_proj", "gate_up_proj")
-    owners = (m.owner for _, m in bare_modules(moe("gpt-oss")) if isinstance(m, Stack))
+    owners = (m.owner for _, m in bare_modules(moe("gpt-oss")) if isinstance(m, Matrices))
     assert [n for n in next(owners)._parameters if "bias" not in n] == ["gate_up_proj", "down_proj"]

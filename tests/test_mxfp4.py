@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from lorafold.bases import layer_of, parameter_count
+from lorafold.bases.expert_matrices import MXFP4
 from lorafold.bases.experts import Routed
-from lorafold.bases.stacks import MXFP4
-from lorafold.core.stacked import module_at
+from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.memory.ledger import Ledger
 from lorafold.merging.run import merge
@@ -182,15 +182,15 @@ def test_no_dequantized_parameter_is_made_while_loading(released):
 
 
 def test_one_expert_is_dequantized_at_a_time(released, monkeypatch):
-    from lorafold.bases import stacks
+    from lorafold.bases import expert_matrices
 
     asked = []
 
-    def seen(blocks, *others, own=stacks.dequantize):
+    def seen(blocks, *others, own=expert_matrices.dequantize):
         asked.append(blocks.dim())
         return own(blocks, *others)
 
-    monkeypatch.setattr(stacks, "dequantize", seen)
+    monkeypatch.setattr(expert_matrices, "dequantize", seen)
     load_model(released, FP32)(IDS)
     assert set(asked) == {3}  # (out, in / 32, 16)
 

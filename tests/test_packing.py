@@ -15,7 +15,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.inkling import modeling_inkling
 
 import lorafold as lf
-from lorafold.core.stacked import module_at, parameter_path
+from lorafold.core.matrices import module_at, parameter_path
 from lorafold.data.batches import collate
 from lorafold.ops import documents, reference
 from lorafold.ops.attention import document_attention

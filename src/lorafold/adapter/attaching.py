@@ -12,8 +12,8 @@ from lorafold.adapter.building import Built, build, read
 from lorafold.adapter.handle import Adapter
 from lorafold.bases import layer_class
 from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
+from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.extras import Bias

@@ -21,8 +21,8 @@ from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
+from lorafold.core.matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import module_at, parameter_path, stack_names
 from lorafold.core.targets import Matches, match
 from lorafold.core.unfilled import unfilled
 from lorafold.errors import LorafoldError
@@ -115,7 +115,7 @@ def _of_router(model: nn.Module, path: str) -> str | None:
     """What to do instead, if the module at the path is a router of experts."""
     if path not in routers(model):
         return None
-    found = ((p, stack_names(m)) for p, m in bare_modules(model))
+    found = ((p, expert_parameters(m)) for p, m in bare_modules(model))
     owner, name = next((p, names[0]) for p, names in found if names)
     short = f"{owner.rpartition('.')[2]}.{name}"
     return (
@@ -125,8 +125,8 @@ def _of_router(model: nn.Module, path: str) -> str | None:
 
 
 def reader(base: Weights | None, name: str) -> Callable[[], Tensor] | None:
-    """A function that reads a weight (*stack, out, in) from the base's own files by its name; None
-    if they do not have it.
+    """A function that reads a weight (*matrices, out, in) from the base's own files by its name;
+    None if they do not have it.
     """
     found = None if base is None else base.find(name)
     return None if base is None or found is None else partial(base.get, found)

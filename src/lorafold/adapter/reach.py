@@ -5,7 +5,7 @@
 
 A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
 blocks are those of the language model, and what is beside them are towers and connectors
-(`lorafold.core.towers`). The kinds follow from the structure: experts are stacks of matrices
+(`lorafold.core.towers`). The kinds follow from the structure: experts are matrices
 (E, out, in), a router is what has a row for each of them, and a norm has a vector for its weight.
 """
 
@@ -21,8 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from lorafold.bases import is_linear, layer_of, parameter_count
 from lorafold.core.anatomy import bare_modules, routers
+from lorafold.core.matrices import Matrices, expert_parameters, matrices_of, module_at
 from lorafold.core.presets import beneath, own_blocks
-from lorafold.core.stacked import Stack, module_at, stacks
 from lorafold.core.targets import Matches
 from lorafold.core.towers import aside, language_model, towers
 
@@ -95,11 +95,11 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
         model: the model.
         paths: the sites.
     """
-    found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Stack)]
+    found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
     rest = len(paths) - len(found)
     words = [f"{rest} modules"] * bool(rest or not found)
     if found:
-        matrices = sum(layer_of(stack).stack[0] for stack in found)
+        matrices = sum(layer_of(m).matrices[0] for m in found)
         words.append(f"{len(found)} parameters of experts ({matrices:,} matrices)")
     return " and ".join(words)
 
@@ -164,7 +164,7 @@ def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
     own = {f"{path}.{n}": (n, p) for n, p in module._parameters.items() if p is not None}
     if path in sites or not own:
         return 0
-    held, left = stacks(module), [entry for name, entry in own.items() if name not in sites]
+    held, left = matrices_of(module), [entry for name, entry in own.items() if name not in sites]
     if len(left) == len(own) and sum(1 for _ in bare_modules(module)) == 1:
         return parameter_count(module)
     return sum(parameter_count(held[n]) if n in held else p.numel() for n, p in left)
@@ -181,9 +181,9 @@ def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    own = [p for p in module._parameters.values() if p is not None]
-    # those of another form than transformers' interface have matrices for each expert as well
-    if stack_names(module) or (hasattr(module, "num_experts") and any(p.dim() == 3 for p in own)):
+    # experts of another form than transformers' interface have matrices for each as well
+    cubes = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    if expert_parameters(module) or (cubes and hasattr(module, "num_experts")):
         return "experts"
     if path in route:
         return "router"

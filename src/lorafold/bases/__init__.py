@@ -15,7 +15,7 @@ from lorafold.bases.experts import Experts
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
-from lorafold.core.stacked import stack_names
+from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.
@@ -30,7 +30,7 @@ LAYERS: dict[str, type[Base]] = {
     "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
     "lorafold.bases.compressed.CompressedLinear": Compressed,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
-    "lorafold.core.stacked.Stack": Experts,
+    "lorafold.core.matrices.Matrices": Experts,
 }
 
 
@@ -62,9 +62,9 @@ def parameter_count(model: nn.Module) -> int:
     """
     sizes: dict[int, int] = {}
     for _, module in bare_modules(model):
-        layer, matrices = layer_of(module), set(stack_names(module))
-        if layer.quantized or layer.stack:
-            sizes[id(module)] = prod((*layer.stack, *layer.shape))
+        layer, matrices = layer_of(module), set(expert_parameters(module))
+        if layer.quantized or layer.matrices:
+            sizes[id(module)] = prod((*layer.matrices, *layer.shape))
         for name, p in module._parameters.items():
             stored = name in matrices or (layer.quantized and name != "bias")
             if p is not None and p.is_floating_point() and not stored:

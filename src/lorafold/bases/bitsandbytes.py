@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.fake import is_fake
-from lorafold.core.stacked import stack_names
+from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError, NotMergeable
 
 
@@ -228,7 +228,7 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     the order of its codes. Any other module is left as it is.
     """
     settings: Any = module
-    if "codes" in vars(module) or stack_names(module):
+    if "codes" in vars(module) or expert_parameters(module):
         settings.compute_dtype = dtype
     elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
         (

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lorafold.bases.compressed import CompressedLinear
-from lorafold.bases.stacks import held
-from lorafold.core.stacked import Stack, module_at, stacks
+from lorafold.bases.expert_matrices import held
+from lorafold.core.matrices import Matrices, matrices_of, module_at
 
 # quant_method -> the setting that lists the modules whose weights are plain
 EXCEPT = {
@@ -31,9 +31,9 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
             name = EXCEPT[settings["quant_method"]]
             sites = ((path, module_at(model, path)) for path in paths)
             plain = [
-                p.rpartition(".")[0] if isinstance(m, Stack) else p
+                p.rpartition(".")[0] if isinstance(m, Matrices) else p
                 for p, m in sites
-                if not (isinstance(m, Stack) and _quantized(m.owner))
+                if not (isinstance(m, Matrices) and _quantized(m.owner))
             ]
             settings[name] = list(dict.fromkeys([*(settings.get(name) or []), *plain]))
         else:
@@ -56,5 +56,5 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
 
 def _quantized(module: nn.Module) -> bool:
     return isinstance(module, CompressedLinear) or any(
-        held(stack).quantized for stack in stacks(module).values()
+        held(matrices).quantized for matrices in matrices_of(module).values()
     )

@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.stacks import Held, held
+from lorafold.bases.expert_matrices import Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.layer import Layer, add
-from lorafold.core.stacked import Stack, parameter_path, stacks
+from lorafold.core.matrices import Matrices, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product
@@ -38,7 +38,7 @@ class Experts(Base):
     linear = True
     groups: Groups | None = None
 
-    def __init__(self, module: Stack, stored: Callable[[], Tensor] | None = None) -> None:
+    def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
         self.held: Held = held(module)
@@ -46,13 +46,13 @@ class Experts(Base):
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
-        assert isinstance(module, Stack)
+        assert isinstance(module, Matrices)
         module.owner._modules[module.name] = module
         route(module.owner)
 
     @classmethod
     def left(cls, module: nn.Module) -> None:
-        assert isinstance(module, Stack)
+        assert isinstance(module, Matrices)
         del module.owner._modules[module.name]
         leave(module.owner)
 
@@ -81,7 +81,7 @@ class Experts(Base):
         return device
 
     @property
-    def stack(self) -> tuple[int, ...]:
+    def matrices(self) -> tuple[int, ...]:
         return self.held.shape[:1]
 
     @property
@@ -205,7 +205,7 @@ def route(owner: nn.Module) -> None:
 
 def leave(owner: nn.Module) -> None:
     """Give the module of the experts its own forward again, if nothing needs another."""
-    own = stacks(owner).values()
+    own = matrices_of(owner).values()
     if isinstance(owner, Routed) and not any(
         isinstance(s, Adapted) or held(s).quantized for s in own
     ):
@@ -220,7 +220,7 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden: the tokens (T, hidden).
         *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
     """
-    own = stacks(self)
+    own = matrices_of(self)
     active = any(
         isinstance(s, Adapted) and any(n in s.deltas for n in s.selection.names)
         for s in own.values()
@@ -241,7 +241,9 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return u.index_select(0, back).view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
-def _layer(stack: Stack, groups: Groups) -> Layer:
-    base = Experts(stack)
+def _layer(matrices: Matrices, groups: Groups) -> Layer:
+    base = Experts(matrices)
     base.groups = groups
-    return stack.layer(*stack.selection.names, base=base) if isinstance(stack, Adapted) else base
+    if not isinstance(matrices, Adapted):
+        return base
+    return matrices.layer(*matrices.selection.names, base=base)

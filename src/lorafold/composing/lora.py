@@ -80,7 +80,7 @@ def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[st
 
     Args:
         job: The adapters that it was made from.
-        factors: up (*stack, out, r) and down (*stack, r, in) of each site.
+        factors: up (*matrices, out, r) and down (*matrices, r, in) of each site.
         out: The directory to write.
         about: How it was composed, for the record.
     """

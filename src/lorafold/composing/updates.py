@@ -21,7 +21,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.delta import Additive
-from lorafold.core.stacked import module_at
+from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import matrix_names, unstacked
 from lorafold.models.checkpoint import mapped_model_of
@@ -76,10 +76,10 @@ class Updates:
         paths = [
             path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
         ]
-        stacks = {path: layer_of(module_at(self.model, path)).stack for path in paths}
+        numbers = {path: layer_of(module_at(self.model, path)).matrices for path in paths}
         updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
         return tuple(
-            Site(path, tuple(matrix_names(path, stacks[path])), tuple(updates[path]))
+            Site(path, tuple(matrix_names(path, numbers[path])), tuple(updates[path]))
             for path in paths
         )
 

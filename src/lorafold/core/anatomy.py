@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 
 from lorafold.core.attach import Deltas
-from lorafold.core.stacked import stack_names, stacks
+from lorafold.core.matrices import expert_parameters, matrices_of
 
 
 def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the path and module of each of the model's own modules, without those of the deltas
     attached to it. A module that has several paths comes once, under the first. The matrices of
-    experts come as `Stack`s, under the paths of their parameters.
+    experts come as `Matrices`, under the paths of their parameters.
     """
     seen: dict[int, nn.Module] = {}
     left = [(path, model)]
@@ -30,7 +30,7 @@ def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
             continue
         seen[id(module)] = module
         yield path, module
-        own = {**module._modules, **stacks(module)}
+        own = {**module._modules, **matrices_of(module)}
         children = [(name, child) for name, child in own.items() if child is not None]
         left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
 
@@ -54,7 +54,7 @@ def routers(model: nn.Module) -> set[str]:
     """
     found: set[str] = set()
     for path, module in bare_modules(model):
-        experts = [child for child in module._modules.values() if child and stack_names(child)]
+        experts = [m for m in module._modules.values() if m and expert_parameters(m)]
         outputs = {1, *(child.num_experts for child in experts)}
         for name, beside in module._modules.items() if experts else ():
             if beside is None or beside in experts:

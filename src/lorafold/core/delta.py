@@ -4,7 +4,7 @@
     delta.fold(w, b)    W (out, in), b (out,) | None  ->  the changed W, b, in the wider of the
                         weight's and the delta's dtype
 
-Where a layer has several matrices (`Layer.stack`), all of these have a dimension (E,) in front.
+Where a layer has several matrices (`Layer.matrices`), all of these have a dimension (E,) in front.
 
 The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises
 `NotMergeable`. Every class here is abstract; every method is a final subclass of one of them.
@@ -113,9 +113,9 @@ class Additive(Delta):
     def change(self, w: Tensor) -> Tensor:
         return self.delta()
 
-    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (*stack, out)
-        """The squared norm of each row of W + dW (*stack, out, in); those of W are `own`
-        (*stack, out).
+    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (*matrices, out)
+        """The squared norm of each row of W + dW (*matrices, out, in); those of W are `own`
+        (*matrices, out).
         """
         return torch.linalg.vector_norm(w + self.delta(), dim=-1).square()
 
@@ -160,7 +160,7 @@ class LowRank(Additive):
     # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
     def row_squares(self, w: Tensor, own: Tensor) -> Tensor:
         up, down = self.factors()
-        cross = (w @ down.to(w.dtype).mT).to(up.dtype)  # (*stack, out, r)
+        cross = (w @ down.to(w.dtype).mT).to(up.dtype)  # (*matrices, out, r)
         gram = down @ down.mT
         both = (up @ gram).add_(cross, alpha=2)
         return (own + torch.linalg.vecdot(up, both)).clamp_min(0)

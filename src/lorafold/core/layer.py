@@ -67,19 +67,19 @@ class Layer(ABC):
 
         Args:
             y: an input or an output (..., k) of the layer.
-            g: the gains (*stack, k).
-            c: offsets (*stack, k), or None.
+            g: the gains (*matrices, k).
+            c: offsets (*matrices, k), or None.
             onto: a tensor that broadcasts to y, or None.
         """
 
     def each(self, v: Tensor) -> Tensor:
-        """Vectors v (*stack, k), one for each matrix, in a form that broadcasts to outputs (..., k)
-        of the layer.
+        """Vectors v (*matrices, k), one for each matrix, in a form that broadcasts to outputs
+        (..., k) of the layer.
         """
         return v
 
     @property
-    def stack(self) -> tuple[int, ...]:
+    def matrices(self) -> tuple[int, ...]:
         """The number of matrices, (E,), or () for one."""
         return ()
 
@@ -91,8 +91,8 @@ class Layer(ABC):
         return 1
 
     @property
-    def bias(self) -> Tensor | None:  # (*stack, out)
-        """The bias (*stack, out) of `dense`, or None."""
+    def bias(self) -> Tensor | None:  # (*matrices, out)
+        """The bias (*matrices, out) of `dense`, or None."""
         return self.dense()[1]
 
     def original(self) -> Tensor:  # (out, in)
@@ -199,8 +199,8 @@ class Upon(Layer):
         return self.under.each(v)
 
     @property
-    def stack(self) -> tuple[int, ...]:
-        return self.under.stack
+    def matrices(self) -> tuple[int, ...]:
+        return self.under.matrices
 
     @property
     def window(self) -> int:

@@ -34,7 +34,7 @@ from lorafold.core.anatomy import (
     of_attention,
     routers,
 )
-from lorafold.core.stacked import Stack
+from lorafold.core.matrices import Matrices
 from lorafold.core.towers import aside, heads, towers
 
 IsLinear = Callable[[nn.Module], bool]
@@ -129,7 +129,7 @@ def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
     biased = [p for p, m in own_modules(model) if m._parameters.get("bias") is not None]
     if any(map(inside, biased)):
         return [path for path in biased if path not in left_out]
-    experts = {path for path, m in own_modules(model) if isinstance(m, Stack)}
+    experts = {path for path, m in own_modules(model) if isinstance(m, Matrices)}
     return [path for path in all_linear(model, is_linear) if path not in experts]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from lorafold.bases import layer_class
 from lorafold.core.attach import Adapted, lay, lift, selection_of
 from lorafold.core.delta import Delta
-from lorafold.core.stacked import module_at
+from lorafold.core.matrices import module_at
 from lorafold.engine.adapters import Held
 from lorafold.engine.products import Plan, Products, Site
 

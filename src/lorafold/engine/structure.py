@@ -27,7 +27,7 @@ from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import deltas_on, selection_of
 from lorafold.core.evaluating import evaluating
-from lorafold.core.stacked import stack_names
+from lorafold.core.matrices import expert_parameters
 from lorafold.engine.attention import slot_attention, slot_mask
 from lorafold.engine.operations import Operations, Plain
 from lorafold.engine.slots import SlotCache, SlotView
@@ -149,7 +149,7 @@ def probe(model: Any) -> Structure:
     rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
     found = shapes(model, rowwise)
     matrices = {path for shape in found for path in shape.paths}
-    routed = any(stack_names(module) for _, module in bare_modules(model))
+    routed = any(expert_parameters(module) for _, module in bare_modules(model))
     return Structure("", rowwise, found, seen.groups(matrices), routed)
 
 

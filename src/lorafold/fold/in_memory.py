@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.base import bare
-from lorafold.core.stacked import module_at
+from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of

@@ -21,7 +21,7 @@ from lorafold.bases import layer_of
 from lorafold.core.anatomy import tied_parameters
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
-from lorafold.core.stacked import module_at, parameter_path
+from lorafold.core.matrices import module_at, parameter_path
 from lorafold.errors import NotMergeable
 from lorafold.fold.biases import Switches, gained_with
 from lorafold.fold.vocabulary import grown

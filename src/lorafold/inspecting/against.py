@@ -101,11 +101,11 @@ def across_experts(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[st
     is compared, which they share.
     """
     found = {}
-    stacks = defaultdict[str, list[Svd]](list)
+    by_site = defaultdict[str, list[Svd]](list)
     for name, svd in svds.items():
         if site_of(name) != name and len(svd.s):
-            stacks[site_of(name)].append(svd)
-    for site, own in stacks.items():
+            by_site[site_of(name)].append(svd)
+    for site, own in by_site.items():
         for side, inside in (("read", stream.readers.keys()), ("written", stream.writers)):
             if len(own) > 1 and site in inside:
                 phis = _pairs([(svd.v if side == "read" else svd.u)[:, :TOP] for svd in own])

@@ -113,14 +113,14 @@ def of_tokens(sites: list[Figures], chance: Figures) -> str:
 
 def of_experts(sites: Figures) -> str:
     """How evenly the experts changed; empty without experts."""
-    stacks = defaultdict[str, list[float]](list)
+    by_site = defaultdict[str, list[float]](list)
     for name, site in sites.items():
         if site_of(name) != name:
-            stacks[site_of(name)].append(site["norm"])
-    every = [norm for norms in stacks.values() for norm in norms]
+            by_site[site_of(name)].append(site["norm"])
+    every = [norm for norms in by_site.values() for norm in norms]
     if not any(every):
         return ""
-    uneven = median(max(norms) / fmean(norms) for norms in stacks.values() if any(norms))
+    uneven = median(max(norms) / fmean(norms) for norms in by_site.values() if any(norms))
     return (
         f"Of {len(every)} matrices of experts {sum(norm > 0 for norm in every)} changed; the"
         f" largest update of a site is {uneven:.1f} times as large as the mean of its experts"

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import blocks
-from lorafold.core.stacked import module_at, stack_names
+from lorafold.core.matrices import expert_parameters, module_at
 from lorafold.errors import NotMergeable
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.storage import Storage
@@ -89,7 +89,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 readers[path] = norm
 
         def read_by_experts(path: str, module: nn.Module, args: Any) -> None:
-            first, last = (f"{path}.{name}" for name in stack_names(module))
+            first, last = (f"{path}.{name}" for name in expert_parameters(module))
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
                 readers[first] = norm
             if not getattr(module, "has_post_expert_norm", False):
@@ -100,7 +100,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 module.register_forward_hook(partial(normed, path))
             elif _is_matrix(module):
                 module.register_forward_pre_hook(partial(read, path))
-            elif stack_names(module):
+            elif expert_parameters(module):
                 module.register_forward_pre_hook(partial(read_by_experts, path))
         for path in blocks(twin):
             twin.get_submodule(path).register_forward_pre_hook(entered)

@@ -25,7 +25,7 @@ from lorafold.adapter import Adapter, attach, load
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import put
-from lorafold.core.stacked import module_at, parameter_path
+from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.files.record import read_record
@@ -37,7 +37,7 @@ from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.ops.svd import best_of_rank
 
-# B (*stack, out, r), A (*stack, r, in); r = 0 for an update that is zero
+# B (*matrices, out, r), A (*matrices, r, in); r = 0 for an update that is zero
 Factors = tuple[Tensor, Tensor]
 NAME = "resized"
 
@@ -156,7 +156,7 @@ def resize(
             root = kept.s.sqrt()
             found.append((kept.u * root, root[:, None] * kept.v.t()))
             errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
-        factors[site.path] = stacked(found) if site.layer.stack else found[0]
+        factors[site.path] = stacked(found) if site.layer.matrices else found[0]
     result = errors.result(out)
     history = {k: v for k, v in read_record(path).items() if k not in ("base", "lorafold")}
     record = {
@@ -206,11 +206,11 @@ def extract(
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:
         layers = [layer_of(module_at(mapped.model, path)) for mapped in (one, other)]
-        names = matrix_names(path, layers[0].stack)
+        names = matrix_names(path, layers[0].matrices)
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
         found = [_difference(errors, name, w, tuned, rank) for name, w, tuned in both]
         if any(len(a) for _, a in found):
-            factors[path] = stacked(found) if layers[0].stack else found[0]
+            factors[path] = stacked(found) if layers[0].matrices else found[0]
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"

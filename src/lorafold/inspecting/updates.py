@@ -52,14 +52,14 @@ class Svd:
         return (self.u * self.s) @ self.v.t()
 
 
-def matrix_names(path: str, stack: Sequence[int]) -> list[str]:
+def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
     """The names of the matrices at a site.
 
     Args:
         path: The site.
-        stack: The number of matrices, (E,), or () for one, which is called as its site.
+        matrices: Their number, (E,), or () for one, which is called as its site.
     """
-    return [f"{path}[{e}]" for e in range(stack[0])] if stack else [path]
+    return [f"{path}[{e}]" for e in range(matrices[0])] if matrices else [path]
 
 
 def site_of(name: str) -> str:
@@ -92,7 +92,7 @@ class Site:
     @property
     def names(self) -> list[str]:
         """The names of its matrices."""
-        return matrix_names(self.path, self.layer.stack)
+        return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
         """W0 (out, in) of each matrix, in the dtype of the base, by name: views of the files; with

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import Adapted
+from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
-from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to

@@ -28,7 +28,7 @@ from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
-from lorafold.core.stacked import Stack, module_at
+from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.models.quantizing import QUANTIZATIONS, packable
@@ -120,11 +120,11 @@ def choose_into(
 
 
 class RoundTrip(Delta):
-    """Quantization as a change in weight space: W (*stack, out, in) -> q(W), in fp32 or wider.
+    """Quantization as a change in weight space: W (*matrices, out, in) -> q(W), in fp32 or wider.
 
     Args:
         quantization: nf4 or int8.
-        turned: whether the matrices are stored as (*stack, in, out), and so quantized.
+        turned: whether the matrices are stored as (*matrices, in, out), and so quantized.
     """
 
     def __init__(self, quantization: str, turned: bool = False) -> None:
@@ -137,7 +137,7 @@ class RoundTrip(Delta):
         return add(add(layer.op(x, w), onto), b)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """q(W) (*stack, out, in), and the bias (*stack, out) as it is."""
+        """q(W) (*matrices, out, in), and the bias (*matrices, out) as it is."""
         wide = torch.promote_types(w.dtype, torch.float32)
         if w.is_meta:
             return torch.empty_like(w, dtype=wide), b
@@ -156,7 +156,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = module_at(model, path)
-        turned = isinstance(module, Stack) and bool(module.owner.is_transposed)
+        turned = isinstance(module, Matrices) and bool(module.owner.is_transposed)
         delta = RoundTrip(quantization, turned)
         lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
 
@@ -172,7 +172,7 @@ def check_saved(model: nn.Module, quantization: str) -> None:
     found = [
         path
         for path in packable(model)  # type: ignore[arg-type]
-        if isinstance(module_at(model, path), Stack)
+        if isinstance(module_at(model, path), Matrices)
     ]
     if found:
         raise LorafoldError(

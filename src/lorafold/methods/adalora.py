@@ -41,8 +41,8 @@ AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (*stack, out, r), E (*stack, r), Q (*stack, r, in), fp32; kept (*stack, r), which triplets
-    the last allocation kept; and two running averages for each of P, E and Q.
+    """P (*matrices, out, r), E (*matrices, r), Q (*matrices, r, in), fp32; kept (*matrices, r),
+    which triplets the last allocation kept; and two running averages for each of P, E and Q.
     """
 
     up_names = ("P",)
@@ -59,16 +59,16 @@ class AdaLoRADelta(LowRank):
         dropout: float,
         orth_reg: float,
         device: torch.device,
-        stack: tuple[int, ...] = (),
+        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__(dropout)
         self.init_rank = init_rank
         scale = alpha / (init_rank + 1e-5)  # it keeps the rank at start
         # the mean over this delta's norms; `join` sets it for all norms of the adapter
-        self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5 / prod(stack)
-        p, q = (*stack, out, rank), (*stack, rank, inn)
+        self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5 / prod(matrices)
+        p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
-        self.E = zeros((*stack, rank), device)
+        self.E = zeros((*matrices, rank), device)
         self.Q = nn.Parameter(torch.randn(q, device=device, dtype=torch.float32) * 0.02)
         self.register_buffer("kept", torch.ones_like(self.E, dtype=torch.bool))
         for part in PARTS:
@@ -102,7 +102,7 @@ class AdaLoRADelta(LowRank):
             sensitivity.lerp_(now, 1 - beta1)
             uncertainty.lerp_((now - sensitivity).abs(), 1 - beta2)
 
-    def scores(self) -> Tensor:  # (*stack, r)
+    def scores(self) -> Tensor:  # (*matrices, r)
         """The score of each triplet (eq. 8)."""
         p, e, q = (
             getattr(self, f"sensitivity_{part}") * getattr(self, f"uncertainty_{part}")
@@ -188,10 +188,10 @@ class AdaLoRA(Spec):
         alpha: Any = self.alpha
         rank = next(iter(self.rank_pattern.values()), first)
         options = (alpha, self.dropout, self.orth_reg, layer.device)
-        return AdaLoRADelta(out, inn, rank, first, *options, layer.stack)
+        return AdaLoRADelta(out, inn, rank, first, *options, layer.matrices)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
-        share = 1 / (2 * sum(map(matrices, deltas.values())))
+        share = 1 / (2 * sum(map(number_of_matrices, deltas.values())))
         for delta in deltas.values():
             delta.share = share  # type: ignore[assignment]
 
@@ -228,7 +228,8 @@ class AdaLoRA(Spec):
                 delta.observe(self.beta1, self.beta2)
         due = step == last or (first < step < last and step % self.delta_t == 0)
         if due:
-            full, least = sum(d.E.numel() for d in ours), self.rank * sum(map(matrices, ours))
+            full = sum(delta.E.numel() for delta in ours)
+            least = self.rank * sum(map(number_of_matrices, ours))
             allocate(ours, self.budget(step, total, full, min(full, least)))
         if due or step > last:
             for delta in ours:
@@ -242,7 +243,7 @@ class AdaLoRA(Spec):
         lines: dict[str, list[str]] = {}
         for path, rank in left.items():
             lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(f"{rank:.4g}")
-        numbers = [matrices(delta) for delta in deltas.values()]
+        numbers = [number_of_matrices(delta) for delta in deltas.values()]
         mean = sum(map(mul, left.values(), numbers)) / sum(numbers)
         head = f"ranks left, {mean:.2f} on average:"
         return "\n  ".join([head, *(f"{name}: {' '.join(found)}" for name, found in lines.items())])
@@ -258,7 +259,7 @@ def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
         delta.kept.copy_(delta.scores() > threshold)
 
 
-def matrices(delta: Any) -> int:
+def number_of_matrices(delta: Any) -> int:
     """The number of matrices that a delta of AdaLoRA changes."""
     return prod(delta.kept.shape[:-1])
 
@@ -266,6 +267,6 @@ def matrices(delta: Any) -> int:
 def ranks(deltas: Mapping[str, Delta]) -> dict[str, float]:
     """The rank of each matrix after the last allocation, by module path; the mean for experts."""
     return {
-        path: int(delta.kept.sum()) / matrices(delta)  # type: ignore[operator]
+        path: int(delta.kept.sum()) / number_of_matrices(delta)  # type: ignore[operator]
         for path, delta in deltas.items()
     }

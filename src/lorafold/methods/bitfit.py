@@ -32,7 +32,7 @@ class BitFit(Spec):
     lr: ClassVar[float] = 5e-3
 
     def build(self, layer: Layer) -> BiasDelta:
-        if layer.stack:
+        if layer.matrices:
             raise LorafoldError(
                 "BitFit: found the matrices of experts, whose biases are not trained; leave them"
                 " out of the targets"

@@ -30,7 +30,7 @@ from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 
 
-def squares(w: Tensor) -> Tensor:  # (*stack, out, in) -> (*stack, out)
+def squares(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
     """The squared norm of each row of the matrices, in fp32 or wider."""
     return torch.linalg.vector_norm(
         w, dim=-1, dtype=torch.promote_types(w.dtype, torch.float32)
@@ -63,7 +63,7 @@ class Kept:
 
 
 class DoRADelta(Delta):
-    """magnitude m (*stack, out), fp32, over `inner`, an additive delta that starts at zero."""
+    """magnitude m (*matrices, out), fp32, over `inner`, an additive delta that starts at zero."""
 
     def __init__(self, inner: Additive, layer: Layer) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class DoRADelta(Delta):
         return self.inner.penalty()
 
     @torch.no_grad()
-    def row_norms(self, layer: Layer) -> Tensor:  # (*stack, out), fp32 or wider
+    def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
         """The norm of each row of V.
 
         |w|^2 is kept as long as W does not change; the norms themselves are kept outside training.
@@ -95,7 +95,7 @@ class DoRADelta(Delta):
             return make()
         return self.norms.get([*base, *self.inner.parameters()], make)
 
-    def gain(self, norms: Tensor) -> Tensor:  # (*stack, out)
+    def gain(self, norms: Tensor) -> Tensor:  # (*matrices, out)
         """g = m / norms, the gain of each output; a norm of 0 counts as 1."""
         return self.magnitude / torch.where(norms > 0, norms, 1)
 

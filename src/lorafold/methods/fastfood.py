@@ -90,7 +90,7 @@ class FastfoodDelta(Dense):
         ).bfloat16()
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
-    def delta(self) -> Tensor:  # (*stack, out, in)
+    def delta(self) -> Tensor:  # (*matrices, out, in)
         subspace: Any = self._first[0].subspace
         spread = subspace.spread().to(self.gaussians.device)
         blocks: Tensor = subspace.transformed(
@@ -121,7 +121,7 @@ class Fastfood(Spec):
             )
 
     def build(self, layer: Layer) -> FastfoodDelta:
-        return FastfoodDelta((*layer.stack, *layer.shape), layer.device)
+        return FastfoodDelta((*layer.matrices, *layer.shape), layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]

@@ -34,7 +34,7 @@ MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
 
 
 class IA3Delta(Delta):
-    """l (*stack, out), or (*stack, in) if the inputs are scaled, fp32."""
+    """l (*matrices, out), or (*matrices, in) if the inputs are scaled, fp32."""
 
     def __init__(self, shape: tuple[int, ...], of_input: bool, device: torch.device) -> None:
         super().__init__()
@@ -88,5 +88,5 @@ class IA3(Spec):
                 "IA3: this module is among the feedforward modules, whose inputs are scaled, but"
                 f" its inputs are {found}, expected vectors; leave it out of them"
             )
-        shape = (*layer.stack, inn if self.feedforward else out)
+        shape = (*layer.matrices, inn if self.feedforward else out)
         return IA3Delta(shape, bool(self.feedforward), layer.device)

@@ -30,8 +30,8 @@ from lorafold.ops.svd import best_of_rank
 
 
 class OffsetDelta(LowRank):
-    """A (*stack, r, in), B (*stack, out, r), fp32, and the buffers A0, B0 with their values at
-    start.
+    """A (*matrices, r, in), B (*matrices, out, r), fp32, and the buffers A0, B0 with their values
+    at start.
     """
 
     up_names = ("B",)
@@ -76,7 +76,7 @@ class FromWeight(Spec):
 
     @abstractmethod
     def start(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """B0 (*stack, out, r) and A0 (*stack, r, in) for matrices w (*stack, out, in)."""
+        """B0 (*matrices, out, r) and A0 (*matrices, r, in) for matrices w (*matrices, out, in)."""
 
     def build(self, layer: Layer) -> OffsetDelta:
         if self.rank > min(layer.shape):

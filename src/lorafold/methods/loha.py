@@ -25,7 +25,7 @@ from lorafold.ops.hadamard import hadamard
 
 
 class LoHaDelta(Dense):
-    """w1_a, w2_a (*stack, out, r), w1_b, w2_b (*stack, r, in), fp32."""
+    """w1_a, w2_a (*matrices, out, r), w1_b, w2_b (*matrices, r, in), fp32."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class LoHaDelta(Dense):
         rank: int,
         scale: float,
         device: torch.device,
-        stack: tuple[int, ...] = (),
+        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.scale = scale
-        shapes = [(*stack, out, rank), (*stack, rank, inn)] * 2
+        shapes = [(*matrices, out, rank), (*matrices, rank, inn)] * 2
         self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(shape, device) for shape in shapes)
         for p in (self.w1_a, self.w1_b, self.w2_a):
             kaiming(p)
@@ -69,4 +69,4 @@ class LoHa(Spec):
     def build(self, layer: Layer) -> LoHaDelta:
         out, inn = layer.shape
         scale = self.alpha / self.rank  # type: ignore[operator]
-        return LoHaDelta(out, inn, self.rank, scale, layer.device, layer.stack)
+        return LoHaDelta(out, inn, self.rank, scale, layer.device, layer.matrices)

@@ -42,7 +42,7 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 class LoKrDelta(Additive):
     """C is w1 (o1, i1), or w1_a (o1, r) times w1_b (r, i1). D is w2 (o2, i2), or w2_a (o2, r) times
-    w2_b (r, i2). All are fp32, with the stack's dimension in front if there is one.
+    w2_b (r, i2). All are fp32, with the matrices' dimension in front if there is one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LoKrDelta(Additive):
         scale: float,
         split: tuple[bool, bool],
         device: torch.device,
-        stack: tuple[int, ...] = (),
+        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -61,12 +61,12 @@ class LoKrDelta(Additive):
         for name, o, i, low in zip(("w1", "w2"), outs, ins, split, strict=True):
             shapes |= {f"{name}_a": (o, rank), f"{name}_b": (rank, i)} if low else {name: (o, i)}
         for name, shape in shapes.items():
-            setattr(self, name, p := zeros((*stack, *shape), device))
+            setattr(self, name, p := zeros((*matrices, *shape), device))
             if name not in ("w1", "w1_a"):
                 kaiming(p)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """scale C (*stack, o1, i1) and D (*stack, o2, i2)."""
+        """scale C (*matrices, o1, i1) and D (*matrices, o2, i2)."""
         c, d = (
             (
                 getattr(self, n)
@@ -132,5 +132,5 @@ class LoKr(Spec):
             self.alpha / self.rank,  # type: ignore[operator]
             (low[0] and self.decompose_both, low[1]),
             layer.device,
-            layer.stack,
+            layer.matrices,
         )

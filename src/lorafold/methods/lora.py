@@ -35,8 +35,8 @@ Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
-    """A (*stack, r, in), B (*stack, out, r), fp32; the scale s multiplies B in fp32, before any
-    rounding.
+    """A (*matrices, r, in), B (*matrices, out, r), fp32; the scale s multiplies B in fp32, before
+    any rounding.
     """
 
     up_names = ("B",)
@@ -50,13 +50,13 @@ class LoRADelta(LowRank):
         dropout: float,
         init: Init,
         device: torch.device,
-        stack: tuple[int, ...] = (),
+        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__(dropout)
         self.scale = scale
-        shape = (*stack, rank, inn)
+        shape = (*matrices, rank, inn)
         self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
-        self.B = zeros((*stack, out, rank), device)
+        self.B = zeros((*matrices, out, rank), device)
         if init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
         else:
@@ -128,7 +128,7 @@ class LoRA(Spec):
         out, inn = layer.shape
         device = layer.device
         own = (self.rank, self.scale, self.dropout, self.init)
-        delta = LoRADelta(out, inn, *own, device, layer.stack)
+        delta = LoRADelta(out, inn, *own, device, layer.matrices)
         if self.init == "loftq":
             if self.rank > min(out, inn):
                 raise LorafoldError(

@@ -77,7 +77,7 @@ class _Sparse(Spec):
         return [] if 0 < self.density <= 1 else [found]
 
     def build(self, layer: Layer) -> SparseDelta:
-        shape = (*layer.stack, *layer.shape)
+        shape = (*layer.matrices, *layer.shape)
         size = prod(shape)
         at = torch.randperm(size)[: max(1, round(self.density * size))].sort().values
         return SparseDelta(shape, at.to(layer.device))

@@ -53,7 +53,7 @@ class Projections(nn.Module):
 
 
 class VeRADelta(LowRank):
-    """d (*stack, r), b (*stack, out), fp32. `VeRA.join` sets the projections."""
+    """d (*matrices, r), b (*matrices, out), fp32. `VeRA.join` sets the projections."""
 
     projections: Projections
 
@@ -65,13 +65,13 @@ class VeRADelta(LowRank):
         d_initial: float,
         dropout: float,
         device: torch.device,
-        stack: tuple[int, ...] = (),
+        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__(dropout)
         self.shape = (out, inn)
-        d = torch.full((*stack, rank), d_initial, device=device, dtype=torch.float32)
+        d = torch.full((*matrices, rank), d_initial, device=device, dtype=torch.float32)
         self.d = nn.Parameter(d)
-        self.b = zeros((*stack, out), device)
+        self.b = zeros((*matrices, out), device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         out, inn = self.shape
@@ -114,7 +114,7 @@ class VeRA(Spec):
     def build(self, layer: Layer) -> VeRADelta:
         out, inn = layer.shape
         own = (self.rank, self.d_initial, self.dropout)
-        return VeRADelta(out, inn, *own, layer.device, layer.stack)
+        return VeRADelta(out, inn, *own, layer.device, layer.matrices)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]

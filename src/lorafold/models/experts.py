@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lorafold.bases.expert_matrices import held, quantized
 from lorafold.bases.experts import route
-from lorafold.bases.stacks import held, quantized
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.stacked import stack_names, stacks
+from lorafold.core.matrices import expert_parameters, matrices_of
 from lorafold.ops.nf4 import BLOCK
 
 
@@ -23,7 +23,7 @@ def experts_quantized(quantization: str) -> Iterator[None]:
     """
 
     def quantize(module: Any, name: str, parameter: Any) -> Any:
-        if name not in stack_names(module) or parameter.is_meta or parameter.dim() != 3:
+        if name not in expert_parameters(module) or parameter.is_meta or parameter.dim() != 3:
             return None
         if parameter.shape[1 if module.is_transposed else 2] % BLOCK:
             return None
@@ -41,5 +41,5 @@ def experts_quantized(quantization: str) -> Iterator[None]:
 def route_quantized(model: torch.nn.Module) -> None:
     """Make modules of experts that have quantized matrices compute with these."""
     for _, module in bare_modules(model):
-        if any(held(stack).quantized for stack in stacks(module).values()):
+        if any(held(matrices).quantized for matrices in matrices_of(module).values()):
             route(module)

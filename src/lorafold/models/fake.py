@@ -20,9 +20,9 @@ from transformers.initialization import no_init_weights
 
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
-from lorafold.bases.stacks import quantized
+from lorafold.bases.expert_matrices import quantized
 from lorafold.core.fake import is_fake
-from lorafold.core.stacked import stack_names
+from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError
 from lorafold.models.architecture import auto_class
 from lorafold.models.experts import route_quantized
@@ -118,7 +118,7 @@ def fake_model(
         for path in packable(model):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
-            if name in stack_names(owner):
+            if name in expert_parameters(owner):
                 own: Any = owner._parameters[name]
                 owner._parameters[name] = quantized(own, storage.quantization)
                 continue

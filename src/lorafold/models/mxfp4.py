@@ -4,9 +4,9 @@ these are, and whether the files have what that takes.
     experts.gate_up_proj_blocks    (E, out, in / 32, 16)    two codes a byte
     experts.gate_up_proj_scales    (E, out, in / 32)        a power of two for 32 weights
 
-Both stay in memory as they are in the files, as parameters of those names (`bases.stacks`), 4.25
-bits a weight; everything else is plain. transformers would dequantize all of it while it loads,
-wherever its own kernels can't run.
+Both stay in memory as they are in the files, as parameters of those names
+(`bases.expert_matrices`), 4.25 bits a weight; everything else is plain. transformers would
+dequantize all of it while it loads, wherever its own kernels can't run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from lorafold.bases.stacks import BLOCKS, GROUP, SCALES, mxfp4_parameters
+from lorafold.bases.expert_matrices import BLOCKS, GROUP, SCALES, mxfp4_parameters
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.stacked import stack_names, stacks
+from lorafold.core.matrices import expert_parameters, matrices_of
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
 from lorafold.ops.mxfp4 import NAN
@@ -45,10 +45,10 @@ def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None
 
     plain, found = settings.get("modules_to_not_convert"), False
     for path, module in bare_modules(model):
-        if not stack_names(module) or not should_convert_module(path, plain):
+        if not expert_parameters(module) or not should_convert_module(path, plain):
             continue
-        for name, stack in stacks(module).items():
-            made = mxfp4_parameters(stack)
+        for name, matrices in matrices_of(module).items():
+            made = mxfp4_parameters(matrices)
             inn = module._parameters.pop(name).shape[1 if module.is_transposed else 2]  # type: ignore[union-attr]
             if inn % GROUP:
                 raise LorafoldError(
@@ -99,7 +99,7 @@ def check_scales(model: nn.Module, what: str) -> None:
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, module in bare_modules(model):
-        for stack in stack_names(module):
-            for name in (stack + BLOCKS, stack + SCALES):
+        for matrices in expert_parameters(module):
+            for name in (matrices + BLOCKS, matrices + SCALES):
                 if (parameter := module._parameters.get(name)) is not None:
                     yield f"{path}.{name}", parameter

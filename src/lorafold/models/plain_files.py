@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from lorafold.bases.compressed import CompressedLinear
-from lorafold.bases.stacks import BLOCKS, held
+from lorafold.bases.expert_matrices import BLOCKS, held
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.stacked import Stack
+from lorafold.core.matrices import Matrices
 from lorafold.models.checkpoint import Checkpoint, MappedModel
 from lorafold.models.container import Container, Entry
 
@@ -76,7 +76,7 @@ def as_plain(
 def _quantized(
     mapped: MappedModel,
 ) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
-    """Each quantized matrix, or stack of them: its site, the module that says what it is
+    """Each quantized matrix, or parameter of several: its site, the module that says what it is
     dequantized to, its parameter's path in a plain model, the paths of the tensors that are not
     written again, codes first, and its shape as a plain model stores it.
     """
@@ -89,6 +89,6 @@ def _quantized(
             others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]
             shape: tuple[int, ...] = (module.out_features, module.in_features)
             yield path, module, f"{path}.weight", [codes, *others], shape
-        elif isinstance(module, Stack) and (stored := held(module)).quantized:
+        elif isinstance(module, Matrices) and (stored := held(module)).quantized:
             own = [path.removesuffix(module.name) + name for name in stored.names]
             yield path, module.owner, path, own, (stored.number, *stored.sides)

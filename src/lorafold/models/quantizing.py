@@ -29,8 +29,8 @@ from lorafold.bases import is_linear, layer_of
 from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.bases.compressed import CompressedLinear
 from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.matrices import module_at
 from lorafold.core.presets import all_linear
-from lorafold.core.stacked import module_at
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.models.compressed import remark

@@ -152,7 +152,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     """LorafoldError lists every field that has a wrong value or is not supported."""
     method = method_of(config)
     spec, problems = method.read(config)
-    shared: dict[str, Any] = {"stacks": not method.of_peft}
+    shared: dict[str, Any] = {"experts": not method.of_peft}
     if method.preset is not None:
         shared |= {"target_modules": (), "preset": method.preset}
     if method.parameters and config.get(PARAMETERS.key) and config.get("target_modules") is None:

@@ -26,7 +26,7 @@ from torch import nn
 from lorafold.bases import is_linear, layer_class
 from lorafold.bases.dense import Conv1D
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.stacked import Stack, module_at, parameter_path, stack_names
+from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
 
@@ -43,7 +43,7 @@ def renames(model: nn.Module) -> bool:
     looks the model's type up in transformers' table of families.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not any(isinstance(m, Stack) for _, m in bare_modules(model)):
+    if kind is None or not any(isinstance(m, Matrices) for _, m in bare_modules(model)):
         return False
     from transformers import conversion_mapping
 
@@ -62,7 +62,7 @@ def as_parameters(model: nn.Module, targets: Iterable[str], renamed: bool) -> di
     found = {}
     for path in targets:
         module = module_at(model, path)
-        if isinstance(module, Stack) or (renamed and path.rsplit(".", 1)[-1] in RENAMED):
+        if isinstance(module, Matrices) or (renamed and path.rsplit(".", 1)[-1] in RENAMED):
             found[path] = parameter_path(module, path, "weight")
     return found
 
@@ -71,11 +71,11 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
     """How many wrappers of other parameters PEFT puts over each target that is one of experts."""
     owned: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for path in targets:
-        if isinstance(module := module_at(model, path), Stack):
+        if isinstance(module := module_at(model, path), Matrices):
             owned[module.owner][module.name] = path
     found = {}
     for owner, sites in owned.items():
-        order = [sites[name] for name in reversed(stack_names(owner)) if name in sites]
+        order = [sites[name] for name in reversed(expert_parameters(owner)) if name in sites]
         found.update({path: above for above, path in enumerate(order)})
     return found
 
@@ -102,7 +102,7 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
         if name is None:
             continue
         matrix = is_linear(module) and not issubclass(layer_class(module), Conv1D)
-        if leaf in stack_names(module):
+        if leaf in expert_parameters(module):
             found[name].append(path)
         elif leaf == "weight" and matrix:
             found[name].append(owner)
@@ -137,7 +137,7 @@ def check_fused(model: nn.Module, keys: Iterable[str]) -> None:
     all experts in one parameter.
     """
     each = [key for key in keys if PER_EXPERT.search(key)]
-    if each and any(isinstance(m, Stack) for _, m in bare_modules(model)):
+    if each and any(isinstance(m, Matrices) for _, m in bare_modules(model)):
         raise LorafoldError(
             f"found {len(each)} tensors of single experts, such as {min(each)}, as transformers 4"
             " had them; expected those of target_parameters: load the adapter with PEFT, which"
@@ -151,7 +151,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
     """
     for path, module in bare_modules(model):
         own = (name for name, parameter in module._parameters.items() if parameter is not None)
-        for name in dict.fromkeys([*stack_names(module), *own]):
+        for name in dict.fromkeys([*expert_parameters(module), *own]):
             yield f"{path}.{name}" if path else name, path, module, name
 
 

@@ -174,10 +174,10 @@ def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
     a, b = lora(delta, layer)
 
-    def up(_: Tensor, site: Site) -> Tensor:  # (*stack, out, 2 r)
+    def up(_: Tensor, site: Site) -> Tensor:  # (*matrices, out, 2 r)
         return b.to_file(site.delta.factors()[0] / site.delta.scale, site)  # type: ignore[index, operator]
 
-    def down(_: Tensor, site: Site) -> Tensor:  # (*stack, 2 r, in)
+    def down(_: Tensor, site: Site) -> Tensor:  # (*matrices, 2 r, in)
         return a.to_file(site.delta.factors()[1], site)  # type: ignore[index]
 
     return [replace(a, to_file=down), replace(b, to_file=up)]

@@ -110,8 +110,8 @@ def not_owners(owner: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | N
 
 
 def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str | None]:
-    """The check of a mixture's factors, up (*stack, out, R) or down (*stack, R, in): dimension
-    `dim`, -1 or -2, has a column for each owner, and the others are those of the layer.
+    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in):
+    dimension `dim`, -1 or -2, has a column for each owner, and the others are those of the layer.
     """
 
     def misfit(factor: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:

@@ -19,8 +19,8 @@ from torch import nn
 
 from lorafold.bases import is_linear
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import Stack, module_at
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.peft.form import Form
@@ -44,7 +44,7 @@ class Selection:
     tokens: Ids = ()
     target_parameters: tuple[str, ...] = ()
     preset: str | None = None  # what the method always adapts, instead of target_modules
-    stacks: bool = False  # target_modules name matrices of experts too, as PEFT's do not
+    experts: bool = False  # target_modules name matrices of experts too, as PEFT's do not
 
     def targets(self, model: nn.Module) -> Matches:
         """Return the modules to adapt, by pattern. Patterns that match no module are left out.
@@ -55,7 +55,7 @@ class Selection:
         modules = {
             p: m
             for p, m in bare_modules(model)
-            if p and (self.stacks or not isinstance(m, Stack)) and not self._excluded(p)
+            if p and (self.experts or not isinstance(m, Matrices)) and not self._excluded(p)
         }
         if self.target_modules == "all-linear":
             head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -86,7 +86,7 @@ class Selection:
         it looks those of a module's weight up by the path of the weight.
         """
         sites = [p for hits in selected(model, self.target_parameters).values() for p in hits]
-        pairs = [(f"{p}.weight", p) for p in sites if not isinstance(module_at(model, p), Stack)]
+        pairs = [(f"{p}.weight", p) for p in sites if not isinstance(module_at(model, p), Matrices)]
         if not pairs:
             return spec
         ranks, alphas = (
@@ -152,7 +152,7 @@ def describe(
             f"modules to save {', '.join(names)}: PEFT's format can't name them without"
             f" {', '.join(extra)}; save these too"
         )
-    like = Selection((), whole, stacks=not form.method.of_peft)
+    like = Selection((), whole, experts=not form.method.of_peft)
     parameters = shortest(model, form.parameters.values())
     modules = [path for path in targets if path not in form.parameters]
     if not modules:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafold.bases import layer_class
 from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
-from lorafold.core.stacked import module_at
+from lorafold.core.matrices import module_at
 from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
 from lorafold.peft.parameters import wrappers_over

@@ -28,8 +28,8 @@ from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.attach import Adapted
 from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
+from lorafold.core.matrices import expert_parameters
 from lorafold.core.presets import own_blocks
-from lorafold.core.stacked import stack_names
 from lorafold.ops.gated import ACTIVATIONS, Activation, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
@@ -227,7 +227,7 @@ def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
     None if the module has no experts or their gate is another.
     """
     plain: Any = getattr(module, "_apply_gate", None)
-    if not stack_names(module) or plain.__func__.__name__ != "_default_apply_gate":
+    if not expert_parameters(module) or plain.__func__.__name__ != "_default_apply_gate":
         return None
     u = torch.linspace(-6, 6, 64).view(2, 32)
     for known in ACTIVATIONS.values():

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
 from lorafold.core.attach import Adapted, Origin
+from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import module_at
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out

@@ -15,8 +15,8 @@ from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.attach import adapted_modules
 from lorafold.core.base import bare
 from lorafold.core.delta import Delta
+from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
-from lorafold.core.stacked import module_at
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.bias import BiasDelta

@@ -47,8 +47,8 @@ class Gates(nn.Module):
 
 
 def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
-    """Give a delta empty buffers for the frozen factors: up (*stack, out, R), down (*stack, R, in),
-    fp32, and owner (R,) int64, the index of the adapter that a column of up belongs to.
+    """Give a delta empty buffers for the frozen factors: up (*matrices, out, R), down (*matrices,
+    R, in), fp32, and owner (R,) int64, the index of the adapter that a column of up belongs to.
 
     Args:
         delta: the delta.
@@ -56,7 +56,7 @@ def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
     """
     (out, inn), device = layer.shape, layer.device
     for name, sides in {"up": (out, 0), "down": (0, inn)}.items():
-        empty = torch.zeros(*layer.stack, *sides, device=device, dtype=torch.float32)
+        empty = torch.zeros(*layer.matrices, *sides, device=device, dtype=torch.float32)
         delta.register_buffer(name, empty)
     delta.register_buffer("owner", torch.zeros(0, device=device, dtype=torch.int64))
 
@@ -94,7 +94,7 @@ class MixtureDelta(LowRank):
 
 
 class RoutedDelta(Opaque):
-    """Frozen factors with gates that a router (*stack, n, in), fp32, computes for each token."""
+    """Frozen factors with gates that a router (*matrices, n, in), fp32, computes for each token."""
 
     up: Tensor
     down: Tensor
@@ -103,7 +103,7 @@ class RoutedDelta(Opaque):
     def __init__(self, layer: Layer, n: int) -> None:
         super().__init__()
         self.n = n
-        start = torch.zeros(*layer.stack, n, layer.shape[1], dtype=torch.float32)
+        start = torch.zeros(*layer.matrices, n, layer.shape[1], dtype=torch.float32)
         self.router = nn.Parameter(start.to(layer.device))
         add_factor_buffers(self, layer)
 
@@ -111,7 +111,7 @@ class RoutedDelta(Opaque):
         gates = layer.op(x, self.router).float().softmax(-1)  # (..., n)
         u = layer.op(x, self.down)  # (..., R)
         u = u * gates[..., self.owner].to(u.dtype)
-        change = layer.op(u, self.up) if layer.stack else F.linear(u, self.up.to(u.dtype))
+        change = layer.op(u, self.up) if layer.matrices else F.linear(u, self.up.to(u.dtype))
         return layer(x, onto=add(change, onto))
 
 

@@ -12,8 +12,8 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
 
 
 def kaiming(factor: Tensor) -> None:
-    """Fill a factor (*stack, k, in) with kaiming-uniform numbers, as PEFT does: between -b and b, b
-    the inverse root of `in`; each of its matrices by itself.
+    """Fill a factor (*matrices, k, in) with kaiming-uniform numbers, as PEFT does: between -b and
+    b, b the inverse root of `in`; each of its matrices by itself.
     """
     for matrix in factor.detach().view(-1, *factor.shape[-2:]):
         nn.init.kaiming_uniform_(matrix, a=5**0.5)

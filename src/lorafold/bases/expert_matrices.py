@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases.bitsandbytes import PACKERS
-from lorafold.core.stacked import Stack
+from lorafold.core.matrices import Matrices
 from lorafold.ops.mxfp4 import dequantize
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS
 
@@ -33,9 +33,9 @@ class Held(ABC):
     quantized = False
     endings: tuple[str, ...] = ("",)  # of the names of the parameters, the matrices' first
 
-    def __init__(self, stack: Stack) -> None:
-        owner: Any = stack.owner
-        self.names = [stack.name + ending for ending in self.endings]
+    def __init__(self, matrices: Matrices) -> None:
+        owner: Any = matrices.owner
+        self.names = [matrices.name + ending for ending in self.endings]
         self.parameter: Any = owner._parameters[self.names[0]]
         self.number, self.transposed = int(owner.num_experts), bool(owner.is_transposed)
         self.compute_dtype: torch.dtype | None = owner.__dict__.get("compute_dtype")
@@ -174,9 +174,9 @@ class MXFP4(Codes):
 
     endings = (BLOCKS, SCALES)
 
-    def __init__(self, stack: Stack) -> None:
-        super().__init__(stack)
-        self.scales: Any = stack.owner._parameters[self.names[1]]
+    def __init__(self, matrices: Matrices) -> None:
+        super().__init__(matrices)
+        self.scales: Any = matrices.owner._parameters[self.names[1]]
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -188,25 +188,25 @@ class MXFP4(Codes):
         return self.turned(dequantize(self.parameter[e], self.scales[e], self.dtype))
 
 
-def held(stack: Stack) -> Held:
-    """How a stack's parameter stores its matrices."""
-    if stack.name + BLOCKS in stack.owner._parameters:
-        return MXFP4(stack)
-    parameter: nn.Parameter = stack.owner._parameters[stack.name]  # type: ignore[assignment]
+def held(matrices: Matrices) -> Held:
+    """How a parameter of experts stores its matrices."""
+    if matrices.name + BLOCKS in matrices.owner._parameters:
+        return MXFP4(matrices)
+    parameter: nn.Parameter = matrices.owner._parameters[matrices.name]  # type: ignore[assignment]
     if hasattr(parameter, "quant_state"):
-        return NF4(stack)
-    return Int8(stack) if parameter.dtype is torch.int8 else Floats(stack)
+        return NF4(matrices)
+    return Int8(matrices) if parameter.dtype is torch.int8 else Floats(matrices)
 
 
-def mxfp4_parameters(stack: Stack) -> dict[str, nn.Parameter]:
-    """The parameters (E, out, in / 32, 16) and (E, out, in / 32) that store the stack in MXFP4, by
-    name, without values, for a stack in floating point; in / 32 is rounded down.
+def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
+    """The parameters (E, out, in / 32, 16) and (E, out, in / 32) that store them in MXFP4, by
+    name, without values, for matrices in floating point; in / 32 is rounded down.
     """
-    floats = Floats(stack)
+    floats = Floats(matrices)
     number, out, inn = floats.shape
     shape = (number, out, inn // GROUP)
     return {
-        stack.name + ending: nn.Parameter(
+        matrices.name + ending: nn.Parameter(
             torch.empty(full, dtype=torch.uint8, device=floats.parameter.device),
             requires_grad=False,
         )

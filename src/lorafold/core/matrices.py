@@ -1,12 +1,12 @@
 """The matrices of experts as a module of their own, which deltas can be attached to.
 
-    experts.gate_up_proj    a parameter (E, 2 I, H)  ->  a `Stack` at `...experts.gate_up_proj`
+    experts.gate_up_proj    a parameter (E, 2 I, H)  ->  a `Matrices` at `...experts.gate_up_proj`
 
 A mixture of experts in transformers has one module for the experts of a block, whose 3-D parameters
 have one matrix for each expert. No module is called for such a parameter, so a site there is the
-path of the parameter. The `Stack` becomes a child of its owner, under the parameter's name, when it
-gets its first delta; until then it is made where it is asked for. It has no parameters, since the
-owner keeps its own.
+path of the parameter. The `Matrices` becomes a child of its owner, under the parameter's name, when
+it gets its first delta; until then it is made where it is asked for. It has no parameters, since
+the owner keeps its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 
-class Stack(nn.Module):
+class Matrices(nn.Module):
     """The matrices of the parameter `name` of `owner`."""
 
     owner: nn.Module
@@ -32,7 +32,7 @@ class Stack(nn.Module):
         raise NotImplementedError(f"{self.name} is computed by {type(self.owner).__name__}")
 
 
-def stack_names(module: nn.Module) -> tuple[str, ...]:
+def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of the parameters in which a module holds the matrices of experts: those of
     transformers' interface for experts (`use_experts_implementation`); none for any other module.
     """
@@ -41,11 +41,11 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
-def stacks(module: nn.Module) -> dict[str, Stack]:
-    """The stacks of matrices of a module, by the names of its parameters."""
+def matrices_of(module: nn.Module) -> dict[str, Matrices]:
+    """The matrices of a module of experts, by the names of its parameters."""
     return {
-        name: module._modules.get(name) or Stack(module, name)  # type: ignore[misc]
-        for name in stack_names(module)
+        name: module._modules.get(name) or Matrices(module, name)  # type: ignore[misc]
+        for name in expert_parameters(module)
     }
 
 
@@ -56,7 +56,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     """
     module = model
     for name in path.split(".") if path else ():
-        found = module._modules.get(name) or stacks(module).get(name)
+        found = module._modules.get(name) or matrices_of(module).get(name)
         if found is None:
             raise AttributeError(f"{path}: {type(module).__name__} has no module {name!r}")
         module = found
@@ -71,6 +71,6 @@ def parameter_path(module: nn.Module, path: str, name: str) -> str:
         path: the site.
         name: the parameter's name, "weight" or "bias".
     """
-    if isinstance(module, Stack):
+    if isinstance(module, Matrices):
         return path if name == "weight" else f"{path}_{name}"
     return f"{path}.{name}" if path else name
