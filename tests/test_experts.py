@@ -19,7 +19,7 @@ from lorafold.core.anatomy import bare_modules, routers
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.models.quantizing import compute_in
-from lorafold.ops.grouped import frozen_product, grouped, low_rank_product, product
+from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product, step_of
 from lorafold.step.fused import fused
 from mixtures import CONFIGS, SHAPE, mixture
 
@@ -154,15 +154,29 @@ def test_an_adapter_lies_over_another() -> None:
     assert (logits(model) - y).norm() <= 1e-5 * y.norm()
 
 
-def groups_of(number: int, rows: int) -> tuple:
+def groups_of(number: int, rows: int) -> Groups:
     of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(3))
-    return grouped(of[of != 1], number)  # the second and the last have no rows
+    return grouped(of[of != 1], number)[0]  # the second and the last have no rows
+
+
+@pytest.mark.parametrize(("rows", "number"), [(3, 8), (40, 5), (400, 4), (1000, 3)])
+def test_groups_are_sorted_and_filled_up(rows: int, number: int) -> None:
+    of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
+    groups, taken, places = grouped(of, number)
+    step = step_of(rows, number)
+    sizes = torch.bincount(of, minlength=number)
+    assert groups.sizes == tuple(-(-n // step) * step for n in sizes.tolist())
+    assert len(taken) == len(groups.of_row) == sum(groups.sizes)
+    assert torch.equal(taken[places], torch.arange(rows))
+    assert torch.equal(groups.of_row[places], of)
+    assert torch.equal(groups.of_row, groups.of_row.sort().values)
+    assert [at for e, at in groups.spans()][-1].stop == sum(groups.sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    groups, _ = groups_of(5, 40)
+    groups = groups_of(5, 40)
     n = len(groups.of_row)
     x, onto = torch.randn(n, 6, dtype=dtype), torch.randn(n, 7, dtype=dtype)
     w, down, up = (
@@ -192,7 +206,7 @@ def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
 
 def test_gradients_of_grouped_products_are_right() -> None:
     torch.manual_seed(0)
-    groups, _ = groups_of(4, 12)
+    groups = groups_of(4, 12)
     n = len(groups.of_row)
     x = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 5, 3, dtype=torch.float64)

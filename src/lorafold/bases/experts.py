@@ -229,16 +229,15 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_class.forward(self, hidden, *args, **kwargs)
         return y
     index, weights = (*args, *kwargs.values())
-    groups, order = grouped(index.reshape(-1), self.num_experts)
-    tokens = order // index.shape[-1]
+    groups, rows, places = grouped(index.reshape(-1), self.num_experts)
+    tokens = rows // index.shape[-1]
     first, last = (_layer(s, groups) for s in own.values())
     u = first(hidden.index_select(0, tokens))  # whose backward is faster than that of indexing
     u = last(self._apply_gate(u) if self.has_gate else self.act_fn(u))
     if self.has_post_expert_norm:
         u = self.post_expert_norm(u)
-    u = u * weights.reshape(-1)[order, None]
-    back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=u.device))
-    return u.index_select(0, back).view(*index.shape, -1).sum(1).to(hidden.dtype)
+    y = u.index_select(0, places).view(*index.shape, -1) * weights[..., None]
+    return y.sum(1).to(hidden.dtype)
 
 
 def _layer(matrices: Matrices, groups: Groups) -> Layer:
