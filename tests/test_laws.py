@@ -195,7 +195,18 @@ def test_state_round_trip_and_deepcopy(method: str, base: str) -> None:
     assert torch.equal(other(x), root(x))
 
 
-@pytest.mark.parametrize(("method", "base"), CASES)
+# the fast tests compile one base of each kind
+COMPILED = {"linear", "conv1d", "embedding", "nf4", "fp8", "convolution-1d"}
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [
+        pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] * slow)
+        for case in CASES
+        for slow in [case.values[1] not in COMPILED]
+    ],
+)
 def test_compiles_in_one_graph(method: str, base: str) -> None:
     torch._dynamo.reset()
     root, x, adapter = adapted(method, base)
