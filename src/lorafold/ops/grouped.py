@@ -10,7 +10,8 @@ quantized W is read for those experts alone, one at a time. Backward passes keep
 
 A product of a size that was not seen lately costs 0.6 ms before it begins, which is the time of
 256 x 512 by 512 x 1024 (oneDNN makes a kernel for every shape; AMD EPYC, Zen 5). The number of
-tokens that an expert gets is new at every step, so groups are filled up to a few sizes.
+tokens that an expert gets is new at every step, so groups are filled up to a few sizes. These are
+multiples of a step, and the low-rank factors meet tiles of so many rows, all in one product.
 
 `torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that a small
 update would be lost to a second rounding, and not from codes. On a CPU it is such a loop as well:
@@ -37,12 +38,18 @@ Read = Callable[[int, torch.dtype], Tensor]  # the number of a group, dtype -> W
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of S rows that lie sorted: `sizes`, the number of rows of each, and `of_row` (S,),
-    the group of each row.
+    """The groups of S rows that lie sorted: `sizes`, the number of rows of each, multiples of
+    `step`, and `of_row` (S,), the group of each row.
     """
 
     sizes: tuple[int, ...]
     of_row: Tensor
+    step: int = 1
+
+    @property
+    def tiles(self) -> Tensor:
+        """The group of each tile of `step` rows (n,); no tile has rows of two groups."""
+        return self.of_row[:: self.step]
 
     def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
         """Yield the number of each group that has rows, and where its rows are, if each of the S
@@ -77,20 +84,24 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
         number: the number of groups.
     """
     step = step_of(len(of_row), number)
+    # so many tiles that their number is rarely another: half a tile a group, and a quarter of these
+    whole = step * max(1, number // 4)
     if is_fake(of_row):
-        full = (-(-len(of_row) // number) + step // 2,) * number  # half a step on average
+        share = -(-len(of_row) // (number * step)) * step
+        full = (*(share,) * (number - 1), share + (step * number // 2 + whole - 1) // step * step)
         rows = of_row.new_zeros(sum(full))
-        return Groups(full, rows), rows, torch.zeros_like(of_row)
+        return Groups(full, rows, step), rows, torch.zeros_like(of_row)
     order = of_row.sort(stable=True).indices
     sizes = torch.bincount(of_row, minlength=number)
     padded = (sizes + step - 1).div_(step, rounding_mode="floor").mul_(step)
+    padded[-1] += -padded.sum() % whole
     shift = (padded - sizes).cumsum(0) - (padded - sizes)  # the places filled before each group
     at = torch.arange(len(of_row), device=of_row.device).add_(shift[of_row[order]])
     full = tuple(padded.tolist())
     rows = of_row.new_zeros(sum(full)).index_copy_(0, at, order)
     places = torch.empty_like(order).index_copy_(0, order, at)
     groups = torch.arange(number, device=of_row.device).repeat_interleave(padded)
-    return Groups(full, groups), rows, places
+    return Groups(full, groups, step), rows, places
 
 
 class _Product(Function):
@@ -206,10 +217,11 @@ class _LowRank(Function):
         a, b = down.to(dtype), (up * scale).to(dtype)
         wide = x.to(dtype)
         branch = wide if where is None else xd.to(dtype)
-        u, y = wide.new_empty(len(x), a.shape[1]), wide.new_empty(len(x), b.shape[1])
+        tiles = groups.tiles
+        u = torch.bmm(branch.view(len(tiles), -1, branch.shape[1]), a[tiles].mT)
+        y = torch.bmm(u, b[tiles].mT).view(len(x), -1)
         for e, at in groups.spans():
-            torch.mm(branch[at], a[e].t(), out=u[at])
-            torch.mm(u[at], b[e].t(), out=y[at]).addmm_(wide[at], read(e, dtype).t())
+            y[at].addmm_(wide[at], read(e, dtype).t())
         ctx.save_for_backward(xd, u, a, b, where)
         ctx.read, ctx.groups, ctx.scale, ctx.dtype = read, groups, scale, down.dtype
         return y.to(x.dtype)
@@ -219,28 +231,34 @@ class _LowRank(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         xd, u, a, b, where = ctx.saved_tensors
         need_x, _, _, need_down, need_up, *_ = ctx.needs_input_grad
-        wide, branch = g.to(u.dtype), xd.to(u.dtype)
-        v = torch.empty_like(u)
-        gx = wide.new_empty(xd.shape) if need_x else None
-        gdown = torch.zeros_like(a) if need_down else None
-        gup = b.new_zeros(b.mT.shape) if need_up else None
-        for e, at in ctx.groups.spans():
-            torch.mm(wide[at], b[e], out=v[at])
-            if gx is not None:
-                torch.mm(v[at], a[e], out=gx[at])
-            if gdown is not None:
-                torch.mm(v[at].t(), branch[at], out=gdown[e])
-            if gup is not None:
-                torch.mm(u[at].t(), wide[at], out=gup[e])
-        if gx is not None:
+        wide, tiles = g.to(u.dtype), ctx.groups.tiles
+        gt, xt = (z.reshape(*u.shape[:2], -1) for z in (wide, xd.to(u.dtype)))
+        v = torch.bmm(gt, b[tiles])
+        gx = gdown = gup = None
+        if need_x:
+            gx = torch.bmm(v, a[tiles]).view(xd.shape)
             if where is not None:
                 empty_(gx, where)
             for e, at in ctx.groups.spans():
                 gx[at].addmm_(wide[at], ctx.read(e, wide.dtype))
             gx = gx.to(g.dtype)
-        gdown = None if gdown is None else gdown.to(ctx.dtype)
-        gup = None if gup is None else gup.mT.to(ctx.dtype).mul_(ctx.scale)
+        if need_down:
+            gdown = _summed(torch.bmm(v.mT, xt), tiles, a.shape, ctx.dtype)
+        if need_up:
+            gup = _summed(torch.bmm(u.mT, gt), tiles, b.mT.shape, ctx.dtype).mT.mul(ctx.scale)
         return gx, None, None, gdown, gup, None, None, None
+
+
+def _summed(parts: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sums over the tiles of each group, (E, r, k), in a dtype.
+
+    Args:
+        parts: what each tile contributes (n, r, k).
+        tiles: the group of each tile (n,).
+        shape: (E, r, k).
+        dtype: of the sums.
+    """
+    return parts.new_zeros(shape, dtype=dtype).index_add_(0, tiles, parts.to(dtype))
 
 
 def low_rank_product(
