@@ -221,5 +221,6 @@ def quantized(w: Tensor, quantization: str) -> nn.Parameter:
         w: the matrices as they are stored, (E, a, b).
         quantization: nf4 or int8.
     """
-    parameter: nn.Parameter = PACKERS[quantization](w.flatten(0, 1)).weight  # type: ignore[assignment]
+    linear: Any = PACKERS[quantization](w.flatten(0, 1))
+    parameter: nn.Parameter = linear.weight
     return parameter

@@ -49,7 +49,8 @@ def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None
             continue
         for name, matrices in matrices_of(module).items():
             made = mxfp4_parameters(matrices)
-            inn = module._parameters.pop(name).shape[1 if module.is_transposed else 2]  # type: ignore[union-attr]
+            floats: Any = module._parameters.pop(name)
+            inn = floats.shape[1 if module.is_transposed else 2]
             if inn % GROUP:
                 raise LorafoldError(
                     f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"

@@ -175,7 +175,8 @@ def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
     a, b = lora(delta, layer)
 
     def up(_: Tensor, site: Site) -> Tensor:  # (*matrices, out, 2 r)
-        return b.to_file(site.delta.factors()[0] / site.delta.scale, site)  # type: ignore[index, operator]
+        delta: Any = site.delta
+        return b.to_file(delta.factors()[0] / delta.scale, site)
 
     def down(_: Tensor, site: Site) -> Tensor:  # (*matrices, 2 r, in)
         return a.to_file(site.delta.factors()[1], site)  # type: ignore[index]
