@@ -408,7 +408,7 @@ def test_a_router_of_adapters_at_each_expert(moe_dir):
         delta.owner = torch.tensor([0, 0, 1])
         delta.up, delta.down = torch.randn(E, out, 3), torch.randn(E, 3, inn)
         torch.nn.init.normal_(delta.router)
-        groups, _ = grouped(torch.tensor([2, 0, 2, 3, 0, 2]), E)
+        groups, _, _ = grouped(torch.tensor([2, 0, 2, 3, 0, 2]), E)
         layer.groups = groups
         x = torch.randn(6, inn)
         w, b = layer.dense()
