@@ -148,6 +148,21 @@ def tiny_model(tiny_model_dir):
     return lambda kind: load_model(tiny_model_dir(kind), torch.float32)
 
 
+@pytest.fixture(params=["plain", "native"])
+def each_form(request) -> Iterator[str]:
+    """The form in which the operators of training are computed: in torch, or in C++."""
+    from lorafold.kernels.training import use
+    from lorafold.ops.operators import plainly
+
+    if request.param == "plain":
+        with plainly():
+            yield request.param
+    elif why := use():
+        pytest.skip(why)
+    else:
+        yield request.param
+
+
 @pytest.fixture(params=[False, True], ids=["as-they-are", "widened"])
 def each_arithmetic(request, monkeypatch) -> Iterator[bool]:
     """Is it widened? For tests in 16 bits, of tiny shapes: a processor without an instruction for

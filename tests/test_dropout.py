@@ -15,19 +15,22 @@ from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
 from lorafold.ops.dropout import Dropped, dropout, dropped, emptied, empty_, keep_scale, shared
+from lorafold.ops.operators import plainly
 
 SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
 N = 1 << 20
+pytestmark = pytest.mark.usefixtures("each_form")
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def drawn(x: Tensor, p: float, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return dropped(x, p)
 
 
 def mask(n: int, p: float, seed: int) -> Tensor:
     """(n,) bool, True where dropped."""
     return torch.zeros(n, dtype=torch.bool).index_fill_(
-        0, dropped(torch.empty(n), p, seeded(seed)).long(), True
+        0, drawn(torch.empty(n), p, seed).long(), True
     )
 
 
@@ -43,7 +46,7 @@ def within(found: float, expected: float, variance: float, sigmas: float = 5) ->
 @pytest.mark.parametrize("shape", [(1,), (7, 3), (2, 5, 9), (64, 0), (40, 50)])
 def test_places_are_ascending_and_inside(shape: tuple[int, ...], p: float) -> None:
     for seed in range(20):
-        where = dropped(torch.empty(shape), p, seeded(seed))
+        where = drawn(torch.empty(shape), p, seed)
         assert where.dtype is torch.int32
         assert (where.diff() > 0).all()
         assert ((where >= 0) & (where < math.prod(shape))).all()
@@ -75,7 +78,7 @@ def test_places_are_independent(p: float) -> None:
 
 @pytest.mark.parametrize("p", [p for p in SHARES if p])
 def test_gaps_are_geometric(p: float) -> None:
-    gaps = dropped(torch.empty(N), p, seeded(3)).diff()
+    gaps = drawn(torch.empty(N), p, 3).diff()
     m = len(gaps)
     for k in (1, 2, 3, 5, 10, 20, 100, 1000):
         one, longer = p * (1 - p) ** (k - 1), (1 - p) ** k
@@ -89,19 +92,21 @@ def test_gaps_are_geometric(p: float) -> None:
 def test_numbers_that_do_not_suffice_are_followed_by_more(
     p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chance of one in a billion, forced: the places are those of one long draw, since the
-    generator gives the same numbers.
+    """A chance of one in a billion of the plain form, forced: the places are those of one long
+    draw, since the generator gives the same numbers.
     """
     x, draw = torch.empty(1500), torch.rand
-    whole = [dropped(x, p, seeded(seed)) for seed in range(20)]
+    with plainly():
+        whole = [drawn(x, p, seed) for seed in range(20)]
     sizes: list[int] = []
 
-    def short(n: int, generator: torch.Generator | None) -> Tensor:
+    def short(n: int) -> Tensor:
         sizes.append(n)
-        return draw(min(n, 7), generator=generator)
+        return draw(min(n, 7))
 
     monkeypatch.setattr(torch, "rand", short)
-    pieces = [dropped(x, p, seeded(seed)) for seed in range(20)]
+    with plainly():
+        pieces = [drawn(x, p, seed) for seed in range(20)]
     assert len(sizes) >= 20 + (p >= 0.05)
     assert all(torch.equal(a, b) for a, b in zip(pieces, whole, strict=True))
 
@@ -123,11 +128,6 @@ def test_follows_the_default_generator() -> None:
     assert torch.equal(dropped(x, 0.5), first)
     assert not torch.equal(first, second)
 
-
-def test_own_generator_leaves_the_default_alone() -> None:
-    before = torch.get_rng_state()
-    assert torch.equal(*(dropped(torch.empty(1000), 0.5, seeded(4)) for _ in range(2)))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("form", ["dropout", "shared"])
@@ -153,7 +153,7 @@ def test_checkpoint_replays_the_places(form: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_elements_are_zero_or_scaled(dtype: torch.dtype) -> None:
-    x = torch.randn(40, 50, generator=seeded(0)).to(dtype)
+    x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
     torch.manual_seed(1)
     y = dropout(x, 0.25)
     torch.manual_seed(1)
@@ -181,8 +181,8 @@ def test_the_gradient_has_the_same_places_and_the_input_is_not_kept() -> None:
 
 @pytest.mark.parametrize("form", ["places", "mask"])
 def test_emptied_copies_and_empty_does_not(form: str) -> None:
-    x = torch.randn(6, 10, 4, generator=seeded(7))
-    where = dropped(x, 0.3, seeded(8))
+    x = torch.randn(6, 10, 4, generator=torch.Generator().manual_seed(7))
+    where = drawn(x, 0.3, 8)
     expected = x.flatten().clone()
     expected[where.long()] = 0
     if form == "mask":

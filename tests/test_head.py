@@ -26,6 +26,7 @@ from lorafold.step import head as head_of_step
 from lorafold.step.head import labelled_loss, row_losses
 
 VOCAB, B, T = 97, 2, 11
+pytestmark = pytest.mark.usefixtures("each_form")
 COMMON = {
     "hidden_size": 32,
     "intermediate_size": 48,

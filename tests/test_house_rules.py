@@ -45,6 +45,7 @@ FLOORS = [
     "fold",
     "peft",
     "models",
+    "kernels",
     "files",
     "methods",
     "methods.parts",

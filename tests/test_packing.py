@@ -141,6 +141,7 @@ def heads(tokens: int, widths: tuple[int, int], queries: int, keys: int) -> list
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.usefixtures("each_form")
 def test_attention_equals_its_specification_in_fp64(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_attention_equals_its_specification_in_fp64(
         ((90, 400), None, 30.0),
     ],
 )
+@pytest.mark.usefixtures("each_form")
 def test_attention_in_bf16_errs_no_more_than_its_specification(
     lens: tuple[int, ...], window: int | None, softcap: float | None
 ) -> None:
@@ -233,6 +235,7 @@ def test_collate_shifts_inside_each_document() -> None:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("each_form")
 def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> None:
     model, examples = build(name), rows()
     model.set_attn_implementation("eager")  # softcaps need it, and it is the longest way round

@@ -11,11 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -26,15 +21,12 @@ from torch import Tensor
 
 from lorafold.engine.operations import Operations, Part, Plain, Product
 from lorafold.errors import LorafoldError
-from lorafold.files.cache import cached
+from lorafold.kernels.compiling import Unavailable, loaded
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.cpp")
-FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
-         "-fno-trapping-math")  # fmt: skip
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-SECONDS = 120  # to compile
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "low_rank": [P, P, N, P, P, N, N, N, N, INT],
@@ -45,23 +37,11 @@ SIGNATURES = {
 }
 
 
-class Unavailable(LorafoldError):
-    """The operations can't be compiled or loaded here."""
-
-
 class Native(Operations):
-    """In C++, on the CPU.
+    """In C++, on the CPU. Raises Unavailable where they can't be compiled."""
 
-    Args:
-        library: the compiled file.
-    """
-
-    def __init__(self, library: Path) -> None:
-        try:
-            # calls take microseconds: the interpreter's lock is kept
-            found = ctypes.PyDLL(str(library))
-        except OSError as error:
-            raise Unavailable(f"{library}: it can't be loaded ({error})") from None
+    def __init__(self) -> None:
+        found = loaded(SOURCE)
         self._plain = Plain()
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, parameters in SIGNATURES.items():
@@ -176,45 +156,6 @@ def available() -> Operations:
 def _made() -> Native | str:
     """The operations, or why they can't be had; it is found out once a process."""
     try:
-        return _compile()
+        return Native()
     except LorafoldError as error:
         return str(error)
-
-
-def _compile() -> Native:
-    own = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if own is None:
-        raise Unavailable("found no C++ compiler, expected c++ or g++ (or CXX)")
-    compiler = shlex.split(own)
-    version = _run([*compiler, "--version"])
-    key = "\n".join((SOURCE.read_text(), *FLAGS, version, processor()))
-
-    def write(folder: Path) -> None:
-        target, part = folder / "decode.so", folder / "decode.o"
-        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
-        # without -fopenmp, so that it runs on the threads that torch has loaded
-        _run([*compiler, "-shared", str(part), "-o", str(target)])
-        part.unlink()
-
-    return Native(cached("native", key, write, log.info) / "decode.so")
-
-
-def processor() -> str:
-    """What tells this kind of processor from others: its architecture, model and instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join((platform.machine(), *told))
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]}: it can't run ({error})") from None
-    if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Unavailable(f"{command[0]}: {told[-1]}")
-    return done.stdout

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafold.ops.arithmetic import arithmetic
-from lorafold.ops.gated import Activation
+from lorafold.ops.gated import ACTIVATIONS
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
 
@@ -99,14 +99,14 @@ class Operations(ABC):
             cos, sin: constants that broadcast to x.
         """
 
-    def gated(self, gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    def gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:
         """`lorafold.ops.gated.gated` without gradients: act(gate) * up (..., k).
 
         Args:
             gate, up: the inputs (..., k).
-            act: the activation.
+            act: the name of one of ACTIVATIONS.
         """
-        return act.forward(gate).mul_(up)
+        return ACTIVATIONS[act].forward(gate).mul_(up)
 
 
 class Plain(Operations):

@@ -32,6 +32,24 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.documents import Documents
+from lorafold.ops.operators import operator
+
+
+def _softmax(scores: Tensor, mask: Tensor, scale: float) -> None:
+    scores.copy_(torch.softmax(torch.add(mask, scores, alpha=scale), -1))
+
+
+def _gradient(gp: Tensor, p: Tensor, scale: float) -> None:
+    gp.copy_(torch.ops.aten._softmax_backward_data(gp, p, -1, p.dtype)).mul_(scale)
+
+
+# both overwrite their first argument
+SOFTMAX = operator(
+    "softmax_(Tensor(a!) scores, Tensor mask, float scale) -> ()", _softmax, lambda *args: None
+)
+BACKWARD = operator(
+    "softmax_backward_(Tensor(a!) gp, Tensor p, float scale) -> ()", _gradient, lambda *args: None
+)
 
 
 def _probabilities(
@@ -40,10 +58,14 @@ def _probabilities(
     """q (b, G * t, D), k (b, s, D) -> the probabilities (b, G * t, s), and the tanh that the
     backward of a cap needs.
     """
+    p = torch.bmm(q, k.mT)
     if cap is None:
-        return torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=scale), -1), None
-    t = torch.bmm(q, k.mT).mul_(scale / cap).tanh_()
-    return torch.softmax(torch.add(mask, t, alpha=cap), -1), t
+        SOFTMAX(p, mask, scale)
+        return p, None
+    t = p.mul_(scale / cap).tanh_()
+    p = t.clone()
+    SOFTMAX(p, mask, cap)
+    return p, t
 
 
 class _DocumentAttention(Function):
@@ -87,10 +109,8 @@ class _DocumentAttention(Function):
                 qi, ki, ctx.docs.mask(tile, q.shape[1] // kv_heads, qi), ctx.scale, ctx.cap
             )
             tile.add_keys(gv, torch.bmm(p.mT, gi))
-            # (gp - sum(gp * p)) * p in one pass, the sum in fp32
-            gs = torch.ops.aten._softmax_backward_data(torch.bmm(gi, vi.mT), p, -1, p.dtype).mul_(
-                ctx.scale
-            )
+            gs = torch.bmm(gi, vi.mT)
+            BACKWARD(gs, p, ctx.scale)
             if t is not None:
                 gs.mul_(1 - t * t)
             tile.put_queries(gq, torch.bmm(gs, ki))

@@ -24,6 +24,9 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from lorafold.ops.operators import operator
 
 
 def keep_scale(p: float) -> float:
@@ -36,71 +39,74 @@ def keep_scale(p: float) -> float:
     return 1 / (1 - p)
 
 
-def dropped(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+def dropped(x: Tensor, p: float) -> Tensor:
     """Draw the elements to drop: their ascending indices (m,), int32, in the flattened x; or a
-    boolean mask in x's shape, True for them.
+    boolean mask in x's shape, True for them. An element is dropped with probability p.
 
     Raises ValueError for p outside [0, 1).
-
-    Args:
-        x: the input, of any shape.
-        p: the probability that an element is dropped.
-        generator: the random generator (None: the default one of x's device).
     """
     keep_scale(p)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.rand(x.shape, device=x.device, generator=generator) < p
-    if generator is not None:
-        return _drawn(x, p, generator)
-    indices: Tensor = torch.ops.lorafold.dropped_places.default(x, p)
+        return torch.rand(x.shape, device=x.device) < p
+    indices: Tensor = PLACES(x, p)
     return indices
 
 
-def _drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    return _places(x.numel(), p, generator).to(torch.int32 if x.numel() < 2**31 else torch.int64)
+def _drawn(x: Tensor, p: float) -> Tensor:
+    return _places(x.numel(), p).to(torch.int32 if x.numel() < 2**31 else torch.int64)
 
 
 def _fake(x: Tensor, p: float) -> Tensor:
     return x.new_empty(round(x.numel() * p), dtype=torch.int32)  # the expected number
 
 
-# an operator of torch, so that fake tensors have as many indices as real ones
-LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
-LIBRARY.define("dropped_places(Tensor x, float p) -> Tensor")
-LIBRARY.impl("dropped_places", _drawn, "CPU")
-torch.library.register_fake("lorafold::dropped_places", _fake, lib=LIBRARY)
+PLACES = operator("dropped_places(Tensor x, float p) -> Tensor", _drawn, _fake)
 
 
-def _places(n: int, p: float, generator: torch.Generator | None) -> Tensor:
+def _places(n: int, p: float) -> Tensor:
     if n == 0 or p == 0:
         return torch.empty(0, dtype=torch.int64)
     expected = n * p
-    u = torch.rand(int(expected + 6 * math.sqrt(expected) + 16), generator=generator)
+    u = torch.rand(int(expected + 6 * math.sqrt(expected) + 16))
     gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=n).long().add_(1)
     places = gaps.cumsum(0).sub_(1)
     last = int(places[-1])
     if last < n - 1:  # too few were drawn: once in a billion
-        places = torch.cat([places, last + 1 + _places(n - 1 - last, p, generator)])
+        places = torch.cat([places, last + 1 + _places(n - 1 - last, p)])
     return places[: int(torch.searchsorted(places, n))]
 
 
 def emptied(x: Tensor, where: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
-    return (
-        x.masked_fill(where, 0)
-        if where.dtype is torch.bool
-        else x.flatten().index_fill(0, where.long(), 0).view(x.shape)
-    )
+    return empty_(x.clone(memory_format=torch.contiguous_format), where)
 
 
 def empty_(x: Tensor, where: Tensor) -> Tensor:
     """`emptied` in place, for a contiguous x of any shape with the same number of elements."""
+    EMPTY(x, where)
+    return x
+
+
+def _empty(x: Tensor, where: Tensor) -> None:
     flat = x.view(-1)
     if where.dtype is torch.bool:
         flat.masked_fill_(where.flatten(), 0)
     else:
         flat.index_fill_(0, where.long(), 0)
-    return x
+
+
+EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _empty, lambda x, where: None)
+
+
+class _Emptied(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: Tensor) -> Tensor:
+        ctx.save_for_backward(where)
+        return emptied(x, where)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Emptied.apply(g, *ctx.saved_tensors), None
 
 
 class Dropped(NamedTuple):
@@ -157,4 +163,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Raises ValueError for p outside [0, 1).
     """
-    return emptied(x, dropped(x, p)) * keep_scale(p)
+    where = dropped(x, p)
+    kept: Tensor = (
+        x.masked_fill(where, 0) if where.dtype is torch.bool else _Emptied.apply(x, where)
+    )
+    return kept * keep_scale(p)

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.operators import operator
+
 
 class Activation(NamedTuple):
     """An elementwise function and its derivative."""
@@ -37,25 +39,46 @@ ACTIVATIONS = {
 }
 
 
+def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    return ACTIVATIONS[act].forward(gate).mul_(up)
+
+
+def _gradients(gy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    known = ACTIVATIONS[act]
+    return known.backward(gy * up, gate), known.forward(gate).mul_(gy)
+
+
+GATED = operator(
+    "gated(Tensor gate, Tensor up, str act) -> Tensor",
+    _gated,
+    lambda gate, up, act: torch.empty_like(gate),
+)
+BACKWARD = operator(
+    "gated_backward(Tensor gy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
+    _gradients,
+    lambda gy, gate, up, act: (torch.empty_like(gate), torch.empty_like(up)),
+)
+
+
 class _Gated(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return act.forward(gate).mul_(up)
+        y: Tensor = GATED(gate, up, act)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        return ctx.act.backward(gy * up, gate), ctx.act.forward(gate).mul_(gy), None
+        return *BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
 
 
-def gated(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) * up (..., k). Differentiable once.
 
     Args:
         gate, up: the inputs (..., k), of one dtype.
-        act: one of ACTIVATIONS.
+        act: the name of one of ACTIVATIONS.
     """
     return _Gated.apply(gate, up, act)

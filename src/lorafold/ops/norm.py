@@ -21,31 +21,48 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.operators import operator
+
+
+def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
+
+
+def _gradient(gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xw = x.to(wide)
+    squares = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_()
+    r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    gx = gy.to(wide) * gain
+    along = torch.linalg.vecdot(gx, xw).unsqueeze(-1).mul_(r**3 / x.shape[-1])
+    return gx.mul_(r).addcmul_(xw, along, value=-1).to(x.dtype)
+
+
+NORM = operator(
+    "rms_norm(Tensor x, Tensor gain, float eps) -> Tensor",
+    _normed,
+    lambda x, gain, eps: torch.empty_like(x),
+)
+BACKWARD = operator(
+    "rms_norm_backward(Tensor gy, Tensor x, Tensor gain, float eps) -> Tensor",
+    _gradient,
+    lambda gy, x, gain, eps: torch.empty_like(x),
+)
+
 
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps = eps
-        wide = torch.promote_types(x.dtype, gain.dtype)
-        return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
+        y: Tensor = NORM(x, gain, eps)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
-        x, gain = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        xw = x.to(wide)
-        r = (
-            torch.linalg.vector_norm(xw, dim=-1, keepdim=True)
-            .square_()
-            .div_(x.shape[-1])
-            .add_(ctx.eps)
-            .rsqrt_()
-        )
-        gx = gy.to(wide) * gain
-        along = torch.linalg.vecdot(gx, xw).unsqueeze(-1).mul_(r**3 / x.shape[-1])
-        return gx.mul_(r).addcmul_(xw, along, value=-1).to(x.dtype), None, None
+        return BACKWARD(gy, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

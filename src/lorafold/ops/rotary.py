@@ -16,28 +16,37 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.operators import operator
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
+    of_b, of_a, sign = (sin_b, sin_a, 1) if back else (sin_a, sin_b, -1)
+    y = torch.mul(x, cos)
+    ya, yb = y.chunk(2, -1)
+    ya.addcmul_(b, of_b, value=sign)
+    yb.addcmul_(a, of_a, value=-sign)
+    return y
+
+
+ROTARY = operator(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
+    _rotated,
+    lambda x, cos, sin, back: torch.empty_like(x),
+)
+
 
 class _Rotary(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
-        y = torch.mul(x, cos)
-        ya, yb = y.chunk(2, -1)
-        ya.addcmul_(b, sin_a, value=-1)
-        yb.addcmul_(a, sin_b)
+        y: Tensor = ROTARY(x, cos, sin, False)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        (ga, gb), (sin_a, sin_b) = gy.chunk(2, -1), sin.chunk(2, -1)
-        gx = torch.mul(gy, cos)
-        ha, hb = gx.chunk(2, -1)
-        ha.addcmul_(gb, sin_b)
-        hb.addcmul_(ga, sin_a, value=-1)
-        return gx, None, None
+        return ROTARY(gy, *ctx.saved_tensors, True), None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.ops.cross_entropy import chunks, widened
+from lorafold.ops.cross_entropy import chunks
+from lorafold.ops.logits import widened
 from lorafold.step.head import head_of, until_head
 
 

@@ -30,7 +30,8 @@ from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
 from lorafold.core.presets import own_blocks
-from lorafold.ops.gated import ACTIVATIONS, Activation, gated
+from lorafold.kernels.training import use
+from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
 
@@ -59,7 +60,7 @@ def fused(
     linears: bool = True,
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary,
-    gate: Callable[[Tensor, Tensor, Activation], Tensor] = gated,
+    gate: Callable[[Tensor, Tensor, str], Tensor] = gated,
 ) -> Iterator[FastPath]:
     """Replace all parts that can be fused until the `with` block ends.
 
@@ -74,6 +75,7 @@ def fused(
         "norms": partial(_fused_norm, norm),
         "MLP": partial(_fused_mlp, gate),
     }
+    use()
     paths, own = blocks(model), own_blocks(model)
     inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in paths]
     with ExitStack() as stack:
@@ -206,7 +208,7 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
         return None
     gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     z = torch.linspace(-6, 6, 97)
-    known = next((known for known in ACTIVATIONS.values() if _agree(known.forward, act, z)), None)
+    known = next((name for name, own in ACTIVATIONS.items() if _agree(own.forward, act, z)), None)
     width = getattr(gate, "in_features", None)
     if known is None or not isinstance(width, int):
         return None
@@ -230,9 +232,9 @@ def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
     if not expert_parameters(module) or plain.__func__.__name__ != "_default_apply_gate":
         return None
     u = torch.linspace(-6, 6, 64).view(2, 32)
-    for known in ACTIVATIONS.values():
+    for known in ACTIVATIONS:
 
-        def forward(u: Tensor, known: Activation = known) -> Tensor:
+        def forward(u: Tensor, known: str = known) -> Tensor:
             gate, up = u.chunk(2, dim=-1)
             fused: Tensor = gating(gate, up, known)
             return fused

@@ -40,8 +40,8 @@ from lorafold.ops.cross_entropy import (
     head_cross_entropy,
     head_losses,
     linear_cross_entropy,
-    widened,
 )
+from lorafold.ops.logits import widened
 
 
 def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:

@@ -1,0 +1,3 @@
+"""Operations in C++, compiled for this processor when they are first needed and kept in the cache;
+without a compiler torch computes the same.
+"""

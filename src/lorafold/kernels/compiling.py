@@ -1,0 +1,84 @@
+"""Compiles a file of C++ for this processor and loads it; the library is kept in the cache.
+
+    functions = loaded(SOURCE)          ctypes functions, by the names that the file exports
+
+That takes a second or two, once for each processor, compiler and version of the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from lorafold.errors import LorafoldError
+from lorafold.files.cache import cached
+
+log = logging.getLogger(__name__)
+
+HEADERS = Path(__file__).parent
+FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
+         "-fno-trapping-math")  # fmt: skip
+SECONDS = 120  # to compile
+
+
+class Unavailable(LorafoldError):
+    """Operations can't be compiled or loaded here."""
+
+
+def loaded(source: Path) -> ctypes.PyDLL:
+    """The library of a file of C++, compiled if it is not in the cache. Its calls keep the
+    interpreter's lock, since they take microseconds.
+
+    Raises Unavailable without a C++ compiler, OpenMP, or a cache that can be written.
+    """
+    library = _compiled(source)
+    try:
+        return ctypes.PyDLL(str(library))
+    except OSError as error:
+        raise Unavailable(f"{library}: it can't be loaded ({error})") from None
+
+
+def _compiled(source: Path) -> Path:
+    own = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if own is None:
+        raise Unavailable("found no C++ compiler, expected c++ or g++ (or CXX)")
+    compiler = shlex.split(own)
+    version = _run([*compiler, "--version"])
+    texts = [path.read_text() for path in (source, *sorted(HEADERS.glob("*.h")))]
+    key = "\n".join((*texts, *FLAGS, version, processor()))
+
+    def write(folder: Path) -> None:
+        target, part = folder / f"{source.stem}.so", folder / f"{source.stem}.o"
+        _run([*compiler, *FLAGS, f"-I{HEADERS}", "-c", str(source), "-o", str(part)])
+        # without -fopenmp, so that it runs on the threads that torch has loaded
+        _run([*compiler, "-shared", str(part), "-o", str(target)])
+        part.unlink()
+
+    return cached("native", key, write, log.info) / f"{source.stem}.so"
+
+
+def processor() -> str:
+    """What tells this kind of processor from others: its architecture, model and instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join((platform.machine(), *told))
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]}: it can't run ({error})") from None
+    if done.returncode:
+        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Unavailable(f"{command[0]}: {told[-1]}")
+    return done.stdout

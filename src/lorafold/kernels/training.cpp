@@ -1,0 +1,351 @@
+// The passes over memory of a training step; `training.py` says which operation of `lorafold.ops`
+// each of them computes, and that has its equation and shapes.
+//
+// Inputs and outputs are float or bfloat16, everything between them is fp32, rounded once. Rows are
+// divided among threads, so a result does not depend on their number.
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr long FEW = 1 << 15;  // elements that are too few for a second thread
+
+inline vector larger(vector x, vector y) { return x > y ? x : y; }
+
+inline float largest(vector x) {
+  typedef float eight __attribute__((vector_size(32)));
+  typedef float four __attribute__((vector_size(16)));
+  struct { eight a, b; } two = as<decltype(two)>(x);
+  struct { four a, b; } halves = as<decltype(halves)>(two.a > two.b ? two.a : two.b);
+  four y = halves.a > halves.b ? halves.a : halves.b;
+  return std::max(std::max(y[0], y[1]), std::max(y[2], y[3]));
+}
+
+// the block at `at` of n numbers; what is beyond them is `beyond`
+template <class T>
+inline pair block(const T* x, long at, long n, float beyond = 0) {
+  if (at + BLOCK <= n) return load_block(x + at);
+  T part[BLOCK];
+  store_block(part, {vector{} + beyond, vector{} + beyond});
+  std::memcpy(static_cast<void*>(part), x + at, (n - at) * sizeof(T));
+  return load_block(part);
+}
+
+template <class T>
+inline void put(T* x, long at, long n, pair y) {
+  if (at + BLOCK <= n) return store_block(x + at, y);
+  T part[BLOCK];
+  store_block(part, y);
+  std::memcpy(static_cast<void*>(x + at), part, (n - at) * sizeof(T));
+}
+
+// 1 / (1 + e^-x)
+inline vector sigmoid(vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// activations are x sigmoid(z(x)); here z and its derivative
+struct silu {
+  static vector z(vector x) { return x; }
+  static vector slope(vector x) { return x - x + 1.0f; }
+};
+
+struct gelu_tanh {
+  static constexpr float A = 1.5957691216f, B = 0.044715f;
+  static vector z(vector x) { return A * (x + B * x * x * x); }
+  static vector slope(vector x) { return A * (1.0f + 3.0f * B * x * x); }
+};
+
+template <class Act>
+inline vector activated(vector x, vector up) {
+  return x * sigmoid(Act::z(x)) * up;
+}
+
+template <class Act, class T>
+void gated(const T* gate, const T* up, T* out, long n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
+  for (long i = 0; i < n; i += BLOCK) {
+    pair x = block(gate, i, n), u = block(up, i, n);
+    put(out, i, n, {activated<Act>(x.a, u.a), activated<Act>(x.b, u.b)});
+  }
+}
+
+// x becomes the gradient of the gate, u that of up
+template <class Act>
+inline void gated_gradients(vector g, vector& x, vector& u) {
+  vector s = sigmoid(Act::z(x)), y = g * x * s;
+  x = g * u * s * (1.0f + x * (1.0f - s) * Act::slope(x));
+  u = y;
+}
+
+template <class Act, class T>
+void gated_backward(const T* g, const T* gate, const T* up, T* to_gate, T* to_up, long n,
+                    int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
+  for (long i = 0; i < n; i += BLOCK) {
+    pair gi = block(g, i, n), x = block(gate, i, n), u = block(up, i, n);
+    gated_gradients<Act>(gi.a, x.a, u.a);
+    gated_gradients<Act>(gi.b, x.b, u.b);
+    put(to_gate, i, n, x);
+    put(to_up, i, n, u);
+  }
+}
+
+template <class T>
+void rms_norm(const T* x, const float* gain, T* out, long rows, long n, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long b = 0; b < rows; b++) {
+    const T* from = x + b * n;
+    T* to = out + b * n;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (long i = 0; i < n; i++) squares += load(from + i) * load(from + i);
+    float r = 1.0f / std::sqrt(squares / n + eps);
+#pragma omp simd
+    for (long i = 0; i < n; i++) store(to + i, load(from + i) * r * gain[i]);
+  }
+}
+
+template <class T>
+void rms_norm_backward(const T* g, const T* x, const float* gain, T* out, long rows, long n,
+                       float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long b = 0; b < rows; b++) {
+    const T *gb = g + b * n, *xb = x + b * n;
+    T* to = out + b * n;
+    float squares = 0, along = 0;
+#pragma omp simd reduction(+ : squares, along)
+    for (long i = 0; i < n; i++) {
+      float xi = load(xb + i);
+      squares += xi * xi;
+      along += xi * gain[i] * load(gb + i);
+    }
+    float r = 1.0f / std::sqrt(squares / n + eps), of_x = along * r * r * r / n;
+#pragma omp simd
+    for (long i = 0; i < n; i++) store(to + i, r * gain[i] * load(gb + i) - of_x * load(xb + i));
+  }
+}
+
+// x and out (heads, tokens, d) with these strides, cos and sin (tokens, d); `sign` -1 transposes
+template <class T>
+void rotary(const T* x, const T* cos, const T* sin, T* out, long heads, long tokens, long d,
+            long head, long token, long to_head, long to_token, float sign, int threads) {
+  long half = d / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (heads * tokens * d > FEW)
+  for (long t = 0; t < tokens; t++) {
+    const T *c = cos + t * d, *s = sin + t * d;
+    for (long h = 0; h < heads; h++) {
+      const T* from = x + h * head + t * token;
+      T* to = out + h * to_head + t * to_token;
+      // the sines that a and b are multiplied with
+      const T *of_b = sign > 0 ? s : s + half, *of_a = sign > 0 ? s + half : s;
+#pragma omp simd
+      for (long i = 0; i < half; i++) {
+        float a = load(from + i), b = load(from + half + i);
+        store(to + i, a * load(c + i) - sign * b * load(of_b + i));
+        store(to + half + i, b * load(c + half + i) + sign * a * load(of_a + i));
+      }
+    }
+  }
+}
+
+// 0 where x is too small for `exponential`
+inline vector weight_of(vector x) { return x < -87.0f ? vector{} : exponential(x); }
+
+// scores (rows, n) times scale, plus one of the rows of the mask in turn, which are `step` apart,
+// become probabilities
+template <class T>
+void softmax(T* scores, const T* mask, long rows, long masks, long step, long n, float scale,
+             int threads) {
+  constexpr float NONE = -std::numeric_limits<float>::infinity();
+#pragma omp parallel num_threads(threads) if (rows * n > FEW)
+  {
+    std::vector<float> buffer(n + BLOCK);
+    float* e = buffer.data();
+#pragma omp for schedule(static)
+    for (long i = 0; i < rows; i++) {
+      T* row = scores + i * n;
+      const T* own = mask + i % masks * step;
+      vector tops = vector{} + NONE, total = {};
+      for (long j = 0; j < n; j += BLOCK) {
+        pair s = block(row, j, n), m = block(own, j, n, NONE);
+        s = {scale * s.a + m.a, scale * s.b + m.b};
+        store_block(e + j, s);
+        tops = larger(tops, larger(s.a, s.b));
+      }
+      float top = largest(tops);
+      for (long j = 0; j < n; j += BLOCK) {
+        pair s = load_block(e + j);
+        s = {weight_of(s.a - top), weight_of(s.b - top)};
+        store_block(e + j, s);
+        total += s.a + s.b;
+      }
+      float over = 1.0f / sum(total);
+      for (long j = 0; j < n; j += BLOCK) {
+        pair s = load_block(e + j);
+        put(row, j, n, {over * s.a, over * s.b});
+      }
+    }
+  }
+}
+
+// the gradient g of the probabilities becomes that of the products q k
+template <class T>
+void softmax_backward(T* g, const T* p, long rows, long n, float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long i = 0; i < rows; i++) {
+    T* gi = g + i * n;
+    const T* pi = p + i * n;
+    vector total = {};
+    for (long j = 0; j < n; j += BLOCK) {
+      pair x = block(gi, j, n), y = block(pi, j, n);
+      total += x.a * y.a + x.b * y.b;
+    }
+    float mean = sum(total);
+    for (long j = 0; j < n; j += BLOCK) {
+      pair x = block(gi, j, n), y = block(pi, j, n);
+      put(gi, j, n, {scale * y.a * (x.a - mean), scale * y.b * (x.b - mean)});
+    }
+  }
+}
+
+// logits z (rows, n) become the gradient of the losses, if that is wanted
+template <class T>
+void cross_entropy(T* z, const int64_t* targets, float* losses, long rows, long n, float scale,
+                   float cap, bool gradient, int threads) {
+  constexpr float NONE = -std::numeric_limits<float>::infinity();
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long i = 0; i < rows; i++) {
+    T* row = z + i * n;
+    vector tops = vector{} + NONE, total = {};
+    for (long j = 0; j < n; j += BLOCK) {
+      pair x = block(row, j, n, NONE);
+      tops = larger(tops, larger(x.a, x.b));
+    }
+    float top = largest(tops), at = load(row + targets[i]);
+    for (long j = 0; j < n; j += BLOCK) {
+      pair x = block(row, j, n, NONE);
+      total += exponential(x.a - top) + exponential(x.b - top);
+    }
+    float whole = sum(total), over = scale / whole;
+    losses[i] = top + std::log(whole) - at;
+    if (!gradient) continue;
+    // the cap's derivative is 1 - (z / cap)^2
+    float curve = cap > 0 ? 1.0f / (cap * cap) : 0.0f;
+    for (long j = 0; j < n; j += BLOCK) {
+      pair x = block(row, j, n);
+      put(row, j, n, {over * exponential(x.a - top) * (1.0f - curve * x.a * x.a),
+                      over * exponential(x.b - top) * (1.0f - curve * x.b * x.b)});
+    }
+    store(row + targets[i], (over * exponential(at - top) - scale) * (1.0f - curve * at * at));
+  }
+}
+
+template <class T>
+void empty(T* x, const int32_t* places, long many) {
+  for (long i = 0; i < many; i++) x[places[i]] = T{};
+}
+
+// a number in (0, 1) that follows from a 64-bit counter (Steele et al. 2014, SplitMix64)
+inline float uniform(uint64_t at) {
+  at = (at ^ (at >> 30)) * 0xbf58476d1ce4e5b9u;
+  at = (at ^ (at >> 27)) * 0x94d049bb133111ebu;
+  return (static_cast<int32_t>((at ^ (at >> 31)) >> 40) + 0.5f) * 0x1p-24f;
+}
+
+// log x for x in (0, 1)
+inline float logarithm(float x) {
+  int32_t bits = as<int32_t>(x), power = (bits - 0x3f3504f3) >> 23;  // of the nearest to 1
+  float m = as<float>(bits - (power << 23)), t = (m - 1.0f) / (m + 1.0f), u = t * t;
+  float series = 1.0f + u * (1.0f / 3 + u * (1.0f / 5 + u * (1.0f / 7 + u * (1.0f / 9))));
+  return 0.693147181f * power + 2.0f * t * series;
+}
+
+constexpr long STRETCH = 1 << 14;  // elements whose places are drawn together
+constexpr int DRAWS = 256;         // gaps that are drawn together
+
+// the places of one stretch, as gaps between them; returns their number
+inline long places_of(int32_t* out, long start, long end, uint64_t seed, float over) {
+  int32_t gaps[DRAWS];
+  uint64_t at = (seed + static_cast<uint64_t>(start)) * 0x9e3779b97f4a7c15u;
+  long many = 0, place = start - 1;
+  while (true) {
+#pragma omp simd
+    for (int k = 0; k < DRAWS; k++) {
+      float gap = over * logarithm(uniform(at + k * 0x9e3779b97f4a7c15u));
+      gaps[k] = 1 + static_cast<int32_t>(gap < STRETCH ? gap : STRETCH);
+    }
+    at += DRAWS * 0x9e3779b97f4a7c15u;
+    for (int k = 0; k < DRAWS; k++) {
+      place += gaps[k];
+      if (place >= end) return many;
+      out[many++] = place;
+    }
+  }
+}
+
+}  // namespace
+
+// writes the places to `out`, which has room for n, and returns their number
+extern "C" long dropped_places(int32_t* out, long n, float over, uint64_t seed, int threads) {
+  long stretches = (n + STRETCH - 1) / STRETCH, many = 0;
+  std::vector<long> found(stretches);
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
+  for (long i = 0; i < stretches; i++)
+    found[i] = places_of(out + i * STRETCH, i * STRETCH, std::min(n, (i + 1) * STRETCH), seed, over);
+  for (long i = 0; i < stretches; many += found[i++])
+    std::memmove(out + many, out + i * STRETCH, found[i] * sizeof(int32_t));
+  return many;
+}
+
+// ctypes finds functions by name: rms_norm_float32, rms_norm_bfloat16, ...
+#define EXPORT(T, NAME)                                                                            \
+  extern "C" void gated_silu_##NAME(const T* gate, const T* up, T* out, long n, int threads) {     \
+    gated<silu>(gate, up, out, n, threads);                                                        \
+  }                                                                                                \
+  extern "C" void gated_gelu_tanh_##NAME(const T* gate, const T* up, T* out, long n,               \
+                                         int threads) {                                            \
+    gated<gelu_tanh>(gate, up, out, n, threads);                                                   \
+  }                                                                                                \
+  extern "C" void gated_silu_backward_##NAME(const T* g, const T* gate, const T* up, T* to_gate,   \
+                                             T* to_up, long n, int threads) {                      \
+    gated_backward<silu>(g, gate, up, to_gate, to_up, n, threads);                                 \
+  }                                                                                                \
+  extern "C" void gated_gelu_tanh_backward_##NAME(const T* g, const T* gate, const T* up,          \
+                                                  T* to_gate, T* to_up, long n, int threads) {     \
+    gated_backward<gelu_tanh>(g, gate, up, to_gate, to_up, n, threads);                            \
+  }                                                                                                \
+  extern "C" void rms_norm_##NAME(const T* x, const float* gain, T* out, long rows, long n,        \
+                                  float eps, int threads) {                                        \
+    rms_norm(x, gain, out, rows, n, eps, threads);                                                 \
+  }                                                                                                \
+  extern "C" void rms_norm_backward_##NAME(const T* g, const T* x, const float* gain, T* out,      \
+                                           long rows, long n, float eps, int threads) {            \
+    rms_norm_backward(g, x, gain, out, rows, n, eps, threads);                                     \
+  }                                                                                                \
+  extern "C" void rotary_##NAME(const T* x, const T* cos, const T* sin, T* out, long heads,        \
+                                long tokens, long d, long head, long token, long to_head,          \
+                                long to_token, float sign, int threads) {                          \
+    rotary(x, cos, sin, out, heads, tokens, d, head, token, to_head, to_token, sign, threads);     \
+  }                                                                                                \
+  extern "C" void softmax_##NAME(T* scores, const T* mask, long rows, long masks, long step,       \
+                                 long n, float scale, int threads) {                               \
+    softmax(scores, mask, rows, masks, step, n, scale, threads);                                   \
+  }                                                                                                \
+  extern "C" void softmax_backward_##NAME(T* g, const T* p, long rows, long n, float scale,        \
+                                          int threads) {                                           \
+    softmax_backward(g, p, rows, n, scale, threads);                                               \
+  }                                                                                                \
+  extern "C" void cross_entropy_##NAME(T* z, const int64_t* targets, float* losses, long rows,     \
+                                       long n, float scale, float cap, int gradient,               \
+                                       int threads) {                                              \
+    cross_entropy(z, targets, losses, rows, n, scale, cap, gradient, threads);                     \
+  }                                                                                                \
+  extern "C" void empty_##NAME(T* x, const int32_t* places, long many) {                           \
+    empty(x, places, many);                                                                        \
+  }
+
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)

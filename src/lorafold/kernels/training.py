@@ -1,0 +1,182 @@
+"""The operators of a training step in C++ (`training.cpp`), for float32 and bfloat16 on the CPU.
+
+    said = use()                        from now on torch's dispatcher calls them
+
+Each does one pass over memory where torch takes several. For another dtype or layout it returns
+NotImplemented, and the plain form computes it, which is also the specification.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.errors import LorafoldError
+from lorafold.kernels.compiling import loaded
+from lorafold.ops import attention, dropout, gated, logits, norm, rotary
+from lorafold.ops.operators import implement
+
+SOURCE = Path(__file__).with_name("training.cpp")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "gated_silu": [P, P, P, N, INT],
+    "gated_gelu_tanh": [P, P, P, N, INT],
+    "gated_silu_backward": [P, P, P, P, P, N, INT],
+    "gated_gelu_tanh_backward": [P, P, P, P, P, N, INT],
+    "rms_norm": [P, P, P, N, N, F, INT],
+    "rms_norm_backward": [P, P, P, P, N, N, F, INT],
+    "rotary": [P, P, P, P, N, N, N, N, N, N, N, F, INT],
+    "softmax": [P, P, N, N, N, N, F, INT],
+    "softmax_backward": [P, P, N, N, F, INT],
+    "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
+    "empty": [P, P, N],
+}
+threads = torch.get_num_threads
+
+
+@cache
+def use() -> str:
+    """Compile the operators, unless they are in the cache, and let torch's dispatcher call them.
+
+    Returns why they can't be had, or nothing.
+    """
+    try:
+        library = loaded(SOURCE)
+    except LorafoldError as error:
+        return str(error)
+    functions: dict[str, Any] = {}
+    for name, parameters in SIGNATURES.items():
+        for dtype in DTYPES.values():
+            functions[f"{name}_{dtype}"] = function = getattr(library, f"{name}_{dtype}")
+            function.restype, function.argtypes = None, parameters
+    places = library.dropped_places
+    places.restype, places.argtypes = N, [P, N, F, ctypes.c_uint64, INT]
+    own = Native(functions, places)
+    forms: dict[Any, Callable[..., Any]] = {
+        norm.NORM: own.rms_norm,
+        norm.BACKWARD: own.rms_norm_backward,
+        gated.GATED: own.gated,
+        gated.BACKWARD: own.gated_backward,
+        rotary.ROTARY: own.rotary,
+        attention.SOFTMAX: own.softmax_,
+        attention.BACKWARD: own.softmax_backward_,
+        dropout.PLACES: own.dropped_places,
+        dropout.EMPTY: own.empty_,
+        logits.LOSSES: own.cross_entropy_,
+    }
+    for operator, form in forms.items():
+        implement(operator, form, "CPU")
+    return ""
+
+
+class Native:
+    """The operators by their names, with the parameters of their schemas.
+
+    Args:
+        functions: those of the library, by name and dtype.
+        places: that which draws places.
+    """
+
+    def __init__(self, functions: dict[str, Any], places: Any) -> None:
+        self._functions = functions
+        self._places = places
+
+    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Any:
+        if not _taken(x):
+            return NotImplemented
+        out, n, gain = torch.empty_like(x), len(gain), gain.float()
+        self._call("rms_norm", x.dtype, x, gain, out, x.numel() // n, n, eps, threads())
+        return out
+
+    def rms_norm_backward(self, gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Any:
+        gy = gy.contiguous()
+        if not _taken(x, gy):
+            return NotImplemented
+        out, n, gain = torch.empty_like(x), len(gain), gain.float()
+        rows = x.numel() // n
+        self._call("rms_norm_backward", x.dtype, gy, x, gain, out, rows, n, eps, threads())
+        return out
+
+    def gated(self, gate: Tensor, up: Tensor, act: str) -> Any:
+        if act == "gelu" or not _taken(gate, up):
+            return NotImplemented
+        out = torch.empty_like(gate)
+        self._call(f"gated_{act}", gate.dtype, gate, up, out, out.numel(), threads())
+        return out
+
+    def gated_backward(self, gy: Tensor, gate: Tensor, up: Tensor, act: str) -> Any:
+        gy = gy.contiguous()
+        if act == "gelu" or not _taken(gate, up, gy):
+            return NotImplemented
+        found = torch.empty_like(gate), torch.empty_like(up)
+        parts = (gy, gate, up, *found, gy.numel(), threads())
+        self._call(f"gated_{act}_backward", gate.dtype, *parts)
+        return found
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
+        tokens, d = x.shape[-2:]
+        out = torch.empty_like(x)
+        one = x.dim() == 4 and len(x) == 1 and x.stride(3) == out.stride(3) == 1
+        angles = cos.dtype is x.dtype and cos.numel() == sin.numel() == tokens * d
+        if not (one and angles and _taken(cos, sin)):
+            return NotImplemented
+        strides = (x.stride(1), x.stride(2), out.stride(1), out.stride(2))
+        sign = -1.0 if back else 1.0
+        parts = (x, cos, sin, out, x.shape[1], tokens, d, *strides, sign, threads())
+        self._call("rotary", x.dtype, *parts)
+        return out
+
+    def softmax_(self, scores: Tensor, mask: Tensor, scale: float) -> Any:
+        if not _taken(scores) or mask.dtype is not scores.dtype or mask.stride(1) != 1:
+            return NotImplemented
+        n = scores.shape[-1]
+        sizes = (scores.numel() // n, len(mask), mask.stride(0), n)
+        return self._call("softmax", scores.dtype, scores, mask, *sizes, scale, threads())
+
+    def softmax_backward_(self, gp: Tensor, p: Tensor, scale: float) -> Any:
+        if not _taken(gp, p):
+            return NotImplemented
+        n = p.shape[-1]
+        return self._call("softmax_backward", p.dtype, gp, p, p.numel() // n, n, scale, threads())
+
+    def cross_entropy_(
+        self, z: Tensor, targets: Tensor, losses: Tensor, block: Tensor, scale: float,
+        cap: float | None, gradient: bool,
+    ) -> Any:  # fmt: skip
+        if not _taken(z) or not targets.is_contiguous() or losses.dtype is not torch.float32:
+            return NotImplemented
+        parts = (z, targets, losses, *z.shape, scale, cap or 0.0, gradient, threads())
+        return self._call("cross_entropy", z.dtype, *parts)
+
+    def dropped_places(self, x: Tensor, p: float) -> Any:
+        n = x.numel()
+        if not 0 < n < 2**31 or not p:
+            return NotImplemented
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        found = torch.empty(n, dtype=torch.int32)
+        many = self._places(found.data_ptr(), n, 1 / math.log1p(-p), seed, threads())
+        return found[:many].clone()
+
+    def empty_(self, x: Tensor, where: Tensor) -> Any:
+        if x.dtype not in DTYPES or where.dtype is not torch.int32:
+            return NotImplemented
+        return self._call("empty", x.dtype, x, where, len(where))
+
+    def _call(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
+        self._functions[f"{name}_{DTYPES[dtype]}"](
+            *(part.data_ptr() if isinstance(part, Tensor) else part for part in parts)
+        )
+
+
+def _taken(*tensors: Tensor) -> bool:
+    """Whether all are contiguous and have one of the dtypes."""
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(t.dtype is dtype and t.is_contiguous() for t in tensors)
