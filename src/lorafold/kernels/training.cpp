@@ -151,6 +151,54 @@ void rotary(const T* x, const T* cos, const T* sin, T* out, long heads, long tok
   }
 }
 
+// y times the gains plus the offsets, rounded as by `core.rounding.dithered`
+void scale(const bf16* y, const float* g, const float* c, bf16* out, long rows, long n,
+           int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long b = 0; b < rows; b++) {
+    const bf16* from = y + b * n;
+    bf16* to = out + b * n;
+#pragma omp simd
+    for (long j = 0; j < n; j++) {
+      uint32_t bits = as<uint32_t>(load(from + j) * g[j] + c[j]);
+      to[j].bits = static_cast<uint16_t>((bits + (((bits >> 16) * 0x9e37u) & 0xffffu)) >> 16);
+    }
+  }
+}
+
+constexpr long ROWS = 64;  // whose sums are added up by one thread
+
+// the gradients of y, of the gains and of the offsets from z, that of the output
+void scale_backward(const bf16* z, const bf16* y, const float* g, bf16* to_y, float* to_g,
+                    float* to_c, long rows, long n, int threads) {
+  long parts = (rows + ROWS - 1) / ROWS;
+  std::vector<float> sums(2 * n * parts);
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long part = 0; part < parts; part++) {
+    float *of_g = sums.data() + 2 * n * part, *of_c = of_g + n;
+    for (long b = part * ROWS; b < std::min(rows, (part + 1) * ROWS); b++) {
+      const bf16 *zb = z + b * n, *yb = y + b * n;
+      bf16* to = to_y + b * n;
+#pragma omp simd
+      for (long j = 0; j < n; j++) {
+        float zj = load(zb + j);
+        of_g[j] += zj * load(yb + j);
+        of_c[j] += zj;
+        store(to + j, zj * g[j]);
+      }
+    }
+  }
+  std::fill(to_g, to_g + n, 0.0f);
+  std::fill(to_c, to_c + n, 0.0f);
+  for (long part = 0; part < parts; part++) {
+    const float* own = sums.data() + 2 * n * part;
+    for (long j = 0; j < n; j++) {
+      to_g[j] += own[j];
+      to_c[j] += own[n + j];
+    }
+  }
+}
+
 // 0 where x is too small for `exponential`
 inline vector weight_of(vector x) { return x < -87.0f ? vector{} : exponential(x); }
 
@@ -298,6 +346,16 @@ extern "C" long dropped_places(int32_t* out, long n, float over, uint64_t seed, 
   for (long i = 0; i < stretches; many += found[i++])
     std::memmove(out + many, out + i * STRETCH, found[i] * sizeof(int32_t));
   return many;
+}
+
+extern "C" void scale_bfloat16(const bf16* y, const float* g, const float* c, bf16* out, long rows,
+                               long n, int threads) {
+  scale(y, g, c, out, rows, n, threads);
+}
+
+extern "C" void scale_backward_bfloat16(const bf16* z, const bf16* y, const float* g, bf16* to_y,
+                                        float* to_g, float* to_c, long rows, long n, int threads) {
+  scale_backward(z, y, g, to_y, to_g, to_c, rows, n, threads);
 }
 
 // ctypes finds functions by name: rms_norm_float32, rms_norm_bfloat16, ...

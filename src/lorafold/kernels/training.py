@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorafold.errors import LorafoldError
 from lorafold.kernels.compiling import loaded
-from lorafold.ops import attention, dropout, gated, logits, norm, rotary
+from lorafold.ops import attention, dropout, gated, logits, norm, rotary, scale
 from lorafold.ops.operators import implement
 
 SOURCE = Path(__file__).with_name("training.cpp")
@@ -39,6 +39,10 @@ SIGNATURES = {
     "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
     "empty": [P, P, N],
 }
+OF_BFLOAT16 = {
+    "scale": [P, P, P, P, N, N, INT],
+    "scale_backward": [P, P, P, P, P, P, N, N, INT],
+}
 threads = torch.get_num_threads
 
 
@@ -53,10 +57,11 @@ def use() -> str:
     except LorafoldError as error:
         return str(error)
     functions: dict[str, Any] = {}
-    for name, parameters in SIGNATURES.items():
-        for dtype in DTYPES.values():
-            functions[f"{name}_{dtype}"] = function = getattr(library, f"{name}_{dtype}")
-            function.restype, function.argtypes = None, parameters
+    names = {f"{name}_{dtype}": p for name, p in SIGNATURES.items() for dtype in DTYPES.values()}
+    names |= {f"{name}_bfloat16": parameters for name, parameters in OF_BFLOAT16.items()}
+    for name, parameters in names.items():
+        functions[name] = function = getattr(library, name)
+        function.restype, function.argtypes = None, parameters
     places = library.dropped_places
     places.restype, places.argtypes = N, [P, N, F, ctypes.c_uint64, INT]
     own = Native(functions, places)
@@ -71,6 +76,8 @@ def use() -> str:
         dropout.PLACES: own.dropped_places,
         dropout.EMPTY: own.empty_,
         logits.LOSSES: own.cross_entropy_,
+        scale.SCALE: own.scale,
+        scale.BACKWARD: own.scale_backward,
     }
     for operator, form in forms.items():
         implement(operator, form, "CPU")
@@ -155,6 +162,25 @@ class Native:
             return NotImplemented
         parts = (z, targets, losses, *z.shape, scale, cap or 0.0, gradient, threads())
         return self._call("cross_entropy", z.dtype, *parts)
+
+    def scale(self, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Any:
+        plain = onto is not None or g.dim() != 1 or not y.is_contiguous()
+        if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
+            return NotImplemented
+        out, n, g = torch.empty_like(y), len(g), g.contiguous()
+        c = torch.zeros_like(g) if c is None else c.float().contiguous()
+        self._call("scale", y.dtype, y, g, c, out, y.numel() // n, n, threads())
+        return out
+
+    def scale_backward(self, z: Tensor, y: Tensor, g: Tensor) -> Any:
+        z = z.contiguous()
+        plain = g.dim() != 1 or not _taken(z, y)
+        if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
+            return NotImplemented
+        found, g = (torch.empty_like(y), torch.empty_like(g), torch.empty_like(g)), g.contiguous()
+        rows, n = y.numel() // len(g), len(g)
+        self._call("scale_backward", y.dtype, z, y, g, *found, rows, n, threads())
+        return found
 
     def dropped_places(self, x: Tensor, p: float) -> Any:
         n = x.numel()

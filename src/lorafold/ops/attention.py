@@ -77,46 +77,45 @@ class _DocumentAttention(Function):
         k, v = docs.gathered(k), docs.gathered(v)
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
         ctx.dtype = dtype = arithmetic(q)
-        kv_heads = k.shape[1]
+        kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for tile in docs.tiles():
-            qi, ki, vi = tile.queries(q, kv_heads, dtype), tile.keys(k, dtype), tile.keys(v, dtype)
-            p, _ = _probabilities(qi, ki, docs.mask(tile, q.shape[1] // kv_heads, qi), scale, cap)
-            tile.put_queries(out, torch.bmm(p, vi))
+        for tiles in docs.groups():
+            ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
+            for tile in tiles:
+                qi, mask = tile.queries(q, kv_heads, dtype), docs.mask(tile, groups, ks)
+                p, _ = _probabilities(qi, ks[:, tile.seen], mask, scale, cap)
+                tile.put_queries(out, torch.bmm(p, vs[:, tile.seen]))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
-        k, v = ctx.docs.gathered(k), ctx.docs.gathered(v)
-        kv_heads, dtype = k.shape[1], ctx.dtype
-        # several tiles add to a key's gradient, and in bf16 each sum would be rounded
+        docs, dtype = ctx.docs, ctx.dtype
+        k, v = docs.gathered(k), docs.gathered(v)
+        kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+        # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
+        # sum would be rounded
         wide = torch.promote_types(k.dtype, torch.float32)
-        gq, gk, gv = (
-            torch.empty_like(q),
-            torch.zeros_like(k, dtype=wide),
-            torch.zeros_like(v, dtype=wide),
-        )
-        for tile in ctx.docs.tiles():
-            qi, gi, ki, vi = (
-                tile.queries(q, kv_heads, dtype),
-                tile.queries(g, kv_heads, dtype),
-                tile.keys(k, dtype),
-                tile.keys(v, dtype),
-            )
-            p, t = _probabilities(
-                qi, ki, ctx.docs.mask(tile, q.shape[1] // kv_heads, qi), ctx.scale, ctx.cap
-            )
-            tile.add_keys(gv, torch.bmm(p.mT, gi))
-            gs = torch.bmm(gi, vi.mT)
-            BACKWARD(gs, p, ctx.scale)
-            if t is not None:
-                gs.mul_(1 - t * t)
-            tile.put_queries(gq, torch.bmm(gs, ki))
-            tile.add_keys(gk, torch.bmm(gs.mT, qi))
-        gk, gv = (ctx.docs.scattered(x, len(q)) for x in (gk, gv))
-        return gq, gk.to(k.dtype), gv.to(v.dtype), None, None, None
+        gq, (gk, gv) = torch.empty_like(q), (docs.gradient_like(x) for x in (k, v))
+        for tiles in docs.groups():
+            ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
+            gks, gvs = (x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
+            for tile in tiles:
+                qi, gi = (tile.queries(x, kv_heads, dtype) for x in (q, g))
+                ki, vi = ks[:, tile.seen], vs[:, tile.seen]
+                p, t = _probabilities(qi, ki, docs.mask(tile, groups, ks), ctx.scale, ctx.cap)
+                gvs[:, tile.seen] += torch.bmm(p.mT, gi)
+                gs = torch.bmm(gi, vi.mT)
+                BACKWARD(gs, p, ctx.scale)
+                if t is not None:
+                    gs.mul_(1 - t * t)
+                tile.put_queries(gq, torch.bmm(gs, ki))
+                gks[:, tile.seen] += torch.bmm(gs.mT, qi)
+            tiles[0].put_keys(gk, gks)
+            tiles[0].put_keys(gv, gvs)
+        gk, gv = (docs.scattered(x, len(q)).to(k.dtype) for x in (gk, gv))
+        return gq, gk, gv, None, None, None
 
 
 def document_attention(

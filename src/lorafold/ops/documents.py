@@ -46,10 +46,15 @@ class Tile(NamedTuple):
             :, self.lo - self.start : self.hi - self.start
         ]
 
-    def seen(self, x_SHD: Tensor) -> Tensor:
-        """The view (n, hi - first, Hk, D) of the tile's keys in a tensor of all keys."""
+    @property
+    def seen(self) -> slice:
+        """Its keys among those of a document."""
+        return slice(self.first, self.hi)
+
+    def _every(self, x_SHD: Tensor) -> Tensor:
+        """The view (n, Hk, length, D) of the documents' keys in a tensor of all keys."""
         end = self.key_at + self.n * self.length
-        return x_SHD[self.key_at : end].unflatten(0, (self.n, self.length))[:, self.first : self.hi]
+        return x_SHD[self.key_at : end].unflatten(0, (self.n, self.length)).transpose(1, 2)
 
     def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
         """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
@@ -66,13 +71,9 @@ class Tile(NamedTuple):
         )
 
     def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy (n * Hk, s, D), in that dtype, of the tile's s keys or values."""
-        return (
-            self.seen(x_SHD)
-            .transpose(1, 2)
-            .to(dtype, memory_format=torch.contiguous_format)
-            .flatten(0, 1)
-        )
+        """A copy (n * Hk, length, D), in that dtype, of all keys or values of its documents."""
+        every = self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format)
+        return every.flatten(0, 1)
 
     def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
         """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
@@ -80,9 +81,9 @@ class Tile(NamedTuple):
         by_group = part.view(self.n, -1, heads * self.n // len(part), t, width)
         self.own(x_THD).copy_(by_group.permute(0, 3, 1, 2, 4).reshape(self.n, t, heads, width))
 
-    def add_keys(self, x_SHD: Tensor, part: Tensor) -> None:
-        """Add part (n * Hk, s, D) to its place in x_SHD, since several tiles read one key."""
-        self.seen(x_SHD).add_(part.unflatten(0, (self.n, -1)).transpose(1, 2))
+    def put_keys(self, x_SHD: Tensor, every: Tensor) -> None:
+        """Write every (n * Hk, length, D), laid out as by `keys`, to its place in x_SHD."""
+        self._every(x_SHD).copy_(every.unflatten(0, (self.n, -1)))
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,13 @@ class Documents:
         """
         return x_THD if self.keys is None else x_THD.index_select(0, self.keys)
 
+    def gradient_like(self, x_SHD: Tensor) -> Tensor:
+        """Memory (S, Hk, D) for the gradient of `gathered` keys or values: in fp32 or wider where
+        `scattered` adds them up.
+        """
+        wide = torch.promote_types(x_SHD.dtype, torch.float32)
+        return torch.empty_like(x_SHD, dtype=x_SHD.dtype if self.keys is None else wide)
+
     def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
         """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`."""
         if self.keys is None:
@@ -210,6 +218,10 @@ class Documents:
                 first = 0 if self.window is None else max(0, lo + 1 - self.window)
                 yield Tile(at, key_at, n, start, length, lo, min(length, lo + TILE), first)
             at, key_at = at + n * (length - start), key_at + n * length
+
+    def groups(self) -> Iterator[list[Tile]]:
+        """Yield the tiles of the same documents together."""
+        return (list(tiles) for _, tiles in groupby(self.tiles(), lambda tile: tile.key_at))
 
     def mask(self, tile: Tile, groups: int, like: Tensor) -> Tensor:
         """The mask (G * t, s), 0 or -inf, that is added to the scores of a tile's t queries and s

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.core.layer import add
 from lorafold.core.rounding import dithered, rounded
+from lorafold.ops.operators import operator
 
 # elements that exist in fp32 at a time; smaller blocks lose more by calls than they gain by caches
 BLOCK = 1 << 21
@@ -37,34 +38,56 @@ def scaled(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tenso
     return rounded(add(add(g * y, c), onto), y.dtype)
 
 
+def _dithered(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
+    rows = y.flatten(0, -2)
+    tops = None if onto is None else onto.expand_as(y).flatten(0, -2)
+    parts = []
+    step = max(1, BLOCK // y.shape[-1])
+    for i in range(0, max(len(rows), 1), step):
+        part = rows[i : i + step].float().mul_(g)
+        part = part if c is None else part.add_(c)
+        parts.append(dithered(part if tops is None else part.add_(tops[i : i + step])))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
+
+
+def _gradients(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # addcmul computes in fp32, and only the small g - 1 is rounded
+    gy = torch.addcmul(z, z, (g - 1).to(z.dtype))
+    gg, gc = (t.flatten(0, -2).sum(0, dtype=g.dtype) for t in (z * y, z))
+    return gy, gg, gc
+
+
+# in bf16, with g and c in fp32
+SCALE = operator(
+    "scale(Tensor y, Tensor g, Tensor? c, Tensor? onto) -> Tensor",
+    _dithered,
+    lambda y, g, c, onto: y.new_empty(y.shape),
+)
+BACKWARD = operator(
+    "scale_backward(Tensor z, Tensor y, Tensor g) -> (Tensor, Tensor, Tensor)",
+    _gradients,
+    lambda z, y, g: (z.new_empty(z.shape), torch.empty_like(g), torch.empty_like(g)),
+)
+
+
 class _Scale(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, g)
         ctx.onto = onto
         ctx.c_dtype = None if c is None else c.dtype
-        rows = y.flatten(0, -2)
-        tops = None if onto is None else onto.expand_as(y).flatten(0, -2)
-        parts = []
-        step = max(1, BLOCK // y.shape[-1])
-        for i in range(0, max(len(rows), 1), step):
-            part = rows[i : i + step].float().mul_(g)
-            part = part if c is None else part.add_(c)
-            parts.append(dithered(part if tops is None else part.add_(tops[i : i + step])))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
+        z: Tensor = SCALE(y, g, c, onto)
+        return z
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, z: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        y, g = ctx.saved_tensors
-        need_y, need_g, need_c, need_onto = ctx.needs_input_grad
-        # addcmul computes in fp32, and only the small g - 1 is rounded
-        gy = torch.addcmul(z, z, (g - 1).to(z.dtype)) if need_y else None
-        gg = (z * y).flatten(0, -2).sum(0, dtype=g.dtype) if need_g else None
-        gc = z.flatten(0, -2).sum(0, dtype=g.dtype).to(ctx.c_dtype) if need_c else None
-        return gy, gg, gc, z.sum_to_size(ctx.onto.shape).to(ctx.onto.dtype) if need_onto else None
+        _, _, need_c, need_onto = ctx.needs_input_grad
+        gy, gg, gc = BACKWARD(z, *ctx.saved_tensors)
+        gonto = z.sum_to_size(ctx.onto.shape).to(ctx.onto.dtype) if need_onto else None
+        return gy, gg, gc.to(ctx.c_dtype) if need_c else None, gonto
 
 
 def scale(y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
