@@ -41,7 +41,7 @@ class _LowRankLinear(Function):
         wide = x.to(dtype)
         u = (wide if where is None else xd.to(dtype)) @ a.t()
         ctx.save_for_backward(xd, u, a, b, where)
-        ctx.read, ctx.scale, ctx.dtype = read, scale, down.dtype
+        ctx.read, ctx.scale, ctx.dtype, ctx.up = read, scale, down.dtype, up.detach()
         return (u @ b.t()).addmm_(wide, read(dtype).t()).to(x.dtype)
 
     @staticmethod
@@ -62,8 +62,9 @@ class _LowRankLinear(Function):
         if need_down:
             gdown = (v.t() @ xd.to(v.dtype)).to(ctx.dtype)
         if need_up:
-            # (r, T) x (T, out) runs faster than (out, T) x (T, r)
-            gup = (u.t() @ wide).t().to(ctx.dtype).mul_(ctx.scale)
+            # (r, T) x (T, out) runs faster than (out, T) x (T, r); contiguous, so that autograd
+            # keeps it instead of a copy
+            gup = ctx.up.new_empty(b.shape).copy_((u.t() @ wide).t()).mul_(ctx.scale)
         return gx, None, gdown, gup, None, None, None
 
 
