@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafold.bases.dense import Linear, Matrix
+from lorafold.bases.nf4_codes import use_faster_codes
 from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
@@ -47,10 +48,12 @@ def bitsandbytes() -> ModuleType:
     logger.setLevel(logging.ERROR)
     torch.compile = partial(_when_called, compiler)
     try:
-        return importlib.import_module("bitsandbytes")
+        found = importlib.import_module("bitsandbytes")
     finally:
         logger.setLevel(level)
         torch.compile = compiler
+    use_faster_codes()
+    return found
 
 
 def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
