@@ -41,19 +41,22 @@ def bitsandbytes() -> ModuleType:
     download, and without torch's compiler: it takes 1.5 s to import, and is for kernels that run
     where bitsandbytes has none of its own. Raises ImportError if it is not installed.
     """
-    if (found := sys.modules.get("bitsandbytes")) is not None:
-        return found
+    if (found := sys.modules.get("bitsandbytes")) is None:
+        found = _imported()
+    use_faster_codes()
+    return found
+
+
+def _imported() -> ModuleType:
     logger = logging.getLogger("bitsandbytes")
     level, compiler = logger.level, torch.compile
     logger.setLevel(logging.ERROR)
     torch.compile = partial(_when_called, compiler)
     try:
-        found = importlib.import_module("bitsandbytes")
+        return importlib.import_module("bitsandbytes")
     finally:
         logger.setLevel(level)
         torch.compile = compiler
-    use_faster_codes()
-    return found
 
 
 def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:

@@ -21,9 +21,8 @@ PART = 1 << 18  # weights: in fp32 1 MB
 
 
 def use_faster_codes() -> None:
-    """Make bitsandbytes quantize with `codes`, unless it has a kernel of its own for the CPU.
-
-    Call it once, when bitsandbytes is imported.
+    """Make bitsandbytes quantize with `codes`, unless a kernel for the CPU is registered already:
+    this one, or its own.
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
         torch.library.register_kernel(OPERATION, "cpu", _quantize)
