@@ -2,9 +2,14 @@
 say.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
+from lorafold.bases import nf4_codes
+from lorafold.bases.bitsandbytes import bitsandbytes
+from lorafold.bases.nf4_codes import PART, codes
 from lorafold.ops import nf4
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -191,3 +196,50 @@ def test_bits_per_weight_are_those_that_are_stored(block):
     ) == nf4.bits_per_weight(block)
     assert nf4.bits_per_weight() == 4 + 8 / 64 + 32 / (64 * 256)
     assert (round(nf4.bits_per_weight(), 3), nf4.bits_per_weight(double=False)) == (4.127, 4.5)
+
+
+def own_kernel(w: torch.Tensor, *how: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and constants by the kernel of bitsandbytes that every device can run."""
+    anywhere = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(anywhere, w, *how)
+
+
+def not_finite() -> torch.Tensor:
+    w = normal(4, 64)
+    w[0, 3], w[1, 5], w[2, 7] = torch.nan, torch.inf, -torch.inf
+    return w
+
+
+WHOLE = {name: w for name, w in CASES.items() if w.numel() % 64 == 0}
+WHOLE |= {"several parts": normal(2 * PART // 64 + 3, 64), "not finite": not_finite()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w", WHOLE.values(), ids=WHOLE)
+def test_the_faster_codes_are_the_bytes_of_bitsandbytes(w, dtype):
+    w = to(w, dtype)
+    for block in (64, 32):
+        made, expected = codes(w, block), own_kernel(w, block, "nf4", torch.uint8)
+        assert torch.equal(made[0], expected[0])
+        torch.testing.assert_close(made[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_bitsandbytes_quantizes_with_the_faster_codes_and_with_its_own_what_they_do_not_know(
+    monkeypatch,
+):
+    blocks = []
+
+    def counted(w, block):
+        blocks.append(block)
+        return codes(w, block)
+
+    monkeypatch.setattr(nf4_codes, "codes", counted)
+    bitsandbytes()
+    operation = torch.ops.bitsandbytes.quantize_4bit.default
+    for w in (normal(8, 64), normal(5, 40)):
+        for kind, stored_as in product(("nf4", "fp4"), (torch.uint8, torch.bfloat16)):
+            made = operation(w, 64, kind, stored_as)
+            for ours, theirs in zip(made, own_kernel(w, 64, kind, stored_as), strict=True):
+                assert ours.dtype == theirs.dtype
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    assert blocks == [64]  # of all these calls the faster codes know one

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cache, partial, wraps
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafold.bases.dense import Linear, Matrix
+from lorafold.bases.nf4_codes import use_faster_codes
 from lorafold.core.attach import Adapted, adapted_class
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
@@ -35,15 +38,35 @@ from lorafold.errors import LorafoldError, NotMergeable
 
 def bitsandbytes() -> ModuleType:
     """Import bitsandbytes without its log messages below errors, which recommend kernels to
-    download. Raises ImportError if it is not installed.
+    download, and without torch's compiler: it takes 1.5 s to import, and is for kernels that run
+    where bitsandbytes has none of its own. Raises ImportError if it is not installed.
     """
+    if (found := sys.modules.get("bitsandbytes")) is None:
+        found = _imported()
+    use_faster_codes()
+    return found
+
+
+def _imported() -> ModuleType:
     logger = logging.getLogger("bitsandbytes")
-    level = logger.level
+    level, compiler = logger.level, torch.compile
     logger.setLevel(logging.ERROR)
+    torch.compile = partial(_when_called, compiler)
     try:
         return importlib.import_module("bitsandbytes")
     finally:
         logger.setLevel(level)
+        torch.compile = compiler
+
+
+def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
+    """What `compiler`, which is `torch.compile`, makes of a function with these options; it is made
+    by the first call. Without a function a decorator, as there.
+    """
+    if function is None:
+        return partial(_when_called, compiler, **options)
+    compiled = cache(partial(compiler, function, **options))
+    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
 class Quantized(Matrix):

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lorafold.cli.groups import Above, Command
 from lorafold.errors import Interrupted, LorafoldError
+from lorafold.machine.collection import imports_set_aside
 from lorafold.machine.restart import restart_tuned
 
 # The function of each is lorafold.cli.<name>.command; the text is its line in `lorafold --help`.
@@ -100,7 +101,8 @@ def main() -> None:
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)
     try:
-        code = app(prog_name="lorafold", standalone_mode=False)
+        with imports_set_aside():
+            code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
         code = _fail(str(error))
     except Interrupted as stop:

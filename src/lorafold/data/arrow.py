@@ -26,15 +26,47 @@ def open_table(path: Path) -> "pa.Table":
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
+def numbers(values: Sequence[int] | Array) -> "pa.Int32Array":
+    """An Arrow array of int32 (n,). `pa.array` would import pandas, which takes 0.4 s."""
+    import pyarrow as pa
+
+    flat = np.asarray(values, np.int32)
+    return pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)])
+
+
+def flags(values: Sequence[bool]) -> "pa.BooleanArray":
+    """An Arrow array of booleans (n,), made as `numbers` makes one."""
+    import pyarrow as pa
+
+    bits = np.packbits(np.asarray(values, bool), bitorder="little")
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
+
+
+def texts(values: Sequence[str]) -> "pa.StringArray":
+    """An Arrow array of texts (n,), made as `numbers` makes one."""
+    import pyarrow as pa
+
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(
+        len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))
+    )
+
+
 def lists(values: Sequence[Sequence[int]]) -> "pa.ListArray":
     """An Arrow array of lists of int32."""
     import pyarrow as pa
 
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
     flat = np.empty(ends[-1], np.int32)
-    for start, end, numbers in zip(ends[:-1], ends[1:], values, strict=True):
-        flat[start:end] = numbers
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+    for start, end, entries in zip(ends[:-1], ends[1:], values, strict=True):
+        flat[start:end] = entries
+    return pa.ListArray.from_arrays(numbers(ends), numbers(flat))
+
+
+def column(table: "pa.Table", name: str) -> Array:
+    """A column of int32 as one array (n,). `to_numpy` would import pandas too."""
+    return np.concatenate([np.zeros(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
 
 
 class Lists:
@@ -42,8 +74,8 @@ class Lists:
 
     def __init__(self, column: "pa.ChunkedArray") -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.ends = [chunk.offsets.to_numpy() for chunk in chunks]  # of each chunk, (n + 1,)
-        self.values = [chunk.values.to_numpy() for chunk in chunks]
+        self.ends = [np.from_dlpack(chunk.offsets) for chunk in chunks]  # of each chunk, (n + 1,)
+        self.values = [np.from_dlpack(chunk.values) for chunk in chunks]
         self._first = np.cumsum([0, *map(len, chunks)])
 
     @property
@@ -67,7 +99,7 @@ class TableExamples(Sequence[E]):
         """Take the examples with the indices `chosen`, cut to `max_length` tokens at their end."""
         self._ids, self._chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
         self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
-        self.rows = table.column("row").to_numpy()[chosen]
+        self.rows = column(table, "row")[chosen]
 
     @abstractmethod
     def _example(self, entry: int) -> E:

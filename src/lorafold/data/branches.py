@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Lists, TableExamples, lists
+from lorafold.data.arrow import Array, Lists, TableExamples, flags, lists, numbers, texts
 from lorafold.data.completions import Completions
 from lorafold.data.examples import NO_LOSS, Example, example_of
 from lorafold.data.messages import Message
@@ -128,8 +128,8 @@ class Branches(Encoder):
     def schema(self) -> "pa.Schema":
         import pyarrow as pa
 
-        numbers = pa.list_(pa.int32())
-        columns = {"row": pa.int32(), "ids": numbers, "starts": numbers, "spans": numbers}
+        many = pa.list_(pa.int32())
+        columns = {"row": pa.int32(), "ids": many, "starts": many, "spans": many}
         return pa.schema({**columns, "desirable": pa.bool_(), "problem": pa.string()})
 
     def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
@@ -150,12 +150,12 @@ class Branches(Encoder):
         made = [self._made(one, [next(by_document) for _ in one.completions])
                 for _, _, one in compared]  # fmt: skip
         columns = [
-            pa.array([number for number, _, _ in compared], pa.int32()),
+            numbers([number for number, _, _ in compared]),
             lists([ids for ids, *_ in made]),
             lists([starts for _, starts, *_ in made]),
             lists([spans for _, _, spans, _ in made]),
-            pa.array([one.desirable is True for _, _, one in compared], pa.bool_()),
-            pa.array([problem for *_, problem in made], pa.string()),
+            flags([one.desirable is True for _, _, one in compared]),
+            texts([problem for *_, problem in made]),
         ]  # fmt: skip
         return pa.record_batch(columns, self.schema)
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.arrow import lists
+from lorafold.data.arrow import lists, numbers, texts
 from lorafold.data.render import Rendered, Rendering, render_trained
 from lorafold.data.shapes import Row, shape_of
 from lorafold.data.tokenizing import Encoder
@@ -70,8 +70,8 @@ class Completions(Encoder):
     def schema(self) -> "pa.Schema":
         import pyarrow as pa
 
-        numbers = pa.list_(pa.int32())
-        columns = {"row": pa.int32(), "ids": numbers, "spans": numbers, "left_out": pa.int32()}
+        many = pa.list_(pa.int32())
+        columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
         return pa.schema({**columns, "hidden": pa.int32(), "problem": pa.string()})
 
     def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
@@ -91,12 +91,12 @@ class Completions(Encoder):
             piece.spans = [(0, len(piece.ids))]
         pieces = [piece for n in range(len(pieces)) for piece in made[n]]
         columns = [
-            pa.array([piece.row for piece in pieces], pa.int32()),
+            numbers([piece.row for piece in pieces]),
             lists([piece.ids for piece in pieces]),
             lists([[at for span in piece.spans for at in span] for piece in pieces]),
-            pa.array([piece.left_out for piece in pieces], pa.int32()),
-            pa.array([piece.hidden for piece in pieces], pa.int32()),
-            pa.array([piece.problem for piece in pieces], pa.string()),
+            numbers([piece.left_out for piece in pieces]),
+            numbers([piece.hidden for piece in pieces]),
+            texts([piece.problem for piece in pieces]),
         ]
         return pa.record_batch(columns, self.schema)
 

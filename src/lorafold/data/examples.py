@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Lists, TableExamples
+from lorafold.data.arrow import Array, Lists, TableExamples, column
 from lorafold.data.checking import check_objective
 from lorafold.data.completions import Completions
 from lorafold.data.render import Rendering, Trained
@@ -178,9 +178,9 @@ def encode(
     check_objective(rows.firsts(), "sft")
     table = tokenized(rows, Completions(tokenizer, rendering), console)
     examples = Examples(table, max_length)
-    whole, row = Lists(table.column("ids")).lengths, table.column("row").to_numpy()
+    whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
-    left_out = int(table.column("left_out").to_numpy().sum())
+    left_out = int(column(table, "left_out").sum())
     if not examples:
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
@@ -198,7 +198,7 @@ def encode(
         len(rows) - len(np.unique(examples.rows)),
         left_out,
         len(examples),
-        int(table.column("hidden").to_numpy().sum()),
+        int(column(table, "hidden").sum()),
     )
     return Encoded(examples, report, parts_of(examples.rows, rows.parts))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Lists, TableExamples, lists
+from lorafold.data.arrow import Lists, TableExamples, column, lists, numbers, texts
 from lorafold.data.checking import check_objective
 from lorafold.data.completions import identity_of
 from lorafold.data.rows import as_checked
@@ -120,10 +120,10 @@ class Labels(Encoder):
         labels = [str(row["label"]) for row in rows]
         ids = self.tokenizer([row["text"] for row in rows], verbose=False).input_ids
         columns = [
-            pa.array(range(first, first + len(rows)), pa.int32()),
+            numbers(range(first, first + len(rows))),
             lists(ids),
-            pa.array([number_of.get(label, -1) for label in labels], pa.int32()),
-            pa.array(list(map(self._problem, rows, ids)), pa.string()),
+            numbers([number_of.get(label, -1) for label in labels]),
+            texts(list(map(self._problem, rows, ids))),
         ]
         return pa.record_batch(columns, self.schema)
 
@@ -141,7 +141,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
 
     def __init__(self, table: "pa.Table", max_length: int) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
-        self.labels = table.column("label").to_numpy()  # (n,)
+        self.labels = column(table, "label")  # (n,)
 
     def _example(self, entry: int) -> LabelledExample:
         return LabelledExample(self._cut(entry), int(self.labels[entry]))

@@ -102,9 +102,11 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
 
 def refuse_problems(table: "pa.Table") -> None:
     """Raise LorafoldError that lists the first ten rows with a `problem`, and counts the rest."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    bad = table.filter(pc.not_equal(table.column("problem"), ""))
+    # no comparison with "", for which pyarrow would import pandas
+    bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
     if not len(bad):
         return
     listed = [f"row {r['row'] + 1}: {r['problem']}" for r in bad.slice(0, LISTED).to_pylist()]

@@ -136,6 +136,7 @@ def allocated(device: torch.device) -> int:
     """Return the bytes of all tensors of this process on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    gc.unfreeze()  # what was set aside (`machine.collection`) would not be listed
     gc.collect()
     return distinct_bytes(t for t in _tensors() if t.device.type == device.type and not t.is_sparse)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafold.adapter import attach
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.machine.collection import existing_set_aside
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
@@ -146,7 +147,12 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
         setting: What is trained, on which rows.
         blocks: The number of blocks.
     """
-    with gc_frozen(), without_values(), multiplying(widened=setting.widened), Ledger() as ledger:
+    with (
+        existing_set_aside(),
+        without_values(),
+        multiplying(widened=setting.widened),
+        Ledger() as ledger,
+    ):
         step = inference if setting.spec is None else training
         try:
             return step(fake_model(config, setting.base, blocks, setting.classes), setting, ledger)
@@ -259,18 +265,6 @@ def collected(ledger: Ledger) -> int:
     """Return the bytes that exist after a garbage collection."""
     gc.collect()
     return ledger.now
-
-
-@contextmanager
-def gc_frozen() -> Iterator[None]:
-    """Make garbage collections inside the block skip the objects that exist already: in a process
-    that has imported torch, each collection would take 0.15 s for them.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class LastTiles(Documents):

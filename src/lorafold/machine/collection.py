@@ -1,0 +1,56 @@
+"""Keeps Python's garbage collector away from what a process has imported.
+
+    with imports_set_aside(): ...       for a command: modules are set aside as they come
+    with existing_set_aside(): ...      for a block that collects often: all that exists before it
+
+torch and transformers are a million objects in 3300 modules, none of which is ever garbage. A full
+collection goes through all of them, and the process makes 13 of those while it imports, others
+while it works, and one when it ends. Here the objects are set aside (`gc.freeze`) instead: before a
+full collection that follows on many new modules, and at the end. Whatever else is made is collected
+as ever. Of `lorafold train` this takes 1.5 s of CPU time away.
+
+The first is for a process that does one thing, since what is garbage when it is set aside stays
+until the process ends.
+"""
+
+import gc
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+MANY = 1.1  # times the modules that there were; a module or two are imported at any time
+
+
+@contextmanager
+def imports_set_aside() -> Iterator[None]:
+    """Set the objects of imported modules aside, as long as the block runs and once when it ends.
+    """
+    modules = len(sys.modules)
+
+    def before(phase: str, about: Mapping[str, int]) -> None:
+        nonlocal modules
+        full = phase == "start" and about["generation"] == 2
+        if full and len(sys.modules) > MANY * modules:
+            modules = len(sys.modules)
+            gc.freeze()
+
+    gc.callbacks.append(before)
+    try:
+        yield
+    finally:
+        gc.callbacks.remove(before)
+        gc.freeze()
+
+
+@contextmanager
+def existing_set_aside() -> Iterator[None]:
+    """Set the objects that exist aside until the block ends: where torch is imported, a collection
+    would take 0.15 s for them. What a command has set aside already stays so.
+    """
+    aside = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not aside:
+            gc.unfreeze()

@@ -1,0 +1,118 @@
+"""What a command does not pay for: modules that it does not use, and garbage collections over those
+that it does.
+"""
+
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+
+from lorafold.data.arrow import column, flags, lists, numbers, texts
+
+
+def said(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_training_rows_are_tokenized_without_pandas():
+    assert said("""
+import sys
+from lorafold.data.examples import encode
+from lorafold.data.rows import check_rows
+from lorafold.models.loading import load_tokenizer
+rows = check_rows([(1, {"prompt": "two", "completion": "three"})], "rows")
+found = encode(rows, load_tokenizer("smollm2"), 64)
+print(len(found.examples), "pandas" in sys.modules)
+""") == "1 False"
+
+
+def test_a_quantized_base_needs_no_compiler_and_its_import_leaves_the_compiler_as_it_was():
+    assert said("""
+import sys, torch
+before = torch.compile
+from lorafold.bases.bitsandbytes import bitsandbytes
+bitsandbytes()
+print("torch._inductor.compile_fx" in sys.modules, torch.compile is before)
+""") == "False True"
+
+
+def test_what_bitsandbytes_would_compile_is_compiled_by_its_first_call():
+    assert said("""
+import torch
+from lorafold.bases.bitsandbytes import bitsandbytes
+made, real = [], torch.compile
+def compiler(function, **options):
+    made.append((function.__name__, options))
+    return real(function, **options, backend="eager")
+torch.compile = compiler
+bitsandbytes()
+assert not made and torch.compile is compiler
+from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute as compute
+codes, code = torch.arange(8, dtype=torch.uint8), torch.arange(8.0)
+for _ in range(2):
+    print(compute(codes, torch.tensor([2.0, 3.0]), code, 4, torch.float32).int().tolist(), made)
+""").splitlines() == [
+        "[0, 2, 4, 6, 12, 15, 18, 21] [('_dequantize_blockwise_compute', {'dynamic': False})]"
+    ] * 2
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 100])
+def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
+    values, marks = [i - 5 for i in range(n)], [i % 3 == 1 for i in range(n)]
+    words = ["ü" * (i % 4) for i in range(n)]
+    nested = [values[:i] for i in range(n)]
+    for made, expected in (
+        (numbers(values), pa.array(values, pa.int32())),
+        (flags(marks), pa.array(marks, pa.bool_())),
+        (texts(words), pa.array(words, pa.string())),
+        (lists(nested), pa.array(nested, pa.list_(pa.int32()))),
+    ):
+        made.validate(full=True)
+        assert made.equals(expected)
+    table = pa.Table.from_batches([pa.record_batch([numbers(values[i:])], ["n"]) for i in (0, 2)])
+    assert column(table, "n").tolist() == values + values[2:]
+
+
+SET_ASIDE = """
+import gc, sys, types, weakref
+from lorafold.machine.collection import existing_set_aside, imports_set_aside
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+def dies(one):
+    gone = weakref.ref(one)
+    del one
+    gc.collect()
+    return gone() is None
+
+def many(prefix):
+    sys.modules.update({f"{prefix}{n}": types.ModuleType(prefix) for n in range(len(sys.modules))})
+
+calls = list(gc.callbacks)
+with existing_set_aside():
+    print(gc.get_freeze_count() > 0, dies(Cycle()))
+print(gc.get_freeze_count())
+with imports_set_aside():
+    many("first")
+    gc.collect()
+    aside = gc.get_freeze_count()
+    print(aside > 0, dies(Cycle()), gc.get_freeze_count() <= aside)
+    many("second")
+    gc.collect()
+    print(gc.get_freeze_count() > aside)
+with existing_set_aside():
+    pass
+print(gc.callbacks == calls, gc.isenabled(), len(gc.get_objects()) < gc.get_freeze_count())
+"""
+
+
+def test_imported_modules_are_set_aside_and_garbage_is_still_collected():
+    assert said(SET_ASIDE).splitlines() == [
+        "True True", "0", "True True True", "True", "True True True"
+    ]  # fmt: skip
