@@ -17,11 +17,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +50,9 @@ GPT2_SIZE: dict[str, Any] = {
     "n_positions": 512,
 }
 
+# methods whose deltas are those of others in the table, and differ in how they start or choose
+ALIKE = ("rslora", "pissa", "olora", "fish", "pfeiffer")
+
 CORPUS = [
     "Book a table for four at the Copper Lantern on Friday at eight in the evening.",
     "Remind me to call the plumber tomorrow morning, and set an alarm for half past six.",
@@ -58,6 +63,44 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def estimated_once() -> Callable[..., Any]:
+    """The estimate of a step, remembered: before each run of a tiny model it takes as long as the
+    run. What is trained beside the method is not in the key: of a run it is only printed.
+    """
+    found: dict[tuple[str, str], Any] = {}
+
+    def estimated(config: Any, setting: Any) -> Any:
+        from lorafold.memory.terms import estimate
+        from lorafold.memory.trace import nothing
+
+        below = tuple((spec, nothing) for spec, _ in setting.below)
+        key = config.to_json_string(), repr(replace(setting, beside=nothing, below=below))
+        if key not in found:
+            found[key] = estimate(config, setting)
+        return found[key]
+
+    return estimated
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_was_before_is_not_looked_at_again(estimated_once: Callable[..., Any]) -> Iterator[None]:
+    """Garbage collections skip what exists when a file of tests begins: a million objects of torch,
+    transformers and collected tests, over which a quarter of all the time went. An estimate leaves
+    it so; its own scope would have everything looked at again. A run's own is computed once.
+    """
+    gc.collect()
+    gc.freeze()
+    with ExitStack() as patches:
+        for name, attribute, new in (
+            ("trace", "gc_frozen", nullcontext),
+            ("before_run", "estimate", estimated_once),
+        ):
+            if module := sys.modules.get(f"lorafold.memory.{name}"):
+                patches.enter_context(mock.patch.object(module, attribute, new))
+        yield
 
 
 def make_tokenizer():
@@ -181,6 +224,15 @@ def smollm2() -> Path:
     from lorafold.models.sources import resolve_model
 
     return resolve_model("smollm2").path
+
+
+def fast_only(fast: Iterable[tuple[Any, ...]], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """All cases of a parametrized test, of which all but the fast ones are marked slow: where each
+    value of each axis is in a fast one, and their product shows nothing more.
+    """
+    fast, cases = set(fast), list(cases)
+    assert fast <= set(cases)
+    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
 
 
 class Done(NamedTuple):

@@ -1,4 +1,6 @@
-"""Small real checkpoints in quantized formats, written by the packages that define them."""
+"""Small real checkpoints in quantized formats, written by the packages that define them, and what
+holds for all of them.
+"""
 
 import json
 import shutil
@@ -6,10 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lorafold as lf
+from conftest import lorafold
+from lorafold.errors import LorafoldError
+from lorafold.merging.run import merge
+
+IDS = torch.arange(5, 25)[None]
+METHODS = {"lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0))}
+ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
 FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
 INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True}
 INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -162,3 +173,93 @@ def plain_of(path: Path, base: Path) -> nn.Module:
         own = {n.removeprefix(f"{parent}."): t for n, t in tensors.items() if f"{parent}." in n}
         parameter.data = compressor.decompress(own, scheme)["weight"].float()
     return model.eval()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def moved(
+    model: Any, method: str = "lora", name: str = "a", targets: Any = "all-linear"
+) -> lf.Adapter:
+    """An adapter of the method, no longer as it starts."""
+    torch.manual_seed(1)
+    adapter = lf.attach(model, METHODS[method], targets, name=name)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return adapter
+
+
+def adapted_alike(over: Any, plain: Any, method: str) -> lf.Adapter:
+    """The same adapter over codes, which is returned, and over the dequantized weights: values and
+    gradients agree.
+    """
+    adapters = [moved(model, method) for model in (over, plain)]
+    with lf.only(over), lf.only(plain):
+        bare = over(IDS).logits.detach()
+        assert relative(bare, plain(IDS).logits) < 1e-6
+    y, expected = (model(IDS).logits for model in (over, plain))
+    assert relative(expected, bare) > 1e-2
+    assert relative(y, expected) < 1e-5
+    for model in (over, plain):
+        model(IDS, labels=IDS).loss.backward()
+    for a, b in zip(*(x.parameters() for x in adapters), strict=True):
+        assert relative(a.grad, b.grad) < 1e-4
+    return adapters[0]
+
+
+def rows_at(path: Path) -> Path:
+    """The file of ROWS, written in a directory."""
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def commands(path: Path, storage: str, out: Path) -> str:
+    """Train, evaluate and merge without --base: the files say how they are stored. The adapter is
+    `out / "adapter"`. Returns what training printed.
+    """
+    model, adapter, data = ["--model", str(path)], str(out / "adapter"), str(rows_at(out))
+    sizes = ["--steps", "3", "--batch", "4"]
+    done = lorafold("train", *model, "--data", data, "--out", adapter, *sizes)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert f"base: {storage}, computed in" in said
+    record = json.loads((out / "adapter" / "lorafold.json").read_text())
+    assert record["recipe"]["base"] == storage
+    done = lorafold("eval", *model, "--adapter", adapter, "--data", data)
+    assert done.returncode == 0, done.stderr
+    merged = str(out / "merged")
+    done = lorafold("merge", *model, "--adapter", adapter, "--out", merged, "--json")
+    assert done.returncode == 0, done.stderr
+    certificate = json.loads(done.stdout.splitlines()[-1])
+    assert (certificate["into"], certificate["kl"] < 1e-4) == ("dequantized", True)
+    return said
+
+
+def refused_everywhere(
+    source: Path, change: Callable[[dict[str, Tensor]], Any], said: str, out: Path
+) -> None:
+    """With changed tensors it is neither loaded nor trained on, and the adapter `out / "a"` is not
+    merged: one line says it, and nothing is written.
+
+    Args:
+        source: Directory of the model.
+        change: Changes its tensors.
+        said: What the line says.
+        out: A directory that has the adapter alone.
+    """
+    path, rows = out / "q", rows_at(out)
+    shutil.copytree(source, path)
+    edit(path, change)
+    for work in (
+        lambda: lf.load_model(path),
+        lambda: lf.train(lf.Recipe(steps=1), model=str(path), data=str(rows), out=out / "out"),
+        lambda: merge(path, [out / "a"], out / "out"),
+    ):
+        with pytest.raises(LorafoldError) as caught:
+            work()
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in out.iterdir()) == ["a", "q", "rows.jsonl"]

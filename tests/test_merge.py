@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lorafold as lf
+from conftest import fast_only
 from lorafold.bases import layer_of
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
@@ -71,8 +73,10 @@ def resaved(model_dir: Path, path: Path, dtype: torch.dtype = torch.float32, **h
     return path
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "sharded"),
+    fast_only(zip(FAMILIES, cycle([True, False])), product(FAMILIES, [False, True])),
+)
 def test_fp32_merged_is_adapted(kind, sharded, tiny_model_dir, tmp_path):
     base = resaved(
         tiny_model_dir(kind), tmp_path / "base", max_shard_size="20KB" if sharded else "1GB"
@@ -380,8 +384,11 @@ def refused(base: Path, adapters: list[Path], out: Path, match: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj"]], ids=["all", "q_proj"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize(
+    ("sharded", "targets"),
+    [(False, None), (True, ["q_proj"])],
+    ids=["single-all", "sharded-q_proj"],
+)
 def test_added_biases_are_switched_on_in_the_config(sharded, targets, tiny_model_dir, tmp_path):
     base = resaved(
         tiny_model_dir("llama"), tmp_path / "base", max_shard_size="20KB" if sharded else "1GB"

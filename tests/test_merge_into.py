@@ -3,6 +3,7 @@ far it is from what was trained.
 """
 
 import json
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
+from conftest import fast_only
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError
@@ -57,8 +59,10 @@ def logits(path, storage=torch.float32):
     return load_model(path, storage)(IDS).logits.detach()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    fast_only(zip(METHODS, cycle(["nf4", "int8"])), product(METHODS, ["nf4", "int8"])),
+)
 def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(
     tiny_model_dir, tmp_path, method, kind
 ):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lorafold as lf
+from conftest import ALIKE
 from lorafold.core.spec import Spec
 from lorafold.methods import METHODS
 
@@ -79,9 +80,14 @@ def gradients(adapter: lf.Adapter, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
 
 
-def every(kinds: list[str] = KINDS) -> Callable:
+def every(kinds: list[str] = KINDS, slow: tuple[str, ...] = ()) -> Callable:
     return pytest.mark.parametrize(
-        ("method", "kind"), [pytest.param(m, k, id=f"{m}-{k}") for m in METHODS for k in kinds]
+        ("method", "kind"),
+        [
+            pytest.param(m, k, id=f"{m}-{k}", marks=[pytest.mark.slow] if m in slow else [])
+            for m in METHODS
+            for k in kinds
+        ],
     )
 
 
@@ -182,7 +188,7 @@ def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> 
     assert any(g.any() for g in grads.values())
 
 
-@every(["llama"])
+@every(["llama"], slow=ALIKE)
 def test_the_compiled_model_computes_the_same(method: str, kind: str, tiny_model) -> None:
     torch._dynamo.reset()
     model = tiny_model(kind)

@@ -257,7 +257,7 @@ def test_transformers_own_mappings_decide() -> None:
 # --- Gemma 3 on NF4 ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gemma3-text", "gemma3"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3-text", marks=pytest.mark.slow), "gemma3"])
 def test_gemma_3_on_nf4_runs_fused_and_merges(name: str, rows: Path, tmp_path: Path) -> None:
     base = write(name, tmp_path / "model", **WIDE, num_hidden_layers=2)
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"

@@ -28,17 +28,23 @@ from lorafold.models.storage import Storage
 from lorafold.models.weights import ModelWeights
 from lorafold.ops.mxfp4 import MAGNITUDES
 from mixtures import CONFIGS
-from quantized_cases import edit
+from quantized_cases import (
+    IDS,
+    METHODS,
+    adapted_alike,
+    commands,
+    edit,
+    moved,
+    refused_everywhere,
+    relative,
+)
 
-IDS = torch.arange(5, 25)[None]
 OWNER = "model.layers.0.mlp.experts"
 SITES = [
     f"model.layers.{i}.mlp.experts.{name}"
     for i in range(2)
     for name in ("gate_up_proj", "down_proj")
 ]
-METHODS = {"lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0))}
-ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
 SETTINGS = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
@@ -108,19 +114,6 @@ def by_transformers(path, dtype=torch.float32):
     """The model as transformers dequantizes it while loading."""
     config = Mxfp4Config(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def moved(model, method="lora", name="a", targets="all-linear"):
-    torch.manual_seed(1)
-    adapter = lf.attach(model, METHODS[method], targets, name=name)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return adapter
 
 
 def experts(model):
@@ -230,21 +223,11 @@ def test_folding_then_calling_equals_calling(released, spec):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(released, method):
-    """Values, gradients, and the same after folding."""
     over, plain = load_model(released, FP32), by_transformers(released)
-    adapters = [moved(model, method) for model in (over, plain)]
-    assert set(SITES) < set(adapters[0].matches.paths)
-    with lf.only(over), lf.only(plain):
-        bare = over(IDS).logits.detach()
-    y, expected = (model(IDS).logits for model in (over, plain))
-    assert relative(expected, bare) > 1e-2
-    assert relative(y, expected) < 1e-5
-    for model in (over, plain):
-        model(IDS, labels=IDS).loss.backward()
-    for a, b in zip(*(x.parameters() for x in adapters), strict=True):
-        assert relative(a.grad, b.grad) < 1e-4
-    adapters[0].merge()
-    assert relative(over(IDS).logits, expected) < 1e-5
+    adapter = adapted_alike(over, plain, method)
+    assert set(SITES) < set(adapter.matches.paths)
+    adapter.merge()
+    assert relative(over(IDS).logits, plain(IDS).logits) < 1e-5
     assert experts(over) == []
     assert {p.dtype for p in over.parameters()} == {torch.float32}
     assert not hasattr(over.config, "quantization_config")
@@ -357,26 +340,10 @@ def test_the_dequantized_model_counts_as_the_same_base(released, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_trains_evaluates_inspects_and_merges(released, tmp_path):
-    """Without --base: the files say how they are stored."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    model, out = ["--model", str(released)], tmp_path / "adapter"
-    data = ["--data", str(rows)]
-    done = lorafold("train", *model, *data, "--out", str(out), "--steps", "3", "--batch", "4")
-    assert done.returncode == 0, done.stderr
-    assert "base: mxfp4, computed in" in done.stdout + done.stderr
-    record = json.loads((out / "lorafold.json").read_text())
-    assert record["recipe"]["base"] == "mxfp4"
-    done = lorafold("eval", *model, "--adapter", str(out), *data)
-    assert done.returncode == 0, done.stderr
-    done = lorafold("inspect", *model, str(out))
+    commands(released, "mxfp4", tmp_path)
+    done = lorafold("inspect", "--model", str(released), str(tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     assert "Of 16 matrices of experts" in done.stdout
-    merged = tmp_path / "merged"
-    done = lorafold("merge", *model, "--adapter", str(out), "--out", str(merged), "--json")
-    assert done.returncode == 0, done.stderr
-    certificate = json.loads(done.stdout.splitlines()[-1])
-    assert (certificate["into"], certificate["kl"] < 1e-4) == ("dequantized", True)
 
 
 def at(name, change):
@@ -419,21 +386,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(released, tmp_path, mistake):
     change, said = MISTAKES[mistake]
-    path, rows = tmp_path / "q", tmp_path / "rows.jsonl"
-    shutil.copytree(released, path)
-    edit(path, change)
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     moved(load_model(released, FP32)).save(tmp_path / "a")
-    for work in (
-        lambda: lf.load_model(path),
-        lambda: lf.train(lf.Recipe(steps=1), model=str(path), data=str(rows), out=tmp_path / "out"),
-        lambda: merge(path, [tmp_path / "a"], tmp_path / "out"),
-    ):
-        with pytest.raises(LorafoldError) as caught:
-            work()
-        assert said in str(caught.value)
-        assert "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "q", "rows.jsonl"]
+    refused_everywhere(released, change, said, tmp_path)
 
 
 @pytest.mark.parametrize(

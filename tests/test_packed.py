@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 
 import lorafold as lf
+from conftest import ALIKE
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.bitsandbytes import PACKERS, Quantized
 from lorafold.errors import LorafoldError, NotMergeable
@@ -340,7 +341,14 @@ def test_storage_is_named_with_its_reason():
     assert choose_storage("nf4", "cpu").why.startswith("nf4, computed in ")
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=[pytest.mark.slow] if m in ALIKE else [])
+        for m in METHODS
+        if m not in ("full", "linear-probe")
+    ],
+)
 def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method):
     """By the same command, and the merged model is what was trained; or the method says that it has
     no form in weight space.

@@ -471,10 +471,12 @@ def test_every_objective_trains_and_is_measured(
 
 @pytest.mark.parametrize(
     ("method", "lr"),
-    {
-        "lora": 1e-2, "dora": 1e-2, "ia3": 1e-1, "full": 3e-3, "prompt": 0.3,
-        "adalora": 1e-1, "loha": 1e-1, "prefix": 0.3, "fish": 1e-2,
-    }.items(),
+    [
+        ("lora", 1e-2), ("ia3", 1e-1), ("full", 3e-3), ("prompt", 0.3), ("adalora", 1e-1),
+        ("prefix", 0.3), ("fish", 1e-2),
+        pytest.param("dora", 1e-2, marks=pytest.mark.slow),
+        pytest.param("loha", 1e-1, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_methods_learn_preferences(
     method: str, lr: float, tiny_model_dir: Callable[[str], Path], tmp_path: Path
@@ -490,7 +492,13 @@ def test_methods_learn_preferences(
     assert found.figures["reward_accuracy"] >= 0.75
 
 
-@pytest.mark.parametrize("epochs", [2.0, 0.5], ids=["kept references", "references in each step"])
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        pytest.param(2.0, id="kept references"),
+        pytest.param(0.5, id="references in each step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
     epochs: float,
     tiny_model_dir: Callable[[str], Path],

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import lorafold as lf
-from conftest import lorafold
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.errors import LorafoldError
@@ -25,12 +24,24 @@ from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 from lorafold.ops.float8 import is_nan, values
 from lorafold.ops.mxfp4 import dequantize as mxfp4
-from quantized_cases import KINDS, compressor_of, edit, make_compressed, make_fine_grained, plain_of
+from quantized_cases import (
+    IDS,
+    KINDS,
+    METHODS,
+    adapted_alike,
+    commands,
+    compressor_of,
+    edit,
+    make_compressed,
+    make_fine_grained,
+    moved,
+    plain_of,
+    refused_everywhere,
+    relative,
+    rows_at,
+)
 
-IDS = torch.arange(5, 25)[None]
 SITE = "model.layers.0.self_attn.q_proj"
-METHODS = {"lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0))}
-ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +61,6 @@ def quantized(base, tmp_path_factory):
 
 def loaded(path, kind="fp8", dtype=torch.float32):
     return load_model(path, Storage(dtype, KINDS[kind][3]))
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def moved(model, method="lora", name="a"):
-    torch.manual_seed(1)
-    adapter = lf.attach(model, METHODS[method], name=name)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return adapter
 
 
 def by_transformers(path, config):
@@ -126,24 +124,13 @@ def test_scales_in_fp32_stay_so(quantized, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(base, quantized, kind, method):
-    """Values, gradients, and the same after folding."""
     over, plain = loaded(quantized(kind), kind), plain_of(quantized(kind), base)
-    adapters = [moved(model, method) for model in (over, plain)]
-    with lf.only(over), lf.only(plain):
-        bare = over(IDS).logits.detach()
-        assert relative(bare, plain(IDS).logits) < 1e-6
-    y, expected = (model(IDS).logits for model in (over, plain))
-    assert relative(expected, bare) > 1e-2
-    assert relative(y, expected) < 1e-5
-    for model in (over, plain):
-        model(IDS, labels=IDS).loss.backward()
-    for a, b in zip(*(x.parameters() for x in adapters), strict=True):
-        assert relative(a.grad, b.grad) < 1e-4
+    adapter = adapted_alike(over, plain, method)
     codes = [p for m in compressed(over).values() for p in m.parameters(recurse=False)]
     assert all(p.grad is None for p in codes)
-    adapters[0].merge()
+    adapter.merge()
     assert not compressed(over)
-    assert relative(over(IDS).logits, expected) < 1e-5
+    assert relative(over(IDS).logits, plain(IDS).logits) < 1e-5
 
 
 def test_fine_grained_fp8_is_what_transformers_dequantizes(base, tmp_path):
@@ -243,25 +230,8 @@ def test_the_model_saves_as_it_was_loaded_and_half_merged(quantized, tmp_path, k
 
 @pytest.mark.parametrize("kind", ["fp8-dynamic", "int4"])
 def test_the_command_trains_evaluates_and_merges(quantized, tmp_path, kind):
-    """Without --base: the files say how they are stored."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    model, out = ["--model", str(quantized(kind))], tmp_path / "adapter"
-    data = ["--data", str(rows)]
-    done = lorafold("train", *model, *data, "--out", str(out), "--steps", "3", "--batch", "4")
-    assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
-    assert f"base: {KINDS[kind][3]}, computed in" in said
+    said = commands(quantized(kind), KINDS[kind][3], tmp_path)
     assert ("activations too" in said) == (kind == "fp8-dynamic")
-    record = json.loads((out / "lorafold.json").read_text())
-    assert record["recipe"]["base"] == KINDS[kind][3]
-    done = lorafold("eval", *model, "--adapter", str(out), *data)
-    assert done.returncode == 0, done.stderr
-    merged = tmp_path / "merged"
-    done = lorafold("merge", *model, "--adapter", str(out), "--out", str(merged), "--json")
-    assert done.returncode == 0, done.stderr
-    certificate = json.loads(done.stdout.splitlines()[-1])
-    assert (certificate["into"], certificate["kl"] < 1e-4) == ("dequantized", True)
 
 
 def test_activations_that_the_files_quantize_are_said_to_be_unquantized(quantized, caplog):
@@ -341,22 +311,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(quantized, tmp_path, mistake):
     kind, change, said = MISTAKES[mistake]
-    path = tmp_path / "q"
-    shutil.copytree(quantized(kind), path)
-    edit(path, change)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     moved(loaded(quantized(kind), kind)).save(tmp_path / "a")
-    for work in (
-        lambda: lf.load_model(path),
-        lambda: lf.train(lf.Recipe(steps=1), model=str(path), data=str(rows), out=tmp_path / "out"),
-        lambda: merge(path, [tmp_path / "a"], tmp_path / "out"),
-    ):
-        with pytest.raises(LorafoldError) as caught:
-            work()
-        assert said in str(caught.value)
-        assert "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "q", "rows.jsonl"]
+    refused_everywhere(quantized(kind), change, said, tmp_path)
 
 
 def with_settings(source, path, change):
@@ -458,15 +414,19 @@ def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_pa
     with pytest.raises(LorafoldError, match="stored as fp8; expected the base fp8"):
         lf.load_model(quantized("fp8"), "bf16")
     recipe = lf.Recipe(method="full", base="fp8", steps=1)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = rows_at(tmp_path)
     with pytest.raises(LorafoldError, match="full trains the base's own weights"):
         lf.train(recipe, model=str(quantized("fp8")), data=str(rows), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8-block", "int4", "int4-asymmetric", "int8"])
-@pytest.mark.parametrize("mode", ["lora", "inference"])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *itertools.product(["lora"], ["fp8", "fp8-block", "int4", "int4-asymmetric", "int8"]),
+        *itertools.product(["inference"], ["fp8", "int4", "int8"]),
+    ],
+)
 def test_an_estimate_is_of_the_files_as_they_are_stored(quantized, kind, mode):
     found = lf.estimate(str(quantized(kind)), mode, batch=2, length=64, measure=True, device="cpu")
     assert found.setting.base.quantization == KINDS[kind][3]

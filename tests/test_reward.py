@@ -259,7 +259,13 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "linear-probe", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("lora", "prompt", "linear-probe", "full"),
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("dora", "ia3")),
+    ],
+)
 def test_every_method_tells_the_pairs_apart_and_comes_back(
     method: str, tiny_model_dir, tmp_path: Path
 ) -> None:
@@ -354,7 +360,7 @@ def test_a_folded_model_is_a_plain_reward_model(
     assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "reward"})
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("storage", ["nf4", pytest.param("int8", marks=pytest.mark.slow), "bf16"])
 def test_a_quantized_base_scores_as_it_was_trained(
     storage: str, tiny_model_dir, tmp_path: Path
 ) -> None:

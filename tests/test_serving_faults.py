@@ -240,7 +240,7 @@ def kill(server: Running) -> None:
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), dead) == 1
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_engine_that_dies_is_started_again(server: Running, times):
     text = server.text("a", "The", max_tokens=30)
     server.ask("/admin/aliases/now", {"target": "a"}, ADMIN, "PUT")

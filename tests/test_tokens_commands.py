@@ -101,7 +101,7 @@ def lorafold(*arguments: object) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_format_of_ones_own_from_training_to_a_plain_model(
     kind: str, template: Path, tiny_model_dir, tmp_path: Path
 ) -> None:
