@@ -22,8 +22,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,41 +64,16 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def estimated_once() -> Callable[..., Any]:
-    """The estimate of a step, remembered: before each run of a tiny model it takes as long as the
-    run. What is trained beside the method is not in the key: of a run it is only printed.
-    """
-    found: dict[tuple[str, str], Any] = {}
-
-    def estimated(config: Any, setting: Any) -> Any:
-        from lorafold.memory.terms import estimate
-        from lorafold.memory.trace import nothing
-
-        below = tuple((spec, nothing) for spec, _ in setting.below)
-        key = config.to_json_string(), repr(replace(setting, beside=nothing, below=below))
-        if key not in found:
-            found[key] = estimate(config, setting)
-        return found[key]
-
-    return estimated
-
-
 @pytest.fixture(scope="module", autouse=True)
-def what_was_before_is_not_looked_at_again(estimated_once: Callable[..., Any]) -> Iterator[None]:
+def what_exists_is_not_looked_at_again() -> Iterator[None]:
     """Garbage collections skip what exists when a file of tests begins: a million objects of torch,
     transformers and collected tests, over which a quarter of all the time went. An estimate leaves
-    it so; its own scope would have everything looked at again. A run's own is computed once.
+    it so; its own scope would have everything looked at again.
     """
     gc.collect()
     gc.freeze()
-    with ExitStack() as patches:
-        for name, attribute, new in (
-            ("trace", "gc_frozen", nullcontext),
-            ("before_run", "estimate", estimated_once),
-        ):
-            if module := sys.modules.get(f"lorafold.memory.{name}"):
-                patches.enter_context(mock.patch.object(module, attribute, new))
+    trace = sys.modules.get("lorafold.memory.trace")
+    with mock.patch.object(trace, "gc_frozen", nullcontext) if trace else nullcontext():
         yield
 
 
