@@ -3,10 +3,10 @@
     python benchmarks/operations.py [--batch 4] [--length 256]
 
 The embedded model in bf16, LoRA of rank 16 with dropout 0.05 on every linear of the blocks, set up
-as `lorafold train` does, after two steps that warm up. An operation is what Python or autograd calls
-(aten::mm, lorafold::rms_norm), not what it calls in turn; a copy is any aten::copy_. A part is the
-autograd function that they are called in. Milliseconds are the part's own, of one step under the
-profiler. Prints a table, which is also written to results/operations.md.
+as `lorafold train` does, after two steps that warm up. An operation is what Python or autograd
+calls (aten::mm, lorafold::rms_norm), not what it calls in turn; a copy is any aten::copy_. A part
+is the autograd function that they are called in. Milliseconds are the part's own, of one step under
+the profiler. Prints a table, which is also written to results/operations.md.
 """
 
 import argparse
@@ -74,13 +74,15 @@ def main() -> None:
         times[part] += event.self_cpu_time_total / 1000
         copies[part] += event.name == "aten::copy_"
         calls[part] += is_operation(event.name) and not any(map(is_operation, names))
-    rows = [
-        {"part": part, "operations": calls[part], "copies": copies[part], "ms": f"{times[part]:.0f}"}
-        for part in (*PARTS.values(), "the rest")
-    ]
-    total = {"part": "all", "operations": calls.total(), "copies": copies.total(),
-             "ms": f"{times.total():.0f}"}  # fmt: skip
-    keep("operations", [*rows, total])
+    counted = [(part, calls[part], copies[part], times[part]) for part in calls]
+    counted.append(("all", calls.total(), copies.total(), times.total()))
+    keep(
+        "operations",
+        [
+            {"part": part, "operations": operations, "copies": copied, "ms": f"{ms:.0f}"}
+            for part, operations, copied, ms in counted
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,14 +67,12 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="module", autouse=True)
 def what_exists_is_not_looked_at_again() -> Iterator[None]:
     """Garbage collections skip what exists when a file of tests begins: a million objects of torch,
-    transformers and collected tests, over which a quarter of all the time went. An estimate leaves
-    it so; its own scope would have everything looked at again.
+    transformers and collected tests, over which a quarter of all the time went.
     """
     gc.collect()
     gc.freeze()
-    trace = sys.modules.get("lorafold.memory.trace")
-    with mock.patch.object(trace, "gc_frozen", nullcontext) if trace else nullcontext():
-        yield
+    yield
+    gc.unfreeze()
 
 
 def make_tokenizer():

@@ -4,7 +4,6 @@ the same, unless it is itself what is asked about.
 
 from __future__ import annotations
 
-import gc
 import io
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from lorafold.data.stored import Part
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import Estimate, estimate
-from lorafold.memory.trace import Setting, gc_frozen, nothing
+from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.storage import Storage
@@ -109,13 +108,3 @@ def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: 
     assert wider[-1] == f"{here}in fp32"
     assert wider[-2].startswith("total")
     assert wider[-2] != device.splitlines()[-1]
-
-
-def test_while_it_is_computed_what_exists_is_not_looked_at() -> None:
-    """The tests leave this scope out, as `conftest` says."""
-    gc.unfreeze()
-    mine: list[None] = []
-    with gc_frozen():
-        assert not any(o is mine for o in gc.get_objects())
-    assert any(o is mine for o in gc.get_objects())
-    gc.freeze()
