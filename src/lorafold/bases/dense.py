@@ -23,6 +23,7 @@ from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.once import once
 from lorafold.ops.scale import scale
 
 
@@ -126,6 +127,13 @@ class Matrix(Vectors):
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return linear(x, m)
+
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().op_once(x, m)
+        flat, narrow = x.reshape(-1, x.shape[-1]), m[:, : x.shape[-1]]
+        u = once(x, (m,), lambda: frozen_linear(flat, None, narrow.to))
+        return u.view(*x.shape[:-1], -1)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x

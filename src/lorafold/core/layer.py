@@ -49,6 +49,13 @@ class Layer(ABC):
         layer is no matrix.
         """
 
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        """`op` of x (..., in) and the first `in` columns of a frozen m (k, in or more): (..., k).
+
+        Layers that read the same x with the same m may compute it once.
+        """
+        return self.op(x, m[..., : self.shape[1]])
+
     @abstractmethod
     def drop(self, x: Tensor, p: float) -> Tensor:
         """x (..., in) after dropout with probability p; ids (...) are returned as they are."""
@@ -183,6 +190,9 @@ class Upon(Layer):
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return self.under.op(x, m)
+
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op_once(x, m)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.under.drop(x, p)
