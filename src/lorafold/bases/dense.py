@@ -25,6 +25,7 @@ from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
 from lorafold.ops.once import once
 from lorafold.ops.scale import scale
+from lorafold.ops.sparse import sparse_linear
 
 
 def store(module: nn.Module, name: str, value: Tensor) -> None:
@@ -148,6 +149,11 @@ class Matrix(Vectors):
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
         return add(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)), self.bias)
+
+    def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling() or not self.frozen:
+            return super().sparse(x, values, at, onto)
+        return add(add(sparse_linear(x, self.read, values, at), onto), self.bias)
 
 
 class Linear(Matrix):
