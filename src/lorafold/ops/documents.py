@@ -140,29 +140,6 @@ class Documents:
             return cls(tuple(lens))
         return cls(tuple(lens), None, tuple(starts), torch.cat(keys).to(device))
 
-    def after(self, n: int, batch: int, device: torch.device) -> Documents:
-        """These documents, each with n keys of tokens in front of it that are no queries: the first
-        n of its sequence of n + T keys. There must be no window.
-
-        Args:
-            n: the number of tokens in front.
-            batch: the number of sequences.
-            device: where `keys` is made.
-        """
-        length, lens = sum(self.own) // batch, torch.tensor(self.lens, device=device)
-        keys = torch.arange(sum(self.lens), device=device) if self.keys is None else self.keys
-        sequence = keys // length
-        front = sequence[lens.cumsum(0) - lens, None] * (n + length)
-        front = front + torch.arange(n, device=device)  # (documents, n)
-        parts = zip(front, (keys + n * (sequence + 1)).split(self.lens), strict=True)
-        return Documents(
-            tuple(n + each for each in self.lens),
-            None,
-            tuple(n + start for start in self.starts or repeat(0, len(self.lens))),
-            torch.cat([part for pair in parts for part in pair]),
-            (self, n * batch),
-        )
-
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
         starts = repeat(0) if self.starts is None else self.starts

@@ -29,6 +29,7 @@ from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
 from lorafold.ops.documents import Documents
+from lorafold.ops.front import behind
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
@@ -161,7 +162,7 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
     """
     if isinstance(mask, Documents):
         if mask.window is None:
-            return mask.after(n, len(x), x.device)
+            return behind(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys
