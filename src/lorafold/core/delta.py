@@ -128,7 +128,11 @@ class Dense(Additive):
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return layer.built(x, lambda w: rounded(w + self.delta(), w.dtype), onto)
+        return layer.built(x, self.added, onto)
+
+    def added(self, w: Tensor) -> Tensor:  # (out, in)
+        """W + dW (out, in), rounded once to W's dtype, for a product that is computed now."""
+        return rounded(w + self.delta(), w.dtype)
 
 
 class LowRank(Additive):
