@@ -259,7 +259,7 @@ def test_a_copy_and_a_file_have_no_norms_of_their_own() -> None:
         for twin in (copy.deepcopy(root), pickle.loads(pickle.dumps(root))):
             kept = twin[0].deltas["default"]
             assert kept.norms.value is kept.own.value is None
-            assert not (kept.norms.sources or kept.own.sources)
+            assert kept.norms.sources == kept.own.sources == ()
             assert torch.equal(twin(x), y)
     assert set(delta.state_dict()) == {"magnitude", "inner.A", "inner.B"}
 

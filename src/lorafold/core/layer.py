@@ -9,9 +9,9 @@
 A layer may have several matrices of one shape, of which each row of its input meets one: those of
 experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
 
-A layer under a delta is a layer (`Over`), and so is a layer whose output is known (`combine.Given`).
-Therefore stacks and combinators need no special case. The layer at the bottom is the module itself
-(`core.base`).
+A layer under a delta is a layer (`Over`), and so is a layer whose output is known
+(`combine.Given`). Therefore stacks and combinators need no special case. The layer at the bottom is
+the module itself (`core.base`).
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ class LoHaDelta(Dense):
     ) -> None:
         super().__init__()
         self.scale = scale
-        # U and V have at most half as many numbers as W
-        self.small = 2 * rank**2 * (out + inn) <= out * inn
+        # U and V have at most a third as many numbers as W: their three products then take less
+        # than the gradient of a dense dW
+        self.small = 3 * rank**2 * (out + inn) <= out * inn
         shapes = [(*matrices, out, rank), (*matrices, rank, inn)] * 2
         self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(shape, device) for shape in shapes)
         for p in (self.w1_a, self.w1_b, self.w2_a):

@@ -1,7 +1,7 @@
 """Documents with tokens in front that are keys of every document and no queries.
 
-    document i: keys [front, own keys], queries its own tokens; keys and values (n + T) of a sequence
-                begin with the n in front
+    document i: keys [front, own keys], queries its own tokens; the n + T keys and values of a
+                sequence begin with the n in front
 
 Each document's attention stays as small as the document, where a whole mask would be (T, n + T).
 Virtual tokens of prompt and prefix tuning are such tokens.

@@ -1,6 +1,6 @@
 """A value that several layers compute from one input, computed once.
 
-    once(x, (A,), make)         make() for the first layer that reads x with A, its result for others
+    once(x, (A,), make)         make() for the first layer that reads x with A, its result for all
 
 The layers know nothing of each other, so the value is kept on x itself: q, k and v read one tensor,
 and so do gate and up. It is computed again once x or A was written to, in another checkpointed
