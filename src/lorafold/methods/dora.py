@@ -10,7 +10,8 @@ rank falls short of full fine-tuning; merged, it costs nothing, as LoRA does.
 
 The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 kept. That is
 one thin product a step, however many micro-batches it has, where building V would take r / T of the
-layer's own time and the memory of a matrix. The base runs once: y = g (z - b) + b from z = V x + b, dropout included.
+layer's own time and the memory of a matrix. The base runs once: y = g (z - b) + b from z = V x + b,
+dropout included.
 """
 
 from __future__ import annotations
