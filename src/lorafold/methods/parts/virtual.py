@@ -80,7 +80,9 @@ class Virtual:
         """`widened`; the documents that all layers are given are widened once for all of them.
 
         Args:
-            mask, n, x: as `widened` takes them.
+            mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
+            n: the number of virtual tokens.
+            x: the input (B, T, d) of the attention.
         """
         if not isinstance(mask, Documents):
             return widened(mask, n, x)
