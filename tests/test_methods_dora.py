@@ -3,14 +3,18 @@ base, norms without V.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
 from lorafold.bases import layer_of
+from lorafold.core.delta import LowRank
 from lorafold.core.rounding import rounded
+from lorafold.core.unchanged import unchanged
 from lorafold.methods import make_spec
 from lorafold.methods.dora import DoRADelta
 from lorafold.ops.scale import scale, scaled
@@ -153,10 +157,122 @@ def test_norms_are_kept_only_while_nothing_changes() -> None:
         assert delta.norms.value is not first
         delta.train()
         assert law_holds()
-        assert delta.norms.value is None
         # leaves no version behind, as some optimizers do
         delta.inner.B.data = delta.inner.B.data + 1
         assert law_holds()
+
+
+def counted(monkeypatch) -> list[DoRADelta]:
+    """Grows by one entry whenever norms are computed."""
+    calls: list = []
+    plain = LowRank.row_squares
+
+    def row_squares(self, *args):
+        calls.append(self)
+        return plain(self, *args)
+
+    monkeypatch.setattr(LowRank, "row_squares", row_squares)
+    return calls
+
+
+def test_norms_are_computed_once_for_the_micro_batches_of_a_step(monkeypatch) -> None:
+    root, plain = layer(), layer()
+    spec = lf.DoRA(lf.LoRA(rank=4, dropout=0.0))
+    adapter, other = (lf.attach(m, spec, ["0"]) for m in (root, plain))
+    for each in (adapter, other):
+        moved(each)
+        for p, q in zip(each.parameters(), adapter.parameters(), strict=True):
+            p.data.copy_(q)
+    # this optimizer changes parameters without changing their version
+    optimizers = [
+        torch.optim.AdamW(each.parameters(), lr=0.1, fused=True) for each in (adapter, other)
+    ]
+    batches = torch.randn(3, 3, 5, 96)
+    calls = counted(monkeypatch)
+    for step in batches:
+        calls.clear()
+        with unchanged():
+            for x in step:
+                root(x).square().sum().backward()
+        assert len(calls) == 1
+        for x in step:
+            plain(x).square().sum().backward()
+        assert len(calls) == 4
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(adapter.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(root.eval()(x), plain.eval()(x))
+
+
+def test_norms_are_kept_for_a_block_that_is_replayed(monkeypatch) -> None:
+    root = layer()
+    adapter = lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.5)), ["0"])
+    moved(adapter)
+    x = torch.randn(5, 96, requires_grad=True)
+
+    def gradients(run) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        return list(torch.autograd.grad(run(x).square().sum(), [x, *adapter.parameters()]))
+
+    expected = gradients(root)
+    calls = counted(monkeypatch)
+    found = gradients(lambda x: checkpoint(root, x, use_reentrant=False))
+    assert len(calls) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_norms_follow_a_factor_and_a_delta_below_within_a_step() -> None:
+    root = layer()
+    delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"], name="above"))
+    x = torch.randn(5, 96)
+
+    def law_holds() -> bool:
+        w, b = root[0].layer(*root[0].selection.names).dense()
+        return torch.allclose(root(x), x @ w.t() + b, atol=1e-5)
+
+    with unchanged(), torch.no_grad():
+        assert law_holds()
+        for name in ("A", "B"):
+            getattr(delta.inner, name).add_(0.1)
+            assert law_holds(), name
+        root[0].weight.mul_(2)
+        assert law_holds()
+    root = layer()
+    below = lf.attach(root, lf.LoRA(rank=4, dropout=0.0), ["0"], name="below")
+    moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), ["0"], name="above"))
+    with unchanged(), torch.no_grad():
+        for _ in range(2):
+            below.deltas["0"].B.add_(torch.randn(128, 4))
+            assert law_holds()
+
+
+def test_a_copy_and_a_file_have_no_norms_of_their_own() -> None:
+    root = layer()
+    delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"]))
+    x = torch.randn(5, 96)
+    with unchanged():
+        y = root(x)
+        assert delta.norms.value is not None
+        for twin in (copy.deepcopy(root), pickle.loads(pickle.dumps(root))):
+            kept = twin[0].deltas["default"]
+            assert kept.norms.value is kept.own.value is None
+            assert kept.norms.sources == kept.own.sources == ()
+            assert torch.equal(twin(x), y)
+    assert set(delta.state_dict()) == {"magnitude", "inner.A", "inner.B"}
+
+
+def test_inference_tensors_have_no_version() -> None:
+    with torch.inference_mode():
+        root = layer()
+        delta = moved(lf.attach(root, lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), ["0"]))
+        for mode in (True, False):
+            root.train(mode)
+            x = torch.randn(5, 96)
+            w, b = delta.fold(*layer_of(root[0]).dense())
+            assert torch.allclose(root(x), x @ w.t() + b, atol=1e-5)
 
 
 def test_rows_of_zeros_have_no_direction() -> None:

@@ -8,6 +8,7 @@ turn. Linux only.
 stdin and answers with a JSON object.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -23,6 +24,9 @@ from typing import Any, NamedTuple, Self
 class Case(NamedTuple):
     """What both sides train: LoRA or DoRA on every linear of the blocks of a model in bf16, experts
     among them (PEFT's `target_parameters`), AdamW, every token labelled.
+
+    lorafold alone trains any `method` of the table with its own options and targets, and has the
+    objective "classify" (two classes, one label a row) beside "sft".
     """
 
     batch: int = 4
@@ -32,6 +36,8 @@ class Case(NamedTuple):
     dora: bool = False
     quantization: str | None = None
     model: str = "smollm2"  # or a directory
+    method: str | None = None
+    objective: str = "sft"
 
 
 class Step(NamedTuple):
@@ -86,40 +92,64 @@ def ids(case: Case) -> Any:
     )
 
 
-def lorafold(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
+class Training(NamedTuple):
+    """A step's loss, its optimizer, and what follows the optimizer's step."""
+
+    loss: Callable[[], Any]
+    optimizer: Any
+    after: Callable[[], None] = lambda: None
+
+
+def lorafold(case: Case, stack: ExitStack) -> Training:
     """A loss and its optimizer, as `lorafold train` sets them up."""
     import torch
     from rich.console import Console
 
     import lorafold as lf
     from lorafold.data.examples import Example
+    from lorafold.data.labelled import LabelledExample
     from lorafold.machine.allocator import freed_blocks_kept
-    from lorafold.models.loading import load_model, load_tokenizer
+    from lorafold.methods import make_spec
+    from lorafold.models.loading import load_tokenizer
+    from lorafold.models.sources import resolve_model
     from lorafold.models.storage import Storage
     from lorafold.step.adamw import make_optimizer
     from lorafold.step.fused import fused
+    from lorafold.step.optim import param_groups
     from lorafold.step.recipe import Recipe
-    from lorafold.training.objectives import Sft
+    from lorafold.training.loop import penalty
+    from lorafold.training.objectives.classify import Classify
+    from lorafold.training.objectives.objective import ModelRequest, Objective
+    from lorafold.training.objectives.sft import Sft
 
-    model = load_model(case.model, Storage(torch.bfloat16, case.quantization))
+    cpu, rows, tokenizer = torch.device("cpu"), ids(case).tolist(), load_tokenizer("smollm2")
+    source, storage = resolve_model(case.model), Storage(torch.bfloat16, case.quantization)
+    objective: Objective = Sft() if case.objective == "sft" else Classify(("no", "yes"))
+    model = objective.load(ModelRequest(source, tokenizer, storage, cpu, 0, False))
     stack.enter_context(freed_blocks_kept())
-    spec = lf.LoRA(rank=case.rank, dropout=case.dropout)
-    adapter = lf.attach(model, lf.DoRA(spec) if case.dora else spec)
+    lora = lf.LoRA(rank=case.rank, dropout=case.dropout)
+    spec = make_spec(case.method) if case.method else lf.DoRA(lora) if case.dora else lora
+    saved = objective.modules_to_save(model, spec, None)
+    adapter = lf.attach(model, spec, modules_to_save=saved)
     stack.enter_context(fused(model))
-    loss = stack.enter_context(
-        Sft().loss(model, load_tokenizer("smollm2"), True, Console(quiet=True))
-    )
-    inputs = loss.collate(
-        [Example(tuple(row), tuple(row)) for row in ids(case).tolist()], torch.device("cpu")
-    )
+    loss = stack.enter_context(objective.loss(model, tokenizer, True, Console(quiet=True)))
+    examples: list[Any] = [
+        Example(tuple(row), tuple(row)) if case.objective == "sft" else LabelledExample(row, i % 2)
+        for i, row in enumerate(rows)
+    ]
+    inputs, count = loss.collate(examples, cpu), sum(map(loss.count, examples))
     loss.train()
-    optimizer = make_optimizer(
-        "adamw", [{"params": list(adapter.parameters()), "lr": 2e-4}], Recipe()
+    groups = param_groups(adapter.parts(), spec.lr, spec.lr_b or spec.lr)
+    # the 21st of 100 steps and those after it, at which a method may prune
+    steps = itertools.count(21)
+    return Training(
+        lambda: loss(**inputs) / count + penalty(adapter),
+        make_optimizer("adamw", groups, Recipe()),
+        lambda: spec.after_step(adapter.own_deltas, next(steps), 100),
     )
-    return lambda: loss(**inputs) / (case.batch * (case.length - 1)), optimizer
 
 
-def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
+def peft(case: Case, stack: ExitStack) -> Training:
     """A loss and its optimizer, as PEFT's documentation sets them up."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -147,7 +177,9 @@ def peft(case: Case, stack: ExitStack) -> tuple[Callable[[], Any], Any]:
     )
     tuned, rows = get_peft_model(model, config).train(), ids(case)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)
-    return lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer
+    return Training(
+        lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer
+    )
 
 
 def peak() -> int:
@@ -177,15 +209,16 @@ def gemm_rate() -> float:
 
 def serve(peer: str, case: Case) -> None:
     with ExitStack() as stack:
-        make_loss, optimizer = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
+        training = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
         for _ in sys.stdin:
             at = [time.perf_counter()]
-            loss = make_loss()
+            loss = training.loss()
             at.append(time.perf_counter())
             loss.backward()
             at.append(time.perf_counter())
-            optimizer.step()
-            optimizer.zero_grad()
+            training.optimizer.step()
+            training.after()
+            training.optimizer.zero_grad()
             at.append(time.perf_counter())
             print(
                 json.dumps(

@@ -23,7 +23,9 @@ from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.once import once
 from lorafold.ops.scale import scale
+from lorafold.ops.sparse import sparse_linear
 
 
 def store(module: nn.Module, name: str, value: Tensor) -> None:
@@ -127,6 +129,13 @@ class Matrix(Vectors):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return linear(x, m)
 
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().op_once(x, m)
+        flat, narrow = x.reshape(-1, x.shape[-1]), m[:, : x.shape[-1]]
+        u = once(x, (m,), lambda: frozen_linear(flat, None, narrow.to))
+        return u.view(*x.shape[:-1], -1)
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p) if p else x
 
@@ -140,6 +149,11 @@ class Matrix(Vectors):
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
         return add(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)), self.bias)
+
+    def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling() or not self.frozen:
+            return super().sparse(x, values, at, onto)
+        return add(add(sparse_linear(x, self.read, values, at), onto), self.bias)
 
 
 class Linear(Matrix):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.delta import Delta, LowRank, Opaque
-from lorafold.core.layer import Given, Layer, Over, add
+from lorafold.core.layer import Layer, Over, Upon, add
 
 
 class Stack(Delta):
@@ -178,3 +178,27 @@ class Bank(Opaque):
         up, down = (t[self.slots.at] for t in (self.up, self.down))  # type: ignore[index]
         each = torch.vmap(partial(layer.branch, p=0.0))
         return layer(x, onto=add(each(x, down, up), onto))
+
+
+class Given(Upon):
+    """A layer whose output y for the input x is known already, so that a combinator runs the layer
+    below once. Another input than x, which a delta may have changed, runs it again.
+    """
+
+    def __init__(self, under: Layer, y: Tensor, x: Tensor) -> None:
+        self.under, self.y, self.x = under, y, x
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if x is self.x:
+            return add(self.y, onto)
+        y: Tensor = self.under(x, onto=onto)
+        return y.to(torch.promote_types(y.dtype, self.y.dtype))
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.under.dense()
+
+    def original(self) -> Tensor:
+        return self.under.original()
+
+    def sources(self) -> list[Tensor] | None:
+        return self.under.sources()

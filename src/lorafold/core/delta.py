@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lorafold.core.layer import Layer, add
+from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 
@@ -129,17 +128,11 @@ class Dense(Additive):
     """
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self._run(layer, x, onto)
-        y: Tensor = checkpoint(
-            self._run, layer, x, onto, use_reentrant=False, preserve_rng_state=False
-        )
-        return y
+        return layer.built(x, self.added, onto)
 
-    def _run(self, layer: Layer, x: Tensor, onto: Tensor | None) -> Tensor:
-        w, b = layer.dense()
-        y = add(layer.op(x, rounded(w + self.delta(), w.dtype)), onto)
-        return y if b is None else y + layer.each(b)
+    def added(self, w: Tensor) -> Tensor:  # (out, in)
+        """W + dW (out, in), rounded once to W's dtype, for a product that is computed now."""
+        return rounded(w + self.delta(), w.dtype)
 
 
 class LowRank(Additive):

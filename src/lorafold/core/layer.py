@@ -9,9 +9,9 @@
 A layer may have several matrices of one shape, of which each row of its input meets one: those of
 experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
 
-A layer under a delta is a layer (`Over`), and so is a layer whose output is known (`Given`).
-Therefore stacks and combinators need no special case. The layer at the bottom is the module itself
-(`core.base`).
+A layer under a delta is a layer (`Over`), and so is a layer whose output is known
+(`combine.Given`). Therefore stacks and combinators need no special case. The layer at the bottom is
+the module itself (`core.base`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafold.core.replay import replayed
+from lorafold.core.scattered import scattered
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ class Layer(ABC):
         An embedding's x holds ids (...), and the product is a look-up. Raises NotMergeable if the
         layer is no matrix.
         """
+
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        """`op` of x (..., in) and the first `in` columns of a frozen m (k, in or more): (..., k).
+
+        Layers that read the same x with the same m may compute it once.
+        """
+        return self.op(x, m[..., : self.shape[1]])
 
     @abstractmethod
     def drop(self, x: Tensor, p: float) -> Tensor:
@@ -176,6 +185,37 @@ class Layer(ABC):
         return F.linear(u, up.to(u.dtype))
 
 
+    def built(
+        self, x: Tensor, build: Callable[[Tensor], Tensor], onto: Tensor | None = None
+    ) -> Tensor:
+        """The output (..., out) with another matrix than W, which is built for this product and
+        again in the backward, so that a step never holds more than one.
+
+        Args:
+            x: the input (..., in).
+            build: makes the matrix (out, in) from W, with random numbers of no kind.
+            onto: a tensor (..., out) that is added before a bias, or None.
+        """
+
+        def run(x: Tensor, onto: Tensor | None) -> Tensor:
+            w, b = self.dense()
+            y = add(self.op(x, build(w)), onto)
+            return y if b is None else y + self.each(b)
+
+        return replayed(run, x, onto)
+
+    def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The output (..., out) with values added at some entries of W.
+
+        Args:
+            x: the input (..., in).
+            values: what is added (k,).
+            at: the ascending positions (k,) in the flattened W.
+            onto: a tensor (..., out) that is added before a bias, or None.
+        """
+        return self.built(x, lambda w: scattered(w, values, at), onto)
+
+
 class Upon(Layer):
     """Abstract: a layer over another one, with the same input, shape and module."""
 
@@ -183,6 +223,9 @@ class Upon(Layer):
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return self.under.op(x, m)
+
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op_once(x, m)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.under.drop(x, p)
@@ -244,27 +287,3 @@ class Over(Upon):
 
     def sources(self) -> list[Tensor] | None:
         return None
-
-
-class Given(Upon):
-    """A layer whose output y for the input x is known already, so that a combinator runs the layer
-    below once. Another input than x, which a delta may have changed, runs it again.
-    """
-
-    def __init__(self, under: Layer, y: Tensor, x: Tensor) -> None:
-        self.under, self.y, self.x = under, y, x
-
-    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        if x is self.x:
-            return add(self.y, onto)
-        y: Tensor = self.under(x, onto=onto)
-        return y.to(torch.promote_types(y.dtype, self.y.dtype))
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.under.dense()
-
-    def original(self) -> Tensor:
-        return self.under.original()
-
-    def sources(self) -> list[Tensor] | None:
-        return self.under.sources()

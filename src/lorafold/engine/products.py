@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
-from lorafold.core.layer import Given, Layer, add
+from lorafold.core.layer import Layer, add
 from lorafold.engine.adapters import Factors, Held
 from lorafold.engine.operations import Operations, Part, Product
 from lorafold.engine.structure import Shape, Structure

@@ -9,8 +9,9 @@ method: LoRA in the paper, here LoHa, LoKr, PiSSA and VeRA as well. Use it where
 rank falls short of full fine-tuning; merged, it costs nothing, as LoRA does.
 
 The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 kept. That is
-one thin product a step, where building V would take r / T of the layer's own time and the memory of
-a matrix. The base runs once: y = g (z - b) + b from z = V x + b, dropout included.
+one thin product a step, however many micro-batches it has, where building V would take r / T of the
+layer's own time and the memory of a matrix. The base runs once: y = g (z - b) + b from z = V x + b,
+dropout included.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lorafold.core.combine import up_names_in
 from lorafold.core.delta import Additive, Delta
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
+from lorafold.core.unchanged import in_backward, scope
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 
@@ -39,7 +41,7 @@ def squares(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrices, out)
 
 class Kept:
     """A value computed from tensors, which is computed again once one of these was replaced, moved
-    or written to.
+    or written to. A copy, and a file, has no value.
     """
 
     def __init__(self) -> None:
@@ -47,19 +49,28 @@ class Kept:
         self.state: list[Any] = []
         self.value: Tensor | None = None
 
-    def get(self, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:  # any shape
-        """The value that `make` computes from the sources, kept while they stay the same."""
-        state = [(s._version, s.device, s.dtype) for s in sources]
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+    def get(
+        self, sources: Sequence[Tensor], make: Callable[[], Tensor], during: Any = None
+    ) -> Tensor:  # any shape
+        """The value that `make` computes from the sources, kept while they stay the same.
+
+        Args:
+            sources: what the value depends on, of any shapes.
+            make: computes the value.
+            during: another object than the last time has the value computed again.
+        """
+        if any(s.is_inference() for s in sources):  # these have no version
+            return make()
+        state = [during, *((s._version, s.device, s.dtype) for s in sources)]
         same = len(sources) == len(self.sources) and all(
             a is b for a, b in zip(sources, self.sources, strict=True)
         )
         if self.value is None or not same or state != self.state:
             self.sources, self.state, self.value = tuple(sources), state, make()
         return self.value
-
-    def drop(self) -> None:
-        """Forget the value."""
-        self.sources, self.value = (), None
 
 
 class DoRADelta(Delta):
@@ -71,6 +82,7 @@ class DoRADelta(Delta):
         self.up_names = up_names_in(self)
         self.run_names = tuple(f"inner.{name}" for name in inner.run_names)
         self.own, self.norms = Kept(), Kept()
+        self.during: object | None = None
         self.magnitude = nn.Parameter(squares(layer.dense()[0].detach()).sqrt())
 
     def penalty(self) -> Tensor | None:
@@ -80,7 +92,8 @@ class DoRADelta(Delta):
     def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
         """The norm of each row of V.
 
-        |w|^2 is kept as long as W does not change; the norms themselves are kept outside training.
+        |w|^2 is kept as long as W does not change. So are the norms outside training; in training
+        they are kept for one optimizer step, and for a checkpointed block that is replayed.
         """
         base = layer.sources()
         if torch.compiler.is_compiling() or base is None:
@@ -90,10 +103,12 @@ class DoRADelta(Delta):
             w = layer.dense()[0]
             return self.inner.row_squares(w, self.own.get(base, lambda: squares(w))).sqrt()
 
-        if self.training:  # an optimizer may change parameters without changing their version
-            self.norms.drop()
-            return make()
-        return self.norms.get([*base, *self.inner.parameters()], make)
+        if not self.training:
+            self.during = None
+        elif not in_backward():  # an optimizer may change parameters without changing their version
+            self.during = scope() or object()
+        tensors = [*base, *self.inner.parameters(), *self.inner.buffers()]
+        return self.norms.get(tensors, make, self.during)
 
     def gain(self, norms: Tensor) -> Tensor:  # (*matrices, out)
         """g = m / norms, the gain of each output; a norm of 0 counts as 1."""

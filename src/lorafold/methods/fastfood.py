@@ -10,7 +10,8 @@ et al. 2018, arXiv 1804.08838. The Fastfood projection (Le et al. 2013) with a l
 every matrix: Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2. B and Q are shared, since separate
 Gaussian numbers already make matrices and blocks independent. The division by sqrt(d) makes a step
 of AdamW move the weights equally far at any d, so that one learning rate fits all. All random
-numbers come from `seed`. The method is a diagnostic: dW is built in every step.
+numbers come from `seed`. The method is a diagnostic: dW is built in every step, in 16 bits where
+the weight has as many.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
+from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.ops.walsh import halves, walsh
@@ -51,13 +53,16 @@ class Subspace(nn.Module):
             self.register_buffer(name, half.to(device), persistent=False)
 
     def transformed(self, x: Tensor) -> Tensor:  # (..., L)
-        """The Walsh-Hadamard transform of x (..., L)."""
-        return walsh(x, self.left.to(x), self.right.to(x))
+        """sqrt(L) times the Walsh-Hadamard transform of x (..., L): sums whose signs are exact in
+        16 bits too.
+        """
+        return walsh(x, self.left.sign().to(x), self.right.sign().to(x))
 
     def spread(self) -> Tensor:  # (L,)
         """Q H B v / sqrt(d), the part of the projection that all matrices share."""
         filled = nn.functional.pad(self.vector, (0, len(self.signs) - len(self.vector)))
-        return self.transformed(filled * self.signs)[self.order] / len(self.vector) ** 0.5
+        length = len(self.vector) * len(self.signs)
+        return self.transformed(filled * self.signs)[self.order] / length**0.5
 
 
 class FastfoodDelta(Dense):
@@ -91,11 +96,18 @@ class FastfoodDelta(Dense):
         self.register_buffer("gaussians", gaussians.to(device), persistent=False)
 
     def delta(self) -> Tensor:  # (*matrices, out, in)
+        return self.projected(torch.float32)
+
+    def added(self, w: Tensor) -> Tensor:
+        dw = self.projected(w.dtype if w.dtype is torch.bfloat16 else torch.float32)
+        return rounded(w.to(torch.promote_types(w.dtype, torch.float32)) + dw, w.dtype)
+
+    def projected(self, dtype: torch.dtype) -> Tensor:  # (*matrices, out, in)
+        """dW (*matrices, out, in), each step of which is computed in that dtype."""
         subspace: Any = self._first[0].subspace
         spread = subspace.spread().to(self.gaussians.device)
-        blocks: Tensor = subspace.transformed(
-            self.gaussians * (spread * self.scale / len(self.gaussians) ** 0.5)
-        )
+        gains = spread * self.scale / self.gaussians.numel() ** 0.5
+        blocks: Tensor = subspace.transformed(self.gaussians.to(dtype) * gains.to(dtype))
         return blocks.flatten()[: prod(self.shape)].view(self.shape)
 
 

@@ -2,10 +2,13 @@
 
     y = (W + dW) x + b              dW = alpha / r (A1 B1) * (A2 B2), A (out, r), B (r, in), B2 zero
                                     at start
+    dW = U V                        U (out, r^2) the products of a column of A1 and one of A2, V
+                                    (r^2, in) those of a row of B1 and one of B2
 
 Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv
-2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r. dW has to be built at
-every step, so it costs more time than LoRA; use it where LoRA's rank is too small.
+2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r, so it costs more time
+than LoRA; use it where LoRA's rank is too small. As long as U and V are small beside W, it runs as
+the low-rank update that they make; at larger ranks, dW is built at every step.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ class LoHaDelta(Dense):
     ) -> None:
         super().__init__()
         self.scale = scale
+        # U and V have at most a third as many numbers as W: their three products then take less
+        # than the gradient of a dense dW
+        self.small = 3 * rank**2 * (out + inn) <= out * inn
         shapes = [(*matrices, out, rank), (*matrices, rank, inn)] * 2
         self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(shape, device) for shape in shapes)
         for p in (self.w1_a, self.w1_b, self.w2_a):
@@ -45,6 +51,13 @@ class LoHaDelta(Dense):
 
     def delta(self) -> Tensor:
         return hadamard(self.w1_a, self.w1_b, self.w2_a, self.w2_b, self.scale)
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if not self.small:
+            return super().forward(layer, x, onto)
+        up = self.w1_a[..., :, None] * (self.scale * self.w2_a)[..., None, :]
+        down = self.w1_b[..., :, None, :] * self.w2_b[..., None, :, :]
+        return layer.low_rank(x, down.flatten(-3, -2), up.flatten(-2), 0.0, onto)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ class SparseDelta(Dense):
         flat = self.values.new_zeros(prod(self.shape))
         return flat.index_put((self.at,), self.values).view(self.shape)
 
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if self.at is None:
+            return super().forward(layer, x, onto)
+        return layer.sparse(x, self.values, self.at, onto)
+
     def select(self, at: Tensor | None) -> None:
         """Train the entries at these positions (k,) (None: all), with values of zero.
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.delta import Delta, LowRank
-from lorafold.core.layer import Layer
+from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.start import zeros
+from lorafold.ops.framed import framed
 
 
 class Projections(nn.Module):
@@ -79,6 +80,14 @@ class VeRADelta(LowRank):
             self.b[..., None] * self.projections.B[:out],
             self.d[..., None] * self.projections.A[:, :inn],
         )
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        dropped = self.training and self.dropout
+        if dropped or layer.matrices or not layer.takes_vectors:
+            return super().forward(layer, x, onto)
+        u = layer.op_once(x, self.projections.A)  # the same for all matrices that read x
+        small = framed(u, self.projections.B[: self.shape[0]], self.b, self.d)
+        return layer(x, onto=add(small, onto))
 
 
 @dataclass(frozen=True)

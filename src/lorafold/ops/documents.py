@@ -18,6 +18,7 @@ from itertools import groupby, repeat
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
@@ -100,6 +101,8 @@ class Documents:
     window: int | None = None
     starts: tuple[int, ...] | None = None
     keys: Tensor | None = field(default=None, repr=False, compare=False)
+    # the same documents without tokens in front, and how many keys these add in all
+    behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
     _masks: dict[tuple[Any, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -166,9 +169,16 @@ class Documents:
         return torch.empty_like(x_SHD, dtype=x_SHD.dtype if self.keys is None else wide)
 
     def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`."""
+        """The sums (tokens, Hk, D) of what is at each token's keys, tokens in front among them: the
+        transpose of `gathered`.
+
+        Args:
+            x_SHD: what is at the keys.
+            tokens: the number of the documents' own tokens.
+        """
         if self.keys is None:
             return x_SHD
+        tokens += 0 if self.behind is None else self.behind[1]
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -253,7 +263,16 @@ class Documents:
         return self._masks[key][:, -columns:]
 
     def dense(self, batch: int, device: torch.device) -> Tensor:
-        """The whole mask, boolean (B, 1, T, T): True where a query sees a token."""
+        """The whole mask, boolean (B, 1, T, T): True where a query sees a token; (B, 1, T, n + T)
+        with n tokens in front.
+
+        Args:
+            batch: the number of sequences.
+            device: where the mask is made.
+        """
+        if self.behind is not None:
+            documents, front = self.behind
+            return F.pad(documents.dense(batch, device), (front // batch, 0), value=True)
         lens = torch.tensor(self.lens, device=device)
         document = torch.arange(len(lens), device=device).repeat_interleave(
             lens, output_size=sum(self.lens)

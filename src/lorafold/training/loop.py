@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
+from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import Measured
@@ -113,15 +114,16 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
     job.wrapped.train()
     seen = torch.zeros((), device=accelerator.device)
-    for i, part in enumerate(micro):
-        is_last = i == len(micro) - 1
-        with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
-            loss: Tensor = job.wrapped(**job.loss.collate(part, accelerator.device))
-            seen += loss.detach()
-            loss = loss * (world / total)
-            if is_last:
-                loss = loss + penalty(job.adapter)
-            accelerator.backward(loss)
+    with unchanged():
+        for i, part in enumerate(micro):
+            is_last = i == len(micro) - 1
+            with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
+                loss: Tensor = job.wrapped(**job.loss.collate(part, accelerator.device))
+                seen += loss.detach()
+                loss = loss * (world / total)
+                if is_last:
+                    loss = loss + penalty(job.adapter)
+                accelerator.backward(loss)
     mean = accelerator.reduce(seen).item() / total
     if not math.isfinite(mean):
         good = job.run.checkpoints()

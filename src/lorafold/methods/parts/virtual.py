@@ -29,6 +29,7 @@ from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError
 from lorafold.ops.documents import Documents
+from lorafold.ops.front import behind
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
@@ -66,6 +67,7 @@ class Virtual:
     def __init__(self, before: tuple[KeysAndValues, ...], seen: Seen | None) -> None:
         self.before, self.seen = before, seen
         self.reached: set[int] = set()
+        self._documents: tuple[Documents, Documents] | None = None
 
     def at(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
         """Each sender's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer; the layer is
@@ -73,6 +75,23 @@ class Virtual:
         """
         self.reached.add(layer_idx)
         return [kv[layer_idx] for kv in self.before]
+
+    def mask(self, mask: Any, n: int, x: Tensor) -> Any:
+        """`widened`; the documents that all layers are given are widened once for all of them.
+
+        Args:
+            mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
+            n: the number of virtual tokens.
+            x: the input (B, T, d) of the attention.
+        """
+        if not isinstance(mask, Documents):
+            return widened(mask, n, x)
+        if self._documents is None or self._documents[0] is not mask:
+            found = widened(mask, n, x)
+            if not isinstance(found, Documents):
+                return found
+            self._documents = mask, found
+        return self._documents[1]
 
 
 class _Prepended:
@@ -128,13 +147,13 @@ class Receiver(Opaque):
         tokens = x.shape[1] if mask is None and x.shape[1] > 1 else None
         kwargs[self.cache_name] = _Prepended(kwargs.get(self.cache_name), virtual, before, tokens)
         if n := sum(k.shape[-2] for k, _ in before):
-            kwargs["attention_mask"] = widened(mask, n, x)
+            kwargs["attention_mask"] = virtual.mask(mask, n, x)
         return layer(**kwargs)
 
 
-def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | None:
+def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
     """An attention's mask with n columns in front that every query sees: (B, 1, T, n + Tk), boolean
-    or additive; None if there is nothing to mask.
+    or additive; documents with n keys in front; None if there is nothing to mask.
 
     Raises LorafoldError for a mask of another kind.
 
@@ -144,6 +163,8 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | None
         x: the input (B, T, d) of the attention.
     """
     if isinstance(mask, Documents):
+        if mask.window is None:
+            return behind(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys

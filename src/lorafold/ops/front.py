@@ -1,0 +1,40 @@
+"""Documents with tokens in front that are keys of every document and no queries.
+
+    document i: keys [front, own keys], queries its own tokens; the n + T keys and values of a
+                sequence begin with the n in front
+
+Each document's attention stays as small as the document, where a whole mask would be (T, n + T).
+Virtual tokens of prompt and prefix tuning are such tokens.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import torch
+
+from lorafold.ops.documents import Documents
+
+
+def behind(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+    """The documents behind n tokens each, those at the front of its sequence.
+
+    Args:
+        docs: the documents, which have no window.
+        n: the number of tokens in front.
+        batch: the number of sequences.
+        device: where `keys` is made.
+    """
+    length, lens = sum(docs.own) // batch, torch.tensor(docs.lens, device=device)
+    keys = torch.arange(sum(docs.lens), device=device) if docs.keys is None else docs.keys
+    sequence = keys // length
+    front = sequence[lens.cumsum(0) - lens, None] * (n + length)
+    front = front + torch.arange(n, device=device)  # (documents, n)
+    parts = zip(front, (keys + n * (sequence + 1)).split(docs.lens), strict=True)
+    return Documents(
+        tuple(n + each for each in docs.lens),
+        None,
+        tuple(n + start for start in docs.starts or repeat(0, len(docs.lens))),
+        torch.cat([part for pair in parts for part in pair]),
+        (docs, n * batch),
+    )
