@@ -2,22 +2,25 @@
 the floor, peak memory.
 
     python benchmarks/peers.py [--rounds 9] [--settings lora-dropout,nf4] [--batch 4] [--length 256]
-    [--rank 16]
+    [--rank 16] [--shape qwen3]
 
-The embedded model, rank 16 on every linear of the blocks, AdamW, every token labelled. Each side is
-a process of its own and the two take their steps in turn; figures are medians, ratios those of each
-turn. The floor is two passes of the linears and two products of the head at the speed of a large
-product, in bf16 or fp32, whichever the machine is faster with, measured after each of lorafold's
-steps. Peak memory is all that the process is resident in. One JSON object a line, then the table,
-which is also written to results/peers.md. Linux only.
+The embedded model, or one of lib/shapes.py, rank 16 on every linear of the blocks, AdamW, every
+token labelled. Each side is a process of its own and the two take their steps in turn; figures are
+medians, ratios those of each turn. The floor is two passes of the linears and two products of the
+head at the speed of a large product, in bf16 or fp32, whichever the machine is faster with,
+measured after each of lorafold's steps. Peak memory is all that the process is resident in. One
+JSON object a line, then the table, which is also written to results/peers.md. Linux only.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
+from pathlib import Path
 
 import torch
 from lib.results import keep
+from lib.shapes import SHAPES
 from lib.worker import Case, Step, Worker
 
 from lorafold.bases import is_linear, layer_of
@@ -36,9 +39,9 @@ WARM_UP = 2
 PARTS = ("forward", "backward", "optimizer")
 
 
-def floor_flop(tokens: int) -> float:
+def floor_flop(tokens: int, model_name: str = "smollm2") -> float:
     """2 passes of the linears; of the frozen head, logits and the gradient of what enters it."""
-    model = load_model("smollm2", torch.bfloat16)
+    model = load_model(model_name, torch.bfloat16)
     linears = sum(
         torch.Size(layer_of(model.get_submodule(p)).shape).numel()
         for p in match(model, "all-linear", is_linear).paths
@@ -118,23 +121,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--shape", choices=SHAPES, help="of a random model, else the embedded one")
     asked = parser.parse_args()
-    flop = floor_flop(asked.batch * asked.length)
     table = []
-    for name in asked.settings.split(","):
-        row = compare(
-            Case(asked.batch, asked.length, asked.rank, **SETTINGS[name]), asked.rounds, flop
-        )
-        print(json.dumps({"setting": name, **row}), flush=True)
-        table.append(
-            {
-                "setting": name,
-                **figures(row),
-                "step (ms)": split(row["lorafold"]),
-                "PEFT's step": split(row["peft"]),
-            }
-        )
-    keep("peers", table)
+    with tempfile.TemporaryDirectory() as model:
+        if asked.shape:
+            SHAPES[asked.shape](Path(model))
+        named = model if asked.shape else "smollm2"
+        shape = Case(asked.batch, asked.length, asked.rank, model=named)
+        flop = floor_flop(asked.batch * asked.length, shape.model)
+        for name in asked.settings.split(","):
+            row = compare(shape._replace(**SETTINGS[name]), asked.rounds, flop)
+            print(json.dumps({"setting": name, **row}), flush=True)
+            table.append(
+                {
+                    "setting": name,
+                    **figures(row),
+                    "step (ms)": split(row["lorafold"]),
+                    "PEFT's step": split(row["peft"]),
+                }
+            )
+    keep(f"peers_{asked.shape}" if asked.shape else "peers", table)
 
 
 if __name__ == "__main__":

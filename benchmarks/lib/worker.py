@@ -38,6 +38,7 @@ class Case(NamedTuple):
     model: str = "smollm2"  # or a directory
     method: str | None = None
     objective: str = "sft"
+    recompute: bool = False  # gradient checkpointing
 
 
 class Step(NamedTuple):
@@ -113,6 +114,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.models.loading import load_tokenizer
     from lorafold.models.sources import resolve_model
     from lorafold.models.storage import Storage
+    from lorafold.step.activations import recompute
     from lorafold.step.adamw import make_optimizer
     from lorafold.step.fused import fused
     from lorafold.step.optim import param_groups
@@ -131,6 +133,8 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     spec = make_spec(case.method) if case.method else lf.DoRA(lora) if case.dora else lora
     saved = objective.modules_to_save(model, spec, None)
     adapter = lf.attach(model, spec, modules_to_save=saved)
+    if case.recompute:
+        recompute(model)
     stack.enter_context(fused(model))
     loss = stack.enter_context(objective.loss(model, tokenizer, True, Console(quiet=True)))
     examples: list[Any] = [
@@ -176,6 +180,8 @@ def peft(case: Case, stack: ExitStack) -> Training:
         target_parameters=[n for n, p in model.named_parameters() if p.dim() == 3] or None,
     )
     tuned, rows = get_peft_model(model, config).train(), ids(case)
+    if case.recompute:
+        tuned.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)
     return Training(
         lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer
