@@ -14,13 +14,15 @@ the low-rank update that they make; at larger ranks, dW is built at every step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lorafold.core.delta import Dense
-from lorafold.core.layer import Layer
+from lorafold.core.layer import Layer, add
+from lorafold.core.replay import replayed
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.start import kaiming, zeros
@@ -55,9 +57,16 @@ class LoHaDelta(Dense):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if not self.small:
             return super().forward(layer, x, onto)
+        small = replayed(partial(self.branch, layer), x)
+        return layer(x, onto=add(small, onto))
+
+    def branch(self, layer: Layer, x: Tensor) -> Tensor:
+        """U V x, (..., in) -> (..., out). U and V are built again in the backward: the factors that
+        they are made of are much smaller.
+        """
         up = self.w1_a[..., :, None] * (self.scale * self.w2_a)[..., None, :]
         down = self.w1_b[..., :, None, :] * self.w2_b[..., None, :, :]
-        return layer.low_rank(x, down.flatten(-3, -2), up.flatten(-2), 0.0, onto)
+        return layer.branch(x, down.flatten(-3, -2), up.flatten(-2), 0.0)
 
 
 @dataclass(frozen=True)
