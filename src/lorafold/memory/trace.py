@@ -26,7 +26,8 @@ from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import multiplying
-from lorafold.ops.documents import Documents, Tile
+from lorafold.ops.documents import Documents
+from lorafold.ops.tile import Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
 from lorafold.step.documents import attending, has_sinks

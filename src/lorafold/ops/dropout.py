@@ -121,7 +121,7 @@ class Dropped(NamedTuple):
     readers: set[int]
 
 
-def segment() -> ReferenceType[Any] | None:
+def running_segment() -> ReferenceType[Any] | None:
     """The checkpointed segment that is running, identified by its saved-tensor hooks; None outside
     of one.
     """
@@ -143,7 +143,7 @@ def shared(x: Tensor, p: float, reader: int) -> Dropped:
         reader: a number that identifies the layer that reads x.
     """
     # inference tensors have no version counter
-    segment, version = segment(), None if x.is_inference() else x._version
+    segment, version = running_segment(), None if x.is_inference() else x._version
     known: dict[float, Dropped] = vars(x).setdefault("_lorafold_dropped", {})
     found = known.get(p)
     if (

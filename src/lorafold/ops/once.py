@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lorafold.ops.dropout import segment
+from lorafold.ops.dropout import running_segment
 
 
 def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> T
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):
         return make()
     versions = [t._version for t in (x, *frozen)]
-    state = versions, segment(), torch.is_grad_enabled()
+    state = versions, running_segment(), torch.is_grad_enabled()
     known = vars(x).setdefault("_lorafold_once", {})
     found = known.get(frozen)
     if found is None or found[0] != state:
