@@ -4,7 +4,7 @@ operation that multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,8 +22,17 @@ from lorafold.ops.documents import Documents
 from lorafold.ops.dropout import Dropped, emptied, keep_scale
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.operators import plainly
 
 T, IN, OUT, R = 2 * ROWS, 48, 40, 4
+
+
+@pytest.fixture(autouse=True)
+def in_torch() -> Iterator[None]:
+    """The products are those of the plain forms."""
+    with plainly():
+        yield
+
 
 
 def random(*shape: int, seed: int) -> Tensor:

@@ -22,11 +22,12 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
 COPIES = {"aten._to_copy.default", "aten.copy_.default", "aten.clone.default"}
 VIEWS = ("view", "t", "transpose", "permute", "slice", "select", "split", "unsqueeze", "expand",
          "detach", "alias", "unbind", "as_strided", "_unsafe_view", "_reshape_alias")  # fmt: skip
-# operations and copies of one block, forward and backward; two documents of equal length
+# operations and copies of one block, forward and backward; before the operators in C++ 232 and 56,
+# 258 and 67, 442 and 91
 BUDGETS = {
-    "lora": (lf.LoRA(rank=4, dropout=0.0), 0, 0),
-    "lora-dropout": (lf.LoRA(rank=4, dropout=0.05), 0, 0),
-    "dora": (lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), 0, 0),
+    "lora": (lf.LoRA(rank=4, dropout=0.0), 142, 28),
+    "lora-dropout": (lf.LoRA(rank=4, dropout=0.05), 161, 32),
+    "dora": (lf.DoRA(lf.LoRA(rank=4, dropout=0.0)), 275, 42),
 }
 
 
@@ -72,6 +73,5 @@ def test_a_block_dispatches_no_more_than_its_budget(name: str, each_form: str) -
     spec, operations, copies = BUDGETS[name]
     one, two = (step(spec, blocks) for blocks in (1, 2))
     block = two - one
-    print(name, block.total(), sum(block[c] for c in COPIES), block.most_common())
     assert block.total() <= operations
     assert sum(block[c] for c in COPIES) <= copies

@@ -16,6 +16,7 @@ from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
+from lorafold.kernels.training import use
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import Weights
@@ -55,7 +56,7 @@ def attach(
     """
     _check_name(model, name)
     beside = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
-    return _place(model, build(model, spec, targets, **beside), name)  # type: ignore[arg-type]
+    return _place(model, build(model, spec, targets, **beside), name, True)  # type: ignore[arg-type]
 
 
 def load(
@@ -83,7 +84,7 @@ def load(
     built = read(model, path, allow_other_base=allow_other_base, base=base)
     if trainable and not built.over:
         built = replace(built, over=selection_of(model).active)
-    return _place(model, built, name).requires_grad_(trainable)
+    return _place(model, built, name, trainable).requires_grad_(trainable)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -94,7 +95,9 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def _place(model: nn.Module, built: Built, name: str) -> Adapter:
+def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapter:
+    if trainable and any(p.is_cpu for p in model.parameters()):
+        use()  # before the first step: dropout draws other elements in C++ than in torch
     selection = selection_of(model)
     for path, delta in built.deltas().items():
         module = module_at(model, path)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
+from lorafold.kernels.attention import Attention
 from lorafold.kernels.compiling import loaded
 from lorafold.ops import attention, dropout, gated, logits, norm, rotary, scale
 from lorafold.ops.operators import implement
@@ -53,7 +54,7 @@ def use() -> str:
     Returns why they can't be had, or nothing.
     """
     try:
-        library = loaded(SOURCE)
+        library, whole = loaded(SOURCE), Attention()
     except LorafoldError as error:
         return str(error)
     functions: dict[str, Any] = {}
@@ -64,7 +65,7 @@ def use() -> str:
         function.restype, function.argtypes = None, parameters
     places = library.dropped_places
     places.restype, places.argtypes = N, [P, N, F, ctypes.c_uint64, INT]
-    own = Native(functions, places)
+    own = _Forms(functions, places)
     forms: dict[Any, Callable[..., Any]] = {
         norm.NORM: own.rms_norm,
         norm.BACKWARD: own.rms_norm_backward,
@@ -79,12 +80,13 @@ def use() -> str:
         scale.SCALE: own.scale,
         scale.BACKWARD: own.scale_backward,
     }
+    attention.FORWARD.fast, attention.GRADIENTS.fast = whole.forward, whole.backward
     for operator, form in forms.items():
         implement(operator, form, "CPU")
     return ""
 
 
-class Native:
+class _Forms:
     """The operators by their names, with the parameters of their schemas.
 
     Args:

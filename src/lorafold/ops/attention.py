@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.documents import Documents
-from lorafold.ops.operators import operator
+from lorafold.ops.operators import Whole, operator
 
 
 def _softmax(scores: Tensor, mask: Tensor, scale: float) -> None:
@@ -43,6 +43,7 @@ def _gradient(gp: Tensor, p: Tensor, scale: float) -> None:
     gp.copy_(torch.ops.aten._softmax_backward_data(gp, p, -1, p.dtype)).mul_(scale)
 
 
+FORWARD, GRADIENTS = Whole(), Whole()
 # both overwrite their first argument
 SOFTMAX = operator(
     "softmax_(Tensor(a!) scores, Tensor mask, float scale) -> ()", _softmax, lambda *args: None
@@ -74,9 +75,12 @@ class _DocumentAttention(Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        k, v = docs.gathered(k), docs.gathered(v)
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
         ctx.dtype = dtype = arithmetic(q)
+        k, v = docs.gathered(k), docs.gathered(v)
+        if (found := FORWARD(q, k, v, docs, scale, cap)) is not NotImplemented:
+            whole: Tensor = found
+            return whole
         kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for tiles in docs.groups():
@@ -93,6 +97,10 @@ class _DocumentAttention(Function):
         q, k, v = ctx.saved_tensors
         docs, dtype = ctx.docs, ctx.dtype
         k, v = docs.gathered(k), docs.gathered(v)
+        found = GRADIENTS(g, q, k, v, docs, ctx.scale, ctx.cap)
+        if found is not NotImplemented:
+            gq, *both = found
+            return gq, *(docs.scattered(x, len(q)) for x in both), None, None, None
         kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
         # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
         # sum would be rounded

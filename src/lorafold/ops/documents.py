@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, repeat
 from typing import Any
 
@@ -94,6 +95,14 @@ class Documents:
         if self.starts is None:
             return self.lens
         return tuple(n - start for n, start in zip(self.lens, self.starts, strict=True))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The tokens of queries and of keys before each document, its first own key and its length:
+        int64 (documents, 4), on the CPU.
+        """
+        lens, own = torch.tensor(self.lens), torch.tensor(self.own)
+        return torch.stack([own.cumsum(0) - own, lens.cumsum(0) - lens, lens - own, lens], 1)
 
     def gathered(self, x_THD: Tensor) -> Tensor:
         """The keys or values (S, Hk, D) of each document in turn; x_THD itself, where none shares

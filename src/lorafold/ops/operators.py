@@ -17,6 +17,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lorafold.core.fake import is_fake
 
 _plainly: ContextVar[bool] = ContextVar("plainly", default=False)
 _PLAIN: dict[Any, Callable[..., Any]] = {}
@@ -31,6 +34,22 @@ def plainly() -> Iterator[None]:
         yield
     finally:
         _plainly.reset(token)
+
+
+class Whole:
+    """An operation that plain code computes step by step, and a faster form as a whole."""
+
+    def __init__(self) -> None:
+        self.fast: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The output of the faster form; NotImplemented if there is none for these inputs, among
+        them fake tensors, or within `plainly`.
+        """
+        known = self.fast is not None and not _plainly.get()
+        if not known or any(isinstance(x, Tensor) and is_fake(x) for x in inputs):
+            return NotImplemented
+        return self.fast(*inputs)  # type: ignore[misc]
 
 
 def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Any:
