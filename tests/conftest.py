@@ -65,14 +65,12 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def what_exists_is_not_looked_at_again() -> Iterator[None]:
+def what_exists_is_not_looked_at_again() -> None:
     """Garbage collections skip what exists when a file of tests begins: a million objects of torch,
     transformers and collected tests, over which a quarter of all the time went.
     """
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make_tokenizer():

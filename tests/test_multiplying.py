@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lorafold.ops.arithmetic import arithmetic, linear, multiplying, widening_pays, widens
+from lorafold.ops.operators import plainly
 from test_arithmetic import OPS, Products, W, X
 
 KINDS = {False: torch.bfloat16, True: torch.float32}
@@ -42,7 +43,7 @@ def test_another_thread_decides_for_itself() -> None:
 @pytest.mark.parametrize("widened", KINDS)
 def test_a_backward_multiplies_as_its_forward_did(op: str, widened: bool) -> None:
     given, call = OPS[op]
-    with Products() as products:
+    with plainly(), Products() as products:
         with multiplying(widened=widened):
             y = call(*(z.detach().clone().requires_grad_() for z in given))
         with multiplying(widened=not widened):

@@ -276,13 +276,14 @@ void attend(const T* q, const T* k, const T* v, T* out, const document* docs, lo
   }
 }
 
+// of_k and of_v (keys, heads, ...) are memory for the gradients of each head of queries
 template <class T>
 void attend_backward(const T* g, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v,
-                     const document* docs, long many, long heads, long kv, long d, long dv,
-                     const int64_t* strides, float window, float scale, float cap, int threads) {
+                     float* of_k, float* of_v, const document* docs, long many, long heads, long kv,
+                     long d, long dv, const int64_t* strides, float window, float scale, float cap,
+                     int threads) {
   matrices<T> m = {q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5]};
-  long group = heads / kv, all = docs[many - 1].key_at + docs[many - 1].length;
-  std::vector<float> of_k(all * heads * d), of_v(all * heads * dv);
+  long group = heads / kv;
 #pragma omp parallel num_threads(threads)
   {
     memory own;
@@ -290,16 +291,15 @@ void attend_backward(const T* g, const T* q, const T* k, const T* v, T* to_q, T*
     for (long i = 0; i < many * heads; i++) {
       const document& doc = docs[i / heads];
       long h = i % heads, at = doc.key_at * heads + h * doc.length;
-      backward(m, g, doc, h, group, heads, d, dv, window, scale, cap, to_q, of_k.data() + at * d,
-               of_v.data() + at * dv, own);
+      backward(m, g, doc, h, group, heads, d, dv, window, scale, cap, to_q, of_k + at * d,
+               of_v + at * dv, own);
     }
 #pragma omp for schedule(static)
     for (long i = 0; i < many * kv; i++) {
       const document& doc = docs[i / kv];
       long h = i % kv, at = doc.key_at * heads + h * group * doc.length;
-      add_up(of_k.data() + at * d, to_k + (doc.key_at * kv + h) * d, doc.length, group, kv * d, d);
-      add_up(of_v.data() + at * dv, to_v + (doc.key_at * kv + h) * dv, doc.length, group, kv * dv,
-             dv);
+      add_up(of_k + at * d, to_k + (doc.key_at * kv + h) * d, doc.length, group, kv * d, d);
+      add_up(of_v + at * dv, to_v + (doc.key_at * kv + h) * dv, doc.length, group, kv * dv, dv);
     }
   }
 }
@@ -315,11 +315,11 @@ void attend_backward(const T* g, const T* q, const T* k, const T* v, T* to_q, T*
     attend(q, k, v, out, docs, many, heads, kv, d, dv, strides, window, scale, cap, threads);      \
   }                                                                                                \
   extern "C" void attend_backward_##NAME(                                                          \
-      const T* g, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v,                   \
-      const document* docs, long many, long heads, long kv, long d, long dv,                       \
+      const T* g, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v, float* of_k,      \
+      float* of_v, const document* docs, long many, long heads, long kv, long d, long dv,          \
       const int64_t* strides, float window, float scale, float cap, int threads) {                 \
-    attend_backward(g, q, k, v, to_q, to_k, to_v, docs, many, heads, kv, d, dv, strides, window,   \
-                    scale, cap, threads);                                                          \
+    attend_backward(g, q, k, v, to_q, to_k, to_v, of_k, of_v, docs, many, heads, kv, d, dv,        \
+                    strides, window, scale, cap, threads);                                         \
   }
 
 EXPORT(float, float32)

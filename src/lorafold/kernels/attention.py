@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.core.fake import is_fake
 from lorafold.kernels.compiling import loaded
 from lorafold.ops.documents import Documents
 
@@ -34,7 +35,7 @@ class Attention:
     def __init__(self) -> None:
         library = loaded(SOURCE)
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
-        for name, pointers in {"attend": 4, "attend_backward": 7}.items():
+        for name, pointers in {"attend": 4, "attend_backward": 9}.items():
             for dtype, suffix in DTYPES.items():
                 function = getattr(library, f"{name}_{suffix}")
                 function.restype, function.argtypes = None, [P] * pointers + SIZES
@@ -78,7 +79,8 @@ class Attention:
         if not self._takes(docs, q, k, v, g):
             return NotImplemented
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))
-        pointers = (g.contiguous(), q, k, v, *found)
+        heads = [x.new_empty(len(x), q.shape[1], x.shape[2], dtype=torch.float32) for x in (k, v)]
+        pointers = (g.contiguous(), q, k, v, *found, *heads)
         self._call("attend_backward", (q, k, v), pointers, docs, scale, cap)
         return found
 
@@ -94,6 +96,8 @@ class Attention:
         scale: float, cap: float | None,
     ) -> None:  # fmt: skip
         q, k, v = qkv
+        if is_fake(q):
+            return
         strides = torch.tensor([s for x in qkv for s in x.stride()[:2]])
         window = float("inf") if docs.window is None else docs.window
         self._functions[name, q.dtype](

@@ -17,9 +17,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from lorafold.core.fake import is_fake
 
 _plainly: ContextVar[bool] = ContextVar("plainly", default=False)
 _PLAIN: dict[Any, Callable[..., Any]] = {}
@@ -43,13 +40,10 @@ class Whole:
         self.fast: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """The output of the faster form; NotImplemented if there is none for these inputs, among
-        them fake tensors, or within `plainly`.
+        """The output of the faster form, which takes fake tensors as well; NotImplemented if there
+        is none for these inputs, or within `plainly`.
         """
-        known = self.fast is not None and not _plainly.get()
-        if not known or any(isinstance(x, Tensor) and is_fake(x) for x in inputs):
-            return NotImplemented
-        return self.fast(*inputs)  # type: ignore[misc]
+        return NotImplemented if self.fast is None or _plainly.get() else self.fast(*inputs)
 
 
 def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Any:
