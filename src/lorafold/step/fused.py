@@ -41,17 +41,20 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class FastPath:
-    """How many of the blocks run norms, MLP and rotary embedding fused, and which of these parts
-    run the model's own code in the other blocks. Those of towers do not count.
+    """How many of the blocks run norms, MLP and rotary embedding fused, which of these parts run
+    the model's own code in the other blocks, and why operators run in torch and not in C++ (empty:
+    they don't, or the model is not on a CPU). The blocks of towers do not count.
     """
 
     fast: int
     blocks: int
     plain: tuple[str, ...]
+    in_torch: str = ""
 
     def __str__(self) -> str:
         lacking = f"; not fused: {', '.join(self.plain)}" if self.plain else ""
-        return f"fast path: {self.fast} of {self.blocks} blocks{lacking}"
+        slower = f"; operators in torch: {self.in_torch}" if self.in_torch else ""
+        return f"fast path: {self.fast} of {self.blocks} blocks{lacking}{slower}"
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def fused(
         "norms": partial(_fused_norm, norm),
         "MLP": partial(_fused_mlp, gate),
     }
-    use()
+    why = use() if any(p.is_cpu for p in model.parameters()) else ""
     paths, own = blocks(model), own_blocks(model)
     inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in paths]
     with ExitStack() as stack:
@@ -99,7 +102,7 @@ def fused(
         wanted = {*make, "rotary embedding"}
         told = [parts for path, parts in zip(paths, found, strict=True) if path in own]
         lacking = set[str]().union(*(wanted - parts for parts in told))
-        yield FastPath(sum(parts == wanted for parts in told), len(told), tuple(sorted(lacking)))
+        yield FastPath(sum(parts == wanted for parts in told), len(told), tuple(sorted(lacking)), why)
 
 
 def _free(module: nn.Module) -> bool:
