@@ -102,7 +102,8 @@ def fused(
         wanted = {*make, "rotary embedding"}
         told = [parts for path, parts in zip(paths, found, strict=True) if path in own]
         lacking = set[str]().union(*(wanted - parts for parts in told))
-        yield FastPath(sum(parts == wanted for parts in told), len(told), tuple(sorted(lacking)), why)
+        fast = sum(parts == wanted for parts in told)
+        yield FastPath(fast, len(told), tuple(sorted(lacking)), why)
 
 
 def _free(module: nn.Module) -> bool:
