@@ -136,13 +136,17 @@ def allocated(device: torch.device) -> int:
     """Return the bytes of all tensors of this process on the device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    gc.unfreeze()  # what was set aside (`machine.collection`) would not be listed
     gc.collect()
     return distinct_bytes(t for t in _tensors() if t.device.type == device.type and not t.is_sparse)
 
 
 def _tensors() -> list[Tensor]:
-    return [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    aside = gc.get_freeze_count()
+    gc.unfreeze()  # what was set aside (`machine.collection`) would not be listed
+    found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    if aside:
+        gc.freeze()
+    return found
 
 
 def peak_of(step: Callable[[], Any], device: torch.device) -> int:
