@@ -56,7 +56,8 @@ def attach(
     """
     _check_name(model, name)
     beside = {"bias": bias, "modules_to_save": modules_to_save, "tokens": tokens, "base": base}
-    return _place(model, build(model, spec, targets, **beside), name, True)  # type: ignore[arg-type]
+    built = build(model, spec, targets, **beside)  # type: ignore[arg-type]
+    return _place(model, built, name, True)
 
 
 def load(

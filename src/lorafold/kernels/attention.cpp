@@ -86,11 +86,6 @@ inline vector reciprocal(vector x) { return x > 0.0f ? 1.0f / x : vector{}; }
 
 inline void write(float* to, lanes x) { std::memcpy(to, &x, sizeof x); }
 
-inline vector larger(vector x, vector y) { return x > y ? x : y; }
-
-// e^x, and 0 where x is too small for it
-inline vector weight_of(vector x) { return x < -87.0f ? vector{} : exponential(x); }
-
 // the lanes of the places of queries first, first + 1, ... that see the key
 inline vector hidden(vector x, float key, vector place, float window) {
   vector none = vector{} - std::numeric_limits<float>::infinity();
@@ -272,7 +267,8 @@ void attend(const T* q, const T* k, const T* v, T* out, const document* docs, lo
     memory own;
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < many * heads; i++)
-      forward(m, docs[i / heads], i % heads, heads / kv, heads, d, dv, window, scale, cap, out, own);
+      forward(m, docs[i / heads], i % heads, heads / kv, heads, d, dv, window, scale, cap, out,
+              own);
   }
 }
 

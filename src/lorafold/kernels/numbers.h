@@ -96,3 +96,8 @@ inline V exponential_of(V x) {
 
 inline float exponential(float x) { return exponential_of<float, uint32_t>(x); }
 inline vector exponential(vector x) { return exponential_of<vector, words>(x); }
+
+// the same, but 0 below -87
+inline vector weight_of(vector x) { return x < -87.0f ? vector{} : exponential(x); }
+
+inline vector larger(vector x, vector y) { return x > y ? x : y; }

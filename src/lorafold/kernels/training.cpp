@@ -14,8 +14,6 @@ namespace {
 
 constexpr long FEW = 1 << 15;  // elements that are too few for a second thread
 
-inline vector larger(vector x, vector y) { return x > y ? x : y; }
-
 inline float largest(vector x) {
   typedef float eight __attribute__((vector_size(32)));
   typedef float four __attribute__((vector_size(16)));
@@ -199,9 +197,6 @@ void scale_backward(const bf16* z, const bf16* y, const float* g, bf16* to_y, fl
   }
 }
 
-// 0 where x is too small for `exponential`
-inline vector weight_of(vector x) { return x < -87.0f ? vector{} : exponential(x); }
-
 // scores (rows, n) times scale, plus one of the rows of the mask in turn, which are `step` apart,
 // become probabilities
 template <class T>
@@ -342,7 +337,8 @@ extern "C" long dropped_places(int32_t* out, long n, float over, uint64_t seed, 
   std::vector<long> found(stretches);
 #pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
   for (long i = 0; i < stretches; i++)
-    found[i] = places_of(out + i * STRETCH, i * STRETCH, std::min(n, (i + 1) * STRETCH), seed, over);
+    found[i] =
+        places_of(out + i * STRETCH, i * STRETCH, std::min(n, (i + 1) * STRETCH), seed, over);
   for (long i = 0; i < stretches; many += found[i++])
     std::memmove(out + many, out + i * STRETCH, found[i] * sizeof(int32_t));
   return many;
