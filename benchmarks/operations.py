@@ -56,12 +56,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     asked = parser.parse_args()
     with ExitStack() as stack:
-        make_loss, optimizer = lorafold(Case(asked.batch, asked.length, dropout=0.05), stack)
+        training = lorafold(Case(asked.batch, asked.length, dropout=0.05), stack)
 
         def step() -> None:
-            make_loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            training.loss().backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
 
         step()
         step()

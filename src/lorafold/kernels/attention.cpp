@@ -13,14 +13,37 @@
 
 namespace {
 
+struct lanes {
+  vector a, b;
+};
+
 constexpr long ROWS = 2 * LANES, STRIP = 8;
+constexpr long KEYS = 512;      // of which the scores exist at a time in the forward
+constexpr float LARGE = 3e38f;  // no score
 
 // tokens of queries and of keys before the document, its first own key, its keys
 struct document {
   int64_t at, key_at, start, length;
 };
 
+// numbers that begin at a whole vector, so that no load of one crosses two lines of the cache
+struct aligned {
+  std::vector<lanes> all;
+  void resize(long n) { all.resize((n + ROWS - 1) / ROWS); }
+  void clear(long n) { all.assign((n + ROWS - 1) / ROWS, lanes{}); }
+  float* data() { return reinterpret_cast<float*>(all.data()); }
+  float& operator[](long i) { return data()[i]; }
+};
+
 inline long padded(long n, long to) { return (n + to - 1) / to * to; }
+
+inline vector one(const float* from) {
+  vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void write(float* to, vector x) { std::memcpy(to, &x, sizeof x); }
 
 // C (m, n) = A B, or C + A B, of A (m, k) the element i, j at i * by_row + j * by_column, B (k, n)
 // row by row; m is a multiple of STRIP, n of ROWS
@@ -29,14 +52,15 @@ void multiply(const float* a, long by_row, long by_column, const float* b, float
               long n) {
   for (long at = 0; at < n; at += ROWS)
     for (long i = 0; i < m; i += STRIP) {
-      vector sums[STRIP][2] = {};
-      if (ADD)
-        for (int r = 0; r < STRIP; r++) std::memcpy(sums[r], c + (i + r) * n + at, sizeof sums[r]);
+      vector sums[STRIP][2];
+      float* to = c + i * n + at;
+#pragma GCC unroll 16
+      for (int r = 0; r < STRIP; r++)
+        for (int half = 0; half < 2; half++)
+          sums[r][half] = ADD ? one(to + r * n + half * LANES) : vector{};
       const float *rows = a + i * by_row, *columns = b + at;
       for (long j = 0; j < k; j++, rows += by_column, columns += n) {
-        vector x, y;
-        std::memcpy(&x, columns, sizeof x);
-        std::memcpy(&y, columns + LANES, sizeof y);
+        vector x = one(columns), y = one(columns + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < STRIP; r++) {
           float f = rows[r * by_row];
@@ -44,13 +68,17 @@ void multiply(const float* a, long by_row, long by_column, const float* b, float
           sums[r][1] += f * y;
         }
       }
-      for (int r = 0; r < STRIP; r++) std::memcpy(c + (i + r) * n + at, sums[r], sizeof sums[r]);
+#pragma GCC unroll 16
+      for (int r = 0; r < STRIP; r++) {
+        write(to + r * n, sums[r][0]);
+        write(to + r * n + LANES, sums[r][1]);
+      }
     }
 }
 
 // rows of d numbers, `step` apart, as `most` rows of `wide` numbers in fp32, filled up with zeros
 template <class T>
-void gather(const T* from, long step, long rows, long d, std::vector<float>& to, long most,
+void gather(const T* from, long step, long rows, long d, aligned& to, long most,
             long wide) {
   to.resize(most * wide);
   for (long i = 0; i < rows; i++) {
@@ -58,22 +86,33 @@ void gather(const T* from, long step, long rows, long d, std::vector<float>& to,
     for (long j = 0; j < d; j++) row[j] = load(from + i * step + j);
     std::fill(row + d, row + wide, 0.0f);
   }
-  std::fill(to.begin() + rows * wide, to.end(), 0.0f);
+  std::fill(to.data() + rows * wide, to.data() + most * wide, 0.0f);
 }
 
-// the same as columns, ROWS of them
-template <class T>
-void gather_columns(const T* from, long step, long rows, long d, std::vector<float>& to) {
-  to.resize(d * ROWS);
-  for (long i = 0; i < rows; i++)
-    for (long j = 0; j < d; j++) to[j * ROWS + i] = load(from + i * step + j);
-  if (rows < ROWS)
-    for (long j = 0; j < d; j++) std::fill_n(to.data() + j * ROWS + rows, ROWS - rows, 0.0f);
+// LANES rows of LANES numbers become columns: each stage interleaves the first half with the second
+inline void transpose(vector (&x)[LANES]) {
+  constexpr words LOW = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < LANES; stage *= 2) {
+    vector y[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+      y[i] = __builtin_shuffle(x[i / 2], x[(i + LANES) / 2], LOW + 8u * (i % 2));
+    std::memcpy(x, y, sizeof y);
+  }
 }
 
-struct lanes {
-  vector a, b;
-};
+// ROWS rows of `wide` numbers as columns
+void turn(const float* from, long wide, aligned& to) {
+  to.resize(wide * ROWS);
+  for (long i = 0; i < ROWS; i += LANES)
+    for (long j = 0; j < wide; j += LANES) {
+      vector x[LANES];
+      for (int r = 0; r < LANES; r++) x[r] = one(from + (i + r) * wide + j);
+      transpose(x);
+      for (int r = 0; r < LANES; r++) write(to.data() + (j + r) * ROWS + i, x[r]);
+    }
+}
 
 inline lanes read(const float* from) {
   lanes x;
@@ -104,12 +143,19 @@ inline vector capped(vector x, float cap) {
   return cap * (1.0f - 2.0f / (e + 1.0f));
 }
 
+// what the softmax of ROWS queries has seen: the largest score, the sum of e^(score - largest), and
+// that sum weighted by the gradients of the probabilities
+struct seen {
+  lanes top = {vector{} - LARGE, vector{} - LARGE}, total = {}, along = {};
+};
+
 // products S^T (keys, ROWS) of keys `from`, ... become probabilities that are not divided by their
-// sums yet; these are returned
-lanes softmax(float* s, long keys, long from, long first, float window, float scale, float cap) {
-  vector none = vector{} - std::numeric_limits<float>::infinity();
+// sums yet; g (keys, ROWS) are their gradients, if there are any. Returns what becomes of the
+// weight of the keys before, for queries that saw some.
+lanes softmax(float* s, const float* g, long keys, long from, long first, float window,
+              float scale, float cap, seen& so) {
   vector at = places(first), after = places(first + LANES);
-  lanes top = {none, none}, total = {};
+  lanes top = so.top, total = {}, along = {};
   for (long j = 0; j < keys; j++) {
     lanes x = read(s + j * ROWS);
     x = {scale * x.a, scale * x.b};
@@ -120,15 +166,19 @@ lanes softmax(float* s, long keys, long from, long first, float window, float sc
     write(s + j * ROWS, x);
     top = {larger(top.a, x.a), larger(top.b, x.b)};
   }
-  // rows that are none have no key that they see
-  top = {larger(top.a, vector{} - 3e38f), larger(top.b, vector{} - 3e38f)};
   for (long j = 0; j < keys; j++) {
     lanes x = read(s + j * ROWS);
     x = {weight_of(x.a - top.a), weight_of(x.b - top.b)};
     write(s + j * ROWS, x);
     total = {total.a + x.a, total.b + x.b};
+    if (g) {
+      lanes y = read(g + j * ROWS);
+      along = {along.a + x.a * y.a, along.b + x.b * y.b};
+    }
   }
-  return total;
+  lanes kept = {weight_of(so.top.a - top.a), weight_of(so.top.b - top.b)};
+  so = {top, {kept.a * so.total.a + total.a, kept.b * so.total.b + total.b}, along};
+  return kept;
 }
 
 // the queries `first`, ... of a document and the keys that they see
@@ -151,7 +201,7 @@ struct matrices {
 
 // memory of one thread, in fp32; `s` and `gs` have a row of ROWS queries for each key
 struct memory {
-  std::vector<float> k, v, s, gs, slope, q, g, q_rows, g_rows, out, gk, gv;
+  aligned k, v, s, gs, slope, q, g, q_rows, g_rows, out, gk, gv;
 };
 
 template <class T>
@@ -162,21 +212,28 @@ void forward(const matrices<T>& m, const document& doc, long h, long group, long
           *v = m.v + doc.key_at * m.v_token + h / group * m.v_head;
   gather(k, m.k_token, doc.length, d, x.k, most, wide);
   gather(v, m.v_token, doc.length, dv, x.v, most, of_v);
-  x.s.resize(most * ROWS);
-  x.out.resize(ROWS * of_v);
+  x.s.resize(std::min(most, KEYS) * ROWS);
   for (long first = doc.start; first < doc.length; first += ROWS) {
     tile t(doc, first, window);
-    long token = doc.at + first - doc.start, keys = padded(t.keys, STRIP);
-    gather_columns(m.q + token * m.q_token + h * m.q_head, m.q_token, t.rows, d, x.q);
-    multiply<false>(x.k.data() + t.from * wide, wide, 1, x.q.data(), x.s.data(), keys, d, ROWS);
-    lanes total = softmax(x.s.data(), t.keys, t.from, first, window, scale, cap);
-    multiply<false>(x.s.data(), 1, ROWS, x.v.data() + t.from * of_v, x.out.data(), ROWS, t.keys,
-                    of_v);
-    float over[ROWS];
-    write(over, {1.0f / total.a, 1.0f / total.b});
+    long token = doc.at + first - doc.start;
+    gather(m.q + token * m.q_token + h * m.q_head, m.q_token, t.rows, d, x.q_rows, ROWS, wide);
+    turn(x.q_rows.data(), wide, x.q);
+    x.out.clear(ROWS * of_v);
+    seen so;
+    float factor[ROWS];
+    for (long from = t.from; from < t.from + t.keys; from += KEYS) {
+      long keys = std::min(KEYS, t.from + t.keys - from);
+      multiply<false>(x.k.data() + from * wide, wide, 1, x.q.data(), x.s.data(),
+                      padded(keys, STRIP), d, ROWS);
+      write(factor, softmax(x.s.data(), nullptr, keys, from, first, window, scale, cap, so));
+      for (long i = 0; i < ROWS; i++)
+        for (long j = 0; j < of_v; j++) x.out[i * of_v + j] *= factor[i];
+      multiply<true>(x.s.data(), 1, ROWS, x.v.data() + from * of_v, x.out.data(), ROWS, keys, of_v);
+    }
+    write(factor, {1.0f / so.total.a, 1.0f / so.total.b});
     for (long i = 0; i < t.rows; i++) {
       T* to = out + ((token + i) * heads + h) * dv;
-      for (long j = 0; j < dv; j++) store(to + j, over[i] * x.out[i * of_v + j]);
+      for (long j = 0; j < dv; j++) store(to + j, factor[i] * x.out[i * of_v + j]);
     }
   }
 }
@@ -195,17 +252,17 @@ void backward(const matrices<T>& m, const T* g, const document& doc, long h, lon
   x.gs.resize(most * ROWS);
   x.slope.resize(cap > 0 ? most * ROWS : 0);
   x.out.resize(ROWS * wide);
-  x.gk.assign(most * wide, 0.0f);
-  x.gv.assign(most * of_v, 0.0f);
+  x.gk.clear(most * wide);
+  x.gv.clear(most * of_v);
   float *s = x.s.data(), *gs = x.gs.data(), *slope = x.slope.data();
   for (long first = doc.start; first < doc.length; first += ROWS) {
     tile t(doc, first, window);
     long token = doc.at + first - doc.start, keys = padded(t.keys, STRIP);
     const T *q = m.q + token * m.q_token + h * m.q_head, *gi = g + (token * heads + h) * dv;
-    gather_columns(q, m.q_token, t.rows, d, x.q);
-    gather_columns(gi, heads * dv, t.rows, dv, x.g);
     gather(q, m.q_token, t.rows, d, x.q_rows, ROWS, wide);
     gather(gi, heads * dv, t.rows, dv, x.g_rows, ROWS, of_v);
+    turn(x.q_rows.data(), wide, x.q);
+    turn(x.g_rows.data(), of_v, x.g);
     multiply<false>(x.k.data() + t.from * wide, wide, 1, x.q.data(), s, keys, d, ROWS);
     multiply<false>(x.v.data() + t.from * of_v, of_v, 1, x.g.data(), gs, keys, dv, ROWS);
     for (long j = 0; cap > 0 && j < t.keys; j++) {
@@ -213,21 +270,19 @@ void backward(const matrices<T>& m, const T* g, const document& doc, long h, lon
       y = {capped(scale * y.a, cap) / cap, capped(scale * y.b, cap) / cap};
       write(slope + j * ROWS, {1.0f - y.a * y.a, 1.0f - y.b * y.b});
     }
-    lanes total = softmax(s, t.keys, t.from, first, window, scale, cap), along = {};
-    lanes over = {reciprocal(total.a), reciprocal(total.b)};
+    seen so;
+    softmax(s, gs, t.keys, t.from, first, window, scale, cap, so);
+    lanes over = {reciprocal(so.total.a), reciprocal(so.total.b)};
+    lanes along = {over.a * so.along.a, over.b * so.along.b};
     for (long j = 0; j < t.keys; j++) {
       lanes p = read(s + j * ROWS), y = read(gs + j * ROWS);
       p = {p.a * over.a, p.b * over.b};
-      along = {along.a + p.a * y.a, along.b + p.b * y.b};
-      write(s + j * ROWS, p);
-    }
-    for (long j = 0; j < t.keys; j++) {
-      lanes p = read(s + j * ROWS), y = read(gs + j * ROWS);
       y = {scale * p.a * (y.a - along.a), scale * p.b * (y.b - along.b)};
       if (cap > 0) {
         lanes z = read(slope + j * ROWS);
         y = {y.a * z.a, y.b * z.b};
       }
+      write(s + j * ROWS, p);
       write(gs + j * ROWS, y);
     }
     std::fill(s + t.keys * ROWS, s + keys * ROWS, 0.0f);
@@ -248,13 +303,13 @@ void backward(const matrices<T>& m, const T* g, const document& doc, long h, lon
 
 // the gradients of a group's heads, each (length, d), added up to (length, kv heads, d)
 template <class T>
-void add_up(const float* parts, T* out, long length, long group, long step, long d) {
-  for (long i = 0; i < length; i++)
-    for (long j = 0; j < d; j++) {
-      float total = 0;
-      for (long g = 0; g < group; g++) total += parts[(g * length + i) * d + j];
-      store(out + i * step + j, total);
-    }
+void add_up(float* parts, T* out, long length, long group, long step, long d) {
+  for (long i = 0; i < length; i++) {
+    float* row = parts + i * d;
+    for (long g = 1; g < group; g++)
+      for (long j = 0; j < d; j++) row[j] += parts[(g * length + i) * d + j];
+    for (long j = 0; j < d; j++) store(out + i * step + j, row[j]);
+  }
 }
 
 template <class T>
