@@ -18,6 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
 from lorafold.data.examples import encode
@@ -25,6 +27,8 @@ from lorafold.data.feed import StoredFeed
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.loading import load_tokenizer
+from lorafold.ops import attention
+from lorafold.ops.kept import keeping, kept
 from lorafold.step.activations import recompute
 from lorafold.step.recipe import Recipe
 from lorafold.training.loop import penalty
@@ -42,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fish": {"samples": 3, "density": 0.05},
 }
 SEED = 3
+BLOCKS = 2  # of the tiny models
 
 
 def quiet() -> Console:
@@ -166,6 +171,65 @@ def test_the_models_own_dropout_is_replayed_too(
 
     plain = step(False)
     assert_same(plain, step(True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_attention_over_long_documents_runs_once(
+    kind: str, tiny_model, tiny_model_dir, monkeypatch: pytest.MonkeyPatch, each_form: None
+) -> None:
+    runs = []
+    attended = attention._attended
+    monkeypatch.setattr(attention, "_attended", lambda *args: runs.append(1) or attended(*args))
+
+    def step(on: bool, long: int) -> tuple[Step, int]:
+        monkeypatch.setattr(attention, "LONG", long)
+        runs.clear()
+        tokenizer = load_tokenizer(tiny_model_dir(kind))
+        return Step(tiny_model(kind), tokenizer, "lora", True, on), len(runs)
+
+    (plain, once), (kept, still), (replayed, twice) = step(False, 1), step(True, 1), step(True, 999)
+    assert still == once > 0
+    assert twice == once + BLOCKS
+    assert_same(plain, kept)
+    assert_same(plain, replayed)
+
+
+def test_a_kept_output_is_taken_in_every_replay_unless_it_was_written_to() -> None:
+    made = []
+
+    def segment(x: Tensor) -> Tensor:
+        return Squared.apply(x, made) * x
+
+    x = torch.tensor([3.0], requires_grad=True)
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    y.backward(retain_graph=True)
+    y.backward()
+    assert x.grad == 2 * 3 * 3**2
+    assert len(made) == 1
+    x.grad = None
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping)
+    made[1].mul_(2)
+    y.backward()
+    assert x.grad == 3 * 3**2
+    assert len(made) == 3
+
+
+class Squared(Function):
+    """x^2, which is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, made: list[Tensor]) -> Tensor:
+        def make() -> Tensor:
+            made.append(x.square())
+            return made[-1]
+
+        ctx.save_for_backward(x)
+        return kept(make)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return 2 * x * g, None
 
 
 def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -197,23 +198,37 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
+@cache
+def operands() -> list[tuple[Any, ...]]:
+    """Two matrices and room for their product, in bf16 and in fp32. They are kept, so that they
+    leave no holes in the memory that is measured.
+    """
+    import torch
+
+    shapes = (1024, 1536), (1536, 1536), (1024, 1536)
+    return [
+        tuple(torch.randn(shape).to(dtype) for shape in shapes)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+
+
 def gemm_rate() -> float:
     """FLOP/s of a large product, in bf16 or in fp32: whichever this machine is faster with."""
     import torch
 
-    x, w = torch.randn(1024, 1536), torch.randn(1536, 1536)
     medians = []
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b, seconds = x.to(dtype), w.to(dtype), []
+    for a, b, product in operands():
+        seconds = []
         for _ in range(15):
             start = time.perf_counter()
-            a @ b
+            torch.mm(a, b, out=product)
             seconds.append(time.perf_counter() - start)
         medians.append(statistics.median(seconds))
     return 2 * 1024 * 1536 * 1536 / min(medians)
 
 
 def serve(peer: str, case: Case) -> None:
+    operands()
     with ExitStack() as stack:
         training = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
         for _ in sys.stdin:

@@ -51,7 +51,7 @@ def optimizer(traced: Traced) -> int:
 
 def activations(traced: Traced) -> int:
     """Tensors that the forward pass stores for the backward pass; with gradient checkpointing one
-    input for each block (Chen et al. 2016).
+    input for each block (Chen et al. 2016), and attention's output for long documents.
     """
     return min(traced.kept, traced.peak - gradients(traced))
 

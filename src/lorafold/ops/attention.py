@@ -23,6 +23,7 @@ tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.documents import Documents
+from lorafold.ops.kept import kept
 from lorafold.ops.operators import Whole, operator
+
+# From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
+# than a block's input, while its time grows with their square.
+LONG = 4096
 
 
 def _softmax(scores: Tensor, mask: Tensor, scale: float) -> None:
@@ -69,27 +75,33 @@ def _probabilities(
     return p, t
 
 
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
+) -> Tensor:
+    dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
+    if (found := FORWARD(q, k, v, docs, scale, cap)) is not NotImplemented:
+        whole: Tensor = found
+        return whole
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    for tiles in docs.groups():
+        ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
+        for tile in tiles:
+            qi, mask = tile.queries(q, kv_heads, dtype), docs.mask(tile, groups, ks)
+            p, _ = _probabilities(qi, ks[:, tile.seen], mask, scale, cap)
+            tile.put_queries(out, torch.bmm(p, vs[:, tile.seen]))
+    return out
+
+
 class _DocumentAttention(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
-        ctx.dtype = dtype = arithmetic(q)
-        k, v = docs.gathered(k), docs.gathered(v)
-        if (found := FORWARD(q, k, v, docs, scale, cap)) is not NotImplemented:
-            whole: Tensor = found
-            return whole
-        kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for tiles in docs.groups():
-            ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
-            for tile in tiles:
-                qi, mask = tile.queries(q, kv_heads, dtype), docs.mask(tile, groups, ks)
-                p, _ = _probabilities(qi, ks[:, tile.seen], mask, scale, cap)
-                tile.put_queries(out, torch.bmm(p, vs[:, tile.seen]))
-        return out
+        ctx.docs, ctx.scale, ctx.cap, ctx.dtype = docs, scale, cap, arithmetic(q)
+        make = partial(_attended, q, k, v, docs, scale, cap)
+        return kept(make) if max(docs.lens) >= LONG else make()
 
     @staticmethod
     @once_differentiable

@@ -1,5 +1,5 @@
 """Gradient checkpointing: a block stores only its input, and the backward pass recomputes its other
-activations.
+activations, but for the output of attention over long documents (`ops.attention`, LONG).
 
 It saves the memory of the activations inside the blocks and costs one more forward pass of the
 blocks in each step. The random state is replayed, so dropout draws the same masks and the gradients
@@ -11,13 +11,16 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
+from lorafold.ops.kept import keeping
 
 
 def recompute(model: PreTrainedModel) -> None:
     """Turn gradient checkpointing on. Raises LorafoldError if the model's code does not support it.
     """
     try:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": keeping}
+        )
     except ValueError as error:
         raise LorafoldError(
             f"gradient_checkpointing: found on, expected off for this model: {error}"
