@@ -104,7 +104,7 @@ def test_a_run_asks_it(
     monkeypatch.setattr("lorafold.step.adamw.free_bytes", lambda device: free)
     seen = []
     monkeypatch.setattr(
-        PreTrainedModel, "activation_checkpointing_enable", lambda model: seen.append(model)
+        PreTrainedModel, "activation_checkpointing_enable", lambda model, _: seen.append(model)
     )
     recipe = Recipe(steps=1, batch=2, base="fp32", max_length=32)
     rows = [{"prompt": "a b", "completion": " c"}] * 4

@@ -237,6 +237,7 @@ def serve(peer: str, case: Case) -> None:
             at.append(time.perf_counter())
             loss.backward()
             at.append(time.perf_counter())
+            del loss  # as the end of a trainer's step does
             training.optimizer.step()
             training.after()
             training.optimizer.zero_grad()

@@ -1,9 +1,10 @@
 // Attention inside documents, forward and backward; `lorafold.ops.attention` has its equation.
 //
 // An item is one head of queries of one document, so that items share no output. Of an item, ROWS
-// queries at a time meet all the keys that they see: their scores S^T (keys, ROWS) stay in cache,
-// a lane of a vector for each query, so that the softmax over the keys needs no sums across lanes.
-// Inputs and outputs are float or bfloat16, all that lies between is fp32.
+// queries at a time meet the keys that they see: their scores S^T (keys, ROWS) stay in cache, a lane
+// of a vector for each query, so that the softmax over the keys needs no sums across lanes. The
+// forward takes KEYS of them at a time and keeps a running softmax (Milakov and Gimelshein 2018,
+// arXiv 1805.02867). Inputs and outputs are float or bfloat16, all that lies between is fp32.
 
 #include <algorithm>
 #include <limits>
@@ -43,7 +44,14 @@ inline vector one(const float* from) {
   return x;
 }
 
+inline lanes read(const float* from) {
+  lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
 inline void write(float* to, vector x) { std::memcpy(to, &x, sizeof x); }
+inline void write(float* to, lanes x) { std::memcpy(to, &x, sizeof x); }
 
 // C (m, n) = A B, or C + A B, of A (m, k) the element i, j at i * by_row + j * by_column, B (k, n)
 // row by row; m is a multiple of STRIP, n of ROWS
@@ -78,8 +86,7 @@ void multiply(const float* a, long by_row, long by_column, const float* b, float
 
 // rows of d numbers, `step` apart, as `most` rows of `wide` numbers in fp32, filled up with zeros
 template <class T>
-void gather(const T* from, long step, long rows, long d, aligned& to, long most,
-            long wide) {
+void gather(const T* from, long step, long rows, long d, aligned& to, long most, long wide) {
   to.resize(most * wide);
   for (long i = 0; i < rows; i++) {
     float* row = to.data() + i * wide;
@@ -89,15 +96,25 @@ void gather(const T* from, long step, long rows, long d, aligned& to, long most,
   std::fill(to.data() + rows * wide, to.data() + most * wide, 0.0f);
 }
 
-// LANES rows of LANES numbers become columns: each stage interleaves the first half with the second
+// halves of x and y, interleaved: the first if AT is 0, the second if it is 8
+template <int AT>
+inline vector mixed(vector x, vector y) {
+  return vector{x[AT],     y[AT],     x[AT + 1], y[AT + 1], x[AT + 2], y[AT + 2],
+                x[AT + 3], y[AT + 3], x[AT + 4], y[AT + 4], x[AT + 5], y[AT + 5],
+                x[AT + 6], y[AT + 6], x[AT + 7], y[AT + 7]};
+}
+
+// LANES rows of LANES numbers become columns: each stage mixes the first half of the rows with the
+// second
 inline void transpose(vector (&x)[LANES]) {
-  constexpr words LOW = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
 #pragma GCC unroll 4
   for (int stage = 1; stage < LANES; stage *= 2) {
     vector y[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-      y[i] = __builtin_shuffle(x[i / 2], x[(i + LANES) / 2], LOW + 8u * (i % 2));
+    for (int i = 0; i < LANES / 2; i++) {
+      y[2 * i] = mixed<0>(x[i], x[i + LANES / 2]);
+      y[2 * i + 1] = mixed<LANES / 2>(x[i], x[i + LANES / 2]);
+    }
     std::memcpy(x, y, sizeof y);
   }
 }
@@ -114,16 +131,8 @@ void turn(const float* from, long wide, aligned& to) {
     }
 }
 
-inline lanes read(const float* from) {
-  lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
 // 1 / x, and 0 for the sum of a query that is none
 inline vector reciprocal(vector x) { return x > 0.0f ? 1.0f / x : vector{}; }
-
-inline void write(float* to, lanes x) { std::memcpy(to, &x, sizeof x); }
 
 // the lanes of the places of queries first, first + 1, ... that see the key
 inline vector hidden(vector x, float key, vector place, float window) {
