@@ -35,6 +35,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.storage import Storage
+from lorafold.ops import attention
 from lorafold.ops.arithmetic import widens
 from lorafold.step.recipe import Recipe
 
@@ -146,6 +147,16 @@ def test_gradients_that_are_there_already(method: str) -> None:
 
 def test_rows_of_many_lengths_few_of_whose_tokens_count() -> None:
     close(CONFIGS["llama"], replace(LORA, rows=(30, 200, 90, 55), labelled=60))
+
+
+def test_attention_over_long_documents_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = replace(LORA, checkpointing=True)
+    short = close(CONFIGS["llama"], setting)
+    monkeypatch.setattr(attention, "LONG", 100)
+    long = close(CONFIGS["llama"], setting)
+    config = CONFIGS["llama"]
+    kept = config.num_hidden_layers * 256 * config.hidden_size * BF16.dtype.itemsize
+    assert long["activations"] - short["activations"] == pytest.approx(kept, rel=0.05)
 
 
 def test_rows_that_are_filled_up() -> None:

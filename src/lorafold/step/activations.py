@@ -18,9 +18,7 @@ def recompute(model: PreTrainedModel) -> None:
     """Turn gradient checkpointing on. Raises LorafoldError if the model's code does not support it.
     """
     try:
-        model.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": keeping}
-        )
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keeping})
     except ValueError as error:
         raise LorafoldError(
             f"gradient_checkpointing: found on, expected off for this model: {error}"
