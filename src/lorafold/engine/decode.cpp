@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "numbers.h"
+#include "rows.h"
 
 namespace {
 
@@ -196,40 +196,6 @@ void attend(const T* q, const T* k, const T* v, const T* mask, T* out, long rows
 }
 
 template <class T>
-void rms_norm(const T* x, const T* gain, T* out, long rows, long n, float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 64)
-  for (long b = 0; b < rows; b++) {
-    const T* from = x + b * n;
-    T* to = out + b * n;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++) sum += load(from + i) * load(from + i);
-    float r = 1.0f / std::sqrt(sum / n + eps);
-#pragma omp simd
-    for (long i = 0; i < n; i++) store(to + i, load(from + i) * r * load(gain + i));
-  }
-}
-
-template <class T>
-void rotary(const T* x, const T* cos, const T* sin, T* out, long rows, long heads, long d,
-            long x_row, long x_head, long c_row) {
-  long half = d / 2;
-  for (long b = 0; b < rows; b++) {
-    const T *c = cos + b * c_row, *s = sin + b * c_row;
-    for (long h = 0; h < heads; h++) {
-      const T* from = x + b * x_row + h * x_head;
-      T* to = out + (b * heads + h) * d;
-#pragma omp simd
-      for (long i = 0; i < half; i++) {
-        float a = load(from + i), e = load(from + half + i);
-        store(to + i, a * load(c + i) - e * load(s + i));
-        store(to + half + i, e * load(c + half + i) + a * load(s + half + i));
-      }
-    }
-  }
-}
-
-template <class T>
 void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, long rows,
            long heads, long tokens, long d, long to_slot, long to_head, long row, long head,
            long token) {
@@ -262,8 +228,19 @@ void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, l
     rms_norm(x, gain, out, rows, n, eps, threads);                                                 \
   }                                                                                                \
   extern "C" void rotary_##NAME(const T* x, const T* cos, const T* sin, T* out, long rows,         \
-                                long heads, long d, long x_row, long x_head, long c_row) {         \
-    rotary(x, cos, sin, out, rows, heads, d, x_row, x_head, c_row);                                \
+                                long heads, long tokens, long d, long x_row, long x_head,          \
+                                long x_token, long to_row, long to_head, long to_token, long turn, \
+                                int threads) {                                                     \
+    rotary(x, cos, sin, out, rows, heads, tokens, d, places{x_row, x_head, x_token},               \
+           places{to_row, to_head, to_token}, turn, 1.0f, threads);                                \
+  }                                                                                                \
+  extern "C" void gated_silu_##NAME(const T* gate, const T* up, T* out, long rows,                 \
+                                    long n, long to_gate, long to_up, int threads) {               \
+    gated<silu>(gate, up, out, rows, n, to_gate, to_up, threads);                                  \
+  }                                                                                                \
+  extern "C" void gated_gelu_tanh_##NAME(const T* gate, const T* up, T* out, long rows,            \
+                                         long n, long to_gate, long to_up, int threads) {          \
+    gated<gelu_tanh>(gate, up, out, rows, n, to_gate, to_up, threads);                             \
   }                                                                                                \
   extern "C" void write_##NAME(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, \
                                long rows, long heads, long tokens, long d, long to_slot,           \

@@ -34,9 +34,10 @@ from lorafold.engine.operations import Plain
 from lorafold.engine.request import Request, Stream
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
-from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
+from lorafold.engine.runner import Runner, SlotRunner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.setting import greedy, taken, untrained
+from lorafold.engine.solo import SoloRunner
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import disband
@@ -68,8 +69,7 @@ class Engine:
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts (experts: one at a time).
         prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
-            the prompt begins the same; never where `invariant`. A prompt is then read in other
-            chunks, which round differently in 16 bits where torch's own operations run.
+            the prompt begins the same; never where `invariant`.
         strikes: requests that fail by logits that are not finite before an adapter is refused.
         tenant_slots: how many requests of a tenant run at a time, as `Scheduler` has it.
         weights: the shares of tenants in what is computed; 1 for one that is not named.
@@ -116,7 +116,7 @@ class Engine:
                 stack.enter_context(slotted(model, operations))
                 self._runner: Runner = SlotRunner(
                     model, self.structure, operations, slots, self.length, chunk, invariant,
-                    prefix_reuse,
+                    prefix_reuse, fast,
                 )  # fmt: skip
                 if fast:
                     laid = self._runner.laid

@@ -2,16 +2,18 @@
 
     with fast(model, structure, laid, operations, rows=16): ...
 
-Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices in
-bf16 on a CPU are kept once more in the order that oneDNN's kernel wants, those that read the same
-tensor as one, and what adapters add is the start of the kernel's sum: one product and one rounding.
-With 16 rows on two cores of an AMD EPYC, the product with a matrix of 1536 x 576 takes 70 us so,
-and 300 us by `F.linear`. Whatever does not fit keeps its own code, so the plain path stays the
-specification.
+Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices of
+16 bits on a CPU are kept once more in the order that oneDNN's kernel wants, in bf16 where the
+processor has products in it and else in fp32, those that read the same tensor as one; what adapters
+add is the start of the kernel's sum: one product and one rounding. With 16 rows, the product with a
+matrix of 1536 x 576 takes 70 us and by `F.linear` 300 on two cores of an AMD EPYC, and with
+one of 3072 x 576 0.9 ms and 6.5 on one core of an EPYC without AVX-512. Whatever does not fit keeps
+its own code, so the plain path stays the specification.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,11 +27,12 @@ from lorafold.bases import layer_of
 from lorafold.core.attach import deltas_on
 from lorafold.engine.laid import Laid
 from lorafold.engine.operations import Operations
+from lorafold.engine.steady import FEW, random_rows, steady
 from lorafold.engine.structure import Structure
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import HALF, multiplies_bf16
 from lorafold.step.fused import fused
 
-ROWS = (1, 2, 3, 4, 6, 8, 16)  # numbers of rows that may be summed in orders of their own
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -49,6 +52,7 @@ def fast(
         stack.enter_context(
             fused(model, False, operations.rms_norm, operations.rotary, operations.gated)
         )
+        known: dict[Any, int] = {}
         for group in structure.groups:
             found = {path: model.get_submodule(path) for path in group}
             fits = {
@@ -58,7 +62,7 @@ def fast(
             }
             if not fits:
                 continue
-            packed = Packed(fits, laid, rows)
+            packed = Packed(fits, laid, rows, known)
             for path, module in fits.items():
                 module.forward = partial(packed, path)
                 laid.aware.add(path)
@@ -66,21 +70,20 @@ def fast(
         yield
 
 
-def multiplies_bf16() -> bool:
-    """Whether oneDNN has products in bf16 for this processor."""
-    available = torch.backends.mkldnn.is_available()
-    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which matrices of a 16-bit dtype are multiplied, whatever the number of rows."""
+    return dtype if dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
 
 def packable(module: nn.Module) -> bool:
-    """Whether a module is a matrix in bf16 on a CPU that runs its class's own code."""
+    """Whether a module is a matrix of 16 bits on a CPU that runs its class's own code."""
     weight = module._parameters.get("weight")
     return (
         weight is not None
-        and weight.dtype == torch.bfloat16
+        and weight.dtype in HALF
         and weight.device.type == "cpu"
         and weight.numel() == prod(layer_of(module).shape)
-        and multiplies_bf16()
+        and torch.backends.mkldnn.is_available()
         and "forward" not in vars(module)
     )
 
@@ -93,21 +96,36 @@ class Packed:
         modules: the modules by path.
         laid: the engine's deltas on the model.
         rows: how many rows a pass usually has.
+        known: from how many rows on kernels of a shape are steady, which is found out once.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], laid: Laid, rows: int) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], laid: Laid, rows: int, known: dict[Any, int]
+    ) -> None:
         self.modules, self.paths, self.laid = dict(modules), tuple(modules), laid
         self.layers = [layer_of(module) for module in modules.values()]
         self.widths = [layer.shape[0] for layer in self.layers]
         dense = [layer.dense() for layer in self.layers]
         with torch.no_grad():
-            w = torch.cat([w.detach() for w, _ in dense])
+            whole = torch.cat([w.detach() for w, _ in dense])
+            self.dtype, w = whole.dtype, whole.to(product_dtype(whole.dtype))
             self._w = torch.ops.mkldnn._reorder_linear_weight(w, rows)
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in dense]
-            self._bias = torch.cat(biases) if any(b is not None for _, b in dense) else None
+            biased = any(b is not None for _, b in dense)
+            self._bias = torch.cat(biases).to(w.dtype) if biased else None
         kernel = torch.ops.mkldnn._linear_pointwise
         self._plain, self._added = kernel.default, kernel.binary
-        self._least = self._steady(self.layers[0].shape[1])
+        shape = (tuple(w.shape), w.dtype)
+        if shape not in known:
+            x = random_rows(w.shape[1], w.dtype)
+            # less the product itself, which leaves the rounding errors
+            known[shape] = steady(self._kernel, x, -self._kernel(x))
+            if known[shape] > FEW:
+                log.warning(
+                    "products with %s matrices of %s depend on the number of rows here, so they"
+                    " are computed %d rows at a time", *shape[::-1], FEW,
+                )  # fmt: skip
+        self._least = known[shape]
         self._x: Tensor | None = None
         self._left: dict[str, Tensor] = {}  # outputs for x that were not asked for yet
 
@@ -115,7 +133,7 @@ class Packed:
         """The output of the module at a path."""
         laid, module = self.laid, self.modules[path]
         own = not laid.mixing and deltas_on(module, laid.selection.names)
-        if own or x.dtype != torch.bfloat16 or arithmetic(x) is not x.dtype:
+        if own or x.dtype != self.dtype:
             y: Tensor = type(module).forward(module, x)
             return y
         y = self._output(path, x)
@@ -136,14 +154,19 @@ class Packed:
         """W x + b + onto (..., out + ...), rounded once.
 
         Args:
-            x: (..., in), in bf16.
-            onto: what is added, in bf16, or None.
+            x: (..., in), in the dtype of the matrices.
+            onto: what is added, in that dtype, or None.
         """
-        if (rows := x.numel() // x.shape[-1]) < self._least:
-            more = [x, onto] if onto is not None else [x]
-            padded = [_padded(t.reshape(rows, -1), self._least) for t in more]
-            return self._kernel(*padded)[:rows].view(*x.shape[:-1], -1)
-        return self._kernel(x, onto)
+        rows = x.numel() // x.shape[-1]
+        given = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
+        if self._least > FEW:
+            blocks = zip(
+                *(_padded(t, -(-rows // FEW) * FEW).split(FEW) for t in given), strict=True
+            )
+            y = torch.cat([self._kernel(*block) for block in blocks])[:rows]
+        else:
+            y = self._kernel(*(_padded(t, self._least) for t in given))[:rows]
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _kernel(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is None:
@@ -151,20 +174,6 @@ class Packed:
         else:
             y = self._added(x, onto, self._w, self._bias, "add")
         return y
-
-    def _steady(self, width: int) -> int:
-        """The number of rows from which on the kernel sums in one order, whatever their number; it
-        has another one for a single row where the sums are long.
-        """
-        x = torch.randn(ROWS[-1], width, generator=torch.Generator().manual_seed(0)).bfloat16()
-        rest = -self._kernel(x)
-        whole = self._kernel(x, rest)  # the rounding errors, which differ where the order does
-        least = ROWS[-1]
-        for n in reversed(ROWS[:-1]):
-            if not torch.equal(self._kernel(x[:n], rest[:n]), whole[:n]):
-                break
-            least = n
-        return least
 
     def _onto(self, x: Tensor) -> Tensor | None:
         products = self.laid.products
@@ -174,5 +183,7 @@ class Packed:
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x (n, ...) with its first row repeated until there are that many."""
+    """x (n, ...) with its first row repeated until there are at least that many."""
+    if len(x) >= rows:
+        return x
     return torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])

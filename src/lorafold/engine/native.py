@@ -22,6 +22,7 @@ from torch import Tensor
 from lorafold.engine.operations import Operations, Part, Plain, Product
 from lorafold.errors import LorafoldError
 from lorafold.kernels.compiling import Unavailable, loaded
+from lorafold.kernels.rows import gated_parts, rotary_parts
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,16 @@ SIGNATURES = {
     "attend": [P] * 5 + [N] * 16 + [F, INT],
     "write": [P] * 4 + [N] * 9,
     "rms_norm": [P] * 3 + [N] * 2 + [F, INT],
-    "rotary": [P] * 4 + [N] * 6,
+    "rotary": [P] * 4 + [N] * 11 + [INT],
+    "gated_silu": [P] * 3 + [N] * 4 + [INT],
+    "gated_gelu_tanh": [P] * 3 + [N] * 4 + [INT],
 }
 
 
 class Native(Operations):
     """In C++, on the CPU. Raises Unavailable where they can't be compiled."""
+
+    independent = frozenset({"low_rank", "attend", "write", "rms_norm", "rotary", "gated"})
 
     def __init__(self) -> None:
         found = loaded(SOURCE)
@@ -110,23 +115,27 @@ class Native(Operations):
             return self._plain.rms_norm(x, gain, eps)
         x = x.contiguous()
         out, n = torch.empty_like(x), x.shape[-1]
-        self._functions["rms_norm", x.dtype](
-            x.data_ptr(), gain.data_ptr(), out.data_ptr(), x.numel() // n, n, eps,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        self._call("rms_norm", x, gain, out, x.numel() // n, n, eps)
         return out
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        one = x.dim() == 4 and x.shape[2] == 1 and cos.shape == (len(x), 1, 1, x.shape[3])
-        if not (one and self._takes(x, cos, sin)) or (x.stride(3), cos.stride(3)) != (1, 1):
+        out = torch.empty_like(x)
+        if not self._takes(x, cos, sin) or (parts := rotary_parts(x, cos, sin, out)) is None:
             return self._plain.rotary(x, cos, sin)
-        b, heads, _, d = x.shape
-        out = x.new_empty(x.shape)
-        self._functions["rotary", x.dtype](
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), b, heads, d, x.stride(0),
-            x.stride(1), cos.stride(0),
-        )  # fmt: skip
+        self._call("rotary", *parts)
         return out
+
+    def gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        if act == "gelu" or not self._takes(gate, up):
+            return self._plain.gated(gate, up, act)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        self._call(f"gated_{act}", *gated_parts(gate, up, out))
+        return out
+
+    def _call(self, name: str, x: Any, *parts: Any) -> None:
+        """Call a function of x's dtype, whose last argument is the number of threads."""
+        given = (p.data_ptr() if isinstance(p, Tensor) else p for p in (x, *parts))
+        self._functions[name, x.dtype](*given, torch.get_num_threads())
 
     def _takes(self, *tensors: Tensor) -> bool:
         dtype = tensors[0].dtype

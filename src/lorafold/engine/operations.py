@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,11 @@ Product = Callable[[Tensor], Tensor]  # (B, T, in) -> (B, T, out)
 
 
 class Operations(ABC):
-    """Abstract."""
+    """Abstract. `independent` names those of its operations whose numbers for a row are the same
+    bits whatever rows and tokens are beside it, which is what a request's answer rests on.
+    """
+
+    independent: ClassVar[frozenset[str]]
 
     @abstractmethod
     def stored(self, factors: Tensor) -> torch.dtype:
@@ -113,8 +117,11 @@ class Plain(Operations):
     """In torch. A single query is the smaller factor, on the right: for 16 rows and 128 keys of
     SmolLM2 in bf16, 63 us instead of 139, where torch's own attention takes 386 for all. Stacks are
     fp32 on a CPU, whose batched product with one row takes 11 us for 16 x (576, 16) in fp32, and 34
-    in bf16 (two cores of an AMD EPYC, beside other work).
+    in bf16 (two cores of an AMD EPYC, beside other work). Torch has other orders of summation for
+    other shapes, and other functions at the ends of a range.
     """
+
+    independent = frozenset({"write", "rotary"})
 
     def stored(self, factors: Tensor) -> torch.dtype:
         return torch.float32 if factors.device.type == "cpu" else factors.dtype

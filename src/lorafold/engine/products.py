@@ -11,6 +11,7 @@ their rows over the same output. Rows of the base are computed by nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,11 @@ from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.engine.adapters import Factors, Held
 from lorafold.engine.operations import Operations, Part, Product
+from lorafold.engine.steady import FEW, plain_products
 from lorafold.engine.structure import Shape, Structure
+from lorafold.ops.arithmetic import HALF
+
+log = logging.getLogger(__name__)
 
 
 class Stacks:
@@ -138,10 +143,11 @@ class Products:
     """
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
-        self.where, self.operations = structure.where, operations
+        self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, slots, operations) for shape in structure.shapes]
         self.plan = Plan([], ())
         self.placed: dict[int, Held] = {}
+        self._least: dict[torch.dtype, int] = {}
 
     def place(self, slot: int, held: Held) -> None:
         """Give a slot an adapter."""
@@ -187,11 +193,31 @@ class Products:
         for delta, rows in self.plan.deltas_at(path) if path in self.plan.others else ():
             rows = rows.to(y.device)
             own, its = x[rows], y[rows]
-            if own.numel() == own.shape[-1]:  # kernels sum a single token in an order of its own
-                own, its = torch.cat([own, own]), torch.cat([its, its])
+            # kernels sum few tokens in an order of their own
+            many = -(-self.least(x.dtype, x.device) * own.shape[-1] // own.numel())
+            if many > 1:
+                own, its = (torch.cat([t] * many) for t in (own, its))
             part = delta(Given(layer, its, own), own)[: len(rows)]
             y = y.index_copy(0, rows, part.to(y.dtype))
         return y
+
+    def least(self, dtype: torch.dtype, device: torch.device) -> int:
+        """From how many tokens on torch's own products in 16 bits, with the model's matrices, are
+        the same bits whatever the number of tokens; 2 where that is not known.
+        """
+        if dtype not in HALF or device.type != "cpu":
+            return 2
+        if dtype not in self._least:
+            shapes = {(shape.out, shape.inn) for shape in self.structure.shapes}
+            found = max(2, plain_products(shapes, dtype))
+            if found > FEW:
+                log.warning(
+                    "torch's products in %s depend on the number of rows here, so requests under"
+                    " adapters that are no low-rank products may round otherwise in company",
+                    dtype,
+                )
+            self._least[dtype] = found if found <= FEW else 2
+        return self._least[dtype]
 
     def _part(self, path: str) -> Part:
         shape, index = self.where[path]

@@ -1,4 +1,4 @@
-"""Forward passes of running requests: in slots, or one request at a time.
+"""Forward passes of running requests in slots.
 
 `SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
 from the first one on, as a view of the cache; slots in between that have nothing to decode are
@@ -6,14 +6,14 @@ computed for nothing, at their own next position, which is written again before 
 whose request ended well is kept as it is (`lorafold.engine.prefix`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
 chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
-rows of a model with some decode one at a time too. `SoloRunner` computes one row with the model's
-own cache, by transformers' `generate`.
+rows of a model with some decode one at a time too.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lorafold.engine.adapters import Held
 from lorafold.engine.laid import Laid
-from lorafold.engine.operations import Operations, Plain
+from lorafold.engine.operations import Operations
 from lorafold.engine.prefix import Kept
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.engine.structure import Structure, run
+from lorafold.ops.arithmetic import multiplies_bf16, multiplying
 
 
 class Runner(ABC):
@@ -82,6 +83,8 @@ class SlotRunner(Runner):
         chunk: the most tokens of a row in a pass.
         each: keep all shapes the same.
         reuse: start rows from what free slots still hold.
+        steady: give passes as many tokens as the processor's products need for the same bits in any
+            company.
     """
 
     def __init__(
@@ -94,12 +97,14 @@ class SlotRunner(Runner):
         chunk: int,
         each: bool,
         reuse: bool,
+        steady: bool,
     ) -> None:
         self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
-        self.reuse, self.kept = reuse and not each, Kept()
+        self.reuse, self.kept, self.steady = reuse and not each, Kept(), steady
         self.single = each and structure.routed
         # padding is written too
         self.cache = SlotCache(slots, length + chunk, operations, whole=each)
+        self.structure = structure
         self.products = Products(structure, slots, operations)
         self.laid = Laid(model, self.products)
         self.rows: list[Row | None] = [None] * slots
@@ -210,9 +215,19 @@ class SlotRunner(Runner):
             at = slice(first, first + len(rows)) if follow else own  # type: ignore[assignment]
             starts = [rows[i].filled for i in order]
         width = self.chunk if self.each and not decoding else max(ns)
-        logits = self._pass(held, taken, ns, at, starts, width)
+        width = max(width, min(self.chunk, -(-self._least(held) // len(taken))))
+        # one arithmetic, however many rows there are
+        one = multiplying(widened=not multiplies_bf16(), rows=1) if self.steady else nullcontext()
+        with one:
+            logits = self._pass(held, taken, ns, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return logits[[index[id(row)] for row in rows]]
+
+    def _least(self, held: Held | None) -> int:
+        """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
+        if not self.steady or (held is None and self.structure.where.keys() <= self.laid.aware):
+            return 1
+        return self.products.least(self.model.dtype, self.model.device)
 
     def _pass(
         self,
@@ -246,48 +261,6 @@ class SlotRunner(Runner):
         if self._plan[0] != key:
             self._plan = (key, Plan(helds, at, self.each))
         return self._plan[1]
-
-
-class SoloRunner(Runner):
-    """One row at a time, with the model's own cache, for models that have no slots.
-
-    Args:
-        model: a causal language model whose generation config is greedy.
-        structure: what is known of it.
-    """
-
-    slots = 1
-
-    def __init__(self, model: Any, structure: Structure) -> None:
-        self.model = model
-        self.laid = Laid(model, Products(structure, 1, Plain()))
-
-    def admit(self, row: Row) -> None:
-        row.slot = 0
-        if row.held is not None:
-            self.laid.hold(row.held)
-
-    def release(self, row: Row, well: bool) -> None:
-        row.slot, row.state = -1, None
-        if row.held is not None:
-            self.laid.drop(row.held)
-
-    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        (row,) = rows
-        ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        context = self.laid.alone(row.held) if row.held else self.laid.mixed(Plan([None], (0,)))
-        with torch.no_grad(), context:
-            step = self.model.generate(
-                ids_1T,
-                attention_mask=torch.ones_like(ids_1T),
-                cache=row.state,
-                max_new_tokens=1,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        row.state = step.cache
-        logits: Tensor = step.logits[0]
-        return logits
 
 
 def _padded(tokens: list[int], width: int) -> list[int]:

@@ -8,11 +8,9 @@
 #include <limits>
 #include <vector>
 
-#include "numbers.h"
+#include "rows.h"
 
 namespace {
-
-constexpr long FEW = 1 << 15;  // elements that are too few for a second thread
 
 inline float largest(vector x) {
   typedef float eight __attribute__((vector_size(32)));
@@ -21,53 +19,6 @@ inline float largest(vector x) {
   struct { four a, b; } halves = as<decltype(halves)>(two.a > two.b ? two.a : two.b);
   four y = halves.a > halves.b ? halves.a : halves.b;
   return std::max(std::max(y[0], y[1]), std::max(y[2], y[3]));
-}
-
-// the block at `at` of n numbers; what is beyond them is `beyond`
-template <class T>
-inline pair block(const T* x, long at, long n, float beyond = 0) {
-  if (at + BLOCK <= n) return load_block(x + at);
-  T part[BLOCK];
-  store_block(part, {vector{} + beyond, vector{} + beyond});
-  std::memcpy(static_cast<void*>(part), x + at, (n - at) * sizeof(T));
-  return load_block(part);
-}
-
-template <class T>
-inline void put(T* x, long at, long n, pair y) {
-  if (at + BLOCK <= n) return store_block(x + at, y);
-  T part[BLOCK];
-  store_block(part, y);
-  std::memcpy(static_cast<void*>(x + at), part, (n - at) * sizeof(T));
-}
-
-// 1 / (1 + e^-x)
-inline vector sigmoid(vector x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// activations are x sigmoid(z(x)); here z and its derivative
-struct silu {
-  static vector z(vector x) { return x; }
-  static vector slope(vector x) { return x - x + 1.0f; }
-};
-
-struct gelu_tanh {
-  static constexpr float A = 1.5957691216f, B = 0.044715f;
-  static vector z(vector x) { return A * (x + B * x * x * x); }
-  static vector slope(vector x) { return A * (1.0f + 3.0f * B * x * x); }
-};
-
-template <class Act>
-inline vector activated(vector x, vector up) {
-  return x * sigmoid(Act::z(x)) * up;
-}
-
-template <class Act, class T>
-void gated(const T* gate, const T* up, T* out, long n, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
-  for (long i = 0; i < n; i += BLOCK) {
-    pair x = block(gate, i, n), u = block(up, i, n);
-    put(out, i, n, {activated<Act>(x.a, u.a), activated<Act>(x.b, u.b)});
-  }
 }
 
 // x becomes the gradient of the gate, u that of up
@@ -92,21 +43,6 @@ void gated_backward(const T* g, const T* gate, const T* up, T* to_gate, T* to_up
 }
 
 template <class T>
-void rms_norm(const T* x, const float* gain, T* out, long rows, long n, float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
-  for (long b = 0; b < rows; b++) {
-    const T* from = x + b * n;
-    T* to = out + b * n;
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (long i = 0; i < n; i++) squares += load(from + i) * load(from + i);
-    float r = 1.0f / std::sqrt(squares / n + eps);
-#pragma omp simd
-    for (long i = 0; i < n; i++) store(to + i, load(from + i) * r * gain[i]);
-  }
-}
-
-template <class T>
 void rms_norm_backward(const T* g, const T* x, const float* gain, T* out, long rows, long n,
                        float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
@@ -123,29 +59,6 @@ void rms_norm_backward(const T* g, const T* x, const float* gain, T* out, long r
     float r = 1.0f / std::sqrt(squares / n + eps), of_x = along * r * r * r / n;
 #pragma omp simd
     for (long i = 0; i < n; i++) store(to + i, r * gain[i] * load(gb + i) - of_x * load(xb + i));
-  }
-}
-
-// x and out (heads, tokens, d) with these strides, cos and sin (tokens, d); `sign` -1 transposes
-template <class T>
-void rotary(const T* x, const T* cos, const T* sin, T* out, long heads, long tokens, long d,
-            long head, long token, long to_head, long to_token, float sign, int threads) {
-  long half = d / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (heads * tokens * d > FEW)
-  for (long t = 0; t < tokens; t++) {
-    const T *c = cos + t * d, *s = sin + t * d;
-    for (long h = 0; h < heads; h++) {
-      const T* from = x + h * head + t * token;
-      T* to = out + h * to_head + t * to_token;
-      // the sines that a and b are multiplied with
-      const T *of_b = sign > 0 ? s : s + half, *of_a = sign > 0 ? s + half : s;
-#pragma omp simd
-      for (long i = 0; i < half; i++) {
-        float a = load(from + i), b = load(from + half + i);
-        store(to + i, a * load(c + i) - sign * b * load(of_b + i));
-        store(to + half + i, b * load(c + half + i) + sign * a * load(of_a + i));
-      }
-    }
   }
 }
 
@@ -356,12 +269,13 @@ extern "C" void scale_backward_bfloat16(const bf16* z, const bf16* y, const floa
 
 // ctypes finds functions by name: rms_norm_float32, rms_norm_bfloat16, ...
 #define EXPORT(T, NAME)                                                                            \
-  extern "C" void gated_silu_##NAME(const T* gate, const T* up, T* out, long n, int threads) {     \
-    gated<silu>(gate, up, out, n, threads);                                                        \
+  extern "C" void gated_silu_##NAME(const T* gate, const T* up, T* out, long rows,                 \
+                                    long n, long to_gate, long to_up, int threads) {               \
+    gated<silu>(gate, up, out, rows, n, to_gate, to_up, threads);                                  \
   }                                                                                                \
-  extern "C" void gated_gelu_tanh_##NAME(const T* gate, const T* up, T* out, long n,               \
-                                         int threads) {                                            \
-    gated<gelu_tanh>(gate, up, out, n, threads);                                                   \
+  extern "C" void gated_gelu_tanh_##NAME(const T* gate, const T* up, T* out, long rows,            \
+                                         long n, long to_gate, long to_up, int threads) {          \
+    gated<gelu_tanh>(gate, up, out, rows, n, to_gate, to_up, threads);                             \
   }                                                                                                \
   extern "C" void gated_silu_backward_##NAME(const T* g, const T* gate, const T* up, T* to_gate,   \
                                              T* to_up, long n, int threads) {                      \
@@ -379,10 +293,12 @@ extern "C" void scale_backward_bfloat16(const bf16* z, const bf16* y, const floa
                                            long rows, long n, float eps, int threads) {            \
     rms_norm_backward(g, x, gain, out, rows, n, eps, threads);                                     \
   }                                                                                                \
-  extern "C" void rotary_##NAME(const T* x, const T* cos, const T* sin, T* out, long heads,        \
-                                long tokens, long d, long head, long token, long to_head,          \
-                                long to_token, float sign, int threads) {                          \
-    rotary(x, cos, sin, out, heads, tokens, d, head, token, to_head, to_token, sign, threads);     \
+  extern "C" void rotary_##NAME(const T* x, const T* cos, const T* sin, T* out, long rows,         \
+                                long heads, long tokens, long d, long x_row, long x_head,          \
+                                long x_token, long to_row, long to_head, long to_token, long turn, \
+                                float sign, int threads) {                                         \
+    rotary(x, cos, sin, out, rows, heads, tokens, d, places{x_row, x_head, x_token},               \
+           places{to_row, to_head, to_token}, turn, sign, threads);                                \
   }                                                                                                \
   extern "C" void softmax_##NAME(T* scores, const T* mask, long rows, long masks, long step,       \
                                  long n, float scale, int threads) {                               \

@@ -21,6 +21,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError
 from lorafold.kernels.attention import Attention
 from lorafold.kernels.compiling import loaded
+from lorafold.kernels.rows import gated_parts, rotary_parts
 from lorafold.ops import attention, dropout, gated, logits, norm, rotary, scale
 from lorafold.ops.operators import implement
 
@@ -28,13 +29,13 @@ SOURCE = Path(__file__).with_name("training.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "gated_silu": [P, P, P, N, INT],
-    "gated_gelu_tanh": [P, P, P, N, INT],
+    "gated_silu": [P, P, P, N, N, N, N, INT],
+    "gated_gelu_tanh": [P, P, P, N, N, N, N, INT],
     "gated_silu_backward": [P, P, P, P, P, N, INT],
     "gated_gelu_tanh_backward": [P, P, P, P, P, N, INT],
     "rms_norm": [P, P, P, N, N, F, INT],
     "rms_norm_backward": [P, P, P, P, N, N, F, INT],
-    "rotary": [P, P, P, P, N, N, N, N, N, N, N, F, INT],
+    "rotary": [*[P] * 4, *[N] * 11, F, INT],
     "softmax": [P, P, N, N, N, N, F, INT],
     "softmax_backward": [P, P, N, N, F, INT],
     "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
@@ -115,10 +116,10 @@ class _Forms:
         return out
 
     def gated(self, gate: Tensor, up: Tensor, act: str) -> Any:
-        if act == "gelu" or not _taken(gate, up):
+        if act == "gelu" or gate.dtype not in DTYPES or up.dtype is not gate.dtype:
             return NotImplemented
-        out = torch.empty_like(gate)
-        self._call(f"gated_{act}", gate.dtype, gate, up, out, out.numel(), threads())
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        self._call(f"gated_{act}", gate.dtype, *gated_parts(gate, up, out), threads())
         return out
 
     def gated_backward(self, gy: Tensor, gate: Tensor, up: Tensor, act: str) -> Any:
@@ -131,16 +132,11 @@ class _Forms:
         return found
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
-        tokens, d = x.shape[-2:]
         out = torch.empty_like(x)
-        one = x.dim() == 4 and len(x) == 1 and x.stride(3) == out.stride(3) == 1
-        angles = cos.dtype is x.dtype and cos.numel() == sin.numel() == tokens * d
-        if not (one and angles and _taken(cos, sin)):
+        parts = rotary_parts(x, cos, sin, out)
+        if parts is None or x.dtype not in DTYPES or not x.dtype == cos.dtype == sin.dtype:
             return NotImplemented
-        strides = (x.stride(1), x.stride(2), out.stride(1), out.stride(2))
-        sign = -1.0 if back else 1.0
-        parts = (x, cos, sin, out, x.shape[1], tokens, d, *strides, sign, threads())
-        self._call("rotary", x.dtype, *parts)
+        self._call("rotary", x.dtype, *parts, -1.0 if back else 1.0, threads())
         return out
 
     def softmax_(self, scores: Tensor, mask: Tensor, scale: float) -> Any:

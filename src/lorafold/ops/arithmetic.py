@@ -41,16 +41,21 @@ HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 # with fewer input vectors, reading W takes most of the time, which is half as long in 16 bits
 ROWS = 64
-_said: ContextVar[bool | None] = ContextVar("widened", default=None)  # None: the processor decides
+# whether to widen, None where the processor decides, and from how many input vectors on
+_said: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
 
 
 @contextmanager
-def multiplying(*, widened: bool) -> Iterator[None]:
+def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
     """Multiply 16-bit matrices widened to fp32, or in 16 bits, whatever the processor is.
 
     It holds in this thread or task until the `with` block ends. Of several, the innermost counts.
+
+    Args:
+        widened: whether to widen them.
+        rows: from how many input vectors on; with 1, no product depends on their number.
     """
-    token = _said.set(widened)
+    token = _said.set((widened, rows))
     try:
         yield
     finally:
@@ -64,7 +69,7 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """
     if dtype not in HALF or device.type != "cpu":
         return False
-    said = _said.get()
+    said, _ = _said.get()
     return widening_pays(dtype) if said is None else said
 
 
@@ -74,7 +79,7 @@ def arithmetic(x: Tensor) -> torch.dtype:
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype
-    return torch.float32 if x.numel() >= ROWS * x.shape[-1] else x.dtype
+    return torch.float32 if x.numel() >= _said.get()[1] * x.shape[-1] else x.dtype
 
 
 @cache
@@ -89,6 +94,13 @@ def widening_pays(dtype: torch.dtype) -> bool:
     if dtype is torch.float16:
         return "avx512_fp16" not in flags
     return not (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in flags)
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether oneDNN has products in bf16 for this processor."""
+    available = torch.backends.mkldnn.is_available()
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Widened(Function):

@@ -1,0 +1,61 @@
+"""Forward passes of one request at a time, for models that have no slots.
+
+A row is computed with the model's own cache, by transformers' `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.engine.laid import Laid
+from lorafold.engine.operations import Plain
+from lorafold.engine.products import Plan, Products
+from lorafold.engine.row import Row
+from lorafold.engine.runner import Runner
+from lorafold.engine.structure import Structure
+
+
+class SoloRunner(Runner):
+    """One row at a time, with the model's own cache, for models that have no slots.
+
+    Args:
+        model: a causal language model whose generation config is greedy.
+        structure: what is known of it.
+    """
+
+    slots = 1
+
+    def __init__(self, model: Any, structure: Structure) -> None:
+        self.model = model
+        self.laid = Laid(model, Products(structure, 1, Plain()))
+
+    def admit(self, row: Row) -> None:
+        row.slot = 0
+        if row.held is not None:
+            self.laid.hold(row.held)
+
+    def release(self, row: Row, well: bool) -> None:
+        row.slot, row.state = -1, None
+        if row.held is not None:
+            self.laid.drop(row.held)
+
+    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        (row,) = rows
+        ids_1T = torch.tensor([row.tokens], device=self.model.device)
+        context = self.laid.alone(row.held) if row.held else self.laid.mixed(Plan([None], (0,)))
+        with torch.no_grad(), context:
+            step = self.model.generate(
+                ids_1T,
+                attention_mask=torch.ones_like(ids_1T),
+                cache=row.state,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        row.state = step.cache
+        logits: Tensor = step.logits[0]
+        return logits

@@ -1,0 +1,104 @@
+// Passes over rows that training and the engine share. The numbers of a row follow from that row
+// alone, in an order that depends neither on the number of rows nor on that of threads.
+
+#pragma once
+
+#include "numbers.h"
+
+constexpr long FEW = 1 << 15;  // elements that are too few for a second thread
+
+// the block at `at` of n numbers; what is beyond them is `beyond`
+template <class T>
+inline pair block(const T* x, long at, long n, float beyond = 0) {
+  if (at + BLOCK <= n) return load_block(x + at);
+  T part[BLOCK];
+  store_block(part, {vector{} + beyond, vector{} + beyond});
+  std::memcpy(static_cast<void*>(part), x + at, (n - at) * sizeof(T));
+  return load_block(part);
+}
+
+template <class T>
+inline void put(T* x, long at, long n, pair y) {
+  if (at + BLOCK <= n) return store_block(x + at, y);
+  T part[BLOCK];
+  store_block(part, y);
+  std::memcpy(static_cast<void*>(x + at), part, (n - at) * sizeof(T));
+}
+
+// 1 / (1 + e^-x)
+inline vector sigmoid(vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// activations are x sigmoid(z(x)); here z and its derivative
+struct silu {
+  static vector z(vector x) { return x; }
+  static vector slope(vector x) { return x - x + 1.0f; }
+};
+
+struct gelu_tanh {
+  static constexpr float A = 1.5957691216f, B = 0.044715f;
+  static vector z(vector x) { return A * (x + B * x * x * x); }
+  static vector slope(vector x) { return A * (1.0f + 3.0f * B * x * x); }
+};
+
+template <class Act>
+inline vector activated(vector x, vector up) {
+  return x * sigmoid(Act::z(x)) * up;
+}
+
+// rows of n numbers; those of the gates and of the ups begin so many numbers after one another
+template <class Act, class T>
+void gated(const T* gate, const T* up, T* out, long rows, long n, long to_gate, long to_up,
+           int threads) {
+  long blocks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long k = 0; k < rows * blocks; k++) {
+    long b = k / blocks, i = k % blocks * BLOCK;
+    pair x = block(gate + b * to_gate, i, n), u = block(up + b * to_up, i, n);
+    put(out + b * n, i, n, {activated<Act>(x.a, u.a), activated<Act>(x.b, u.b)});
+  }
+}
+
+template <class T, class G>
+void rms_norm(const T* x, const G* gain, T* out, long rows, long n, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
+  for (long b = 0; b < rows; b++) {
+    const T* from = x + b * n;
+    T* to = out + b * n;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (long i = 0; i < n; i++) squares += load(from + i) * load(from + i);
+    float r = 1.0f / std::sqrt(squares / n + eps);
+#pragma omp simd
+    for (long i = 0; i < n; i++) store(to + i, load(from + i) * r * load(gain + i));
+  }
+}
+
+// how far rows, heads and tokens of a tensor (rows, heads, tokens, d) lie apart
+struct places {
+  long row, head, token;
+};
+
+// cos and sin (rows, tokens, d), whose rows lie `turn` apart, 0 if they share one; `sign` -1
+// transposes
+template <class T>
+void rotary(const T* x, const T* cos, const T* sin, T* out, long rows, long heads, long tokens,
+            long d, places from, places to, long turn, float sign, int threads) {
+  long half = d / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * tokens * d > FEW)
+  for (long k = 0; k < rows * tokens; k++) {
+    long b = k / tokens, t = k % tokens;
+    const T *c = cos + b * turn + t * d, *s = sin + b * turn + t * d;
+    for (long h = 0; h < heads; h++) {
+      const T* in = x + b * from.row + h * from.head + t * from.token;
+      T* y = out + b * to.row + h * to.head + t * to.token;
+      // the sines that a and e are multiplied with
+      const T *of_e = sign > 0 ? s : s + half, *of_a = sign > 0 ? s + half : s;
+#pragma omp simd
+      for (long i = 0; i < half; i++) {
+        float a = load(in + i), e = load(in + half + i);
+        store(y + i, a * load(c + i) - sign * e * load(of_e + i));
+        store(y + half + i, e * load(c + half + i) + sign * a * load(of_a + i));
+      }
+    }
+  }
+}

@@ -1,0 +1,220 @@
+"""Alone equals in company, bit for bit, in 16 bits on the fast path: with every method, with what
+earlier prompts left and without, and for every operation that says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engine_cases import METHODS, prompt, sampling, save_adapters
+from lorafold.engine import Engine, Request
+from lorafold.engine.native import Native, Unavailable, compiled
+from lorafold.engine.operations import Operations, Part, Plain
+from lorafold.ops.gated import ACTIVATIONS
+
+T = torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def native() -> Native:
+    try:
+        return compiled()
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+def random_of(*shape: int, dtype: torch.dtype, seed: int = 0) -> T:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# B rows of T tokens, of sizes at which blocks and vectors have ends; one function for each
+# operation, of which rows and tokens it computes
+B, TOKENS, D = 5, 6, 44
+
+
+def low_rank(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    down, up = random_of(4, 3, D, dtype=dtype), random_of(4, 3, 37, dtype=dtype, seed=1)
+    part, slots = Part(down, up, torch.full((4,), 3), 37), torch.tensor([2, 0, 2, 3, 1])
+    x = random_of(B, TOKENS, D, dtype=dtype, seed=2)
+    return lambda rows, tokens: of.low_rank([part], slots[rows])(x[rows, tokens])
+
+
+def attend(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    q = random_of(B, 6, TOKENS, D, dtype=dtype)
+    k, v = (random_of(B, 2, 40, D, dtype=dtype, seed=s) for s in (1, 2))
+    seen = (
+        torch.arange(40)
+        <= torch.arange(TOKENS)[:, None] + torch.tensor([0, 9, 3, 30, 33])[:, None, None]
+    )
+    mask = torch.zeros(B, 1, TOKENS, 40, dtype=dtype).masked_fill_(~seen[:, None], float("-inf"))
+    return lambda rows, tokens: of.attend(
+        q[rows, :, tokens], k[rows], v[rows], mask[rows, :, tokens], 0.2
+    )
+
+
+def write(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    x, slots = random_of(B, 2, TOKENS, D, dtype=dtype), torch.tensor([3, 0, 4, 1, 2])
+    starts = torch.tensor([0, 7, 2, 30, 11])
+
+    def run(rows: slice, tokens: slice) -> T:
+        buffer = torch.zeros(B, 2, 40, D, dtype=dtype)
+        first = tokens.start or 0
+        of.write(buffer, x[rows, :, tokens], slots[rows], starts[rows] + first)
+        found = [
+            buffer[slot, :, start : start + TOKENS]
+            for slot, start in zip(slots[rows].tolist(), starts[rows].tolist(), strict=True)
+        ]
+        return torch.stack(found).transpose(1, 2)[:, tokens]
+
+    return run
+
+
+def rms_norm(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    x, gain = random_of(B, TOKENS, D, dtype=dtype), random_of(D, dtype=dtype, seed=1)
+    return lambda rows, tokens: of.rms_norm(x[rows, tokens], gain, 1e-5)
+
+
+def rotary(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    x = random_of(B, TOKENS, 3, D, dtype=dtype).transpose(1, 2)
+    cos, sin = (random_of(B, 1, TOKENS, D, dtype=dtype, seed=s) for s in (1, 2))
+    return lambda rows, tokens: of.rotary(
+        x[rows, :, tokens], cos[rows, :, tokens], sin[rows, :, tokens]
+    ).transpose(1, 2)
+
+
+def gated(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    both = random_of(B, TOKENS, 2 * D, dtype=dtype)  # as a product with both matrices gives them
+    known = [act for act in ACTIVATIONS if act != "gelu"]  # torch computes that one
+
+    def run(rows: slice, tokens: slice) -> T:
+        gate, up = both[rows, tokens].chunk(2, -1)
+        return torch.cat([of.gated(gate, up, act) for act in known], -1)
+
+    return run
+
+
+CHECKS: dict[str, Any] = {f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated)}
+
+
+def test_every_operation_says_whether_its_rows_are_independent() -> None:
+    operations = {
+        name for name, _ in inspect.getmembers(Operations, inspect.isfunction) if name[0] != "_"
+    } - {"stored"}  # which computes nothing
+    assert CHECKS.keys() == operations
+    assert Plain.independent <= operations
+    assert Native.independent == operations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "native"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_rows_that_are_said_to_be_independent_are(
+    name: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    of = Plain() if kind == "plain" else request.getfixturevalue("native")
+    if name not in of.independent:
+        pytest.skip("it does not say so")
+    compute = CHECKS[name](of, dtype)
+    whole = compute(slice(None), slice(None))
+    for b in range(B):
+        assert torch.equal(compute(slice(b, b + 1), slice(None))[0], whole[b])
+    for t in range(TOKENS):
+        assert torch.equal(compute(slice(None), slice(t, t + 1))[:, 0], whole[:, t])
+    for b, t in ((0, 0), (3, 4)):  # a pass of several tokens, and one of a single one
+        assert torch.equal(compute(slice(b, B), slice(t, TOKENS))[0, 0], whole[b, t])
+        assert torch.equal(compute(slice(b, b + 1), slice(t, t + 1))[0, 0], whole[b, t])
+
+
+class Watched(Engine):
+    """An engine that keeps the logits of every choice."""
+
+    def watch(self) -> None:
+        self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) a token
+        forward = self._runner.forward
+
+        def spied(rows: Any, counts: Any) -> T:
+            logits = forward(rows, counts)
+            for row, n, own in zip(rows, counts, logits, strict=True):
+                if row.pending == n:
+                    self.seen[row.request.id].append(own.clone())
+            return logits
+
+        self._runner.forward = spied  # type: ignore[method-assign]
+
+
+def asked(n: int) -> list[Request]:
+    """Prompts of which many begin alike, under every method and none."""
+    rng, begins = random.Random(0), [prompt(n, 90 + n) for n in (0, 9, 20, 33)]
+    names = [None, *METHODS]
+    return [
+        Request(
+            str(i), rng.choice(begins) + prompt(rng.randint(1, 40), i), rng.randint(2, 10),
+            names[i % len(names)], sampling(i),
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]:
+    """The requests that have other logits in company than alone, and how many tokens of prompts
+    were there already. As many more requests go on where one of these ended.
+    """
+    rng, waiting, company = random.Random(1), list(requests), {}
+    followed: list[Request] = []
+    while waiting or engine.step():
+        for _ in range(rng.randint(0, 3)):
+            if waiting:
+                request = waiting.pop()
+                company[request.id] = engine.submit(request)
+        for stream in list(company.values()):
+            own, end = stream.request, stream.ended
+            if end and end.tokens and len(company) < 2 * len(requests) and own not in followed:
+                followed.append(own)
+                more = own.prompt + end.tokens + prompt(3, len(company))
+                next_one = Request(f"{own.id}+", more, 4, own.adapter, own.sampling)
+                if len(more) < 110:
+                    company[next_one.id] = engine.submit(next_one)
+        engine.check()
+    ended = {id: stream.result() for id, stream in company.items()}
+    assert not [end for end in ended.values() if end.reason == "failed"]
+    among, wrong = dict(engine.seen), []
+    for id, stream in company.items():
+        engine.seen.clear()
+        engine._runner.rebuild()  # nothing is left of any other
+        again = engine.submit(stream.request)
+        engine.run()
+        alone = again.result()
+        pairs = zip(engine.seen[id], among[id], strict=True)
+        if alone != ended[id] or not all(torch.equal(x, y) for x, y in pairs):
+            wrong.append(f"{id} under {stream.request.adapter}")
+    return wrong, sum(end.cached for end in ended.values())
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "afresh"])
+@pytest.mark.parametrize(
+    ("kind", "many"),
+    [("llama", 27), ("gemma", 16), pytest.param("llama-wide", 500, marks=pytest.mark.slow)],
+)
+def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
+    kind: str, many: int, reuse: bool, native: Native, tiny_model, tmp_path
+) -> None:
+    methods = {
+        k: v for k, v in METHODS.items() if kind != "gemma" or k in ("lora", "dora", "prompt")
+    }
+    paths = save_adapters(tiny_model(kind), tmp_path, methods)
+    model = tiny_model(kind).bfloat16()
+    with Watched(model, slots=12, length=128, chunk=24, budget=48, prefix_reuse=reuse) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        engine.watch()
+        requests = [r for r in asked(many) if r.adapter is None or r.adapter in paths]
+        wrong, cached = differing(engine, requests)
+        assert wrong == []
+        assert bool(cached) == reuse
