@@ -1,0 +1,118 @@
+"""The tokenizer of an adapter, as the server has it: what it says of tokens is known here, what its
+files decide is asked of a process.
+
+Texts of tokens come from the base's own tokenizer, to which the adapter's new tokens are added, since
+a token has to mean what it means in the base. Templates, and the splitting of texts, are the
+adapter's: they run where they can be ended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lorafold.errors import LorafoldError
+from lorafold.screening.processes import Refused
+
+PROBES = 256  # renderings of probes that are kept
+
+
+class Opened:
+    """A tokenizer, with what `lorafold.data` and the engine ask of one.
+
+    Args:
+        about: what the process says of it.
+        base: the base's tokenizer.
+        call: asks a process for an act with this tokenizer.
+    """
+
+    is_fast = False  # it renders by a method of its own
+
+    def __init__(
+        self, about: Mapping[str, Any], base: Any, call: Callable[..., Any]
+    ) -> None:
+        self._call, self._probing = call, True
+        self._probes: dict[str, str | TemplateError] = {}
+        self.chat_template: Any = about["template"]
+        self.special_tokens_map: Mapping[str, Any] = about["special"]
+        self.eos_token_id: int | None = about["eos"]
+        self.variables = frozenset(about["variables"])
+        self._words = _with(base, about["new"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_words":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self._words, name)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+        """The tokens of a text, as `input_ids`. Raises LorafoldError."""
+        found = self._call("tokens", text=text, special=add_special_tokens)
+        if not all(isinstance(i, int) and 0 <= i < len(self) for i in found):
+            raise LorafoldError("its tokenizer gives tokens that there are not")
+        return SimpleNamespace(input_ids=found)
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The text of the template that renders with these tools."""
+        if isinstance(self.chat_template, str):
+            return self.chat_template
+        name = "tool_use" if tools and "tool_use" in self.chat_template else "default"
+        return str(self.chat_template.get(name, ""))
+
+    def apply_chat_template(
+        self, messages: Sequence[Any], tools: Any = None, tokenize: bool = False,
+        add_generation_prompt: bool = False, **variables: Any,
+    ) -> str:  # fmt: skip
+        """A conversation, as the template writes it. Raises jinja2's TemplateError, as templates do
+        that refuse one.
+        """
+        given = {
+            "messages": list(messages), "tools": tools,
+            "add_generation_prompt": add_generation_prompt, "variables": variables,
+        }  # fmt: skip
+        key = json.dumps(given, sort_keys=True, default=str)
+        if key not in self._probes:
+            found = self._rendered(given)
+            if not self._probing or len(self._probes) >= PROBES:
+                return _given(found)
+            self._probes[key] = found
+        return _given(self._probes[key])
+
+    def probed(self) -> None:
+        """Keep what was rendered until now, and nothing that is rendered from now on."""
+        self._probing = False
+
+    def _rendered(self, given: Mapping[str, Any]) -> str | TemplateError:
+        try:
+            return str(self._call("render", **given))
+        except Refused as error:
+            return TemplateError(str(error))
+
+
+def _given(found: str | TemplateError) -> str:
+    if isinstance(found, TemplateError):
+        raise found
+    return found
+
+
+def _with(base: Any, new: Sequence[Sequence[Any]]) -> Any:
+    """The base's tokenizer, with tokens added to it: number, text, and whether it is special."""
+    if not new:
+        return base
+    from transformers import AddedToken
+
+    words = deepcopy(base)
+    for number, text, special in new:
+        words.add_tokens(AddedToken(text, special=special, normalized=False), special_tokens=special)
+        if (found := words.convert_tokens_to_ids(text)) != number:
+            raise LorafoldError(
+                f"its tokenizer numbers the new token {text!r:.80} {number}, expected {found}"
+            )
+    return words

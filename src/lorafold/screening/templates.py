@@ -1,0 +1,128 @@
+"""The tokenizers that adapters bring, and what their chat templates render, in a process.
+
+They are read from the bytes of a digest, without any code of theirs; of those that were asked for
+last, a few are kept. Templates run in transformers' sandbox.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lorafold.data.render import ensure_chat_template
+from lorafold.errors import LorafoldError
+from lorafold.files.contents import Contents
+from lorafold.screening.fingerprints import backend_of, variables_of
+
+KEPT = 8  # tokenizers
+LETTERS = 4 << 20  # of a text that a template makes
+NEW = 1 << 16  # tokens that an adapter may add
+
+
+class Templates:
+    """The tokenizers of adapters.
+
+    Args:
+        vocabulary: the base's tokens by text.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int]) -> None:
+        self._words = {number: word for word, number in vocabulary.items()}
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+
+    def open(self, path: str, files: Sequence[str], digest: str) -> dict[str, Any]:
+        """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be read
+        or gives a token of the base another number.
+
+        Args:
+            path: the directory.
+            files: its files.
+            digest: what they have to have.
+        """
+        tokenizer = self._tokenizer(path, files, digest)
+        vocabulary = tokenizer.get_vocab()
+        own = {number: word for word, number in vocabulary.items()}
+        for number, word in self._words.items():
+            if (other := own.get(number, word)) != word:
+                raise LorafoldError(
+                    f"its tokenizer does not fit the base: token {number} is {other!r:.80},"
+                    f" expected {word!r:.80}"
+                )
+        new = sorted(number for number in own if number not in self._words)
+        if len(new) > NEW:
+            raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
+        added = tokenizer.added_tokens_decoder
+        texts = tokenizer.chat_template
+        return {
+            "template": texts,
+            "variables": sorted(variables_of(tokenizer)),
+            "special": tokenizer.special_tokens_map,
+            "eos": tokenizer.eos_token_id,
+            "backend": backend_of(tokenizer),
+            "new": [[n, own[n], n in added and bool(added[n].special)] for n in new],
+        }
+
+    def render(
+        self, path: str, files: Sequence[str], digest: str, messages: list[Any], tools: Any,
+        add_generation_prompt: bool, variables: Mapping[str, Any],
+    ) -> str:  # fmt: skip
+        """A conversation, as the template writes it. Raises as the template does."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokenizer = self._tokenizer(path, files, digest)
+        special: Any = tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            add_generation_prompt=add_generation_prompt,
+            **special | dict(variables),
+        )
+        text = str(rendered[0][0])
+        if len(text) > LETTERS:
+            raise LorafoldError(f"found {len(text):,} letters, expected at most {LETTERS:,}")
+        return text
+
+    def tokens(
+        self, path: str, files: Sequence[str], digest: str, text: str, special: bool
+    ) -> list[int]:
+        """The tokens of a text."""
+        tokenizer = self._tokenizer(path, files, digest)
+        found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        return found
+
+    def _tokenizer(self, path: str, files: Sequence[str], digest: str) -> Any:
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return self._kept[digest]
+        contents = Contents(path, files)
+        contents.check_intact()
+        if contents.digest != digest:
+            raise LorafoldError("the files of its tokenizer changed; load it again")
+        tokenizer = _read(contents)
+        ensure_chat_template(tokenizer)
+        self._kept[digest] = tokenizer
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return tokenizer
+
+
+def _read(contents: Contents) -> Any:
+    """The tokenizer of these very bytes, wherever they came from."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory(prefix="lorafold-tokenizer-") as folder:
+        for name, content in contents.files.items():
+            if name in contents.names:
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                (Path(folder) / name).write_bytes(content)
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except (Exception, RecursionError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LorafoldError(f"its tokenizer can't be read ({why[:300]})") from None

@@ -1,0 +1,105 @@
+"""One process that reads what came with adapters: `python -P -m lorafold.screening.worker`.
+
+A message is eight bytes with the length of the JSON that follows. The first one says what the base
+is, every other one what to do: `do`, its arguments, and the limits `seconds` (of the processor) and
+`bytes` (of memory beyond what the process has). Each is answered by one message, with `found` or
+with `wrong`, unless the process dies of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+SIZE = 8  # bytes before a message
+
+
+def read(source: BinaryIO) -> Any:
+    """The next message, None at the end."""
+    head = source.read(SIZE)
+    return json.loads(source.read(int.from_bytes(head, "big"))) if len(head) == SIZE else None
+
+
+def packed(message: Any) -> bytes:
+    """A message with its length before it."""
+    content = json.dumps(message).encode()
+    return len(content).to_bytes(SIZE, "big") + content
+
+
+def main() -> None:
+    """Answer messages until there are none."""
+    sys.modules["torch"] = None  # type: ignore[assignment] # transformers then does without
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what prints does not get between the answers
+    os.nice(5)
+    messages = os.fdopen(0, "rb")
+    base = read(messages)
+    acts = _acts(base)
+    while (message := read(messages)) is not None:
+        answers.write(packed(_answer(acts, message)))
+        answers.flush()
+
+
+def _acts(base: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    from lorafold.screening.verifying import verified
+
+    templates: list[Any] = []  # made when the first one is asked for: transformers takes a second
+
+    def of_templates(name: str) -> Callable[..., Any]:
+        def act(**arguments: Any) -> Any:
+            if not templates:
+                from lorafold.screening.templates import Templates
+
+                templates.append(Templates(base["vocabulary"]))
+            return getattr(templates[0], name)(**arguments)
+
+        return act
+
+    acts: dict[str, Callable[..., Any]] = {name: of_templates(name) for name in ("open", "render", "tokens")}
+    return acts | {"verify": lambda **arguments: verified(base["modules"], **arguments)}
+
+
+def _answer(acts: Mapping[str, Callable[..., Any]], message: dict[str, Any]) -> dict[str, Any]:
+    do, seconds, memory = (message.pop(name) for name in ("do", "seconds", "bytes"))
+    _limit(seconds, memory)
+    try:
+        return {"found": acts[do](**message)}
+    except MemoryError:
+        return {"wrong": f"it needs more than {memory >> 20} MiB of memory"}
+    except RecursionError:
+        return {"wrong": "it is nested too deeply"}
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        told = str(error) or type(error).__name__
+        return {"wrong": told, "kind": type(error).__name__}
+    finally:
+        _limit(0, 0)
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """Let the process die after so many seconds of the processor, and fail to get more memory than
+    so many bytes beyond what it has; 0 takes a limit away.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    now = _size() if memory else 0
+    resource.setrlimit(resource.RLIMIT_AS, (now + memory if now else hard, hard))
+
+
+def _size() -> int:
+    """The bytes of addresses that the process has, 0 where that can't be told."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()
