@@ -281,12 +281,12 @@ def test_what_float32_does_not_hold_is_refused_by_name(name: str) -> None:
     for value in (1e39, 10**400, float("inf")):
         with pytest.raises(LorafoldError, match=f"^{name}: found .*finite number of float32"):
             Sampling(**{name: value})
-    with pytest.raises(LorafoldError, match="^logit_bias: found 1e\\+39"):
+    with pytest.raises(LorafoldError, match=r"^logit_bias: found 1e\+39"):
         Sampling(logit_bias={3: 1e39})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_grammar_that_admits_nothing_is_the_requests_own_fault(temperature: float) -> None:
     own = Sampling(temperature=temperature, regex="a")
-    with pytest.raises(Unfit, match="^regex: .*no token may follow"):
+    with pytest.raises(Unfit, match=r"^regex: .*no token may follow"):
         Sampler(own, PROMPT, lambda tokens: torch.zeros(V, dtype=torch.bool)).choose(logits(0))

@@ -48,9 +48,15 @@ def place(error: BaseException) -> str:
     return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
 
 
-def several(problems: Sequence[str], most: int = 20) -> str:
-    """Problems in one line of bounded length, which says how many more there are."""
-    shown = [cut(problem, 300) for problem in problems[:most]]
+def several(problems: Sequence[str], most: int = 20, each: int = 300) -> str:
+    """Problems in one line of bounded length, which says how many more there are.
+
+    Args:
+        problems: the problems.
+        most: how many are shown.
+        each: the most characters of each.
+    """
+    shown = [cut(problem, each) for problem in problems[:most]]
     more = len(problems) - len(shown)
     return "; ".join([*shown, f"and {more:,} more"] if more else shown)
 

@@ -64,7 +64,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {name: (getattr(self, name),) for name in NUMBERS}
+        numbers: dict[str, tuple[float, ...]] = {n: (getattr(self, n),) for n in NUMBERS}
         numbers["logit_bias"] = tuple(self.logit_bias.values())
         checks = {
             f"{name}: found {x!r:.40}, expected a finite number of float32": _holds(x)

@@ -79,7 +79,14 @@ class Row:
     def end(
         self, reason: Reason, message: str = "", fault: str = "", setting: str = ""
     ) -> None:
-        """Put the last event, as `Ended` has it."""
+        """Put the last event.
+
+        Args:
+            reason: why it ends.
+            message: what failed.
+            fault: the same in words that have nothing of the request's texts.
+            setting: the setting that it follows from.
+        """
         if self.text and reason != "failed":
             try:
                 self.text.finish()
