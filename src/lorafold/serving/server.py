@@ -158,26 +158,35 @@ class Server:
             reply: its completions.
             events: the events, as bytes.
         """
-        record = record_of(request)
+        record, gone, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:
+            nonlocal complete
             try:
                 async for one in events:
                     yield one
             except Refusal as refusal:
                 record.outcome = refusal.code
                 yield event(refusal.body)
-            except (*STOPS, GeneratorExit, asyncio.CancelledError):
+            except asyncio.CancelledError:
+                if not gone and record.outcome == "ok":
+                    record.outcome = "not_ready"  # the server ends, and does not wait any longer
+                raise
+            except (*STOPS, GeneratorExit):
                 raise
             except BaseException as error:  # a panic in a tokenizer is no Exception
                 yield event(defect(record, error).body)
             finally:
-                self.desk.drop(reply)
                 whys = [job.failed or job.why for job in reply.jobs]
-                record.outcome = next((why.code for why in whys if why), record.outcome)
+                if record.outcome in ("ok", "client_left"):
+                    record.outcome = next((why.code for why in whys if why), record.outcome)
+                self.desk.drop(reply)
+                complete = True
 
-        async def left(_: object) -> None:  # perhaps before the first event was asked for
-            if any(job.events or job.end is None for job in reply.jobs):
+        async def left(_: object) -> None:  # perhaps before the first event, or after the last one
+            nonlocal gone
+            gone = True
+            if not complete and any(job.events or job.end is None for job in reply.jobs):
                 record.outcome = "client_left"
             self.desk.drop(reply)
 
