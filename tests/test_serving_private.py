@@ -232,6 +232,6 @@ def test_with_log_texts_all_of_it_is_there(
         monkeypatch.setattr(server.parts.registry.renderers.base, "tokens", boom)
         server.complete("a", "The")
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
-    assert [line["prompt"] for line in lines if "prompt" in line][0] == MARK
+    assert next(line["prompt"] for line in lines if "prompt" in line) == MARK
     assert any(f"{MARK} was found" in line.get("error", "") for line in lines)
     assert any(line["message"].endswith(f"{MARK} was found") for line in lines)

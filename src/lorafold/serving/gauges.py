@@ -47,15 +47,17 @@ class Gauges(Collector):
     def _adapters(self) -> Iterator[Metric]:
         states, seconds = Counter[tuple[str, str]](), dict[str, float]()
         read = self._host.engine.adapters.seconds
-        for found in list(self._registry.found.values()):
-            name = self._metrics.label("adapter", found.name)
+        all_found = list(self._registry.found.values())
+        labels = self._metrics.labels("adapter", [found.name for found in all_found])
+        for found in all_found:
+            name = labels[found.name]
             states[name, state_of(self._registry, found)[0]] += 1
             if (took := read.get(found.key)) is not None:
                 seconds[name] = max(took, seconds.get(name, 0.0))
         told = "Adapters in this state, one where the adapter has a label of its own"
         state = GaugeMetricFamily("lorafold_adapter_state", told, labels=("adapter", "state"))
-        for labels, n in states.items():
-            state.add_metric(labels, n)
+        for one, n in states.items():
+            state.add_metric(one, n)
         told = "How long it took to read and check the adapter the last time"
         load = GaugeMetricFamily("lorafold_adapter_load_seconds", told, labels=("adapter",))
         for name, took in seconds.items():

@@ -118,6 +118,18 @@ class Metrics:
             names.add(name)
         return name if name in names else "other"
 
+    def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
+        """The labels of names, as `label` would give them, without one of them taking a place.
+
+        Args:
+            kind: what they are names of.
+            names: the names.
+        """
+        taken = self._names[kind]
+        free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
+        shown = taken.union(free)
+        return {name: name if name in shown else "other" for name in names}
+
     def text(self) -> bytes:
         """All of it, in Prometheus's format."""
         return generate_latest(self.registry)

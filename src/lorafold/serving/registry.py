@@ -29,7 +29,7 @@ from lorafold.serving.renderers import Renderers
 from lorafold.serving.rendering import Renderer
 
 log = logging.getLogger(__name__)
-REASON = 1000  # characters of why an adapter is wrong
+REASON = 2000  # characters of why an adapter is wrong
 
 
 @dataclass(frozen=True)
