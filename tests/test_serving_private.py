@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import PlainTextResponse
 
 import lorafold as lf
 from lorafold.engine.runner import SlotRunner
 from lorafold.engine.text import Text
 from lorafold.serving import logs
-from serving_cases import ADMIN, Running, running, saved
+from lorafold.serving.app import Gate
+from serving_cases import ADMIN, Running, raw, running, saved
 from test_serving_faults import until
 
 MARK = "zq7marker9xk"
@@ -107,7 +110,9 @@ def bodies() -> Iterator[tuple[str, Any]]:
     yield "/admin/adapters", {MARK: MARK}
 
 
-def test_the_log_has_nothing_that_clients_send(server: Running, written: io.StringIO) -> None:
+def test_the_log_has_nothing_that_clients_send(
+    server: Running, written: io.StringIO, capfd: pytest.CaptureFixture[str]
+) -> None:
     key, statuses = server.keys["acme"], set()
     for path, body in bodies():
         for used in (ADMIN if "l" in path[4:6] or "admin" in path else key, MARK):
@@ -120,7 +125,10 @@ def test_the_log_has_nothing_that_clients_send(server: Running, written: io.Stri
         statuses.add(server.ask(path, key=key).status)
     server.ask(f"/admin/aliases/{MARK}", {"target": MARK}, ADMIN, "PUT")
     server.ask(f"/admin/adapters/{MARK}:{MARK}", {}, ADMIN)
+    whole = f"GET http://{MARK}:{MARK}@localhost/v1/models HTTP/1.1"
+    assert b" 401 " in raw(server, whole)[:14]
     text = check_private(written)
+    assert MARK not in "".join(capfd.readouterr())
     assert {200, 400, 401, 404} <= statuses
     assert text.count("outcome") > len(list(bodies()))
     assert "400" in text
@@ -215,6 +223,30 @@ def test_a_client_that_leaves_in_its_body_is_counted_as_one(
     assert text.count("outcome=client_left") == 4
     after = counted(server.ask("/metrics", key=ADMIN).content.decode(), "client_left")
     assert after == before + 3
+
+
+def test_of_a_whole_address_the_path_alone_is_kept(server: Running, written: io.StringIO) -> None:
+    """Of uvicorn's parsers one gives the address as it was sent."""
+
+    async def ask() -> None:
+        scope = {
+            "type": "http", "method": "BREW", "path": "/nowhere", "headers": [],
+            "raw_path": f"http://{MARK}@{MARK}/nowhere".encode(),
+        }  # fmt: skip
+        await Gate(PlainTextResponse("", 404), server.parts)(scope, no_body, nothing)
+
+    asyncio.run(ask())
+    text = check_private(written)
+    assert re.search(r"path=/nowhere|\"path\": \"/nowhere\"", text)
+    assert re.search(r"method=other|\"method\": \"other\"", text)
+
+
+async def no_body() -> Any:
+    return {"type": "http.request", "body": b""}
+
+
+async def nothing(message: Any) -> None:
+    pass
 
 
 def test_with_log_texts_all_of_it_is_there(

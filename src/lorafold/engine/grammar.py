@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorafold.engine.request import Sampling
 from lorafold.engine.sampler import Allowed, Unfit
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import STOPS, LorafoldError, cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,9 +61,11 @@ class Grammars:
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
                 grammar = LLMatcher.grammar_from_lark(text)
-        except (ValueError, TypeError) as error:
+            matcher = LLMatcher(tokens, grammar, log_level=0)
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
             raise LorafoldError(f"{name}: it can't be read ({cut(str(error), 300)})") from None
-        matcher = LLMatcher(tokens, grammar, log_level=0)
         if matcher.is_error():
             raise LorafoldError(f"{name}: it can't be read ({_why(matcher)})")
         return _State(matcher, name)
@@ -94,10 +96,15 @@ class _State:
         self._matcher, self._setting, self._consumed = matcher, setting, 0
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:  # (V,)
-        for token in tokens[self._consumed :]:
-            self._matcher.consume_token(token)
-        self._consumed = len(tokens)
-        mask = bytearray(self._matcher.compute_logit_bias())
+        try:
+            for token in tokens[self._consumed :]:
+                self._matcher.consume_token(token)
+            self._consumed = len(tokens)
+            mask = bytearray(self._matcher.compute_logit_bias())
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
+            raise Unfit(self._setting, str(error)) from None
         if self._matcher.is_error():
             raise Unfit(self._setting, _why(self._matcher))
         return torch.frombuffer(mask, dtype=torch.uint8) != 0

@@ -7,6 +7,7 @@ counted and logged. Whatever goes wrong is answered in OpenAI's shape.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +34,7 @@ QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 POLLED = "/v1/models"  # by the page, once a second
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+ADDRESS = re.compile(r"^[^/?]*://[^/]*")
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -79,7 +81,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = scope.get("raw_path", b"").decode("ascii", "replace")
+        # without the host and whatever else stands before the path of a whole address
+        sent = ADDRESS.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
         method = scope["method"] if scope["method"] in METHODS else "other"
         record = Record(f"req-{secrets.token_hex(8)}", method, scope["path"], sent)
         scope["record"] = record

@@ -199,8 +199,9 @@ class Host:
                     self.jobs.pop(job.request.id, None)
                 self._ends.append(time.monotonic())
                 texts, end = self.settings.log_texts, job.end
-                if why := (end.message if texts else end.fault):  # clients get to see no paths
-                    log.error("%s failed: %s", job.request.id, why)
+                told = " ".join(end.message.split()) if texts else end.fault
+                if told:  # it may name paths, which clients do not get to see
+                    log.error("%s failed: %s", job.request.id, told)
                 if job.end.message == NOT_FINITE:
                     self.pool.submit(self._suspect, job)
 
