@@ -152,7 +152,8 @@ def running(
     with listening(chosen) as at:
         quiet, port = Console(quiet=True), at.getsockname()[1]
         parts = server_of(
-            base, Directory(folder), Keys(chosen.keys, chosen.admin_key), chosen, quiet
+            base, Directory(folder), Keys(chosen.keys, chosen.admin_key, chosen.metrics_key),
+            chosen, quiet,
         )
         app = application(parts)
         http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))

@@ -22,7 +22,7 @@ from transformers import (
 from conftest import make_tokenizer
 from engine_cases import prompt, sampling
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.sampler import NotFinite, Sampler, filtered
+from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered
 from lorafold.engine.text import Text
 from lorafold.errors import LorafoldError
 
@@ -244,3 +244,49 @@ def test_grammars_that_cannot_be_read_are_refused(tiny_model, kind, says) -> Non
         pytest.raises(LorafoldError, match="no tokenizer"),
     ):
         engine.submit(request)
+
+
+EXTREMES = (
+    {"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 3e38}, {"top_p": 5e-324},
+    {"min_p": 5e-324}, {"top_p": 1e-40, "min_p": 1.0, "top_k": 10**30},
+    {"repetition_penalty": 5e-324}, {"repetition_penalty": 3e38},
+    {"presence_penalty": 3e38, "frequency_penalty": 3e38},
+    {"presence_penalty": -3e38, "frequency_penalty": -3e38, "repetition_penalty": 3e38},
+    {"logit_bias": {i: -3.4e38 for i in range(V)}}, {"logit_bias": {7: 3.4e38, 8: 3.4e38}},
+    {"logit_bias": {i: -100 for i in range(V)}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids=lambda settings: str(settings)[:60])
+def test_extremes_choose_a_token(settings: dict[str, Any]) -> None:
+    allowed = torch.arange(V) < 9
+    for temperature in {0.0, 1.0, settings.get("temperature", 1e-40)}:
+        own = Sampling(**{"seed": 3, **settings, "temperature": temperature})
+        for mask in (None, lambda tokens: allowed):
+            sampler = Sampler(own, PROMPT, mask)
+            chosen = [sampler.choose(logits(i)).token for i in range(9)]
+            assert all(0 <= token < (V if mask is None else 9) for token in chosen)
+
+
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    tiny, greedy = (Sampler(Sampling(temperature=t), PROMPT) for t in (1e-40, 0.0))
+    for i in range(20):
+        assert tiny.choose(logits(i)).token == greedy.choose(logits(i)).token
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"]
+)
+def test_what_float32_does_not_hold_is_refused_by_name(name: str) -> None:
+    for value in (1e39, 10**400, float("inf")):
+        with pytest.raises(LorafoldError, match=f"^{name}: found .*finite number of float32"):
+            Sampling(**{name: value})
+    with pytest.raises(LorafoldError, match=r"^logit_bias: found 1e\+39"):
+        Sampling(logit_bias={3: 1e39})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_that_admits_nothing_is_the_requests_own_fault(temperature: float) -> None:
+    own = Sampling(temperature=temperature, regex="a")
+    with pytest.raises(Unfit, match=r"^regex: .*no token may follow"):
+        Sampler(own, PROMPT, lambda tokens: torch.zeros(V, dtype=torch.bool)).choose(logits(0))

@@ -21,6 +21,10 @@ def server(tiny_model_dir, tmp_path_factory):
 CHAT = {"model": "a", "messages": ASK}
 PLAIN = {"model": "a", "prompt": "The"}
 TURNS = "/v1/chat/completions"
+# it can be read, and has more rules at its second token than there may be
+SCHEMA = {"anyOf": [{"type": "array", "items": [{"const": str(i)}]} for i in range(2500)]}
+AMBIGUOUS = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+AMBIGUOUS_TEXT = {"type": "json_schema", "name": "x", "schema": SCHEMA}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,15 @@ TURNS = "/v1/chat/completions"
         ("/v1/completions", PLAIN | {"suffix": "x"}, "unsupported_parameter", "suffix"),
         ("/v1/completions", PLAIN | {"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
         ("/v1/completions", PLAIN | {"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
+        ("/v1/completions", PLAIN | {"logit_bias": {"5": 1e39}}, "invalid_value", "logit_bias"),
+        ("/v1/completions", PLAIN | {"temperature": 1e39}, "invalid_value", "temperature"),
+        ("/v1/completions", PLAIN | {"presence_penalty": -1e39}, "invalid_value",
+         "presence_penalty"),
+        ("/v1/completions", PLAIN | {"repetition_penalty": 0}, "invalid_value",
+         "repetition_penalty"),
+        (TURNS, CHAT | {"response_format": AMBIGUOUS}, "invalid_value", "response_format"),
+        ("/v1/responses", {"model": "a", "input": "x", "text": {"format": AMBIGUOUS_TEXT}},
+         "invalid_value", "response_format"),
         ("/v1/responses", {"model": "a", "input": "x", "previous_response_id": "r"},
          "unsupported_parameter", "previous_response_id"),
         ("/v1/responses", {"model": "a", "input": [{"type": "image"}]}, "invalid_value",
@@ -88,6 +101,35 @@ def test_what_is_wrong_is_named(server, path, body, code, param):
     assert (error["code"], error["param"]) == (code, param), error["message"]
     assert "\n" not in error["message"]
     assert answer.headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 3e38}, {"top_p": 1e-40},
+        {"min_p": 1.0}, {"logit_bias": {str(i): -100 for i in range(128)}},
+        {"logit_bias": {str(i): -3e38 for i in range(128)}}, {"repetition_penalty": 1e-40},
+        {"presence_penalty": 3e38, "frequency_penalty": 3e38}, {"frequency_penalty": -3e38},
+        {"top_k": 10**30, "seed": 10**30, "max_tokens": 10},
+    ],
+    ids=lambda more: str(more)[:40],
+)  # fmt: skip
+def test_extremes_work(server: Running, more):
+    asked = PLAIN | {"temperature": 1.0, "max_tokens": 4, "seed": 1} | more
+    answer = server.ask("/v1/completions", asked)
+    assert answer.status == 200, answer.content
+    if more.get("temperature", 1) < 1:
+        tiny, greedy = (server.text("a", "The", temperature=t) for t in (more["temperature"], 0))
+        assert tiny == greedy
+
+
+def test_a_grammar_that_fails_in_a_stream_is_the_requests_fault(server: Running):
+    answer = server.ask(TURNS, CHAT | {"response_format": AMBIGUOUS, "stream": True})
+    error = answer.events[-1]["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "response_format")
+    assert len(error["message"]) < 500
+    metrics = server.ask("/metrics").content.decode()
+    assert 'outcome="not_computed"' not in metrics
 
 
 def test_harmless_and_neutral_fields_are_accepted(server):

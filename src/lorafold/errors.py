@@ -2,6 +2,14 @@
 exits with code 2.
 """
 
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import PurePath
+
+STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
+
 
 class LorafoldError(Exception):
     """A request that can't be carried out. The message names the file, row, field or site, what was
@@ -26,3 +34,34 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def place(error: BaseException) -> str:
+    """The type of an error and where it was raised, without its message, which may hold what should
+    stay private.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return type(error).__name__
+    last = frames[-1]
+    file = "/".join(PurePath(last.filename).parts[-2:])
+    return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
+
+
+def several(problems: Sequence[str], most: int = 20, each: int = 300) -> str:
+    """Problems in one line of bounded length, which says how many more there are.
+
+    Args:
+        problems: the problems.
+        most: how many are shown.
+        each: the most characters of each.
+    """
+    shown = [cut(problem, each) for problem in problems[:most]]
+    more = len(problems) - len(shown)
+    return "; ".join([*shown, f"and {more:,} more"] if more else shown)
+
+
+def cut(text: str, most: int) -> str:
+    """A text of bounded length, which says how many more characters there are."""
+    more = len(text) - most
+    return text if more <= 0 else f"{text[:most]} ... and {more:,} more characters"

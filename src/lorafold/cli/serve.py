@@ -38,6 +38,10 @@ def command(
             help="A file with the key for administration; without it those routes are closed."
         ),
     ] = None,
+    metrics_key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with a key that reads /metrics and nothing else."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A YAML file with settings and limits; options win over it."),
@@ -80,7 +84,7 @@ def command(
         raise LorafoldError(f"{option}: expected it, as in --model smollm2 --adapters DIR")
     given = {
         "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
-        "json_logs": json_logs or None,
+        "metrics_key": metrics_key_file, "json_logs": json_logs or None,
     }  # fmt: skip
     settings = read_settings(config, given)
     console = messages()

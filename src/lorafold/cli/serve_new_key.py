@@ -20,6 +20,20 @@ def command(
     keys: Annotated[
         Path, typer.Option(help="The file of keys, which is made if there is none.")
     ] = Path("keys.json"),
+    expires: Annotated[
+        str | None,
+        typer.Option(help="How long it holds: 30d, 12h, or the last day by UTC as 2026-12-31."),
+    ] = None,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="The key may not use the base itself.")
+    ] = False,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(help="The most tokens of the tenant in a minute, of prompts too.", min=1),
+    ] = None,
+    tokens_per_day: Annotated[
+        int | None, typer.Option(help="The most tokens of the tenant on a day, by UTC.", min=1)
+    ] = None,
 ) -> None:
     """Make a key for a tenant.
 
@@ -27,6 +41,12 @@ def command(
     changes; delete an entry to revoke its key.
     """
     from lorafold.serving.keys import new_key as make
+    from lorafold.serving.keys import until
 
-    typer.echo(make(keys, tenant, adapters or ["*"]))
+    given = {"tokens_per_minute": tokens_per_minute, "tokens_per_day": tokens_per_day}
+    limits = {name: most for name, most in given.items() if most is not None}
+    more: dict[str, object] = {"limits": limits} if limits else {}
+    more |= {"base": False} if no_base else {}
+    more |= {"expires": until(expires)} if expires is not None else {}
+    typer.echo(make(keys, tenant, adapters or ["*"], **more))
     print(f"{tenant}: written to {keys}; the key itself is kept nowhere", file=sys.stderr)

@@ -12,8 +12,9 @@ engine computes with the model itself.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,6 +83,7 @@ class Held:
     apart: bool
     vocabulary: int | None
     nbytes: int
+    seconds: float = 0.0  # that reading and checking it took
 
     @property
     def paths(self) -> frozenset[str]:
@@ -148,6 +150,7 @@ class Reader:
         or do not fit the model.
         """
         assert entry.path is not None
+        began = time.perf_counter()
         contents, wrong = Contents(entry.path, FILES), None
         try:
             deltas = self._stacked_over(contents)
@@ -160,7 +163,8 @@ class Reader:
             )
         if wrong is not None:
             raise LorafoldError(f"adapter {entry.name!r}: {wrong}")
-        return self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
+        held = self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
+        return replace(held, seconds=time.perf_counter() - began)
 
     def _stacked_over(self, contents: Contents) -> dict[str, Delta]:
         """The deltas of an adapter by module path, each over those of the adapters that its record

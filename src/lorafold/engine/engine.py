@@ -100,8 +100,8 @@ class Engine:
         sized(slots=(slots, 1), length=(self.length, 2), chunk=(chunk, 2),
               tenant_slots=(tenant_slots or 1, 1))  # fmt: skip
         if self.length > positions and not beyond:
-            told = f"found {self.length}, expected at most {positions} positions"
-            raise LorafoldError(f"engine: length: {told}")
+            told = f"length: found {self.length}, expected at most {positions} positions"
+            raise LorafoldError(f"engine: {told}")
         chunk = min(chunk, self.length)
         with ExitStack() as stack:
             stack.enter_context(taken(model))
@@ -199,9 +199,11 @@ class Engine:
                 )
                 self._rows[request.id] = row
                 self._inbox.append(row)
-        except LorafoldError as error:
+        except BaseException as error:
             if entry is not None:
                 self.adapters.unbind(entry)
+            if not isinstance(error, LorafoldError):
+                raise
             raise LorafoldError(f"request {request.id!r}: {error}") from None
         self.wake()
         return row.stream
@@ -212,7 +214,7 @@ class Engine:
             row = self._rows.get(id)
             if row is not None:
                 row.cancelled = True
-        self._wake.set()
+        self.wake()
         return row is not None
 
     def wake(self) -> None:
@@ -246,9 +248,7 @@ class Engine:
         """
         assert self._thread is None
         disband()  # the engine's thread has its own team
-        self._thread = threading.Thread(
-            target=self._serve, args=(after,), name="lorafold-engine", daemon=True
-        )
+        self._thread = threading.Thread(None, self._serve, "lorafold-engine", (after,), daemon=True)
         self._thread.start()
 
     @property

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.request import Sampling
-from lorafold.engine.sampler import Allowed
-from lorafold.errors import LorafoldError
+from lorafold.engine.sampler import Allowed, Unfit
+from lorafold.errors import STOPS, LorafoldError, cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,10 +44,9 @@ class Grammars:
         Raises LorafoldError without llguidance, a fast tokenizer with an end token, or a grammar
         that can be read.
         """
-        asked = {"schema": sampling.schema, "regex": sampling.regex, "lark": sampling.lark}
-        name, text = next(((n, t) for n, t in asked.items() if t is not None), ("", ""))
-        if not name:
+        if sampling.grammar is None:
             return None
+        name, text = sampling.grammar
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -62,19 +61,19 @@ class Grammars:
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
                 grammar = LLMatcher.grammar_from_lark(text)
-        except (ValueError, TypeError) as error:
-            raise LorafoldError(f"{name}: it can't be read ({error})") from None
-        matcher = LLMatcher(tokens, grammar, log_level=0)
+            matcher = LLMatcher(tokens, grammar, log_level=0)
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
+            raise LorafoldError(f"{name}: it can't be read ({cut(str(error), 300)})") from None
         if matcher.is_error():
-            line = " ".join(matcher.get_error().split())
-            raise LorafoldError(f"{name}: it can't be read ({line})")
-        return _State(matcher)
+            raise LorafoldError(f"{name}: it can't be read ({_why(matcher)})")
+        return _State(matcher, name)
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
         """The token that ends a text of the grammar, if the settings ask for one."""
-        asked = any(x is not None for x in (sampling.schema, sampling.regex, sampling.lark))
         end = None if self._tokenizer is None else self._tokenizer.eos_token_id
-        return frozenset([end] if asked and isinstance(end, int) else [])
+        return frozenset([end] if sampling.grammar and isinstance(end, int) else [])
 
     def _tokens(self, name: str) -> Any:
         if self._read is None:
@@ -93,15 +92,25 @@ class Grammars:
 class _State:
     """Where one completion stands in its grammar."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher, self._consumed = matcher, 0
+    def __init__(self, matcher: Any, setting: str) -> None:
+        self._matcher, self._setting, self._consumed = matcher, setting, 0
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:  # (V,)
-        for token in tokens[self._consumed :]:
-            self._matcher.consume_token(token)
-        self._consumed = len(tokens)
+        try:
+            for token in tokens[self._consumed :]:
+                self._matcher.consume_token(token)
+            self._consumed = len(tokens)
+            mask = bytearray(self._matcher.compute_logit_bias())
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
+            raise Unfit(self._setting, str(error)) from None
         if self._matcher.is_error():
-            raise LorafoldError(f"grammar: {' '.join(self._matcher.get_error().split())}")
-        return (
-            torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
-        )
+            raise Unfit(self._setting, _why(self._matcher))
+        return torch.frombuffer(mask, dtype=torch.uint8) != 0
+
+
+def _why(matcher: Any) -> str:
+    """What is wrong with a grammar, without the dump of the parser's state."""
+    told = str(matcher.get_error()).partition("<state>")[0]
+    return cut(" ".join(told.split()), 300)

@@ -18,9 +18,9 @@ from lorafold.engine.request import Reason
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner
-from lorafold.engine.sampler import NOT_FINITE, Choice, NotFinite
+from lorafold.engine.sampler import NOT_FINITE, Choice, NotFinite, Unfit
 from lorafold.engine.scheduler import Batch, Scheduler
-from lorafold.errors import LorafoldError
+from lorafold.errors import STOPS, LorafoldError, place
 
 
 class Loop:
@@ -56,13 +56,25 @@ class Loop:
             self._pass(batch)
         return bool(cancelled or decoding or reading)
 
-    def end(self, row: Row, reason: Reason, message: str = "") -> None:
+    def fail(self, row: Row, error: BaseException) -> None:
+        """End a request that an error was raised for."""
+        ours = isinstance(error, LorafoldError)
+        message = str(error) if ours else f"{type(error).__name__}: {error}"
+        setting = error.setting if isinstance(error, Unfit) else ""
+        fault = f"its {setting} admits no more" if setting else message if ours else place(error)
+        self.end(row, "failed", message, fault, setting)
+
+    def end(
+        self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
+    ) -> None:
         """Free what a request holds, and put its last event.
 
         Args:
             row: the request.
             reason: why it ends.
             message: what failed.
+            fault: the same in words that have nothing of the request's texts.
+            setting: the setting that it follows from.
         """
         if row in self.scheduler.running:
             self.scheduler.running.remove(row)
@@ -74,7 +86,7 @@ class Loop:
                 self.adapters.release(row.entry)
             self.adapters.unbind(row.entry)
         self._gone(row)
-        row.end(reason, message)
+        row.end(reason, message, fault, setting)
 
     def _ready(self, row: Row) -> bool:
         if row.entry is None:
@@ -82,7 +94,7 @@ class Loop:
         try:
             row.held = self.adapters.lease(row.entry)
         except LorafoldError as error:
-            self.end(row, "failed", str(error))
+            self.fail(row, error)
         return row.held is not None
 
     def _pass(self, batch: Batch) -> None:
@@ -94,7 +106,7 @@ class Loop:
             logits_BV = self.runner.forward(rows, counts)
         except Exception as error:
             if len(rows) == 1:
-                self.end(rows[0], "failed", f"{type(error).__name__}: {error}")
+                self.fail(rows[0], error)
                 return
             n = len(rows) // 2
             self._pass(Batch(rows[:n], counts[:n]))
@@ -132,7 +144,9 @@ class Loop:
     def _guarded(self, row: Row, do: Callable[[], None]) -> None:
         try:
             do()
-        except Exception as error:
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a tokenizer is no Exception
             if isinstance(error, NotFinite) and row.entry is not None:
                 self.adapters.strike(row.entry)
-            self.end(row, "failed", str(error) or type(error).__name__)
+            self.fail(row, error)

@@ -14,11 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGEST = 3.4028234663852886e38  # of float32
+NUMBERS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 
 
@@ -60,15 +64,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number = all(
-            isinstance(x, int | float) and x - x == 0
-            for x in (
-                self.temperature, self.top_p, self.min_p, self.repetition_penalty,
-                self.presence_penalty, self.frequency_penalty, *self.logit_bias.values(),
-            )
-        )  # fmt: skip
+        numbers: dict[str, tuple[float, ...]] = {n: (getattr(self, n),) for n in NUMBERS}
+        numbers["logit_bias"] = tuple(self.logit_bias.values())
         checks = {
-            "sampling: found a setting that is no finite number": number,
+            f"{name}: found {x!r:.40}, expected a finite number of float32": _holds(x)
+            for name, values in numbers.items()
+            for x in values
+        }
+        if wrong := [what for what, right in checks.items() if not right]:
+            raise LorafoldError(several(wrong))
+        checks = {
             f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,
             f"top_k: found {self.top_k}, expected 0 or more": self.top_k >= 0,
             f"top_p: found {self.top_p}, expected above 0, at most 1": 0 < self.top_p <= 1,
@@ -88,6 +93,12 @@ class Sampling:
             raise LorafoldError("; ".join(wrong))
 
     @property
+    def grammar(self) -> tuple[str, str] | None:
+        """The setting that asks for a grammar, and its text; None if none does."""
+        asked = {"schema": self.schema, "regex": self.regex, "lark": self.lark}
+        return next(((name, text) for name, text in asked.items() if text is not None), None)
+
+    @property
     def plain(self) -> bool:
         """Whether the next token is the most likely one, and nothing else is asked for."""
         return (
@@ -96,6 +107,10 @@ class Sampling:
             and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
             and self.logprobs is None
         )
+
+
+def _holds(x: object) -> bool:
+    return isinstance(x, int | float) and abs(x) <= LARGEST
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,9 @@ class Token:
 @dataclass(frozen=True)
 class Ended:
     """The end of a request: why, all its tokens and its text, a message if it failed, and how many
-    tokens of the prompt were there already. Two ends that differ in the last alone are equal.
+    tokens of the prompt were there already. Of one that failed `fault` says what did, in words that
+    have nothing of the request's texts, as the message may; `setting` names the setting of its
+    sampling that it follows from, if it follows from one. Ends that differ in these are equal.
     """
 
     id: str
@@ -149,6 +166,8 @@ class Ended:
     text: str = ""
     message: str = ""
     cached: int = field(default=0, compare=False)
+    fault: str = field(default="", compare=False)
+    setting: str = field(default="", compare=False)
 
 
 class Stream:

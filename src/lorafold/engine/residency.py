@@ -44,8 +44,9 @@ class Residency:
         strikes: int = 3,
     ) -> None:
         self._read, self.budget, self._changed, self.strikes = read, budget, changed, strikes
-        self.reads = self.evictions = 0  # how many adapters were read, and made room for others
-        self.damaged = 0  # how many had changed in memory
+        # how many adapters were read, made room for others, and had changed in memory
+        self.reads = self.evictions = self.damaged = 0
+        self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
         self._lock = threading.RLock()
         self._names: dict[str, Entry] = {}
         self._states: dict[Entry, State] = {}
@@ -97,6 +98,7 @@ class Residency:
             entry = self.entry(name)
             del self._names[name]
             self._pinned.discard(name)
+            self.seconds.pop(name, None)
             self._forget(entry)
 
     def pin(self, name: str, pinned: bool = True) -> None:
@@ -166,7 +168,6 @@ class Residency:
         """Give back a lease."""
         with self._lock:
             self._states[entry].leases -= 1
-            assert self._states[entry].leases >= 0
             self._blocked.clear()
         self._changed()
 
@@ -243,7 +244,7 @@ class Residency:
             with self._lock:
                 if self._make_room(held.nbytes):
                     state.hold(held, next(self._clock))
-                    self.reads += 1
+                    self.reads, self.seconds[entry.name] = self.reads + 1, held.seconds
                 elif any(s.leases or s.reserved for s in self._states.values() if s.held):
                     self._blocked.add(entry)
                 else:

@@ -9,6 +9,7 @@ from lorafold.engine.prefix import Prefix
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import Allowed, Choice, Sampler
 from lorafold.engine.text import Text
+from lorafold.errors import STOPS, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,11 +76,27 @@ class Row:
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
         return "length" if full else None
 
-    def end(self, reason: Reason, message: str = "") -> None:
-        """Put the last event."""
-        text = ""
-        if self.text:
-            self.text.finish()
-            text = self.text.text
-        ended = Ended(self.request.id, reason, self.completion, text, message, self.cached)
-        self.stream.put(ended)
+    def end(
+        self, reason: Reason, message: str = "", fault: str = "", setting: str = ""
+    ) -> None:
+        """Put the last event.
+
+        Args:
+            reason: why it ends.
+            message: what failed.
+            fault: the same in words that have nothing of the request's texts.
+            setting: the setting that it follows from.
+        """
+        if self.text and reason != "failed":
+            try:
+                self.text.finish()
+            except STOPS:
+                raise
+            except BaseException as error:  # a panic in a tokenizer is no Exception
+                reason, message, fault = "failed", f"{type(error).__name__}: {error}", place(error)
+        text = self.text.text if self.text else ""
+        self.stream.put(
+            Ended(
+                self.request.id, reason, self.completion, text, message, self.cached, fault, setting
+            )
+        )

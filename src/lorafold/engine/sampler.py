@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, cut
 
 # the tokens so far -> the tokens that may follow, boolean (V,), or None for any
 Allowed = Callable[[Sequence[int]], Tensor | None]
@@ -27,6 +27,19 @@ NOT_FINITE = "the model's logits hold NaN or infinity"
 
 class NotFinite(LorafoldError):
     """A request's logits hold NaN or infinity."""
+
+
+class Unfit(LorafoldError):
+    """The grammar that a request asks for admits no further token, or grew beyond its limits.
+
+    Args:
+        setting: the setting that asks for it.
+        why: what became of it, which may have texts of the request.
+    """
+
+    def __init__(self, setting: str, why: str) -> None:
+        super().__init__(f"{setting}: a completion can't go on under it ({cut(why, 300)})")
+        self.setting = setting
 
 
 class Choice(NamedTuple):
@@ -66,11 +79,16 @@ class Sampler:
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
             # a grammar knows nothing of an adapter's new tokens, so that none of them may follow
             mask_V = pad(mask_V, (0, len(changed_V) - len(mask_V)))
+            if not mask_V.any():
+                raise Unfit((self.sampling.grammar or ("grammar", ""))[0], "no token may follow")
             changed_V = changed_V.masked_fill(~mask_V, float("-inf"))
         if self.generator is None:
             token = int(changed_V.argmax())
         else:
-            kept_V = filtered(changed_V / self.sampling.temperature, self.sampling)
+            # below it all but the likeliest would overflow, above it no two differ
+            temperature = min(max(self.sampling.temperature, 1e-30), 1e30)
+            scaled_V = (changed_V - changed_V.max()) / temperature
+            kept_V = filtered(scaled_V, self.sampling)
             p_1V = torch.softmax(kept_V, -1)[None]
             token = int(torch.multinomial(p_1V, 1, generator=self.generator))
         self.record(token)
@@ -87,16 +105,17 @@ class Sampler:
             found = logits_V[ids]
             rate = own.repetition_penalty
             logits_V = logits_V.index_copy(
-                0, ids, torch.where(found > 0, found / rate, found * rate)
+                0, ids, finite(torch.where(found > 0, found / rate, found * rate))
             )
         if (own.presence_penalty or own.frequency_penalty) and self.tokens:
             counts = Counter(self.tokens)
             ids, n = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
             down = own.presence_penalty + own.frequency_penalty * n
-            logits_V = logits_V.index_add(0, ids, -down.float())
+            logits_V = finite(logits_V.index_add(0, ids, -finite(down.float())))
         if own.logit_bias:
             ids = torch.tensor(list(own.logit_bias))
-            logits_V = logits_V.index_add(0, ids, torch.tensor([*own.logit_bias.values()]).float())
+            biases = torch.tensor([*map(float, own.logit_bias.values())])
+            logits_V = finite(logits_V.index_add(0, ids, biases))
         return logits_V
 
     def _report(
@@ -109,6 +128,11 @@ class Sampler:
         best = logp_V.topk(n) if n else None
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
         return float(logp_V[token]), tuple(pairs)
+
+
+def finite(logits_V: Tensor) -> Tensor:
+    """Logits in which what overflowed is the largest number of float32."""
+    return logits_V.nan_to_num()
 
 
 def filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:

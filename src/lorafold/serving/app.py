@@ -6,7 +6,8 @@ counted and logged. Whatever goes wrong is answered in OpenAI's shape.
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,22 +16,25 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.serving import logs
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.routes import admin, chat, completions, models, operations, page, responses
 from lorafold.serving.routes import tokens as tokenizing
-from lorafold.serving.server import Record, Server, answer
+from lorafold.serving.server import Record, Server, answer, defect
 
-log = logging.getLogger(__name__)
 GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 POLLED = "/v1/models"  # by the page, once a second
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+ADDRESS = re.compile(r"^[^/?]*://[^/]*")
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -39,11 +43,15 @@ def application(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(logs.unhandled)
         await server.host.start()
+        keeping = asyncio.create_task(server.spent.keep())
         try:
             yield
         finally:
+            keeping.cancel()
             await server.host.stop()
+            await server.spent.save()
 
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None)
     for group in GROUPS:
@@ -52,7 +60,6 @@ def application(server: Server) -> FastAPI:
     app.add_exception_handler(LorafoldError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _no_route)
-    app.add_exception_handler(Exception, _failed)
     app.add_middleware(Gate, server=server)
     return app
 
@@ -74,10 +81,12 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = scope.get("raw_path", b"").decode("ascii", "replace")
-        record = Record(f"req-{secrets.token_hex(8)}", scope["method"], scope["path"], sent)
+        # without the host and whatever else stands before the path of a whole address
+        sent = ADDRESS.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        record = Record(f"req-{secrets.token_hex(8)}", method, scope["path"], sent)
         scope["record"] = record
-        read = 0
+        read, begun = 0, False
 
         async def bounded() -> Message:
             nonlocal read
@@ -88,7 +97,9 @@ class Gate:
             return message
 
         async def named(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 record.status = record.status or message["status"]
                 message["headers"] = [
                     *message.get("headers", []), (b"x-request-id", record.id.encode()),
@@ -96,21 +107,29 @@ class Gate:
             await send(message)
 
         try:
-            headers = Headers(scope=scope)
             try:
-                self._check(headers)
-                if scope["path"] in ASKED and scope["method"] == "POST":
-                    # a flood is refused before its bodies are read
-                    record.tenant = self.server.keys.caller(headers.get("authorization")).tenant
-                    self.server.desk.check_room(record.tenant, 1)
+                self._check(Headers(scope=scope), record)
             except Refusal as refusal:
                 await _response(record, refusal)(scope, receive, named)
             else:
                 await self.app(scope, bounded, named)
+        except ClientDisconnect:  # in the middle of its body
+            record.outcome, record.status = "client_left", 499
+        except SendTimeoutError:
+            record.outcome = "slow_reader"
+        except asyncio.CancelledError:  # the server ends, and does not wait any longer
+            record.outcome, record.status = "not_ready", record.status or 503
+            raise
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a tokenizer is no Exception
+            failed = defect(record, error)
+            if not begun:
+                await _response(record, failed)(scope, receive, named)
         finally:
             self._ended(record)
 
-    def _check(self, headers: Headers) -> None:
+    def _check(self, headers: Headers, record: Record) -> None:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._most:
             raise self._too_large()
@@ -119,6 +138,12 @@ class Gate:
         if self.server.keys.file is None and host not in (*HERE, self.server.settings.host):
             told = f"host: found {host!r:.80}, expected {', '.join(HERE)}, since there are no keys"
             raise Refusal(403, "wrong_host", told)
+        if record.path in ASKED and record.method == "POST":
+            # a flood is refused before its bodies are read
+            caller = self.server.keys.caller(headers.get("authorization"))
+            record.tenant = caller.tenant
+            self.server.desk.check_room(caller.tenant, 1)
+            self.server.spent.check(caller)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "body_too_large", f"body: expected at most {self._most:,} bytes")
@@ -151,7 +176,7 @@ def _response(record: Record, refusal: Refusal) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, Refusal):
-        error = Refusal(400, "invalid_value", str(error))
+        error = Refusal(400, "invalid_value", cut(str(error), 2000))
     return _response(request.scope["record"], error)
 
 
@@ -159,10 +184,3 @@ async def _no_route(request: Request, error: Any) -> Response:
     status, detail = getattr(error, "status_code", 404), getattr(error, "detail", "not found")
     told = f"{request.method} {request.url.path[:200]!a}: {str(detail).lower()}"
     return await _refused(request, Refusal(status, "no_route", told))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    record: Record = request.scope["record"]
-    log.error("%s failed", record.id, exc_info=error)
-    told = f"the server failed; its log says why under {record.id}"
-    return _response(record, Refusal(500, "internal_error", told))

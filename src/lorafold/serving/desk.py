@@ -17,11 +17,13 @@ from lorafold.errors import LorafoldError
 from lorafold.serving.host import Host
 from lorafold.serving.job import Job, Reply
 from lorafold.serving.keys import Caller
-from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.registry import Chosen, Registry
 from lorafold.serving.rendering import Renderer
+from lorafold.serving.spent import Spent
 from lorafold.serving.wire.body import Completing
 
+LEAVING = 4  # times as many may be about to end as may wait: they end with the engine's next step
 RETRIES = 3  # an adapter's version may be replaced between its choice and its use
 Prompts = Callable[[Renderer], Sequence[tuple[int, ...]]]
 
@@ -64,10 +66,11 @@ class Desk:
     Args:
         host: computes them.
         registry: knows the adapters.
+        spent: the tokens that tenants were given.
     """
 
-    def __init__(self, host: Host, registry: Registry) -> None:
-        self.host, self.registry = host, registry
+    def __init__(self, host: Host, registry: Registry, spent: Spent) -> None:
+        self.host, self.registry, self.spent = host, registry, spent
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
@@ -92,6 +95,8 @@ class Desk:
             asked: what is asked.
         """
         self.check_room(caller.tenant, asked.n)
+        self.spent.check(caller)
+        count = partial(self.spent.add, caller.tenant)
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
         for _ in range(RETRIES):
             chosen = self.registry.choose(caller, asked.model)
@@ -112,9 +117,10 @@ class Desk:
                         renderer.ends if asked.ends else frozenset(), caller.tenant,
                         renderer.tokenizer,
                     )  # fmt: skip
-                    job = Job(request, chosen.name, since, reply.arrived)
+                    job = Job(request, chosen.name, since, reply.arrived, count)
                     await self.host.submit(job, asked.heavy)
                     reply.jobs.append(job)
+                count(sum(map(len, prompts)))
                 return reply
             except LorafoldError as error:
                 self.drop(reply)
@@ -140,13 +146,15 @@ class Desk:
         """
         if why := self.host.ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
-        for most, waiting, code in (
-            (self.limits.queue, self.host.waiting(), "queue_full"),
-            (self.limits.tenant_queue, self.host.waiting(tenant), "tenant_queue_full"),
+        host, most, own = self.host, self.limits.queue, self.limits.tenant_queue
+        for limit, found, what, code in (
+            (most, host.waiting(), "wait", "queue_full"),
+            (own, host.waiting(tenant), "wait", "tenant_queue_full"),
+            (LEAVING * own, host.leaving(tenant), "end", "tenant_queue_full"),
         ):
-            if waiting + n > most:
-                told = f"{waiting} completions wait already, expected at most {most} with these"
-                raise Refusal(429, code, told, retry_after=self.host.seconds_to_wait)
+            if found + n > limit:
+                told = f"{found} completions {what} already, expected at most {limit} with these"
+                raise Refusal(429, code, told, retry_after=host.seconds_to_wait)
 
     def _new_tokens(self, asked: Asked, prompt: Sequence[int]) -> int:
         length = self.host.engine.length
@@ -169,5 +177,5 @@ class Desk:
         if chosen.key and self.host.engine.adapters.status(chosen.key) == "quarantined":
             return Refusal(423, "adapter_quarantined", told, "model")
         field = told.partition(":")[0]
-        named = {"prompt": asked.field, "lark": "tools", "schema": "response_format"}
+        named = FIELDS | {"prompt": asked.field}
         return Refusal(400, "invalid_value", told, named.get(field, field))

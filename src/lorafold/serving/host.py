@@ -105,14 +105,15 @@ class Host:
         """
         with self._lock:
             self.jobs[job.request.id] = job
+        engine, request = self.engine, job.request
         try:
-            engine, request = self.engine, job.request
             job.stream = await self.think(
                 lambda: engine.submit(request), request.tenant, heavy
             )
         except BaseException:
             with self._lock:
                 self.jobs.pop(job.request.id, None)
+            engine.cancel(request.id)  # the client may have left after the engine got it
             raise
         engine.wake()  # the thread may have made its last step before it saw the stream
 
@@ -132,7 +133,12 @@ class Host:
         self._thinking[tenant] += 1
         try:
             async with turn:
-                return await self._loop.run_in_executor(self.pool, do)
+                doing = self._loop.run_in_executor(self.pool, do)
+                try:
+                    return await asyncio.shield(doing)
+                except asyncio.CancelledError:  # its turn lasts for as long as its thread does
+                    await asyncio.wait({doing})
+                    raise
         finally:
             self._thinking[tenant] -= 1
 
@@ -151,12 +157,16 @@ class Host:
         self.engine.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """How many requests are thought about, and how many jobs wait for a slot: those of one
-        tenant or all.
+        """How many requests are thought about, and how many jobs wait for a slot and have no reason
+        to end: those of one tenant or all.
         """
-        jobs = [job for job in list(self.jobs.values()) if job.stream and job.began is None]
+        waiting = [j for j in list(self.jobs.values()) if j.stream and not (j.began or j.why)]
         thinking = self._thinking.total() if tenant is None else self._thinking[tenant]
-        return thinking + sum(tenant in (None, job.request.tenant) for job in jobs)
+        return thinking + sum(tenant in (None, job.request.tenant) for job in waiting)
+
+    def leaving(self, tenant: str) -> int:
+        """How many jobs of a tenant the engine is about to end."""
+        return sum(j.request.tenant == tenant for j in list(self.jobs.values()) if j.why)
 
     def running(self) -> int:
         """How many jobs have a slot."""
@@ -188,8 +198,10 @@ class Host:
                 with self._lock:
                     self.jobs.pop(job.request.id, None)
                 self._ends.append(time.monotonic())
-                if job.end.message:  # it may name paths, which clients do not get to see
-                    log.error("%s failed: %s", job.request.id, job.end.message)
+                texts, end = self.settings.log_texts, job.end
+                told = " ".join(end.message.split()) if texts else end.fault
+                if told:  # it may name paths, which clients do not get to see
+                    log.error("%s failed: %s", job.request.id, told)
                 if job.end.message == NOT_FINITE:
                     self.pool.submit(self._suspect, job)
 
@@ -221,8 +233,7 @@ class Host:
         with self._lock:
             jobs, self.jobs = list(self.jobs.values()), {}
         for job in jobs:
-            job.why = lost
-            job.put([Ended(job.request.id, "failed")])
+            self.metrics.arrived(job, job.lost(lost))
         lasted = time.monotonic() - self._started > LASTS
         self._failures = 0 if lasted else min(self._failures + 1, len(BACKOFF) - 1)
         log.error("the engine's thread ended; %d requests are lost", len(jobs))

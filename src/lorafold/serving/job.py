@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from lorafold.engine import Ended, Request, Stream, Token
 from lorafold.engine.sampler import NOT_FINITE
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.registry import Chosen
 from lorafold.serving.settings import Limits
 
@@ -23,12 +23,19 @@ class Job:
         adapter: the name of the adapter, or of the base.
         asked: when its request came.
         arrived: set whenever events arrive.
+        count: called with the number of tokens that arrive.
     """
 
     def __init__(
-        self, request: Request, adapter: str, asked: float, arrived: asyncio.Event
+        self,
+        request: Request,
+        adapter: str,
+        asked: float,
+        arrived: asyncio.Event,
+        count: Callable[[int], None],
     ) -> None:
-        self.request, self.adapter, self.asked, self._arrived = request, adapter, asked, arrived
+        self.request, self.adapter, self.asked = request, adapter, asked
+        self._arrived, self._count = arrived, count
         self.stream: Stream | None = None  # once the engine has it
         self.passed_on = 0  # events of the stream that were handed over
         self.events: deque[Token | Ended] = deque()
@@ -46,12 +53,22 @@ class Job:
         """Take what the engine handed over."""
         now = time.monotonic()
         self.events.extend(events)
+        self._count(sum(isinstance(event, Token) for event in events))
         last = events[-1]
         self.end = last if isinstance(last, Ended) else None
         self.before = self.times[-1] if self.times else None
         if isinstance(events[0], Token):
             self.times = [*self.times[:1], now]
         self._arrived.set()
+
+    def lost(self, why: Refusal) -> list[Token | Ended]:
+        """End it without the engine, with the tokens that were handed over; returns its end."""
+        self.why = why
+        seen = self.stream.so_far()[: self.passed_on] if self.stream else []
+        tokens = tuple(event.token for event in seen if isinstance(event, Token))
+        ended: list[Token | Ended] = [Ended(self.request.id, "failed", tokens)]
+        self.put(ended)
+        return ended
 
     def late(self, now: float, limits: Limits) -> Refusal | None:
         """Why it should end now, if it took longer than it may."""
@@ -79,6 +96,9 @@ class Job:
             return None
         if self.why is not None:
             return self.why
+        if self.end.setting:
+            field = FIELDS.get(self.end.setting, self.end.setting)
+            return wrong(field, self.end.message.partition(": ")[2])
         if self.end.message == NOT_FINITE:
             told = f"{self.adapter}: the model's logits are not finite under it"
             return Refusal(500, "adapter_numerics", told, "model")

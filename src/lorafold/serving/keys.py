@@ -1,10 +1,12 @@
 """Who calls: keys, of which only hashes are kept, their tenants, and the adapters they may use.
 
-    {"keys": [{"tenant": "acme", "adapters": ["acme-*"], "sha256": "..."}]}
+    {"keys": [{"tenant": "acme", "adapters": ["acme-*"], "sha256": "...",
+               "expires": "2026-12-31", "base": false, "limits": {"tokens_per_day": 100000}}]}
 
 A key has 32 random bytes, so that one SHA-256 is enough: no list of likely keys can be tried. All
 hashes are compared, each in constant time, whether or not one fitted before. The file is read again
-when it changes, so that a key is revoked by deleting its entry.
+when it changes, so that a key is revoked by deleting its entry. All but the first three entries may
+be left out: a key then holds for good, may use the base, and has no limit.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
@@ -30,18 +34,42 @@ from lorafold.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DAY, UNITS = re.compile(r"\d{4}-\d{2}-\d{2}"), {"d": "days", "h": "hours"}
 LOCAL = "local"  # the tenant of all requests where there is no key file
 ADMIN = "admin"
 
 
+class TokenLimits(BaseModel):
+    """The most tokens of prompts and completions that a tenant is given, None for no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens_per_minute: PositiveInt | None = None
+    tokens_per_day: PositiveInt | None = None
+
+
+UNLIMITED = TokenLimits()
+
+
+def _end_of_day(value: object) -> object:
+    day = isinstance(value, str) and DAY.fullmatch(value)
+    try:
+        return datetime.fromisoformat(f"{value}T00:00:00Z") + timedelta(days=1) if day else value
+    except ValueError:
+        return value
+
+
 class Key(BaseModel):
-    """One entry of the file."""
+    """One entry of the file. A date in `expires` is the last day, by UTC."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tenant: str = Field(pattern=f"^{TENANT.pattern}$")
     adapters: tuple[str, ...] = ("*",)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    expires: Annotated[AwareDatetime | None, BeforeValidator(_end_of_day)] = None
+    base: bool = True
+    limits: TokenLimits = UNLIMITED
 
 
 class KeyFile(BaseModel):
@@ -54,10 +82,14 @@ class KeyFile(BaseModel):
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request: its tenant, and the names of adapters that it may use, as globs."""
+    """Whoever sent a request: its tenant, the names of adapters that it may use, as globs, whether
+    it may use the base, and how many tokens it may be given.
+    """
 
     tenant: str
     adapters: tuple[str, ...] = ("*",)
+    base: bool = True
+    limits: TokenLimits = UNLIMITED
 
     def may(self, name: str) -> bool:
         """Whether it may use the adapter or alias of that name."""
@@ -70,21 +102,20 @@ class Keys:
     Args:
         file: the tenants' keys; None lets everybody in as LOCAL.
         admin: a file with the key for administration; None closes it.
+        metrics: a file with the key that reads the metrics and nothing else; None: there is none.
     """
 
-    def __init__(self, file: Path | None, admin: Path | None) -> None:
-        self.file, self._admin, self._seen = file, "", 0
-        self._keys: tuple[Key, ...] = ()
+    def __init__(
+        self, file: Path | None, admin: Path | None, metrics: Path | None = None
+    ) -> None:
+        self.file, self._seen, self._keys = file, 0, tuple[Key, ...]()
         if file is not None:
             self._seen, self._keys = _changed(file), read_keys(file).keys
-        if admin is not None:
-            try:
-                key = admin.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise LorafoldError(f"{admin}: can't be read ({error})") from None
-            if len(key) < 16:
-                raise LorafoldError(f"{admin}: found a key of {len(key)} characters, expected 16")
-            self._admin = _hash(key)
+        self._admin, self._metrics = _own(admin), _own(metrics)
+        if metrics is not None and self._metrics == self._admin:
+            raise LorafoldError(
+                f"{metrics}: found the key for administration, expected one of its own"
+            )
 
     @property
     def tenants(self) -> tuple[str, ...]:
@@ -92,8 +123,15 @@ class Keys:
         named = dict.fromkeys(key.tenant for key in self._keys)
         return tuple(named) if self.file else (LOCAL,)
 
+    @property
+    def limited(self) -> bool:
+        """Whether any key has a limit of tokens."""
+        return any(key.limits != UNLIMITED for key in self._keys)
+
     def caller(self, authorization: str | None) -> Caller:
-        """Who sent a request with this header. Raises Refusal for a key that is not known."""
+        """Who sent a request with this header. Raises Refusal for a key that is not known, or that
+        has expired.
+        """
         hashed = _hash(_bearer(authorization))
         if self._is_admin(hashed):
             return Caller(ADMIN)
@@ -103,7 +141,11 @@ class Keys:
         found = [key for key in self._keys if hmac.compare_digest(key.sha256, hashed)]
         if not found:
             raise Refusal(401, "invalid_api_key", "found no valid key, expected one as Bearer")
-        return Caller(found[0].tenant, found[0].adapters)
+        now = datetime.now(UTC)
+        for key in found:
+            if key.expires is None or now < key.expires:
+                return Caller(key.tenant, key.adapters, key.base, key.limits)
+        raise Refusal(401, "expired_api_key", "the key has expired, expected another one")
 
     def admin(self, authorization: str | None) -> Caller:
         """As `caller`, but for the administrator alone."""
@@ -113,6 +155,21 @@ class Keys:
         if not self._is_admin(_hash(_bearer(authorization))):
             raise Refusal(401, "invalid_api_key", "found no key for administration, expected it")
         return Caller(ADMIN)
+
+    def check_metrics(self, authorization: str | None) -> None:
+        """Raise Refusal for whoever may not read the metrics. They name tenants: where there are
+        keys, or one for them, that one or the administrator's is needed.
+        """
+        if self.file is None and not self._metrics:
+            return
+        hashed = _hash(_bearer(authorization))
+        if not hmac.compare_digest(self._metrics or "-" * 64, hashed):
+            if not (self._admin or self._metrics):
+                told = "the metrics are closed: the server has no --metrics-key-file"
+                raise Refusal(403, "admin_closed", told)
+            if not self._is_admin(hashed):
+                told = "found no key for the metrics, expected it"
+                raise Refusal(401, "invalid_api_key", told)
 
     def _is_admin(self, hashed: str) -> bool:
         return hmac.compare_digest(self._admin or "-" * 64, hashed)
@@ -127,13 +184,14 @@ class Keys:
                 log.error("the keys stay as they were: %s", error)
 
 
-def new_key(file: Path, tenant: str, adapters: Sequence[str]) -> str:
+def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
     """Add a key to the file, which is made if there is none, and return it: it is kept nowhere.
 
     Args:
         file: the keys.
         tenant: whose it is.
         adapters: the names of adapters that it may use, as globs.
+        more: what else its entry has.
     """
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
@@ -143,13 +201,31 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str]) -> str:
     try:
         with FileLock(f"{file}.lock"):
             known = read_keys(file).keys if file.exists() else ()
-            added = Key(tenant=tenant, adapters=tuple(adapters), sha256=_hash(key))
-            content = KeyFile(keys=(*known, added)).model_dump(mode="json")
+            entry = {"tenant": tenant, "adapters": tuple(adapters), "sha256": _hash(key)}
+            added = Key.model_validate(entry | more)
+            content = KeyFile(keys=(*known, added)).model_dump(mode="json", exclude_unset=True)
             write_text(file, json.dumps(content, indent=2) + "\n")
             file.chmod(0o600)
     except OSError as error:
         raise LorafoldError(f"{file}: can't be written ({error.strerror})") from None
     return key
+
+
+def until(text: str) -> datetime:
+    """When a key expires that holds for so long (`30d`, `12h`), or to the end of a day by UTC
+    (`2026-12-31`). Raises LorafoldError for anything else, and for what is over.
+    """
+    now = datetime.now(UTC).replace(microsecond=0)
+    if found := re.fullmatch(r"([0-9]{1,5})([dh])", text):
+        end: object = now + int(found[1]) * timedelta(**{UNITS[found[2]]: 1})
+    else:
+        end = _end_of_day(text)
+    if not isinstance(end, datetime) or end <= now:
+        raise LorafoldError(
+            f"--expires: found {text!r}, expected a time to come: days as 30d, hours as 12h, or"
+            " the last day as 2026-12-31"
+        )
+    return end
 
 
 def read_keys(file: Path) -> KeyFile:
@@ -159,6 +235,19 @@ def read_keys(file: Path) -> KeyFile:
 
 def _hash(key: str) -> str:
     return sha256(key.encode()).hexdigest()
+
+
+def _own(file: Path | None) -> str:
+    """The hash of the one key in a file, empty without a file."""
+    if file is None:
+        return ""
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafoldError(f"{file}: can't be read ({error})") from None
+    if len(key) < 16:
+        raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected 16")
+    return _hash(key)
 
 
 def _bearer(authorization: str | None) -> str:

@@ -1,24 +1,61 @@
 """The log: one line for each request, and one for each thing that happens to the server.
 
-A request's id is the server's own; what a client calls it is never taken over. No line has a prompt
-or a completion, unless the settings ask for texts.
+A request's id is the server's own; what a client calls it is never taken over. Of what a client
+sends a line has the path, as it was sent and at most 200 characters of it, and nothing else: of an
+error that was raised for a request it has the type and the places, and not the message, in which a
+library may quote anything. All of it is there if the settings ask for texts.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
+from lorafold.errors import cut
 from lorafold.serving.server import Record
 
 log = logging.getLogger(__name__)
+MOST = 4000  # characters of a line, but for texts
 
 
-class Json(logging.Formatter):
+class Lines(logging.Formatter):
+    """Lines for people.
+
+    Args:
+        texts: show the messages of errors.
+    """
+
+    def __init__(self, texts: bool) -> None:
+        super().__init__()
+        self._texts = texts
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        line = f"{self.formatTime(record, '%H:%M:%S')} {self.told(record)}"
+        return "\n".join([line, *filter(None, [self.error(record)])])
+
+    def told(self, record: logging.LogRecord) -> str:
+        """The message of a record."""
+        told = record.getMessage()
+        return told if self._texts else cut(told, MOST)
+
+    def error(self, record: logging.LogRecord) -> str:
+        """The error that a record is about, and where it was raised; empty if there is none."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return ""
+        if self._texts:
+            return "".join(traceback.format_exception(error)).rstrip()
+        return "\n".join(places(error))
+
+
+class Json(Lines):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -26,34 +63,63 @@ class Json(logging.Formatter):
         found = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": self.told(record),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info:
-            found["error"] = self.formatException(record.exc_info)
+        if error := self.error(record):
+            found["error"] = error
         return json.dumps(found, ensure_ascii=False, default=str)
 
 
-def set_up(as_json: bool) -> None:
-    """Write the log to stderr.
+def set_up(as_json: bool, texts: bool = False) -> None:
+    """Write the log to stderr: the server's, and warnings of the libraries that it uses.
 
     Args:
         as_json: one JSON object a line, instead of text for people.
+        texts: show the messages of errors, which may quote what clients sent.
     """
     handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    handler.setFormatter(Json() if as_json else plain)
-    for name, level in (("lorafold", logging.INFO), ("uvicorn", logging.WARNING)):
+    handler.setFormatter(Json(texts) if as_json else Lines(texts))
+    for name, level in (
+        ("lorafold", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING),
+        ("sse_starlette", logging.WARNING),
+    ):  # fmt: skip
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
     threading.excepthook = _ended
+    sys.unraisablehook = _unraisable
+
+
+def unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what nothing on the event loop waits for, without the objects that took part."""
+    log.error("on the event loop: %s", context["message"], exc_info=context.get("exception"))
+
+
+def places(error: BaseException) -> list[str]:
+    """A line for the type of an error, and one for each place that it came through; what it follows
+    from stands before it.
+    """
+    lines = [type(error).__name__]
+    lines += [
+        f"  {frame.filename}:{frame.lineno} in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    for inner in getattr(error, "exceptions", ()):  # of a group
+        lines += [f"  {line}" for line in places(inner)]
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return lines if before is None else [*places(before), "and then", *lines]
 
 
 def _ended(dead: threading.ExceptHookArgs) -> None:
     """Log the error that ended a thread."""
     error = dead.exc_value
     log.error("the thread %s ended", dead.thread and dead.thread.name, exc_info=error)
+
+
+def _unraisable(about: Any) -> None:
+    """Log an error that nobody could be told of."""
+    log.error("an object could not be cleared away", exc_info=about.exc_value)
 
 
 def write(record: Record) -> None:

@@ -19,6 +19,7 @@ from lorafold.serving.job import Job
 
 MOST = 200
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FEW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # where every adapter has them
 BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
@@ -50,10 +51,16 @@ class Metrics:
             "requests", "Requests by outcome", ("tenant", "adapter", "outcome")
         )
         self.tokens = self._count("tokens", "Tokens", ("tenant", "kind"))
+        self.adapter_tokens = self._count(
+            "adapter_tokens", "Tokens by adapter", ("adapter", "kind")
+        )
         self.restarts = self._count("engine_restarts", "Starts of the engine after the first")
         self.quarantines = self._count("quarantines", "Adapters that were put in quarantine")
         self.queue = self._seconds("queue", "From a request's arrival to its slot")
         self.first = self._seconds("first_token", "From a request's arrival to its first token")
+        self.adapter_first = self._seconds(
+            "adapter_first_token", "To the first token, by adapter", FEW, ("adapter",)
+        )
         self.between = self._seconds("between_tokens", "Between two tokens of a request", BETWEEN)
         self.whole = self._seconds("request", "From a request's arrival to its end")
 
@@ -70,10 +77,12 @@ class Metrics:
     def arrived(self, job: Job, events: Sequence[Token | Ended]) -> None:
         """Count what the engine handed over of a job, after `Job.put`."""
         use = self.uses.setdefault(job.adapter, Use())
+        adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
         if new and job.before is None:
             self.first.observe(now - job.asked)
+            self.adapter_first.labels(adapter).observe(now - job.asked)
             use.first(now - job.asked)
             if job.began is not None:
                 self.queue.observe(job.began - job.asked)
@@ -88,6 +97,7 @@ class Metrics:
             counts["cached"] = job.end.cached
             for kind, n in counts.items():
                 self.tokens.labels(tenant, kind).inc(n)
+                self.adapter_tokens.labels(adapter, kind).inc(n)
             self.whole.observe(now - job.asked)
 
     def ended(self, tenant: str, adapter: str, outcome: str) -> None:
@@ -108,6 +118,18 @@ class Metrics:
             names.add(name)
         return name if name in names else "other"
 
+    def labels(self, kind: str, names: Sequence[str]) -> dict[str, str]:
+        """The labels of names, as `label` would give them, without one of them taking a place.
+
+        Args:
+            kind: what they are names of.
+            names: the names.
+        """
+        taken = self._names[kind]
+        free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]
+        shown = taken.union(free)
+        return {name: name if name in shown else "other" for name in names}
+
     def text(self) -> bytes:
         """All of it, in Prometheus's format."""
         return generate_latest(self.registry)
@@ -116,7 +138,11 @@ class Metrics:
         return Count(f"lorafold_{name}", about, labels, registry=self.registry)
 
     def _seconds(
-        self, name: str, about: str, buckets: Sequence[float] = SECONDS
+        self,
+        name: str,
+        about: str,
+        buckets: Sequence[float] = SECONDS,
+        labels: Sequence[str] = (),
     ) -> Histogram:
         named = f"lorafold_{name}_seconds"
-        return Histogram(named, about, registry=self.registry, buckets=tuple(buckets))
+        return Histogram(named, about, labels, registry=self.registry, buckets=tuple(buckets))

@@ -8,6 +8,8 @@ TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error",
 }  # fmt: skip
+# the fields of a request that the engine's settings come from
+FIELDS = {"lark": "tools", "schema": "response_format"}
 
 
 class Refusal(Exception):

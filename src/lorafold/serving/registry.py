@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafold.engine import Engine
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, cut
 from lorafold.serving.directory import NAME, Directory, Found
 from lorafold.serving.kept import Alias, Kept, Target, read_kept, write_kept
 from lorafold.serving.keys import Caller
@@ -29,6 +29,7 @@ from lorafold.serving.renderers import Renderers
 from lorafold.serving.rendering import Renderer
 
 log = logging.getLogger(__name__)
+REASON = 2000  # characters of why an adapter is wrong
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Registry:
             try:
                 self._load(name)
             except LorafoldError as error:
-                self.wrong[name] = str(error)
+                self.wrong[name] = cut(str(error), REASON)
         for name, found in self.found.items():
             before = self.kept.digests.get(name, found.digest)
             if before != found.digest:
@@ -125,7 +126,7 @@ class Registry:
         """What a request for this model runs under. Raises Refusal for one that does not exist, or
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
-        if model == self.base:
+        if model == self.base and caller.base:
             return Chosen(self.base, None, self.renderers.base)
         alias = self.kept.aliases.get(model) if caller.may(model) else None
         if alias is None:

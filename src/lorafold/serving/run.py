@@ -28,6 +28,7 @@ from lorafold.serving import kept, logs
 from lorafold.serving.app import application
 from lorafold.serving.desk import Desk
 from lorafold.serving.directory import Directory
+from lorafold.serving.gauges import Gauges
 from lorafold.serving.host import Host
 from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
@@ -36,6 +37,7 @@ from lorafold.serving.registry import Registry
 from lorafold.serving.renderers import Renderers
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
+from lorafold.serving.spent import Spent, beside
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,13 +91,15 @@ def serve(
 
     Raises LorafoldError for a model that can't be loaded, and as `listening` does.
     """
-    directory, keys = Directory(adapters), Keys(settings.keys, settings.admin_key)
+    directory, keys = Directory(adapters), Keys(
+        settings.keys, settings.admin_key, settings.metrics_key
+    )
     with listening(settings) as at:
         server = server_of(base, directory, keys, settings, console)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
-        logs.set_up(settings.json_logs)
+        logs.set_up(settings.json_logs, settings.log_texts)
         if open_page:
             webbrowser.open(f"http://{address}/")  # the socket listens already
         asyncio.run(_run(server, at))
@@ -133,9 +137,12 @@ def server_of(
     with console.status("verifying adapters") as status:
         registry.open(first, lambda one: status.update(f"verifying {one}"))
     host = Host(first, engine, registry, settings, metrics)
-    desk = Desk(host, registry)
+    spent = Spent(beside(state), lambda: keys.limited)
     _show_gauges(metrics, host)
-    return Server(settings, keys, registry, host, desk, metrics)
+    metrics.registry.register(Gauges(metrics, host, registry))
+    return Server(
+        settings, keys, registry, host, Desk(host, registry, spent), metrics, spent
+    )
 
 
 async def _run(server: Server, at: socket.socket) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -15,6 +15,7 @@ from fastapi.responses import Response as Plain
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 
+from lorafold.errors import STOPS
 from lorafold.serving.desk import Asked, Desk
 from lorafold.serving.host import Host
 from lorafold.serving.job import Reply
@@ -23,6 +24,7 @@ from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
+from lorafold.serving.spent import Spent
 from lorafold.serving.wire.answers import event
 from lorafold.serving.wire.body import B, read_body
 
@@ -81,6 +83,7 @@ class Server:
     host: Host
     desk: Desk
     metrics: Metrics
+    spent: Spent
 
     def caller(self, request: Request, authorization: str | None = None) -> Caller:
         """Who sent a request. Raises Refusal for a key that is not known.
@@ -122,7 +125,8 @@ class Server:
         """
         record, asked = record_of(request), dialect.asked()
         asked = replace(asked, heavy=asked.heavy or record.read > LIGHT)
-        reply = await self.desk.admit(caller, id, record.started, asked)
+        admitted = self.desk.admit(caller, id, record.started, asked)
+        reply = await (unless_left(request, admitted) if asked.heavy else admitted)
         record.reply, record.adapter = reply, reply.chosen.name
         record.version = reply.chosen.key or reply.chosen.name
         if self.settings.log_texts:
@@ -131,7 +135,9 @@ class Server:
             return self._stream(request, reply, dialect.events(reply))
         return answer(await self._whole(request, reply, dialect.whole(reply)))
 
-    async def _whole(self, request: Request, reply: Reply, answer: Awaitable[T]) -> T:
+    async def _whole(
+        self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]
+    ) -> T:
         """What an answer is once it is complete; if the client leaves before, its completions end.
 
         Args:
@@ -139,19 +145,10 @@ class Server:
             reply: its completions.
             answer: gives the answer.
         """
-        waiting = asyncio.ensure_future(answer)
-        leaving = asyncio.create_task(_left(request))
         try:
-            await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise Refusal(499, "client_left", "the client left")
-            return waiting.result()
+            return await unless_left(request, answer)
         finally:
             self.desk.drop(reply)
-            for task in (waiting, leaving):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Refusal):
-                    await task
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
         """A response of events. If the client leaves, or reads too slowly, its completions end.
@@ -161,20 +158,36 @@ class Server:
             reply: its completions.
             events: the events, as bytes.
         """
-        record = record_of(request)
+        record, gone, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:
+            nonlocal complete
             try:
                 async for one in events:
                     yield one
             except Refusal as refusal:
+                record.outcome = refusal.code
                 yield event(refusal.body)
+            except asyncio.CancelledError:
+                if not gone and record.outcome == "ok":
+                    record.outcome = "not_ready"  # the server ends, and does not wait any longer
+                raise
+            except (*STOPS, GeneratorExit):
+                raise
+            except BaseException as error:  # a panic in a tokenizer is no Exception
+                yield event(defect(record, error).body)
             finally:
-                self.desk.drop(reply)
                 whys = [job.failed or job.why for job in reply.jobs]
-                record.outcome = next((why.code for why in whys if why), record.outcome)
+                if record.outcome in ("ok", "client_left"):
+                    record.outcome = next((why.code for why in whys if why), record.outcome)
+                self.desk.drop(reply)
+                complete = True
 
-        async def left(_: object) -> None:  # perhaps before the first event was asked for
+        async def left(_: object) -> None:  # perhaps before the first event, or after the last one
+            nonlocal gone
+            gone = True
+            if not complete and any(job.events or job.end is None for job in reply.jobs):
+                record.outcome = "client_left"
             self.desk.drop(reply)
 
         return EventSourceResponse(
@@ -195,6 +208,38 @@ def record_of(request: Request) -> Record:
 def answer(value: object) -> Response:
     """A response of JSON."""
     return Plain(to_json(value), media_type="application/json")
+
+
+def defect(record: Record, error: BaseException) -> Refusal:
+    """The refusal that tells of an error that nothing expected, which is logged.
+
+    Args:
+        record: the request that it was raised for.
+        error: the error.
+    """
+    log.error("%s failed", record.id, exc_info=error)
+    told = f"the server failed; its log says why under {record.id}"
+    failed = Refusal(500, "internal_error", told)
+    record.outcome, record.status = failed.code, record.status or failed.status
+    return failed
+
+
+async def unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T:
+    """What something gives that is done for a client; if it leaves before, that is ended, and
+    Refusal is raised.
+    """
+    waiting = asyncio.create_task(doing)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise Refusal(499, "client_left", "the client left")
+        return waiting.result()
+    finally:
+        for task in (waiting, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
 
 
 async def _left(request: Request) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, cut
 from lorafold.serving.kept import Alias, Target
 from lorafold.serving.keys import ADMIN
 from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.registry import REASON
 from lorafold.serving.routes.models import adapter, loads
 from lorafold.serving.server import Server, answer
 from lorafold.serving.wire.body import Body
@@ -56,7 +57,7 @@ def routes(server: Server) -> APIRouter:
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:
-            raise Refusal(400, "adapter_refused", str(error)) from None
+            raise Refusal(400, "adapter_refused", cut(str(error), REASON)) from None
 
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:

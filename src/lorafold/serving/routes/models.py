@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.errors import LorafoldError
 from lorafold.serving.directory import Found
+from lorafold.serving.gauges import state_of
 from lorafold.serving.metrics import Use
 from lorafold.serving.server import Server, answer
 
@@ -22,7 +22,7 @@ def routes(server: Server) -> APIRouter:
         """Every model that the caller may name."""
         caller = server.caller(request)
         load = loads(server)
-        listed = [base(server, load)]
+        listed = [base(server, load)] if caller.base else []
         listed += [
             adapter(server, found, load)
             for found in sorted(list(registry.found.values()), key=lambda one: one.name)
@@ -37,7 +37,7 @@ def routes(server: Server) -> APIRouter:
     async def model(request: Request, model: str) -> Response:
         """One of them."""
         caller, load = server.caller(request), loads(server)
-        if model == registry.base:
+        if model == registry.base and caller.base:
             return answer(base(server, load))
         if model in registry.kept.aliases and caller.may(model):
             return answer(alias(server, model))
@@ -73,13 +73,8 @@ def adapter(server: Server, found: Found, load: Counter[tuple[str, bool]]) -> di
         found: its files.
         load: as `loads` gives it.
     """
-    states, registry = server.host.engine.adapters, server.registry
-    try:
-        state, nbytes = str(states.status(found.key)), states.bytes_of(found.key)
-    except LorafoldError:  # it is being replaced
-        state, nbytes = "loading", 0
-    if found.name in registry.kept.quarantined:
-        state = "quarantined"
+    registry = server.registry
+    state, nbytes = state_of(registry, found)
     about = {
         "parent": registry.base,
         "digest": found.digest,

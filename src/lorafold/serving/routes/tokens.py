@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorafold.serving.keys import Caller
-from lorafold.serving.refusal import wrong
+from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Renderer
-from lorafold.serving.server import Server, answer
+from lorafold.serving.server import Server, answer, unless_left
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.completion import Detokenize, Tokenize
 
@@ -19,6 +19,9 @@ def routes(server: Server) -> APIRouter:
     router = APIRouter()
 
     def renderer_of(caller: Caller, model: str | None) -> Renderer:
+        if model is None and not caller.base:
+            told = "model: expected a value, since the key may not use the base"
+            raise Refusal(400, "missing_parameter", told, "model")
         return server.registry.choose(caller, model or server.registry.base).renderer
 
     @router.post("/tokenize")
@@ -39,7 +42,7 @@ def routes(server: Server) -> APIRouter:
             text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
             return renderer.tokens(text, special=False)
 
-        found = await server.host.think(tokens, caller.tenant)
+        found = await unless_left(request, server.host.think(tokens, caller.tenant))
         told: dict[str, Any] = {
             "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
         }  # fmt: skip
@@ -54,7 +57,8 @@ def routes(server: Server) -> APIRouter:
         body = await server.body(request, Detokenize)
         server.desk.check_room(caller.tenant, 1)
         renderer = renderer_of(caller, body.model)
-        text = await server.host.think(lambda: renderer.text(body.tokens), caller.tenant)
+        thinking = server.host.think(lambda: renderer.text(body.tokens), caller.tenant)
+        text = await unless_left(request, thinking)
         return answer({"prompt": text})
 
     return router
