@@ -17,20 +17,35 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafold.errors import LorafoldError
 from lorafold.serving import logs
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.routes import admin, chat, completions, models, operations, page, responses
+from lorafold.serving.routes import (
+    admin,
+    chat,
+    completions,
+    messages,
+    models,
+    openapi,
+    operations,
+    page,
+    responses,
+)  # fmt: skip
 from lorafold.serving.routes import tokens as tokenizing
-from lorafold.serving.server import Record, Server, answer
+from lorafold.serving.server import Record, Server, authorization, record_of, refused
 
 log = logging.getLogger(__name__)
-GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
+GROUPS = (
+    chat, completions, responses, messages, models, tokenizing, admin, operations, page, openapi,
+)  # fmt: skip
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
-ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 POLLED = "/v1/models"  # by the page, once a second
+METHODS = ("GET", "POST", "PUT", "DELETE")
+SHOWN = ("X-Request-Id", "Retry-After")  # headers that a page of another origin may read
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -45,7 +60,7 @@ def application(server: Server) -> FastAPI:
         finally:
             await server.host.stop()
 
-    app = FastAPI(title="lorafold", lifespan=running, openapi_url=None)
+    app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
     for group in GROUPS:
         app.include_router(group.routes(server))
     app.add_exception_handler(Refusal, _refused)
@@ -54,6 +69,11 @@ def application(server: Server) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _no_route)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(Gate, server=server)
+    if server.settings.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=server.settings.cors, allow_headers=["*"],
+            allow_methods=METHODS, expose_headers=SHOWN, allow_private_network=True,
+        )  # fmt: skip
     return app
 
 
@@ -75,8 +95,11 @@ class Gate:
             await self.app(scope, receive, send)
             return
         sent = scope.get("raw_path", b"").decode("ascii", "replace")
-        record = Record(f"req-{secrets.token_hex(8)}", scope["method"], scope["path"], sent)
+        path, method = scope["path"].rstrip("/") or "/", scope["method"]
+        record = Record(f"req-{secrets.token_hex(8)}", method, path, sent)
         scope["record"] = record
+        # what answers a HEAD as a GET is sent without its body, by the server of the protocol
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
         read = 0
 
         async def bounded() -> Message:
@@ -99,12 +122,12 @@ class Gate:
             headers = Headers(scope=scope)
             try:
                 self._check(headers)
-                if scope["path"] in ASKED and scope["method"] == "POST":
+                if path in ASKED and method == "POST":
                     # a flood is refused before its bodies are read
-                    record.tenant = self.server.keys.caller(headers.get("authorization")).tenant
+                    record.tenant = self.server.keys.caller(authorization(headers)).tenant
                     self.server.desk.check_room(record.tenant, 1)
             except Refusal as refusal:
-                await _response(record, refusal)(scope, receive, named)
+                await refused(record, refusal)(scope, receive, named)
             else:
                 await self.app(scope, bounded, named)
         finally:
@@ -141,18 +164,10 @@ def _host(header: str) -> str | None:
         return None
 
 
-def _response(record: Record, refusal: Refusal) -> Response:
-    record.outcome, record.status = refusal.code, refusal.status
-    response = answer(refusal.body)
-    response.status_code = refusal.status
-    response.headers.update(refusal.headers)
-    return response
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, Refusal):
         error = Refusal(400, "invalid_value", str(error))
-    return _response(request.scope["record"], error)
+    return refused(record_of(request), error)
 
 
 async def _no_route(request: Request, error: Any) -> Response:
@@ -162,7 +177,7 @@ async def _no_route(request: Request, error: Any) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    record: Record = request.scope["record"]
+    record = record_of(request)
     log.error("%s failed", record.id, exc_info=error)
     told = f"the server failed; its log says why under {record.id}"
-    return _response(record, Refusal(500, "internal_error", told))
+    return refused(record, Refusal(500, "internal_error", told))

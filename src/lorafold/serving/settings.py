@@ -48,6 +48,7 @@ class Settings(Strict):
     """All settings but the model and the adapters.
 
     keys, admin_key: Files; without the second the routes for administration are closed.
+    cors: Origins whose pages may ask from a browser.
     state: The file with aliases, pins and quarantines (None: beside the adapters).
     slots, length, prompt_budget: Requests that run at a time, the most tokens of one, and the most
         tokens of prompts that are read between two steps.
@@ -64,6 +65,7 @@ class Settings(Strict):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     keys: Path | None = None
     admin_key: Path | None = None
+    cors: list[Annotated[str, Field(pattern=r"^https?://[^/*\s]+$")]] = []
     state: Path | None = None
     slots: PositiveInt = 16
     length: PositiveInt | None = None
