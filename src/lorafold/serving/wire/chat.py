@@ -80,6 +80,9 @@ class Chat(Completing):
                     field = f"messages[{i}].{name[:80]}"
                     told = f"{field}: it is not supported"
                     raise Refusal(400, "unsupported_parameter", told, field)
+            if not isinstance(message.get("name") or "", str):
+                told = f"found {message['name']!r:.80}, expected text"
+                raise wrong(f"messages[{i}].name", told)
             if message["role"] not in ROLES:
                 told = f"found {message['role'][:40]!r}, expected one of {', '.join(ROLES)}"
                 raise wrong(f"messages[{i}].role", told)

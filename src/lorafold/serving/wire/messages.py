@@ -15,16 +15,22 @@ from lorafold.serving.wire.body import Body
 from lorafold.serving.wire.chat import Chat
 
 PATH = "/v1/messages"
-NAMES = {
-    "stop": "stop_sequences", "n": "max_tokens", "response_format": "output_config.format",
-}  # fmt: skip
+NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
     404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
     503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-TOOL = {"name", "description", "input_schema", "type", "strict", "cache_control"}
+HINTS = {"type", "cache_control"}  # of tools and of blocks
+TOOL = {"name", "description", "input_schema", "strict", "eager_input_streaming"} | HINTS
+ROLES = ("user", "assistant", "system")
+BLOCKS = {
+    "text": {"text"} | HINTS,
+    "tool_use": {"id", "name", "input", "caller"} | HINTS,
+    "tool_result": {"tool_use_id", "content", "is_error"} | HINTS,
+    "thinking": {"thinking", "signature"} | HINTS,
+}
 
 
 class Count(Body):
@@ -81,10 +87,10 @@ class Count(Body):
         names: dict[str, str] = {}
         for i, message in enumerate(self.messages):
             where, role = f"messages[{i}]", message.get("role")
-            if role not in ("user", "assistant"):
-                raise wrong(f"{where}.role", f"found {role!r:.80}, expected user or assistant")
-            for key in message.keys() - {"role", "content"}:
-                raise wrong(f"{where}.{key[:80]}", "it is not supported")
+            if role not in ROLES:
+                told = f"found {role!r:.80}, expected one of {', '.join(ROLES)}"
+                raise wrong(f"{where}.role", told)
+            _known(message, {"role", "content"}, where)
             for said in _turn(role, message.get("content"), f"{where}.content", names):
                 yield where, said
         if self.messages and self.messages[-1]["role"] == "assistant":
@@ -100,8 +106,7 @@ class Count(Body):
         return CHOICES[kind]
 
     def _format(self) -> dict[str, Any]:
-        for key in self.output_config.keys() - {"format"}:
-            raise wrong(f"output_config.{key[:80]}", "it is not supported")
+        _known(self.output_config, {"format"}, "output_config")
         return self.output_config.get("format") or {"type": "text"}
 
 
@@ -152,6 +157,8 @@ def _turn(
     for i, block in enumerate(blocks):
         kind = block.get("type") if isinstance(block, Mapping) else None
         at = f"{where}[{i}]"
+        if kind in BLOCKS:
+            _known(block, BLOCKS[kind], at)
         if kind == "text":
             said["content"] = said.get("content", "") + _text([block], where, i)
         elif kind == "tool_result" and role == "user":
@@ -177,10 +184,9 @@ def _turn(
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A tool in OpenAI's form."""
-    if tool.get("type", "custom") != "custom":
+    if (tool.get("type") or "custom") != "custom":
         raise wrong(f"{where}.type", f"found {tool['type']!r:.80}, expected custom")
-    for key in tool.keys() - TOOL:
-        raise wrong(f"{where}.{key[:80]}", "it is not supported")
+    _known(tool, TOOL, where)
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
     told = {} if tool.get("description") is None else {"description": tool["description"]}
     return {"type": "function", "function": function | told}
@@ -197,3 +203,11 @@ def _text(content: Any, where: str, first: int = 0) -> str:
         if kind != "text" or not isinstance(block.get("text"), str):
             raise wrong(f"{where}[{i}]", f"found a block of type {kind!r:.80}, expected text")
     return "".join(block["text"] for block in content)
+
+
+def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:
+    """Raise Refusal for a key that is not known and asks for something."""
+    for key in given.keys() - keys:
+        if given[key] not in (None, False, []):
+            told = f"{where}.{key[:80]}: it is not supported"
+            raise Refusal(400, "unsupported_parameter", told, f"{where}.{key[:80]}")
