@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 import lorafold as lf
 from conftest import make_model_dir
@@ -38,6 +38,8 @@ OVER = "maximum context length"
 
 class Table(BaseModel):
     """A table."""
+
+    model_config = ConfigDict(extra="forbid")  # nothing further that a random model would write
 
     day: Literal["friday", "sunday"]
     people: Literal[2, 4]
