@@ -302,6 +302,17 @@ def test_anthropic(server: Running) -> None:
     assert after.usage.input_tokens + after.usage.cache_read_input_tokens == count
     parsed = client.messages.parse(**asked | {"max_tokens": 100}, output_format=Table)
     assert isinstance(parsed.parsed_output, Table)
+    seen: list[str] = []
+
+    @anthropic.beta_tool(name="weather", description="The weather.", input_schema=CITY)
+    def weather(city: str) -> str:
+        seen.append(city)
+        return "18 degrees"
+
+    run = {"tools": [weather], "tool_choice": {"type": "any"}, "max_tokens": 200}
+    turns = list(client.beta.messages.tool_runner(**asked | run, max_iterations=2))
+    assert len(turns) == 2
+    assert seen
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         client.messages.create(model="a", messages=LONG, max_tokens=4)
     with pytest.raises(anthropic.NotFoundError):

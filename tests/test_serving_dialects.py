@@ -35,6 +35,7 @@ SCHEMA = {
 FORM = {"type": "json_schema", "json_schema": {"name": "table", "schema": SCHEMA}}
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
 CLAUDE = {"model": "a", "messages": ASK, "max_tokens": 60}
+USED = {"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Rome"}}
 USE = [{"name": "weather", "description": "The weather.", "input_schema": CITY}]
 
 
@@ -260,6 +261,10 @@ def test_messages_call_tools_and_read_their_results(server: Running) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
          "messages[0].content[0].type: found 'image'"),
         ({"messages": [*ASK, {"role": "assistant", "content": "It"}]}, "messages: found the"),
+        ({"messages": [*ASK, {"role": "assistant", "content": [USED | {"input": "x"}]}]},
+         "messages[1].content[0].input: found no JSON"),
+        ({"messages": [*ASK, {"role": "assistant", "content": [USED | {"name": 5}]}]},
+         "messages[1].content[0].name: found 5"),
         ({"system": [{"type": "image"}]}, "system[0]: found a block of type 'image'"),
         ({"output_config": {"effort": "low"}}, "output_config.effort: it is not supported"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}},
@@ -280,3 +285,5 @@ def test_who_may_not_ask_is_told_in_anthropic_s_shape(server: Running) -> None:
     nobody = claude(server, CLAUDE | {"model": "nobody"})
     assert (nobody.status, nobody.json["error"]["type"]) == (404, "not_found_error")
     assert claude(server, CLAUDE, "/v1/messages/batches").json["type"] == "error"
+    kept = claude(server, CLAUDE | {"thread": {"type": "create"}})
+    assert (kept.status, kept.json["error"]["details"]["unsupported"]) == (400, ["thread"])

@@ -46,8 +46,8 @@ class Loaded(Named):
         """
         entry = registry.directory.locate(self.lora_name)
         if self.lora_path is not None and not _leads_to(self.lora_path, entry):
-            told = f"found {self.lora_path!r:.200}, expected {entry}, or no path"
-            raise wrong("lora_path", told)
+            told = f"expected the entry {self.lora_name} of the directory of adapters, or no path"
+            raise wrong("lora_path", f"found {self.lora_path!r:.200}, {told}")
         if self.lora_name in registry.found and not self.load_inplace:
             told = f"found false, and {self.lora_name} has already been loaded; true replaces it"
             raise wrong("load_inplace", told)

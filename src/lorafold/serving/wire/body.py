@@ -17,7 +17,7 @@ from lorafold.serving.refusal import Refusal, wrong
 
 HARMLESS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "prediction", "cache_control",
+    "prompt_cache_retention", "prediction", "cache_control", "max_tool_calls",
 }  # fmt: skip
 NEUTRAL = {
     "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),

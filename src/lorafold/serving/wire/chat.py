@@ -11,6 +11,7 @@ from lorafold.data.messages import (
     REASONING,
     Message,
     Tool,
+    call_problems,
     message_problems,
     normalized,
     tool_problems,
@@ -157,3 +158,16 @@ class Chat(Completing):
         if function is None or choice.get("type") != "function" or name not in self._names():
             raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
         return str(name)
+
+
+def check_call(function: Mapping[str, Any], where: str, arguments: str = "arguments") -> None:
+    """Raise Refusal for a call that is none.
+
+    Args:
+        function: its name and its arguments, in OpenAI's form.
+        where: where it stands in the request.
+        arguments: the name of the arguments there.
+    """
+    for problem in call_problems("calls", [function]):
+        field, _, told = problem.removeprefix("field calls[0].").partition(": ")
+        raise wrong(f"{where}.{arguments if field == 'arguments' else field}", told)

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.body import Body
-from lorafold.serving.wire.chat import Chat
+from lorafold.serving.wire.chat import Chat, check_call
 
 PATH = "/v1/messages"
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
@@ -142,7 +142,10 @@ def error(refusal: Refusal, id: str) -> dict[str, Any]:
     kind = KINDS.get(refusal.status)
     kind = kind or ("api_error" if refusal.status >= 500 else "invalid_request_error")
     # the first words are those by which clients know this error
-    about = {"type": kind, "message": f"prompt is too long: {told}" if long else told}
+    about: dict[str, Any] = {"type": kind}
+    about["message"] = f"prompt is too long: {told}" if long else told
+    if refusal.param == "thread":  # after which clients send the whole conversation each time
+        about["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return {"type": "error", "error": about, "request_id": id}
 
 
@@ -169,10 +172,11 @@ def _turn(
             told = {"tool_call_id": id, "name": names.get(id, "")}
             yield {"role": "tool"} | told | {"content": _text(found, f"{at}.content")}
         elif kind == "tool_use" and role == "assistant":
-            id, function = str(block.get("id")), {"name": block.get("name")}
-            names[id] = str(block.get("name"))
-            call: dict[str, Any] = {"id": id, "type": "function"}
-            call["function"] = function | {"arguments": block.get("input")}
+            id, name = str(block.get("id")), block.get("name")
+            function = {"name": name, "arguments": block.get("input")}
+            check_call(function, at, "input")
+            names[id] = str(name)
+            call = {"id": id, "type": "function", "function": function}
             said.setdefault("tool_calls", []).append(call)
         elif kind == "thinking" and role == "assistant":
             said["reasoning_content"] = block.get("thinking")

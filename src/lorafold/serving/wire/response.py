@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from lorafold.serving.refusal import wrong
 from lorafold.serving.wire.body import Body, StreamOptions
-from lorafold.serving.wire.chat import Chat
+from lorafold.serving.wire.chat import Chat, check_call
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
 LOGPROBS = "message.output_text.logprobs"
@@ -48,9 +48,11 @@ class Count(Body):
             given.append(("input", {"role": "user", "content": self.input}))
         else:
             given += _messages(self.input)
+        if (summary := self.reasoning.get("summary")) not in (None, "auto"):
+            raise wrong("reasoning.summary", f"found {summary!r:.80}, expected auto: there is none")
         for name, values, known in (
             ("text", self.text, ("format", "verbosity")),
-            ("reasoning", self.reasoning, ("effort",)),
+            ("reasoning", self.reasoning, ("effort", "summary")),
         ):
             for key in (k for k, v in values.items() if v is not None and k not in known):
                 raise wrong(f"{name}.{key}", "it is not supported here")
@@ -148,6 +150,7 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
             name, id = item.get("name"), str(item.get("call_id"))
             names[id] = str(name)
             function = {"name": name, "arguments": item.get("arguments")}
+            check_call(function, f"input[{i}]")
             calls = turn.setdefault("tool_calls", [])
             calls.append({"id": id, "type": "function", "function": function})
         elif kind == "function_call_output":
