@@ -1,5 +1,5 @@
-"""What clients of OpenAI's and Anthropic's APIs ask for beyond a chat: tools beside a schema, tools
-that are allowed, conversations that are cut, Anthropic's messages; and JSON without line breaks.
+"""What clients of OpenAI's API ask for beyond a chat: tools beside a schema, tools that are allowed,
+conversations that are cut, and what responses have; and JSON without line breaks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import lorafold as lf
 from conftest import make_model_dir
 from lorafold.serving.shortened import shortened
-from serving_cases import TOOL_TEMPLATE, Answer, Running, running, saved
+from serving_cases import TOOL_TEMPLATE, Running, running, saved
 
 CITY = {
     "type": "object",
@@ -34,9 +34,6 @@ SCHEMA = {
 }
 FORM = {"type": "json_schema", "json_schema": {"name": "table", "schema": SCHEMA}}
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
-CLAUDE = {"model": "a", "messages": ASK, "max_tokens": 60}
-USED = {"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Rome"}}
-USE = [{"name": "weather", "description": "The weather.", "input_schema": CITY}]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +52,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def client(server: Running) -> openai.OpenAI:
     key = server.keys["me"]
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
-
-
-def claude(server: Running, body: Any, path: str = "/v1/messages") -> Answer:
-    """As Anthropic's client asks."""
-    return server.ask(path, body, headers={"x-api-key": server.keys["me"]})
 
 
 def test_beside_tools_a_schema_leaves_a_call_or_json(client: openai.OpenAI) -> None:
@@ -163,13 +155,13 @@ def test_exchanges_go_as_a_whole_and_the_last_stays() -> None:
 def test_responses_have_log_probabilities_metadata_and_verbosity(client: openai.OpenAI) -> None:
     asked: Any = {"model": "a", "input": "Hello", "max_output_tokens": 6, "temperature": 0}
     asked["include"] = ["message.output_text.logprobs", "reasoning.encrypted_content"]
-    told = asked | {"top_logprobs": 2, "metadata": {"for": "me"}}
-    found: Any = client.responses.create(**told)
+    likely = asked | {"top_logprobs": 2, "metadata": {"for": "me"}}
+    found: Any = client.responses.create(**likely)
     assert found.metadata == {"for": "me"}
     one = found.output[0].content[0]
     assert b"".join(bytes(x.bytes) for x in one.logprobs).decode(errors="replace") == one.text
     assert all(len(x.top_logprobs) == 2 for x in one.logprobs)
-    events = list(client.responses.create(**told, stream=True))
+    events = list(client.responses.create(**likely, stream=True))
     done = next(e for e in events if e.type == "response.output_text.done")
     deltas = [x for e in events if e.type == "response.output_text.delta" for x in e.logprobs]
     assert [x.token for x in deltas] == [x.token for x in done.logprobs]
@@ -200,90 +192,3 @@ def test_json_has_one_blank_at_most_unless_its_schema_says_otherwise(server: Run
     called = body | {"tools": TOOLS[:1], "tool_choice": "required"}
     message = server.ask("/v1/chat/completions", called, key).json["choices"][0]["message"]
     assert message["tool_calls"][0]["function"]["name"] == "weather"
-
-
-def test_messages_are_the_same_turn(server: Running, client: openai.OpenAI) -> None:
-    greedy = CLAUDE | {"temperature": 0, "max_tokens": 9}
-    asked: Any = {"model": "a", "messages": ASK, "temperature": 0, "max_tokens": 9}
-    chat = client.chat.completions.create(**asked)
-    found = claude(server, greedy).json
-    assert found["content"] == [{"type": "text", "text": chat.choices[0].message.content}]
-    assert found["stop_reason"] == "max_tokens"
-    assert found["usage"]["output_tokens"] == 9
-    stop = found["content"][0]["text"][2:4]
-    ended = claude(server, greedy | {"stop_sequences": ["never", stop]}).json
-    assert (ended["stop_reason"], ended["stop_sequence"]) == ("stop_sequence", stop)
-    events = claude(server, greedy | {"stream": True}).events
-    kinds = [event["type"] for event in events]
-    assert kinds[:2] == ["message_start", "content_block_start"]
-    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
-    text = "".join(e["delta"]["text"] for e in events if e["type"] == "content_block_delta")
-    assert text == found["content"][0]["text"]
-    assert events[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
-    assert events[-2]["usage"]["output_tokens"] == 9
-
-
-def test_messages_call_tools_and_read_their_results(server: Running) -> None:
-    calling = CLAUDE | {"tools": USE, "system": [{"type": "text", "text": "Be brief."}]}
-    whole = claude(server, calling | {"tool_choice": {"type": "any"}, "max_tokens": 150}).json
-    use = whole["content"][0]
-    assert (whole["stop_reason"], use["type"], use["name"]) == ("tool_use", "tool_use", "weather")
-    named = {"tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 150}
-    events = claude(server, calling | named | {"stream": True}).events
-    delta = next(e["delta"] for e in events if e["type"] == "content_block_delta")
-    assert json.loads(delta["partial_json"])["city"] in ("Rome", "Oslo")
-    assert events[-2]["delta"]["stop_reason"] == "tool_use"
-    part = {"type": "text", "text": "18 degrees", "cache_control": {"type": "ephemeral"}}
-    result = {"type": "tool_result", "tool_use_id": use["id"], "content": [part]}
-    more = [{"role": "assistant", "content": [use]}]
-    more += [{"role": "user", "content": [result, {"type": "text", "text": "And Oslo?"}]}]
-    told = calling | {"messages": [*ASK, *more], "max_tokens": 4}
-    usage = claude(server, told).json["usage"]
-    count = {k: v for k, v in told.items() if k != "max_tokens"}
-    counted = claude(server, count, "/v1/messages/count_tokens").json
-    assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
-    form = {"format": {"type": "json_schema", "schema": SCHEMA}}
-    typed = claude(server, CLAUDE | {"output_config": form}).json["content"][0]["text"]
-    assert json.loads(typed)["people"] in (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        ({"max_tokens": None}, "max_tokens: expected a value"),
-        ({"max_tokens": 0}, "max_tokens: found 0"),
-        ({"max_tokens": 10**6}, "prompt is too long: This model's maximum context length is 512"),
-        ({"stop_sequences": [""]}, "stop"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking: found 'enabled'"),
-        ({"tool_choice": {"type": "all"}}, "tool_choice.type: found 'all'"),
-        ({"tools": [{"type": "web_search", "name": "web_search"}]}, "tools[0].type: found"),
-        ({"tools": [USE[0] | {"input_examples": [{}]}]}, "tools[0].input_examples: it is not"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-         "messages[0].content[0].type: found 'image'"),
-        ({"messages": [*ASK, {"role": "assistant", "content": "It"}]}, "messages: found the"),
-        ({"messages": [*ASK, {"role": "assistant", "content": [USED | {"input": "x"}]}]},
-         "messages[1].content[0].input: found no JSON"),
-        ({"messages": [*ASK, {"role": "assistant", "content": [USED | {"name": 5}]}]},
-         "messages[1].content[0].name: found 5"),
-        ({"system": [{"type": "image"}]}, "system[0]: found a block of type 'image'"),
-        ({"output_config": {"effort": "low"}}, "output_config.effort: it is not supported"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}},
-         "output_config.format: found a schema that refers to itself"),
-    ],
-)  # fmt: skip
-def test_messages_are_refused_in_anthropic_s_shape(server: Running, more: Any, told: str) -> None:
-    answer = claude(server, CLAUDE | more)
-    assert answer.status == 400
-    assert answer.json["type"] == "error"
-    assert answer.json["error"]["type"] == "invalid_request_error"
-    assert answer.json["error"]["message"].startswith(told), answer.content
-
-
-def test_who_may_not_ask_is_told_in_anthropic_s_shape(server: Running) -> None:
-    closed = server.ask("/v1/messages", CLAUDE, headers={"x-api-key": "lf-wrong"})
-    assert (closed.status, closed.json["error"]["type"]) == (401, "authentication_error")
-    nobody = claude(server, CLAUDE | {"model": "nobody"})
-    assert (nobody.status, nobody.json["error"]["type"]) == (404, "not_found_error")
-    assert claude(server, CLAUDE, "/v1/messages/batches").json["type"] == "error"
-    kept = claude(server, CLAUDE | {"thread": {"type": "create"}})
-    assert (kept.status, kept.json["error"]["details"]["unsupported"]) == (400, ["thread"])

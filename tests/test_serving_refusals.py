@@ -55,6 +55,8 @@ FALSE = {"type": "object", "properties": {"x": False}, "required": ["x"]}
         (TURNS, CHAT | {"tools": [{"type": "web"}]}, "invalid_value", "tools[0].name"),
         (TURNS, CHAT | {"reasoning_effort": "high"}, "invalid_value", "reasoning_effort"),
         (TURNS, CHAT | {"chat_template_kwargs": {"x": 1}}, "invalid_value", "x"),
+        (TURNS, CHAT | {"tools": [{"type": "function", "function": {"name": "x", "parameters": {
+            "properties": 5}}}]}, "template_refuses", "messages"),
         (TURNS, CHAT | {"messages": []}, "invalid_value", "messages"),
         (TURNS, CHAT | {"messages": [{"role": "user"}]}, "invalid_value", "messages[0].content"),
         (TURNS, CHAT | {"messages": [{"role": "me", "content": "x"}]}, "invalid_value",

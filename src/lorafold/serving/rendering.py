@@ -110,7 +110,10 @@ class Renderer:
             if function["name"] not in names:
                 continue
             field = f"tools[{i}].function.parameters"
-            arguments = held(function.get("parameters") or {"type": "object"}, field)
+            parameters = function.get("parameters") or {"type": "object"}
+            if not isinstance(parameters, Mapping):
+                raise wrong(field, f"found {parameters!r:.80}, expected a JSON schema")
+            arguments = held(parameters)
             check(arguments, field)
             calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
             rules.append(f"arguments{i}: %json {arguments}")

@@ -22,6 +22,7 @@ from lorafold.serving.shortened import shortened
 from lorafold.serving.speech import Part, Speech
 from lorafold.serving.wire.answers import new_id
 from lorafold.serving.wire.chat import Chat
+from lorafold.serving.wire.schema import check_founded
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Turn:
         if self._forced is not None:
             return renderer.call_grammar(self.tools, self._forced)
         if not self._mixed:
+            if self._schema is not None:
+                check_founded(self._schema, "response_format")
             return None
         names = [tool["function"]["name"] for tool in self.tools]
         return renderer.call_grammar(self.tools, names, self._schema)

@@ -101,7 +101,7 @@ class Count(Body):
         kind = self.tool_choice.get("type")
         if kind == "tool":
             return {"type": "function", "function": {"name": self.tool_choice.get("name")}}
-        if kind not in CHOICES:
+        if not isinstance(kind, str) or kind not in CHOICES:
             raise wrong("tool_choice.type", f"found {kind!r:.80}, expected auto, any, tool or none")
         return CHOICES[kind]
 
@@ -158,9 +158,8 @@ def _turn(
         raise wrong(where, "expected text or a list of blocks")
     said: dict[str, Any] = {}
     for i, block in enumerate(blocks):
-        kind = block.get("type") if isinstance(block, Mapping) else None
-        at = f"{where}[{i}]"
-        if kind in BLOCKS:
+        kind, at = block.get("type") if isinstance(block, Mapping) else None, f"{where}[{i}]"
+        if isinstance(kind, str) and kind in BLOCKS:
             _known(block, BLOCKS[kind], at)
         if kind == "text":
             said["content"] = said.get("content", "") + _text([block], where, i)

@@ -33,34 +33,38 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return held({"type": "object"}, field)
+        return held({"type": "object"})
     inner = form.get("json_schema", form)
     schema = inner.get("schema") if isinstance(inner, Mapping) else None
     if kind != "json_schema" or not isinstance(schema, Mapping):
         expected = "text, json_object, or json_schema with a schema"
         raise Refusal(400, "invalid_value", f"{field}: found {kind!r}, expected {expected}", field)
-    return held(schema, field)
+    return held(schema)
 
 
-def held(schema: Mapping[str, Any], field: str) -> str:
-    """A schema as text, with its white space. Raises Refusal for one that is its own condition.
+def held(schema: Mapping[str, Any]) -> str:
+    """A schema as text, with its white space."""
+    return json.dumps({GUIDANCE: COMPACT} | dict(schema))
+
+
+def check_founded(schema: str, field: str) -> None:
+    """Raise Refusal for a schema that is its own condition. A large one takes its time.
 
     Args:
-        schema: the schema.
+        schema: the schema, as text.
         field: where it stands.
     """
-    parts = list(_parts(schema))
-    graph = {id(part): [id(one) for one in _same(part, schema)] for part in parts}
+    whole = json.loads(schema)
+    graph = {id(part): [id(one) for one in _same(part, whole)] for part in _parts(whole)}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError:
         told = "found a schema that refers to itself with nothing between, so that no text fits it"
         raise wrong(field, told) from None
-    return json.dumps({GUIDANCE: COMPACT} | dict(schema))
 
 
 def check(schema: str, field: str) -> None:
-    """Raise Refusal for a schema that can't be read.
+    """Raise Refusal for a schema that can't be read. A large one takes its time.
 
     Args:
         schema: the schema, as text.
@@ -68,6 +72,7 @@ def check(schema: str, field: str) -> None:
     """
     from llguidance import LLMatcher
 
+    check_founded(schema, field)
     try:
         told = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
     except (ValueError, TypeError) as error:
