@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(VENV)/installed-dev
+test-all: $(VENV)/installed-clients
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed-bench
@@ -42,6 +42,11 @@ $(VENV)/installed-docs: $(VENV)/installed
 $(VENV)/installed-bench: $(VENV)/installed
 	@echo "installing what the benchmarks need"
 	@$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/installed-clients: $(VENV)/installed-dev
+	@echo "installing the clients that the tests drive against the server"
+	@$(PIP) --editable '.[clients]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

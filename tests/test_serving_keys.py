@@ -121,7 +121,7 @@ def test_ids_of_clients_are_never_taken_over(server: Running):
 def test_an_unknown_act_tells_nothing_without_the_key(server: Running):
     assert server.ask("/admin/adapters/beta-a:wat", {}).code == "invalid_api_key"
     assert server.ask("/admin/adapters/beta-a:wat", {}, ADMIN).code == "no_route"
-    assert server.ask("/openapi.json").status == 404
+    assert "beta-a" not in server.ask("/openapi.json").content.decode()
 
 
 def test_versions_can_be_looked_up(server: Running):

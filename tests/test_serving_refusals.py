@@ -20,11 +20,18 @@ def server(tiny_model_dir, tmp_path_factory):
 
 CHAT = {"model": "a", "messages": ASK}
 PLAIN = {"model": "a", "prompt": "The"}
+RESPOND = {"model": "a", "input": "x"}
 TURNS = "/v1/chat/completions"
 # it can be read, and has more rules at its second token than there may be
 SCHEMA = {"anyOf": [{"type": "array", "items": [{"const": str(i)}]} for i in range(2500)]}
 AMBIGUOUS = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 AMBIGUOUS_TEXT = {"type": "json_schema", "name": "x", "schema": SCHEMA}
+CIRCLE = {
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/y"}},
+    "$defs": {"y": {"allOf": [{"$ref": "#/$defs/y"}]}},
+}
+FALSE = {"type": "object", "properties": {"x": False}, "required": ["x"]}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,8 @@ AMBIGUOUS_TEXT = {"type": "json_schema", "name": "x", "schema": SCHEMA}
         (TURNS, CHAT | {"tools": [{"type": "web"}]}, "invalid_value", "tools[0].name"),
         (TURNS, CHAT | {"reasoning_effort": "high"}, "invalid_value", "reasoning_effort"),
         (TURNS, CHAT | {"chat_template_kwargs": {"x": 1}}, "invalid_value", "x"),
+        (TURNS, CHAT | {"tools": [{"type": "function", "function": {"name": "x", "parameters": {
+            "properties": 5}}}]}, "template_refuses", "messages"),
         (TURNS, CHAT | {"messages": []}, "invalid_value", "messages"),
         (TURNS, CHAT | {"messages": [{"role": "user"}]}, "invalid_value", "messages[0].content"),
         (TURNS, CHAT | {"messages": [{"role": "me", "content": "x"}]}, "invalid_value",
@@ -78,18 +87,48 @@ AMBIGUOUS_TEXT = {"type": "json_schema", "name": "x", "schema": SCHEMA}
          "repetition_penalty"),
         (TURNS, CHAT | {"response_format": AMBIGUOUS}, "invalid_value", "response_format"),
         ("/v1/responses", {"model": "a", "input": "x", "text": {"format": AMBIGUOUS_TEXT}},
-         "invalid_value", "response_format"),
+         "invalid_value", "text.format"),
         ("/v1/responses", {"model": "a", "input": "x", "previous_response_id": "r"},
          "unsupported_parameter", "previous_response_id"),
         ("/v1/responses", {"model": "a", "input": [{"type": "image"}]}, "invalid_value",
          "input[0].type"),
         ("/v1/completions", PLAIN | {"prompt": ["x"] * 4, "n": 3}, "invalid_value", "prompt"),
-        ("/v1/responses", {"model": "a", "input": "x", "text": {"format": "x"}}, "invalid_value",
-         "response_format"),
-        ("/v1/responses", {"model": "a", "input": "x", "reasoning": {"effort": 5}},
-         "invalid_value", "reasoning_effort"),
-        ("/v1/responses", {"model": "a", "input": [{"type": "reasoning", "content": "x"}]},
-         "invalid_value", "messages[0].content"),
+        (TURNS, CHAT | {"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens"),
+        (TURNS, CHAT | {"verbosity": "low"}, "invalid_value", "verbosity"),
+        (TURNS, CHAT | {"messages": [ASK[0] | {"name": 5}]}, "invalid_value", "messages[0].name"),
+        (TURNS, CHAT | {"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "invalid_value",
+         "tool_choice"),
+        (TURNS, CHAT | {"response_format": {"type": "json_schema", "schema": {"$ref": "#"}}},
+         "invalid_value", "response_format"),
+        (TURNS, CHAT | {"response_format": {"type": "json_schema", "schema": CIRCLE}},
+         "invalid_value", "response_format"),
+        ("/v1/responses", RESPOND | {"text": {"format": "x"}}, "invalid_value", "text.format"),
+        ("/v1/responses", RESPOND | {"text": {"format": {"type": "json_schema", "schema": CIRCLE}}},
+         "invalid_value", "text.format"),
+        ("/v1/responses", RESPOND | {"text": {"format": {"type": "json_schema", "schema": FALSE}}},
+         "invalid_value", "text.format"),
+        ("/v1/responses", RESPOND | {"text": {"verbosity": "low"}}, "invalid_value",
+         "text.verbosity"),
+        ("/v1/responses", RESPOND | {"reasoning": {"effort": 5}}, "invalid_value",
+         "reasoning.effort"),
+        ("/v1/responses", RESPOND | {"input": [{"type": "reasoning", "content": "x"}]},
+         "invalid_value", "input[0].content"),
+        ("/v1/responses", RESPOND | {"instructions": "x", "input": [ASK[0], {"role": "me",
+         "content": "x"}]}, "invalid_value", "input[1].role"),
+        ("/v1/responses", RESPOND | {"max_output_tokens": 0}, "invalid_value",
+         "max_output_tokens"),
+        ("/v1/responses", RESPOND | {"max_output_tokens": 10**6}, "context_length_exceeded",
+         "input"),
+        ("/v1/responses", RESPOND | {"input": [ASK[0], {"type": "function_call", "call_id": "1",
+         "name": "x", "arguments": "y"}]}, "invalid_value", "input[1].arguments"),
+        ("/v1/responses", RESPOND | {"reasoning": {"summary": "detailed"}}, "invalid_value",
+         "reasoning.summary"),
+        ("/v1/responses", RESPOND | {"include": ["x"]}, "invalid_value", "include[0]"),
+        ("/v1/responses", RESPOND | {"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+        ("/v1/responses", RESPOND | {"truncation": "some"}, "invalid_value", "truncation"),
+        ("/v1/responses", RESPOND | {"metadata": {f"{i}": "" for i in range(17)}},
+         "invalid_value", "metadata"),
+        ("/v1/responses", RESPOND | {"metadata": {"x": "y" * 513}}, "invalid_value", "metadata.x"),
         ("/tokenize", {}, "invalid_value", "prompt"),
         ("/detokenize", {"tokens": [10**9]}, "invalid_value", "tokens"),
     ],

@@ -15,6 +15,7 @@ from conftest import make_model_dir
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
 from lorafold.serving.kept import Target
+from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Renderer
 from lorafold.serving.speech import CONTENT, REASONING, Speech
 from serving_cases import Running, running, saved
@@ -28,9 +29,17 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 THINKS = (
-    "{% for m in messages %}[{{ m.role }}] {% if m.reasoning_content %}<think>"
+    "{% for m in messages %}[{{ m.name or m.role }}] {% if m.reasoning_content %}<think>"
     "{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}" + END + "{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] <think>{% endif %}"
+    "{% if add_generation_prompt %}[assistant] "
+    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}"
+)
+PAIRS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
+    "[{{ m.role }}] {{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>"
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<key>{{ k }}</key>"
+    "<value>{{ v }}</value>{% endfor %}</call>{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 ASK = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -220,3 +229,25 @@ def test_reasoning_is_told_apart(server):
     assert "".join(deltas) == whole[0]["content"][0]["text"]
     for event in events:
         TypeAdapter(ResponseStreamEvent).validate_python(event)
+    blocks = server.ask("/v1/messages", {"model": "thinks", "messages": ASK, "max_tokens": 6}).json
+    assert [block["type"] for block in blocks["content"]] == ["thinking"]
+    asked, off = {"model": "thinks", "messages": ASK}, {"thinking": {"type": "disabled"}}
+    all, fewer = (server.ask("/v1/messages/count_tokens", b).json for b in (asked, asked | off))
+    assert fewer["input_tokens"] < all["input_tokens"]
+
+
+def test_a_name_is_shown_where_the_template_has_it(server):
+    named = [ASK[0] | {"name": "bob"}]
+    assert ids_of(server, "thinks", messages=named) != ids_of(server, "thinks")
+    assert ids_of(server, "own", messages=named) == ids_of(server, "own")
+
+
+def test_a_template_that_writes_no_json_has_no_schema_beside_tools(tiny_model_dir, tmp_path):
+    tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    (tmp_path / "pairs.jinja").write_text(PAIRS)
+    set_template(tokenizer, tmp_path / "pairs.jinja")
+    renderer = Renderer(tokenizer, frozenset())
+    for schema, field in ((None, "tool_choice"), ("{}", "response_format")):
+        with pytest.raises(Refusal, match="writes no calls as JSON") as refused:
+            renderer.call_grammar([TOOL], ["look"], schema)
+        assert refused.value.param == field

@@ -120,7 +120,8 @@ def _has_tool(text: str, tool: dict[str, Any]) -> bool:
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    said = [part for part in (function.get("description"), *(properties or ())) if part][:1]
+    named = properties if isinstance(properties, dict) else ()
+    said = [part for part in (function.get("description"), *named) if part][:1]
     return bool(said) and all(_has_text(text, value) for value in (function["name"], *said))
 
 

@@ -12,7 +12,8 @@
     desk.py          admission: limits, the queue, the request to the engine
     host.py          the engine's thread: events to the event loop, deadlines, restart
     job.py           a completion as the event loop sees it
-    turn.py          the next turn of a conversation; speech.py tells its parts apart
+    turn.py          the next turn of a conversation; speech.py tells its parts apart, shortened.py
+                     leaves the oldest out
     refusal.py, metrics.py, logs.py, settings.py, page/
 
 A request goes from a route through the desk to the host's engine, as `lorafold.engine.Request`; its

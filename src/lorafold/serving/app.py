@@ -19,22 +19,37 @@ from fastapi.exceptions import RequestValidationError
 from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.serving import logs
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.routes import admin, chat, completions, models, operations, page, responses
+from lorafold.serving.routes import (
+    admin,
+    chat,
+    completions,
+    messages,
+    models,
+    openapi,
+    operations,
+    page,
+    responses,
+)  # fmt: skip
 from lorafold.serving.routes import tokens as tokenizing
-from lorafold.serving.server import Record, Server, answer, defect
+from lorafold.serving.server import Record, Server, authorization, defect, record_of, refused
 
-GROUPS = (chat, completions, responses, models, tokenizing, admin, operations, page)
+GROUPS = (
+    chat, completions, responses, messages, models, tokenizing, admin, operations, page, openapi,
+)  # fmt: skip
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
-ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 POLLED = "/v1/models"  # by the page, once a second
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ADDRESS = re.compile(r"^[^/?]*://[^/]*")
+ALLOWED = ("GET", "POST", "PUT", "DELETE")  # of pages of other origins
+SHOWN = ("X-Request-Id", "Retry-After")  # headers that such a page may read
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -53,7 +68,7 @@ def application(server: Server) -> FastAPI:
             await server.host.stop()
             await server.spent.save()
 
-    app = FastAPI(title="lorafold", lifespan=running, openapi_url=None)
+    app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
     for group in GROUPS:
         app.include_router(group.routes(server))
     app.add_exception_handler(Refusal, _refused)
@@ -61,6 +76,11 @@ def application(server: Server) -> FastAPI:
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _no_route)
     app.add_middleware(Gate, server=server)
+    if server.settings.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=server.settings.cors, allow_headers=["*"],
+            allow_methods=ALLOWED, expose_headers=SHOWN, allow_private_network=True,
+        )  # fmt: skip
     return app
 
 
@@ -84,8 +104,12 @@ class Gate:
         # without the host and whatever else stands before the path of a whole address
         sent = ADDRESS.sub("", scope.get("raw_path", b"").decode("ascii", "replace"))
         method = scope["method"] if scope["method"] in METHODS else "other"
-        record = Record(f"req-{secrets.token_hex(8)}", method, scope["path"], sent)
+        path = scope["path"].rstrip("/") or "/"
+        record = Record(f"req-{secrets.token_hex(8)}", method, path, sent)
         scope["record"] = record
+        # what answers a HEAD as a GET is sent without its body, by the server of the protocol
+        verb = "GET" if method == "HEAD" else scope["method"]
+        scope = {**scope, "path": path, "method": verb}
         read, begun = 0, False
 
         async def bounded() -> Message:
@@ -110,7 +134,7 @@ class Gate:
             try:
                 self._check(Headers(scope=scope), record)
             except Refusal as refusal:
-                await _response(record, refusal)(scope, receive, named)
+                await refused(record, refusal)(scope, receive, named)
             else:
                 await self.app(scope, bounded, named)
         except ClientDisconnect:  # in the middle of its body
@@ -125,7 +149,7 @@ class Gate:
         except BaseException as error:  # a panic in a tokenizer is no Exception
             failed = defect(record, error)
             if not begun:
-                await _response(record, failed)(scope, receive, named)
+                await refused(record, failed)(scope, receive, named)
         finally:
             self._ended(record)
 
@@ -140,7 +164,7 @@ class Gate:
             raise Refusal(403, "wrong_host", told)
         if record.path in ASKED and record.method == "POST":
             # a flood is refused before its bodies are read
-            caller = self.server.keys.caller(headers.get("authorization"))
+            caller = self.server.keys.caller(authorization(headers))
             record.tenant = caller.tenant
             self.server.desk.check_room(caller.tenant, 1)
             self.server.spent.check(caller)
@@ -166,18 +190,10 @@ def _host(header: str) -> str | None:
         return None
 
 
-def _response(record: Record, refusal: Refusal) -> Response:
-    record.outcome, record.status = refusal.code, refusal.status
-    response = answer(refusal.body)
-    response.status_code = refusal.status
-    response.headers.update(refusal.headers)
-    return response
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, Refusal):
         error = Refusal(400, "invalid_value", cut(str(error), 2000))
-    return _response(request.scope["record"], error)
+    return refused(record_of(request), error)
 
 
 async def _no_route(request: Request, error: Any) -> Response:

@@ -131,6 +131,13 @@ class Desk:
                 raise
         raise Refusal(503, "adapter_changed", f"{asked.model} is being replaced", retry_after=1)
 
+    async def count(self, caller: Caller, asked: Asked) -> int:
+        """The tokens of a request's prompt. Raises Refusal as `admit` does."""
+        self.check_room(caller.tenant, 1)
+        renderer = self.registry.choose(caller, asked.model).renderer
+        prompts = await self.host.think(partial(asked.prompts, renderer), caller.tenant)
+        return len(prompts[0])
+
     def drop(self, reply: Reply) -> None:
         """End the completions of a reply that nobody waits for any more."""
         for job in reply.jobs:
@@ -165,8 +172,12 @@ class Desk:
         if new < 1 <= left:
             raise wrong("max_tokens", f"found {new}, expected 1 or more")
         if left < 1 or new > left:
-            told = f"found a prompt of {len(prompt)} tokens and {max(new, 0)} new ones, expected at"
-            told = f"{told} most {length} in all"
+            wanted = max(new, 1)  # the first words are those by which clients know this error
+            told = (
+                f"This model's maximum context length is {length} tokens. However, you requested"
+                f" {len(prompt) + wanted} tokens ({len(prompt)} in the {asked.field}, {wanted} in"
+                " the completion); shorten the one or ask for less of the other"
+            )
             raise Refusal(400, "context_length_exceeded", told, asked.field)
         return new
 
@@ -178,4 +189,4 @@ class Desk:
             return Refusal(423, "adapter_quarantined", told, "model")
         field = told.partition(":")[0]
         named = FIELDS | {"prompt": asked.field}
-        return Refusal(400, "invalid_value", told, named.get(field, field))
+        return Refusal(400, "invalid_value", told, field).sent_as(named)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 TYPES = {
@@ -35,6 +37,23 @@ class Refusal(Exception):
         self.status, self.code, self.message = status, code, message
         self.param, self.retry_after = param, retry_after
 
+    def sent_as(self, names: Mapping[str, str]) -> Refusal:
+        """The same about the field as the client wrote it.
+
+        Args:
+            names: our names of fields with the client's; what is below a field goes with it.
+        """
+        ours = self.param or ""
+        above = [n for n in names if ours == n or ours.startswith((f"{n}.", f"{n}["))]
+        if not above:
+            return self
+        longest = max(above, key=len)
+        theirs = names[longest] + ours[len(longest) :]
+        told = self.message
+        if told.startswith(ours):
+            told = theirs + told[len(ours) :]
+        return Refusal(self.status, self.code, told, theirs, self.retry_after)
+
     @property
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
@@ -59,3 +78,16 @@ def wrong(param: str, message: str) -> Refusal:
         message: what was found, and what was expected.
     """
     return Refusal(400, "invalid_value", f"{param}: {message}", param)
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let refusals name fields as the client wrote them.
+
+    Args:
+        names: as `Refusal.sent_as` takes them.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        raise refusal.sent_as(names) from None

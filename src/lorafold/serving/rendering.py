@@ -17,6 +17,7 @@ from lorafold.data.shown import HELP, check_able, check_shown
 from lorafold.errors import LorafoldError
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
+from lorafold.serving.wire.schema import check, held
 
 OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
@@ -84,27 +85,42 @@ class Renderer:
                 raise wrong("tokens", f"found {token}, expected 0 to {known - 1}")
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
-    def call_grammar(self, tools: Sequence[Tool], names: Sequence[str]) -> str:
-        """A grammar of one call of one of the named tools, as the chat template writes calls.
-        Raises Refusal for a template that writes them otherwise than as JSON.
+    def call_grammar(
+        self, tools: Sequence[Tool], names: Sequence[str], schema: str | None = None
+    ) -> str:
+        """A grammar of one call of one of the named tools, as the chat template writes calls, or
+        else of JSON. Raises Refusal for a template that writes them otherwise than as JSON.
 
         Args:
             tools: the tools.
             names: those of which one has to be called.
+            schema: what may be there instead of a call, None for nothing.
         """
         found = grammar_of(self.tokenizer)
         if found is None or found.pairs is not None:
-            told = "the model's template writes no calls as JSON, so none can be forced; use auto"
-            raise wrong("tool_choice", told)
+            told = "the model's template writes no calls as JSON, so"
+            if schema is None:
+                raise wrong("tool_choice", f"{told} none can be forced; use auto")
+            told = f"{told} that it can't stand beside tools; use tool_choice none, or no schema"
+            raise wrong("response_format", told)
         form = found.without(special_words(self.tokenizer))
         calls, rules = [], []
         for i, tool in enumerate(tools):
             function = tool["function"]
             if function["name"] not in names:
                 continue
-            schema = function.get("parameters") or {"type": "object"}
+            field = f"tools[{i}].function.parameters"
+            parameters = function.get("parameters") or {"type": "object"}
+            if not isinstance(parameters, Mapping):
+                raise wrong(field, f"found {parameters!r:.80}, expected a JSON schema")
+            arguments = held(parameters)
+            check(arguments, field)
             calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
-            rules.append(f"arguments{i}: %json {json.dumps(schema)}")
+            rules.append(f"arguments{i}: %json {arguments}")
         before, after = json.dumps(form.before.lstrip()), json.dumps(form.closing)
         literal = [part for part in (before, "(" + " | ".join(calls) + ")", after) if part != '""']
-        return "\n".join([f"start: {' '.join(literal)}", *rules])
+        if schema is not None:
+            check(schema, "response_format")
+            rules.append(f"answer: %json {schema}")
+        either = "" if schema is None else " | answer"
+        return "\n".join([f"start: {' '.join(literal)}{either}", *rules])

@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from fastapi.responses import Response as Plain
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
+from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
 from lorafold.serving.desk import Asked, Desk
@@ -25,6 +26,7 @@ from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent
+from lorafold.serving.wire import messages
 from lorafold.serving.wire.answers import event
 from lorafold.serving.wire.body import B, read_body
 
@@ -85,20 +87,20 @@ class Server:
     metrics: Metrics
     spent: Spent
 
-    def caller(self, request: Request, authorization: str | None = None) -> Caller:
+    def caller(self, request: Request, sent: str | None = None) -> Caller:
         """Who sent a request. Raises Refusal for a key that is not known.
 
         Args:
             request: the request.
-            authorization: what counts instead of its header.
+            sent: what counts instead of its headers.
         """
-        found = self.keys.caller(authorization or request.headers.get("authorization"))
+        found = self.keys.caller(sent or authorization(request.headers))
         record_of(request).tenant = found.tenant
         return found
 
     def admin(self, request: Request) -> Caller:
         """The administrator. Raises Refusal for everybody else."""
-        found = self.keys.admin(request.headers.get("authorization"))
+        found = self.keys.admin(authorization(request.headers))
         record_of(request).tenant = found.tenant
         return found
 
@@ -167,7 +169,7 @@ class Server:
                     yield one
             except Refusal as refusal:
                 record.outcome = refusal.code
-                yield event(refusal.body)
+                yield event(*told(record, refusal))
             except asyncio.CancelledError:
                 if not gone and record.outcome == "ok":
                     record.outcome = "not_ready"  # the server ends, and does not wait any longer
@@ -175,7 +177,7 @@ class Server:
             except (*STOPS, GeneratorExit):
                 raise
             except BaseException as error:  # a panic in a tokenizer is no Exception
-                yield event(defect(record, error).body)
+                yield event(*told(record, defect(record, error)))
             finally:
                 whys = [job.failed or job.why for job in reply.jobs]
                 if record.outcome in ("ok", "client_left"):
@@ -203,6 +205,28 @@ def record_of(request: Request) -> Record:
     """The record of a request."""
     found: Record = request.scope["record"]
     return found
+
+
+def authorization(headers: Headers) -> str | None:
+    """The key of a request as a header `Authorization`; Anthropic's clients send `x-api-key`."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (None if key is None else f"Bearer {key}")
+
+
+def told(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
+    """A refusal in the shape that the clients of its route know, and the type of its event."""
+    if f"{record.path}/".startswith(f"{messages.PATH}/"):
+        return messages.error(refusal, record.id), "error"
+    return refusal.body, None
+
+
+def refused(record: Record, refusal: Refusal) -> Response:
+    """The answer to a request that is refused."""
+    record.outcome, record.status = refusal.code, refusal.status
+    response = answer(told(record, refusal)[0])
+    response.status_code = refusal.status
+    response.headers.update(refusal.headers)
+    return response
 
 
 def answer(value: object) -> Response:

@@ -49,6 +49,7 @@ class Settings(Strict):
 
     keys, admin_key: Files; without the second the routes for administration are closed.
     metrics_key: A file with a key that reads the metrics and nothing else.
+    cors: Origins whose pages may ask from a browser.
     state: The file with aliases, pins and quarantines (None: beside the adapters).
     slots, length, prompt_budget: Requests that run at a time, the most tokens of one, and the most
         tokens of prompts that are read between two steps.
@@ -66,6 +67,7 @@ class Settings(Strict):
     keys: Path | None = None
     admin_key: Path | None = None
     metrics_key: Path | None = None
+    cors: list[Annotated[str, Field(pattern=r"^https?://[^/*\s]+$")]] = []
     state: Path | None = None
     slots: PositiveInt = 16
     length: PositiveInt | None = None

@@ -48,6 +48,13 @@ class Speech:
         self._call = grammar.without(words).before.strip() if grammar else ""
         self._all = bool(grammar) and not self._call  # calls have no mark: all may be one
 
+    @property
+    def field(self) -> str:
+        """The field of the message that is being said, empty for calls."""
+        if self._state == "calling":
+            return ""
+        return REASONING if self._state == "thinking" else CONTENT
+
     def add(self, piece: str) -> list[Part]:
         """The parts that a piece of text completes."""
         self._held += piece

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from lorafold.engine import Ended, Token
@@ -17,19 +18,22 @@ from lorafold.serving.job import Reply
 from lorafold.serving.refusal import wrong
 from lorafold.serving.rendering import Renderer
 from lorafold.serving.server import Server
+from lorafold.serving.shortened import shortened
 from lorafold.serving.speech import Part, Speech
 from lorafold.serving.wire.answers import new_id
 from lorafold.serving.wire.chat import Chat
+from lorafold.serving.wire.schema import check_founded
 
 
 @dataclass(frozen=True)
 class Said:
     """What one event of the engine adds to a completion: parts of its text, and at its end the
-    calls, in OpenAI's form.
+    calls, in OpenAI's form. `where` is the field of the message in which the token is.
     """
 
     index: int
     parts: list[Part]
+    where: str = ""
     token: Token | None = None
     end: Ended | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -40,7 +44,7 @@ class Message:
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
-        self.tokens: list[Token] = []
+        self.tokens: list[tuple[str, Token]] = []  # with the field in which each is
         self.calls: list[dict[str, Any]] = []
         self.end: Ended | None = None
 
@@ -49,7 +53,7 @@ class Message:
         for name, text in said.parts:
             self.texts[name] = self.texts.get(name, "") + text
         if said.token is not None:
-            self.tokens.append(said.token)
+            self.tokens.append((said.where, said.token))
         self.end, self.calls = said.end, said.calls
 
 
@@ -59,16 +63,26 @@ class Turn:
     Args:
         server: the server.
         body: the request.
+        field: the field that has the messages.
+        wishes: variables of the chat template, for one that knows them.
+        shorten: whether the oldest messages may be left out.
     """
 
-    def __init__(self, server: Server, body: Chat) -> None:
+    def __init__(
+        self,
+        server: Server,
+        body: Chat,
+        field: str = "messages",
+        wishes: Mapping[str, Any] = MappingProxyType({}),
+        shorten: bool = False,
+    ) -> None:
         self.server, self.body, self.prompt = server, body, ""
+        self._field, self._wishes, self._shorten = field, {**body.wishes, **wishes}, shorten
         limits = server.settings.limits
         server.desk.check(body)
         self.messages, self.tools = body.conversation(limits), body.offered(limits)
         self._schema, self._forced = body.json_schema(), body.forced()
-        if self._schema is not None and self.tools:
-            raise wrong("response_format", "found a schema and tools, expected one of them")
+        self._mixed = self._schema is not None and bool(self.tools)
         if body.top_logprobs is not None and not body.logprobs:
             raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
 
@@ -77,9 +91,10 @@ class Turn:
         body = self.body
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         heavy = self._schema is not None or self._forced is not None
+        free = self._forced is None and not self._mixed
         return Asked(
-            body.model, self._prompts, "messages",
-            body.sampling(logprobs=logprobs, schema=self._schema),
+            body.model, self._prompts, self._field,
+            body.sampling(logprobs=logprobs, schema=self._schema if free else None),
             body.n, body.seed, body.max_new_tokens, not body.ignore_eos, heavy, self._grammar,
         )  # fmt: skip
 
@@ -89,18 +104,36 @@ class Turn:
         speeches = [Speech(tokenizer, self.prompt, self.tools) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
-                yield Said(i, speeches[i].add(event.text), event)
+                parts = speeches[i].add(event.text)
+                yield Said(i, parts, speeches[i].field, event)
                 continue
             parts = speeches[i].add(event.text[speeches[i].length :])
             rest, calls = speeches[i].finish()
-            yield Said(i, joined([*parts, *rest]), None, event, self._called(calls))
+            yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
 
     def _grammar(self, renderer: Renderer) -> str | None:
-        return None if self._forced is None else renderer.call_grammar(self.tools, self._forced)
+        if self._forced is not None:
+            return renderer.call_grammar(self.tools, self._forced)
+        if not self._mixed:
+            if self._schema is not None:
+                check_founded(self._schema, "response_format")
+            return None
+        names = [tool["function"]["name"] for tool in self.tools]
+        return renderer.call_grammar(self.tools, names, self._schema)
 
     def _prompts(self, renderer: Renderer) -> list[tuple[int, ...]]:
-        self.prompt = renderer.chat(self.messages, self.tools, self.body.variables)
-        return [renderer.tokens(self.prompt, special=False)]
+        wishes = {k: v for k, v in self._wishes.items() if k in renderer.variables}
+        variables = wishes | self.body.variables
+
+        def tokens(messages: list[dict[str, Any]]) -> tuple[int, ...]:
+            self.prompt = renderer.chat(messages, self.tools, variables)
+            return renderer.tokens(self.prompt, special=False)
+
+        if not self._shorten:
+            return [tokens(self.messages)]
+        length = self.server.host.engine.length
+        room = length - (self.body.max_new_tokens or length // 4)
+        return [tokens(shortened(self.messages, lambda some: len(tokens(some)) <= room))]
 
     def _called(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Calls as OpenAI has them, one if the request wants no more at a time."""

@@ -1,11 +1,12 @@
 """The routes for administration, which need the key for it.
 
-Adapters are named by their entry in the server's directory; no request names a path.
+Adapters are named by their entry in the server's directory; a path may only lead to that entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +16,7 @@ from lorafold.errors import LorafoldError, cut
 from lorafold.serving.kept import Alias, Target
 from lorafold.serving.keys import ADMIN
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.registry import REASON
+from lorafold.serving.registry import REASON, Registry
 from lorafold.serving.routes.models import adapter, loads
 from lorafold.serving.server import Server, answer
 from lorafold.serving.wire.body import Body
@@ -24,9 +25,32 @@ ACTS = ("pin", "unpin", "quarantine")
 
 
 class Named(Body):
-    """The body of vLLM's two routes; a path, which those have, is refused."""
+    """The body of vLLM's route that forgets an adapter. vLLM's number of it has no use here."""
 
     lora_name: str
+    lora_int_id: int | None = None
+
+
+class Loaded(Named):
+    """The body of vLLM's route that reads one. Its base is the one that is served, which the files
+    are checked against.
+    """
+
+    lora_path: str | None = None
+    load_inplace: bool = True
+    base_model_name: str | None = None
+
+    def check(self, registry: Registry) -> None:
+        """Raise Refusal for a path to anything but the directory's entry of that name, and for one
+        that is there where it may not be replaced.
+        """
+        entry = registry.directory.locate(self.lora_name)
+        if self.lora_path is not None and not _leads_to(self.lora_path, entry):
+            told = f"expected the entry {self.lora_name} of the directory of adapters, or no path"
+            raise wrong("lora_path", f"found {self.lora_path!r:.200}, {told}")
+        if self.lora_name in registry.found and not self.load_inplace:
+            told = f"found false, and {self.lora_name} has already been loaded; true replaces it"
+            raise wrong("load_inplace", told)
 
 
 class Pointed(Body):
@@ -63,7 +87,9 @@ def routes(server: Server) -> APIRouter:
     async def load(request: Request) -> Response:
         """Read the files of an adapter of the directory, new or changed."""
         server.admin(request)
-        name = (await server.body(request, Named)).lora_name
+        body = await server.body(request, Loaded)
+        name = body.lora_name
+        await done(lambda: body.check(registry))
         found = await done(lambda: registry.load(name))
         return answer({"id": name, "digest": found.digest, "status": "loaded"})
 
@@ -132,3 +158,10 @@ def told(name: str, alias: Alias) -> dict[str, Any]:
         alias: what it stands for.
     """
     return {"id": name} | alias.model_dump(exclude_none=True)
+
+
+def _leads_to(path: str, entry: Path) -> bool:
+    try:
+        return Path(path).resolve() == entry.resolve()
+    except (OSError, ValueError):
+        return False

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from lorafold.engine import Ended, Token
 from lorafold.serving.job import Reply
+from lorafold.serving.refusal import naming
 from lorafold.serving.server import Server
 from lorafold.serving.speech import CONTENT
 from lorafold.serving.turn import Message, Turn, Written
@@ -25,7 +26,8 @@ def routes(server: Server) -> APIRouter:
         """A model's next message in a conversation."""
         caller = server.caller(request)
         body = await server.body(request, Chat)
-        return await server.complete(request, caller, new_id("chatcmpl"), Answer(server, body))
+        with naming(body.names):
+            return await server.complete(request, caller, new_id("chatcmpl"), Answer(server, body))
 
     return router
 
@@ -91,7 +93,7 @@ class Answer(Written):
         choice = {
             "index": i,
             "message": told,
-            "logprobs": self._logprobs(reply, message.tokens),
+            "logprobs": self._logprobs(reply, [token for _, token in message.tokens]),
             "finish_reason": _finish(message.end, message.calls),
         }
         ids = {"token_ids": message.end.tokens} if self.body.return_token_ids else {}

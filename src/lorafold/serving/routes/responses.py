@@ -7,20 +7,20 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from lorafold.data.messages import without_nulls
+from lorafold.engine import Token
 from lorafold.serving.job import Reply
-from lorafold.serving.server import Server
+from lorafold.serving.refusal import naming
+from lorafold.serving.server import Server, answer
 from lorafold.serving.speech import CONTENT, REASONING
 from lorafold.serving.turn import Message, Turn, Written
 from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.response import Respond
+from lorafold.serving.wire.chat import Chat
+from lorafold.serving.wire.response import Count, Respond
 
 Item = dict[str, Any]
 KINDS = {REASONING: "reasoning", CONTENT: "message"}
-# the events of an item's text, and what they have besides
-TEXTS: dict[str, tuple[str, Item]] = {
-    "reasoning": ("reasoning_text", {}),
-    "message": ("output_text", {"logprobs": []}),
-}
+TEXTS = {"reasoning": "reasoning_text", "message": "output_text"}  # the events of an item's text
 
 
 def routes(server: Server) -> APIRouter:
@@ -32,7 +32,21 @@ def routes(server: Server) -> APIRouter:
         """A model's next message, and its calls, in a conversation given as items."""
         caller = server.caller(request)
         body = await server.body(request, Respond)
-        return await server.complete(request, caller, new_id("resp"), Answer(server, body))
+        chat, names = body.chat()
+        with naming(names):
+            written = Answer(server, body, chat)
+            return await server.complete(request, caller, new_id("resp"), written)
+
+    @router.post("/v1/responses/input_tokens")
+    async def count(request: Request) -> Response:
+        """How many tokens the conversation has."""
+        caller = server.caller(request)
+        body = await server.body(request, Count)
+        chat, names = body.chat()
+        with naming(names):
+            asked = Turn(server, chat, "input", shorten=body.truncation == "auto").asked()
+            found = await server.desk.count(caller, asked)
+        return answer({"object": "response.input_tokens", "input_tokens": found})
 
     return router
 
@@ -43,18 +57,21 @@ class Answer(Written):
     Args:
         server: the server.
         body: the request.
+        chat: the same as a chat completion.
     """
 
-    def __init__(self, server: Server, body: Respond) -> None:
-        super().__init__(Turn(server, body.chat()), body.stream)
+    def __init__(self, server: Server, body: Respond, chat: Chat) -> None:
+        turn = Turn(server, chat, "input", shorten=body.truncation == "auto")
+        super().__init__(turn, body.stream)
         self.body, self._number = body, 0
+        self._unsaid: list[Token] = []  # of a message, whose text is not yet there
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
         message = Message()
         async for said in self.turn.said(reply):
             message.take(said)
-        return self._ended(reply, message, self._items(message))
+        return self._ended(reply, message, self._items(reply, message))
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         """The answer as it comes: text in pieces, each call whole once it is there."""
@@ -64,16 +81,18 @@ class Answer(Written):
         message, spoken = Message(), list[Item]()
         async for said in self.turn.said(reply):
             message.take(said)
+            if said.token is not None and said.where == CONTENT:
+                self._unsaid.append(said.token)
             for name, text in said.parts:
                 kind = KINDS[name]
                 if not spoken or spoken[-1]["type"] != kind:
-                    for one in self._closed(spoken):
+                    for one in self._closed(reply, spoken):
                         yield one
                     spoken.append(_spoken(kind, ""))
                     for one in self._opened(spoken):
                         yield one
-                yield self._delta(spoken, text)
-        for one in self._closed(spoken):
+                yield self._delta(reply, spoken, text)
+        for one in self._closed(reply, spoken):
             yield one
         items = [*spoken, *(_called(call) for call in message.calls)]
         for at, item in enumerate(items[len(spoken) :], len(spoken)):
@@ -81,7 +100,7 @@ class Answer(Written):
                 yield one
         if not items:
             items = [_spoken("message", "")]
-            for one in (*self._opened(items), *self._closed(items)):
+            for one in (*self._opened(items), *self._closed(reply, items)):
                 yield one
         ended = self._ended(reply, message, items)
         yield self._event(f"response.{ended['status']}", response=ended)
@@ -94,21 +113,38 @@ class Answer(Written):
         where = {"item_id": item["id"], "output_index": at, "content_index": 0}
         yield self._event("response.content_part.added", **where, part=dict(item["content"][0]))
 
-    def _delta(self, items: list[Item], text: str) -> bytes:
+    def _delta(self, reply: Reply, items: list[Item], text: str) -> bytes:
         """Add to the last item."""
         item, at = items[-1], len(items) - 1
-        item["content"][0]["text"] += text
+        part = item["content"][0]
+        part["text"] += text
         where = {"item_id": item["id"], "output_index": at, "content_index": 0}
-        kind, more = TEXTS[item["type"]]
-        return self._event(f"response.{kind}.delta", **where, delta=text, **more)
+        more = {"logprobs": self._add_logprobs(reply, part)} if "logprobs" in part else {}
+        return self._event(f"response.{TEXTS[item['type']]}.delta", **where, delta=text, **more)
 
-    def _closed(self, items: list[Item]) -> Iterator[bytes]:
+    def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
+        """Those of the tokens up to here, which are added to a message's text."""
+        new = self._logprobs(reply, self._unsaid)
+        part["logprobs"] += new
+        self._unsaid = []
+        return new
+
+    def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
+        if not self.body.logprobs:
+            return []
+        found = reply.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
+        return list(found)
+
+    def _closed(self, reply: Reply, items: list[Item]) -> Iterator[bytes]:
         """End the last item, if there is one."""
         if not items:
             return
         item, at = items[-1], len(items) - 1
         where = {"item_id": item["id"], "output_index": at, "content_index": 0}
-        part, (kind, more) = item["content"][0], TEXTS[item["type"]]
+        part, kind, more = item["content"][0], TEXTS[item["type"]], dict[str, Any]()
+        if "logprobs" in part:
+            self._add_logprobs(reply, part)
+            more["logprobs"] = part["logprobs"]
         yield self._event(f"response.{kind}.done", **where, text=part["text"], **more)
         yield self._event("response.content_part.done", **where, part=part)
         yield self._event("response.output_item.done", output_index=at, item=item)
@@ -127,8 +163,12 @@ class Answer(Written):
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1} | fields, kind)
 
-    def _items(self, message: Message) -> list[Item]:
+    def _items(self, reply: Reply, message: Message) -> list[Item]:
         spoken = [_spoken(KINDS[name], text) for name, text in message.texts.items()]
+        for item in spoken:
+            if item["type"] == "message":
+                said = [token for field, token in message.tokens if field == CONTENT]
+                item["content"][0]["logprobs"] = self._logprobs(reply, said)
         return [*spoken, *map(_called, message.calls)] or [_spoken("message", "")]
 
     def _ended(self, reply: Reply, message: Message, items: list[Item]) -> dict[str, Any]:
@@ -159,18 +199,19 @@ class Answer(Written):
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": {},
+            "metadata": body.metadata,
             "model": body.model,
             "output": items,
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": body.text.get("format") or {"type": "text"}},
+            "text": {"format": {"type": "text"}} | without_nulls(body.text),
             "tool_choice": body.tool_choice,
             "tools": body.tools,
+            "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation,
             "usage": None,
         }
 

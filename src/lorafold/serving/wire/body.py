@@ -17,11 +17,11 @@ from lorafold.serving.refusal import Refusal, wrong
 
 HARMLESS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "prediction",
+    "prompt_cache_retention", "prediction", "cache_control", "max_tool_calls",
 }  # fmt: skip
 NEUTRAL = {
     "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),
-    "background": (False,), "include": ([],), "truncation": ("disabled",), "functions": ([],),
+    "background": (False,), "functions": ([],),
 }  # fmt: skip
 SAMPLING = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -82,10 +82,9 @@ class Completing(Body):
                 **given, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
             )
         except LorafoldError as error:
-            name = str(error).partition(":")[0]
-            if name == "logprobs" and "top_logprobs" in type(self).model_fields:
-                name = "top_logprobs"
-            raise Refusal(400, "invalid_value", str(error), name) from None
+            found = Refusal(400, "invalid_value", str(error), str(error).partition(":")[0])
+            chat = "top_logprobs" in type(self).model_fields
+            raise found.sent_as({"logprobs": "top_logprobs"} if chat else {}) from None
 
 
 B = TypeVar("B", bound=Body)

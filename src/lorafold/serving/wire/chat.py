@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from lorafold.data.messages import (
     REASONING,
     Message,
     Tool,
+    call_problems,
     message_problems,
     normalized,
     tool_problems,
@@ -20,6 +20,7 @@ from lorafold.data.messages import (
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.settings import Limits
 from lorafold.serving.wire.body import Completing
+from lorafold.serving.wire.schema import schema_of
 
 FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations", *REASONING}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -39,6 +40,7 @@ class Chat(Completing):
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = None
+    verbosity: str | None = None
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -47,10 +49,23 @@ class Chat(Completing):
         return self.max_tokens if newer is None else newer
 
     @property
+    def names(self) -> dict[str, str]:
+        """Fields under the names by which the client sent them."""
+        newer = self.max_completion_tokens is not None
+        return {"max_tokens": "max_completion_tokens"} if newer else {}
+
+    @property
     def variables(self) -> dict[str, Any]:
-        """Further variables of the chat template."""
-        effort = self.reasoning_effort
-        return ({} if effort is None else {"reasoning_effort": effort}) | self.chat_template_kwargs
+        """Further variables of the chat template, which has to know them."""
+        verbosity = None if self.verbosity == "medium" else self.verbosity
+        given = {"reasoning_effort": self.reasoning_effort, "verbosity": verbosity}
+        found = {name: value for name, value in given.items() if value is not None}
+        return found | self.chat_template_kwargs
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """Variables of the chat template that ask for nothing where it does not know them."""
+        return {} if self.verbosity is None else {"verbosity": self.verbosity}
 
     def conversation(self, limits: Limits) -> list[Message]:
         """The messages in one form. Raises Refusal for what is wrong with them."""
@@ -66,6 +81,9 @@ class Chat(Completing):
                     field = f"messages[{i}].{name[:80]}"
                     told = f"{field}: it is not supported"
                     raise Refusal(400, "unsupported_parameter", told, field)
+            if not isinstance(message.get("name") or "", str):
+                told = f"found {message['name']!r:.80}, expected text"
+                raise wrong(f"messages[{i}].name", told)
             if message["role"] not in ROLES:
                 told = f"found {message['role'][:40]!r}, expected one of {', '.join(ROLES)}"
                 raise wrong(f"messages[{i}].role", told)
@@ -86,20 +104,24 @@ class Chat(Completing):
         for i, tool in enumerate(self.tools):
             if tool.get("type", "function") != "function":
                 raise wrong(f"tools[{i}].type", f"found {tool['type']!r}, expected function")
-        return () if self.tool_choice == "none" else tools_of(self.tools)
+        if self.tool_choice == "none":
+            return ()
+        allowed = self._allowed()
+        return tuple(
+            tool
+            for tool in tools_of(self.tools)
+            if allowed is None or tool["function"]["name"] in allowed[1]
+        )
 
     def forced(self) -> Sequence[str] | None:
         """The tools of which one has to be called; None if the model is free."""
-        names = [tool.get("function", tool)["name"] for tool in self.tools]
-        choice = self.tool_choice
+        names, choice = self._names(), self.tool_choice
         if choice in ("auto", "none"):
             return None
+        if (allowed := self._allowed()) is not None:
+            return allowed[1] if allowed[0] == "required" else None
         if isinstance(choice, Mapping):
-            function = choice.get("function")
-            name = (function if isinstance(function, Mapping) else choice).get("name")
-            if choice.get("type") != "function" or name not in names:
-                raise wrong("tool_choice", f"found {name!r}, expected the name of a tool")
-            return [str(name)]
+            return [self._named(choice)]
         if choice != "required" or not names:
             expected = "auto, none, required or a function" if names else "auto, without tools"
             raise wrong("tool_choice", f"found {choice!r}, expected {expected}")
@@ -111,26 +133,41 @@ class Chat(Completing):
         """
         return schema_of(self.response_format, "response_format")
 
+    def _names(self) -> list[str]:
+        return [tool.get("function", tool)["name"] for tool in self.tools]
 
-def schema_of(form: Mapping[str, Any], field: str) -> str | None:
-    """The schema that a format asks for, None for text. Raises Refusal for any other format.
+    def _allowed(self) -> tuple[str, list[str]] | None:
+        """The mode and the names of `allowed_tools`, in the form of chats or of responses."""
+        choice = self.tool_choice
+        if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+            return None
+        inner = choice.get("allowed_tools", choice)
+        given = inner.get("tools") if isinstance(inner, Mapping) else None
+        if not isinstance(given, list) or inner.get("mode") not in ("auto", "required"):
+            told = "found allowed_tools without tools or a mode, expected mode auto or required"
+            raise wrong("tool_choice", told)
+        if not given:
+            raise wrong("tool_choice", "found no tools, expected those that are allowed")
+        return str(inner["mode"]), [self._named(one) for one in given]
+
+    def _named(self, choice: Any) -> str:
+        """The tool that is named in OpenAI's form, flat or not. Raises Refusal for an unknown one.
+        """
+        function = choice.get("function", choice) if isinstance(choice, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if function is None or choice.get("type") != "function" or name not in self._names():
+            raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
+        return str(name)
+
+
+def check_call(function: Mapping[str, Any], where: str, arguments: str = "arguments") -> None:
+    """Raise Refusal for a call that is none.
 
     Args:
-        form: the format.
-        field: where it stands.
+        function: its name and its arguments, in OpenAI's form.
+        where: where it stands in the request.
+        arguments: the name of the arguments there.
     """
-    kind = form.get("type")
-    known = {"json_schema", "name", "schema", "strict", "description"}
-    for name in form.keys() - {"type", *(known if kind == "json_schema" else ())}:
-        told = f"{field}.{name[:80]}: it is not supported"
-        raise Refusal(400, "unsupported_parameter", told, field)
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return json.dumps({"type": "object"})
-    inner = form.get("json_schema", form)
-    schema = inner.get("schema") if isinstance(inner, Mapping) else None
-    if kind != "json_schema" or not isinstance(schema, Mapping):
-        expected = "text, json_object, or json_schema with a schema"
-        raise Refusal(400, "invalid_value", f"{field}: found {kind!r}, expected {expected}", field)
-    return json.dumps(schema)
+    for problem in call_problems("calls", [function]):
+        field, _, told = problem.removeprefix("field calls[0].").partition(": ")
+        raise wrong(f"{where}.{arguments if field == 'arguments' else field}", told)
