@@ -81,7 +81,7 @@ def test_routers_read_which_adapters_have_requests(server: Running) -> None:
     step = loop.step
     loop.step = lambda cancelled: time.sleep(0.01) or step(cancelled)  # type: ignore[method-assign]
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(server.complete, m, "The", max_tokens=200) for m in ("b", base)]
+        asked = [pool.submit(server.complete, m, "The", max_tokens=90) for m in ("b", base)]
         until(lambda: server.parts.host.running() == 2)
         asked += [pool.submit(server.complete, m, "The", max_tokens=3) for m in "ca"]
         until(lambda: server.parts.host.waiting() == 2)
