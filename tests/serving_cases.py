@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from rich.console import Console
 
 from engine_cases import save_adapters
 from lorafold.api.opened import opened
@@ -150,10 +149,10 @@ def running(
     )
     base = Base(model_dir.name, lambda: opened(model_dir, storage=storage))
     with listening(chosen) as at:
-        quiet, port = Console(quiet=True), at.getsockname()[1]
+        port = at.getsockname()[1]
         parts = server_of(
             base, Directory(folder), Keys(chosen.keys, chosen.admin_key, chosen.metrics_key),
-            chosen, quiet,
+            chosen,
         )
         app = application(parts)
         http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))

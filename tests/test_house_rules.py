@@ -40,6 +40,7 @@ FLOORS = [
     "memory",
     "translating",
     "step",
+    "screening",
     "data",
     "adapter",
     "fold",

@@ -12,6 +12,7 @@ engine computes with the model itself.
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,6 +145,7 @@ class Reader:
         tensors = [*model.parameters(), *model.buffers()]
         self.shadow = copy.deepcopy(model, {id(t): t for t in tensors})
         self.base = ModelWeights(self.shadow)
+        self._one = threading.Lock()  # random numbers are the process's
 
     def read(self, entry: Entry) -> Held:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
@@ -151,18 +153,17 @@ class Reader:
         """
         assert entry.path is not None
         began = time.perf_counter()
-        contents, wrong = Contents(entry.path, FILES), None
-        try:
-            deltas = self._stacked_over(contents)
-        except LorafoldError as error:
-            wrong = str(error)
-        if contents.digest != entry.digest:
-            wrong = (
-                f"{entry.path} changed since it was loaded: found digest {contents.digest[:12]},"
-                f" expected {entry.digest[:12]}; load it again"
+        contents = Contents(entry.path, FILES)
+        if contents.digest != entry.digest:  # nothing else of them is looked at
+            raise LorafoldError(
+                f"adapter {entry.name!r}: {entry.path} changed since it was loaded: found digest"
+                f" {contents.digest[:12]}, expected {entry.digest[:12]}; load it again"
             )
-        if wrong is not None:
-            raise LorafoldError(f"adapter {entry.name!r}: {wrong}")
+        try:
+            with self._one:
+                deltas = self._stacked_over(contents)
+        except LorafoldError as error:
+            raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
         held = self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
         return replace(held, seconds=time.perf_counter() - began)
 

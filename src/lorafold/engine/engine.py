@@ -24,7 +24,7 @@ import torch
 
 from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
-from lorafold.engine.adapters import Reader, attached, parts_of
+from lorafold.engine.adapters import Entry, Reader, attached, parts_of
 from lorafold.engine.admission import check, sized
 from lorafold.engine.fast import fast as faster
 from lorafold.engine.grammar import Grammars
@@ -144,18 +144,29 @@ class Engine:
         """Whether requests share passes; if not, `structure.why` says why they run one by one."""
         return not self.structure.why
 
-    def load(self, name: str, path: str | Path, *, wait: bool = True) -> None:
+    def load(self, name: str, path: str | Path, *, digest: str = "", wait: bool = True) -> None:
         """Read and verify an adapter, and make it known under a name. Requests that run go on with
         what they have. Raises LorafoldError if it can't be read (if it waits).
 
         Args:
             name: the name for requests.
             path: the adapter's directory.
+            digest: what its files have to have, where that is known.
             wait: return when it is in memory, or at once.
         """
-        future = self.adapters.load(name, path)
+        future = self.adapters.load(name, path, digest)
         if wait:
             future.result()
+
+    def verify(self, name: str, path: str | Path, digest: str) -> None:
+        """Read and check an adapter as `load` does, and keep nothing of it. Any thread may call it.
+
+        Args:
+            name: its name, for errors.
+            path: its directory.
+            digest: what its files have to have.
+        """
+        self._reader.read(Entry(name, Path(path), digest, 0))
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
         """Make adapters that are attached on the model, one over the other, known under one name.
@@ -283,13 +294,7 @@ class Engine:
         """Raise AssertionError if what the engine holds is not what its requests need; call it
         between steps.
         """
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        ids = [row.request.id for row in (*running, *waiting, *self._inbox)]
-        assert sorted(ids) == sorted(self._rows), "every request waits or runs once"
-        assert len({row.slot for row in running}) == len(running) <= self._runner.slots
-        assert all(row.stream.ended is None for row in self._rows.values())
-        self._runner.check(running)
-        self.adapters.check()
+        self._loop.check(self._rows, self._inbox)
 
     def _serve(self, after: Callable[[], None]) -> None:
         while not self._closing:

@@ -8,7 +8,7 @@ their pass is over, and what it wrote before is written again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -87,6 +87,21 @@ class Loop:
             self.adapters.unbind(row.entry)
         self._gone(row)
         row.end(reason, message, fault, setting)
+
+    def check(self, rows: Mapping[str, Row], inbox: Collection[Row]) -> None:
+        """Raise AssertionError if what is held is not what these requests need.
+
+        Args:
+            rows: all requests by id.
+            inbox: those of them that no step has seen.
+        """
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        ids = [row.request.id for row in (*running, *waiting, *inbox)]
+        assert sorted(ids) == sorted(rows), "every request waits or runs once"
+        assert len({row.slot for row in running}) == len(running) <= self.runner.slots
+        assert all(row.stream.ended is None for row in rows.values())
+        self.runner.check(running)
+        self.adapters.check()
 
     def _ready(self, row: Row) -> bool:
         if row.entry is None:

@@ -55,13 +55,13 @@ class Residency:
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
-    def load(self, name: str, path: str | Path) -> Future[None]:
-        """Make an adapter known under a name and read it; the future has the error if that fails,
-        and then the name is what it was. The same files again change nothing.
+    def load(self, name: str, path: str | Path, found: str = "") -> Future[None]:
+        """Make an adapter known under a name and read its files, of that digest if it is given; the
+        future has the error if that fails, and then the name is what it was.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
-        found = digest(path)
+        found = found or digest(path)
         with self._lock:
             known = self._names.get(name)
             if known is not None and known.digest == found:

@@ -1,8 +1,7 @@
-"""Hostile until verified: what comes with an adapter is read, matched and rendered in processes that
-can be killed.
+"""Hostile until verified: what comes with an adapter is read in processes that can be killed.
 
     screen = Screen(modules, tokenizer)
-    screen.verify(path)                 what its files are, by digest; LorafoldError if they are wrong
+    screen.verify(path)                 what its files are, by digest
     screen.open(contents)               its tokenizer, `Opened`, whose template renders in a process
 
     processes.py     the processes, their limits, and the messages to them

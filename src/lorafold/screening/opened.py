@@ -1,8 +1,8 @@
 """The tokenizer of an adapter, as the server has it: what it says of tokens is known here, what its
 files decide is asked of a process.
 
-Texts of tokens come from the base's own tokenizer, to which the adapter's new tokens are added, since
-a token has to mean what it means in the base. Templates, and the splitting of texts, are the
+Texts of tokens come from the base's own tokenizer, to which the adapter's new tokens are added,
+since a token has to mean what it means in the base. Templates, and the splitting of texts, are the
 adapter's: they run where they can be ended.
 """
 
@@ -20,6 +20,7 @@ from lorafold.errors import LorafoldError
 from lorafold.screening.processes import Refused
 
 PROBES = 256  # renderings of probes that are kept
+DEATHS = 3  # processes that one tokenizer may end before it is not asked any more
 
 
 class Opened:
@@ -36,7 +37,7 @@ class Opened:
     def __init__(
         self, about: Mapping[str, Any], base: Any, call: Callable[..., Any]
     ) -> None:
-        self._call, self._probing = call, True
+        self._ask, self._probing, self._deaths = call, True, 0
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
@@ -45,8 +46,6 @@ class Opened:
         self._words = _with(base, about["new"])
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_words":  # while a copy is made
-            raise AttributeError(name)
         return getattr(self._words, name)
 
     def __len__(self) -> int:
@@ -89,6 +88,16 @@ class Opened:
         """Keep what was rendered until now, and nothing that is rendered from now on."""
         self._probing = False
 
+    def _call(self, do: str, **arguments: Any) -> Any:
+        """What a process gives; none is asked any more once several died of it."""
+        if self._deaths >= DEATHS:
+            raise Refused(f"{DEATHS} processes died of it before")
+        try:
+            return self._ask(do, **arguments)
+        except Refused as error:
+            self._deaths += not error.kind
+            raise
+
     def _rendered(self, given: Mapping[str, Any]) -> str | TemplateError:
         try:
             return str(self._call("render", **given))
@@ -110,7 +119,8 @@ def _with(base: Any, new: Sequence[Sequence[Any]]) -> Any:
 
     words = deepcopy(base)
     for number, text, special in new:
-        words.add_tokens(AddedToken(text, special=special, normalized=False), special_tokens=special)
+        token = AddedToken(text, special=special, normalized=False)
+        words.add_tokens(token, special_tokens=special)
         if (found := words.convert_tokens_to_ids(text)) != number:
             raise LorafoldError(
                 f"its tokenizer numbers the new token {text!r:.80} {number}, expected {found}"

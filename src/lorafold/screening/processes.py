@@ -28,7 +28,7 @@ TOLD = 600  # letters of what is told of an error
 
 
 class Refused(LorafoldError):
-    """A process refused what it was given, or died of it. `kind` is the name of the error there."""
+    """A process refused what it was given; `kind` is the name of the error there, "" if it died."""
 
     def __init__(self, message: str, kind: str = "") -> None:
         super().__init__(message)
@@ -157,7 +157,7 @@ class Processes:
         more = len(told) - TOLD
         raise Refused(
             told[:TOLD] + (f" ... ({more:,} letters more)" if more > 0 else ""),
-            str(answer.get("kind", "")),
+            str(answer.get("kind") or "Error"),
         )
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ from lorafold.screening.fingerprints import backend_of
 from lorafold.screening.opened import Opened
 from lorafold.screening.processes import Processes, Refused
 
-VERIFYING, RENDERING = 2, 2  # processes
+# processes; two verify in the background, and one what a request waits for
+VERIFYING, RENDERING = 3, 2
 SECONDS = {"verify": 5.0, "open": 20.0, "render": 1.0, "tokens": 2.0}
 EACH = 5e-9  # seconds more for each byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20}
@@ -22,8 +23,8 @@ BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 51
 
 @dataclass(frozen=True)
 class Verified:
-    """Files that were verified: their digest, that of each, and that of what adapters have in common
-    which differ in nothing but their values.
+    """Files that were verified: their digest, that of each, and that of what adapters have in
+    common which differ in nothing but their values.
     """
 
     digest: str
@@ -42,9 +43,7 @@ class Screen:
     def __init__(self, modules: Callable[[], Sequence[str]], tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._verifying = Processes(lambda: {"modules": list(modules())}, VERIFYING)
-        self._rendering = Processes(
-            lambda: {"vocabulary": tokenizer.get_vocab()}, RENDERING
-        )
+        self._rendering = Processes(lambda: {"vocabulary": tokenizer.get_vocab()}, RENDERING)
         self.backend = backend_of(tokenizer)
 
     def verify(

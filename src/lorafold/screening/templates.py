@@ -34,8 +34,8 @@ class Templates:
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, path: str, files: Sequence[str], digest: str) -> dict[str, Any]:
-        """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be read
-        or gives a token of the base another number.
+        """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
+        read, or gives a token of the base another number.
 
         Args:
             path: the directory.

@@ -1,5 +1,5 @@
-"""The files of an adapter, read in a process of their own: whether whoever interprets them later may
-do so without harm, and what they are by digest.
+"""The files of an adapter, read in a process of their own: whether they may be interpreted without
+harm, and what they are by digest.
 
 The configuration and the record are JSON of a bounded size and depth, of finite numbers; patterns
 match the names of the base's modules in bounded time; the header of the weights fits the file, and
@@ -40,8 +40,8 @@ def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     told: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the files of an adapter are: `digest`, `digests` by name, and `form`, which adapters have
-    in common that differ in nothing but their values. Raises LorafoldError.
+    """What the files of an adapter are: `digest`, `digests` by name, and `form`, which adapters
+    have in common that differ in nothing but their values. Raises LorafoldError.
 
     Args:
         modules: the paths of the base's modules.
@@ -59,7 +59,8 @@ def verified(
     contents.check_intact()
     if config not in contents.files:
         raise LorafoldError(f"found no {config}, expected the directory of an adapter")
-    read = {name: _json(name, contents.files[name]) for name in (config, record) if name in contents.files}
+    there = [name for name in (config, record) if name in contents.files]
+    read = {name: _json(name, contents.files[name]) for name in there}
     _match(read[config], modules)
     header = _header(contents.files.get(WEIGHTS, b""))
     about = {name: read.get(record, {}).get(name) for name in told}
@@ -128,17 +129,17 @@ def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(field)
-        names = field in ("target_modules", "exclude_modules")  # a list there has names
-        given = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        yield from ((field, p) for p in given if isinstance(p, str) and not (names and p is not value))
+        patterned = field in ("layers_pattern", "modules_to_save")  # else a list has names
+        given = value if isinstance(value, list) and patterned else [value]
+        yield from ((field, pattern) for pattern in given if isinstance(pattern, str))
     for field in ("rank_pattern", "alpha_pattern"):
         value = config.get(field)
         yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
 def _header(content: bytes) -> dict[str, Any]:
-    """The tensors of a safetensors file by name: type, shape and place. Raises LorafoldError for one
-    that does not fit the file, or has values that are not finite.
+    """The tensors of a safetensors file by name: type, shape and place. Raises LorafoldError for
+    one that does not fit the file, or has values that are not finite.
     """
     size = int.from_bytes(content[:8], "little")
     if not 0 < size <= min(TEXT, len(content) - 8):
@@ -148,8 +149,10 @@ def _header(content: bytes) -> dict[str, Any]:
     data = memoryview(content)[8 + size :]
     for name, about in header.items():
         known = isinstance(about, dict) and isinstance(about.get("dtype"), str)
-        start, stop = (about.get("data_offsets") or (0, -1))[:2] if known else (0, -1)
-        if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop <= len(data)):
+        places = about.get("data_offsets") if known else None
+        pair = isinstance(places, list) and [type(place) for place in places] == [int, int]
+        start, stop = places if pair else (0, -1)
+        if not 0 <= start <= stop <= len(data):
             raise LorafoldError(f"{WEIGHTS}: {name[:200]}: it does not lie in the file")
         if about["dtype"] in FLOATS and not _finite(data[start:stop], *FLOATS[about["dtype"]]):
             raise LorafoldError(f"{WEIGHTS}: {name[:200]}: found NaN or infinity")

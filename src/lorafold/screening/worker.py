@@ -60,7 +60,7 @@ def _acts(base: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
 
         return act
 
-    acts: dict[str, Callable[..., Any]] = {name: of_templates(name) for name in ("open", "render", "tokens")}
+    acts = {name: of_templates(name) for name in ("open", "render", "tokens")}
     return acts | {"verify": lambda **arguments: verified(base["modules"], **arguments)}
 
 

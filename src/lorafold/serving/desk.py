@@ -1,8 +1,8 @@
 """Admission: what a request must fulfil before the engine gets it.
 
 Where the queue is full, it is refused at once, with the seconds after which it is likely not to be.
-Rendering, tokens and grammars are computed by a few threads beside the engine's, so that neither
-the engine nor the event loop waits for them.
+Adapters are verified, and conversations, tokens and grammars made, by a few threads beside the
+engine's, so that neither the engine nor the event loop waits for them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lorafold.serving.host import Host
 from lorafold.serving.job import Job, Reply
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
-from lorafold.serving.registry import Chosen, Registry
-from lorafold.serving.rendering import Renderer
+from lorafold.serving.registry import Registry
+from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.spent import Spent
 from lorafold.serving.wire.body import Completing
 
@@ -39,7 +39,6 @@ class Asked:
     seed: That of the first one, or None.
     max_new_tokens: None: what is left of the length.
     ends: Whether the model may end a completion.
-    heavy: Whether it takes more than a moment to make the prompts and the grammar.
     grammar: Gives the grammar that a completion has to fit, or None.
     """
 
@@ -51,7 +50,6 @@ class Asked:
     seed: int | None = None
     max_new_tokens: int | None = None
     ends: bool = True
-    heavy: bool = False
     grammar: Callable[[Renderer], str | None] = lambda renderer: None
 
     def rendered(self, renderer: Renderer) -> tuple[Sequence[tuple[int, ...]], Sampling]:
@@ -96,51 +94,67 @@ class Desk:
         """
         self.check_room(caller.tenant, asked.n)
         self.spent.check(caller)
+        reply = Reply(id)
+        try:
+            await self.host.think(partial(self._submit, caller, since, asked, reply), caller.tenant)
+        except BaseException:
+            self.drop(reply)
+            raise
+        prompts = sum(len(job.request.prompt) for job in reply.jobs[:: asked.n])
+        self.spent.add(caller.tenant, prompts)
+        return reply
+
+    def _submit(self, caller: Caller, since: float, asked: Asked, reply: Reply) -> None:
+        """Choose, render and submit. It takes its time, and calls nothing of the event loop."""
         count = partial(self.spent.add, caller.tenant)
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
         for _ in range(RETRIES):
             chosen = self.registry.choose(caller, asked.model)
             renderer = chosen.renderer
-            prompts, sampling = await self.host.think(
-                partial(asked.rendered, renderer), caller.tenant, asked.heavy
-            )
+            prompts, sampling = asked.rendered(renderer)
             if asked.n * len(prompts) > self.limits.choices:
                 told = f"found {len(prompts)} prompts and n {asked.n}, expected at most"
                 raise wrong(asked.field, f"{told} {self.limits.choices} completions")
-            self.check_room(caller.tenant, asked.n * len(prompts))
-            reply = Reply(id, len(prompts), chosen)
+            # this request is counted as one that is thought about
+            self.check_room(caller.tenant, asked.n * len(prompts) - 1)
+            jobs: list[Job] = []
             try:
                 for i, prompt in enumerate(p for p in prompts for _ in range(asked.n)):
                     request = Request(
-                        f"{id}.{i}", prompt, self._new_tokens(asked, prompt), chosen.key,
+                        f"{reply.id}.{i}", prompt, self._new_tokens(asked, prompt), chosen.key,
                         replace(sampling, seed=(seed + i) % (1 << 63)),
                         renderer.ends if asked.ends else frozenset(), caller.tenant,
                         renderer.tokenizer,
                     )  # fmt: skip
                     job = Job(request, chosen.name, since, reply.arrived, count)
-                    await self.host.submit(job, asked.heavy)
-                    reply.jobs.append(job)
-                count(sum(map(len, prompts)))
-                return reply
+                    self.host.submit(job)
+                    jobs.append(job)
+                reply.runs(chosen, len(prompts), jobs)
+                return
             except LorafoldError as error:
-                self.drop(reply)
+                self._drop(jobs)
                 if chosen.key is None or chosen.key in self.host.engine.adapters.names():
                     raise self._refusal(error, asked, chosen) from None
             except BaseException:
-                self.drop(reply)
+                self._drop(jobs)
                 raise
         raise Refusal(503, "adapter_changed", f"{asked.model} is being replaced", retry_after=1)
 
     async def count(self, caller: Caller, asked: Asked) -> int:
         """The tokens of a request's prompt. Raises Refusal as `admit` does."""
         self.check_room(caller.tenant, 1)
-        renderer = self.registry.choose(caller, asked.model).renderer
-        prompts = await self.host.think(partial(asked.prompts, renderer), caller.tenant)
-        return len(prompts[0])
+
+        def counted() -> int:
+            return len(asked.prompts(self.registry.choose(caller, asked.model).renderer)[0])
+
+        return await self.host.think(counted, caller.tenant)
 
     def drop(self, reply: Reply) -> None:
         """End the completions of a reply that nobody waits for any more."""
-        for job in reply.jobs:
+        self._drop(reply.jobs)
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from lorafold.core.attach import Origin
 from lorafold.engine.adapters import found_below
@@ -21,30 +22,26 @@ from lorafold.files.contents import Contents
 from lorafold.files.record import read_record
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.tokenizer import FILES as TOKENIZER
-from lorafold.models.tokenizer import has_tokenizer
-from lorafold.peft.config import CONFIG, read_config
+from lorafold.models.tokenizer import TEMPLATES, has_tokenizer
+from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
 from lorafold.peft.stack import parse
-from lorafold.translating.peft_config import name_of
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
+# seconds for which what was written may be written again without a trace, and between looks then
+FRESH, PAUSE = 2.0, 0.25
 
 
-@dataclass(frozen=True)
-class Found:
-    """An adapter's files: where they are, the digest of their content, and what they say it is."""
+class Mark(NamedTuple):
+    """What tells a file that was not touched since from any other."""
 
     name: str
-    path: Path
-    digest: str
-    method: str
-    rank: int | None
-
-    @property
-    def key(self) -> str:
-        """The name of this version."""
-        return f"{self.name}@{self.digest[:12]}"
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
 
 
 class Directory:
@@ -59,15 +56,24 @@ class Directory:
         if not path.is_dir():
             raise LorafoldError(f"--adapters {path}: found no directory, expected one")
         self._single = _has_config(path)
+        self._names: frozenset[str] = frozenset()
+        self._listed = 0.0, -1  # when, and which state of the directory
 
-    def names(self) -> Iterator[str]:
-        """The names of all entries that look like adapters; hidden ones are left alone."""
+    def names(self) -> frozenset[str]:
+        """The names of all entries that look like adapters; hidden ones are left alone. It is read
+        again when it changes.
+        """
         if self._single:
-            yield self.path.resolve().name
-            return
-        for entry in sorted(self.path.iterdir()):
-            if not entry.name.startswith(".") and _has_config(entry):
-                yield entry.name
+            return frozenset({self.path.resolve().name})
+        changed = self.path.stat().st_mtime_ns
+        (when, listed), now = self._listed, time.time()
+        fresh = when - changed / 1e9 < FRESH and now - when > PAUSE
+        if changed != listed or fresh:
+            self._listed = now, changed
+            with os.scandir(self.path) as entries:
+                found = [entry.name for entry in entries if not entry.name.startswith(".")]
+            self._names = frozenset(n for n in found if _has_config(self.path / n))
+        return self._names
 
     @property
     def beside(self) -> Path:
@@ -78,30 +84,41 @@ class Directory:
         """The names of directories that are no adapters."""
         if self._single:
             return []
-        return sorted(
-            entry.name
-            for entry in self.path.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".") and not _has_config(entry)
-        )
+        names = self.names()
+        with os.scandir(self.path) as entries:
+            return sorted(
+                entry.name for entry in entries
+                if entry.name not in names and not entry.name.startswith(".") and entry.is_dir()
+            )  # fmt: skip
 
-    def find(self, name: str) -> Found:
-        """The adapter of a name. Raises LorafoldError if it can't be one."""
-        path = self.locate(name)
-        contents = Contents(path, FILES)
-        contents.check_intact()
-        if CONFIG not in contents.files:
-            raise LorafoldError(f"found no {CONFIG}, expected the directory of an adapter")
-        config = contents.object(CONFIG)
-        if config.get("task_type") == "SEQ_CLS":
-            raise LorafoldError(
-                "found an adapter of a classifier or a reward model, expected one of a language"
-                " model"
-            )
-        for origin in parse(contents.record):
-            self._below(origin, path)
-        spec = read_config(config)[0]
-        rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
-        return Found(name, path, contents.digest, name_of(spec), rank)
+    def marks(self, name: str) -> tuple[Mark, ...]:
+        """The marks of all files of an adapter. Raises LorafoldError as `locate` does."""
+        path, found = self.locate(name), []
+        for place in (path, path / TEMPLATES):
+            if place.is_dir():
+                with os.scandir(place) as entries:
+                    for entry in entries:
+                        about = entry.stat()
+                        if stat.S_ISREG(about.st_mode):
+                            where = str(Path(entry.path).relative_to(path))
+                            found.append(
+                                Mark(
+                                    where, about.st_dev, about.st_ino, about.st_size,
+                                    about.st_mtime_ns, about.st_ctime_ns,
+                                )
+                            )  # fmt: skip
+        return tuple(sorted(found))
+
+    def touch(self, name: str) -> object:
+        """The marks of an adapter's files, None for one that may not be read."""
+        try:
+            return self.marks(name)
+        except (LorafoldError, OSError):
+            return None
+
+    def touched(self, name: str, before: object) -> bool:
+        """Whether an adapter's files have other marks than before."""
+        return self.touch(name) != before
 
     def tokenizer(self, name: str) -> Contents | None:
         """The files of an adapter's own tokenizer, or else that of the highest one below it that
@@ -109,7 +126,7 @@ class Directory:
         """
         path = self.locate(name)
         if not has_tokenizer(path):
-            over = (self._below(origin, path) for origin in reversed(parse(read_record(path))))
+            over = (self.below(origin, path) for origin in reversed(parse(read_record(path))))
             found = next(filter(has_tokenizer, over), None)
             if found is None:
                 return None
@@ -141,7 +158,7 @@ class Directory:
         self._check_own(path, *(path / each for each in (*FILES, MANIFEST)))
         return path
 
-    def _below(self, origin: Origin, path: Path) -> Path:
+    def below(self, origin: Origin, path: Path) -> Path:
         """Where an adapter is that the one at `path` lies over. Raises LorafoldError unless it is
         one of the directory's, with the digest that the record says.
         """

@@ -17,10 +17,10 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.directory import Found
 from lorafold.serving.host import Host
 from lorafold.serving.metrics import MOST, Metrics
 from lorafold.serving.registry import Registry
+from lorafold.serving.seen import Found
 
 
 class Gauges(Collector):

@@ -34,6 +34,7 @@ from lorafold.serving.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+THREADS, TURNS = 4, 2  # that think, and of them one tenant's
 WATCH = 0.25  # seconds between two looks at deadlines and the thread
 BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next start, while none lasts
 LASTS = 60.0  # seconds after which a start counts as one that lasts
@@ -62,10 +63,10 @@ class Host:
         self.settings, self.metrics = settings, metrics
         self.jobs: dict[str, Job] = {}
         self.draining = False
-        self.pool = ThreadPoolExecutor(2, "lorafold-requests", initializer=alone)
+        self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=alone)
         self._lock = threading.Lock()
         self._beat = self._started = time.monotonic()
-        self._turns: dict[str, asyncio.Lock] = {}
+        self._turns: dict[str, asyncio.Semaphore] = {}
         self._thinking: Counter[str] = Counter()
         self._ends: deque[float] = deque(maxlen=64)
         self._failures = 0
@@ -75,6 +76,7 @@ class Host:
         """Begin to compute, and to watch."""
         self._loop = asyncio.get_running_loop()
         self.engine.start(self._hand_over)
+        self._registry.begin()
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -82,6 +84,7 @@ class Host:
         self._watching.cancel()
         with suppress(asyncio.CancelledError):
             await self._watching
+        await asyncio.to_thread(self._registry.close)
         await asyncio.to_thread(self.engine.close)
         self.pool.shutdown()
 
@@ -96,40 +99,29 @@ class Host:
         late = age > self.settings.heartbeat_seconds
         return f"the engine made no step for {age:.0f} s" if late else ""
 
-    async def submit(self, job: Job, heavy: bool) -> None:
-        """Give a job to the engine. Raises LorafoldError if it is refused.
-
-        Args:
-            job: the job.
-            heavy: as for `think`.
+    def submit(self, job: Job) -> None:
+        """Give a job to the engine, which may take its time. Raises LorafoldError if it is refused.
         """
         with self._lock:
             self.jobs[job.request.id] = job
-        engine, request = self.engine, job.request
+        engine = self.engine
         try:
-            job.stream = await self.think(
-                lambda: engine.submit(request), request.tenant, heavy
-            )
+            job.stream = engine.submit(job.request)
         except BaseException:
             with self._lock:
                 self.jobs.pop(job.request.id, None)
-            engine.cancel(request.id)  # the client may have left after the engine got it
             raise
         engine.wake()  # the thread may have made its last step before it saw the stream
 
-    async def think(self, do: Callable[[], T], tenant: str, heavy: bool = True) -> T:
-        """What a function gives that takes its time, computed beside the event loop; a tenant's one
-        after the other, so that no tenant waits for more than one of each other's.
+    async def think(self, do: Callable[[], T], tenant: str) -> T:
+        """What a function gives that takes its time, computed beside the event loop; of a tenant
+        TURNS at a time, so that none waits for more than as many of each other's.
 
         Args:
             do: the function.
             tenant: the tenant.
-            heavy: whether it takes longer than the way to another thread and back, which is some
-                milliseconds beside an engine that computes.
         """
-        if not heavy:
-            return do()
-        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         self._thinking[tenant] += 1
         try:
             async with turn:

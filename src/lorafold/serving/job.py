@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from lorafold.engine import Ended, Request, Stream, Token
 from lorafold.engine.sampler import NOT_FINITE
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
-from lorafold.serving.registry import Chosen
+from lorafold.serving.rendering import Chosen
 from lorafold.serving.settings import Limits
 
 
@@ -113,14 +113,22 @@ class Reply:
 
     Args:
         id: the server's name of the request.
-        texts: how many prompts there are; each has as many completions.
-        chosen: what it runs under.
     """
 
-    def __init__(self, id: str, texts: int, chosen: Chosen) -> None:
-        self.id, self.texts, self.chosen, self.created = id, texts, chosen, int(time.time())
+    def __init__(self, id: str) -> None:
+        self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
-        self.jobs: list[Job] = []
+        self.texts, self.jobs = 0, list[Job]()
+
+    def runs(self, chosen: Chosen, texts: int, jobs: list[Job]) -> None:
+        """Set what it runs under, and its completions, of which each prompt has as many.
+
+        Args:
+            chosen: what it runs under.
+            texts: how many prompts there are.
+            jobs: the completions.
+        """
+        self.chosen, self.texts, self.jobs = chosen, texts, jobs
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
         """Every event with the number of its completion. Raises Refusal for one that fails."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
-from transformers import PreTrainedTokenizerBase
-
+from lorafold.data.calls import parse_calls
+from lorafold.data.forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
 from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Message, Tool
+from lorafold.data.reasoning import block_of
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
 from lorafold.data.shown import HELP, check_able, check_shown
@@ -19,9 +21,6 @@ from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
 from lorafold.serving.wire.schema import check, held
 
-OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
-        "raise_exception", "strftime_now"}  # fmt: skip
-
 
 class Renderer:
     """The tokenizer of the base, or of adapters.
@@ -29,18 +28,28 @@ class Renderer:
     Args:
         tokenizer: with a chat template.
         ends: the tokens that end a completion.
+        variables: the variables of the template that a caller may set.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]
+    ) -> None:
         self.tokenizer, self.ends, self.shown = tokenizer, ends, Tokens(tokenizer)
-        try:
-            tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-                str(tokenizer.get_chat_template())
-            )
-            self.variables = frozenset(meta.find_undeclared_variables(tree)) - OURS
-            self.variables -= tokenizer.special_tokens_map.keys()
-        except TemplateError:  # tags of transformers' own
-            self.variables = frozenset()
+        self.variables = variables
+
+    def probe(self) -> None:
+        """Find out how the template writes tools, calls and reasoning, which reading an answer back
+        needs to know at once.
+        """
+        called: Message = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
+        asked = Conversation([ASKED, called], 0, (PROBE_TOOL,))
+        for look in (
+            lambda: check_able(asked, self.tokenizer),
+            lambda: block_of(self.tokenizer),
+            lambda: parse_calls(VALUE, self.tokenizer),
+        ):
+            with suppress(LorafoldError):
+                look()
 
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
@@ -124,3 +133,14 @@ class Renderer:
             rules.append(f"answer: %json {schema}")
         either = "" if schema is None else " | answer"
         return "\n".join([f"start: {' '.join(literal)}{either}", *rules])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a request runs under: the adapter's name, or the base's, its version in the engine, None
+    for the base, and what renders it.
+    """
+
+    name: str
+    key: str | None
+    renderer: Renderer

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
 import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 
+from lorafold.core.anatomy import bare_modules
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
+from lorafold.models import fingerprint
+from lorafold.screening.screen import Screen
 from lorafold.serving import kept, logs
 from lorafold.serving.app import application
 from lorafold.serving.desk import Desk
@@ -35,9 +41,11 @@ from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
 from lorafold.serving.renderers import Renderers
+from lorafold.serving.seen import Seen
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent, beside
+from lorafold.serving.verifier import Verifier
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +103,7 @@ def serve(
         settings.keys, settings.admin_key, settings.metrics_key
     )
     with listening(settings) as at:
-        server = server_of(base, directory, keys, settings, console)
+        server = server_of(base, directory, keys, settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
@@ -105,17 +113,14 @@ def serve(
         asyncio.run(_run(server, at))
 
 
-def server_of(
-    base: Base, directory: Directory, keys: Keys, settings: Settings, console: Console
-) -> Server:
-    """A server that is ready to start: the model is loaded, and every adapter verified.
+def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) -> Server:
+    """A server that is ready to start: the model is loaded, and adapters are verified once it runs.
 
     Args:
         base: the model.
         directory: the adapters.
         keys: who may call.
         settings: everything else.
-        console: for what the user has to know.
     """
     model, tokenizer = base.load()
     room = settings.adapter_bytes or free_bytes(model.device) // 2
@@ -131,11 +136,13 @@ def server_of(
         )  # fmt: skip
 
     state = settings.state or directory.beside / kept.FILE
-    renderers = Renderers(model, tokenizer)
-    registry = Registry(base.name, directory, state, renderers)
+    screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
+    renderers = Renderers(model, tokenizer, screen)
+    seen = Seen(state.with_name(f"{state.stem}-verified.json"), _identity(model, screen, base.name))
+    verifier = Verifier(directory, screen, renderers, seen, base.name)
+    registry = Registry(base.name, directory, state, renderers.base, verifier)
     metrics, first = Metrics(), engine()
-    with console.status("verifying adapters") as status:
-        registry.open(first, lambda one: status.update(f"verifying {one}"))
+    registry.open(first)
     host = Host(first, engine, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
     _show_gauges(metrics, host)
@@ -143,6 +150,15 @@ def server_of(
     return Server(
         settings, keys, registry, host, Desk(host, registry, spent), metrics, spent
     )
+
+
+def _identity(model: PreTrainedModel, screen: Screen, name: str) -> str:
+    """The digest of all that the verification of an adapter depends on, beside its files."""
+    parts = [
+        version("lorafold"), name, screen.backend, fingerprint.of_model(model),
+        [[path, list(p.shape)] for path, p in model.named_parameters()],
+    ]  # fmt: skip
+    return sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 async def _run(server: Server, at: socket.socket) -> None:
@@ -216,12 +232,10 @@ def _tell(server: Server, address: str, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    names = sorted(registry.found)
+    names = registry.listed
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     several = "adapter" if len(names) == 1 else "adapters"
     say(f"base {registry.base}, {len(names)} {several}: {shown or 'none'}")
-    for name, why in registry.wrong.items():
-        say(f"not served: {name}: {why}")
     if others := registry.directory.others():
         say(f"no adapters: {', '.join(others)} (without adapter_config.json)")
     if registry.kept.unloaded:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
@@ -31,7 +31,6 @@ from lorafold.serving.wire.answers import event
 from lorafold.serving.wire.body import B, read_body
 
 T = TypeVar("T")
-LIGHT = 8192  # bytes of a body whose tokens take two milliseconds (a core of an AMD EPYC)
 log = logging.getLogger(__name__)
 
 
@@ -126,9 +125,8 @@ class Server:
             dialect: what is asked, and how it is answered.
         """
         record, asked = record_of(request), dialect.asked()
-        asked = replace(asked, heavy=asked.heavy or record.read > LIGHT)
         admitted = self.desk.admit(caller, id, record.started, asked)
-        reply = await (unless_left(request, admitted) if asked.heavy else admitted)
+        reply = await unless_left(request, admitted)
         record.reply, record.adapter = reply, reply.chosen.name
         record.version = reply.chosen.key or reply.chosen.name
         if self.settings.log_texts:

@@ -90,12 +90,11 @@ class Turn:
         """What is asked of the engine."""
         body = self.body
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        heavy = self._schema is not None or self._forced is not None
         free = self._forced is None and not self._mixed
         return Asked(
             body.model, self._prompts, self._field,
             body.sampling(logprobs=logprobs, schema=self._schema if free else None),
-            body.n, body.seed, body.max_new_tokens, not body.ignore_eos, heavy, self._grammar,
+            body.n, body.seed, body.max_new_tokens, not body.ignore_eos, self._grammar,
         )  # fmt: skip
 
     async def said(self, reply: Reply) -> AsyncIterator[Said]:

@@ -13,11 +13,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from lorafold.errors import LorafoldError, cut
+from lorafold.serving.aliases import Aliases
 from lorafold.serving.kept import Alias, Target
 from lorafold.serving.keys import ADMIN
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import REASON, Registry
 from lorafold.serving.routes.models import adapter, loads
+from lorafold.serving.seen import Found
 from lorafold.serving.server import Server, answer
 from lorafold.serving.wire.body import Body
 
@@ -74,7 +76,7 @@ class Pointed(Body):
 
 def routes(server: Server) -> APIRouter:
     """The router."""
-    router, registry = APIRouter(), server.registry
+    router, registry, aliases = APIRouter(), server.registry, Aliases(server.registry)
 
     async def done(change: Callable[[], Any]) -> Any:
         """Make a change beside the event loop. Raises Refusal for one that can't be made."""
@@ -89,8 +91,12 @@ def routes(server: Server) -> APIRouter:
         server.admin(request)
         body = await server.body(request, Loaded)
         name = body.lora_name
-        await done(lambda: body.check(registry))
-        found = await done(lambda: registry.load(name))
+
+        def load_now() -> Found:
+            body.check(registry)
+            return registry.load(name)
+
+        found = await done(load_now)
         return answer({"id": name, "digest": found.digest, "status": "loaded"})
 
     @router.post("/v1/unload_lora_adapter")
@@ -106,9 +112,15 @@ def routes(server: Server) -> APIRouter:
         """All adapters: those that are served, that were unloaded, and that are wrong, and why."""
         server.admin(request)
         load = loads(server)
+
+        def listed() -> list[dict[str, Any]]:
+            return [adapter(server, one, load) for one in list(registry.found.values())]
+
         return answer(
             {
-                "adapters": [adapter(server, one, load) for one in list(registry.found.values())],
+                "adapters": await done(listed),
+                "unverified": registry.listed,
+                "notes": {n: f.note for n, f in list(registry.found.items()) if f.note},
                 "unloaded": registry.kept.unloaded,
                 "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
                 "wrong": registry.wrong,
@@ -136,15 +148,15 @@ def routes(server: Server) -> APIRouter:
         server.admin(request)
         body = await server.body(request, Pointed)
         if body.rollback:
-            return answer(told(name, await done(lambda: registry.roll_back(name))))
+            return answer(told(name, await done(lambda: aliases.roll_back(name))))
         targets = body.read()
-        return answer(told(name, await done(lambda: registry.point(name, targets))))
+        return answer(told(name, await done(lambda: aliases.point(name, targets))))
 
     @router.delete("/admin/aliases/{name}")
     async def drop(request: Request, name: str) -> Response:
         """Forget an alias."""
         server.admin(request)
-        await done(lambda: registry.drop(name))
+        await done(lambda: aliases.drop(name))
         return answer({"id": name, "status": "deleted"})
 
     return router

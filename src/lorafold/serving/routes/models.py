@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.serving.directory import Found
 from lorafold.serving.gauges import state_of
 from lorafold.serving.metrics import Use
+from lorafold.serving.seen import Found
 from lorafold.serving.server import Server, answer
 
 
@@ -21,28 +21,36 @@ def routes(server: Server) -> APIRouter:
     async def models(request: Request) -> Response:
         """Every model that the caller may name."""
         caller = server.caller(request)
-        load = loads(server)
-        listed = [base(server, load)] if caller.base else []
-        listed += [
-            adapter(server, found, load)
-            for found in sorted(list(registry.found.values()), key=lambda one: one.name)
-            if caller.may(found.name)
-        ]
-        listed += [
-            alias(server, name) for name in sorted(registry.kept.aliases) if caller.may(name)
-        ]
-        return answer({"object": "list", "data": listed})
+
+        def listed() -> list[dict[str, Any]]:
+            load = loads(server)
+            found = [base(server, load)] if caller.base else []
+            known = dict(registry.found)
+            for name in sorted({*known, *registry.listed}):
+                if caller.may(name) and name in known:
+                    found.append(adapter(server, known[name], load))
+                elif caller.may(name):
+                    found.append(unverified(server, name))
+            aliases = sorted(registry.kept.aliases)
+            return [*found, *(alias(server, name) for name in aliases if caller.may(name))]
+
+        found = await server.host.think(listed, caller.tenant)
+        return answer({"object": "list", "data": found})
 
     @router.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
         """One of them."""
-        caller, load = server.caller(request), loads(server)
-        if model == registry.base and caller.base:
-            return answer(base(server, load))
-        if model in registry.kept.aliases and caller.may(model):
-            return answer(alias(server, model))
-        found = registry.version(caller, model)
-        return answer(adapter(server, found, load))
+        caller = server.caller(request)
+
+        def shown() -> dict[str, Any]:
+            load = loads(server)
+            if model == registry.base and caller.base:
+                return base(server, load)
+            if model in registry.kept.aliases and caller.may(model):
+                return alias(server, model)
+            return adapter(server, registry.version(caller, model), load)
+
+        return answer(await server.host.think(shown, caller.tenant))
 
     return router
 
@@ -86,6 +94,11 @@ def adapter(server: Server, found: Found, load: Counter[tuple[str, bool]]) -> di
         "page": registry.directory.page(found.name) is not None,
     }
     return _model(server, found.name) | about | _use(server, found.name, load)
+
+
+def unverified(server: Server, name: str) -> dict[str, Any]:
+    """An adapter that is still to be verified, as the list has it."""
+    return _model(server, name) | {"parent": server.registry.base, "state": "unverified"}
 
 
 def alias(server: Server, name: str) -> dict[str, Any]:

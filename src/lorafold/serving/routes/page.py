@@ -48,13 +48,16 @@ def routes(server: Server) -> APIRouter:
         router.add_api_route(path, page)
 
     async def shown(caller: Caller, name: str) -> Response:
-        known = name in registry.found and caller.may(name)
-        file = registry.directory.page(name) if known else None
-        if file is None:
-            told = f"adapter: found no {name[:80]!r} with a page that you may see"
-            raise Refusal(404, "model_not_found", told, "model")
+        def content() -> bytes:
+            known = name in registry.found and caller.may(name)
+            file = registry.directory.page(name) if known else None
+            if file is None:
+                told = f"adapter: found no {name[:80]!r} with a page that you may see"
+                raise Refusal(404, "model_not_found", told, "model")
+            return file.read_bytes()
+
         headers = {"Content-Security-Policy": SHUT, "X-Content-Type-Options": "nosniff"}
-        found = await server.host.think(file.read_bytes, caller.tenant)
+        found = await server.host.think(content, caller.tenant)
         return Response(found, media_type="text/html; charset=utf-8", headers=headers)
 
     @router.get("/v1/adapters/{name}/page")

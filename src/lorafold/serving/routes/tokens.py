@@ -30,19 +30,19 @@ def routes(server: Server) -> APIRouter:
         caller = server.caller(request)
         body = await server.body(request, Tokenize)
         server.desk.check_room(caller.tenant, 1)
-        renderer = renderer_of(caller, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("prompt", "expected either prompt or messages")
 
-        def tokens() -> tuple[int, ...]:
+        def tokens() -> tuple[Renderer, tuple[int, ...]]:
+            renderer = renderer_of(caller, body.model)
             if body.prompt is not None:
-                return renderer.tokens(body.prompt, body.add_special_tokens)
+                return renderer, renderer.tokens(body.prompt, body.add_special_tokens)
             chat = Chat(model="", messages=body.messages or [], tools=body.tools)
             limits = server.settings.limits
             text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
-            return renderer.tokens(text, special=False)
+            return renderer, renderer.tokens(text, special=False)
 
-        found = await unless_left(request, server.host.think(tokens, caller.tenant))
+        renderer, found = await unless_left(request, server.host.think(tokens, caller.tenant))
         told: dict[str, Any] = {
             "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
         }  # fmt: skip
@@ -56,9 +56,11 @@ def routes(server: Server) -> APIRouter:
         caller = server.caller(request)
         body = await server.body(request, Detokenize)
         server.desk.check_room(caller.tenant, 1)
-        renderer = renderer_of(caller, body.model)
-        thinking = server.host.think(lambda: renderer.text(body.tokens), caller.tenant)
-        text = await unless_left(request, thinking)
-        return answer({"prompt": text})
+
+        def text() -> str:
+            return renderer_of(caller, body.model).text(body.tokens)
+
+        found = await unless_left(request, server.host.think(text, caller.tenant))
+        return answer({"prompt": found})
 
     return router

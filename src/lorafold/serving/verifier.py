@@ -1,0 +1,117 @@
+"""Whether an adapter may be served: its files, its tokenizer, and that it fits the base.
+
+What comes with it is read in processes that can be ended (`lorafold.screening`); only then are its
+configuration and its record interpreted here, from bytes of the digest that was verified there.
+Adapters that differ in nothing but their values fit the base if one of them does. What was found is
+kept for as long as no file is touched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorafold.engine import Engine
+from lorafold.errors import LorafoldError
+from lorafold.files.card import OVER, VOCABULARY
+from lorafold.files.contents import Contents
+from lorafold.files.record import RECORD
+from lorafold.peft.config import CONFIG, read_config
+from lorafold.peft.directory import FILES
+from lorafold.peft.form import DROPOUT
+from lorafold.peft.stack import parse
+from lorafold.screening.screen import Screen, Verified
+from lorafold.serving.directory import Directory
+from lorafold.serving.renderers import Renderers
+from lorafold.serving.rendering import Renderer
+from lorafold.serving.seen import Found, Seen
+from lorafold.translating.peft_config import name_of
+
+TOLD = ("base", OVER, DROPOUT, VOCABULARY)  # fields of the record that say how to read an adapter
+
+
+class Verifier:
+    """Verifies the adapters of one server. Any thread may call it.
+
+    Args:
+        directory: the adapters.
+        screen: reads what came with them.
+        renderers: opens their tokenizers.
+        seen: what was verified before.
+        base: the name of the base.
+    """
+
+    def __init__(
+        self, directory: Directory, screen: Screen, renderers: Renderers, seen: Seen, base: str
+    ) -> None:
+        self.directory, self.seen = directory, seen
+        self._screen, self._renderers, self._base = screen, renderers, base
+        self._forms = seen.forms()
+
+    def find(self, name: str, engine: Engine, afresh: bool = False) -> Found:
+        """The adapter of a name, verified. Raises LorafoldError for one that can't be served.
+
+        Args:
+            name: its name.
+            engine: what it has to fit.
+            afresh: read it even if nothing was touched since it was read last.
+        """
+        marks = self.directory.marks(name)
+        known = None if afresh else self.seen.find(name, marks)
+        if known is not None:
+            return known
+        path = self.directory.locate(name)
+        verified = self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
+        found = self._read(name, path, verified)
+        if afresh or found.form not in self._forms:
+            engine.verify(found.key, path, found.digest)
+            self._forms.add(found.form)
+        self.seen.put(found, marks)
+        return found
+
+    def renderer(self, found: Found) -> Renderer:
+        """What renders the adapter's requests. Raises LorafoldError if its tokenizer is another one
+        by now.
+        """
+        if not found.tokenizer:
+            return self._renderers.base
+        files = self.directory.tokenizer(found.name)
+        if files is None or files.digest != found.tokenizer:
+            raise LorafoldError(f"{found.name}: its tokenizer changed; load it again")
+        return self._renderers.of(files)
+
+    def close(self) -> None:
+        """End the processes, and keep what was found."""
+        self._screen.close()
+        self.seen.save()
+
+    def _read(self, name: str, path: Path, verified: Verified) -> Found:
+        """What an adapter says it is, from the bytes that were verified."""
+        small = Contents(path, (CONFIG, RECORD))
+        if any(verified.digests.get(file) != own for file, own in small.digests.items()):
+            raise LorafoldError(f"{path} changes while it is read; load it again")
+        config = small.object(CONFIG)
+        if config.get("task_type") == "SEQ_CLS":
+            raise LorafoldError(
+                "found an adapter of a classifier or a reward model, expected one of a language"
+                " model"
+            )
+        for origin in parse(small.record):
+            self.directory.below(origin, path)
+        spec = read_config(config)[0]
+        files = self.directory.tokenizer(name)
+        if files is not None:
+            self._renderers.of(files)
+        rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
+        base = str(config.get("base_model_name_or_path") or "")
+        return Found(
+            name=name, path=path, digest=verified.digest, method=name_of(spec), rank=rank,
+            base=base, form=verified.form, tokenizer="" if files is None else files.digest,
+            note="" if "base" in small.record else self._note(base),
+        )  # fmt: skip
+
+    def _note(self, base: str) -> str:
+        """A line for an adapter that names another base, and has no fingerprint to tell by."""
+        theirs, ours = (Path(each.rstrip("/")).name.lower() for each in (base, self._base))
+        if not base or theirs == ours:
+            return ""
+        return f"it names the base {base[:200]!a}, and is served on {self._base!a}, which it fits"
