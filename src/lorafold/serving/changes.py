@@ -57,17 +57,18 @@ def loads(server: Server) -> Counter[tuple[str, bool]]:
 
 def changed(before: Look, now: Look) -> set[str]:
     """The names of what is another thing now, or is there no longer, or is new."""
-    a, b = before.found, now.found
-    found = {name for name in a.keys() | b.keys() if a.get(name) is not b.get(name)}
+    old = before.found
+    found = {name for name, one in now.found.items() if old.get(name) is not one}
+    found |= old.keys() - now.found.keys()
     versions = {key.partition("@")[0] for key in _differing(before.warm, now.warm)}
     loaded = {name for name, _ in _differing(before.load, now.load)}
     names = found | versions | loaded | (before.listed ^ now.listed)
     names |= _differing(before.wrong, now.wrong) | _differing(before.uses, now.uses)
     if before.kept is not now.kept:
-        old, new = before.kept, now.kept
-        names |= {*old.pinned} ^ {*new.pinned} | {*old.unloaded} ^ {*new.unloaded}
-        names |= _differing(old.quarantined, new.quarantined)
-        names |= _differing(old.aliases, new.aliases)
+        a, b = before.kept, now.kept
+        names |= {*a.pinned} ^ {*b.pinned} | {*a.unloaded} ^ {*b.unloaded}
+        names |= _differing(a.quarantined, b.quarantined)
+        names |= _differing(a.aliases, b.aliases)
     return names
 
 

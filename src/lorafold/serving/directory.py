@@ -140,13 +140,13 @@ class Directory:
 
     def page(self, name: str) -> Path | None:
         """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
-        file = self.beside / f"{name}.html"
+        file = f"{self.beside}/{name}.html"
         try:
-            about = file.lstat()
+            about = os.lstat(file)
         except OSError:
             return None
         own = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
-        return file if own and about.st_size <= PAGE else None
+        return Path(file) if own and about.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
         """Where an adapter is. Raises LorafoldError for a name that leads nowhere, or elsewhere."""
