@@ -17,7 +17,8 @@ import pytest
 
 from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
-from lorafold.serving.registry import Target
+from lorafold.serving.aliases import Aliases
+from lorafold.serving.kept import Target
 from serving_cases import Running, running, saved
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
@@ -39,7 +40,8 @@ def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def site(tiny_model_dir: Any, adapters: Path) -> Iterator[Running]:
     with running(tiny_model_dir("llama"), adapters) as server:
-        server.parts.registry.point("newest", (Target(adapter="lora"),))
+        assert server.parts.registry.sweep.settled(30)
+        Aliases(server.parts.registry).point("newest", (Target(adapter="lora"),))
         yield server
 
 
@@ -204,7 +206,7 @@ def test_the_table_has_every_model_and_follows_it_without_losing_the_focus(
         site.parts.registry.load(name)
     sync.expect(rows).to_have_count(4)
     assert "path=/v1/chat/completions" in caplog.text
-    assert "path=/v1/models" not in caplog.text  # it is asked for once a second
+    assert "path=/v1/models" not in caplog.text  # it is listened to all the time
 
 
 def test_what_is_refused_is_told_as_text(visit: Any) -> None:

@@ -64,7 +64,8 @@ async function called(path, options, sent = key.get()) {
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  throw new Refusal(error ?? { message: `the server answered ${response.status}` }, response.status);
+  const told = error ?? { message: `the server answered ${response.status}` };
+  throw new Refusal(told, response.status);
 }
 
 async function* lines(stream) {

@@ -1,4 +1,5 @@
-// One question to two models at once, and how their answers differ. Each side sends its own answers back as its conversation.
+// One question to two models at once, and how their answers differ. Each side sends its own answers
+// back as its conversation.
 
 import { Answer, following } from "./answer.js";
 import { compared } from "./difference.js";

@@ -37,8 +37,8 @@ function refresh(model) {
   managed = model;
   const { id, state, pinned, digest, why } = model;
   $("manage-title").textContent = id ?? "New alias";
-  $("manage-state").textContent =
-    state === "alias" ? "" : `${state}${pinned ? ", pinned" : ""}${digest ? `, ${digest.slice(0, 12)}` : ""}`;
+  const about = [state, pinned && "pinned", digest?.slice(0, 12)].filter(Boolean).join(", ");
+  $("manage-state").textContent = state === "alias" ? "" : about;
   $("manage-why").textContent = why ?? "";
   const served = !["wrong", "unloaded", "gone"].includes(state);
   const may = { load: true, pin: served && !pinned, unpin: served && pinned };
@@ -50,7 +50,9 @@ function refresh(model) {
 const ACTS = {
   load: (name) => order("POST", "v1/load_lora_adapter", { lora_name: name }),
   unload: (name) => order("POST", "v1/unload_lora_adapter", { lora_name: name }),
-  ...Object.fromEntries(["pin", "unpin", "quarantine"].map((act) => [act, (name) => acted(name, act)])),
+  pin: (name) => order("POST", `${adapterPath(name)}:pin`),
+  unpin: (name) => order("POST", `${adapterPath(name)}:unpin`),
+  quarantine: (name) => order("POST", `${adapterPath(name)}:quarantine`),
   save: (name) => order("PUT", aliasPath(name), { targets: targets() }),
   rollback: (name) => order("PUT", aliasPath(name), { rollback: true }),
   delete: (name) => order("DELETE", aliasPath(name)),
@@ -61,7 +63,7 @@ const SURE = {
   delete: "Requests for this alias are refused from now on.",
 };
 
-const acted = (name, act) => order("POST", `admin/adapters/${encodeURIComponent(name)}:${act}`);
+const adapterPath = (name) => `admin/adapters/${encodeURIComponent(name)}`;
 
 const aliasPath = (name) => `admin/aliases/${encodeURIComponent(name)}`;
 
@@ -76,7 +78,8 @@ async function act(button) {
     if (["save", "rollback", "delete"].includes(act)) dialog.close();
     else tell(`Done: ${act}.`);
   } catch (error) {
-    tell(error instanceof Refusal ? error.message : `The server did not answer: ${error.message}`, true);
+    const refused = error instanceof Refusal;
+    tell(refused ? error.message : `The server did not answer: ${error.message}`, true);
   }
   dialog.ariaBusy = "false";
 }

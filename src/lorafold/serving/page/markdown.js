@@ -46,9 +46,10 @@ function blocks(lines) {
     const from = at++;
     if (!line.trim()) continue;
     if (fence) {
-      const ends = (one) => one.trim().startsWith(fence[1]) && !one.trim().replaceAll(fence[1][0], "");
-      while (at < lines.length && !ends(lines[at])) at++;
-      found.push({ kind: "code", language: fence[2], lines: lines.slice(from + 1, at++) });
+      const [, marks, language] = fence;
+      const ends = (one) => one.startsWith(marks) && !one.replaceAll(marks[0], "");
+      while (at < lines.length && !ends(lines[at].trim())) at++;
+      found.push({ kind: "code", language, lines: lines.slice(from + 1, at++) });
     } else if (HEADING.test(line)) {
       const [, marks, title] = HEADING.exec(line);
       const lines = [title.replace(/ #+ *$/, "")];
@@ -64,7 +65,8 @@ function blocks(lines) {
       const goesOn = (k) => !lines[k].trim() || /^ {2}/.test(lines[k])
         || (lines[k - 1].trim() && !begins(lines[k]));
       while (at < lines.length && goesOn(at)) at++;
-      const within = lines.slice(from + 1, at).map((one) => one.replace(/^ +/, (s) => s.slice(wide)));
+      const further = lines.slice(from + 1, at);
+      const within = further.map((one) => one.replace(/^ +/, (s) => s.slice(wide)));
       const ordered = /\d/.test(mark);
       const last = found.at(-1);
       if (last?.kind !== "list" || last.ordered !== ordered) {
