@@ -62,9 +62,9 @@ function name(models) {
   const usable = models.filter(({ state }) => state !== "wrong" && state !== "unloaded");
   usable.sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1));
   const now = usable.map((model) => model.id).join(" ");
+  $("chat").hidden = !usable.length;
   if (now === names) return;
   names = now;
-  $("chat").hidden = !usable.length;
   if (usable.length) offer(usable);
   const adapters = usable.filter((model) => rank(model) === 1).length;
   const told = `${adapters.toLocaleString("en")} ${adapters === 1 ? "adapter" : "adapters"}`;
@@ -75,9 +75,8 @@ const rank = (model) => (model.parent === null ? 0 : model.state === "alias" ? 2
 
 function unlock(sees) {
   administrator = sees;
-  names = "";
   $("door").hidden = true;
-  $("parts").hidden = $("chat").hidden = $("adapters").hidden = false;
+  $("parts").hidden = $("adapters").hidden = false;
   $("forget").hidden = !key.get();
   $("administer").hidden = administrator;
   $("new-alias").hidden = !administrator;
