@@ -137,13 +137,14 @@ class Feed:
         for view in views:
             seen = [name for name in names if sees(server, view.caller, name)]
             models = {name: described(server, name, now, view.admin) for name in seen}
-            told: dict[str, Any] = {
-                "object": "changes",
-                "data": [model for model in models.values() if model is not None],
-                "removed": [name for name, model in models.items() if model is None],
-            }
+            gone = [
+                name for name, model in models.items()
+                if model is None and described(server, name, before, view.admin)
+            ]  # fmt: skip
+            new = [model for model in models.values() if model is not None]
+            told: dict[str, Any] = {"object": "changes", "data": new, "removed": gone}
             if ready != status:
                 told["status"] = ready
-            if seen or ready != status:
+            if new or gone or ready != status:
                 found.append((view, event(told)))
         return found
