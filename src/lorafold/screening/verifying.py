@@ -149,7 +149,7 @@ def _header(content: bytes) -> dict[str, Any]:
     data = memoryview(content)[8 + size :]
     for name, about in header.items():
         known = isinstance(about, dict) and isinstance(about.get("dtype"), str)
-        places = about.get("data_offsets") if known else None
+        places: Any = about.get("data_offsets") if known else None
         pair = isinstance(places, list) and [type(place) for place in places] == [int, int]
         start, stop = places if pair else (0, -1)
         if not 0 <= start <= stop <= len(data):

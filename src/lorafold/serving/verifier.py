@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorafold.engine import Engine
+from lorafold.engine.adapters import Entry as Files
 from lorafold.errors import LorafoldError
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
@@ -63,7 +64,7 @@ class Verifier:
         verified = self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
         found = self._read(name, path, verified)
         if afresh or found.form not in self._forms:
-            engine.verify(found.key, path, found.digest)
+            engine.verify(Files(found.key, path, found.digest, 0))
             self._forms.add(found.form)
         self.seen.put(found, marks)
         return found
@@ -74,8 +75,10 @@ class Verifier:
         """
         if not found.tokenizer:
             return self._renderers.base
+        if (renderer := self._renderers.known(found.tokenizer)) is not None:
+            return renderer
         files = self.directory.tokenizer(found.name)
-        if files is None or files.digest != found.tokenizer:
+        if files is None or files.named != found.tokenizer:
             raise LorafoldError(f"{found.name}: its tokenizer changed; load it again")
         return self._renderers.of(files)
 
@@ -105,7 +108,7 @@ class Verifier:
         base = str(config.get("base_model_name_or_path") or "")
         return Found(
             name=name, path=path, digest=verified.digest, method=name_of(spec), rank=rank,
-            base=base, form=verified.form, tokenizer="" if files is None else files.digest,
+            base=base, form=verified.form, tokenizer="" if files is None else files.named,
             note="" if "base" in small.record else self._note(base),
         )  # fmt: skip
 
