@@ -26,6 +26,8 @@ from lorafold.files.contents import Contents
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
 DEPTH, STRINGS = 64, 1 << 20
 PATTERNS = 2.0  # seconds of the processor that all patterns may take
+# what stands around patterns of layers and of modules in `lorafold.peft` and `lorafold.core`
+FORMS = (r"(.*\.)?(%s)$", r"(^|.*\.)%s($|\..*)", r"(?:^|.*?\.)%s\.(\d+)\.")
 WEIGHTS = "adapter_model.safetensors"
 # by their names in safetensors: the integers as which they are read, and the bits of the exponent,
 # which are all set in a number that is not finite
@@ -113,12 +115,14 @@ def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
     begun = time.process_time()
     for field, pattern in _patterns(config):
         try:
-            whole, end = re.compile(pattern), re.compile(rf"(.*\.)?({pattern})$")
+            whole = re.compile(pattern)
+            forms = [re.compile(form % pattern) for form in FORMS]
         except (re.error, RecursionError, OverflowError) as error:
             raise LorafoldError(f"{field}: found no regular expression ({error})") from None
         for path in modules:
             whole.fullmatch(path)
-            end.match(path)
+            for form in forms:
+                form.match(path)
             if time.process_time() - begun > PATTERNS:
                 raise LorafoldError(
                     f"{field}: its patterns take more than {PATTERNS:g} s to match the base's"
