@@ -25,9 +25,16 @@ from lorafold.files.contents import Contents
 
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
 DEPTH, STRINGS = 64, 1 << 20
-PATTERNS = 2.0  # seconds of the processor that all patterns may take
-# what stands around patterns of layers and of modules in `lorafold.peft` and `lorafold.core`
-FORMS = (r"(.*\.)?(%s)$", r"(^|.*\.)%s($|\..*)", r"(?:^|.*?\.)%s\.(\d+)\.")
+PATTERNS, ONE = 1.0, 0.05  # seconds of the processor that all patterns may take, and one match
+# fields with patterns, and what stands around one in `lorafold.peft` and `lorafold.core`
+FORMS = {
+    "target_modules": r"(?:%s)\Z",
+    "exclude_modules": r"(?:%s)\Z",
+    "rank_pattern": r"(.*\.)?(%s)$",
+    "alpha_pattern": r"(.*\.)?(%s)$",
+    "modules_to_save": r"(^|.*\.)%s($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.)%s\.(\d+)\.",
+}
 WEIGHTS = "adapter_model.safetensors"
 # by their names in safetensors: the integers as which they are read, and the bits of the exponent,
 # which are all set in a number that is not finite
@@ -112,33 +119,28 @@ def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
     """Try the configuration's patterns on the base's modules. One that never ends is ended with the
     process.
     """
-    begun = time.process_time()
+    begun = before = time.process_time()
     for field, pattern in _patterns(config):
         try:
-            whole = re.compile(pattern)
-            forms = [re.compile(form % pattern) for form in FORMS]
+            form = re.compile(FORMS[field] % pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise LorafoldError(f"{field}: found no regular expression ({error})") from None
         for path in modules:
-            whole.fullmatch(path)
-            for form in forms:
-                form.match(path)
-            if time.process_time() - begun > PATTERNS:
-                raise LorafoldError(
-                    f"{field}: its patterns take more than {PATTERNS:g} s to match the base's"
-                    " modules"
-                )
+            form.match(path)
+            now = time.process_time()
+            if now - before > ONE or now - begun > PATTERNS:
+                told = "its patterns take too long to match the base's modules"
+                raise LorafoldError(f"{field}: {told}")
+            before = now
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    for field in FORMS:
         value = config.get(field)
         patterned = field in ("layers_pattern", "modules_to_save")  # else a list has names
-        given = value if isinstance(value, list) and patterned else [value]
+        many = isinstance(value, dict) or (isinstance(value, list) and patterned)
+        given: Any = value if many else [value]
         yield from ((field, pattern) for pattern in given if isinstance(pattern, str))
-    for field in ("rank_pattern", "alpha_pattern"):
-        value = config.get(field)
-        yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
 def _header(content: bytes) -> dict[str, Any]:
