@@ -83,9 +83,10 @@ class Running:
         key: str | None = None,
         method: str | None = None,
         headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
     ) -> Answer:
         """One request, with a body of JSON, or of bytes as they are."""
-        at = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        at = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if body is not None else {}
         given |= {"Authorization": f"Bearer {key}"} if key else {}
