@@ -29,6 +29,7 @@ from lib.results import keep, markdown
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 STEP = 0.005  # seconds between two looks at how late it is
+LATE = 0.15  # seconds after which the stacks of all threads are kept
 
 
 def late(seconds: Sequence[float]) -> dict[str, float]:
@@ -42,8 +43,10 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
     """Serve until something comes through the pipe; it gets the port, and at the end how late the
     event loop and a thread were.
     """
+    import faulthandler
     import logging
 
+    from lorafold.machine.collection import imports_set_aside
     from serving_cases import running
 
     logging.basicConfig(filename=folder.parent / "server.log", level=logging.INFO)
@@ -51,8 +54,11 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
     thread: list[float] = []
     ended = threading.Event()
 
+    stacks = (folder.parent / "stacks.log").open("w")
+
     async def watch() -> None:
         while True:
+            faulthandler.dump_traceback_later(LATE, file=stacks)  # of all threads, unless called
             began = time.perf_counter()
             await asyncio.sleep(STEP)
             loop.append(time.perf_counter() - began - STEP)
@@ -63,7 +69,7 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
             time.sleep(STEP)
             thread.append(time.perf_counter() - began - STEP)
 
-    with running(base, folder) as server:
+    with imports_set_aside(), running(base, folder) as server:  # as the command does
         on = server.parts.host._loop
         watching = asyncio.run_coroutine_threadsafe(watch(), on)
         threading.Thread(target=watch_thread, daemon=True).start()
@@ -71,6 +77,7 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
         pipe.recv()
         ended.set()
         watching.cancel()
+        faulthandler.cancel_dump_traceback_later()
         pipe.send((loop, thread))
 
 
@@ -154,6 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="*", help="the names of some, instead of all")
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--stacks", type=Path, help="where to copy the stacks of late moments")
     asked = parser.parse_args()
     from conftest import make_model_dir
     from hostile_cases import CASES, MOVING, moving
@@ -176,6 +184,8 @@ def main() -> None:
         finally:
             stop()
         log = (at / "server.log").read_text(errors="replace")
+        if asked.stacks is not None:
+            asked.stacks.write_text((at / "stacks.log").read_text() + log)
     told = {n: found["wrong"].get(n, "")[:200] for n in names}
     missed = [c.name for c in chosen if c.wrong and not told[c.name]]
     print(json.dumps({"told": told, "faults": faults, "log": log.count("Traceback")}, indent=1))

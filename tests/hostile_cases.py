@@ -232,7 +232,7 @@ def config_list(at: Path) -> None:
 @either
 def config_surrogate(at: Path) -> None:
     """A text that can't be written as UTF-8, wherever it is told or kept."""
-    raw(at, '"revision": null', '"revision": null, "base_model_name_or_path": "\\ud800"')
+    config(at, base_model_name_or_path="\ud800")
 
 
 @wrong
