@@ -17,7 +17,8 @@ import pytest
 
 from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
-from lorafold.serving.registry import Target
+from lorafold.serving.aliases import Aliases
+from lorafold.serving.kept import Target
 from serving_cases import Running, running, saved
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
@@ -39,7 +40,7 @@ def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def site(tiny_model_dir: Any, adapters: Path) -> Iterator[Running]:
     with running(tiny_model_dir("llama"), adapters) as server:
-        server.parts.registry.point("newest", (Target(adapter="lora"),))
+        Aliases(server.parts.registry).point("newest", (Target(adapter="lora"),))
         yield server
 
 

@@ -10,7 +10,7 @@ takes 0.2 ms for 10 MB, where CRC-32 takes 1.4 (two cores of an AMD EPYC).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafold.engine.adapters import Held
+from lorafold.engine.adapters import Entry, Held
 from lorafold.errors import LorafoldError
 
 Status = Literal["cold", "loading", "resident", "quarantined"]
@@ -76,6 +76,15 @@ def evict(states: Iterable[State], nbytes: int) -> int | None:
         if nbytes > 0:
             state.held, nbytes, left = None, nbytes - n, left + 1
     return left
+
+
+def balanced(states: Mapping[Entry, State], names: Mapping[str, Entry]) -> None:
+    """Raise AssertionError if the books of these entries do not balance."""
+    for entry, state in states.items():
+        assert 0 <= state.leases <= state.references, entry
+        assert not state.leases or state.held, f"{entry}: leased, not resident"
+        current = names.get(entry.name) == entry
+        assert current or state.references or state.future, f"{entry}: left over"
 
 
 def look(states: Iterable[State], now: int) -> bool:

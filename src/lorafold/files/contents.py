@@ -75,6 +75,11 @@ class Contents:
         """The SHA-256 over the names and the contents of all files, in hexadecimal."""
         return self.digest_of(self.files)
 
+    @property
+    def named(self) -> str:
+        """The same without the manifest, which tells of other files too."""
+        return self.digest_of(self.names)
+
     def digest_of(self, names: Iterable[str]) -> str:
         """The same over those of the named files that exist."""
         found = ((name, self.files[name]) for name in names if name in self.files)

@@ -75,6 +75,13 @@ class Opened:
     ) -> str:  # fmt: skip
         """A conversation, as the template writes it. Raises jinja2's TemplateError, as templates do
         that refuse one.
+
+        Args:
+            messages: the messages.
+            tools: the tools, or None.
+            tokenize: False; texts alone are made.
+            add_generation_prompt: whether the assistant's next turn is opened.
+            variables: further variables of the template.
         """
         given = {
             "messages": list(messages), "tools": tools,

@@ -79,7 +79,15 @@ class Templates:
         self, path: str, files: Sequence[str], digest: str, messages: list[Any], tools: Any,
         add_generation_prompt: bool, variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """A conversation, as the template writes it. Raises as the template does."""
+        """A conversation, as the template writes it. Raises as the template does.
+
+        Args:
+            path, files, digest: the tokenizer's, as for `open`.
+            messages: the messages, in the form that the template takes.
+            tools: the tools, or None.
+            add_generation_prompt: whether the assistant's next turn is opened.
+            variables: further variables of the template.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer(path, files, digest)
@@ -99,7 +107,13 @@ class Templates:
     def tokens(
         self, path: str, files: Sequence[str], digest: str, text: str, special: bool
     ) -> list[int]:
-        """The tokens of a text."""
+        """The tokens of a text.
+
+        Args:
+            path, files, digest: the tokenizer's, as for `open`.
+            text: the text.
+            special: whether it gets the tokens with which a text begins.
+        """
         tokenizer = self._tokenizer(path, files, digest)
         found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         if len(found) > TOKENS:
@@ -112,7 +126,7 @@ class Templates:
             return self._kept[digest]
         contents = Contents(path, files)
         contents.check_intact()
-        if contents.digest != digest:
+        if contents.named != digest:
             raise LorafoldError("the files of its tokenizer changed; load it again")
         tokenizer = _read(contents)
         ensure_chat_template(tokenizer)

@@ -219,7 +219,7 @@ def _places(header: Mapping[str, Any]) -> Iterator[tuple[str, int, int, str]]:
         if not isinstance(kind, str) or kind not in (*FLOATS, *OTHERS):
             told = f"found {kind!r:.80}, expected one of {', '.join((*FLOATS, *OTHERS))}"
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: dtype: {told}")
-        places = about.get("data_offsets")
+        places: Any = about.get("data_offsets")
         if not isinstance(places, list) or [type(place) for place in places] != [int, int]:
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found no data_offsets of two numbers")
         yield name, places[0], max(places), kind

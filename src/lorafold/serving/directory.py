@@ -30,7 +30,7 @@ from lorafold.peft.stack import parse
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
-TOKENIZERS, ENTRIES = 256 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
+TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
 # seconds for which what was written may be written again without a trace, and between looks then
 FRESH, PAUSE = 2.0, 0.25
 
@@ -165,6 +165,8 @@ class Directory:
             raise LorafoldError(
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
             )
+        if name not in self.names():
+            self._listed = 0.0, -1  # it may have come within a tick of the file system's clock
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
         path = self.path if self._single else self.path / name

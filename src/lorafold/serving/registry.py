@@ -31,6 +31,7 @@ from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier
 
 log = logging.getLogger(__name__)
+WARM = 16  # adapters that are read into memory before they are asked for
 REASON = 2000  # characters of why an adapter is wrong
 
 
@@ -49,7 +50,7 @@ class Registry:
         self, base: str, directory: Directory, file: Path, plain: Renderer, verifier: Verifier
     ) -> None:
         self.base, self.directory, self.file = base, directory, file
-        self._plain, self.verifier = plain, verifier
+        self.plain, self.verifier = plain, verifier
         self.kept: Kept = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
@@ -142,7 +143,7 @@ class Registry:
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
         if model == self.base and caller.base:
-            return Chosen(self.base, None, self._plain)
+            return Chosen(self.base, None, self.plain)
         alias = self.kept.aliases.get(model) if caller.may(model) else None
         if alias is None:
             found = self.version(caller, model)
@@ -260,7 +261,7 @@ class Registry:
                 self.engine.adapters.know(found.key, found.path, found.digest)
             pinned = name in self.kept.pinned
             self.engine.adapters.pin(found.key, pinned)
-            if pinned:
+            if pinned or len(self.found) < WARM:
                 self.engine.load(found.key, found.path, digest=found.digest, wait=False)
             self.found[name] = found
             if before is not None and before.key != found.key:

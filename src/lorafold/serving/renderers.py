@@ -43,12 +43,16 @@ class Renderers:
         self.base.probe()
         self._known: dict[str, Renderer] = {}
 
+    def known(self, digest: str) -> Renderer | None:
+        """The renderer of files with that digest, if they were opened before."""
+        return self._known.get(digest)
+
     def of(self, files: Contents) -> Renderer:
         """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
         they can't be read, or give a token of the base another number.
         """
-        found = self._known.get(files.digest) or self._opened(files)
-        return self._known.setdefault(files.digest, found)
+        found = self._known.get(files.named) or self._opened(files)
+        return self._known.setdefault(files.named, found)
 
     def _opened(self, files: Contents) -> Renderer:
         tokenizer = self._screen.open(files)

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 from lorafold.engine import Engine
+from lorafold.engine.adapters import Entry as Files
 from lorafold.errors import STOPS, LorafoldError, cut, place
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
@@ -78,7 +79,7 @@ class Verifier:
         verified = self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
         found = self._read(name, path, verified)
         if afresh or found.form not in self._forms:
-            engine.verify(found.key, path, found.digest)
+            engine.verify(Files(found.key, path, found.digest, 0))
             self._forms.add(found.form)
         self.seen.put(found, marks)
         return found
@@ -89,8 +90,10 @@ class Verifier:
         """
         if not found.tokenizer:
             return self._renderers.base
+        if (renderer := self._renderers.known(found.tokenizer)) is not None:
+            return renderer
         files = self.directory.tokenizer(found.name)
-        if files is None or files.digest != found.tokenizer:
+        if files is None or files.named != found.tokenizer:
             raise LorafoldError(f"{found.name}: its tokenizer changed; load it again")
         return self._renderers.of(files)
 
@@ -124,7 +127,7 @@ class Verifier:
         base = cut(str(config.get("base_model_name_or_path") or ""), NAMED)
         return Found(
             name=name, path=path, digest=verified.digest, method=name_of(spec), rank=rank,
-            base=base, form=verified.form, tokenizer="" if own is None else own.digest,
+            base=base, form=verified.form, tokenizer="" if own is None else own.named,
             note="" if "base" in small.record else self._note(base),
         )  # fmt: skip
 
