@@ -69,7 +69,7 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
             time.sleep(STEP)
             thread.append(time.perf_counter() - began - STEP)
 
-    with imports_set_aside(), running(base, folder) as server:  # as the command does
+    with imports_set_aside(), running(base, folder, waits=False) as server:  # as the command does
         on = server.parts.host._loop
         watching = asyncio.run_coroutine_threadsafe(watch(), on)
         threading.Thread(target=watch_thread, daemon=True).start()

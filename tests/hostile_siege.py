@@ -100,7 +100,7 @@ class Siege:
             self.check(0 < len(why) <= TOLD, f"{name}: a reason of {len(why)} characters")
         return found
 
-    def settle(self, seconds: float = 240) -> float:
+    def settle(self, seconds: float = 600) -> float:
         """Wait until none is left to verify; how long it took."""
         began = time.monotonic()
         while left := self.adapters["unverified"]:

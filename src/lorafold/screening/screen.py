@@ -25,13 +25,14 @@ BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 51
 
 @dataclass(frozen=True)
 class Verified:
-    """Files that were verified: their digest, that of each, and that of what adapters have in
-    common which differ in nothing but their values.
+    """Files that were verified: their digest, that of each, that of what adapters have in common
+    which differ in nothing but their values, and the largest dimension of a tensor.
     """
 
     digest: str
     digests: Mapping[str, str]
     form: str
+    widest: int
 
 
 class Screen:

@@ -46,8 +46,9 @@ def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     told: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the files of an adapter are: `digest`, `digests` by name, and `form`, which adapters
-    have in common that differ in nothing but their values. Raises LorafoldError.
+    """What the files of an adapter are: `digest`, `digests` by name, `form`, which adapters have in
+    common that differ in nothing but their values, and `widest`, the largest dimension of a tensor.
+    Raises LorafoldError.
 
     Args:
         modules: the paths of the base's modules.
@@ -68,13 +69,16 @@ def verified(
     there = [name for name in (config, record) if name in contents.files]
     read = {name: _json(name, contents.files[name], FIELDS) for name in there}
     _match(read[config], modules)
-    header = _header(contents.files[WEIGHTS]) if WEIGHTS in contents.files else ""
+    header, widest = "", 0
+    if WEIGHTS in contents.files:
+        header, widest = _header(contents.files[WEIGHTS])
     about = {name: read.get(record, {}).get(name) for name in told}
     form = json.dumps([read[config], header, about], sort_keys=True)
     return {
         "digest": contents.digest,
         "digests": contents.digests,
         "form": sha256(form.encode()).hexdigest(),
+        "widest": widest,
     }
 
 
@@ -185,9 +189,10 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
-def _header(content: bytes) -> str:
-    """The digest of the header of a safetensors file, which says where its tensors are. Raises
-    LorafoldError for one that does not fit the file exactly, or has values that are not finite.
+def _header(content: bytes) -> tuple[str, int]:
+    """The digest of the header of a safetensors file, which says where its tensors are, and their
+    largest dimension. Raises LorafoldError for a header that does not fit the file exactly, and for
+    values that are not finite.
     """
     size = int.from_bytes(content[:8], "little")
     if not 0 < size <= min(TEXT, len(content) - 8):
@@ -209,7 +214,11 @@ def _header(content: bytes) -> str:
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found NaN or infinity")
     if at != len(data):
         raise LorafoldError(f"{WEIGHTS}: found {len(data) - at:,} bytes after the last tensor")
-    return sha256(content[: 8 + size]).hexdigest()
+    shapes = [about.get("shape") for about in header.values()]
+    if not all(isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in shapes):
+        raise LorafoldError(f"{WEIGHTS}: found a shape that is none, expected whole numbers")
+    widest = max((n for shape in shapes for n in shape), default=0)
+    return sha256(content[: 8 + size]).hexdigest(), widest
 
 
 def _places(header: Mapping[str, Any]) -> Iterator[tuple[str, int, int, str]]:

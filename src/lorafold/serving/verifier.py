@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from lorafold.core.spec import Spec
 from lorafold.engine import Engine
 from lorafold.engine.adapters import Entry as Files
 from lorafold.errors import STOPS, LorafoldError, cut, place
@@ -18,6 +19,7 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
+from lorafold.methods.lokr import LoKr
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.peft.directory import FILES
 from lorafold.peft.form import DROPOUT
@@ -120,10 +122,12 @@ class Verifier:
         for origin in over:
             self.directory.below(origin, path)
         spec = read_config(config)[0]
+        if (rank := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
+            raise LorafoldError(f"r: found {rank:,}, which no tensor of its file has")
         own = self.directory.tokenizer(name)
         if own is not None:
             self._renderers.of(own)
-        rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
+        rank = getattr(_inner(spec), "rank", None)
         base = cut(str(config.get("base_model_name_or_path") or ""), NAMED)
         return Found(
             name=name, path=path, digest=verified.digest, method=name_of(spec), rank=rank,
@@ -137,3 +141,18 @@ class Verifier:
         if not base or theirs == ours:
             return ""
         return f"it names the base {base[:200]!a}, and is served on {self._base!a}, which it fits"
+
+
+def _inner(spec: Spec) -> Spec:
+    """The method that has the rank, which another one may lie around."""
+    inner: Spec = getattr(spec, "over", spec)
+    return inner
+
+
+def _largest_rank(spec: Spec) -> int:
+    """The largest rank that a method may have at a module, 0 for one without. Whatever is larger
+    than its tensors would be made before it is compared with them.
+    """
+    inner = _inner(spec)
+    ranks = [getattr(inner, "rank", 0), *getattr(inner, "rank_pattern", {}).values()]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
