@@ -163,11 +163,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--stacks", type=Path, help="where to copy the stacks of late moments")
     asked = parser.parse_args()
+    import lorafold as lf
     from conftest import make_model_dir
     from hostile_cases import CASES, MOVING, moving
     from serving_cases import saved
-
-    import lorafold as lf
 
     with ExitStack() as stack:
         at = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-")))

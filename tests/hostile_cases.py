@@ -1,5 +1,5 @@
-"""Adapters that mean harm: each function turns the copy of a good adapter into one, and says what it
-attacks.
+"""Adapters that mean harm: each function turns the copy of a good adapter into one, and says what
+it attacks.
 
     for case in CASES: case.make(folder, base)      an entry of the directory `folder`
     stop = moving(folder)                           files of it change from now on, until stop()
@@ -28,6 +28,7 @@ HELLO = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # what a probe has, and no request of a user
 PROBED = "{% if 'probe' in messages[0].content %}" + HELLO + "{% else %}"
 MANY = 10**6
+OFFSETS = "data_offsets"  # where a tensor begins and ends
 
 
 @dataclass(frozen=True)
@@ -507,7 +508,7 @@ def halves(kind: str, bits: bytes) -> Callable[[Path], None]:
     def alter(at: Path) -> None:
         def change(head: dict[str, Any], data: bytes) -> tuple[Any, bytes]:
             found = {
-                name: about | {"dtype": kind, "data_offsets": [n // 2 for n in about["data_offsets"]]}
+                name: about | {"dtype": kind, "data_offsets": [n // 2 for n in about[OFFSETS]]}
                 for name, about in head.items() if name != "__metadata__"
             }  # fmt: skip
             return found, bits * (len(data) // 4)
@@ -535,7 +536,7 @@ def weights_nan_f8(at: Path) -> None:
 
     def change(head: dict[str, Any], data: bytes) -> tuple[Any, bytes]:
         found = {
-            name: about | {"dtype": "F8_E4M3", "data_offsets": [n // 4 for n in about["data_offsets"]]}
+            name: about | {"dtype": "F8_E4M3", "data_offsets": [n // 4 for n in about[OFFSETS]]}
             for name, about in head.items() if name != "__metadata__"
         }  # fmt: skip
         return found, b"\x7f" * (len(data) // 4)
@@ -697,7 +698,7 @@ def file_many(at: Path) -> None:
 @either
 def name_newline(at: Path) -> None:
     """Names that write lines of a log, are no UTF-8, begin with a dash, or are very long."""
-    for name in (b"a\n12:00 served", b"\xff\xfe", b"-rf", b"n" * 200, "\u202e\u0000x"[:1].encode()):
+    for name in (b"a\n12:00 served", b"\xff\xfe", b"-rf", b"n" * 200, "\u202e".encode()):
         shutil.copytree(os.fsencode(at), os.fsencode(at.parent) + b"/" + name)
 
 
@@ -764,8 +765,8 @@ def record_over_text(at: Path) -> None:
 @wrong
 def record_base(at: Path) -> None:
     """A fingerprint of a hundred thousand weights."""
-    base = {f"w{i}": {"shape": [1], "dtype": "float32", "values": "00000000"} for i in range(100_000)}
-    record(at, base=base)
+    one = {"shape": [1], "dtype": "float32", "values": "00000000"}
+    record(at, base={f"w{i}": one for i in range(100_000)})
 
 
 @wrong
@@ -838,34 +839,65 @@ GIGABYTES = {
     "tojson": "{{ ([[0] * 1000] * 100000) | tojson }}",
 }
 template("loops", "Nested loops that never end.", LOOPS + ENDS)
-template("loops-later", "The same, in requests and not in probes.", PROBED + LOOPS + ENDS + "{% endif %}")
+template(
+    "loops-later", "The same, in requests and not in probes.", PROBED + LOOPS + ENDS + "{% endif %}"
+)
 for name, text in GIGABYTES.items():
     template(name, "A text or a list of gigabytes.", text)
     template(f"{name}-later", "The same, in requests.", PROBED + text + "{% endif %}")
-template("macro", "A macro that calls itself.", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
-template("include", "A template that includes itself.", "{% include 'chat_template' %}")
-template("import", "A template that imports itself.", "{% import 'chat_template' as t %}{{ t }}")
-template("loop-recursive", "A loop that is called for ever.", "{% for a in [0] recursive %}{{ loop([0]) }}{% endfor %}")
-template("parentheses", "Parentheses nested 50,000 deep.", "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}")
-template("blocks", "Blocks nested 3,000 deep.", "{% if 1 %}" * 3000 + "{% endif %}" * 3000)
-template("filters", "A chain of 20,000 filters.", "{{ 'a'" + " | upper" * 20_000 + " }}")
-template("minus", "A chain of 50,000 signs.", "{{ " + "-" * 50_000 + "1 }}")
-template("unclosed", "A hundred thousand opened expressions.", "{{" * 100_000)
-template("whitespace", "Whitespace that a lexer's patterns try in every way.", "{%" + " " * 100_000 + "-")
-template("escape", "Ways out of a sandbox.", "{{ ''.__class__.__mro__[1].__subclasses__() }}" + HELLO)
-template("globals", "The same by a function's globals.", "{{ raise_exception.__globals__ }}{{ cycler.__init__.__globals__.os.system('touch /tmp/hostile-ran') }}")
-template("four-megabytes", "A text of four million letters.", "{{ 'x' * 4000000 }}")
-template("unicode", "A text of millions of letters outside of ASCII.", "{{ '\U0001f600' * 4000000 }}")
-template("surrogate", "A text that is no UTF-8.", "{{ '\\ud800' }}" + HELLO)
-template("braces", "A call that begins at every letter.", "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ '{' * 300000 }}{% endfor %}{% endfor %}{{ tools }}")
-template("nested-call", "The same, nested.", "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ '{\"a\":' * 100000 }}{% endfor %}{% endfor %}{{ tools }}")
-template("large-mark", "A mark of calls of a million letters, which is a pattern later.", "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ ' a' * 500000 }}{{ c.function.name }} {{ c.function.arguments | tojson }}<end>{% endfor %}{% endfor %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}")
-template("raises", "An error of 50 MB.", "{{ raise_exception('x' * 50000000) }}")
-template("refuses", "An error of some letters of other kinds.", "{{ raise_exception('\\n\\x00\\x1b[31m') }}")
-template("file", "A template of 100 MB.", "x" * (100 << 20))
-template("almost", "A template of 7 MB.", "{# " + "x" * (7 << 20) + " #}" + HELLO)
-template("expressions", "A hundred thousand expressions.", "{{ 1 }}" * 100_000)
-template("random", "Another text each time.", "{{ range(99999) | random }}" + HELLO)
+
+
+def calls(before: str, arguments: str = "") -> str:
+    """A template that writes this before the name of a call and this after it."""
+    return (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        + before
+        + "{{ c.function.name }}"
+        + arguments
+        + "{% endfor %}{% endfor %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}"
+    )
+
+
+ARGUMENTS = " {{ c.function.arguments | tojson }}<end>"
+OUT = "{{ cycler.__init__.__globals__.os.system('touch /tmp/hostile-ran') }}"
+for name, attacks, text in (
+    ("macro", "A macro that calls itself.", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    ("include", "A template that includes itself.", "{% include 'chat_template' %}"),
+    ("import", "A template that imports itself.", "{% import 'chat_template' as t %}{{ t }}"),
+    (
+        "loop-recursive", "A loop that is called for ever.",
+        "{% for a in [0] recursive %}{{ loop([0]) }}{% endfor %}",
+    ),
+    (
+        "parentheses", "Parentheses nested 50,000 deep.",
+        "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    ),
+    ("blocks", "Blocks nested 3,000 deep.", "{% if 1 %}" * 3000 + "{% endif %}" * 3000),
+    ("filters", "A chain of 20,000 filters.", "{{ 'a'" + " | upper" * 20_000 + " }}"),
+    ("minus", "A chain of 50,000 signs.", "{{ " + "-" * 50_000 + "1 }}"),
+    ("unclosed", "A hundred thousand opened expressions.", "{{" * 100_000),
+    ("whitespace", "Spaces that a lexer's patterns try in every way.", "{%" + " " * 100_000 + "-"),
+    (
+        "escape", "Ways out of a sandbox.",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}" + HELLO,
+    ),
+    ("globals", "The same by a function's globals.", OUT),
+    ("four-megabytes", "A text of four million letters.", "{{ 'x' * 4000000 }}"),
+    ("unicode", "Millions of letters outside of ASCII.", "{{ '\U0001f600' * 4000000 }}"),
+    ("surrogate", "A text that is no UTF-8.", "{{ '\\ud800' }}" + HELLO),
+    ("braces", "A call that begins at every letter.", calls("", "{{ '{' * 300000 }}")),
+    ("nested-call", "The same, nested.", calls("", "{{ '{\"a\":' * 10000 }}")),
+    ("large-mark", "A mark of a million letters.", calls("{{ ' a' * 500000 }}", ARGUMENTS)),
+    ("wide-mark", "A mark of some thousand letters.", calls("{{ ' a' * 5000 }}", ARGUMENTS)),
+    ("raises", "An error of 50 MB.", "{{ raise_exception('x' * 50000000) }}"),
+    ("refuses", "An error of other letters.", "{{ raise_exception('\\n\\x00\\x1b[31m') }}"),
+    ("file", "A template of 100 MB.", "x" * (100 << 20)),
+    ("almost", "A template of 7 MB.", "{# " + "x" * (7 << 20) + " #}" + HELLO),
+    ("expressions", "A hundred thousand expressions.", "{{ 1 }}" * 100_000),
+    ("random", "Another text each time.", "{{ range(99999) | random }}" + HELLO),
+):  # fmt: skip
+    template(name, attacks, text)
 
 
 @wrong
@@ -886,8 +918,10 @@ def tokenizer_config_deep(at: Path, base: Path) -> None:
 def tokenizer_split(at: Path, base: Path) -> None:
     """A split by an expression that takes exponential time."""
     content = own(at, base)
-    split = {"type": "Split", "pattern": {"Regex": "((a+)+)+$|(x+x+)+y"}, "behavior": "Isolated", "invert": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    how = {"behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": "((a+)+)+$|(x+x+)+y"}} | how
+    both = [split, content["pre_tokenizer"]]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": both}
     (at / "tokenizer.json").write_text(json.dumps(content))
 
 
@@ -914,10 +948,10 @@ def words(n: int, size: int = 0) -> Callable[[Path, Path], None]:
     def alter(at: Path, base: Path) -> None:
         content = own(at, base)
         content["added_tokens"] += [
-            {"id": 300 + i, "content": f"<w{i}>" + "x" * size, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False, "special": i % 2 == 0}
+            content["added_tokens"][0]
+            | {"id": 300 + i, "content": f"<w{i}>" + "x" * size, "special": i % 2 == 0}
             for i in range(n)
-        ]  # fmt: skip
+        ]
         (at / "tokenizer.json").write_text(json.dumps(content))
 
     return alter

@@ -35,7 +35,6 @@ from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import loading_advice, mismatch, same
 
-
 ROOM = 1 << 26  # numbers that every adapter may have
 
 

@@ -1,5 +1,4 @@
-"""Deltas without their random start, and of a bounded size, for those whose values come from a file.
-"""
+"""Deltas without their random start, and of a bounded size: their values come from a file."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class unfilled(TorchFunctionMode):
             self._left -= math.prod(size)
             if self._left < 0:
                 raise LorafoldError(
-                    f"its config asks for tensors of more than {self._most:,} numbers, far more than"
-                    " its file has"
+                    f"its config asks for tensors of more than {self._most:,} numbers, far more"
+                    " than its file has"
                 )
         return function(*args, **given)

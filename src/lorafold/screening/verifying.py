@@ -134,7 +134,8 @@ def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
         depth, where, value = left.pop()
         yield depth, where, value
         if isinstance(value, dict):
-            left += [(depth + 1, where or key, each) for key, v in value.items() for each in (key, v)]
+            pairs = [(depth + 1, where or key, (key, inner)) for key, inner in value.items()]
+            left += [(below, name, each) for below, name, pair in pairs for each in pair]
         elif isinstance(value, list):
             left += [(depth + 1, where, inner) for inner in value]
 
