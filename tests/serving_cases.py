@@ -84,9 +84,10 @@ class Running:
         key: str | None = None,
         method: str | None = None,
         headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
     ) -> Answer:
         """One request, with a body of JSON, or of bytes as they are."""
-        at = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        at = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if body is not None else {}
         given |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -127,6 +128,7 @@ def running(
     folder: Path,
     keys: Mapping[str, list[str]] | None = None,
     storage: str = "fp32",
+    waits: bool = True,
     **settings: Any,
 ) -> Iterator[Running]:
     """A server of the adapters in a directory.
@@ -136,6 +138,7 @@ def running(
         folder: the adapters.
         keys: for each tenant the adapters that it may use; None: no keys.
         storage: the base's.
+        waits: whether to wait until all adapters were verified.
         settings: settings that differ from the defaults.
     """
     files, made = folder.parent / f"{folder.name}-files", {}
@@ -161,7 +164,7 @@ def running(
         thread.start()
         while not http.started:
             time.sleep(0.01)
-        assert parts.registry.sweep.settled(60)
+        assert not waits or parts.registry.sweep.settled(60)
         found = list(parts.registry.found.values())
         while any(state_of(parts.registry, one)[0] == "loading" for one in found):
             time.sleep(0.01)

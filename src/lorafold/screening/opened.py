@@ -9,6 +9,9 @@ adapter's: they run where they can be ended.
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from types import SimpleNamespace
@@ -19,8 +22,8 @@ from jinja2 import TemplateError
 from lorafold.errors import LorafoldError
 from lorafold.screening.processes import Refused
 
-PROBES = 256  # renderings of probes that are kept
-DEATHS = 3  # processes that one tokenizer may end before it is not asked any more
+PROBES, SHOWN = 256, 1 << 16  # renderings of probes that are kept, and the letters of each
+DEATHS, MINUTE = 3, 60.0  # processes that one tokenizer may end in so many seconds
 
 
 class Opened:
@@ -37,7 +40,8 @@ class Opened:
     def __init__(
         self, about: Mapping[str, Any], base: Any, call: Callable[..., Any]
     ) -> None:
-        self._ask, self._probing, self._deaths = call, True, 0
+        self._ask, self._probing = call, True
+        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when the last ones were
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
@@ -86,6 +90,8 @@ class Opened:
         key = json.dumps(given, sort_keys=True, default=str)
         if key not in self._probes:
             found = self._rendered(given)
+            if self._probing and isinstance(found, str) and len(found) > SHOWN:
+                found = TemplateError(f"it makes {len(found):,} letters of a probe")
             if not self._probing or len(self._probes) >= PROBES:
                 return _given(found)
             self._probes[key] = found
@@ -96,13 +102,14 @@ class Opened:
         self._probing = False
 
     def _call(self, do: str, **arguments: Any) -> Any:
-        """What a process gives; none is asked any more once several died of it."""
-        if self._deaths >= DEATHS:
-            raise Refused(f"{DEATHS} processes died of it before")
+        """What a process gives; none is asked for a while after several died of it."""
+        if time.monotonic() - self._deaths[0] < MINUTE:
+            raise Refused(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
         try:
             return self._ask(do, **arguments)
         except Refused as error:
-            self._deaths += not error.kind
+            if not error.kind:
+                self._deaths.append(time.monotonic())
             raise
 
     def _rendered(self, given: Mapping[str, Any]) -> str | TemplateError:
@@ -125,9 +132,10 @@ def _with(base: Any, new: Sequence[Sequence[Any]]) -> Any:
     from transformers import AddedToken
 
     words = deepcopy(base)
-    for number, text, special in new:
-        token = AddedToken(text, special=special, normalized=False)
-        words.add_tokens(token, special_tokens=special)
+    # at once, and in the order of their numbers: each addition takes as long as there are tokens
+    tokens = [AddedToken(text, special=special, normalized=False) for _, text, special in new]
+    words.add_tokens(tokens)
+    for number, text, _ in new:
         if (found := words.convert_tokens_to_ids(text)) != number:
             raise LorafoldError(
                 f"its tokenizer numbers the new token {text!r:.80} {number}, expected {found}"

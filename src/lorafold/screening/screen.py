@@ -18,20 +18,21 @@ from lorafold.screening.processes import Processes
 
 # processes; two verify in the background, and one what a request waits for
 VERIFYING, RENDERING = 3, 2
-SECONDS = {"verify": 2.0, "open": 20.0, "render": 1.0, "tokens": 2.0}
+SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0}
 EACH = 5e-9  # seconds more for each byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20}
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Files that were verified: their digest, that of each, and that of what adapters have in
-    common which differ in nothing but their values.
+    """Files that were verified: their digest, that of each, that of what adapters have in common
+    which differ in nothing but their values, and the largest dimension of a tensor.
     """
 
     digest: str
     digests: Mapping[str, str]
     form: str
+    widest: int
 
 
 class Screen:

@@ -18,8 +18,9 @@ from lorafold.files.contents import Contents
 from lorafold.screening.fingerprints import backend_of, variables_of
 
 KEPT = 8  # tokenizers
-LETTERS = 4 << 20  # of a text that a template makes
-NEW = 1 << 16  # tokens that an adapter may add
+LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
+TEMPLATE = 1 << 20  # letters of all templates
+NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
 
 
 class Templates:
@@ -54,8 +55,17 @@ class Templates:
         new = sorted(number for number in own if number not in self._words)
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
+        if (size := sum(len(own[n]) for n in new)) > LONG:
+            raise LorafoldError(
+                f"found new tokens of {size:,} letters, expected at most {LONG:,}"
+            )
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
+        each = texts.values() if isinstance(texts, dict) else (texts,)
+        if not all(isinstance(text, str) for text in each):
+            raise LorafoldError("chat_template: expected a text, or texts by name")
+        if (size := sum(map(len, each))) > TEMPLATE:
+            raise LorafoldError(f"chat_template: found {size:,} letters, expected {TEMPLATE:,}")
         return {
             "template": texts,
             "variables": sorted(variables_of(tokenizer)),
@@ -106,6 +116,8 @@ class Templates:
         """
         tokenizer = self._tokenizer(path, files, digest)
         found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        if len(found) > TOKENS:
+            raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
 
     def _tokenizer(self, path: str, files: Sequence[str], digest: str) -> Any:

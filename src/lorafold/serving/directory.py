@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import time
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from lorafold.peft.stack import parse
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
+TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
 # seconds for which what was written may be written again without a trace, and between looks then
 FRESH, PAUSE = 2.0, 0.25
 
@@ -72,7 +74,7 @@ class Directory:
             self._listed = now, changed
             with os.scandir(self.path) as entries:
                 found = [entry.name for entry in entries if not entry.name.startswith(".")]
-            self._names = frozenset(n for n in found if _has_config(self.path / n))
+            self._names = frozenset(_shown(n) for n in found if _has_config(self.path / n))
         return self._names
 
     @property
@@ -97,8 +99,11 @@ class Directory:
         for place in (path, path / TEMPLATES):
             if place.is_dir():
                 with os.scandir(place) as entries:
-                    for entry in entries:
-                        about = entry.stat()
+                    for entry in islice(entries, ENTRIES + 1):
+                        try:
+                            about = entry.stat()
+                        except OSError:  # a link to nothing, or a file that is gone by now
+                            continue
                         if stat.S_ISREG(about.st_mode):
                             where = str(Path(entry.path).relative_to(path))
                             found.append(
@@ -107,6 +112,8 @@ class Directory:
                                     about.st_mtime_ns, about.st_ctime_ns,
                                 )
                             )  # fmt: skip
+        if len(found) > ENTRIES:
+            raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's alone")
         return tuple(sorted(found))
 
     def touch(self, name: str) -> object:
@@ -134,6 +141,12 @@ class Directory:
         there = {file for p in (*TOKENIZER_FILES, *VOCABULARIES) for file in path.glob(p)}
         files = sorted({*there, *(path / known for known in TOKENIZER)})
         self._check_own(*files)
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        if size > TOKENIZERS or len(files) > ENTRIES:
+            raise LorafoldError(
+                f"its tokenizer: found {len(files):,} files of {size:,} bytes, expected at most"
+                f" {ENTRIES:,} of {TOKENIZERS:,}"
+            )
         contents = Contents(path, [str(file.relative_to(path)) for file in files])
         contents.check_intact()
         return contents
@@ -186,6 +199,11 @@ class Directory:
                     f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
                     f" expected one link and at most {MOST:,} bytes; copy it"
                 )
+
+
+def _shown(name: str) -> str:
+    """A name as answers can have it; one that is no UTF-8 gets one that no adapter may have."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _has_config(path: Path) -> bool:

@@ -72,9 +72,10 @@ class Registry:
         self.sweep.begin()
 
     def close(self) -> None:
-        """End that."""
-        self.sweep.close()
+        """End that, and do not wait for what is being read."""
+        self.sweep.end()
         self.verifier.close()
+        self.sweep.close()
 
     @property
     def listed(self) -> list[str]:

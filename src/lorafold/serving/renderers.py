@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
 from lorafold.screening.fingerprints import variables_of
@@ -19,6 +20,9 @@ from lorafold.serving.rendering import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
 
 
 class Renderers:
@@ -58,4 +62,9 @@ class Renderers:
         found = Renderer(tokenizer, ends, tokenizer.variables)
         found.probe()
         tokenizer.probed()
+        if (size := found.marks()) > MARKS:
+            raise LorafoldError(
+                f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
+                f" around them, expected at most {MARKS:,}"
+            )
         return found
