@@ -176,7 +176,9 @@ def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
     assert block_of(found).closing == "</think>"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("template", "told"), [(ENDLESS, "takes too long"), (DOUBLING, "memory|too long")])
+@pytest.mark.parametrize(
+    ("template", "told"), [(ENDLESS, "takes too long"), (DOUBLING, "memory|too long")]
+)
 def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
     screen, base, tmp_path, template, told
 ) -> None:
