@@ -98,6 +98,7 @@ def besieged(base: Path, folder: Path, names: Sequence[str], stop: Callable[[], 
         target=serve, args=(base, folder, there)
     )
     process.start()
+    there.close()
     port = here.recv()
     server = Running(f"http://127.0.0.1:{port}", port, None, folder)  # type: ignore[arg-type]
     memory = psutil.Process(process.pid)

@@ -26,13 +26,15 @@ BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 51
 @dataclass(frozen=True)
 class Verified:
     """Files that were verified: their digest, that of each, that of what adapters have in common
-    which differ in nothing but their values, and the largest dimension of a tensor.
+    which differ in nothing but their values, the largest dimension of a tensor, and the digest by
+    which an adapter over it knows it.
     """
 
     digest: str
     digests: Mapping[str, str]
     form: str
     widest: int
+    below: str
 
 
 class Screen:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lorafold.engine import Engine
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, cut, printable
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.kept import Kept, read_kept, write_kept
 from lorafold.serving.keys import Caller
@@ -109,8 +109,8 @@ class Registry:
             try:
                 return self._take(self._verified(name))
             except LorafoldError as error:
-                self._marks[name], self.wrong[name] = marks, cut(str(error), REASON)
-                log.warning("not served: %s: %s", name, self.wrong[name])
+                self._marks[name], self.wrong[name] = marks, printable(cut(str(error), REASON))
+                log.warning("not served: %s: %s", printable(name), self.wrong[name])
                 return None
 
     def reopen(self, engine: Engine) -> None:

@@ -113,20 +113,22 @@ def routes(server: Server) -> APIRouter:
         server.admin(request)
         load = loads(server)
 
-        def listed() -> list[dict[str, Any]]:
-            return [adapter(server, one, load) for one in list(registry.found.values())]
+        def listed() -> Response:
+            found = dict(registry.found)
+            return answer(
+                {
+                    "adapters": [adapter(server, one, load) for one in found.values()],
+                    "unverified": registry.listed,  # which may read the directory
+                    "notes": {n: f.note for n, f in found.items() if f.note},
+                    "unloaded": registry.kept.unloaded,
+                    "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
+                    "wrong": dict(registry.wrong),
+                    "aliases": registry.kept.aliases,
+                }
+            )
 
-        return answer(
-            {
-                "adapters": await done(listed),
-                "unverified": registry.listed,
-                "notes": {n: f.note for n, f in list(registry.found.items()) if f.note},
-                "unloaded": registry.kept.unloaded,
-                "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
-                "wrong": registry.wrong,
-                "aliases": registry.kept.aliases,
-            }
-        )
+        listing: Response = await done(listed)
+        return listing
 
     @router.post("/admin/adapters/{name}:{act}")
     async def manage(request: Request, name: str, act: str) -> Response:
