@@ -29,6 +29,7 @@ from lib.results import keep, markdown
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 STEP = 0.005  # seconds between two looks at how late it is
+QUIET = 10.0  # seconds in which nothing hostile is asked, to compare with
 LATE = 0.15  # seconds after which the stacks of all threads are kept
 
 
@@ -119,6 +120,7 @@ def besieged(base: Path, folder: Path, names: Sequence[str], stop: Callable[[], 
             ("start", siege.settle),
             ("load", lambda: siege.load(names)),
             ("request", lambda: siege.request(names)),
+            ("nothing else", lambda: time.sleep(QUIET)),
         ):
             began, n = time.monotonic(), len(siege.latencies)
             act()

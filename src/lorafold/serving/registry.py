@@ -85,7 +85,8 @@ class Registry:
     def _unseen(self) -> set[str]:
         """The names that were not handed out before, or were wrong and have other files now."""
         names = set(self.directory.names())
-        again = {name for name in self.wrong if self.directory.touched(name, self._marks[name])}
+        wrong = dict(self._marks)  # threads add to it meanwhile
+        again = {n for n in wrong if n in self.wrong and self.directory.touched(n, wrong[n])}
         for name in again:
             self.wrong.pop(name, None)
         new = names - self._named | again
