@@ -101,11 +101,11 @@ class Registry:
             return None
         if name in self.found:
             return self.found[name]
+        if name not in self.directory.names():  # a name that a client made up leaves nothing here
+            return None
         with self._turns[name]:
             if name in self.found or name in self.wrong:
                 return self.found.get(name)
-            if name not in self.directory.names():
-                return None
             marks = self.directory.touch(name)
             try:
                 return self._take(self._verified(name))
