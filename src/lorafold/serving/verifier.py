@@ -126,8 +126,8 @@ class Verifier:
             if self._verified(self.directory.below(origin, path)).below != origin.sha256:
                 raise LorafoldError(f"{origin.path} changes while it is read; load it again")
         spec = read_config(config)[0]
-        if (rank := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
-            raise LorafoldError(f"r: found {rank:,}, which no tensor of its file has")
+        if (most := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
+            raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         own = self.directory.tokenizer(name)
         if own is not None:
             self._renderers.of(own)
