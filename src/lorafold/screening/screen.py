@@ -19,7 +19,7 @@ from lorafold.screening.processes import Processes
 # processes of each kind: two for what is verified in the background, one for what a request waits
 # for
 VERIFYING, RENDERING = 3, 3
-SECONDS = {"verify": 5.0, "open": 10.0, "render": 1.0, "tokens": 2.0}
+SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0}
 EACH = 5e-9  # seconds more for each byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20}
 

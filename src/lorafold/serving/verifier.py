@@ -131,10 +131,10 @@ class Verifier:
         own = self.directory.tokenizer(name)
         if own is not None:
             self._renderers.of(own)
-        rank = getattr(_inner(spec), "rank", None)
         base = cut(str(config.get("base_model_name_or_path") or ""), NAMED)
         return Found(
-            name=name, path=path, digest=verified.digest, method=name_of(spec), rank=rank,
+            name=name, path=path, digest=verified.digest, method=name_of(spec),
+            rank=getattr(_inner(spec), "rank", None),
             base=base, form=verified.form, tokenizer="" if own is None else own.named,
             note="" if "base" in small.record else self._note(base),
         )  # fmt: skip
