@@ -29,6 +29,7 @@ from lib.results import keep, markdown
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 STEP = 0.005  # seconds between two looks at how late it is
+QUIET = 10.0  # seconds in which nothing hostile is asked, to compare with
 LATE = 0.15  # seconds after which the stacks of all threads are kept
 
 
@@ -39,9 +40,10 @@ def late(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(found), "99 %": found[at], "worst": found[-1]}
 
 
-def serve(base: Path, folder: Path, pipe: Any) -> None:
+def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     """Serve until something comes through the pipe; it gets the port, and at the end how late the
-    event loop and a thread were.
+    event loop and a thread were. Stacks are of threads that run meanwhile, whose frames may go
+    while they are read, and the process with them.
     """
     import faulthandler
     import logging
@@ -54,11 +56,12 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
     thread: list[float] = []
     ended = threading.Event()
 
-    stacks = (folder.parent / "stacks.log").open("w")
+    stacks = (folder.parent / "stacks.log").open("w") if with_stacks else None
 
     async def watch() -> None:
         while True:
-            faulthandler.dump_traceback_later(LATE, file=stacks)  # of all threads, unless called
+            if stacks is not None:  # of all threads, unless called again
+                faulthandler.dump_traceback_later(LATE, file=stacks)
             began = time.perf_counter()
             await asyncio.sleep(STEP)
             loop.append(time.perf_counter() - began - STEP)
@@ -81,7 +84,9 @@ def serve(base: Path, folder: Path, pipe: Any) -> None:
         pipe.send((loop, thread))
 
 
-def besieged(base: Path, folder: Path, names: Sequence[str], stop: Callable[[], None]) -> Any:
+def besieged(
+    base: Path, folder: Path, names: Sequence[str], stop: Callable[[], None], with_stacks: bool
+) -> Any:
     """The figures of one server that is asked under everything.
 
     Args:
@@ -89,15 +94,17 @@ def besieged(base: Path, folder: Path, names: Sequence[str], stop: Callable[[], 
         folder: the adapters.
         names: the hostile ones.
         stop: ends what changes.
+        with_stacks: keep the stacks of late moments.
     """
     from hostile_siege import Siege, said
     from serving_cases import Running
 
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(base, folder, there)
+        target=serve, args=(base, folder, there, with_stacks)
     )
     process.start()
+    there.close()
     port = here.recv()
     server = Running(f"http://127.0.0.1:{port}", port, None, folder)  # type: ignore[arg-type]
     memory = psutil.Process(process.pid)
@@ -118,6 +125,7 @@ def besieged(base: Path, folder: Path, names: Sequence[str], stop: Callable[[], 
             ("start", siege.settle),
             ("load", lambda: siege.load(names)),
             ("request", lambda: siege.request(names)),
+            ("nothing else", lambda: time.sleep(QUIET)),
         ):
             began, n = time.monotonic(), len(siege.latencies)
             act()
@@ -179,7 +187,7 @@ def main() -> None:
         stop = moving(folder) if asked.cases is None else lambda: None
         names += MOVING if asked.cases is None else ()
         try:
-            figures, rows, faults, found = besieged(base, folder, names, stop)
+            figures, rows, faults, found = besieged(base, folder, names, stop, asked.stacks is not None)
         finally:
             stop()
         log = (at / "server.log").read_text(errors="replace")

@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def config_overflow(at: Path) -> None:
     raw(at, '"lora_alpha": 4', '"lora_alpha": 1e999')
 
 
-@wrong
+@either
 def config_minus_overflow(at: Path) -> None:
     """An alpha that overflows in fp32."""
     raw(at, '"lora_alpha": 4', '"lora_alpha": -1e308')
@@ -730,6 +731,20 @@ def record_itself(at: Path) -> None:
 def record_digest(at: Path) -> None:
     """An adapter over one with another digest."""
     record(at, over=[{"adapter": GOOD, "sha256": "f" * 64}])
+
+
+@wrong
+def record_over_hostile(at: Path) -> None:
+    """A good adapter over one whose pattern never ends, by its right digest."""
+    below = at.with_name(f"{at.name}-2")
+    shutil.copytree(at, below)
+    config(below, exclude_modules=SLOW)
+    lines = ""
+    for name in (CONFIG, WEIGHTS):
+        content = (below / name).read_bytes()
+        lines += f"{name} {len(content)} {sha256(content).hexdigest()}\n"
+    digest = sha256(lines.encode()).hexdigest()
+    record(at, over=[{"adapter": str(below), "sha256": digest}])
 
 
 @wrong

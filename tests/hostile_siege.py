@@ -21,7 +21,7 @@ from serving_cases import ADMIN, Answer, Running
 
 EVERY = 0.02  # seconds between two questions whether the server lives
 BOUND = 20_000  # bytes of an answer that is an error
-TOLD = 2500  # characters of why an adapter is wrong
+TOLD = 5 * 2500  # characters of why an adapter is wrong
 HELLO = [{"role": "user", "content": "Hello, who is there?"}]
 TOOL: dict[str, Any] = {
     "type": "function",

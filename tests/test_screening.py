@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AddedToken
 
 import lorafold as lf
 from lorafold.data.calls import parse_calls
@@ -25,6 +29,7 @@ from lorafold.peft.directory import FILES
 from lorafold.screening.opened import DEATHS, Opened
 from lorafold.screening.processes import Processes, Refused
 from lorafold.screening.screen import Screen, Verified
+from lorafold.screening.words import Words
 from lorafold.serving.rendering import Renderer
 from serving_cases import TOOL_TEMPLATE, saved
 
@@ -201,3 +206,73 @@ def test_a_tokenizer_that_does_not_fit_is_refused(screen, base, tmp_path) -> Non
     with pytest.raises(LorafoldError, match="does not fit the base: token"):
         screen.open(Contents(tmp_path, TOKENIZER))
     shutil.rmtree(tmp_path)
+
+
+def test_words_are_those_of_a_tokenizer_that_has_them(base):
+    first, texts = len(base), ("<|new|>", "\u00e9<\u00e4>", "a b", "\u65e5\u672c")
+    new = [(first + i, text, i % 2 == 0) for i, text in enumerate(texts)]
+    library = deepcopy(base)
+    library.add_tokens([AddedToken(t, special=s, normalized=False) for _, t, s in new])
+    words = Words(base, base.added_tokens_decoder, new)
+    assert (len(words), words.get_vocab()) == (len(library), library.get_vocab())
+    draw = random.Random(0)
+    for skip in (False, True):
+        for _ in range(200):
+            ids = [draw.choice((draw.randrange(first), draw.randrange(first, len(words)))) for _ in
+                   range(draw.randrange(1, 8))]  # fmt: skip
+            assert words.decode(ids, skip_special_tokens=skip) == library.decode(
+                ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
+    with pytest.raises(LorafoldError, match=f"expected {first}"):
+        Words(base, {}, [(first + 1, "<|late|>", True)])
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "told"),
+    [
+        ("adapter_config.json", '"r": 2', '"r": 2, "r": 3', "twice"),
+        ("adapter_config.json", '"revision": null', '"revision": "\\ud800"', "half a character"),
+        ("adapter_config.json", '"r": 2', '"r": 1' + "0" * 30, "63 bits"),
+        ("adapter_model.safetensors", '"F32"', '"F8_E4M3"', "dtype"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(screen, adapter, file, before, after, told):
+    content = (adapter / file).read_bytes()
+    (adapter / "manifest.json").unlink()
+    if file.endswith(".safetensors"):
+        size = int.from_bytes(content[:8], "little")
+        head = content[8 : 8 + size].replace(before.encode(), after.encode())
+        (adapter / file).write_bytes(len(head).to_bytes(8, "little") + head + content[8 + size :])
+    else:
+        (adapter / file).write_bytes(content.replace(before.encode(), after.encode(), 1))
+    with pytest.raises(LorafoldError, match=told):
+        verified(screen, adapter)
+
+
+def test_bytes_after_the_tensors_are_refused(screen, adapter):
+    (adapter / "manifest.json").unlink()
+    with (adapter / "adapter_model.safetensors").open("ab") as file:
+        file.write(bytes(64))
+    with pytest.raises(LorafoldError, match="64 bytes after the last tensor"):
+        verified(screen, adapter)
+
+
+def test_closing_does_not_wait_for_what_runs(adapter):
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"exclude_modules": "(([a-z._0-9])+)+X"}
+    (adapter / "manifest.json").unlink()
+    file.write_text(json.dumps(content))
+    processes = Processes(lambda: {"modules": NAMES}, 1)
+    endless: dict[str, Any] = {
+        "path": str(adapter), "files": FILES, "config": file.name, "record": "", "told": [],
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(processes.call, "verify", 1000.0, 1 << 30, **endless)
+        while not processes._busy:
+            time.sleep(0.01)
+        assert not asked.done()
+        processes.close()
+        with pytest.raises(Refused):
+            asked.result()
+    with pytest.raises(Refused, match="ends"):
+        processes.call("verify", 1.0, 1 << 30, **endless)

@@ -13,7 +13,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from jinja2 import TemplateError
 
 from lorafold.errors import LorafoldError
 from lorafold.screening.processes import Refused
+from lorafold.screening.words import Words
 
 PROBES, SHOWN = 256, 1 << 16  # renderings of probes that are kept, and the letters of each
 DEATHS, MINUTE = 3, 60.0  # processes that one tokenizer may end in so many seconds
@@ -32,14 +32,16 @@ class Opened:
     Args:
         about: what the process says of it.
         base: the base's tokenizer.
+        known: the base's added tokens, by number.
         call: asks a process for an act with this tokenizer.
     """
 
     is_fast = False  # it renders by a method of its own
 
     def __init__(
-        self, about: Mapping[str, Any], base: Any, call: Callable[..., Any]
-    ) -> None:
+        self, about: Mapping[str, Any], base: Any, known: Mapping[int, Any],
+        call: Callable[..., Any],
+    ) -> None:  # fmt: skip
         self._ask, self._probing = call, True
         self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when the last ones were
         self._probes: dict[str, str | TemplateError] = {}
@@ -47,7 +49,7 @@ class Opened:
         self.special_tokens_map: Mapping[str, Any] = about["special"]
         self.eos_token_id: int | None = about["eos"]
         self.variables = frozenset(about["variables"])
-        self._words = _with(base, about["new"])
+        self._words = Words(base, known, about["new"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._words, name)
@@ -58,7 +60,8 @@ class Opened:
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
         """The tokens of a text, as `input_ids`. Raises LorafoldError."""
         found = self._call("tokens", text=text, special=add_special_tokens)
-        if not all(isinstance(i, int) and 0 <= i < len(self) for i in found):
+        known = len(self)
+        if not all(isinstance(i, int) and 0 <= i < known for i in found):
             raise LorafoldError("its tokenizer gives tokens that there are not")
         return SimpleNamespace(input_ids=found)
 
@@ -123,21 +126,3 @@ def _given(found: str | TemplateError) -> str:
     if isinstance(found, TemplateError):
         raise found
     return found
-
-
-def _with(base: Any, new: Sequence[Sequence[Any]]) -> Any:
-    """The base's tokenizer, with tokens added to it: number, text, and whether it is special."""
-    if not new:
-        return base
-    from transformers import AddedToken
-
-    words = deepcopy(base)
-    # at once, and in the order of their numbers: each addition takes as long as there are tokens
-    tokens = [AddedToken(text, special=special, normalized=False) for _, text, special in new]
-    words.add_tokens(tokens)
-    for number, text, _ in new:
-        if (found := words.convert_tokens_to_ids(text)) != number:
-            raise LorafoldError(
-                f"its tokenizer numbers the new token {text!r:.80} {number}, expected {found}"
-            )
-    return words

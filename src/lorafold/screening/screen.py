@@ -16,8 +16,9 @@ from lorafold.screening.fingerprints import backend_of
 from lorafold.screening.opened import Opened
 from lorafold.screening.processes import Processes
 
-# processes; two verify in the background, and one what a request waits for
-VERIFYING, RENDERING = 3, 2
+# processes of each kind: two for what is verified in the background, one for what a request waits
+# for
+VERIFYING, RENDERING = 3, 3
 SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0}
 EACH = 5e-9  # seconds more for each byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20}
@@ -26,13 +27,15 @@ BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 51
 @dataclass(frozen=True)
 class Verified:
     """Files that were verified: their digest, that of each, that of what adapters have in common
-    which differ in nothing but their values, and the largest dimension of a tensor.
+    which differ in nothing but their values, the largest dimension of a tensor, and the digest by
+    which an adapter over it knows it.
     """
 
     digest: str
     digests: Mapping[str, str]
     form: str
     widest: int
+    below: str
 
 
 class Screen:
@@ -49,6 +52,7 @@ class Screen:
         self._rendering = Processes(lambda: {"vocabulary": tokenizer.get_vocab()}, RENDERING)
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_of(tokenizer)
+        self._added = tokenizer.added_tokens_decoder  # made anew whenever it is asked for
 
     def verify(
         self, path: Path, files: Sequence[str], config: str, record: str, told: Sequence[str]
@@ -82,7 +86,7 @@ class Screen:
                 and about["template"] == base.chat_template
                 and about["special"] == base.special_tokens_map
             )
-            opened = None if same else Opened(about, base, call)
+            opened = None if same else Opened(about, base, self._added, call)
         except LorafoldError as error:
             rmtree(path, ignore_errors=True)
             raise LorafoldError(f"{contents.path}: its tokenizer: {error}") from None

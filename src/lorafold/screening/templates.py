@@ -6,6 +6,7 @@ last, a few are kept. Templates run in transformers' sandbox.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,10 +67,13 @@ class Templates:
             raise LorafoldError("chat_template: expected a text, or texts by name")
         if (size := sum(map(len, each))) > TEMPLATE:
             raise LorafoldError(f"chat_template: found {size:,} letters, expected {TEMPLATE:,}")
+        special = tokenizer.special_tokens_map
+        if len(json.dumps(special)) > LONG:
+            raise LorafoldError(f"found special tokens of more than {LONG:,} letters")
         return {
             "template": texts,
             "variables": sorted(variables_of(tokenizer)),
-            "special": tokenizer.special_tokens_map,
+            "special": special,
             "eos": tokenizer.eos_token_id,
             "backend": backend_of(tokenizer),
             "new": [[n, own[n], n in added and bool(added[n].special)] for n in new],

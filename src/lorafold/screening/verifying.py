@@ -47,8 +47,8 @@ def verified(
     told: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What the files of an adapter are: `digest`, `digests` by name, `form`, which adapters have in
-    common that differ in nothing but their values, and `widest`, the largest dimension of a tensor.
-    Raises LorafoldError.
+    common that differ in nothing but their values, `widest`, the largest dimension of a tensor, and
+    `below`, the digest by which an adapter over it knows it. Raises LorafoldError.
 
     Args:
         modules: the paths of the base's modules.
@@ -79,6 +79,7 @@ def verified(
         "digests": contents.digests,
         "form": sha256(form.encode()).hexdigest(),
         "widest": widest,
+        "below": contents.digest_of((config, WEIGHTS)),
     }
 
 

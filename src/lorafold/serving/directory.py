@@ -20,10 +20,11 @@ from lorafold.engine.adapters import found_below
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
-from lorafold.files.record import read_record
+from lorafold.files.record import RECORD
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
+from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.tokenizer import FILES as TOKENIZER
-from lorafold.models.tokenizer import TEMPLATES, has_tokenizer
+from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
 from lorafold.peft.stack import parse
@@ -132,9 +133,10 @@ class Directory:
         has one, if there is one. Raises as `locate` does, and for damaged files.
         """
         path = self.locate(name)
-        if not has_tokenizer(path):
-            over = (self.below(origin, path) for origin in reversed(parse(read_record(path))))
-            found = next(filter(has_tokenizer, over), None)
+        if not _has_tokenizer(path):
+            record = Contents(path, (RECORD,)).record
+            over = (self.below(origin, path) for origin in reversed(parse(record)))
+            found = next(filter(_has_tokenizer, over), None)
             if found is None:
                 return None
             path = found
@@ -201,6 +203,15 @@ class Directory:
                     f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
                     f" expected one link and at most {MOST:,} bytes; copy it"
                 )
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether an adapter has a tokenizer of its own. Raises LorafoldError if it was damaged, and
+    waits for no pipe.
+    """
+    contents = Contents(path, (SETTINGS,))
+    contents.check_intact()
+    return SETTINGS in contents.files
 
 
 def _shown(name: str) -> str:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lorafold.engine import Engine
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, cut, printable
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.kept import Kept, read_kept, write_kept
 from lorafold.serving.keys import Caller
@@ -85,7 +85,8 @@ class Registry:
     def _unseen(self) -> set[str]:
         """The names that were not handed out before, or were wrong and have other files now."""
         names = set(self.directory.names())
-        again = {name for name in self.wrong if self.directory.touched(name, self._marks[name])}
+        wrong = dict(self._marks)  # threads add to it meanwhile
+        again = {n for n in wrong if n in self.wrong and self.directory.touched(n, wrong[n])}
         for name in again:
             self.wrong.pop(name, None)
         new = names - self._named | again
@@ -100,17 +101,17 @@ class Registry:
             return None
         if name in self.found:
             return self.found[name]
+        if name not in self.directory.names():  # a name that a client made up leaves nothing here
+            return None
         with self._turns[name]:
             if name in self.found or name in self.wrong:
                 return self.found.get(name)
-            if name not in self.directory.names():
-                return None
             marks = self.directory.touch(name)
             try:
                 return self._take(self._verified(name))
             except LorafoldError as error:
-                self._marks[name], self.wrong[name] = marks, cut(str(error), REASON)
-                log.warning("not served: %s: %s", name, self.wrong[name])
+                self._marks[name], self.wrong[name] = marks, printable(cut(str(error), REASON))
+                log.warning("not served: %s: %s", printable(name), self.wrong[name])
                 return None
 
     def reopen(self, engine: Engine) -> None:

@@ -71,7 +71,7 @@ class Sweep:
         while watching and not self._closing.wait(LOOK):
             try:
                 new = sorted(self._names())
-            except OSError:
+            except Exception:
                 log.exception("the directory can't be read")
                 continue
             with self._changed:

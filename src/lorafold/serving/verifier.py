@@ -78,7 +78,7 @@ class Verifier:
         if known is not None:
             return known
         path = self.directory.locate(name)
-        verified = self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
+        verified = self._verified(path)
         found = self._read(name, path, verified)
         if afresh or found.form not in self._forms:
             engine.verify(Files(found.key, path, found.digest, 0))
@@ -104,6 +104,9 @@ class Verifier:
         self._screen.close()
         self.seen.save()
 
+    def _verified(self, path: Path) -> Verified:
+        return self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
+
     def _read(self, name: str, path: Path, verified: Verified) -> Found:
         """What an adapter says it is, from the bytes that were verified."""
         small = Contents(path, (CONFIG, RECORD))
@@ -119,11 +122,12 @@ class Verifier:
         over = parse(small.record)
         if len(over) > OVERS:
             raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {OVERS}")
-        for origin in over:
-            self.directory.below(origin, path)
+        for origin in over:  # which are read with it, whatever became of them by themselves
+            if self._verified(self.directory.below(origin, path)).below != origin.sha256:
+                raise LorafoldError(f"{origin.path} changes while it is read; load it again")
         spec = read_config(config)[0]
-        if (rank := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
-            raise LorafoldError(f"r: found {rank:,}, which no tensor of its file has")
+        if (most := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
+            raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         own = self.directory.tokenizer(name)
         if own is not None:
             self._renderers.of(own)
