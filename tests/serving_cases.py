@@ -26,7 +26,6 @@ from lorafold.api.opened import opened
 from lorafold.models.loading import load_model
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
-from lorafold.serving.gauges import state_of
 from lorafold.serving.keys import Keys, new_key
 from lorafold.serving.run import Base, listening, server_of
 from lorafold.serving.server import Server
@@ -166,7 +165,8 @@ def running(
             time.sleep(0.01)
         assert not waits or parts.registry.sweep.settled(60)
         found = list(parts.registry.found.values())
-        while any(state_of(parts.registry, one)[0] == "loading" for one in found):
+        states = parts.registry.engine.adapters
+        while any(states.status(one.key) == "loading" for one in found):
             time.sleep(0.01)
         try:
             yield Running(f"http://127.0.0.1:{port}", port, parts, folder, made)
