@@ -17,6 +17,7 @@ import pytest
 
 from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
+from lorafold.serving import feed
 from lorafold.serving.aliases import Aliases
 from lorafold.serving.kept import Target
 from serving_cases import Running, running, saved
@@ -38,10 +39,18 @@ def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(tiny_model_dir: Any, adapters: Path) -> Iterator[Running]:
+def site(tiny_model_dir: Any, adapters: Path, often: None) -> Iterator[Running]:
     with running(tiny_model_dir("llama"), adapters) as server:
         Aliases(server.parts.registry).point("newest", (Target(adapter="lora"),))
         yield server
+
+
+@pytest.fixture(scope="module")
+def often() -> Iterator[None]:
+    """The server looks for changes ten times a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "EACH", 0.1)
+        yield
 
 
 @pytest.fixture(scope="module")

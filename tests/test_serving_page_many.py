@@ -14,6 +14,7 @@ import pytest
 
 from browser_cases import open_browser
 from engine_cases import METHODS
+from lorafold.serving import feed
 from serving_cases import ADMIN, Running, running, saved
 
 MARKDOWN = """# Title
@@ -51,7 +52,7 @@ LONG = [
 
 
 @pytest.fixture(scope="module")
-def site(tiny_model_dir: Any, tmp_path_factory: Any) -> Iterator[Running]:
+def site(tiny_model_dir: Any, tmp_path_factory: Any, often: None) -> Iterator[Running]:
     specs = {name: METHODS[name] for name in ("dora", "lora")}
     folder = saved(tiny_model_dir("llama"), specs, tmp_path_factory.mktemp("many") / "adapters")
     broken = folder / "broken"
@@ -60,6 +61,14 @@ def site(tiny_model_dir: Any, tmp_path_factory: Any) -> Iterator[Running]:
     with running(tiny_model_dir("llama"), folder) as server:
         assert server.parts.registry.sweep.settled(30)
         yield server
+
+
+@pytest.fixture(scope="module")
+def often() -> Iterator[None]:
+    """The server looks for changes ten times a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "EACH", 0.1)
+        yield
 
 
 @pytest.fixture(scope="module")

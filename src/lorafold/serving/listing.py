@@ -28,11 +28,11 @@ def listed(server: Server, caller: Caller, now: Look, admin: bool = False) -> li
 
 
 def sees(server: Server, caller: Caller, name: str) -> bool:
-    """Whether a caller may see the model of that name.
+    """Whether a caller may see a model.
 
     Args:
         server: the server.
-        caller: who asks.
+        caller: the caller.
         name: the model's name.
     """
     return caller.base if name == server.registry.base else caller.may(name)
