@@ -171,6 +171,7 @@ def running(
         try:
             yield Running(f"http://127.0.0.1:{port}", port, parts, folder, made)
         finally:
+            parts.host.draining = True  # as a signal does; streams of changes end then
             http.should_exit = True
             thread.join()
 

@@ -205,7 +205,7 @@ def test_the_table_has_every_model_and_follows_it_without_losing_the_focus(
         site.parts.registry.load(name)
     sync.expect(rows).to_have_count(4)
     assert "path=/v1/chat/completions" in caplog.text
-    assert "path=/v1/models" not in caplog.text  # it is asked for once a second
+    assert "path=/v1/models" not in caplog.text  # it is listened to all the time
 
 
 def test_what_is_refused_is_told_as_text(visit: Any) -> None:

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from lorafold.engine.adapters import Entry, Held, digest
-from lorafold.engine.state import State, Status, balanced, evict, look
+from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
 
@@ -190,10 +190,10 @@ class Residency:
         with self._lock:
             return self._states[self.entry(name)].status(self.strikes)
 
-    def bytes_of(self, name: str) -> int:
-        """The bytes that the adapter of a name has in memory. Raises as `entry`."""
+    def warm(self) -> dict[str, tuple[Status, int]]:
+        """Where all adapters are that are not cold, by name, and their bytes in memory."""
         with self._lock:
-            return self._states[self.entry(name)].nbytes
+            return warm(self._names, self._states, self.strikes)
 
     def vocabulary(self, entry: Entry | None) -> int:
         """The tokens that an adapter knows, 0 if it adds none to the model's."""

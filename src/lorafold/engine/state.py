@@ -64,6 +64,23 @@ class State:
         return self.held is None or checksum(self.held) == self.sum
 
 
+def warm(
+    names: Mapping[str, Entry], states: Mapping[Entry, State], strikes: int
+) -> dict[str, tuple[Status, int]]:
+    """Where the entries are that are not cold, by name, and their bytes in memory. Most of many
+    adapters are cold, and nothing is computed for those.
+
+    Args:
+        names: the entries that names stand for now.
+        states: what is known of all.
+        strikes: as `State.status` takes them.
+    """
+    found = [(e, s) for e, s in states.items() if s.held or s.future or s.strikes]
+    return {
+        e.name: (s.status(strikes), s.nbytes) for e, s in found if names.get(e.name) == e
+    }
+
+
 def evict(states: Iterable[State], nbytes: int) -> int | None:
     """Let adapters leave until so many bytes are free, the least recently used first, and return
     how many left; None if all together have fewer, and then none leaves.

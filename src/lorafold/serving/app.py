@@ -30,6 +30,7 @@ from lorafold.serving.routes import (
     admin,
     chat,
     completions,
+    events,
     messages,
     models,
     openapi,
@@ -41,11 +42,12 @@ from lorafold.serving.routes import tokens as tokenizing
 from lorafold.serving.server import Record, Server, authorization, defect, record_of, refused
 
 GROUPS = (
-    chat, completions, responses, messages, models, tokenizing, admin, operations, page, openapi,
+    chat, completions, responses, messages, events, models, tokenizing, admin, operations, page,
+    openapi,
 )  # fmt: skip
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-POLLED = "/v1/models"  # by the page, once a second
+WATCHED = ("/v1/models", "/v1/models/events")  # by pages, again and again
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ADDRESS = re.compile(r"^[^/?]*://[^/]*")
 ALLOWED = ("GET", "POST", "PUT", "DELETE")  # of pages of other origins
@@ -173,7 +175,7 @@ class Gate:
         return Refusal(413, "body_too_large", f"body: expected at most {self._most:,} bytes")
 
     def _ended(self, record: Record) -> None:
-        if record.path in QUIET or (record.path == POLLED and record.status < 400):
+        if record.path in QUIET or (record.path in WATCHED and record.status < 400):
             return
         if record.status >= 400 and record.outcome == "ok":
             record.outcome = f"status_{record.status}"

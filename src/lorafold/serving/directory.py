@@ -155,11 +155,13 @@ class Directory:
 
     def page(self, name: str) -> Path | None:
         """The page that `lorafold inspect --html` wrote beside an adapter, as NAME.html."""
-        file = self.beside / f"{name}.html"
-        if file.is_symlink() or not file.is_file():
+        file = f"{self.beside}/{name}.html"
+        try:
+            about = os.lstat(file)
+        except OSError:
             return None
-        about = file.stat()
-        return file if about.st_nlink == 1 and about.st_size <= PAGE else None
+        own = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
+        return Path(file) if own and about.st_size <= PAGE else None
 
     def locate(self, name: str) -> Path:
         """Where an adapter is. Raises LorafoldError for a name that leads nowhere, or elsewhere."""

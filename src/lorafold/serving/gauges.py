@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorafold.errors import LorafoldError
 from lorafold.serving.host import Host
 from lorafold.serving.metrics import MOST, Metrics
 from lorafold.serving.registry import Registry
 from lorafold.serving.seen import Found
+
+Warm = Mapping[str, tuple[str, int]]
 
 
 class Gauges(Collector):
@@ -46,12 +47,12 @@ class Gauges(Collector):
 
     def _adapters(self) -> Iterator[Metric]:
         states, seconds = Counter[tuple[str, str]](), dict[str, float]()
-        read = self._host.engine.adapters.seconds
+        read, warm = self._host.engine.adapters.seconds, self._host.engine.adapters.warm()
         all_found = list(self._registry.found.values())
         labels = self._metrics.labels("adapter", [found.name for found in all_found])
         for found in all_found:
             name = labels[found.name]
-            states[name, state_of(self._registry, found)[0]] += 1
+            states[name, state_of(self._registry, found, warm)[0]] += 1
             if (took := read.get(found.key)) is not None:
                 seconds[name] = max(took, seconds.get(name, 0.0))
         told = "Adapters in this state, one where the adapter has a label of its own"
@@ -91,16 +92,13 @@ class Gauges(Collector):
         yield info
 
 
-def state_of(registry: Registry, found: Found) -> tuple[str, int]:
+def state_of(registry: Registry, found: Found, warm: Warm) -> tuple[str, int]:
     """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
 
     Args:
         registry: the registry.
         found: the adapter.
+        warm: where those are that are not cold, by the engine's names of them.
     """
-    states = registry.engine.adapters
-    try:
-        state, nbytes = str(states.status(found.key)), states.bytes_of(found.key)
-    except LorafoldError:  # it is being replaced
-        state, nbytes = "loading", 0
+    state, nbytes = warm.get(found.key, ("cold", 0))
     return ("quarantined" if found.name in registry.kept.quarantined else state), nbytes

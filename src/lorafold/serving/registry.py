@@ -128,10 +128,8 @@ class Registry:
 
     def remember(self) -> None:
         """Note which adapters are in memory, for `reopen`."""
-        states = self.engine.adapters
-        with suppress(LorafoldError):
-            keys = [found.key for found in list(self.found.values())]
-            self._resident = {k for k in keys if states.status(k) in ("resident", "loading")}
+        warm = self.engine.adapters.warm()
+        self._resident = {k for k, (state, _) in warm.items() if state in ("resident", "loading")}
 
     @property
     def engine(self) -> Engine:

@@ -25,7 +25,8 @@ class Limits(Strict):
     Seconds count from the request's arrival. `unread_tokens` is how far a client may fall behind
     its stream, `send_seconds` how long it may take none of it. A tenant has at most `tenant_queue`
     requests waiting and `tenant_running` running (None: three quarters of the slots where there is
-    a key file), and not more than half of the slots run while other tenants are there.
+    a key file), and not more than half of the slots run while other tenants are there. It holds at
+    most `tenant_streams` streams of what changes of the models.
     """
 
     body_bytes: PositiveInt = 1 << 20
@@ -37,6 +38,7 @@ class Limits(Strict):
     queue: PositiveInt = 256
     tenant_queue: PositiveInt = 64
     tenant_running: PositiveInt | None = None
+    tenant_streams: PositiveInt = 16
     queue_seconds: PositiveFloat = 60
     first_token_seconds: PositiveFloat = 120
     total_seconds: PositiveFloat = 600

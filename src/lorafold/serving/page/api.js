@@ -1,6 +1,7 @@
 // The server's API, asked with the key of this tab if there is one.
 
 const KEPT = "lorafold-key";
+const JSON_SENT = { "Content-Type": "application/json" };
 
 export const key = {
   get: () => sessionStorage.getItem(KEPT) ?? "",
@@ -17,23 +18,32 @@ export class Refusal extends Error {
   }
 }
 
-/** The models that may be named. */
-export async function models() {
-  const response = await called("v1/models", { signal: AbortSignal.timeout(5000) });
-  return (await response.json()).data;
+/** The list of models, then what changes of it. `heard` is called for whatever comes. */
+export async function* watched(signal, heard) {
+  const response = await called("v1/models/events", { signal });
+  for await (const line of lines(response.body)) {
+    heard();
+    if (line.startsWith("data: ")) yield JSON.parse(line.slice("data: ".length));
+  }
 }
 
-/** Why the server computes nothing now, empty if it does. */
-export async function unready() {
-  const response = await fetch("readyz", { signal: AbortSignal.timeout(5000) });
-  return response.ok ? "" : (await response.json()).status;
+/** Raises Refusal for a key that is not the administrator's. */
+export async function checkAdministrator(value) {
+  const response = await called("admin/adapters", {}, value);
+  await response.body.cancel();
+}
+
+/** Have the administrator's server do something. */
+export async function order(method, path, body) {
+  const sent = body && { headers: JSON_SENT, body: JSON.stringify(body) };
+  await (await called(path, { method, ...sent })).json();
 }
 
 /** The chunks of a chat completion, as they come. */
 export async function* chunks(asked, signal) {
   const response = await called("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: JSON_SENT,
     body: JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
@@ -48,13 +58,14 @@ export async function* chunks(asked, signal) {
   throw new Error("the answer broke off");
 }
 
-async function called(path, options) {
+async function called(path, options, sent = key.get()) {
   const headers = new Headers(options.headers);
-  if (key.get()) headers.set("Authorization", `Bearer ${key.get()}`);
+  if (sent) headers.set("Authorization", `Bearer ${sent}`);
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  throw new Refusal(error ?? { message: `the server answered ${response.status}` }, response.status);
+  const told = error ?? { message: `the server answered ${response.status}` };
+  throw new Refusal(told, response.status);
 }
 
 async function* lines(stream) {

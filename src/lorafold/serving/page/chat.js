@@ -1,6 +1,8 @@
-// One question to two models at once. Each side sends its own answers back as its conversation.
+// One question to two models at once, and how their answers differ. Each side sends its own answers
+// back as its conversation.
 
-import { Refusal, chunks } from "./api.js";
+import { Answer, following } from "./answer.js";
+import { compared } from "./difference.js";
 
 const $ = (id) => document.getElementById(id);
 const sides = ["left", "right"].map((name) => ({ name, select: $(name), history: [] }));
@@ -9,18 +11,23 @@ let running = null; // what stops the answers that are being written
 /** Let the user choose among these models. What is chosen stays, listed or not. */
 export function offer(models) {
   const wanted = new URLSearchParams(location.search);
-  const first = models.find((model) => model.digest) ?? models[0];
+  const base = models.find((model) => model.parent === null) ?? models[0];
+  const first = models.find((model) => model.digest) ?? base;
   const groups = Map.groupBy(models, kindOf);
   for (const { name, select } of sides) {
-    const chosen = select.value || wanted.get(name) || (name === "left" ? models[0] : first).id;
+    const chosen = select.value || wanted.get(name) || (name === "left" ? base : first).id;
     const unlisted = models.some((model) => model.id === chosen) ? [] : [{ id: chosen }];
     const offered = unlisted.length ? new Map([["Not listed", unlisted], ...groups]) : groups;
-    const made = JSON.stringify([...offered].map(([kind, list]) => [kind, list.map((m) => m.id)]));
-    if (select.dataset.made === made) continue; // an open list stays as it is
-    select.dataset.made = made;
     select.replaceChildren(...[...offered].map(([kind, list]) => group(kind, list)));
     select.value = chosen;
   }
+}
+
+/** Ask this model on the right from now on. */
+export function choose(id) {
+  sides[1].select.value = id;
+  showChoiceInAddress();
+  $("question").focus();
 }
 
 function kindOf(model) {
@@ -51,6 +58,9 @@ async function ask(question) {
   const stopping = new AbortController();
   setRunning(stopping);
   await Promise.all(sides.map((side, i) => converse(side, answers[i], question, stopping.signal)));
+  if (answers.every((answer) => answer.complete)) {
+    following(() => turn.append(compared(...answers.map((answer) => answer.text))));
+  }
   if (running === stopping) setRunning(null);
 }
 
@@ -74,106 +84,6 @@ async function converse(side, answer, question, signal) {
   }
   if (side.history === history) $("said").append(paragraph(answer.summary));
 }
-
-/** One model's answer to one question, on the page. */
-class Answer {
-  constructor(model) {
-    this.model = model;
-    this.element = $("answer").content.cloneNode(true).firstElementChild;
-    this.element.querySelector("h3").textContent = model;
-    this.said = this.part(".said");
-    this.thought = this.part(".reasoning .text");
-    this.tokens = 0;
-  }
-
-  part(selector) {
-    return this.element.querySelector(selector).appendChild(new Text());
-  }
-
-  get text() {
-    return this.said.data;
-  }
-
-  /** Ask, and write down what comes until it is complete, has failed, or is stopped. */
-  async read(asked, signal) {
-    this.asked = performance.now();
-    try {
-      for await (const chunk of chunks(asked, signal)) this.take(chunk);
-    } catch (error) {
-      if (signal.aborted) this.finish = "stopped";
-      else this.error = toldBy(error);
-    }
-    following(() => {
-      this.element.ariaBusy = "false";
-      this.show(".numbers", this.numbers.join(" · "));
-      this.show(".error", this.error ?? "");
-    });
-  }
-
-  take({ choices: [choice], usage }) {
-    this.tokens = usage?.completion_tokens ?? this.tokens;
-    if (!choice) return;
-    const { content, reasoning_content: reasoning } = choice.delta;
-    if (content || reasoning) {
-      this.last = performance.now();
-      this.first ??= this.last;
-      this.tokens += 1; // until the usage says it
-      this.write(content, reasoning);
-    }
-    this.finish = choice.finish_reason ?? this.finish;
-  }
-
-  write(content, reasoning) {
-    following(() => {
-      if (reasoning) this.element.querySelector(".reasoning").hidden = false;
-      this.thought.appendData(reasoning ?? "");
-      this.said.appendData(content ?? "");
-      this.show(".numbers", "");
-    });
-  }
-
-  show(selector, text) {
-    this.element.querySelector(selector).textContent = text;
-  }
-
-  get numbers() {
-    const found = [];
-    const seconds = (this.last - this.first) / 1000;
-    if (this.tokens || !this.error) found.push(counted(this.tokens));
-    if (this.tokens > 1 && seconds > 0) {
-      found.push(`${((this.tokens - 1) / seconds).toFixed(1)} tokens/s`);
-    }
-    if (this.first) found.push(`first token after ${duration(this.first - this.asked)}`);
-    if (this.finish && this.finish !== "stop") found.push(ENDS[this.finish] ?? this.finish);
-    return found;
-  }
-
-  /** What a screen reader says once the answer has ended. */
-  get summary() {
-    if (this.error) return `${this.model} failed: ${this.error}`;
-    const done = this.finish === "stopped" ? "was stopped" : "has answered";
-    return `${this.model} ${done}: ${counted(this.tokens)}`;
-  }
-}
-
-/** Change the conversation; who reads its end goes on seeing its end. */
-function following(change) {
-  const box = $("conversation");
-  const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 48;
-  change();
-  if (follows) box.scrollTop = box.scrollHeight;
-}
-
-function toldBy(error) {
-  if (!(error instanceof Refusal)) return `The connection to the server was lost: ${error.message}`;
-  return error.code ? `${error.message} (${error.code})` : error.message;
-}
-
-const ENDS = { length: "cut off (length)" };
-
-const counted = (tokens) => `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
-
-const duration = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 function paragraph(text) {
   const made = document.createElement("p");
@@ -215,6 +125,10 @@ $("question").addEventListener("keydown", (event) => {
 $("options").addEventListener("invalid", () => ($("options").open = true), true);
 
 $("stop").addEventListener("click", stop);
+
+$("markdown").addEventListener("change", () => {
+  $("turns").classList.toggle("plain", !$("markdown").checked);
+});
 
 $("renew").addEventListener("click", () => {
   stop();

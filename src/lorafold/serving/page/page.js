@@ -1,36 +1,85 @@
-// The page: what is served, once a second while it is seen, and the key where one is needed.
+// The page: what is served, as the server tells it while the page is seen, and the key where one is
+// needed.
 
-import { key, models, unready } from "./api.js";
+import { checkAdministrator, key, watched } from "./api.js";
 import { offer } from "./chat.js";
+import { follow } from "./manage.js";
 import { show } from "./table.js";
 
-const EACH = 1000; // milliseconds
+const AGAIN = 1000; // milliseconds before the stream is asked for again
+const SILENT = 40_000; // after which it is lost: the server writes at least each 15 s
+const KEEPS = " This page keeps trying.";
 const $ = (id) => document.getElementById(id);
+const known = new Map();
+let names = ""; // of the models that can be asked
+let administrator = false;
 let locked = false;
+let soon = false; // ask for the stream at once
+let wake = () => {}; // ends what is waited for
+let stopping = new AbortController();
 
-async function refresh() {
-  if (locked || document.visibilityState !== "visible") return;
-  let listed, why;
+async function listen() {
+  const controller = (stopping = new AbortController());
+  const { signal } = controller;
+  let silence;
+  const heard = () => {
+    clearTimeout(silence);
+    silence = setTimeout(() => controller.abort(SILENT), SILENT);
+  };
+  heard();
   try {
-    [listed, why] = await Promise.all([models(), unready()]);
+    for await (const event of watched(signal, heard)) take(event);
+    if (!$("trouble").textContent) write("trouble", `The server ended its stream.${KEEPS}`);
   } catch (error) {
+    if (signal.aborted && signal.reason !== SILENT) return; // as this page wanted it
     if (error.status === 401) lock();
-    else if (error.status) write("trouble", `The server refuses: ${error.message}`);
-    else write("trouble", "The server does not answer. This page keeps trying.");
-    return;
+    else if (error.status === 503) write("trouble", unready(error.message));
+    else if (error.status) write("trouble", `The server refuses: ${error.message}.${KEEPS}`);
+    else write("trouble", `The server does not answer.${KEEPS}`);
+  } finally {
+    clearTimeout(silence);
   }
-  unlock();
-  offer(listed);
-  show(listed);
-  const adapters = listed.filter((model) => model.digest).length;
-  write("served", `${listed[0].id}, ${adapters} ${adapters === 1 ? "adapter" : "adapters"}`);
-  write("trouble", why && `The server is not ready: ${why}. This page keeps trying.`);
 }
 
-function unlock() {
+function take(event) {
+  const whole = event.object === "list";
+  if (whole) {
+    known.clear();
+    unlock(event.administrator);
+  }
+  for (const model of event.data) known.set(model.id, model);
+  for (const name of event.removed ?? []) known.delete(name);
+  if (event.status !== undefined) write("trouble", event.status && unready(event.status));
+  const models = [...known.values()];
+  name(models);
+  show(models, administrator);
+  follow(known);
+}
+
+const unready = (why) => `The server is not ready: ${why}.${KEEPS}`;
+
+function name(models) {
+  const usable = models.filter(({ state }) => state !== "wrong" && state !== "unloaded");
+  usable.sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1));
+  const now = usable.map((model) => model.id).join(" ");
+  $("chat").hidden = !usable.length;
+  if (now === names) return;
+  names = now;
+  if (usable.length) offer(usable);
+  const adapters = usable.filter((model) => rank(model) === 1).length;
+  const told = `${adapters.toLocaleString("en")} ${adapters === 1 ? "adapter" : "adapters"}`;
+  write("served", rank(usable[0] ?? {}) ? told : `${usable[0].id}, ${told}`);
+}
+
+const rank = (model) => (model.parent === null ? 0 : model.state === "alias" ? 2 : 1);
+
+function unlock(sees) {
+  administrator = sees;
   $("door").hidden = true;
-  $("parts").hidden = $("chat").hidden = $("adapters").hidden = false;
+  $("parts").hidden = $("adapters").hidden = false;
   $("forget").hidden = !key.get();
+  $("administer").hidden = administrator;
+  $("new-alias").hidden = !administrator;
 }
 
 function lock() {
@@ -38,8 +87,15 @@ function lock() {
   write("key-wrong", key.get() && "The server does not know this key.");
   write("trouble", "");
   key.forget();
-  $("parts").hidden = $("chat").hidden = $("adapters").hidden = $("forget").hidden = true;
+  for (const id of ["parts", "chat", "adapters", "forget", "administer"]) $(id).hidden = true;
+  ask("This server asks for a key", false);
+}
+
+function ask(why, forMore) {
+  write("door-title", why);
   $("door").hidden = false;
+  $("door-shut").hidden = !forMore;
+  $("key-form").dataset.administrator = forMore ? "yes" : "";
   $("key").focus();
 }
 
@@ -48,12 +104,34 @@ function write(id, text) {
   if ($(id).textContent !== text) $(id).textContent = text;
 }
 
-$("key-form").addEventListener("submit", (event) => {
+function again() {
+  soon = true;
+  stopping.abort();
+  wake();
+}
+
+$("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  key.keep($("key").value.trim());
+  const sent = $("key").value.trim();
+  write("key-wrong", "");
+  try {
+    if ($("key-form").dataset.administrator) await checkAdministrator(sent);
+  } catch (error) {
+    write("key-wrong", error.message);
+    return;
+  }
+  key.keep(sent);
   $("key").value = "";
+  $("door").hidden = true;
   locked = false;
-  refresh();
+  again();
+});
+
+$("administer").addEventListener("click", () => ask("The key for administration", true));
+
+$("door-shut").addEventListener("click", () => {
+  $("door").hidden = true;
+  $("administer").focus();
 });
 
 $("forget").addEventListener("click", () => {
@@ -61,9 +139,13 @@ $("forget").addEventListener("click", () => {
   location.reload(); // nothing that was said or seen stays
 });
 
-document.addEventListener("visibilitychange", refresh);
+document.addEventListener("visibilitychange", again); // what is not seen holds no stream
 
 for (;;) {
-  await refresh();
-  await new Promise((wake) => setTimeout(wake, EACH));
+  if (document.visibilityState === "visible" && !locked) await listen();
+  await new Promise((go) => {
+    wake = go;
+    setTimeout(go, soon ? 0 : AGAIN);
+  });
+  soon = false;
 }

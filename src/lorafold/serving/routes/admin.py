@@ -14,11 +14,12 @@ from pydantic import Field
 
 from lorafold.errors import LorafoldError, cut
 from lorafold.serving.aliases import Aliases
+from lorafold.serving.changes import look
 from lorafold.serving.kept import Alias, Target
 from lorafold.serving.keys import ADMIN
+from lorafold.serving.listing import adapter
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import REASON, Registry
-from lorafold.serving.routes.models import adapter, loads
 from lorafold.serving.seen import Found
 from lorafold.serving.server import Server, answer
 from lorafold.serving.wire.body import Body
@@ -111,15 +112,14 @@ def routes(server: Server) -> APIRouter:
     async def adapters(request: Request) -> Response:
         """All adapters: those that are served, that were unloaded, and that are wrong, and why."""
         server.admin(request)
-        load = loads(server)
 
         def listed() -> Response:
-            found = dict(registry.found)
+            now = look(server)
             return answer(
                 {
-                    "adapters": [adapter(server, one, load) for one in found.values()],
+                    "adapters": [adapter(server, one, now) for one in now.found.values()],
                     "unverified": registry.listed,  # which may read the directory
-                    "notes": {n: f.note for n, f in found.items() if f.note},
+                    "notes": {n: f.note for n, f in now.found.items() if f.note},
                     "unloaded": registry.kept.unloaded,
                     "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
                     "wrong": dict(registry.wrong),
@@ -142,7 +142,7 @@ def routes(server: Server) -> APIRouter:
             server.metrics.quarantines.inc()
         else:
             await done(lambda: registry.pin(name, act == "pin"))
-        return answer(adapter(server, registry.found[name], loads(server)))
+        return answer(adapter(server, registry.found[name], look(server)))
 
     @router.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:

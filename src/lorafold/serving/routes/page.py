@@ -13,9 +13,10 @@ from lorafold.serving.refusal import Refusal
 from lorafold.serving.server import Server
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+SCRIPTS = ("page", "api", "chat", "answer", "markdown", "difference", "table", "manage")
 FILES = {  # by path
     "/": "index.html",
-    **{f"/{name}": name for name in ("page.css", "page.js", "api.js", "chat.js", "table.js")},
+    **{f"/{name}": name for name in ("page.css", *(f"{one}.js" for one in SCRIPTS))},
 }
 # nothing from elsewhere, and nothing of ours in another's frame
 POLICY = (
