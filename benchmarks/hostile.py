@@ -187,7 +187,8 @@ def main() -> None:
         stop = moving(folder) if asked.cases is None else lambda: None
         names += MOVING if asked.cases is None else ()
         try:
-            figures, rows, faults, found = besieged(base, folder, names, stop, asked.stacks is not None)
+            stacks = asked.stacks is not None
+            figures, rows, faults, found = besieged(base, folder, names, stop, stacks)
         finally:
             stop()
         log = (at / "server.log").read_text(errors="replace")
