@@ -99,7 +99,7 @@ def ask(page: Any, question: str, length: int = 24) -> list[str]:
 
 def answered(page: Any) -> list[str]:
     """The texts of the last two answers, once they are complete."""
-    sync.expect(page.locator("#send")).to_be_enabled()
+    sync.expect(page.locator("#send")).to_be_enabled(timeout=30_000)
     assert page.locator(".answer[aria-busy=true]").count() == 0
     return page.locator("li:last-child .said").evaluate_all("all => all.map(p => p.textContent)")
 

@@ -109,7 +109,7 @@ def say(page: Any, *answers: str) -> Any:
     )
     page.fill("#question", "Hello")
     page.press("#question", "Enter")
-    sync.expect(page.locator("#send")).to_be_enabled()
+    sync.expect(page.locator("#send")).to_be_enabled(timeout=30_000)
     page.unroute("**/v1/chat/completions")
     return page.locator("#turns > li").last
 
@@ -224,8 +224,10 @@ def models(n: int) -> list[dict[str, Any]]:
 def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None:
     event = {"object": "list", "data": models(10_000), "status": "", "administrator": True}
     later = {"object": "changes", "data": [], "removed": ["a-00001"]}
-    body = "".join(f"data: {json.dumps(one)}\n\n" for one in (event, later))
-    page.route("**/v1/models/events", lambda route: route.fulfill(body=body))
+    bodies = iter(["".join(f"data: {json.dumps(one)}\n\n" for one in (event, later))])
+    page.route(
+        "**/v1/models/events", lambda route: route.fulfill(body=next(bodies, ": nothing new\n\n"))
+    )
     began = time.monotonic()
     page.reload()
     shown, rows = page.locator("#shown"), page.locator("#rows tr")
