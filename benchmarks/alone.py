@@ -1,10 +1,12 @@
 """How often a request's tokens in a busy batch are not those that it has alone, in bf16.
 
-    python benchmarks/alone.py [--requests 500] [--keep]
+    python benchmarks/alone.py [--requests 500] [--storage nf4] [--http] [--keep]
 
-The embedded model in bf16, adapters of eight methods and the base, prompts of 4 to 96 tokens, 8 to
-32 new ones, greedy or sampled with random settings; requests arrive between steps. Each is then run
-alone in the same engine. Where all tokens so far are the same, the logits of both runs are
+The embedded model in bf16, adapters of eight methods and the base, prompts of 4 to 96 tokens, some
+of which begin alike, 8 to 32 new ones, greedy or sampled with random settings; requests arrive
+between steps, and start from what earlier ones left. Each is then run alone in the same engine,
+with nothing left. With `--http` six clients ask a server, greedily, and then one asks the same
+alone. Where all tokens so far are the same, the logits of both runs are
 compared: their largest difference is the rounding bound b. Two runs whose logits differ by at most
 b can only choose different tokens where two candidates are closer than 2 b, in logits (greedy) or
 in the logarithms of the draw's odds (sampled, after temperature). Prints JSON and a table, which
@@ -12,21 +14,29 @@ in the logarithms of the draw's odds (sampled, after temperature). Prints JSON a
 """
 
 import argparse
+import asyncio
 import json
 import random
 import tempfile
+import threading
+import urllib.request
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from lib.results import keep, markdown
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.sampler import filtered
-from lorafold.models.loading import load_model
-from lorafold.models.sources import resolve_model
+from lorafold.serving.app import application
+from lorafold.serving.directory import Directory
+from lorafold.serving.keys import Keys
+from lorafold.serving.run import Base, listening, server_of
+from lorafold.serving.settings import Settings
 
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=16), "dora": lf.DoRA(over=lf.LoRA(rank=8)), "vera": lf.VeRA(rank=64),
@@ -53,8 +63,11 @@ def adapters(model: Any, out: Path) -> dict[str, Path]:
 def asked(n: int) -> list[Request]:
     rng = random.Random(0)
     found = []
+    begins = [[rng.randrange(1000, 40000) for _ in range(k)] for k in (0, 0, 17, 40)]
     for i in range(n):
-        ids = tuple(rng.randrange(1000, 40000) for _ in range(rng.randint(4, 96)))
+        begin = rng.choice(begins)
+        own = [rng.randrange(1000, 40000) for _ in range(rng.randint(4, 96 - len(begin)))]
+        ids = (*begin, *own)
         drawn = Sampling(
             temperature=rng.choice([0.7, 1.0]), top_p=rng.choice([1.0, 0.9]),
             top_k=rng.choice([0, 40]), seed=i,
@@ -96,16 +109,54 @@ def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
     return first - second
 
 
+def over_http(model: Any, folder: Path, requests: list[Request]) -> dict[str, Any]:
+    """Greedy completions of six clients at a time, and of one that is alone."""
+    tokenizer = lf.load_tokenizer("smollm2")
+    settings = Settings(port=0, state=folder.parent / f"{folder.name}-state.json", length=160)
+    with listening(settings) as at:
+        base = Base("smollm2", lambda: (model, tokenizer))
+        server = server_of(base, Directory(folder), Keys(None, None, None), settings)
+        http = uvicorn.Server(uvicorn.Config(application(server), log_config=None))
+        thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
+        thread.start()
+        url = f"http://127.0.0.1:{at.getsockname()[1]}/v1/completions"
+
+        def ask(request: Request) -> Any:
+            body = {
+                "model": request.adapter or "smollm2", "prompt": list(request.prompt),
+                "max_tokens": request.max_new_tokens, "temperature": 0, "ignore_eos": True,
+                "return_token_ids": True,
+            }  # fmt: skip
+            head = {"Content-Type": "application/json"}
+            sent = urllib.request.Request(url, json.dumps(body).encode(), head)
+            with urllib.request.urlopen(sent) as answer:
+                return json.load(answer)["choices"][0]["token_ids"]
+
+        server.registry.sweep.settled()
+        with ThreadPoolExecutor(6) as clients:
+            among = list(clients.map(ask, requests))
+        differ = sum(ask(request) != own for request, own in zip(requests, among, strict=True))
+        http.should_exit = True
+        thread.join()
+    return {"requests": len(requests), "clients": 6, "that differ": differ}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--keep", action="store_true", help="write results/alone.md")
+    parser.add_argument("--storage", default="bf16", help="bf16, int8 or nf4")
+    parser.add_argument("--http", action="store_true", help="six clients of a server")
     a = parser.parse_args()
-    model = load_model(resolve_model("smollm2").path, torch.bfloat16)
-    requests, bound, differ = asked(a.requests), 0.0, []
+    model = lf.load_model("smollm2", storage=a.storage)
+    requests, bound, differ, reused = asked(a.requests), 0.0, [], 0
     with tempfile.TemporaryDirectory() as folder:
         paths = adapters(model, Path(folder))
-        with Watched(model, slots=16, length=160, prefix_reuse=False) as engine:
+        if a.http:
+            table = [over_http(model, Path(folder), requests)]
+            keep("alone_http", table) if a.keep else print(markdown(table))
+            return
+        with Watched(model, slots=16, length=160) as engine:
             for name, path in paths.items():
                 engine.load(name, path)
             engine.watch()
@@ -122,10 +173,12 @@ def main() -> None:
                 among = dict(engine.seen)
                 engine.seen.clear()
                 for request in group:
+                    engine._runner.rebuild()  # nothing is left of any other
                     stream = engine.submit(request)
                     engine.run()
                     alone, found = stream.result(), company[request.id].result()
                     assert "failed" not in (alone.reason, found.reason), (alone, found)
+                    reused += found.cached
                     pairs = zip(alone.tokens, found.tokens, strict=False)
                     same = next((t for t, (x, y) in enumerate(pairs) if x != y), None)
                     own, theirs = engine.seen.pop(request.id), among[request.id]
@@ -135,13 +188,16 @@ def main() -> None:
                     if same is not None:
                         differ.append((request, gap(own[same], request, same)))
                 told = {"requests": start + len(group), "differ": len(differ), "bound": bound}
+                told["reused"] = reused
                 print(json.dumps(told), flush=True)
     inside = [
         g for request, g in differ if g <= 2 * bound / (request.sampling.temperature or 1.0)
     ]
     table = [
         {
+            "storage": a.storage,
             "requests": len(requests),
+            "tokens reused": reused,
             "that differ": len(differ),
             "% of requests": 100 * len(differ) / len(requests),
             "largest difference of logits": bound,

@@ -83,9 +83,10 @@ class Running:
         key: str | None = None,
         method: str | None = None,
         headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
     ) -> Answer:
         """One request, with a body of JSON, or of bytes as they are."""
-        at = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        at = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if body is not None else {}
         given |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -126,6 +127,7 @@ def running(
     folder: Path,
     keys: Mapping[str, list[str]] | None = None,
     storage: str = "fp32",
+    waits: bool = True,
     **settings: Any,
 ) -> Iterator[Running]:
     """A server of the adapters in a directory.
@@ -135,6 +137,7 @@ def running(
         folder: the adapters.
         keys: for each tenant the adapters that it may use; None: no keys.
         storage: the base's.
+        waits: whether to wait until all adapters were verified.
         settings: settings that differ from the defaults.
     """
     files, made = folder.parent / f"{folder.name}-files", {}
@@ -159,6 +162,11 @@ def running(
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()
         while not http.started:
+            time.sleep(0.01)
+        assert not waits or parts.registry.sweep.settled(60)
+        found = list(parts.registry.found.values())
+        states = parts.registry.engine.adapters
+        while any(states.status(one.key) == "loading" for one in found):
             time.sleep(0.01)
         try:
             yield Running(f"http://127.0.0.1:{port}", port, parts, folder, made)

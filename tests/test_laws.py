@@ -142,7 +142,10 @@ def test_identity_at_start(method: str, base: str) -> None:
     root, x, _ = adapted(method, base)
     with lf.only(root):
         bare = root(x)
-    assert torch.equal(root(x), bare)
+    # which kernel convolves, and so the order of its sum, follows from the processor, and from
+    # whether the weight is trained
+    allowed = 1e-6 if base.startswith("convolution") else 0.0
+    torch.testing.assert_close(root(x), bare, rtol=allowed, atol=allowed)
 
 
 @pytest.mark.parametrize(("method", "base"), CASES)

@@ -134,7 +134,7 @@ def test_versions_can_be_looked_up(server: Running):
 
 def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
     """One tenant's large bodies keep no other one waiting, and are bounded."""
-    rendering = server.parts.registry.renderers.base
+    rendering = server.parts.registry.plain
     began, go = threading.Event(), threading.Event()
     tokens = rendering.tokens
 
@@ -261,13 +261,13 @@ def test_links_and_borrowed_files_are_refused(tmp_path, tiny_model_dir):
     os.link(folder / "good.html", folder / "also.html")
     assert Directory(folder).page("good") is None
     directory = Directory(folder)
-    assert directory.find("good").method == "lora"
+    assert directory.locate("good") == folder / "good"
     for name, told in {
         "linked": "leads outside", "weights": "leads outside", "hard": "2 links", "..": "letters",
         "piped": "neither a file", "sealed": "leads outside",
     }.items():  # fmt: skip
         with pytest.raises(LorafoldError, match=told):
-            directory.find(name)
+            directory.locate(name)
     with running(tiny_model_dir("llama"), folder) as server:
         assert list(server.parts.registry.found) == ["good"]
         assert sorted(server.parts.registry.wrong) == [

@@ -14,6 +14,7 @@ import pytest
 
 import lorafold as lf
 from lorafold.serving.desk import LEAVING
+from lorafold.serving.host import TURNS
 from serving_cases import Running, running, saved
 from test_serving_faults import stream_of, until
 
@@ -82,7 +83,7 @@ def test_who_left_is_bounded_too(server: Running, go: threading.Event) -> None:
 def test_what_was_not_thought_about_yet_is_left_out(
     server: Running, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    host, renderer = server.parts.host, server.parts.registry.renderers.base
+    host, renderer = server.parts.host, server.parts.registry.plain
     began, go, thought, tokens = threading.Event(), threading.Event(), [], renderer.tokens
 
     def slow(text: str, special: bool) -> tuple[int, ...]:
@@ -99,14 +100,14 @@ def test_what_was_not_thought_about_yet_is_left_out(
     began.wait(20)
     for at in asked:
         at.close()
-    until(lambda: host.waiting() == 1)  # the one that the thread is at keeps its tenant's turn
+    until(lambda: host.waiting() == TURNS)  # those that threads are at keep their tenant's turns
     with ThreadPoolExecutor(1) as pool:
         stays = pool.submit(server.ask, path, body | {"prompt": "stays " + body["prompt"]})
-        until(lambda: host.waiting() == 2)
-        assert thought == ["xxxxxx"]
+        until(lambda: host.waiting() == TURNS + 1)
+        assert thought == ["xxxxxx"] * TURNS
         go.set()
         assert stays.result().status == 200
-    assert thought == ["xxxxxx", "stays "]
+    assert thought == ["xxxxxx"] * TURNS + ["stays "]
     until(server.idle)
 
 
@@ -123,7 +124,7 @@ def test_what_the_engine_got_for_nobody_ends(
         return streams[0]
 
     monkeypatch.setattr(engine, "submit", slow)
-    monkeypatch.setattr(server.parts.registry.renderers.base, "tokens", lambda *_: (5, 6, 7))
+    monkeypatch.setattr(server.parts.registry.plain, "tokens", lambda *_: (5, 6, 7))
     body = {"model": "a", "prompt": "x " * 4100, "max_tokens": 400, "ignore_eos": True}
     at = post(server, "/v1/completions", body)
     began.wait(20)

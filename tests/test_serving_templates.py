@@ -14,6 +14,7 @@ import lorafold as lf
 from conftest import make_model_dir
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
+from lorafold.serving.aliases import Aliases
 from lorafold.serving.kept import Target
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Renderer
@@ -140,9 +141,11 @@ def test_a_new_template_counts_from_the_next_load_on(server):
     registry, where = server.parts.registry, server.folder / "moving"
     shutil.copytree(server.folder / "plain", where)
     registry.load("moving")
-    registry.point("it", (Target(adapter="moving"),))
+    aliases = Aliases(registry)
+    aliases.point("it", (Target(adapter="moving"),))
     assert ids_of(server, "it") == ids_of(server, "base")
-    write_tokenizer(renderer_of(server, "own").tokenizer, where)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(server.folder / "own" / file, where)
     registry.load("moving")
     assert ids_of(server, "it") == ids_of(server, "own") != ids_of(server, "base")
     shutil.copy(server.folder / "other" / "tokenizer.json", where)
@@ -150,7 +153,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
         registry.load("moving")
     assert ids_of(server, "it") == ids_of(server, "own")
     assert server.text("it", "Hello")
-    registry.drop("it")
+    aliases.drop("it")
     registry.unload("moving")
 
 
@@ -246,7 +249,7 @@ def test_a_template_that_writes_no_json_has_no_schema_beside_tools(tiny_model_di
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     (tmp_path / "pairs.jinja").write_text(PAIRS)
     set_template(tokenizer, tmp_path / "pairs.jinja")
-    renderer = Renderer(tokenizer, frozenset())
+    renderer = Renderer(tokenizer, frozenset(), frozenset())
     for schema, field in ((None, "tool_choice"), ("{}", "response_format")):
         with pytest.raises(Refusal, match="writes no calls as JSON") as refused:
             renderer.call_grammar([TOOL], ["look"], schema)

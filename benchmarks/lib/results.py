@@ -11,16 +11,21 @@ HERE = Path(__file__).parent.parent / "results"
 
 
 def machine() -> str:
-    """Processor, cores and the versions that count."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    """Processor with what it multiplies in, cores, and the versions that count."""
+    about = dict(
+        line.split(":", 1)
+        for line in Path("/proc/cpuinfo").read_text().replace("\t", "").splitlines()
+        if ":" in line
+    )
+    names = [about["model name"].strip()] if "model name" in about else []
+    flags = about.get("flags", "").split()
+    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512"}
+    units = next((told for flag, told in known.items() if flag in flags), "without AVX-512")
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
     )
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; {packages}"
+    name = names[0] if names else platform.machine()
+    return f"{name} ({units}), {os.cpu_count()} cores; {packages}"
 
 
 def markdown(rows: Sequence[dict]) -> str:

@@ -61,6 +61,11 @@ def several(problems: Sequence[str], most: int = 20, each: int = 300) -> str:
     return "; ".join([*shown, f"and {more:,} more"] if more else shown)
 
 
+def printable(text: str) -> str:
+    """A text that is one line wherever it is shown: other characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def cut(text: str, most: int) -> str:
     """A text of bounded length, which says how many more characters there are."""
     more = len(text) - most

@@ -9,6 +9,7 @@ while the model computes, needs the deltas alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,8 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import loading_advice, mismatch, same
+
+ROOM = 1 << 26  # numbers that every adapter may have
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,14 @@ def reader(base: Weights | None, name: str) -> Callable[[], Tensor] | None:
     return None if base is None or found is None else partial(base.get, found)
 
 
+def _most(model: nn.Module, weights: Weights) -> int:
+    """How many numbers an adapter may have, by those in its file. Some methods draw others, at most
+    about as many as the base has, or as random projections of its largest ranks.
+    """
+    found = sum(math.prod(weights.shape(name)) for name in weights.names)
+    return 4 * found + max(ROOM, sum(p.numel() for p in model.parameters()))
+
+
 def read(
     model: nn.Module,
     path: str | Path | Contents,
@@ -159,7 +170,7 @@ def read(
         problems += stored.base_problems(base)
     try:
         tokens, stored = stored.token_rows(model, base)
-        with unfilled():
+        with unfilled(_most(model, stored.weights)):
             built = build(model, stored.spec_in(model), tokens=tokens, **stored.beside(model))
     except LorafoldError as e:
         raise LorafoldError(f"{stored.path}: {'; '.join([*problems, str(e)])}") from None

@@ -24,7 +24,8 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAME = r"(?P<name>[\w.:-]+?)"
+# of bounded length: else a text without an end of the name is tried from each of its characters on
+NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 def parse_calls(
@@ -46,7 +47,7 @@ def parse_calls(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
     prompt = attempt(form_of(tokenizer).of([ASKED]), tokenizer, for_generation=True)
-    text = text[block_of(tokenizer).end(text, prompt) :]
+    text = text[block_of(tokenizer).end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
         if found := list(_calls(text, form, tools)):
             return found
@@ -71,7 +72,7 @@ def read_tools(path: Path) -> list[Tool]:
 
 def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]:
     # without anything before a name, a call can only be the whole text
-    first = _regex(grammar.before) if grammar.before.strip() else r"\A\s*"
+    first = _regex(grammar.before.lstrip()) or r"\A\s*"
     named = f"(?:{_regex(grammar.named)})"
     if grammar.bare.strip() and grammar.pairs is not None:
         named = f"(?:{_regex(grammar.named)}|(?P<bare>{_regex(grammar.bare)}))"
@@ -108,7 +109,7 @@ def _pairs(
     found: dict[str, Any] = {}
     opening, ending = (re.escape(quote) for quote in pairs.quotes)
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
-    after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\s*\\Z)"
+    after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\Z)"
     after_re = re.compile(after)
     quoted_re = re.compile(rf"{opening}(?P<value>.*?){ending}{after}", re.DOTALL)
     while key := key_re.match(text, at):

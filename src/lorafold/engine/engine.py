@@ -158,15 +158,10 @@ class Engine:
         if wait:
             future.result()
 
-    def verify(self, name: str, path: str | Path, digest: str) -> None:
+    def verify(self, entry: Entry) -> None:
         """Read and check an adapter as `load` does, and keep nothing of it. Any thread may call it.
-
-        Args:
-            name: its name, for errors.
-            path: its directory.
-            digest: what its files have to have.
         """
-        self._reader.read(Entry(name, Path(path), digest, 0))
+        self._reader.read(entry)
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
         """Make adapters that are attached on the model, one over the other, known under one name.

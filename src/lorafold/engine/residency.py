@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from lorafold.engine.adapters import Entry, Held, digest
-from lorafold.engine.state import State, Status, evict, look, warm
+from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
 
@@ -44,8 +44,7 @@ class Residency:
         strikes: int = 3,
     ) -> None:
         self._read, self.budget, self._changed, self.strikes = read, budget, changed, strikes
-        # how many adapters were read, made room for others, and had changed in memory
-        self.reads = self.evictions = self.damaged = 0
+        self.reads = self.evictions = self.damaged = 0  # adapters; damaged ones changed in memory
         self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
         self._lock = threading.RLock()
         self._names: dict[str, Entry] = {}
@@ -56,8 +55,13 @@ class Residency:
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
     def load(self, name: str, path: str | Path, found: str = "") -> Future[None]:
-        """Make an adapter known under a name and read its files, of that digest if it is given; the
-        future has the error if that fails, and then the name is what it was.
+        """Make an adapter known under a name and read it; the future has the error if that fails,
+        and then the name is what it was.
+
+        Args:
+            name: the name for requests.
+            path: the adapter's directory.
+            found: the digest that its files must have, "" for the one they have.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
@@ -209,11 +213,7 @@ class Residency:
     def check(self) -> None:
         """Raise AssertionError if the books do not balance."""
         with self._lock:
-            for entry, state in self._states.items():
-                assert 0 <= state.leases <= state.references, entry
-                assert not state.leases or state.held, f"{entry}: leased, not resident"
-                current = self._names.get(entry.name) == entry
-                assert current or state.references or state.future, f"{entry}: left over"
+            balanced(self._states, self._names)
             assert self.budget is None or self.nbytes <= self.budget, self.nbytes
             assert self._pinned <= self._names.keys()
 

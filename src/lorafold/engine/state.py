@@ -95,6 +95,15 @@ def evict(states: Iterable[State], nbytes: int) -> int | None:
     return left
 
 
+def balanced(states: Mapping[Entry, State], names: Mapping[str, Entry]) -> None:
+    """Raise AssertionError if the books of these entries do not balance."""
+    for entry, state in states.items():
+        assert 0 <= state.leases <= state.references, entry
+        assert not state.leases or state.held, f"{entry}: leased, not resident"
+        current = names.get(entry.name) == entry
+        assert current or state.references or state.future, f"{entry}: left over"
+
+
 def look(states: Iterable[State], now: int) -> bool:
     """Whether the adapter in memory that was not looked at for longest, of those that nothing uses,
     is what was read; if not, it leaves. One without files is what it is on the model.

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -27,6 +30,14 @@ def digest(files: Iterable[tuple[str, int, str]]) -> str:
     return sha256("".join(lines).encode()).hexdigest()
 
 
+def _bytes(path: Path) -> bytes:
+    """The content of a file; OSError for anything else, such as a pipe, which is not waited for."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
+
+
 class Contents:
     """The bytes of those of the named files that exist, by name, and of the manifest. A thread
     hashes them while the caller interprets them. Raises LorafoldError if a file can't be read.
@@ -41,7 +52,7 @@ class Contents:
         self.files: dict[str, bytes] = {}
         for name in (*names, MANIFEST):
             try:
-                self.files[name] = (self.path / name).read_bytes()
+                self.files[name] = _bytes(self.path / name)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -63,6 +74,11 @@ class Contents:
     def digest(self) -> str:
         """The SHA-256 over the names and the contents of all files, in hexadecimal."""
         return self.digest_of(self.files)
+
+    @property
+    def named(self) -> str:
+        """The same without the manifest, which tells of other files too."""
+        return self.digest_of(self.names)
 
     def digest_of(self, names: Iterable[str]) -> str:
         """The same over those of the named files that exist."""

@@ -25,6 +25,7 @@ from lorafold.peft.table import methods
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
+ANYTHING = TypeAdapter(Any)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -225,5 +226,5 @@ def _task(model: nn.Module, selection: Selection) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = TypeAdapter(Any).dump_json(value).decode()
+    text = ANYTHING.dump_json(value).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,8 +9,10 @@ adapter's: they run where they can be ended.
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +20,10 @@ from jinja2 import TemplateError
 
 from lorafold.errors import LorafoldError
 from lorafold.screening.processes import Refused
+from lorafold.screening.words import Words
 
-PROBES = 256  # renderings of probes that are kept
-DEATHS = 3  # processes that one tokenizer may end before it is not asked any more
+PROBES, SHOWN = 256, 1 << 16  # renderings of probes that are kept, and the letters of each
+DEATHS, MINUTE = 3, 60.0  # processes that one tokenizer may end in so many seconds
 
 
 class Opened:
@@ -29,21 +32,24 @@ class Opened:
     Args:
         about: what the process says of it.
         base: the base's tokenizer.
+        known: the base's added tokens, by number.
         call: asks a process for an act with this tokenizer.
     """
 
     is_fast = False  # it renders by a method of its own
 
     def __init__(
-        self, about: Mapping[str, Any], base: Any, call: Callable[..., Any]
-    ) -> None:
-        self._ask, self._probing, self._deaths = call, True, 0
+        self, about: Mapping[str, Any], base: Any, known: Mapping[int, Any],
+        call: Callable[..., Any],
+    ) -> None:  # fmt: skip
+        self._ask, self._probing = call, True
+        self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when the last ones were
         self._probes: dict[str, str | TemplateError] = {}
         self.chat_template: Any = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
         self.eos_token_id: int | None = about["eos"]
         self.variables = frozenset(about["variables"])
-        self._words = _with(base, about["new"])
+        self._words = Words(base, known, about["new"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._words, name)
@@ -54,7 +60,8 @@ class Opened:
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
         """The tokens of a text, as `input_ids`. Raises LorafoldError."""
         found = self._call("tokens", text=text, special=add_special_tokens)
-        if not all(isinstance(i, int) and 0 <= i < len(self) for i in found):
+        known = len(self)
+        if not all(isinstance(i, int) and 0 <= i < known for i in found):
             raise LorafoldError("its tokenizer gives tokens that there are not")
         return SimpleNamespace(input_ids=found)
 
@@ -71,6 +78,13 @@ class Opened:
     ) -> str:  # fmt: skip
         """A conversation, as the template writes it. Raises jinja2's TemplateError, as templates do
         that refuse one.
+
+        Args:
+            messages: the messages.
+            tools: the tools, or None.
+            tokenize: False; texts alone are made.
+            add_generation_prompt: whether the assistant's next turn is opened.
+            variables: further variables of the template.
         """
         given = {
             "messages": list(messages), "tools": tools,
@@ -79,6 +93,8 @@ class Opened:
         key = json.dumps(given, sort_keys=True, default=str)
         if key not in self._probes:
             found = self._rendered(given)
+            if self._probing and isinstance(found, str) and len(found) > SHOWN:
+                found = TemplateError(f"it makes {len(found):,} letters of a probe")
             if not self._probing or len(self._probes) >= PROBES:
                 return _given(found)
             self._probes[key] = found
@@ -89,13 +105,14 @@ class Opened:
         self._probing = False
 
     def _call(self, do: str, **arguments: Any) -> Any:
-        """What a process gives; none is asked any more once several died of it."""
-        if self._deaths >= DEATHS:
-            raise Refused(f"{DEATHS} processes died of it before")
+        """What a process gives; none is asked for a while after several died of it."""
+        if time.monotonic() - self._deaths[0] < MINUTE:
+            raise Refused(f"{DEATHS} processes died of it within {MINUTE:.0f} s")
         try:
             return self._ask(do, **arguments)
         except Refused as error:
-            self._deaths += not error.kind
+            if not error.kind:
+                self._deaths.append(time.monotonic())
             raise
 
     def _rendered(self, given: Mapping[str, Any]) -> str | TemplateError:
@@ -109,20 +126,3 @@ def _given(found: str | TemplateError) -> str:
     if isinstance(found, TemplateError):
         raise found
     return found
-
-
-def _with(base: Any, new: Sequence[Sequence[Any]]) -> Any:
-    """The base's tokenizer, with tokens added to it: number, text, and whether it is special."""
-    if not new:
-        return base
-    from transformers import AddedToken
-
-    words = deepcopy(base)
-    for number, text, special in new:
-        token = AddedToken(text, special=special, normalized=False)
-        words.add_tokens(token, special_tokens=special)
-        if (found := words.convert_tokens_to_ids(text)) != number:
-            raise LorafoldError(
-                f"its tokenizer numbers the new token {text!r:.80} {number}, expected {found}"
-            )
-    return words

@@ -22,7 +22,8 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.screening.worker import SIZE, packed
 
-ANSWER = 32 << 20  # bytes of an answer
+# bytes of an answer: nothing else of the server runs while it is taken apart
+ANSWER = 8 << 20
 WALL = 20.0  # how many times the seconds of the processor an answer may take: the machine is busy
 TOLD = 600  # letters of what is told of an error
 
@@ -71,8 +72,12 @@ class Process:
             raise
         return json.loads(content)
 
+    def end(self) -> None:
+        """Have the process end, while a thread may wait for its answer."""
+        self._process.kill()
+
     def kill(self) -> None:
-        """End the process."""
+        """End the process, for which nobody waits any more."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -128,6 +133,7 @@ class Processes:
     def __init__(self, base: Callable[[], Any], most: int) -> None:
         self._base, self._most = base, threading.Semaphore(most)
         self._idle: list[Process] = []
+        self._busy: set[Process] = set()
         self._lock, self._first = threading.Lock(), b""
         self._closed = False
 
@@ -142,14 +148,16 @@ class Processes:
         """
         message = packed({"do": do, "seconds": seconds, "bytes": memory} | arguments)
         with self._most:
-            process: Process | None = self._taken()
-            assert process is not None
-            answer = process.ask(message, max(WALL * seconds, 60.0))
+            process = self._taken()
+            try:
+                answer = process.ask(message, max(WALL * seconds, 60.0))
+            finally:
+                with self._lock:
+                    self._busy.discard(process)
             with self._lock:
-                if not self._closed:
+                if kept := not self._closed:
                     self._idle.append(process)
-                    process = None
-        if process is not None:
+        if not kept:
             process.kill()
         if "found" in answer:
             return answer["found"]
@@ -161,15 +169,19 @@ class Processes:
         )
 
     def close(self) -> None:
-        """End them all."""
+        """End them all, and what is asked of them."""
         with self._lock:
             self._closed, idle, self._idle = True, self._idle, []
+            for process in self._busy:
+                process.end()
         for process in idle:
             process.kill()
 
     def _taken(self) -> Process:
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
+            if self._closed:
+                raise Refused("the server ends")
             self._first = self._first or packed(self._base())
-        return Process(self._first)
+            process = self._idle.pop() if self._idle else Process(self._first)
+            self._busy.add(process)
+        return process

@@ -6,30 +6,36 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.screening.fingerprints import backend_of
 from lorafold.screening.opened import Opened
-from lorafold.screening.processes import Processes, Refused
+from lorafold.screening.processes import Processes
 
-# processes; two verify in the background, and one what a request waits for
-VERIFYING, RENDERING = 3, 2
-SECONDS = {"verify": 5.0, "open": 20.0, "render": 1.0, "tokens": 2.0}
+# processes of each kind: two for what is verified in the background, one for what a request waits
+# for
+VERIFYING, RENDERING = 3, 3
+SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0}
 EACH = 5e-9  # seconds more for each byte of the weights
 BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20}
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Files that were verified: their digest, that of each, and that of what adapters have in
-    common which differ in nothing but their values.
+    """Files that were verified: their digest, that of each, that of what adapters have in common
+    which differ in nothing but their values, the largest dimension of a tensor, and the digest by
+    which an adapter over it knows it.
     """
 
     digest: str
     digests: Mapping[str, str]
     form: str
+    widest: int
+    below: str
 
 
 class Screen:
@@ -44,7 +50,9 @@ class Screen:
         self._tokenizer = tokenizer
         self._verifying = Processes(lambda: {"modules": list(modules())}, VERIFYING)
         self._rendering = Processes(lambda: {"vocabulary": tokenizer.get_vocab()}, RENDERING)
+        self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_of(tokenizer)
+        self._added = tokenizer.added_tokens_decoder  # made anew whenever it is asked for
 
     def verify(
         self, path: Path, files: Sequence[str], config: str, record: str, told: Sequence[str]
@@ -68,25 +76,40 @@ class Screen:
         """The tokenizer of these files; None if it is the base's. Raises LorafoldError for one that
         can't be read or used.
         """
-        own = {"path": str(contents.path), "files": list(contents.names), "digest": contents.digest}
-        call = partial(self._call, own)
+        path = self._copied(contents)
+        own = {"path": str(path), "files": list(contents.names), "digest": contents.named}
+        call, base = partial(self._call, own), self._tokenizer
         try:
             about = call("open")
-        except Refused as error:
+            same = (
+                about["backend"] == self.backend != ""
+                and about["template"] == base.chat_template
+                and about["special"] == base.special_tokens_map
+            )
+            opened = None if same else Opened(about, base, self._added, call)
+        except LorafoldError as error:
+            rmtree(path, ignore_errors=True)
             raise LorafoldError(f"{contents.path}: its tokenizer: {error}") from None
-        base = self._tokenizer
-        if (
-            about["backend"] == self.backend != ""
-            and about["template"] == base.chat_template
-            and about["special"] == base.special_tokens_map
-        ):
-            return None
-        return Opened(about, base, call)
+        if opened is None:
+            rmtree(path, ignore_errors=True)
+        return opened
 
     def close(self) -> None:
         """End the processes."""
         self._verifying.close()
         self._rendering.close()
+        self._copies.cleanup()
+
+    def _copied(self, contents: Contents) -> Path:
+        """Where a copy of these files is, which stays as it is whatever becomes of the adapter's: a
+        process reads it again where another one died.
+        """
+        path = Path(self._copies.name) / contents.named
+        for name in contents.names:
+            if (content := contents.files.get(name)) is not None:
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes(content)
+        return path
 
     def _call(self, own: Mapping[str, Any], do: str, **arguments: Any) -> Any:
         return self._rendering.call(do, SECONDS[do], BYTES[do], **own, **arguments)

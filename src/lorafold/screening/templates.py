@@ -6,6 +6,7 @@ last, a few are kept. Templates run in transformers' sandbox.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from lorafold.files.contents import Contents
 from lorafold.screening.fingerprints import backend_of, variables_of
 
 KEPT = 8  # tokenizers
-LETTERS = 4 << 20  # of a text that a template makes
-NEW = 1 << 16  # tokens that an adapter may add
+LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
+TEMPLATE = 1 << 20  # letters of all templates
+NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
 
 
 class Templates:
@@ -54,12 +56,24 @@ class Templates:
         new = sorted(number for number in own if number not in self._words)
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
+        if (size := sum(len(own[n]) for n in new)) > LONG:
+            raise LorafoldError(
+                f"found new tokens of {size:,} letters, expected at most {LONG:,}"
+            )
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
+        each = texts.values() if isinstance(texts, dict) else (texts,)
+        if not all(isinstance(text, str) for text in each):
+            raise LorafoldError("chat_template: expected a text, or texts by name")
+        if (size := sum(map(len, each))) > TEMPLATE:
+            raise LorafoldError(f"chat_template: found {size:,} letters, expected {TEMPLATE:,}")
+        special = tokenizer.special_tokens_map
+        if len(json.dumps(special)) > LONG:
+            raise LorafoldError(f"found special tokens of more than {LONG:,} letters")
         return {
             "template": texts,
             "variables": sorted(variables_of(tokenizer)),
-            "special": tokenizer.special_tokens_map,
+            "special": special,
             "eos": tokenizer.eos_token_id,
             "backend": backend_of(tokenizer),
             "new": [[n, own[n], n in added and bool(added[n].special)] for n in new],
@@ -69,7 +83,15 @@ class Templates:
         self, path: str, files: Sequence[str], digest: str, messages: list[Any], tools: Any,
         add_generation_prompt: bool, variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """A conversation, as the template writes it. Raises as the template does."""
+        """A conversation, as the template writes it. Raises as the template does.
+
+        Args:
+            path, files, digest: the tokenizer's, as for `open`.
+            messages: the messages, in the form that the template takes.
+            tools: the tools, or None.
+            add_generation_prompt: whether the assistant's next turn is opened.
+            variables: further variables of the template.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer(path, files, digest)
@@ -89,9 +111,17 @@ class Templates:
     def tokens(
         self, path: str, files: Sequence[str], digest: str, text: str, special: bool
     ) -> list[int]:
-        """The tokens of a text."""
+        """The tokens of a text.
+
+        Args:
+            path, files, digest: the tokenizer's, as for `open`.
+            text: the text.
+            special: whether it gets the tokens with which a text begins.
+        """
         tokenizer = self._tokenizer(path, files, digest)
         found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        if len(found) > TOKENS:
+            raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
 
     def _tokenizer(self, path: str, files: Sequence[str], digest: str) -> Any:
@@ -100,7 +130,7 @@ class Templates:
             return self._kept[digest]
         contents = Contents(path, files)
         contents.check_intact()
-        if contents.digest != digest:
+        if contents.named != digest:
             raise LorafoldError("the files of its tokenizer changed; load it again")
         tokenizer = _read(contents)
         ensure_chat_template(tokenizer)

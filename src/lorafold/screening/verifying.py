@@ -24,8 +24,13 @@ from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
-DEPTH, STRINGS = 64, 1 << 20
-PATTERNS = 2.0  # seconds of the processor that all patterns may take
+DEPTH, VALUES = 64, 1 << 18  # of JSON, keys and all: nine for each tensor of a header
+FIELDS = 1 << 16  # as many are they in a configuration or a record
+LONG = 1 << 18  # letters of one text
+DIGITS = 1 << 63  # whole numbers lie below, as everything that computes with them has them
+# what patterns may take of the processor: all on one module's path, during which nothing else of
+# the server runs once it does the same, and all together
+AT_ONCE, PATTERNS = 0.02, 0.5
 WEIGHTS = "adapter_model.safetensors"
 # by their names in safetensors: the integers as which they are read, and the bits of the exponent,
 # which are all set in a number that is not finite
@@ -33,6 +38,7 @@ FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
+OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # of tokens' numbers, masks and codes
 PIECE = 1 << 20  # numbers that are looked at at a time
 
 
@@ -40,8 +46,9 @@ def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     told: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the files of an adapter are: `digest`, `digests` by name, and `form`, which adapters
-    have in common that differ in nothing but their values. Raises LorafoldError.
+    """What the files of an adapter are: `digest`, `digests` by name, `form`, which adapters have in
+    common that differ in nothing but their values, `widest`, the largest dimension of a tensor, and
+    `below`, the digest by which an adapter over it knows it. Raises LorafoldError.
 
     Args:
         modules: the paths of the base's modules.
@@ -60,24 +67,40 @@ def verified(
     if config not in contents.files:
         raise LorafoldError(f"found no {config}, expected the directory of an adapter")
     there = [name for name in (config, record) if name in contents.files]
-    read = {name: _json(name, contents.files[name]) for name in there}
+    read = {name: _json(name, contents.files[name], FIELDS) for name in there}
     _match(read[config], modules)
-    header = _header(contents.files.get(WEIGHTS, b""))
+    header, widest = "", 0
+    if WEIGHTS in contents.files:
+        header, widest = _header(contents.files[WEIGHTS])
     about = {name: read.get(record, {}).get(name) for name in told}
     form = json.dumps([read[config], header, about], sort_keys=True)
     return {
         "digest": contents.digest,
         "digests": contents.digests,
         "form": sha256(form.encode()).hexdigest(),
+        "widest": widest,
+        "below": contents.digest_of((config, WEIGHTS)),
     }
 
 
-def _json(name: str, content: bytes) -> dict[str, Any]:
+def _json(name: str, content: bytes, most: int) -> dict[str, Any]:
+    """The object in a file, of so many values at most. Raises LorafoldError for anything that
+    somebody else could read in another way, or not at all.
+    """
+
     def constant(text: str) -> None:
         raise LorafoldError(f"{name}: found {text}, expected a finite number")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise LorafoldError(f"{name}: found a key of an object twice, expected each once")
+        return found
+
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=constant)
+        value = json.loads(
+            content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once
+        )
     except ValueError as error:
         raise LorafoldError(f"{name}: not readable as JSON ({error})") from None
     except RecursionError:
@@ -85,45 +108,76 @@ def _json(name: str, content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LorafoldError(f"{name}: found {type(value).__name__}, expected an object")
     for n, (depth, where, inner) in enumerate(_values(value)):
-        if depth > DEPTH or n > STRINGS:
-            raise LorafoldError(
-                f"{name}: expected at most {DEPTH} levels and {STRINGS:,} values"
-            )
-        if isinstance(inner, float) and not math.isfinite(inner):
-            raise LorafoldError(f"{name}: {where}: found {inner}, expected a finite number")
+        if depth > DEPTH or n > most:
+            raise LorafoldError(f"{name}: expected at most {DEPTH} levels and {most:,} values")
+        if wrong := _wrong(inner):
+            raise LorafoldError(f"{name}: {where!r:.200}: {wrong}")
     return value
 
 
+def _wrong(value: Any) -> str:
+    """What is wrong with a value, whatever it is for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"found {value}, expected a finite number"
+    if isinstance(value, int) and abs(value) >= DIGITS:
+        return "found a number of more than 63 bits"
+    if isinstance(value, str) and len(value) > LONG:
+        return f"found {len(value):,} letters, expected at most {LONG:,}"
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return "found half a character (a surrogate), expected text"
+    return ""
+
+
 def _values(value: Any) -> Iterator[tuple[int, str, Any]]:
-    """Every value with its depth and the field in which it stands."""
+    """Every key and every value with its depth and the field in which it stands."""
     left: list[tuple[int, str, Any]] = [(0, "", value)]
     while left:
         depth, where, value = left.pop()
         yield depth, where, value
         if isinstance(value, dict):
-            left += [(depth + 1, where or str(key), inner) for key, inner in value.items()]
+            pairs = [(depth + 1, where or key, (key, inner)) for key, inner in value.items()]
+            left += [(below, name, each) for below, name, pair in pairs for each in pair]
         elif isinstance(value, list):
             left += [(depth + 1, where, inner) for inner in value]
 
 
 def _match(config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Try the configuration's patterns on the base's modules. One that never ends is ended with the
-    process.
+    """Try the configuration's patterns on the base's modules, in every way in which they are tried
+    later. One that never ends is ended with the process.
     """
     begun = time.process_time()
+    tried = []
     for field, pattern in _patterns(config):
         try:
-            whole, end = re.compile(pattern), re.compile(rf"(.*\.)?({pattern})$")
+            tried.append((field, [re.compile(form) for form in _forms(field, pattern)]))
         except (re.error, RecursionError, OverflowError) as error:
             raise LorafoldError(f"{field}: found no regular expression ({error})") from None
-        for path in modules:
-            whole.fullmatch(path)
-            end.match(path)
-            if time.process_time() - begun > PATTERNS:
-                raise LorafoldError(
-                    f"{field}: its patterns take more than {PATTERNS:g} s to match the base's"
-                    " modules"
-                )
+        _in_time(field, begun, PATTERNS)
+    for path in modules:
+        for field, forms in tried:
+            here = time.process_time()
+            for form in forms:
+                form.match(path)
+            _in_time(field, here, AT_ONCE)
+            _in_time(field, begun, PATTERNS)
+
+
+def _in_time(field: str, since: float, most: float) -> None:
+    if time.process_time() - since > most:
+        raise LorafoldError(
+            f"{field}: its patterns take more than {most:g} s to match the base's modules"
+        )
+
+
+def _forms(field: str, pattern: str) -> tuple[str, ...]:
+    """The pattern as `lorafold.peft.selection` and `lorafold.core.targets` have it, to be matched
+    from the beginning of a path.
+    """
+    whole = rf"(?:{pattern})\Z"
+    return {
+        "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),
+        "modules_to_save": (rf"(^|.*\.){pattern}($|\..*)",),
+    }.get(field, (whole, rf"(.*\.)?({pattern})$"))
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -137,26 +191,49 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
-def _header(content: bytes) -> dict[str, Any]:
-    """The tensors of a safetensors file by name: type, shape and place. Raises LorafoldError for
-    one that does not fit the file, or has values that are not finite.
+def _header(content: bytes) -> tuple[str, int]:
+    """The digest of the header of a safetensors file, which says where its tensors are, and their
+    largest dimension. Raises LorafoldError for a header that does not fit the file exactly, and for
+    values that are not finite.
     """
     size = int.from_bytes(content[:8], "little")
     if not 0 < size <= min(TEXT, len(content) - 8):
-        return {}  # whoever reads the weights says what is wrong with them
-    header = _json(WEIGHTS, content[8 : 8 + size])
+        raise LorafoldError(
+            f"{WEIGHTS}: not readable as safetensors: found a header of {size:,} bytes in"
+            f" {len(content):,}, expected at most {TEXT:,} that are there"
+        )
+    header = _json(WEIGHTS, content[8 : 8 + size], VALUES)
     header.pop("__metadata__", None)
-    data = memoryview(content)[8 + size :]
+    data, at = memoryview(content)[8 + size :], 0
+    for name, start, stop, about in sorted(_places(header), key=lambda one: one[1:3]):
+        if start != at or stop > len(data):
+            raise LorafoldError(
+                f"{WEIGHTS}: {name!r:.200}: found its data at {start:,} to {stop:,}, expected"
+                f" {at:,} and on, within {len(data):,} bytes"
+            )
+        at = stop
+        if about in FLOATS and not _finite(data[start:stop], *FLOATS[about]):
+            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found NaN or infinity")
+    if at != len(data):
+        raise LorafoldError(f"{WEIGHTS}: found {len(data) - at:,} bytes after the last tensor")
+    shapes = [about.get("shape") for about in header.values()]
+    if not all(isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in shapes):
+        raise LorafoldError(f"{WEIGHTS}: found a shape that is none, expected whole numbers")
+    widest = max((n for shape in shapes for n in shape), default=0)
+    return sha256(content[: 8 + size]).hexdigest(), widest
+
+
+def _places(header: Mapping[str, Any]) -> Iterator[tuple[str, int, int, str]]:
+    """The name of every tensor, where its data begins and ends, and its type."""
     for name, about in header.items():
-        known = isinstance(about, dict) and isinstance(about.get("dtype"), str)
-        places = about.get("data_offsets") if known else None
-        pair = isinstance(places, list) and [type(place) for place in places] == [int, int]
-        start, stop = places if pair else (0, -1)
-        if not 0 <= start <= stop <= len(data):
-            raise LorafoldError(f"{WEIGHTS}: {name[:200]}: it does not lie in the file")
-        if about["dtype"] in FLOATS and not _finite(data[start:stop], *FLOATS[about["dtype"]]):
-            raise LorafoldError(f"{WEIGHTS}: {name[:200]}: found NaN or infinity")
-    return header
+        kind = about.get("dtype") if isinstance(about, dict) else None
+        if not isinstance(kind, str) or kind not in (*FLOATS, *OTHERS):
+            told = f"found {kind!r:.80}, expected one of {', '.join((*FLOATS, *OTHERS))}"
+            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: dtype: {told}")
+        places: Any = about.get("data_offsets")
+        if not isinstance(places, list) or [type(place) for place in places] != [int, int]:
+            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found no data_offsets of two numbers")
+        yield name, places[0], max(places), kind
 
 
 def _finite(data: memoryview, kind: Any, exponent: int) -> bool:

@@ -27,7 +27,8 @@ def read(source: BinaryIO) -> Any:
 
 def packed(message: Any) -> bytes:
     """A message with its length before it."""
-    content = json.dumps(message).encode()
+    # half a character is told by a mark: what reads it takes other texts as they are
+    content = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
     return len(content).to_bytes(SIZE, "big") + content
 
 

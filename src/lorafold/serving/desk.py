@@ -100,6 +100,8 @@ class Desk:
         except BaseException:
             self.drop(reply)
             raise
+        for job in reply.jobs:
+            job.admitted = True
         prompts = sum(len(job.request.prompt) for job in reply.jobs[:: asked.n])
         self.spent.add(caller.tenant, prompts)
         return reply

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import time
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,16 +20,18 @@ from lorafold.engine.adapters import found_below
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
-from lorafold.files.record import read_record
+from lorafold.files.record import RECORD
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
+from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.tokenizer import FILES as TOKENIZER
-from lorafold.models.tokenizer import TEMPLATES, has_tokenizer
+from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
 from lorafold.peft.stack import parse
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
+TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
 # seconds for which what was written may be written again without a trace, and between looks then
 FRESH, PAUSE = 2.0, 0.25
 
@@ -72,7 +75,7 @@ class Directory:
             self._listed = now, changed
             with os.scandir(self.path) as entries:
                 found = [entry.name for entry in entries if not entry.name.startswith(".")]
-            self._names = frozenset(n for n in found if _has_config(self.path / n))
+            self._names = frozenset(_shown(n) for n in found if _has_config(self.path / n))
         return self._names
 
     @property
@@ -97,8 +100,11 @@ class Directory:
         for place in (path, path / TEMPLATES):
             if place.is_dir():
                 with os.scandir(place) as entries:
-                    for entry in entries:
-                        about = entry.stat()
+                    for entry in islice(entries, ENTRIES + 1):
+                        try:
+                            about = entry.stat()
+                        except OSError:  # a link to nothing, or a file that is gone by now
+                            continue
                         if stat.S_ISREG(about.st_mode):
                             where = str(Path(entry.path).relative_to(path))
                             found.append(
@@ -107,6 +113,8 @@ class Directory:
                                     about.st_mtime_ns, about.st_ctime_ns,
                                 )
                             )  # fmt: skip
+        if len(found) > ENTRIES:
+            raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's alone")
         return tuple(sorted(found))
 
     def touch(self, name: str) -> object:
@@ -125,15 +133,22 @@ class Directory:
         has one, if there is one. Raises as `locate` does, and for damaged files.
         """
         path = self.locate(name)
-        if not has_tokenizer(path):
-            over = (self.below(origin, path) for origin in reversed(parse(read_record(path))))
-            found = next(filter(has_tokenizer, over), None)
+        if not _has_tokenizer(path):
+            record = Contents(path, (RECORD,)).record
+            over = (self.below(origin, path) for origin in reversed(parse(record)))
+            found = next(filter(_has_tokenizer, over), None)
             if found is None:
                 return None
             path = found
         there = {file for p in (*TOKENIZER_FILES, *VOCABULARIES) for file in path.glob(p)}
         files = sorted({*there, *(path / known for known in TOKENIZER)})
         self._check_own(*files)
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        if size > TOKENIZERS or len(files) > ENTRIES:
+            raise LorafoldError(
+                f"its tokenizer: found {len(files):,} files of {size:,} bytes, expected at most"
+                f" {ENTRIES:,} of {TOKENIZERS:,}"
+            )
         contents = Contents(path, [str(file.relative_to(path)) for file in files])
         contents.check_intact()
         return contents
@@ -154,6 +169,8 @@ class Directory:
             raise LorafoldError(
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
             )
+        if name not in self.names():
+            self._listed = 0.0, -1  # it may have come within a tick of the file system's clock
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
         path = self.path if self._single else self.path / name
@@ -186,6 +203,20 @@ class Directory:
                     f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
                     f" expected one link and at most {MOST:,} bytes; copy it"
                 )
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether an adapter has a tokenizer of its own. Raises LorafoldError if it was damaged, and
+    waits for no pipe.
+    """
+    contents = Contents(path, (SETTINGS,))
+    contents.check_intact()
+    return SETTINGS in contents.files
+
+
+def _shown(name: str) -> str:
+    """A name as answers can have it; one that is no UTF-8 gets one that no adapter may have."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _has_config(path: Path) -> bool:

@@ -152,7 +152,8 @@ class Host:
         """How many requests are thought about, and how many jobs wait for a slot and have no reason
         to end: those of one tenant or all.
         """
-        waiting = [j for j in list(self.jobs.values()) if j.stream and not (j.began or j.why)]
+        jobs = list(self.jobs.values())
+        waiting = [j for j in jobs if j.admitted and not (j.began or j.why)]
         thinking = self._thinking.total() if tenant is None else self._thinking[tenant]
         return thinking + sum(tenant in (None, job.request.tenant) for job in waiting)
 

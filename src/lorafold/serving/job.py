@@ -37,6 +37,7 @@ class Job:
         self.request, self.adapter, self.asked = request, adapter, asked
         self._arrived, self._count = arrived, count
         self.stream: Stream | None = None  # once the engine has it
+        self.admitted = False  # until then its request is one that is thought about
         self.passed_on = 0  # events of the stream that were handed over
         self.events: deque[Token | Ended] = deque()
         self.end: Ended | None = None

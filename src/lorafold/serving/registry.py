@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lorafold.engine import Engine
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, cut, printable
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.kept import Kept, read_kept, write_kept
 from lorafold.serving.keys import Caller
@@ -31,6 +31,7 @@ from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier
 
 log = logging.getLogger(__name__)
+WARM = 16  # adapters that are read into memory before they are asked for
 REASON = 2000  # characters of why an adapter is wrong
 
 
@@ -49,7 +50,7 @@ class Registry:
         self, base: str, directory: Directory, file: Path, plain: Renderer, verifier: Verifier
     ) -> None:
         self.base, self.directory, self.file = base, directory, file
-        self._plain, self.verifier = plain, verifier
+        self.plain, self.verifier = plain, verifier
         self.kept: Kept = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
@@ -71,9 +72,10 @@ class Registry:
         self.sweep.begin()
 
     def close(self) -> None:
-        """End that."""
-        self.sweep.close()
+        """End that, and do not wait for what is being read."""
+        self.sweep.end()
         self.verifier.close()
+        self.sweep.close()
 
     @property
     def listed(self) -> list[str]:
@@ -83,7 +85,8 @@ class Registry:
     def _unseen(self) -> set[str]:
         """The names that were not handed out before, or were wrong and have other files now."""
         names = set(self.directory.names())
-        again = {name for name in self.wrong if self.directory.touched(name, self._marks[name])}
+        wrong = dict(self._marks)  # threads add to it meanwhile
+        again = {n for n in wrong if n in self.wrong and self.directory.touched(n, wrong[n])}
         for name in again:
             self.wrong.pop(name, None)
         new = names - self._named | again
@@ -98,17 +101,17 @@ class Registry:
             return None
         if name in self.found:
             return self.found[name]
+        if name not in self.directory.names():  # a name that a client made up leaves nothing here
+            return None
         with self._turns[name]:
             if name in self.found or name in self.wrong:
                 return self.found.get(name)
-            if name not in self.directory.names():
-                return None
             marks = self.directory.touch(name)
             try:
                 return self._take(self._verified(name))
             except LorafoldError as error:
-                self._marks[name], self.wrong[name] = marks, cut(str(error), REASON)
-                log.warning("not served: %s: %s", name, self.wrong[name])
+                self._marks[name], self.wrong[name] = marks, printable(cut(str(error), REASON))
+                log.warning("not served: %s: %s", printable(name), self.wrong[name])
                 return None
 
     def reopen(self, engine: Engine) -> None:
@@ -139,7 +142,7 @@ class Registry:
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
         if model == self.base and caller.base:
-            return Chosen(self.base, None, self._plain)
+            return Chosen(self.base, None, self.plain)
         alias = self.kept.aliases.get(model) if caller.may(model) else None
         if alias is None:
             found = self.version(caller, model)
@@ -257,7 +260,7 @@ class Registry:
                 self.engine.adapters.know(found.key, found.path, found.digest)
             pinned = name in self.kept.pinned
             self.engine.adapters.pin(found.key, pinned)
-            if pinned:
+            if pinned or len(self.found) < WARM:
                 self.engine.load(found.key, found.path, digest=found.digest, wait=False)
             self.found[name] = found
             if before is not None and before.key != found.key:

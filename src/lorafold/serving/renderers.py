@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
 from lorafold.screening.fingerprints import variables_of
@@ -19,6 +20,9 @@ from lorafold.serving.rendering import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
 
 
 class Renderers:
@@ -39,12 +43,16 @@ class Renderers:
         self.base.probe()
         self._known: dict[str, Renderer] = {}
 
+    def known(self, digest: str) -> Renderer | None:
+        """The renderer of files with that digest, if they were opened before."""
+        return self._known.get(digest)
+
     def of(self, files: Contents) -> Renderer:
         """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
         they can't be read, or give a token of the base another number.
         """
-        found = self._known.get(files.digest) or self._opened(files)
-        return self._known.setdefault(files.digest, found)
+        found = self._known.get(files.named) or self._opened(files)
+        return self._known.setdefault(files.named, found)
 
     def _opened(self, files: Contents) -> Renderer:
         tokenizer = self._screen.open(files)
@@ -54,4 +62,9 @@ class Renderers:
         found = Renderer(tokenizer, ends, tokenizer.variables)
         found.probe()
         tokenizer.probed()
+        if (size := found.marks()) > MARKS:
+            raise LorafoldError(
+                f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
+                f" around them, expected at most {MARKS:,}"
+            )
         return found

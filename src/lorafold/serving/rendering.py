@@ -51,6 +51,11 @@ class Renderer:
             with suppress(LorafoldError):
                 look()
 
+    def marks(self) -> int:
+        """How many letters the template writes around reasoning and calls."""
+        block, grammar = block_of(self.tokenizer), grammar_of(self.tokenizer)
+        return len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
+
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:

@@ -88,7 +88,7 @@ class Speech:
         if self._state == "calling" or self._all:
             try:
                 calls = parse_calls(self._held, self._tokenizer, self._tools)
-            except LorafoldError:
+            except (LorafoldError, RecursionError, MemoryError):  # nested without end
                 calls = []
         if calls or not self._held:
             return [], calls

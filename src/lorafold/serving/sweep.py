@@ -54,9 +54,13 @@ class Sweep:
         with self._changed:
             return self._changed.wait_for(lambda: not (self._left or self._busy), timeout)
 
+    def end(self) -> None:
+        """Begin with no other one."""
+        self._closing.set()
+
     def close(self) -> None:
         """End the threads, after what they do now."""
-        self._closing.set()
+        self.end()
         for thread in self._threads:
             thread.join()
 
@@ -65,13 +69,23 @@ class Sweep:
         self._sweep()
         saved = time.monotonic()
         while watching and not self._closing.wait(LOOK):
+            try:
+                new = sorted(self._names())
+            except Exception:
+                log.exception("the directory can't be read")
+                continue
             with self._changed:
-                if new := sorted(self._names()):
-                    self._left.extend(new)
+                self._left.extend(new)
             self._sweep()
             if time.monotonic() - saved > SAVE:
                 saved = time.monotonic()
-                self._save()
+                self._kept()
+
+    def _kept(self) -> None:
+        try:
+            self._save()
+        except Exception:
+            log.exception("what was verified can't be kept")
 
     def _sweep(self) -> None:
         begun, n = time.monotonic(), 0
@@ -91,5 +105,5 @@ class Sweep:
                     self._busy -= 1
                     self._changed.notify_all()
         if n:
-            self._save()
+            self._kept()
             log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)

@@ -5,9 +5,11 @@ Chat completions and responses are two ways to write the same turn down.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -99,15 +101,14 @@ class Turn:
 
     async def said(self, reply: Reply) -> AsyncIterator[Said]:
         """What is said, as it comes. Raises Refusal for a completion that fails."""
-        tokenizer = reply.chosen.renderer.tokenizer
-        speeches = [Speech(tokenizer, self.prompt, self.tools) for _ in reply.jobs]
+        speeches = [copy(self._speech) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
                 parts = speeches[i].add(event.text)
                 yield Said(i, parts, speeches[i].field, event)
                 continue
             parts = speeches[i].add(event.text[speeches[i].length :])
-            rest, calls = speeches[i].finish()
+            rest, calls = await asyncio.to_thread(speeches[i].finish)
             yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
 
     def _grammar(self, renderer: Renderer) -> str | None:
@@ -128,11 +129,15 @@ class Turn:
             self.prompt = renderer.chat(messages, self.tools, variables)
             return renderer.tokens(self.prompt, special=False)
 
-        if not self._shorten:
-            return [tokens(self.messages)]
-        length = self.server.host.engine.length
-        room = length - (self.body.max_new_tokens or length // 4)
-        return [tokens(shortened(self.messages, lambda some: len(tokens(some)) <= room))]
+        messages = self.messages
+        if self._shorten:
+            length = self.server.host.engine.length
+            room = length - (self.body.max_new_tokens or length // 4)
+            messages = shortened(messages, lambda some: len(tokens(some)) <= room)
+        found = tokens(messages)
+        # what it needs to know of the template is found out here, beside the event loop
+        self._speech = Speech(renderer.tokenizer, self.prompt, self.tools)
+        return [found]
 
     def _called(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Calls as OpenAI has them, one if the request wants no more at a time."""

@@ -8,13 +8,18 @@ kept for as long as no file is touched.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+from lorafold.core.spec import Spec
 from lorafold.engine import Engine
-from lorafold.errors import LorafoldError
+from lorafold.engine.adapters import Entry as Files
+from lorafold.errors import STOPS, LorafoldError, cut, place
+from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
+from lorafold.methods.lokr import LoKr
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.peft.directory import FILES
 from lorafold.peft.form import DROPOUT
@@ -26,6 +31,9 @@ from lorafold.serving.rendering import Renderer
 from lorafold.serving.seen import Found, Seen
 from lorafold.translating.peft_config import name_of
 
+log = logging.getLogger(__name__)
+OVERS = 16  # adapters below one
+NAMED = 300  # letters of the base's name that are kept
 TOLD = ("base", OVER, DROPOUT, VOCABULARY)  # fields of the record that say how to read an adapter
 
 
@@ -48,22 +56,32 @@ class Verifier:
         self._forms = seen.forms()
 
     def find(self, name: str, engine: Engine, afresh: bool = False) -> Found:
-        """The adapter of a name, verified. Raises LorafoldError for one that can't be served.
+        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, and
+        nothing else, whatever reading it raises.
 
         Args:
             name: its name.
             engine: what it has to fit.
             afresh: read it even if nothing was touched since it was read last.
         """
+        try:
+            return self._found(name, engine, afresh)
+        except (LorafoldError, *STOPS):
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
+            log.exception("%s can't be read", name)
+            raise LorafoldError(f"it can't be read ({place(error)})") from None
+
+    def _found(self, name: str, engine: Engine, afresh: bool) -> Found:
         marks = self.directory.marks(name)
         known = None if afresh else self.seen.find(name, marks)
         if known is not None:
             return known
         path = self.directory.locate(name)
-        verified = self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
+        verified = self._verified(path)
         found = self._read(name, path, verified)
         if afresh or found.form not in self._forms:
-            engine.verify(found.key, path, found.digest)
+            engine.verify(Files(found.key, path, found.digest, 0))
             self._forms.add(found.form)
         self.seen.put(found, marks)
         return found
@@ -74,8 +92,10 @@ class Verifier:
         """
         if not found.tokenizer:
             return self._renderers.base
+        if (renderer := self._renderers.known(found.tokenizer)) is not None:
+            return renderer
         files = self.directory.tokenizer(found.name)
-        if files is None or files.digest != found.tokenizer:
+        if files is None or files.named != found.tokenizer:
             raise LorafoldError(f"{found.name}: its tokenizer changed; load it again")
         return self._renderers.of(files)
 
@@ -84,10 +104,14 @@ class Verifier:
         self._screen.close()
         self.seen.save()
 
+    def _verified(self, path: Path) -> Verified:
+        return self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
+
     def _read(self, name: str, path: Path, verified: Verified) -> Found:
         """What an adapter says it is, from the bytes that were verified."""
         small = Contents(path, (CONFIG, RECORD))
-        if any(verified.digests.get(file) != own for file, own in small.digests.items()):
+        files = (CONFIG, RECORD, MANIFEST)
+        if any(verified.digests.get(file) != small.digests.get(file) for file in files):
             raise LorafoldError(f"{path} changes while it is read; load it again")
         config = small.object(CONFIG)
         if config.get("task_type") == "SEQ_CLS":
@@ -95,17 +119,23 @@ class Verifier:
                 "found an adapter of a classifier or a reward model, expected one of a language"
                 " model"
             )
-        for origin in parse(small.record):
-            self.directory.below(origin, path)
+        over = parse(small.record)
+        if len(over) > OVERS:
+            raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {OVERS}")
+        for origin in over:  # which are read with it, whatever became of them by themselves
+            if self._verified(self.directory.below(origin, path)).below != origin.sha256:
+                raise LorafoldError(f"{origin.path} changes while it is read; load it again")
         spec = read_config(config)[0]
-        files = self.directory.tokenizer(name)
-        if files is not None:
-            self._renderers.of(files)
-        rank = getattr(spec, "rank", None) or getattr(getattr(spec, "over", None), "rank", None)
-        base = str(config.get("base_model_name_or_path") or "")
+        if (most := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
+            raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
+        own = self.directory.tokenizer(name)
+        if own is not None:
+            self._renderers.of(own)
+        base = cut(str(config.get("base_model_name_or_path") or ""), NAMED)
         return Found(
-            name=name, path=path, digest=verified.digest, method=name_of(spec), rank=rank,
-            base=base, form=verified.form, tokenizer="" if files is None else files.digest,
+            name=name, path=path, digest=verified.digest, method=name_of(spec),
+            rank=getattr(_inner(spec), "rank", None),
+            base=base, form=verified.form, tokenizer="" if own is None else own.named,
             note="" if "base" in small.record else self._note(base),
         )  # fmt: skip
 
@@ -115,3 +145,18 @@ class Verifier:
         if not base or theirs == ours:
             return ""
         return f"it names the base {base[:200]!a}, and is served on {self._base!a}, which it fits"
+
+
+def _inner(spec: Spec) -> Spec:
+    """The method that has the rank, which another one may lie around."""
+    inner: Spec = getattr(spec, "over", spec)
+    return inner
+
+
+def _largest_rank(spec: Spec) -> int:
+    """The largest rank that a method may have at a module, 0 for one without. Whatever is larger
+    than its tensors would be made before it is compared with them.
+    """
+    inner = _inner(spec)
+    ranks = [getattr(inner, "rank", 0), *getattr(inner, "rank_pattern", {}).values()]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)

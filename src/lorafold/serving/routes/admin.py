@@ -113,21 +113,22 @@ def routes(server: Server) -> APIRouter:
         """All adapters: those that are served, that were unloaded, and that are wrong, and why."""
         server.admin(request)
 
-        def listed() -> list[dict[str, Any]]:
+        def listed() -> Response:
             now = look(server)
-            return [adapter(server, one, now) for one in now.found.values()]
+            return answer(
+                {
+                    "adapters": [adapter(server, one, now) for one in now.found.values()],
+                    "unverified": registry.listed,  # which may read the directory
+                    "notes": {n: f.note for n, f in now.found.items() if f.note},
+                    "unloaded": registry.kept.unloaded,
+                    "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
+                    "wrong": dict(registry.wrong),
+                    "aliases": registry.kept.aliases,
+                }
+            )
 
-        return answer(
-            {
-                "adapters": await done(listed),
-                "unverified": registry.listed,
-                "notes": {n: f.note for n, f in list(registry.found.items()) if f.note},
-                "unloaded": registry.kept.unloaded,
-                "quarantined": {n: why for n, (_, why) in registry.kept.quarantined.items()},
-                "wrong": registry.wrong,
-                "aliases": registry.kept.aliases,
-            }
-        )
+        listing: Response = await done(listed)
+        return listing
 
     @router.post("/admin/adapters/{name}:{act}")
     async def manage(request: Request, name: str, act: str) -> Response:

@@ -1,0 +1,210 @@
+"""A server among hostile adapters: how fast it says that it lives, and what it makes of them.
+
+    python benchmarks/hostile.py [--cases config-deep ...] [--keep]
+
+The server runs in a process of its own, on a tiny model, with two good adapters and the corpus of
+tests/hostile_cases.py: they lie there when it starts, are loaded by the administrator, and asked
+for. Meanwhile /livez is asked every 20 ms, and the good ones all the time. In the server a task of
+the event loop notes by how much it wakes too late, and `GIL` a thread by how much it does. Prints
+the figures as JSON and as a table, which --keep also writes to results/hostile.md.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+from lib.results import keep, markdown
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+STEP = 0.005  # seconds between two looks at how late it is
+QUIET = 10.0  # seconds in which nothing hostile is asked, to compare with
+LATE = 0.15  # seconds after which the stacks of all threads are kept
+
+
+def late(seconds: Sequence[float]) -> dict[str, float]:
+    """The median, the 99th percentile and the worst, in milliseconds."""
+    found = sorted(1000 * one for one in seconds) or [0.0]
+    at = min(len(found) - 1, int(0.99 * len(found)))
+    return {"median": statistics.median(found), "99 %": found[at], "worst": found[-1]}
+
+
+def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
+    """Serve until something comes through the pipe; it gets the port, and at the end how late the
+    event loop and a thread were. Stacks are of threads that run meanwhile, whose frames may go
+    while they are read, and the process with them.
+    """
+    import faulthandler
+    import logging
+
+    from lorafold.machine.collection import imports_set_aside
+    from serving_cases import running
+
+    logging.basicConfig(filename=folder.parent / "server.log", level=logging.INFO)
+    loop: list[float] = []
+    thread: list[float] = []
+    ended = threading.Event()
+
+    stacks = (folder.parent / "stacks.log").open("w") if with_stacks else None
+
+    async def watch() -> None:
+        while True:
+            if stacks is not None:  # of all threads, unless called again
+                faulthandler.dump_traceback_later(LATE, file=stacks)
+            began = time.perf_counter()
+            await asyncio.sleep(STEP)
+            loop.append(time.perf_counter() - began - STEP)
+
+    def watch_thread() -> None:
+        while not ended.is_set():
+            began = time.perf_counter()
+            time.sleep(STEP)
+            thread.append(time.perf_counter() - began - STEP)
+
+    with imports_set_aside(), running(base, folder, waits=False) as server:  # as the command does
+        on = server.parts.host._loop
+        watching = asyncio.run_coroutine_threadsafe(watch(), on)
+        threading.Thread(target=watch_thread, daemon=True).start()
+        pipe.send(server.port)
+        pipe.recv()
+        ended.set()
+        watching.cancel()
+        faulthandler.cancel_dump_traceback_later()
+        pipe.send((loop, thread))
+
+
+def besieged(
+    base: Path, folder: Path, names: Sequence[str], stop: Callable[[], None], with_stacks: bool
+) -> Any:
+    """The figures of one server that is asked under everything.
+
+    Args:
+        base: the base's directory.
+        folder: the adapters.
+        names: the hostile ones.
+        stop: ends what changes.
+        with_stacks: keep the stacks of late moments.
+    """
+    from hostile_siege import Siege, said
+    from serving_cases import Running
+
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(base, folder, there, with_stacks)
+    )
+    process.start()
+    there.close()
+    port = here.recv()
+    server = Running(f"http://127.0.0.1:{port}", port, None, folder)  # type: ignore[arg-type]
+    memory = psutil.Process(process.pid)
+    peak = first = memory.memory_info().rss
+    ended = threading.Event()
+
+    def weigh() -> None:
+        nonlocal peak
+        while not ended.wait(0.02):
+            peak = max(peak, memory.memory_info().rss)
+
+    weighing = threading.Thread(target=weigh)
+    weighing.start()
+    siege = Siege(server, {name: said(server, name) for name in ("good",)})
+    figures, phases = {}, []
+    with siege.watched():
+        for phase, act in (
+            ("start", siege.settle),
+            ("load", lambda: siege.load(names)),
+            ("request", lambda: siege.request(names)),
+            ("nothing else", lambda: time.sleep(QUIET)),
+        ):
+            began, n = time.monotonic(), len(siege.latencies)
+            act()
+            took = time.monotonic() - began
+            phases.append({"phase": phase, "seconds": took, **late(siege.latencies[n:])})
+            print(phases[-1], flush=True)
+    stop()
+    siege.settle()
+    found = siege.adapters
+    ended.set()
+    weighing.join()
+    children = memory.children(recursive=True)
+    here.send("end")
+    loop, thread = here.recv()
+    began = time.monotonic()
+    process.join(120)
+    figures = {
+        "directories": len(names),
+        "wrong": len(found["wrong"]),
+        "served": len(found["adapters"]),
+        "seconds until verified": phases[0]["seconds"],
+        "memory before, MB": first / 2**20,
+        "memory at most, MB": peak / 2**20,
+        "memory after, MB": memory.memory_info().rss / 2**20 if process.is_alive() else 0.0,
+        "seconds to end": time.monotonic() - began,
+        "children left": sum(child.is_running() for child in children),
+        "faults": len(siege.faults),
+    }
+    rows = [
+        *phases,
+        {"phase": "all", "seconds": sum(p["seconds"] for p in phases), **late(siege.latencies)},
+        {"phase": "event loop late", **late(loop)},
+        {"phase": "thread late", **late(thread)},
+    ]
+    return figures, rows, siege.faults, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="*", help="the names of some, instead of all")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--stacks", type=Path, help="where to copy the stacks of late moments")
+    asked = parser.parse_args()
+    import lorafold as lf
+    from conftest import make_model_dir
+    from hostile_cases import CASES, MOVING, moving
+    from serving_cases import saved
+
+    with ExitStack() as stack:
+        at = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-")))
+        base = make_model_dir("llama", at / "base")
+        folder = saved(base, {"good": lf.LoRA(rank=2)}, at / "adapters")
+        chosen = [CASES[name] for name in asked.cases or CASES if name not in MOVING]
+        for case in chosen:
+            case.make(folder, base)
+        names = [case.name for case in chosen]
+        stop = moving(folder) if asked.cases is None else lambda: None
+        names += MOVING if asked.cases is None else ()
+        try:
+            stacks = asked.stacks is not None
+            figures, rows, faults, found = besieged(base, folder, names, stop, stacks)
+        finally:
+            stop()
+        log = (at / "server.log").read_text(errors="replace")
+        if asked.stacks is not None:
+            asked.stacks.write_text((at / "stacks.log").read_text() + log)
+    told = {n: found["wrong"].get(n, "")[:200] for n in names}
+    missed = [c.name for c in chosen if c.wrong and not told[c.name]]
+    print(json.dumps({"told": told, "faults": faults, "log": log.count("Traceback")}, indent=1))
+    figures |= {"not told": len(missed)}
+    print(json.dumps({"figures": figures, "latencies": rows, "missed": missed}, indent=1))
+    if asked.keep:
+        keep("hostile", [{"": k, "found": v} for k, v in figures.items()], rows)
+    else:
+        print(markdown([{"": k, "found": v} for k, v in figures.items()]), "\n")
+        print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""What comes with an adapter is read in processes that can be killed, and what they say holds."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AddedToken
+
+import lorafold as lf
+from lorafold.data.calls import parse_calls
+from lorafold.data.reasoning import block_of
+from lorafold.data.render import render
+from lorafold.engine.adapters import digest
+from lorafold.errors import LorafoldError
+from lorafold.files.contents import Contents
+from lorafold.models.loading import load_tokenizer
+from lorafold.peft.directory import FILES
+from lorafold.screening.opened import DEATHS, Opened
+from lorafold.screening.processes import Processes, Refused
+from lorafold.screening.screen import Screen, Verified
+from lorafold.screening.words import Words
+from lorafold.serving.rendering import Renderer
+from serving_cases import TOOL_TEMPLATE, saved
+
+ASK = [{"role": "user", "content": "Hello"}]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+NAMES = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qkvo"]
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = (
+    "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
+    "{% endfor %}{{ ns.x }}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir) -> Any:
+    return load_tokenizer(tiny_model_dir("llama"))
+
+
+@pytest.fixture(scope="module")
+def screen(base) -> Iterator[Screen]:
+    found = Screen(lambda: NAMES, base)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def adapter(tiny_model_dir, tmp_path) -> Path:
+    return saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "in") / "a"
+
+
+def verified(screen: Screen, path: Path) -> Verified:
+    return screen.verify(path, FILES, "adapter_config.json", "lorafold.json", ("base", "over"))
+
+
+def changed(path: Path, **fields: Any) -> None:
+    """Change fields of the configuration, which a manifest would tell."""
+    (path / "manifest.json").unlink(missing_ok=True)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+def opened(screen: Screen, base: Any, folder: Path, template: str, *words: str) -> Opened | None:
+    """The tokenizer of the base with another template, and new words."""
+    own = load_tokenizer(base.name_or_path)
+    own.chat_template = template
+    if words:
+        own.add_tokens(list(words), special_tokens=True)
+    own.save_pretrained(folder)
+    return screen.open(Contents(folder, TOKENIZER))
+
+
+def test_files_are_named_by_their_digest_and_their_form(screen, adapter) -> None:
+    first = verified(screen, adapter)
+    assert first.digest == digest(adapter)
+    assert set(first.digests) == {*FILES, "manifest.json"}
+    (adapter / "manifest.json").unlink()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    more = {k: t + 1 for k, t in tensors.items()}
+    save_file(more, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    other = verified(screen, adapter)
+    assert (other.digest == first.digest, other.form == first.form) == (False, True)
+    changed(adapter, lora_alpha=3)
+    assert verified(screen, adapter).form != first.form
+
+
+def test_what_is_wrong_is_told_in_one_line(screen, adapter) -> None:
+    for fields, told in (
+        ({"lora_alpha": float("nan")}, "found NaN, expected a finite number"),
+        ({"target_modules": "(q_proj"}, "target_modules: found no regular expression"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern: found no regular expression"),
+    ):
+        changed(adapter, **fields)
+        with pytest.raises(LorafoldError, match=told):
+            verified(screen, adapter)
+        changed(adapter, lora_alpha=8, target_modules=["q_proj"], rank_pattern={})
+    config = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(LorafoldError, match="nested"):
+        verified(screen, adapter)
+    (adapter / "adapter_config.json").write_text(config)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    for value in (float("nan"), float("-inf")):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            spoiled = tensors[name].to(dtype).clone()
+            spoiled.view(-1)[-1] = value
+            save_file(tensors | {name: spoiled}, adapter / "adapter_model.safetensors")
+            with pytest.raises(LorafoldError, match="found NaN or infinity"):
+                verified(screen, adapter)
+
+
+def test_a_pattern_that_never_ends_is_ended(adapter, base) -> None:
+    screen = Screen(lambda: ["a" * 60], base)
+    changed(adapter, target_modules="(a|a)*b")
+    begun = time.process_time()
+    with pytest.raises(LorafoldError, match="it takes too long"):
+        verified(screen, adapter)
+    assert time.process_time() - begun < 1  # it is the child that worked
+    changed(adapter, target_modules=["q_proj"])
+    assert verified(screen, adapter).digest == digest(adapter)
+    screen.close()
+
+
+def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> None:
+    verified(screen, adapter)
+    process = screen._verifying._idle[0]._process
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    processes = Processes(lambda: {"modules": []}, 1)
+    given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
+    with pytest.raises(Refused, match="found no c"):
+        processes.call("verify", 5, 1 << 29, **given)
+    own = processes._idle[0]._process
+    processes.close()
+    assert own.poll() is not None
+
+
+def test_a_template_renders_as_it_would_here(screen, base, tmp_path) -> None:
+    found = opened(screen, base, tmp_path, TOOL_TEMPLATE, "<|new|>")
+    assert found is not None
+    here = load_tokenizer(base.name_or_path)
+    here.chat_template = TOOL_TEMPLATE
+    here.add_tokens(["<|new|>"], special_tokens=True)
+    assert render(ASK, found, True) == render(ASK, here, True)
+    text = "<|new|> Hello"
+    ids = found(text, add_special_tokens=False).input_ids
+    assert ids == here(text, add_special_tokens=False).input_ids
+    assert found.decode(ids) == here.decode(ids)
+    assert len(found) == len(here) == len(base) + 1
+
+
+def test_the_base_s_own_tokenizer_is_the_base_s(screen, base, tmp_path) -> None:
+    assert opened(screen, base, tmp_path, base.chat_template) is None
+
+
+def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
+    found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
+    assert found is not None
+    Renderer(found, frozenset(), found.variables).probe()
+    found.probed()
+
+    def nothing(do: str, **_: Any) -> None:
+        raise AssertionError(f"{do} was asked for")
+
+    found._ask = nothing
+    said = '<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call>'
+    (call,) = parse_calls(said, found)  # type: ignore[arg-type]
+    assert call["function"] == {"name": "look", "arguments": {"x": "y"}}
+    assert block_of(found).closing == "</think>"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("template", "told"), [(ENDLESS, "takes too long"), (DOUBLING, "memory|too long")]
+)
+def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
+    screen, base, tmp_path, template, told
+) -> None:
+    found = opened(screen, base, tmp_path, template)
+    assert found is not None
+    found.probed()
+    with pytest.raises(LorafoldError, match=told):
+        render(ASK, found)
+    found._deaths.extend([time.monotonic()] * DEATHS)
+    with pytest.raises(LorafoldError, match="died of it within"):
+        render(ASK, found)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(screen, base, tmp_path) -> None:
+    assert opened(screen, base, tmp_path, TOOL_TEMPLATE) is not None
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(LorafoldError, match="does not fit the base: token"):
+        screen.open(Contents(tmp_path, TOKENIZER))
+    shutil.rmtree(tmp_path)
+
+
+def test_words_are_those_of_a_tokenizer_that_has_them(base):
+    first, texts = len(base), ("<|new|>", "\u00e9<\u00e4>", "a b", "\u65e5\u672c")
+    new = [(first + i, text, i % 2 == 0) for i, text in enumerate(texts)]
+    library = deepcopy(base)
+    library.add_tokens([AddedToken(t, special=s, normalized=False) for _, t, s in new])
+    words = Words(base, base.added_tokens_decoder, new)
+    assert (len(words), words.get_vocab()) == (len(library), library.get_vocab())
+    draw = random.Random(0)
+    for skip in (False, True):
+        for _ in range(200):
+            ids = [draw.choice((draw.randrange(first), draw.randrange(first, len(words)))) for _ in
+                   range(draw.randrange(1, 8))]  # fmt: skip
+            assert words.decode(ids, skip_special_tokens=skip) == library.decode(
+                ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
+    with pytest.raises(LorafoldError, match=f"expected {first}"):
+        Words(base, {}, [(first + 1, "<|late|>", True)])
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "told"),
+    [
+        ("adapter_config.json", '"r": 2', '"r": 2, "r": 3', "twice"),
+        ("adapter_config.json", '"revision": null', '"revision": "\\ud800"', "half a character"),
+        ("adapter_config.json", '"r": 2', '"r": 1' + "0" * 30, "63 bits"),
+        ("adapter_model.safetensors", '"F32"', '"F8_E4M3"', "dtype"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(screen, adapter, file, before, after, told):
+    content = (adapter / file).read_bytes()
+    (adapter / "manifest.json").unlink()
+    if file.endswith(".safetensors"):
+        size = int.from_bytes(content[:8], "little")
+        head = content[8 : 8 + size].replace(before.encode(), after.encode())
+        (adapter / file).write_bytes(len(head).to_bytes(8, "little") + head + content[8 + size :])
+    else:
+        (adapter / file).write_bytes(content.replace(before.encode(), after.encode(), 1))
+    with pytest.raises(LorafoldError, match=told):
+        verified(screen, adapter)
+
+
+def test_bytes_after_the_tensors_are_refused(screen, adapter):
+    (adapter / "manifest.json").unlink()
+    with (adapter / "adapter_model.safetensors").open("ab") as file:
+        file.write(bytes(64))
+    with pytest.raises(LorafoldError, match="64 bytes after the last tensor"):
+        verified(screen, adapter)
+
+
+def test_closing_does_not_wait_for_what_runs(adapter):
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"exclude_modules": "(([a-z._0-9])+)+X"}
+    (adapter / "manifest.json").unlink()
+    file.write_text(json.dumps(content))
+    processes = Processes(lambda: {"modules": NAMES}, 1)
+    endless: dict[str, Any] = {
+        "path": str(adapter), "files": FILES, "config": file.name, "record": "", "told": [],
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(processes.call, "verify", 1000.0, 1 << 30, **endless)
+        while not processes._busy:
+            time.sleep(0.01)
+        assert not asked.done()
+        processes.close()
+        with pytest.raises(Refused):
+            asked.result()
+    with pytest.raises(Refused, match="ends"):
+        processes.call("verify", 1.0, 1 << 30, **endless)
