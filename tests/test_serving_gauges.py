@@ -127,6 +127,6 @@ def test_why_an_adapter_is_wrong_is_told_in_few_words(
     assert wrong.keys() == {"tensors", "options", "long"}
     for text in (*wrong.values(), *loaded, *told.getvalue().splitlines()):
         assert len(text) < 2200
-    assert "more characters" in wrong["long"]
+    assert "found 1,000,000 letters" in wrong["long"]
     assert "and 2,980 more" in wrong["options"]
     assert "and 2,980 more" in wrong["tensors"]
