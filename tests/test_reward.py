@@ -37,7 +37,6 @@ from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
-from lorafold.serving.directory import Directory
 from lorafold.step.branches import Branching, branching
 from lorafold.step.preference_laws import Reward, Scored, law_of
 from lorafold.step.preferences import Preferences
@@ -45,6 +44,7 @@ from lorafold.step.recipe import Recipe
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.training.run import train
+from serving_cases import running
 
 SUBJECTS = ["rain", "the fox", "a table", "the alarm", "the plumber", "mountains", "weather", "fox"]
 ROWS = [
@@ -540,8 +540,9 @@ def test_what_can_t_be_used_is_one_line(
         merge(str(directory), [out], tmp_path / "m")
     with pytest.raises(LorafoldError, match="found a reward model, expected an adapter of a lang"):
         lf.compose([out, out], tmp_path / "m", model=str(directory))
-    with pytest.raises(LorafoldError, match="an adapter of a classifier or a reward model, expect"):
-        Directory(out.parent).find(out.name)
+    with running(tiny_model_dir("llama"), out) as server:
+        (told,) = server.parts.registry.wrong.values()
+    assert "an adapter of a classifier or a reward model, expected one of a language" in told
     labelled = [{"text": f"text {n}", "label": n % 2} for n in range(4)]
     classes = request(
         directory, tmp_path / "classes", labelled, objective="classify", steps=1, batch=2

@@ -20,6 +20,7 @@ from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_record
+from lorafold.peft.stack import parse
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
@@ -497,15 +498,20 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(
 ) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(dpo, adapters / "dpo")
+    (origin,) = parse(read_record(dpo))
+
+    def below() -> Path:
+        return Directory(adapters).below(origin, adapters / "dpo")
+
     with pytest.raises(LorafoldError, match="found no adapter sft, expected one of the directory"):
-        Directory(adapters).find("dpo")
+        below()
     shutil.copytree(sft, tmp_path / "sft")
     (adapters / "sft").symlink_to(tmp_path / "sft")
     with pytest.raises(LorafoldError, match="leads outside"):
-        Directory(adapters).find("dpo")
+        below()
     (adapters / "sft").unlink()
     shutil.copytree(sft, adapters / "sft")
-    assert Directory(adapters).find("dpo").name == "dpo"
+    assert below() == adapters / "sft"
     assert Directory(adapters).tokenizer("dpo") is None
     load_tokenizer(str(base)).save_pretrained(adapters / "sft")
     found = Directory(adapters).tokenizer("dpo")

@@ -5,7 +5,6 @@ exits with code 2.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
 from pathlib import PurePath
 
 STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
@@ -46,19 +45,6 @@ def place(error: BaseException) -> str:
     last = frames[-1]
     file = "/".join(PurePath(last.filename).parts[-2:])
     return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
-
-
-def several(problems: Sequence[str], most: int = 20, each: int = 300) -> str:
-    """Problems in one line of bounded length, which says how many more there are.
-
-    Args:
-        problems: the problems.
-        most: how many are shown.
-        each: the most characters of each.
-    """
-    shown = [cut(problem, each) for problem in problems[:most]]
-    more = len(problems) - len(shown)
-    return "; ".join([*shown, f"and {more:,} more"] if more else shown)
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lorafold.errors import LorafoldError, several
+from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class Sampling:
             for x in values
         }
         if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError(several(wrong))
+            raise LorafoldError("; ".join(wrong))
         checks = {
             f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,
             f"top_k: found {self.top_k}, expected 0 or more": self.top_k >= 0,

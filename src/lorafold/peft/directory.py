@@ -26,7 +26,7 @@ from torch import nn
 from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, several
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, OVER, VOCABULARY, training_card
 from lorafold.files.contents import Contents
@@ -200,7 +200,7 @@ def read(path: str | Path | Contents) -> Stored:
     about = _attempt(problems, lambda: _about(contents))
     contents.check_intact()  # what is damaged explains the problems
     if config is None or weights is None or about is None:
-        raise LorafoldError(f"{contents.path}: {several(problems, each=4000)}")
+        raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
     spec, selection, bias = config
     written, over, record = about
     ours = with_dropout(spec, record) if selection.target_parameters else spec
@@ -241,7 +241,7 @@ def fill(
     misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
     wrong += [text for text in misfits if text]
     if wrong:
-        raise LorafoldError(f"{stored.path}: {several(wrong)}")
+        raise LorafoldError(f"{stored.path}: {'; '.join(wrong)}")
     for key, saved in expected.items():
         saved.assign(saved.entry.from_file(loaded[key], saved.site))
 

@@ -48,7 +48,7 @@ class Gauges(Collector):
     def _adapters(self) -> Iterator[Metric]:
         states, seconds = Counter[tuple[str, str]](), dict[str, float]()
         read, warm = self._host.engine.adapters.seconds, self._host.engine.adapters.warm()
-        all_found = list(self._registry.found.values())
+        all_found = sorted(self._registry.found.values(), key=lambda found: found.name)
         labels = self._metrics.labels("adapter", [found.name for found in all_found])
         for found in all_found:
             name = labels[found.name]
