@@ -20,10 +20,10 @@ from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_record
-from lorafold.peft.stack import parse
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.peft.stack import parse
 from lorafold.serving.directory import Directory
 from lorafold.step.activations import recompute
 from lorafold.step.recipe import Recipe
