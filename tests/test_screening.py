@@ -182,7 +182,11 @@ def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "told"), [(ENDLESS, "takes too long"), (DOUBLING, "memory|too long")]
+    ("template", "told"),
+    [
+        (ENDLESS, "takes too long"),
+        pytest.param(DOUBLING, "memory|too long", marks=pytest.mark.slow),
+    ],
 )
 def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
     screen, base, tmp_path, template, told

@@ -221,6 +221,7 @@ def models(n: int) -> list[dict[str, Any]]:
     return [*told, evil]
 
 
+@pytest.mark.slow
 def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None:
     event = {"object": "list", "data": models(10_000), "status": "", "administrator": True}
     later = {"object": "changes", "data": [], "removed": ["a-00001"]}

@@ -70,6 +70,7 @@ def test_what_is_known_is_not_read_again_unless_it_was_touched(
         assert sorted(server.parts.registry.wrong) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_files_that_were_written_just_now_are_not_taken_for_known(
     folder, tiny_model_dir, monkeypatch
 ) -> None:
