@@ -200,7 +200,11 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "afresh"])
 @pytest.mark.parametrize(
     ("kind", "many"),
-    [("llama", 27), pytest.param("gemma", 16, marks=pytest.mark.slow), pytest.param("llama-wide", 500, marks=pytest.mark.slow)],
+    [
+        ("llama", 27),
+        pytest.param("gemma", 16, marks=pytest.mark.slow),
+        pytest.param("llama-wide", 500, marks=pytest.mark.slow),
+    ],
 )
 def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
     kind: str, many: int, reuse: bool, native: Native, tiny_model, tmp_path
