@@ -31,6 +31,7 @@ class Spec(ABC):
         diagnostic: it measures a task, and is not meant for learning it.
         trains_base: it trains the base's own weights, which therefore can't be quantized.
         modifies_architecture: it adds modules to the forward pass.
+        rank_is_dimension: its rank, if it has one, is a dimension of one of its tensors.
     """
 
     targets: ClassVar[str] = "all-linear"
@@ -40,6 +41,7 @@ class Spec(ABC):
     diagnostic: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
     modifies_architecture: ClassVar[bool] = False
+    rank_is_dimension: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta:

@@ -101,6 +101,8 @@ class LoKr(Spec):
         decompose_both: let C be a product of rank r too.
     """
 
+    rank_is_dimension: ClassVar[bool] = False  # beyond full rank both factors are whole
+
     rank: int = 8
     alpha: float | None = None
     decompose_factor: int = -1

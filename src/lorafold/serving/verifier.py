@@ -19,7 +19,6 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
-from lorafold.methods.lokr import LoKr
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.peft.directory import FILES
 from lorafold.peft.form import DROPOUT
@@ -126,7 +125,7 @@ class Verifier:
             if self._verified(self.directory.below(origin, path)).below != origin.sha256:
                 raise LorafoldError(f"{origin.path} changes while it is read; load it again")
         spec = read_config(config)[0]
-        if (most := _largest_rank(spec)) > verified.widest and not isinstance(spec, LoKr):
+        if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         own = self.directory.tokenizer(name)
         if own is not None:

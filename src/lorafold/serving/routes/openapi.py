@@ -46,8 +46,8 @@ def routes(server: Server) -> APIRouter:
 def described(routes: list[Any]) -> dict[str, Any]:
     """The description of these routes."""
     found = get_openapi(title="lorafold", version="1", routes=routes)
-    kinds = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
-    names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    kinds: Any = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
+    names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
             if path in BODIES and method in ("post", "put"):
