@@ -1,16 +1,16 @@
 """How often a request's tokens in a busy batch are not those that it has alone, in bf16.
 
-    python benchmarks/alone.py [--requests 500] [--storage nf4] [--http] [--keep]
+    python benchmarks/alone.py [--requests 500] [--storage bf16 int8 nf4] [--http] [--keep]
 
 The embedded model in bf16, adapters of eight methods and the base, prompts of 4 to 96 tokens, some
 of which begin alike, 8 to 32 new ones, greedy or sampled with random settings; requests arrive
-between steps, and start from what earlier ones left. Each is then run alone in the same engine,
-with nothing left. With `--http` six clients ask a server, greedily, and then one asks the same
-alone. Where all tokens so far are the same, the logits of both runs are
-compared: their largest difference is the rounding bound b. Two runs whose logits differ by at most
-b can only choose different tokens where two candidates are closer than 2 b, in logits (greedy) or
-in the logarithms of the draw's odds (sampled, after temperature). Prints JSON and a table, which
-`--keep` writes to results/alone.md.
+between steps. Every other one goes on where an earlier one ended, as a chat does, and starts from
+what that left. Each is then run alone in the same engine, with nothing left. With `--http` six
+clients ask a server, greedily, and then one asks the same alone. Where all tokens so far are the
+same, the logits of both runs are compared: their largest difference is the rounding bound b. Two
+runs whose logits differ by at most b can only choose different tokens where two candidates are
+closer than 2 b, in logits (greedy) or in the logarithms of the draw's odds (sampled, after
+temperature). Prints JSON and a table, which `--keep` writes to results/alone.md.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import urllib.request
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import uvicorn
 from lib.results import keep, markdown
 
 import lorafold as lf
-from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine import Engine, Request, Sampling, Stream
 from lorafold.engine.sampler import filtered
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
@@ -44,6 +45,7 @@ METHODS: dict[str, Any] = {
     "houlsby": lf.Bottleneck(size=8), "prompt": lf.Prompt(tokens=8),
 }  # fmt: skip
 GROUP = 50  # requests that arrive in one company
+LENGTH = 176
 
 
 def adapters(model: Any, out: Path) -> dict[str, Path]:
@@ -78,6 +80,15 @@ def asked(n: int) -> list[Request]:
     return found
 
 
+def going_on(request: Request, tokens: Sequence[int]) -> Request:
+    """The next turn of a request that ended with these tokens."""
+    rng = random.Random(request.id)
+    said = tuple(rng.randrange(1000, 40000) for _ in range(8))
+    prompt = (*request.prompt, *tokens, *said)
+    most = min(request.max_new_tokens, LENGTH - len(prompt))
+    return Request(f"{request.id}+", prompt, most, request.adapter, request.sampling)
+
+
 class Watched(Engine):
     """An engine that keeps the logits of every choice, and the odds of every draw."""
 
@@ -94,6 +105,21 @@ class Watched(Engine):
 
         self._runner.forward = spied  # type: ignore[method-assign]
 
+    def company(self, requests: Sequence[Request], seed: int) -> dict[str, Stream]:
+        """The streams of these requests, and of as many that go on after them, all ended."""
+        rng, waiting, streams = random.Random(seed), list(requests), {}
+        going = self.step()
+        while waiting or going:
+            for request in waiting[: rng.randint(0, 3)]:
+                waiting.remove(request)
+                streams[request.id] = self.submit(request)
+            for stream in list(streams.values()):
+                own, end = stream.request, stream.ended
+                if end and not own.id.endswith("+") and f"{own.id}+" not in streams:
+                    streams[f"{own.id}+"] = self.submit(going_on(own, end.tokens))
+            going = self.step()
+        return streams
+
 
 def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
     """How far the chosen candidate is ahead of the next one."""
@@ -109,10 +135,18 @@ def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
     return first - second
 
 
-def over_http(model: Any, folder: Path, requests: list[Request]) -> dict[str, Any]:
+def over_http(storage: str, count: int) -> dict[str, Any]:
     """Greedy completions of six clients at a time, and of one that is alone."""
-    tokenizer = lf.load_tokenizer("smollm2")
-    settings = Settings(port=0, state=folder.parent / f"{folder.name}-state.json", length=160)
+    model, tokenizer = lf.load_model("smollm2", storage=storage), lf.load_tokenizer("smollm2")
+    with tempfile.TemporaryDirectory() as folder:
+        adapters(model, Path(folder) / "them")
+        differ = served(model, tokenizer, Path(folder) / "them", asked(count))
+    return {"storage": storage, "requests": count, "clients": 6, "that differ": differ}
+
+
+def served(model: Any, tokenizer: Any, folder: Path, requests: Sequence[Request]) -> int:
+    """How many of these a server answers otherwise when it is asked one by one."""
+    settings = Settings(port=0, state=folder.parent / f"{folder.name}-state.json", length=LENGTH)
     with listening(settings) as at:
         base = Base("smollm2", lambda: (model, tokenizer))
         server = server_of(base, Directory(folder), Keys(None, None, None), settings)
@@ -138,78 +172,68 @@ def over_http(model: Any, folder: Path, requests: list[Request]) -> dict[str, An
         differ = sum(ask(request) != own for request, own in zip(requests, among, strict=True))
         http.should_exit = True
         thread.join()
-    return {"requests": len(requests), "clients": 6, "that differ": differ}
+    return differ
+
+
+def inside(storage: str, count: int) -> dict[str, Any]:
+    """Requests of an engine in company, and each of them alone."""
+    model = lf.load_model("smollm2", storage=storage)
+    requests, bound, differ, reused, done = asked(count // 2), 0.0, [], 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        paths = adapters(model, Path(folder))
+        with Watched(model, slots=16, length=LENGTH) as engine:
+            for name, path in paths.items():
+                engine.load(name, path)
+            engine.watch()
+            for start in range(0, len(requests), GROUP // 2):
+                group = engine.company(requests[start : start + GROUP // 2], start)
+                among = dict(engine.seen)
+                engine.seen.clear()
+                for id, stream in group.items():
+                    request, found = stream.request, stream.result()
+                    engine._runner.rebuild()  # nothing is left of any other
+                    again = engine.submit(request)
+                    engine.run()
+                    alone = again.result()
+                    assert "failed" not in (alone.reason, found.reason), (alone, found)
+                    reused += found.cached
+                    pairs = zip(alone.tokens, found.tokens, strict=False)
+                    same = next((t for t, (x, y) in enumerate(pairs) if x != y), None)
+                    own, theirs = engine.seen.pop(id), among[id]
+                    until = len(alone.tokens) if same is None else same + 1
+                    for x, y in zip(own[:until], theirs[:until], strict=True):
+                        bound = max(bound, float((x.float() - y.float()).abs().max()))
+                    if same is not None:
+                        differ.append((request, gap(own[same], request, same)))
+                done += len(group)
+                told = {"storage": storage, "requests": done, "differ": len(differ)}
+                print(json.dumps(told | {"bound": bound, "reused": reused}), flush=True)
+    print(json.dumps({"by adapter": Counter(str(request.adapter) for request, _ in differ)}))
+    closer = [g for request, g in differ if g <= 2 * bound / (request.sampling.temperature or 1.0)]
+    return {
+        "storage": storage,
+        "requests": done,
+        "tokens reused": reused,
+        "that differ": len(differ),
+        "% of requests": 100 * len(differ) / done,
+        "largest difference of logits": bound,
+        "largest gap": max((g for _, g in differ), default=0.0),
+        "closer than the bound": len(closer),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--keep", action="store_true", help="write results/alone.md")
-    parser.add_argument("--storage", default="bf16", help="bf16, int8 or nf4")
+    parser.add_argument("--storage", nargs="+", default=["bf16"], help="bf16, int8, nf4")
     parser.add_argument("--http", action="store_true", help="six clients of a server")
     a = parser.parse_args()
-    model = lf.load_model("smollm2", storage=a.storage)
-    requests, bound, differ, reused = asked(a.requests), 0.0, [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        paths = adapters(model, Path(folder))
-        if a.http:
-            table = [over_http(model, Path(folder), requests)]
-            keep("alone_http", table) if a.keep else print(markdown(table))
-            return
-        with Watched(model, slots=16, length=160) as engine:
-            for name, path in paths.items():
-                engine.load(name, path)
-            engine.watch()
-            for start in range(0, len(requests), GROUP):
-                group = requests[start : start + GROUP]
-                waiting, rng, company = list(group), random.Random(start), {}
-                while waiting or engine.step():
-                    for _ in range(rng.randint(0, 3)):
-                        if waiting:
-                            request = waiting.pop(0)
-                            company[request.id] = engine.submit(request)
-                    if waiting:
-                        engine.step()
-                among = dict(engine.seen)
-                engine.seen.clear()
-                for request in group:
-                    engine._runner.rebuild()  # nothing is left of any other
-                    stream = engine.submit(request)
-                    engine.run()
-                    alone, found = stream.result(), company[request.id].result()
-                    assert "failed" not in (alone.reason, found.reason), (alone, found)
-                    reused += found.cached
-                    pairs = zip(alone.tokens, found.tokens, strict=False)
-                    same = next((t for t, (x, y) in enumerate(pairs) if x != y), None)
-                    own, theirs = engine.seen.pop(request.id), among[request.id]
-                    until = len(alone.tokens) if same is None else same + 1
-                    for x, y in zip(own[:until], theirs[:until], strict=True):
-                        bound = max(bound, float((x.float() - y.float()).abs().max()))
-                    if same is not None:
-                        differ.append((request, gap(own[same], request, same)))
-                told = {"requests": start + len(group), "differ": len(differ), "bound": bound}
-                told["reused"] = reused
-                print(json.dumps(told), flush=True)
-    inside = [
-        g for request, g in differ if g <= 2 * bound / (request.sampling.temperature or 1.0)
-    ]
-    table = [
-        {
-            "storage": a.storage,
-            "requests": len(requests),
-            "tokens reused": reused,
-            "that differ": len(differ),
-            "% of requests": 100 * len(differ) / len(requests),
-            "largest difference of logits": bound,
-            "largest gap": max((g for _, g in differ), default=0.0),
-            "closer than the bound": len(inside),
-        }
-    ]
-    print(json.dumps({"by adapter": Counter(str(request.adapter) for request, _ in differ)}))
+    ask = over_http if a.http else inside
+    table = [ask(storage, a.requests) for storage in a.storage]
+    print(markdown(table))
     if a.keep:
-        keep("alone", table)
-    else:
-        print(markdown(table))
+        keep("alone_http" if a.http else "alone", table)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ FLOORS = [
     "data",
     "adapter",
     "fold",
+    "identity",
     "peft",
     "models",
     "kernels",

@@ -1,7 +1,6 @@
 """The cache: files that lorafold can make again, by kind and key.
 
-    LORAFOLD_CACHE/{models,native,reference,rows,svd,tokens}/KEY/...   by default in the user's
-                                                          cache directory
+    LORAFOLD_CACHE/KIND/KEY/...                           by default in the user's cache directory
 
     path = cached("tokens", key, write, notice)           the directory, which `write(tmp)` fills if
                                                           it is missing or damaged
@@ -25,7 +24,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, is_abandoned, verify
 
 LOCK = ".lock"
-KINDS = ("models", "native", "reference", "rows", "svd", "tokens")
+KINDS = ("digests", "models", "native", "reference", "rows", "svd", "tokens")
 
 
 @dataclass(frozen=True)

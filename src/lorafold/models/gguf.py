@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, atomic_directory, sha256, verify
+from lorafold.files.atomic import MANIFEST, atomic_directory, verify
 from lorafold.files.cache import cache_directory
+from lorafold.files.digests import of_file
 from lorafold.models.load_errors import loading
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def unpacked(gguf: Path) -> Path:
     Processes that run this at the same time make one copy. Raises LorafoldError if transformers
     can't read the file, or if the cache can't be written.
     """
-    copy = cache_directory() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}-{UNPACKING}"
+    copy = cache_directory() / "models" / f"{gguf.stem}-{of_file(gguf)[1][:16]}-{UNPACKING}"
     if not (copy / MANIFEST).is_file():
         with _locked(gguf, copy):
             if not (copy / MANIFEST).is_file():

@@ -1,0 +1,53 @@
+"""The identity of a model, of an adapter and of a stack: every file that can change an answer.
+
+Files count by name and content, and neither where they are nor how they came there. What only tells
+of a thing, such as a card, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from lorafold.errors import LorafoldError
+from lorafold.files.digests import of_files
+from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
+from lorafold.models.sources import ModelSource
+from lorafold.models.weights import MODEL_FILES
+from lorafold.peft.config import CONFIG
+from lorafold.peft.directory import FILES
+
+WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
+CODE = "**/*.py"
+
+
+def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
+    """The SHA-256 over a model's configuration, weights and tokenizer, in hexadecimal.
+
+    Args:
+        source: The model.
+        trust_remote_code: Its own Python files run, so they count too.
+    """
+    own = (CODE,) if trust_remote_code else ()
+    return of_files(source.path, (*MODEL_FILES, *WORDS, *own))
+
+
+def of_adapter(path: str | Path) -> str:
+    """The SHA-256 over an adapter's configuration, weights, record and tokenizer, in hexadecimal.
+    Raises LorafoldError where there is no adapter.
+    """
+    if not (Path(path) / CONFIG).is_file():
+        raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
+    return of_files(Path(path), (*FILES, *WORDS))
+
+
+def of_stack(base: str, adapters: Sequence[str | Path]) -> str:
+    """The SHA-256 over a base and the adapters over it, in this order, in hexadecimal.
+
+    Args:
+        base: The base's identity.
+        adapters: The directories, lowest first.
+    """
+    lines = [base, *map(of_adapter, adapters)]
+    return sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""What a thing is, as one digest: it changes with everything that can change an answer."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+import lorafold as lf
+from lorafold.errors import LorafoldError
+from lorafold.files import digests
+from lorafold.files.atomic import sha256
+from lorafold.identity import of_adapter, of_code, of_model, of_stack
+from lorafold.models.sources import ModelSource
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def aged(file: Path) -> Path:
+    """The file, last written some seconds ago."""
+    past = time.time() - 60
+    os.utime(file, (past, past))
+    return file
+
+
+def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch) -> None:
+    file = tmp_path / "it"
+    file.write_bytes(b"one")
+    read: list[Path] = []
+    monkeypatch.setattr(digests, "sha256", lambda path: (read.append(path), sha256(path))[1])
+    monkeypatch.setattr(digests, "FRESH", 0.0)
+    assert digests.of_file(file) == digests.of_file(file) == (3, sha256(file))
+    assert read == [file]
+    file.write_bytes(b"two")
+    assert digests.of_file(file) == (3, sha256(file))
+    assert read == [file, file]
+
+
+def test_a_file_that_was_written_just_now_is_read_again(cache, tmp_path) -> None:
+    file = tmp_path / "it"
+    file.write_bytes(b"one")
+    digests.of_file(aged(file))  # its content is old; its marks changed just now
+    assert not (cache / "digests").exists()
+
+
+def test_a_kept_digest_that_is_damaged_is_made_anew(cache, tmp_path, monkeypatch) -> None:
+    file = tmp_path / "it"
+    file.write_bytes(b"one")
+    monkeypatch.setattr(digests, "FRESH", 0.0)
+    digests.of_file(file)
+    [entry] = (cache / "digests" / "known").iterdir()
+    for damaged in ("", "[]", '{"marks": [], "sha256": 1}'):
+        entry.write_text(damaged)
+        assert digests.of_file(file) == (3, sha256(file))
+
+
+def test_a_file_of_the_hub_is_taken_by_its_name(cache, tmp_path) -> None:
+    blob = tmp_path / "blobs" / ("a" * 64)
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    assert digests.of_file(link) == (7, "a" * 64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+     "tokenizer_config.json", "chat_template.jinja"],
+)  # fmt: skip
+def test_a_model_is_another_with_another_byte(name: str, tiny_model_dir, cache, tmp_path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model_dir("llama"), copy)
+    (copy / "chat_template.jinja").touch()
+    (copy / "own.py").write_text("a = 1")
+    source = ModelSource(copy, "copy")
+    before, trusted = of_model(source), of_model(source, trust_remote_code=True)
+    assert of_model(ModelSource(copy, "by another name")) == before != trusted
+    (copy / "README.md").write_text("a card")
+    (copy / "own.py").write_text("a = 2")
+    assert of_model(source) == before
+    assert of_model(source, trust_remote_code=True) != trusted
+    with (copy / name).open("r+b") as file:
+        file.seek(-1 if (copy / name).stat().st_size else 0, os.SEEK_END)
+        file.write(b" ")
+    assert of_model(source) != before
+
+
+def test_an_adapter_is_another_with_another_word_and_a_stack_with_another_order(
+    tiny_model, cache, tmp_path
+) -> None:
+    one = lf.attach(tiny_model("llama"), lf.LoRA(rank=2), name="it").save(tmp_path / "one")
+    two = shutil.copytree(one, tmp_path / "two")
+    assert of_adapter(one) == of_adapter(two)
+    (two / "chat_template.jinja").write_text("{{ messages }}")
+    assert of_adapter(one) != of_adapter(two)
+    assert of_stack("base", [one, two]) != of_stack("base", [two, one])
+    assert of_stack("base", [one]) != of_stack("other", [one])
+    with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
+        of_adapter(tmp_path)
+
+
+def test_code_is_another_with_another_room_or_package() -> None:
+    found = [of_code("ops"), of_code("ops", "core"), of_code("ops", packages=("torch",))]
+    assert len(set(found)) == 3
