@@ -21,6 +21,7 @@ import gc
 import io
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
@@ -62,6 +63,21 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked few(n), all but n, spread evenly, are slow."""
+    cases: dict[tuple[Any, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases[item.path, item.originalname].append(item)  # type: ignore[attr-defined]
+    for found in cases.values():
+        n = min(len(found), found[0].get_closest_marker("few").args[0])  # type: ignore[union-attr]
+        fast = {i * len(found) // n for i in range(n)}
+        for i, item in enumerate(found):
+            if i not in fast:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -88,6 +88,7 @@ def test_the_recipe_names_the_objectives_of_the_table() -> None:
     assert set(get_args(Recipe.model_fields["objective"].annotation)) == set(OBJECTIVES)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "method", ["linear-probe", "lora", "dora", "ia3", "bitfit", "houlsby", "prompt", "prefix"]
 )
@@ -140,6 +141,7 @@ def test_only_the_head_is_trained_by_a_probe_and_beside_the_method_by_others(
     assert lora.trainable_parameters == 3 * 32 + 2 * 2 * (32 + 32)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2"])
 def test_every_family_has_a_classifier(kind: str, tiny_model_dir, tmp_path: Path) -> None:
     result = train(

@@ -233,6 +233,7 @@ def doctor(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_broken(
     tmp_path: Path, distribution
 ) -> None:

@@ -197,6 +197,7 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
     return wrong, sum(end.cached for end in ended.values())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "afresh"])
 @pytest.mark.parametrize(
     ("kind", "many"),

@@ -94,6 +94,7 @@ def test_rules_of_thumb_give_what_they_say() -> None:
     assert list(found.values()) == [14.0e9, 2147483648, 0.64e9, 112.0e9]
 
 
+@pytest.mark.slow
 def test_the_docs_hold_the_cheatsheet() -> None:
     """To 1%, for another torch may hold a little more or less. The processor has no say."""
     heading, *rows = cheatsheet.table()

@@ -277,6 +277,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
     assert model.get_parameter(next(iter(own))).is_floating_point()
 
 
+@pytest.mark.slow
 def test_estimate_of_a_mixture_is_what_a_step_takes(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path / "model")
     for base in ("bf16", "nf4"):

@@ -233,6 +233,7 @@ def adapted(kind: str, names: tuple[str, ...]) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("names", STACKS, ids="+".join)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_adapters_that_are_active_complete_as_generate_has_it(

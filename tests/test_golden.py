@@ -96,6 +96,7 @@ def test_the_command_finds_the_loss_that_it_found(name: str) -> None:
     assert loss == pytest.approx(read("expected.json")[name], rel=1e-4)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_goes_on_to_the_end_that_it_would_have_had(name: str) -> None:
     (checkpoint,) = Path(f"{name}.run").glob("step-*")

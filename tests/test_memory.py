@@ -104,6 +104,7 @@ def close(config: Any, setting: Setting) -> dict[str, int]:
     return found.terms
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
@@ -116,12 +117,14 @@ def test_methods(method: str, checkpointing: bool) -> None:
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_architectures(name: str) -> None:
     assert period(CONFIGS[name]) == (2 if name == "gemma2" else 1)
     close(CONFIGS[name], LORA)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("quantization", "method"),
     fast_only([("nf4", "loha"), ("int8", "lora")], product(PACKERS, ["lora", "loha"])),
@@ -137,6 +140,7 @@ def test_a_packed_base_whose_matrices_lie_the_other_way_round() -> None:
     close(CONFIGS["gpt2"], replace(LORA, base=Storage(torch.bfloat16, "nf4")))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_gradients_that_are_there_already(method: str) -> None:
     close(
@@ -163,6 +167,7 @@ def test_rows_that_are_filled_up() -> None:
     close(CONFIGS["llama"], replace(LORA, rows=(100, 160, 128), labelled=60, packed=False))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
     fast_only([("llama", True), ("bert", False)], product(["llama", "bert"], [False, True])),
@@ -226,6 +231,7 @@ class Gain(Spec):
         return GainDelta(layer.shape[0])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
@@ -252,6 +258,7 @@ def alone() -> dict[str, int]:
     return estimate(CONFIGS["llama"], LORA).terms
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("below", "checkpointing"),
     fast_only(
@@ -266,12 +273,14 @@ def test_over_frozen_adapters(below: str, checkpointing: bool) -> None:
     assert found["optimizer"] == alone()["optimizer"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_inference(name: str) -> None:
     found = close(CONFIGS[name], Setting(BF16, rows=(200, 200)))
     assert found["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "targets", "dtype"),
     fast_only(
@@ -292,6 +301,7 @@ def test_mixtures_of_experts(name: str, targets: str | None, dtype: torch.dtype)
     close(mixtures.CONFIGS[name](), setting)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "spec"),
     fast_only(
@@ -306,6 +316,7 @@ def test_towers(name: str, spec: str | None) -> None:
     close(config, Setting(BF16, spec and make_spec(spec), rows=(96, 64), packed=packed))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("quantization", PACKERS)
 def test_inference_on_a_quantized_base(quantization: str) -> None:
     """bitsandbytes' own forward runs there, over fake tensors as over real ones."""

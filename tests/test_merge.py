@@ -211,6 +211,7 @@ def test_a_checkpoint_without_the_base_prefix_merges(tiny_model_dir, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_plain_transformers_process_loads_it(tiny_model_dir, tmp_path):
     base = tiny_model_dir("qwen2")
     adapter = make_adapter(base, tmp_path / "adapter")

@@ -80,6 +80,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
         return found.flatten()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", EACH)
 def test_trained_evaluated_generated_and_merged(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path

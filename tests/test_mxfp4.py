@@ -426,6 +426,7 @@ def test_a_storage_that_the_files_do_not_have_is_refused(released, plain):
         lf.load_model(released, "bf16")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", ["lora", "inference"])
 def test_an_estimate_is_of_the_files_as_they_are_stored(released, mode):
     found = lf.estimate(str(released), mode, batch=2, length=64, measure=True, device="cpu")

@@ -267,6 +267,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: Request) -> None:
             train(asked, quiet())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
     name: str, tiny_model_dir, tmp_path: Path, monkeypatch

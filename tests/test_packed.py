@@ -341,6 +341,7 @@ def test_storage_is_named_with_its_reason():
     assert choose_storage("nf4", "cpu").why.startswith("nf4, computed in ")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "method",
     [

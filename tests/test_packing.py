@@ -139,6 +139,7 @@ def heads(tokens: int, widths: tuple[int, int], queries: int, keys: int) -> list
     ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.usefixtures("each_form")
@@ -158,6 +159,7 @@ def test_attention_equals_its_specification_in_fp64(
     torch.testing.assert_close(ours(*qkv), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.few(6)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(
     ("lens", "window", "softcap"),

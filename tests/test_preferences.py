@@ -469,6 +469,7 @@ def test_every_objective_trains_and_is_measured(
         assert told["reward_margin"] == pytest.approx(found.figures["reward_margin"], rel=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "lr"),
     [
@@ -561,6 +562,7 @@ def test_every_way_through_a_step_gives_the_same_losses(
         assert losses[name] == pytest.approx(losses["shared"], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_recurrent_models_are_padded_and_told(tmp_path: Path) -> None:
     from transformers import MambaConfig
 

@@ -228,6 +228,7 @@ def test_the_model_saves_as_it_was_loaded_and_half_merged(quantized, tmp_path, k
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["fp8-dynamic", "int4"])
 def test_the_command_trains_evaluates_and_merges(quantized, tmp_path, kind):
     said = commands(quantized(kind), KINDS[kind][3], tmp_path)
@@ -420,6 +421,7 @@ def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [

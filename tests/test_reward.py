@@ -259,6 +259,7 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "method",
     [
@@ -360,6 +361,7 @@ def test_a_folded_model_is_a_plain_reward_model(
     assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "reward"})
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("storage", ["nf4", pytest.param("int8", marks=pytest.mark.slow), "bf16"])
 def test_a_quantized_base_scores_as_it_was_trained(
     storage: str, tiny_model_dir, tmp_path: Path

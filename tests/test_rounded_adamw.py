@@ -216,6 +216,7 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(way: str) -> None:
     assert same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_full_fine_tuning_on_bf16_gives_the_same_bytes(
     tiny_model_dir, tmp_path: Path, capsys
 ) -> None:

@@ -144,6 +144,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters):
         assert not any("prompt" in line or "The" in line.get("message", "") for line in logged)
 
 
+@pytest.mark.slow
 def test_while_it_drains_nothing_new_begins_and_a_second_signal_ends_it(tiny_model_dir, adapters):
     options = ("--model", str(tiny_model_dir("llama")), "--adapters", str(adapters))
     with process(*options, "--storage", "fp32") as (running, _, port):
@@ -161,6 +162,22 @@ def test_while_it_drains_nothing_new_begins_and_a_second_signal_ends_it(tiny_mod
         assert running.wait(10) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
+def test_time_in_which_the_process_stood_still_is_not_the_engine_s(
+    tiny_model_dir, adapters, tmp_path
+):
+    """As a container that was paused: its first request is answered."""
+    config = tmp_path / "serve.yaml"
+    config.write_text("heartbeat_seconds: 1.5\n")
+    options = ("--model", str(tiny_model_dir("llama")), "--adapters", str(adapters))
+    with process(*options, "--config", str(config)) as (running, _, port):
+        running.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        running.send_signal(signal.SIGCONT)
+        assert stream(port, 2).getresponse().status == 200
+
+
+@pytest.mark.slow
 def test_texts_are_logged_only_if_asked_for(tiny_model_dir, adapters, tmp_path):
     config = tmp_path / "serve.yaml"
     config.write_text("log_texts: true\njson_logs: true\n")

@@ -283,6 +283,7 @@ def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch
     assert server.complete("a", "The").status == 200
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("limit", "code"),
     [("queue_seconds", "queue_timeout"), ("first_token_seconds", "first_token_timeout"),

@@ -134,6 +134,7 @@ def test_what_was_said_holds_after_a_restart(tiny_model_dir, tmp_path):
         assert server.text("now", PROMPT) == server.text("a", PROMPT)
 
 
+@pytest.mark.slow
 def test_every_request_is_what_it_is_alone(tiny_model_dir, tmp_path):
     """Eight methods and the base, lengths, samplers and arrivals at random, in fp32."""
     folder = saved(tiny_model_dir("qwen2"), METHODS, tmp_path / "adapters")

@@ -109,6 +109,7 @@ def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
     assert {id(p) for p in model.parameters() if p.requires_grad} == trains
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("below", "above"),
     fast_only(zip(METHODS, (*METHODS[1:], METHODS[0]), strict=True), product(METHODS, METHODS)),
@@ -430,6 +431,7 @@ def test_composing_measures_each_over_what_it_lies_over(
     assert found["sft"].loss != pytest.approx(found["linear"].loss, rel=1e-3)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_inspecting_takes_what_is_below_as_the_base(
     method: str, base: Path, sft: Path, tmp_path: Path

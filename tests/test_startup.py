@@ -18,6 +18,7 @@ def said(script: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_training_rows_are_tokenized_without_pandas():
     assert said("""
 import sys

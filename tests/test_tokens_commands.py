@@ -249,6 +249,7 @@ def test_a_template_alone_travels_with_the_adapter(
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["gemma", "qwen2"])
 def test_padded_and_packed_and_accumulated_give_the_same_losses(
     kind: str, tiny_model_dir, template: Path, tmp_path: Path

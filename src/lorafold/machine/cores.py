@@ -41,17 +41,35 @@ def quota(group: Path) -> float:
     return float("inf") if most == "max" else int(most) / int(period)
 
 
+class Neighbours:
+    """How many of this process's cores others keep busy."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._before = self._times()
+
+    def look(self) -> float:
+        """Cores that were busy for others since the last look, on average."""
+        before, self._before = self._before, self._times()
+        passed, everyone, ours = (x - y for x, y in zip(self._before, before, strict=True))
+        return max(0.0, (everyone - ours) / passed) if passed else 0.0
+
+    def _times(self) -> tuple[float, float, float]:
+        """Now, and the seconds that all and this process have computed on its cores."""
+        every = psutil.cpu_times(percpu=True)
+        here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(every))
+        # a guest's time is in user's already
+        working = ("user", "system", "nice", "irq", "softirq")
+        busy = sum(getattr(every[n], k, 0) for n in here if n < len(every) for k in working)
+        own = self._process.cpu_times()
+        return time.perf_counter(), busy, own.user + own.system
+
+
 def busy_elsewhere(seconds: float) -> float:
     """How many cores other processes kept busy, on average, while this one slept so long."""
-    everyone, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    start = time.perf_counter()
+    neighbours = Neighbours()
     time.sleep(seconds)
-    passed = time.perf_counter() - start
-    everyone_later, own_later = psutil.cpu_times(), psutil.Process().cpu_times()
-    working = ("user", "system", "nice", "irq", "softirq")  # a guest's time is in user's already
-    total = sum(getattr(everyone_later, n, 0) - getattr(everyone, n, 0) for n in working)
-    ours = own_later.user + own_later.system - own.user - own.system
-    return max(0.0, (total - ours) / passed)
+    return neighbours.look()
 
 
 def instruction_sets() -> tuple[str, ...]:

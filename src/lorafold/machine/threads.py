@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+GRAIN = 1 << 16  # numbers for which one thread is enough, at least
 SOFT = 1  # omp_pause_soft: threads are made again when they are needed
 
 
@@ -21,6 +22,16 @@ def alone() -> None:
     """Let the calling thread compute without a team from now on."""
     torch.get_num_threads()  # PyTorch sets the number itself when a thread first asks for it
     _call("omp_set_num_threads", 1)
+
+
+def gather(n: int) -> bool:
+    """Give the calling thread a team of n, which sleeps. False without GCC's OpenMP."""
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return False
+    torch.get_num_threads()
+    _call("omp_set_num_threads", n)
+    torch.ones(n * GRAIN).add_(1)
+    return True
 
 
 def disband() -> None:

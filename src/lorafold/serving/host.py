@@ -65,7 +65,8 @@ class Host:
         self.draining = False
         self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=alone)
         self._lock = threading.Lock()
-        self._beat = self._started = time.monotonic()
+        self._started = time.monotonic()
+        self._silent = 0.0  # seconds without a step, as far as this process ran
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._thinking: Counter[str] = Counter()
         self._ends: deque[float] = deque(maxlen=64)
@@ -91,13 +92,12 @@ class Host:
     @property
     def ready(self) -> str:
         """Why requests can't be computed now, empty if they can."""
-        age = time.monotonic() - self._beat
         if self.draining:
             return "the server is about to end"
         if self._restarting or not self.engine.alive:
             return "the engine is being started again"
-        late = age > self.settings.heartbeat_seconds
-        return f"the engine made no step for {age:.0f} s" if late else ""
+        late = self._silent > self.settings.heartbeat_seconds
+        return f"the engine made no step for {self._silent:.0f} s" if late else ""
 
     def submit(self, job: Job) -> None:
         """Give a job to the engine, which may take its time. Raises LorafoldError if it is refused.
@@ -174,7 +174,7 @@ class Host:
                     continue
                 job.passed_on += len(new)
                 found.append((job, new))
-        self._beat = time.monotonic()
+        self._silent = 0.0
         if found:
             self._loop.call_soon_threadsafe(self._deliver, found)
 
@@ -211,6 +211,7 @@ class Host:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH)
+            self._silent += WATCH
             if not self.engine.alive:
                 await self._restart()
             self._registry.remember()
@@ -239,7 +240,7 @@ class Host:
             except Exception:
                 self._failures = min(self._failures + 1, len(BACKOFF) - 1)
                 log.exception("the engine can't be opened")
-        self._beat = self._started = time.monotonic()
+        self._silent, self._started = 0.0, time.monotonic()
         self._restarting = False
         log.info("the engine computes again")
 

@@ -24,6 +24,7 @@ from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import Measured
+from lorafold.machine.waiting import considerate
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.step.recipe import Recipe
@@ -51,6 +52,7 @@ class Job:
     steps: int
 
 
+@considerate()
 def fit(job: Job, progress: Progress, display: Display) -> Progress:
     """Train from `progress.step` to the last step, and write the checkpoints that are due.
 

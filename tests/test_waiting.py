@@ -1,0 +1,106 @@
+"""How threads wait for each other: asleep while other processes are busy, else actively."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+
+from lorafold.machine import waiting
+from lorafold.machine.cores import Neighbours
+from lorafold.machine.threads import disband, gather
+from lorafold.machine.waiting import considerate
+
+SPIN = "while True: pass"
+
+
+@contextmanager
+def busy(n: int) -> Iterator[None]:
+    """So many processes that compute without end."""
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def threads() -> int:
+    return psutil.Process().num_threads()
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within some seconds."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_what_others_compute_is_counted() -> None:
+    neighbours = Neighbours()
+    with busy(1):
+        time.sleep(1.0)
+    assert neighbours.look() > 0.2
+
+
+def test_a_team_is_gathered_and_disbanded() -> None:
+    def team() -> None:
+        before = threads()
+        found.append(gather(3) is False or threads() == before + 2)
+        disband()
+        found.append(soon(lambda: threads() == before))
+
+    found: list[bool] = []
+    thread = threading.Thread(target=team)
+    thread.start()
+    thread.join()
+    assert found == [True, True]
+
+
+def test_beside_a_busy_process_a_team_lies_there_and_goes_with_the_last_user(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(waiting, "PAUSE", 0.2)
+    monkeypatch.setattr(waiting, "usable_cores", lambda: 2)
+    before = threads()
+    with considerate(), busy(2):
+        with considerate():
+            assert soon(lambda: threads() == before + 2)  # the one that looks, and its team
+        assert threads() == before + 2
+    assert soon(lambda: threads() == before)
+
+
+def test_one_thread_waits_for_nobody() -> None:
+    before = threads()
+    with considerate():
+        assert threads() == before
+
+
+@pytest.mark.parametrize("load", [0.05, 0.2, 0.9])
+def test_it_begins_above_and_ends_below(load: float, monkeypatch) -> None:
+    """Between the two nothing changes, so that a load that wavers changes nothing either."""
+    seen: list[str] = []
+    looks = iter([0.2, 0.9, load, load, load, load])
+
+    class Told:
+        def look(self) -> float:
+            return next(looks)
+
+    class Ended:
+        left = 6
+
+        def wait(self, _: float) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    monkeypatch.setattr(waiting, "Neighbours", Told)
+    monkeypatch.setattr(waiting, "gather", lambda n: not seen.append("gather"))
+    monkeypatch.setattr(waiting, "disband", lambda: seen.append("disband"))
+    waiting._watch(Ended())  # type: ignore[arg-type]
+    assert seen == ["gather", "disband"] + ["disband"] * (load < 0.1)
