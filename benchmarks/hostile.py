@@ -5,8 +5,8 @@
 The server runs in a process of its own, on a tiny model, with two good adapters and the corpus of
 tests/hostile_cases.py: they lie there when it starts, are loaded by the administrator, and asked
 for. Meanwhile /livez is asked every 20 ms, and the good ones all the time. In the server a task of
-the event loop notes by how much it wakes too late, and `GIL` a thread by how much it does. Prints
-the figures as JSON and as a table, which --keep also writes to results/hostile.md.
+the event loop and a thread note by how much they wake too late, and so does a process that does
+nothing else: what it sees is the machine's. Prints the figures as JSON and as a table, which --keep also writes to results/hostile.md.
 """
 
 import argparse
@@ -40,6 +40,21 @@ def late(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(found), "99 %": found[at], "worst": found[-1]}
 
 
+def wakings(ended: Callable[[], bool]) -> list[float]:
+    """By how much each sleep lasted too long, in seconds."""
+    found = []
+    while not ended():
+        began = time.perf_counter()
+        time.sleep(STEP)
+        found.append(time.perf_counter() - began - STEP)
+    return found
+
+
+def bystander(pipe: Any) -> None:
+    """Do nothing but sleep until something comes through the pipe; it gets the wakings."""
+    pipe.send(wakings(pipe.poll))
+
+
 def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     """Serve until something comes through the pipe; it gets the port, and at the end how late the
     event loop and a thread were. Stacks are of threads that run meanwhile, whose frames may go
@@ -67,10 +82,7 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
             loop.append(time.perf_counter() - began - STEP)
 
     def watch_thread() -> None:
-        while not ended.is_set():
-            began = time.perf_counter()
-            time.sleep(STEP)
-            thread.append(time.perf_counter() - began - STEP)
+        thread.extend(wakings(ended.is_set))
 
     with imports_set_aside(), running(base, folder, waits=False) as server:  # as the command does
         on = server.parts.host._loop
@@ -118,6 +130,8 @@ def besieged(
 
     weighing = threading.Thread(target=weigh)
     weighing.start()
+    beside, theirs = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=bystander, args=(theirs,)).start()
     siege = Siege(server, {name: said(server, name) for name in ("good",)})
     figures, phases = {}, []
     with siege.watched():
@@ -140,6 +154,7 @@ def besieged(
     children = memory.children(recursive=True)
     here.send("end")
     loop, thread = here.recv()
+    beside.send("end")
     began = time.monotonic()
     process.join(120)
     figures = {
@@ -159,6 +174,7 @@ def besieged(
         {"phase": "all", "seconds": sum(p["seconds"] for p in phases), **late(siege.latencies)},
         {"phase": "event loop late", **late(loop)},
         {"phase": "thread late", **late(thread)},
+        {"phase": "another process late", **late(beside.recv())},
     ]
     return figures, rows, siege.faults, found
 
