@@ -6,7 +6,8 @@ The server runs in a process of its own, on a tiny model, with two good adapters
 tests/hostile_cases.py: they lie there when it starts, are loaded by the administrator, and asked
 for. Meanwhile /livez is asked every 20 ms, and the good ones all the time. In the server a task of
 the event loop and a thread note by how much they wake too late, and so does a process that does
-nothing else: what it sees is the machine's. Prints the figures as JSON and as a table, which --keep also writes to results/hostile.md.
+nothing else: what it sees is the machine's. Prints the figures as JSON and as a table, which
+--keep also writes to results/hostile.md.
 """
 
 import argparse
