@@ -98,6 +98,7 @@ def logprobs(model: Any, asked: list[Request], paths: dict[str, Path]) -> list[l
         ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
 def test_invariant_logits_are_the_same_bits_in_any_company(kind, dtype, saved) -> None:

@@ -184,6 +184,7 @@ def logits_seen(engine: Engine, request: Request, others: list[Request]) -> list
     return seen
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("adapter", [None, "lora", "dora", "prompt", "houlsby", "vera"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_invariant_logits_are_the_same_bits_in_any_company(

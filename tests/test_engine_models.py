@@ -69,6 +69,7 @@ def requests(n: int) -> list[Request]:
     return [Request(str(i), prompt(lengths[i % 6], i), 5 + i % 7) for i in range(n)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_generate(family: str, invariant: bool) -> None:

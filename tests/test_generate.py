@@ -97,6 +97,7 @@ def expected(
     ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_batches_answer_as_each_prompt_alone(

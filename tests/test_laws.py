@@ -202,6 +202,7 @@ def test_state_round_trip_and_deepcopy(method: str, base: str) -> None:
 COMPILED = {"linear", "conv1d", "embedding", "nf4", "fp8", "convolution-1d"}
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize(
     ("method", "base"),
     [

@@ -92,6 +92,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (1000, True)])
 def test_a_run_asks_it(
     monkeypatch: pytest.MonkeyPatch,

@@ -383,6 +383,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(released, tmp_path, mistake):
     change, said = MISTAKES[mistake]

@@ -147,6 +147,7 @@ def test_fine_grained_fp8_is_what_transformers_dequantizes(base, tmp_path):
     assert relative(load_model(tmp_path / "merged", torch.float32)(IDS).logits, expected) < 1e-5
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["fp8", "fp8-block", "int4", "int4-asymmetric", "int8"])
 def test_merging_gives_a_plain_model_and_says_how_near(base, quantized, tmp_path, kind):
     model, storage = loaded(quantized(kind), kind), KINDS[kind][3]
@@ -309,6 +310,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(quantized, tmp_path, mistake):
     kind, change, said = MISTAKES[mistake]

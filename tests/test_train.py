@@ -43,6 +43,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_path: Path) -> None:
     result = train(
