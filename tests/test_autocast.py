@@ -159,7 +159,7 @@ def test_layers_that_share_an_input_share_its_cast_and_its_dropout(tiny_model) -
     with bf16():
         layer.q_proj(x)
         layer.k_proj(x)
-    (_, cast), = vars(x)["_lorafold_once"].values()
+    ((_, cast),) = vars(x)["_lorafold_once"].values()
     assert cast.dtype is torch.bfloat16
     (drawn,) = vars(cast)["_lorafold_dropped"].values()
     assert drawn.readers == {id(layer.q_proj), id(layer.k_proj)}
