@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorafold as lf
+from lorafold.core.attach import base_state
 from lorafold.errors import NotMergeable
 from lorafold.fold.plan import plan_fold
 from lorafold.merging.plan import plan
@@ -38,7 +39,7 @@ def test_what_is_planned_is_what_changes(method: str, kind: str, tiny_model: Cal
     before = weights(model)
     adapter = moved(lf.attach(model, METHODS[method](), name="a"))
     planned = plan_fold(model, ["a"])
-    assert {n: p.shape for n, p in model.state_dict().items()} == {
+    assert {n: p.shape for n, p in base_state(model).items()} == {
         n: p.shape for n, p in before.items()
     }
     if planned.problems:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PhiConfig,
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.core.attach import Deltas
+from lorafold.core.attach import Deltas, base_state
 from lorafold.methods import METHODS
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.ops import reference
@@ -202,7 +202,7 @@ def test_over_a_model_the_base_stays_what_it_is(kind: str, tiny_model) -> None:
     assert logits(model).shape[-1] == V + 2
     with lf.only(model):
         assert torch.equal(logits(model, short), bare)
-    assert model.state_dict().keys() == state.keys()
+    assert base_state(model).keys() == state.keys()
     assert model.config.vocab_size == V
     with pytest.raises(IndexError):
         logits(model, torch.tensor([[302]]))

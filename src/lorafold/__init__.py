@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafold.adapter import Adapter as Adapter
     from lorafold.adapter import attach as attach
     from lorafold.adapter import load as load
+    from lorafold.adapter import reference as reference
     from lorafold.api.compare import compare as compare
     from lorafold.api.compose import compose as compose
     from lorafold.api.estimate import estimate as estimate
@@ -41,6 +42,7 @@ _HOME = {
     "attach": "adapter",
     "load": "adapter",
     "only": "adapter",
+    "reference": "adapter",
     "compare": "api.compare",
     "compose": "api.compose",
     "estimate": "api.estimate",

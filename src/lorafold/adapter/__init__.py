@@ -6,6 +6,7 @@
 
 from lorafold.adapter.attaching import attach, load
 from lorafold.adapter.handle import Adapter
+from lorafold.adapter.reference import reference
 from lorafold.core.attach import only
 
-__all__ = ["Adapter", "attach", "load", "only"]
+__all__ = ["Adapter", "attach", "load", "only", "reference"]

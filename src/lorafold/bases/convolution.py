@@ -29,6 +29,7 @@ from lorafold.bases.dense import named, store_all
 from lorafold.core.base import Base
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
+from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout
 from lorafold.ops.scale import scaled
 
@@ -40,6 +41,7 @@ class Convolution(Base):
     """A convolution over one, two or three dimensions: weight (out, in / groups, *window)."""
 
     takes_vectors = False
+    called = staticmethod(lowered)
 
     @property
     def kernel(self) -> Tensor:  # (out, in / groups, *window)
@@ -67,7 +69,13 @@ class Convolution(Base):
         return prod(self.bare.kernel_size)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        y: Tensor = self.run(x)
+        y: Tensor
+        if autocasting(x) or x.dtype is self.kernel.dtype:
+            y = self.run(x)
+        else:
+            b = self.bias
+            kernel, b = self.kernel.to(x.dtype), None if b is None else b.to(x.dtype)
+            y = self.bare._conv_forward(x, kernel, b)
         if onto is None:
             return y
         return rounded(y.to(torch.promote_types(y.dtype, torch.float32)) + onto, y.dtype)

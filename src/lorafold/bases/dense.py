@@ -20,6 +20,7 @@ from lorafold.core.base import Base, bare
 from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
+from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
@@ -81,6 +82,7 @@ class Matrix(Vectors):
     """Abstract: a matrix that multiplies activations."""
 
     linear = True
+    called = staticmethod(lowered)
 
     @abstractmethod
     def weight(self) -> Tensor:  # (out, in)
@@ -106,7 +108,11 @@ class Matrix(Vectors):
 
     def as_is(self, x: Tensor) -> bool:
         """Whether the module's own forward may compute W x + b for x (..., in)."""
-        return arithmetic(x) is x.dtype
+        return autocasting(x) or arithmetic(x) is x.dtype is self.weight().dtype
+
+    def biased(self, y: Tensor) -> Tensor:
+        """y + b (..., out), in y's dtype."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is None and self.as_is(x):
@@ -124,7 +130,8 @@ class Matrix(Vectors):
         else:
             w = self.read(x.dtype)
             y = flat @ w.t() if start is None else torch.addmm(start.to(w.dtype), flat, w.t())
-        return add(y.view(*x.shape[:-1], -1), None if onto is None else self.bias)
+        y = y.view(*x.shape[:-1], -1)
+        return y if onto is None else self.biased(y)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         return linear(x, m)
@@ -148,12 +155,12 @@ class Matrix(Vectors):
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module)) if p else None
-        return add(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)), self.bias)
+        return self.biased(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)))
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen:
             return super().sparse(x, values, at, onto)
-        return add(add(sparse_linear(x, self.read, values, at), onto), self.bias)
+        return self.biased(add(sparse_linear(x, self.read, values, at), onto))
 
 
 class Linear(Matrix):
@@ -188,6 +195,7 @@ class Embedding(Vectors):
     """An embedding: weight (in, out), `in` the size of the vocabulary."""
 
     takes_ids = True
+    called = staticmethod(lowered)
 
     def _scaled(self, y: Tensor) -> Tensor:
         # Gemma's and BART's embeddings scale what they look up

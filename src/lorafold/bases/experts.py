@@ -23,8 +23,9 @@ from lorafold.bases.expert_matrices import Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.layer import Layer, add
-from lorafold.core.matrices import Matrices, matrices_of, parameter_path
+from lorafold.core.matrices import STORED, Matrices, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.ops.autocast import lowered
 from lorafold.ops.dropout import dropout, keep_scale, shared
 from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product
 from lorafold.ops.scale import scale
@@ -177,6 +178,13 @@ class Routed(nn.Module):
 
     base_class: ClassVar[type[nn.Module]]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in [n for n, m in self._modules.items() if isinstance(m, Matrices)]:
+            stored, own = f"{prefix}{name}{STORED}.", f"{prefix}{name}."
+            for key in [key for key in state_dict if key.startswith(stored)]:
+                state_dict[own + key.removeprefix(stored)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.base_class,), self.__dict__
 
@@ -221,28 +229,34 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
     """
     own = matrices_of(self)
-    active = any(
-        isinstance(s, Adapted) and any(n in s.deltas for n in s.selection.names)
-        for s in own.values()
-    )
+    adapted = [s for s in own.values() if isinstance(s, Adapted)]
+    names = adapted[0].selection.running(self.training) if adapted else ()
+    active = any(n in s.deltas for s in adapted for n in names)
     if not active and not any(held(s).quantized for s in own.values()):
         y: Tensor = self.base_class.forward(self, hidden, *args, **kwargs)
         return y
     index, weights = (*args, *kwargs.values())
+    mixed = lowered(functools.partial(_mixed, self, own, names, index), hidden)
+    return (mixed * weights[..., None]).sum(1).to(hidden.dtype)
+
+
+def _mixed(
+    self: Any, own: dict[str, Matrices], names: tuple[str, ...], index: Tensor, hidden: Tensor
+) -> Tensor:  # (T, k, hidden)
+    """The output of each expert of each token."""
     groups, rows, places = grouped(index.reshape(-1), self.num_experts)
     tokens = rows // index.shape[-1]
-    first, last = (_layer(s, groups) for s in own.values())
+    first, last = (_layer(s, names, groups) for s in own.values())
     u = first(hidden.index_select(0, tokens))  # whose backward is faster than that of indexing
     u = last(self._apply_gate(u) if self.has_gate else self.act_fn(u))
     if self.has_post_expert_norm:
         u = self.post_expert_norm(u)
-    y = u.index_select(0, places).view(*index.shape, -1) * weights[..., None]
-    return y.sum(1).to(hidden.dtype)
+    return u.index_select(0, places).view(*index.shape, -1)
 
 
-def _layer(matrices: Matrices, groups: Groups) -> Layer:
+def _layer(matrices: Matrices, names: tuple[str, ...], groups: Groups) -> Layer:
     base = Experts(matrices)
     base.groups = groups
     if not isinstance(matrices, Adapted):
         return base
-    return matrices.layer(*matrices.selection.names, base=base)
+    return matrices.layer(*names, base=base)

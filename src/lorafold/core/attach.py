@@ -1,68 +1,46 @@
 """Deltas are attached by a class swap: a module's class is replaced by a subclass of itself that
 runs the active deltas.
 
-State dict keys, `isinstance`, the module's own kernel, `generate` and `save_pretrained` go on
+The model's own keys, `isinstance`, the module's own kernel, `generate` and `save_pretrained` go on
 working, and code that reads `module.weight` gets the folded weight
-(`lorafold.core.served_weights`). The attached deltas are parameters of the model but not part of
-its state dict. One `Selection` per model holds the names of the active adapters.
+(`lorafold.core.served_weights`). The attached deltas are parameters of the model, and its state
+dict has them as `<module path>.deltas.<adapter>.<tensor>`, names that no base weight has. One
+`Selection` per model holds the names of the active adapters.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, Over
 from lorafold.core.reading import NAMES
+from lorafold.core.selection import Entry, Loading, Selection
+from lorafold.core.selection import Origin as Origin
 from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError
 
-
-@dataclass(eq=False)
-class Origin:
-    """The files of one adapter on a model.
-
-    name: the adapter's name on the model.
-    path: the directory that it was last loaded from or saved to, as it was given.
-    sha256: the digest of these files; empty for an adapter that was neither loaded nor saved, and
-        for one that was merged since.
-    """
-
-    name: str = ""
-    path: str = ""
-    sha256: str = ""
-
-
-class Selection:
-    """The names of the adapters that are active in one model, lowest first, the files of each
-    adapter on it by its name, and the parameters that attaching froze.
-    """
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.origins: dict[str, Origin] = {}
-        self.frozen: list[nn.Parameter] = []
-
-    @property
-    def active(self) -> tuple[Origin, ...]:
-        """The files of the active adapters, lowest first."""
-        return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
+_base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
 
 
 class Deltas(nn.ModuleDict):
     """The deltas attached to one module, by the adapter's name.
 
-    They train and move with the model, and are absent from its state dict. A delta in which nothing
-    is trained stays in evaluation mode: no dropout acts on what an adapter above it learns from.
+    They train, move, and are saved and loaded with the model. A delta in which nothing is trained
+    stays in evaluation mode: no dropout acts on what an adapter above it learns from.
     """
 
-    _prefix = ""
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+        self._given: tuple[str, set[str]] = "", set()  # of the state that is loaded
+        self.register_load_state_dict_post_hook(self._forgive)
 
     def train(self, mode: bool = True) -> Self:
         """Put the deltas in training mode, except those in which nothing is trained.
@@ -80,22 +58,38 @@ class Deltas(nn.ModuleDict):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """Add nothing to `destination` and return it, so that the model's keys stay its own.
+        """The deltas' tensors, without the base's own, which the state dict has already.
 
         Args:
-            destination: the dictionary that the model collects its tensors in.
-            prefix, keep_vars: as in `nn.Module.state_dict`; not used.
+            destination, prefix, keep_vars: as in `nn.Module.state_dict`.
         """
-        return {} if destination is None else destination
+        if _base_alone.get():
+            return {} if destination is None else destination
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key in self._keys_of_base(prefix, state):
+            del state[key]
+        return state
+
+    def _keys_of_base(self, prefix: str, keys: Iterable[str]) -> list[str]:
+        inside = [path for path, m in self.named_modules() if getattr(m, "in_place", False)]
+        under = tuple(f"{prefix}{path}." for path in inside)
+        return [key for key in keys if key.startswith(under)] if under else []
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._prefix = prefix
+        names = {key.removeprefix(prefix).partition(".")[0] for key in state_dict}
+        self._given = prefix, names & set(self)
 
-    def forget_missing(self, _: nn.Module, incompatible: Any) -> None:
-        """Hook after `load_state_dict`: remove the deltas' keys from the missing ones."""
-        incompatible.missing_keys[:] = [
-            k for k in incompatible.missing_keys if not k.startswith(self._prefix)
-        ]
+    def _forgive(self, _: nn.Module, incompatible: Any) -> None:
+        """Hook after `load_state_dict`: keys of adapters that the state has no tensor of are not
+        missing, so that a base's own state loads beneath adapters.
+        """
+        missing, (prefix, given) = incompatible.missing_keys, self._given
+        for key in self._keys_of_base(prefix, missing):
+            missing.remove(key)
+        loading = self.selection.loading
+        if loading is None or loading.missing is not missing:
+            loading = self.selection.loading = Loading(missing)
+        loading.passed(prefix, given)
 
 
 class Adapted(nn.Module):
@@ -135,7 +129,10 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
     """
 
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(*self.selection.names)(*args, **kwargs)
+        layer = self.layer(*self.selection.running(self.training))
+        if isinstance(layer, Base):
+            return layer(*args, **kwargs)
+        return layer_class.called(layer, *args, **kwargs)
 
     body = {
         "forward": functools.wraps(cls.forward)(forward),
@@ -151,6 +148,16 @@ def adapted_class(cls: type[nn.Module], layer_class: type[Base]) -> type[Adapted
 def _rebuild(cls: type[nn.Module], layer_class: type[Base]) -> Adapted:
     swapped = adapted_class(cls, layer_class)  # type: ignore[arg-type]
     return swapped.__new__(swapped)
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, tensors of any shapes by name, without its adapters."""
+    token = _base_alone.set(True)
+    try:
+        state: dict[str, Tensor] = model.state_dict()
+    finally:
+        _base_alone.reset(token)
+    return state
 
 
 def deltas_on(module: nn.Module, names: Iterable[str]) -> list[Delta]:
@@ -186,7 +193,7 @@ def selection_of(model: nn.Module) -> Selection:
         first.frozen += other.frozen
     if others:
         for _, m in adapted_modules(model):
-            m.selection = first
+            m.selection = m.deltas.selection = first
     return first
 
 
@@ -205,8 +212,12 @@ def lay(
         site: the module path, which error messages name.
     """
     if not isinstance(module, Adapted):
-        deltas = Deltas()
-        deltas.register_load_state_dict_post_hook(deltas.forget_missing)
+        if hasattr(module, "deltas"):
+            raise LorafoldError(
+                f"{site or type(module).__name__}: found an attribute `deltas` of its own, where"
+                " adapters are kept; leave the module out of the targets"
+            )
+        deltas = Deltas(selection)
         module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
         assert isinstance(module, Adapted)
         module.deltas, module.selection, module.site = deltas, selection, site
@@ -246,7 +257,11 @@ class only:
 
     `with only(model, "sft"): ...`; `only(model)` is the bare base, bit for bit.
 
-    Raises LorafoldError if no adapter of a given name is attached to the model.
+    What is active belongs to the model: it counts for every thread that computes with it. A block
+    that gradient checkpointing computes again in a backward has the adapters of its forward.
+
+    Raises LorafoldError if no adapter of a given name is attached to the model, and on entering
+    while another thread or task is inside of one on the same model.
     """
 
     def __init__(self, model: nn.Module, *names: str) -> None:
@@ -257,9 +272,10 @@ class only:
                 f" {', '.join(sorted(carried)) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
+        self._entries: list[Entry] = []
 
     def __enter__(self) -> None:
-        self.before, self.selection.names = self.selection.names, self.names
+        self._entries.append(self.selection.enter(self.names))
 
     def __exit__(self, *_: object) -> None:
-        self.selection.names = self.before
+        self.selection.leave(self._entries.pop())

@@ -66,6 +66,16 @@ class Base(Layer):
         cls = type(self._module)
         return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
 
+    @staticmethod
+    def called(layer: Layer, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a layer over this one where the model calls the module.
+
+        Args:
+            layer: the layer, with deltas.
+            *args, **kwargs: the inputs of the module's forward.
+        """
+        return layer(*args, **kwargs)
+
     @abstractmethod
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """The parameters that would store W (out, in) and b (out,) in the module, by name, in the

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.replay import replayed
+from lorafold.core.rounding import rounded
 from lorafold.core.scattered import scattered
 from lorafold.errors import LorafoldError
 
@@ -199,8 +200,11 @@ class Layer(ABC):
 
         def run(x: Tensor, onto: Tensor | None) -> Tensor:
             w, b = self.dense()
-            y = add(self.op(x, build(w)), onto)
-            return y if b is None else y + self.each(b)
+            m = build(w)
+            if x.is_floating_point():  # in autocast's dtype, with which W was not stored
+                m = rounded(m, x.dtype)
+            y = add(self.op(x, m), onto)
+            return y if b is None else y + self.each(b).to(y.dtype)
 
         return replayed(run, x, onto)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+STORED = "_"  # behind the name of matrices in a state dict
+
 
 class Matrices(nn.Module):
     """The matrices of the parameter `name` of `owner`."""
@@ -30,6 +32,18 @@ class Matrices(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError: the owner's forward computes with the matrices."""
         raise NotImplementedError(f"{self.name} is computed by {type(self.owner).__name__}")
+
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """The tensors of the deltas, under the parameter's name with an underscore behind it:
+        transformers divides what it finds under that name itself, one for each expert.
+
+        Args:
+            destination, prefix, keep_vars: as in `nn.Module.state_dict`.
+        """
+        stored = f"{prefix.removesuffix('.')}{STORED}." if prefix else prefix
+        return super().state_dict(destination=destination, prefix=stored, keep_vars=keep_vars)
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:

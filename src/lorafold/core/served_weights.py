@@ -208,7 +208,8 @@ class Read:
     def _of(self, module: Adapted) -> Tensor | None:
         own = module._parameters[self.name]
         deltas: Any = module.deltas
-        carried = {name: deltas[name] for name in module.selection.names if name in deltas}
+        names = module.selection.running(module.training)
+        carried = {name: deltas[name] for name in names if name in deltas}
         active = {name: delta for name, delta in carried.items() if not delta.in_place}
         if not active:
             return own

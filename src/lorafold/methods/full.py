@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lorafold.core.attach import base_state
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -77,4 +78,4 @@ def write_model(model: Any, directory: Path) -> None:
 
     Adapters that are attached to it are not written.
     """
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=base_state(model))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError
 
 INDEX = "model.safetensors.index.json"
@@ -101,7 +102,7 @@ class ModelWeights(InMemory):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        state = model.state_dict()
+        state = base_state(model)
         own = [
             name
             for named in (model.named_parameters, model.named_buffers)

@@ -34,8 +34,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from lorafold.ops.autocast import Exact
 
 HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def multiplies_bf16() -> bool:
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _Widened(Function):
+class _Widened(Exact):
     """x m^T + b in fp32; for the backward it keeps its inputs and no wider copies."""
 
     @staticmethod

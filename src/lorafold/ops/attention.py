@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact, lower
 from lorafold.ops.documents import Documents
 from lorafold.ops.kept import kept
 from lorafold.ops.operators import Whole, operator
@@ -93,7 +93,7 @@ def _attended(
     return out
 
 
-class _DocumentAttention(Function):
+class _DocumentAttention(Exact):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
@@ -151,6 +151,7 @@ def document_attention(
         scale: the factor of the scores.
         softcap: the cap of the scores, or None.
     """
+    q, k, v = (lower(x) for x in (q, k, v))
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if half and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
         return docs.flash(q, docs.gathered(k), docs.gathered(v), scale)

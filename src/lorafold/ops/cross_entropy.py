@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact
 from lorafold.ops.logits import BLOCK, LOSSES, widened
 from lorafold.ops.operators import operator
 
@@ -224,7 +225,7 @@ KERNEL = operator(
 )
 
 
-class _LinearCrossEntropy(Function):
+class _LinearCrossEntropy(Exact):
     @staticmethod
     def forward(
         ctx: Any,

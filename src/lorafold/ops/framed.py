@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact
 
 
-class _Framed(Function):
+class _Framed(Exact):
     @staticmethod
     def forward(ctx: Any, u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
         ctx.save_for_backward(u, m, b, d)

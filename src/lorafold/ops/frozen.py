@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact
 
 Read = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in)
 
 
-class _FrozenLinear(Function):
+class _FrozenLinear(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, onto: Tensor | None, read: Read) -> Tensor:
         ctx.read, ctx.onto = read, None if onto is None else (onto.shape, onto.dtype)

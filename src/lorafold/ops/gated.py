@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.autocast import Exact
 from lorafold.ops.operators import operator
 
 
@@ -60,7 +60,7 @@ BACKWARD = operator(
 )
 
 
-class _Gated(Function):
+class _Gated(Exact):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.fake import is_fake
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import Dropped, empty_
 
 Read = Callable[[int, torch.dtype], Tensor]  # the number of a group, dtype -> W_e (out, in)
@@ -104,7 +104,7 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
     return Groups(full, groups, step), rows, places
 
 
-class _Product(Function):
+class _Product(Exact):
     """x (S, in) times m (E, k, in), by groups."""
 
     @staticmethod
@@ -151,7 +151,7 @@ def product(x: Tensor, m: Tensor, groups: Groups) -> Tensor:
     return y.view(*x.shape[:-1], m.shape[1])
 
 
-class _Frozen(Function):
+class _Frozen(Exact):
     """x (S, in) times frozen W_e (out, in), plus onto (S, out)."""
 
     @staticmethod
@@ -200,7 +200,7 @@ def frozen_product(
     return y
 
 
-class _LowRank(Function):
+class _LowRank(Exact):
     @staticmethod
     def forward(
         ctx: Any,

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.autocast import Exact
 
-class _Hadamard(Function):
+
+class _Hadamard(Exact):
     @staticmethod
     def forward(ctx: Any, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor:
         ctx.save_for_backward(a1, b1, a2, b2)

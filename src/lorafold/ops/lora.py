@@ -16,15 +16,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import Dropped, empty_
 from lorafold.ops.frozen import Read
 
 
-class _LowRankLinear(Function):
+class _LowRankLinear(Exact):
     @staticmethod
     def forward(
         ctx: Any,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.autocast import Exact
 from lorafold.ops.operators import operator
 
 
@@ -51,7 +51,7 @@ BACKWARD = operator(
 )
 
 
-class _RMSNorm(Function):
+class _RMSNorm(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gain)

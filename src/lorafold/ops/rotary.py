@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorafold.ops.autocast import Exact
 from lorafold.ops.operators import operator
 
 
@@ -36,7 +36,7 @@ ROTARY = operator(
 )
 
 
-class _Rotary(Function):
+class _Rotary(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.layer import add
 from lorafold.core.rounding import dithered, rounded
+from lorafold.ops.autocast import Exact
 from lorafold.ops.operators import operator
 
 # elements that exist in fp32 at a time; smaller blocks lose more by calls than they gain by caches
@@ -70,7 +70,7 @@ BACKWARD = operator(
 )
 
 
-class _Scale(Function):
+class _Scale(Exact):
     @staticmethod
     def forward(ctx: Any, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, g)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.scattered import scattered
 from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.autocast import Exact
 from lorafold.ops.frozen import Read
 
 # at most one entry of so many: above, a whole product is faster
@@ -30,7 +30,7 @@ FEW = 128
 BLOCK = 1 << 18
 
 
-class _SparseLinear(Function):
+class _SparseLinear(Exact):
     @staticmethod
     def forward(ctx: Any, x: Tensor, read: Read, values: Tensor, at: Tensor) -> Tensor:
         ctx.save_for_backward(x, values, at)

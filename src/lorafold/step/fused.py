@@ -172,7 +172,8 @@ def _linear(module: nn.Module) -> Forward | None:
     """Return the forward of a linear without a delta: that of its `Layer`, which multiplies in the
     dtype that is fastest on this processor, from any storage.
     """
-    return layer_of(module) if is_linear(module) else None
+    layer = layer_of(module)
+    return partial(layer.called, layer) if is_linear(module) else None
 
 
 def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from lorafold.core.attach import base_state
 from lorafold.models.weights import SINGLE
 
 
@@ -39,7 +40,7 @@ class BaseKeptOut:
 
     @staticmethod
     def _nothing_missing(model: nn.Module, incompatible: Any) -> None:
-        if set(incompatible.missing_keys) == set(model.state_dict()):
+        if set(incompatible.missing_keys) == set(base_state(model)):
             incompatible.missing_keys.clear()
 
 

@@ -34,6 +34,7 @@ from lorafold.models.weights import ModelWeights
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import mismatch, same
 from lorafold.training.base_kept_out import BaseKeptOut, write_empty_weights
+from lorafold.training.compared import check_reference
 
 ADAPTER, STATE = "adapter", "adapter-state"
 TENSORS, ABOUT = "adapter.safetensors", "about.json"
@@ -61,9 +62,12 @@ class AdapterCallback(TrainerCallback):
         overwrite: an existing `out` of another run is replaced.
         resume_from: the checkpoint that is resumed, if it does not lie in the trainer's own
             `output_dir`; callbacks are not told by the trainer.
+        own_reference: a trainer that compares with a reference (DPO, KTO, GRPO) has the right one,
+            which was not made by `lorafold.reference`.
 
-    Every method raises LorafoldError: if the trainer's model does not carry the adapter, if
-    something else on the model trains as well (nothing would save it), if the method needs more
+    Every method raises LorafoldError: if the trainer's model does not carry the adapter, if a
+    trainer of TRL compares with a reference that lacks the adapters below this one, if something
+    else on the model trains as well (nothing would save it), if the method needs more
     than a trainer's steps (it chooses entries first, prunes ranks, adds a penalty to the loss or
     trains the base), and if the checkpoint to resume has no adapter, a damaged one or another one.
     """
@@ -75,6 +79,7 @@ class AdapterCallback(TrainerCallback):
         *,
         overwrite: bool = False,
         resume_from: str | Path | None = None,
+        own_reference: bool = False,
     ) -> None:
         if not isinstance(adapter, Adapter):
             raise LorafoldError(
@@ -83,7 +88,7 @@ class AdapterCallback(TrainerCallback):
             )
         _check_method(adapter)
         self.adapter, self.out, self.overwrite = adapter, out, overwrite
-        self.resume_from = resume_from
+        self.resume_from, self.own_reference = resume_from, own_reference
         self._saved_step = -1
         self._kept_out: BaseKeptOut | None = None
 
@@ -114,6 +119,8 @@ class AdapterCallback(TrainerCallback):
         if state.is_hyper_param_search:
             raise LorafoldError("AdapterCallback: a search over hyper-parameters is not supported")
         self._check_model(kwargs["model"])
+        if not self.own_reference:
+            check_reference(self.adapter, args)
         self._kept_out = self._kept_out or BaseKeptOut(kwargs["model"])
         resumed = state.global_step > 0
         if args.should_save:

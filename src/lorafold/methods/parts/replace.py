@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorafold.bases import layer_of
+from lorafold.bases.dense import Plain
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
@@ -44,15 +45,18 @@ class ReplaceDelta(Delta):
             )
         self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})
         layer_of(self.copy).dequantize()
+        self.multiplies = not isinstance(layer_of(self.copy), Plain)
         self.dtype = next(self.copy.parameters()).dtype
         for owner in self.copy.modules():
             for name, p in owner.named_parameters(recurse=False):
                 setattr(owner, name, nn.Parameter(p.detach().to(torch.float32, copy=True)))
 
     def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
-        y = functional_call(
-            self.copy, {n: p.to(self.dtype) for n, p in self.copy.named_parameters()}, args, kwargs
-        )
+        dtype = self.dtype
+        if self.multiplies and args[0].is_floating_point():  # autocast's dtype may be another one
+            dtype = args[0].dtype
+        own = {n: p.to(dtype) for n, p in self.copy.named_parameters()}
+        y = functional_call(self.copy, own, args, kwargs)
         return y if onto is None else y + onto
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

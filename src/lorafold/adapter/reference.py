@@ -1,0 +1,103 @@
+"""The reference of a preference or policy loss: the model without what trains on it.
+
+    trainer = DPOTrainer(model, lf.reference(model), args, train_dataset=pairs)
+    trainer.ref_model = lf.reference(model)     # GRPOTrainer, which takes none
+
+DPO, KTO and GRPO compare the model with a frozen copy. TRL loads one from the model's name, which
+is the bare base, also where frozen adapters lie below the one that trains. The reference here is
+the same model, run under these alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+from typing import Any, Self, TypeVar
+
+from torch import nn
+
+from lorafold.core.attach import adapted_modules, only, selection_of
+from lorafold.core.evaluating import evaluating
+from lorafold.errors import LorafoldError
+
+Model = TypeVar("Model", bound=nn.Module)
+# what a trainer puts on one object, and which its twin must find out for itself
+OWN = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def reference(model: Model) -> Model:
+    """The model without the adapters that train, for TRL's `ref_model` and whatever else compares
+    with it: an object of the model's class with the model's own weights, so that it takes no
+    memory.
+
+    Calling it runs the model in evaluation mode, without gradients, under the active adapters in
+    which nothing trains. Its mode and its gradients can't be switched on. Raises LorafoldError if
+    no active adapter trains, or if one trains the base's own weights.
+
+    Args:
+        model: the model, with an adapter that trains.
+    """
+    under = below(model)
+    twin: Any = object.__new__(_reference_class(type(model)))  # type: ignore[arg-type]
+    state = {name: value for name, value in vars(model).items() if name not in OWN}
+    twin.__dict__.update(state, _reference_of=(model,), _under=under)
+    selection_of(model).referred = True
+    return twin
+
+
+def below(model: nn.Module) -> tuple[str, ...]:
+    """The names of the active adapters in which nothing trains, lowest first.
+
+    Raises LorafoldError if none trains, or if one trains the base's own weights.
+    """
+    names = selection_of(model).names
+    deltas: list[tuple[str, Any]] = [
+        (name, delta) for _, m in adapted_modules(model) for name, delta in m.deltas.items()
+    ]
+    parts = [(name, part) for name, delta in deltas for part in delta.parts()]
+    trained = {name for name, delta in deltas if any(p.requires_grad for p in delta.parameters())}
+    if not trained & set(names):
+        raise LorafoldError(
+            "reference: found no active adapter that trains, expected one, without which the model"
+            " is the reference; attach it, or load it with trainable=True"
+        )
+    if moved := {name for name, part in parts if part.in_place} & trained:
+        raise LorafoldError(
+            f"reference: adapter {', '.join(sorted(moved))} trains the base's own weights, so that"
+            " nothing of the model stays as it was; load the reference as a second model"
+        )
+    return tuple(name for name in names if name not in trained)
+
+
+class _Reference(nn.Module):
+    """Mixin before the class of a model: the model under the adapters `_under`."""
+
+    _reference_of: tuple[Any]  # in a tuple, so that it is no submodule
+    _under: tuple[str, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with only(self, *self._under), evaluating(self._reference_of[0]):
+            return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Nothing: each call is in evaluation mode. Returns it."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Nothing: it has no gradients, and its parameters are those of the model. Returns it."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LorafoldError("reference: found a copy or a pickle of it, expected one of the model")
+
+
+@cache
+def _reference_class(cls: type[nn.Module]) -> type[_Reference]:
+    """The subclass of a model's class, with its name, that `reference` makes an object of."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # what a trainer made of the model's forward since
+        return self._reference_of[0].forward(*args, **kwargs)
+
+    made = type(cls.__name__, (_Reference, cls), {"forward": wraps(cls.forward)(forward)})
+    made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
+    return made

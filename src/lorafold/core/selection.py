@@ -1,0 +1,222 @@
+"""Which adapters are active on a model: for all that computes with it now, and for what is computed
+again in a backward.
+
+    with only(model, "one"):            one entry at a time: a second thread or task is refused
+        loss = model(**batch).loss      checkpointed blocks record the names that they run under
+    loss.backward()                     and are computed again under these, whatever is active now
+
+`torch.utils.checkpoint` keeps one frame for each checkpointed segment, which its hooks refer to in
+the forward and in the replay; the names are kept there, in the order in which modules asked. The
+reentrant form (`use_reentrant=True`) has no such frame, nor has a checkpoint inside another one
+while that is replayed. There a replay is refused if modules ran under other names than the active
+ones since the last backward.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafold.core.unchanged import in_backward
+from lorafold.errors import LorafoldError
+
+Names = tuple[str, ...]
+# the entries of `Selection.enter` that this thread or task is inside of
+_inside: ContextVar[frozenset[Entry]] = ContextVar("inside", default=frozenset())
+
+
+@dataclass(eq=False)
+class Origin:
+    """The files of one adapter on a model.
+
+    name: the adapter's name on the model.
+    path: the directory that it was last loaded from or saved to, as it was given.
+    sha256: the digest of these files; empty for an adapter that was neither loaded nor saved, and
+        for one that was merged since.
+    """
+
+    name: str = ""
+    path: str = ""
+    sha256: str = ""
+
+
+class Entry:
+    """One `with only(...)` block: the names that it set, and those that were active before it."""
+
+    def __init__(self, names: Names, before: Names) -> None:
+        self.names, self.before = names, before
+
+
+class Recorded:
+    """The names that modules asked for in a checkpointed segment, in order, and how far the replay
+    by one hook has come.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[Names] = []
+        self.hook: Any = None
+        self.at = 0
+
+    def again(self, hook: Any) -> Names | None:
+        """The names of the next module in the replay by this hook; None if there are no more."""
+        if hook is not self.hook:
+            self.hook, self.at = hook, 0
+        self.at += 1
+        return self.names[self.at - 1] if self.at <= len(self.names) else None
+
+
+class Loading:
+    """One `load_state_dict` of a model with adapters: which adapters the state has tensors of, and
+    the keys of the others, which are taken out of `missing`.
+    """
+
+    def __init__(self, missing: list[str]) -> None:
+        self.missing = missing
+        self.given: set[str] = set()
+        self.forgiven: dict[str, list[str]] = {}
+
+    def passed(self, prefix: str, given: set[str]) -> None:
+        """One module's deltas were loaded.
+
+        Args:
+            prefix: what the names of their tensors begin with.
+            given: the adapters that the state has tensors of for this module.
+        """
+        self.given |= given
+        for name in self.given & self.forgiven.keys():
+            self.missing += self.forgiven.pop(name)
+        for key in [key for key in self.missing if key.startswith(prefix)]:
+            name = key.removeprefix(prefix).partition(".")[0]
+            if name not in self.given:
+                self.missing.remove(key)
+                self.forgiven.setdefault(name, []).append(key)
+
+
+class Selection:
+    """The names of the adapters that are active in one model, lowest first, the files of each
+    adapter on it by its name, and the parameters that attaching froze.
+    """
+
+    def __init__(self) -> None:
+        self.names: Names = ()
+        self.origins: dict[str, Origin] = {}
+        self.frozen: list[nn.Parameter] = []
+        self.loading: Loading | None = None
+        self.referred = False  # whether a reference was made of the model
+        self._lock = Lock()
+        self._entries: list[Entry] = []
+        # what modules ran under that may be replayed, since the last replay without a record, and
+        # whether such a replay came after it
+        self._ran: set[Names] = set()
+        self._replayed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "origins": self.origins, "frozen": self.frozen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    @property
+    def active(self) -> tuple[Origin, ...]:
+        """The files of the active adapters, lowest first."""
+        return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
+
+    def enter(self, names: Names) -> Entry:
+        """Make these names the active ones, until `leave` with the entry that is returned.
+
+        Raises LorafoldError within an entry of another thread or task.
+        """
+        with self._lock:
+            if self._entries and self._entries[-1] not in _inside.get():
+                other = ", ".join(map(repr, self._entries[-1].names)) or "no adapter"
+                raise LorafoldError(
+                    "lf.only: another thread or task is inside lf.only on this model, with"
+                    f" {other} active; what is active belongs to the model, so enter one at a time"
+                    " (a lock), or let lorafold.engine run requests under many adapters at once"
+                )
+            entry = Entry(names, self.names)
+            self._entries.append(entry)
+            self.names = names
+        _inside.set(_inside.get() | {entry})
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """Make active what was before the entry, which may be left in another order or thread."""
+        with self._lock:
+            at = self._entries.index(entry)
+            if entry is self._entries[-1]:
+                self.names = entry.before
+            else:
+                self._entries[at + 1].before = entry.before
+            del self._entries[at]
+        _inside.set(_inside.get() - {entry})
+
+    def running(self, training: bool) -> Names:
+        """The names of the adapters that a module runs under now: the active ones, and in the
+        replay of a checkpointed segment those of its forward.
+
+        Raises LorafoldError for a replay whose names are not known.
+
+        Args:
+            training: whether the module is in training mode.
+        """
+        if torch.compiler.is_compiling():
+            return self.names
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is None:
+            if torch.is_grad_enabled():
+                if in_backward():
+                    self._check_replay()
+            elif training:  # it may be the forward of a reentrant checkpoint
+                self._note()
+            return self.names
+        recorded, replaying = _recorded(self, hooks[0])
+        if replaying and recorded is not None:
+            found = recorded.again(hooks[0])
+            if found is not None:
+                return found
+        if in_backward():
+            self._check_replay()
+        else:  # also with a record: a segment inside another one has a new frame in the replay
+            self._note()
+        if recorded is not None and not replaying:
+            recorded.names.append(self.names)
+        return self.names
+
+    def _note(self) -> None:
+        if self._replayed:
+            self._ran, self._replayed = set(), False
+        self._ran.add(self.names)
+
+    def _check_replay(self) -> None:
+        self._replayed = True
+        if others := self._ran - {self.names}:
+            found = " and under ".join(str(list(names)) for names in sorted(others))
+            raise LorafoldError(
+                f"a backward computes checkpointed blocks again under {list(self.names)}, and their"
+                f" forward ran under {found}: call backward under the same lf.only, or checkpoint"
+                " with use_reentrant=False (gradient_checkpointing_kwargs), which records it"
+            )
+
+
+def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
+    """What a selection recorded in the checkpointed segment that a hook belongs to, and whether the
+    hook replays it; None if it is no hook of torch.utils.checkpoint.
+    """
+    own = getattr(hook, "_torchdynamo_orig_callable", hook)
+    code = getattr(own, "__code__", None)
+    for name, replaying in (("frame", False), ("target_frame_ref", True)):
+        if code is not None and name in code.co_freevars:
+            held = own.__closure__[code.co_freevars.index(name)].cell_contents
+            frame = held() if replaying else held
+            if not hasattr(frame, "recompute_fn"):
+                break
+            known: dict[Selection, Recorded] = vars(frame).setdefault("lorafold_names", {})
+            return known.setdefault(selection, Recorded()), replaying
+    return None, False

@@ -1,0 +1,82 @@
+"""Operations under `torch.autocast`, as mixed-precision training runs them.
+
+    with torch.autocast("cpu", torch.bfloat16):     fp32 activations meet fp32 weights
+        y = W x                                     torch multiplies in bf16, and y is bf16
+
+Autocast casts the operands of torch's products one by one. An operation of ours is several
+products with sums between them, so it is cast as a whole: `lowered` gives it its activations in
+autocast's dtype and runs it outside of autocast, as over activations that were in that dtype
+already. Parameters stay in fp32 until they are multiplied. `Exact` keeps autocast out of forward
+and backward of the functions that are called without it, by fused parts of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lorafold.ops.once import once
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x, of any shape."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def lower(x: Tensor) -> Tensor:
+    """x, of any shape, in the dtype that autocast multiplies in; as it is where autocast is off,
+    and where autocast casts no such tensor (integers, fp64).
+
+    Layers that read the same x get the same tensor, so that what they share for x they still share.
+    """
+    if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype is dtype:
+        return x
+    if x.is_leaf and x.requires_grad:  # what is kept on a leaf would keep the leaf
+        return x.to(dtype)
+    found = once(x, (), lambda: x.to(dtype))
+    return found if found.dtype is dtype else x.to(dtype)
+
+
+def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """run(*args, **kwargs) with its tensors as `lower` gives them, outside of autocast.
+
+    Args:
+        run: computes something from activations.
+        *args, **kwargs: the activations first, of any shapes.
+    """
+    x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if x is None or not autocasting(x):
+        return run(*args, **kwargs)
+    args = tuple(lower(a) if isinstance(a, Tensor) else a for a in args)
+    kwargs = {k: lower(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+    with torch.autocast(x.device.type, enabled=False):
+        return run(*args, **kwargs)
+
+
+class Exact(Function):
+    """Abstract: a function whose forward and backward run outside of autocast."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("forward", "backward"):
+            setattr(cls, name, staticmethod(_outside(getattr(cls, name))))
+
+
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def run(ctx: Any, *args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(ctx, *args)
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(ctx, *args)
+
+    return run
