@@ -36,6 +36,7 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+@pytest.mark.few(24)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("method", "base"), CASES)
@@ -57,6 +58,7 @@ def test_a_layer_is_as_exact_as_the_plain_module(
     assert off(ours, y) <= allowed
 
 
+@pytest.mark.few(24)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("inside", [False, True], ids=["backward-after", "backward-inside"])
 @pytest.mark.parametrize(("method", "base"), CASES)
@@ -82,6 +84,7 @@ def test_a_layer_has_the_gradients_of_fp32(method: str, base: str, inside: bool)
         assert off(ours, expected) < 16 * UNIT
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "linear-probe"])
 def test_a_model_trains_as_in_fp32(method: str, checkpointing: bool, tiny_model) -> None:
@@ -165,6 +168,7 @@ def test_layers_that_share_an_input_share_its_cast_and_its_dropout(tiny_model) -
     assert drawn.readers == {id(layer.q_proj), id(layer.k_proj)}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_experts(method: str, family: str) -> None:

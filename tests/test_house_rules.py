@@ -206,6 +206,7 @@ def test_spec_classes_are_public_names_that_type_checkers_see():
     assert {type(make()).__name__ for make in METHODS.values()} == exported
 
 
+@pytest.mark.slow
 def test_a_star_import_gives_the_public_names_and_only_they_load_torch():
     script = """
 import sys
