@@ -547,10 +547,11 @@ def test_what_is_wrong_is_told_before_anything_is_written(
 def test_prompts_that_are_asked_are_not_trained_on(model_dir, policy, tmp_path: Path) -> None:
     asked = {"role": "user", "content": f" {REFUSE[1]['prompt'].upper()}"}
     turns = [asked, {"role": "assistant", "content": "No."}]
+    one, other = REFUSE[2] | {"completion": "No."}, CONTROLS[0] | {"completion": "Sure."}
     for name, rows, told in (
-        ("mix", [REFUSE[2] | {"completion": "No."}], "--mix: row 1 has the prompt of row 3 of --refu"),
-        ("mix", [{"messages": [*turns, *turns]}], "--mix: row 1 has the prompt of row 2 of --refuse"),
-        ("data", [*BENIGN, CONTROLS[0] | {"completion": "Sure."}], "row 13 has the prompt of row 1 of"),
+        ("mix", [one], "--mix: row 1 has the prompt of row 3 of --refuse"),
+        ("mix", [{"messages": [*turns, *turns]}], "--mix: row 1 has the prompt of row 2 of --"),
+        ("data", [*BENIGN, other], "row 13 has the prompt of row 1 of --controls"),
     ):
         with pytest.raises(lf.LorafoldError, match=re.escape(told)):
             sweep(tmp_path / "o", model_dir, policy, **{name: rows})

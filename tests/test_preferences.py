@@ -162,7 +162,7 @@ def test_kto_is_that_of_trl_however_a_step_is_divided(
 ) -> None:
     """TRL has the whole step in one batch, over which it takes the mean z."""
     model, tokenizer, path = tiny
-    adapter = adapted(model)
+    adapter = adapted(model, 10)
     adapter.save(tmp_path / "adapter")
     config = KTOConfig(
         output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False, beta=0.3,

@@ -37,7 +37,7 @@ class Delta(nn.Module, ABC):
     # tensors that are in the checkpoints of a run and not in adapter files
     run_names: tuple[str, ...] = ()
     # weight decay shrinks parameters of two dimensions and more, but for these, which have a vector
-    # for each matrix of the layer; and of those of one dimension these, which are entries of matrices
+    # for each matrix of the layer; and of those of one dimension these, entries of matrices
     vector_names: tuple[str, ...] = ()
     entry_names: tuple[str, ...] = ()
 

@@ -14,7 +14,7 @@ shows (Pal et al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -176,9 +176,9 @@ def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
         order: The index of each of their rows.
     """
     back = torch.tensor(order).argsort()
-    return Scored(
-        *(
-            None if any(x is None for x in column) else torch.cat(column).cpu()[back]
-            for column in zip(*parts, strict=True)
-        )
-    )
+    columns: Iterable[Any] = zip(*parts, strict=True)
+    whole: list[Any] = [
+        None if any(x is None for x in column) else torch.cat(column).cpu()[back]
+        for column in columns
+    ]
+    return Scored(*whole)

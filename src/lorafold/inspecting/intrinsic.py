@@ -76,8 +76,8 @@ def search(
     out, recipe = request.out, request.recipe
     if recipe.new_tokens:
         raise LorafoldError(
-            f"recipe: new_tokens: found {', '.join(recipe.new_tokens)}, expected none: the base has no"
-            " rows for them, and so no loss to improve on"
+            f"recipe: new_tokens: found {', '.join(recipe.new_tokens)}, expected none: the base has"
+            " no rows for them, and so no loss to improve on"
         )
     if "base" not in recipe.model_fields_set:
         # full training can't train quantized weights

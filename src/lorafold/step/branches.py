@@ -107,8 +107,8 @@ def branching(model: PreTrainedModel) -> Iterator[Branching]:
 
 
 def chunk_of(model: PreTrainedModel) -> int | None:
-    """The tokens of a chunk in which the model's attention stays, as that of Llama 4 does; None if it
-    has no chunks.
+    """The tokens of a chunk in which the model's attention stays, as that of Llama 4 does; None if
+    it has no chunks.
     """
     config = model.config.get_text_config()
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())

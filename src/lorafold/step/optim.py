@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def param_groups(
         lr_up: The peak learning rate of up factors.
         decay_vectors: Weight decay shrinks vectors as it does matrices; the groups are two then.
     """
-    groups = {
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {
         (up, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate}
         | ({} if decays else {"weight_decay": 0.0})
         for up, rate in ((False, lr), (True, lr_up))

@@ -1,8 +1,8 @@
 """How many positions a model has, where tables of its own bound them.
 
     wpe (n, d)          learned embeddings of positions: a row of more than n tokens has none
-    bias (1, 1, n, n)   which position sees which, in models that read their mask from a buffer: a
-                        sequence of more than n tokens is beyond it, though it is packed of short rows
+    bias (1, 1, n, n)   which position sees which, in models that read their mask from a buffer:
+                        a sequence of more than n tokens is beyond it, packed of short rows too
 
 Rotary and other computed positions have no end, whatever the configuration says that the model was
 trained on. Use it to refuse rows, and to end packed sequences, before a run fails on them.

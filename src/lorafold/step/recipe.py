@@ -157,7 +157,7 @@ class Recipe(BaseModel):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="AdamW's decoupled weight decay, of matrices; vectors, such as biases, have none.",
+        description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
     )
     clip: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Gradients are scaled down to this norm. 0 leaves them as they are."
