@@ -62,8 +62,8 @@ class Loss(nn.Module, ABC):
 
     def of_step(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
-        over its examples, without gradients, which add up over processes. There are none unless the
-        loss of an example depends on the others.
+        over its examples, (k,), without gradients, which add up over processes. There are none
+        unless the loss of an example depends on the others.
         """
         return {}
 

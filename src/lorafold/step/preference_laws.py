@@ -75,7 +75,6 @@ class Law(ABC):
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
     # of a method's own learning rates: a pair is told apart long before its completions are learned
     pace: ClassVar[float] = 0.05
-    # what versions of lorafold compute differently, by name, and how this one does
     rules: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
@@ -207,8 +206,7 @@ class Kto(Law):
                w_u (1 - s(beta (z - r(y))))        y undesirable
         z    = max(0, mean of r over the mismatched completions of the step), without gradient
 
-    Column 0 has the completion, column 1 that of another prompt, on which z is measured. The mean
-    is over all micro-batches and processes, so that it depends on neither.
+    Column 0 has the completion, column 1 that of another prompt, on which z is measured.
     """
 
     kind: ClassVar[str] = "judged"

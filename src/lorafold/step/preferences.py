@@ -86,7 +86,7 @@ class Preferences(Loss):
     def collate(
         self, examples: Sequence[Branched], device: torch.device
     ) -> dict[str, Tensor]:
-        """The `tensors` of the completions that have gradients."""
+        """The `tensors`, each (B, T) or (n, k), of the completions that have gradients."""
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(
@@ -168,7 +168,7 @@ class Preferences(Loss):
         reference: Tensor | None = None,
         **inputs: Tensor,
     ) -> Scored:
-        """The log-probabilities of a batch and those of its reference, computed if not given.
+        """The log-probabilities (n, k) of a batch, and of its reference, computed if not given.
 
         Args:
             labels, desirable, reference, inputs: As `tensors` gives them.
