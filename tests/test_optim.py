@@ -295,7 +295,8 @@ def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
 
 
 DECAYED = {
-    "lora": {"A", "B"}, "dora": {"A", "B"}, "adalora": {"P", "Q"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"},
+    "lora": {"A", "B"}, "dora": {"A", "B"}, "adalora": {"P", "Q"},
+    "loha": {"w1_a", "w1_b", "w2_a", "w2_b"},
     "ia3": set(), "vera": set(), "bitfit": set(), "fish": {"values"}, "fastfood": {"vector"},
     "houlsby": {"down", "up"}, "full": {"weight"},
 }  # fmt: skip
