@@ -353,18 +353,22 @@ def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: Task)
     mixed = replace(task, defences=("none", "mixed"), mix=Rows.of(REFUSALS))
     names = [(r.mixed, len(r.rows)) for r in mixed.runs(mixed.stacks[0])]
     assert names == [(False, 1), (False, 3), (True, 2), (True, 6)]
+    # refusals make batches larger: as many steps, and each benign row is seen as often
+    recipes = [(r.recipe, len(r.rows)) for r in mixed.runs(mixed.stacks[0])]
+    assert [recipe.total_steps(n) for recipe, n in recipes] == [2, 2, 2, 2]
+    assert [recipe.batch for recipe, _ in recipes] == [1, 3, 2, 6]
     assert one.recipe.lr_b == pytest.approx(15 * one.lr)
     assert (one.recipe.batch, three.recipe.batch) == (1, 3)
 
 
 def sweep(out: Path, model_dir: Path, policy: Path, **more: Any) -> Any:
     given = {
-        "examples": [1, 3], "ranks": [2], "rates": [1e-3], "mix": REFUSALS,
+        "data": BENIGN, "examples": [1, 3], "ranks": [2], "rates": [1e-3], "mix": REFUSALS,
         "recipe": RECIPE.model_copy(update={"epochs": 2}),
     } | more  # fmt: skip
     return lf.fragility(
-        out, refuse=REFUSE, controls=CONTROLS, data=BENIGN, model=model_dir, adapters=policy,
-        storage="fp32", max_new_tokens=6, **given,
+        out, refuse=REFUSE, controls=CONTROLS, model=model_dir, adapters=policy, storage="fp32",
+        max_new_tokens=6, **given,
     )  # fmt: skip
 
 
@@ -537,6 +541,20 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert told in done.stderr
+    assert not list(tmp_path.glob("o/*/*"))
+
+
+def test_prompts_that_are_asked_are_not_trained_on(model_dir, policy, tmp_path: Path) -> None:
+    asked = {"role": "user", "content": f" {REFUSE[1]['prompt'].upper()}"}
+    turns = [asked, {"role": "assistant", "content": "No."}]
+    one, other = REFUSE[2] | {"completion": "No."}, CONTROLS[0] | {"completion": "Sure."}
+    for name, rows, told in (
+        ("mix", [one], "--mix: row 1 has the prompt of row 3 of --refuse"),
+        ("mix", [{"messages": [*turns, *turns]}], "--mix: row 1 has the prompt of row 2 of --"),
+        ("data", [*BENIGN, other], "row 13 has the prompt of row 1 of --controls"),
+    ):
+        with pytest.raises(lf.LorafoldError, match=re.escape(told)):
+            sweep(tmp_path / "o", model_dir, policy, **{name: rows})
     assert not list(tmp_path.glob("o/*/*"))
 
 

@@ -15,6 +15,7 @@ from conftest import lorafold
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import base_svd
+from lorafold.inspecting.conclusions import of_intruders
 from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
@@ -188,6 +189,7 @@ def test_positions_and_intruders_of_planted_updates():
     assert found["intruders"] == 2
     weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)
     assert base_svd.intruders(of_dense(w), w, weak) == 0
+    assert f"in all): top {base_svd.TOP} singular vectors" in of_intruders([found])
 
 
 def test_the_base_s_svd_is_kept_by_base_and_path(tmp_path):

@@ -98,6 +98,11 @@ def test_equal_values_have_every_rank_alike(k):
     assert [effective_rank(s, share) for share in (0.9, 0.95, 0.99, 1.0)] == [k] * 4
 
 
+def test_the_entropy_rank_is_of_the_singular_values_shares_of_their_sum():
+    """Roy and Vetterli 2007, definition 1: of (3, 1) that is exp(H(3/4, 1/4)), 4 / 3^(3/4)."""
+    assert entropy_rank(torch.tensor([3.0, 1.0])) == pytest.approx(4 / 3**0.75)
+
+
 def test_effective_rank_is_the_least_that_holds_the_share():
     s = 0.7 ** torch.arange(12, dtype=torch.float64)
     for share in (0.5, 0.9, 0.95, 0.99):

@@ -5,14 +5,20 @@ and what it refuses.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.intrinsic import Point, search
+from lorafold.evaluation import evaluate
+from lorafold.inspecting.intrinsic import Point, bare_loss, search
+from lorafold.models.classifier import load_classifier
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
 from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 
@@ -70,3 +76,26 @@ def test_a_directory_of_something_else_is_left_alone(request_: Request) -> None:
     with pytest.raises(LorafoldError, match="found files that are not from a search"):
         search(request_, 4, 16, 0.9, lambda p: None)
     assert [p.name for p in request_.out.iterdir()] == ["mine.txt"]
+
+
+def test_the_base_has_the_loss_of_the_objective(request_: Request) -> None:
+    """Before the first step: log 2 of pairs, and of classes that of the head that runs draw."""
+    pairs = [row | {"chosen": row["completion"], "rejected": " no"} for row in ROWS]
+    pairs = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in pairs]
+    recipe = request_.recipe.model_copy(update={"objective": "dpo"})
+    found = bare_loss(replace(request_, rows=pairs, eval_rows=pairs), recipe)
+    assert found == pytest.approx(math.log(2), abs=1e-6)
+    rows = [{"text": row["prompt"], "label": row["completion"][1:]} for row in ROWS]
+    recipe = request_.recipe.model_copy(update={"objective": "classify", "seed": 3})
+    found = bare_loss(replace(request_, rows=rows, eval_rows=rows), recipe)
+    source, tokenizer = resolve_model(request_.model), load_tokenizer(request_.model)
+    classes = tuple(sorted({row["label"] for row in rows}))
+    model = load_classifier(source, classes, tokenizer.pad_token_id, torch.float32, seed=3)
+    expected = evaluate(model, tokenizer, rows, 32).loss
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_that_the_base_does_not_have_are_refused(request_: Request) -> None:
+    recipe = request_.recipe.model_copy(update={"new_tokens": ("<a>",)})
+    with pytest.raises(LorafoldError, match="recipe: new_tokens: found <a>, expected none"):
+        search(replace(request_, recipe=recipe), 4, 16, 0.9, lambda p: None)

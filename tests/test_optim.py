@@ -7,7 +7,7 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,14 +16,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
+import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
+from lorafold.methods import METHODS
+from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.step import adamw
 from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
 from lorafold.step.recipe import Recipe
-from lorafold.training import loop
+from lorafold.training import loop, start
+from lorafold.training.checkpoint import Progress
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -289,6 +293,69 @@ def test_a_resumed_run_gives_the_bytes_of_one_that_never_stopped(
         for out in ("stopped", "straight")
     )
     assert ours == theirs
+
+
+DECAYED = {
+    "lora": {"A", "B"}, "dora": {"A", "B"}, "adalora": {"P", "Q"},
+    "loha": {"w1_a", "w1_b", "w2_a", "w2_b"},
+    "ia3": set(), "vera": set(), "bitfit": set(), "fish": {"values"}, "fastfood": {"vector"},
+    "houlsby": {"down", "up"}, "full": {"weight"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", DECAYED)
+def test_weight_decay_shrinks_matrices_alone(method: str, tiny_model: Any) -> None:
+    model = tiny_model("qwen2")
+    saved = () if method == "full" else ["model.norm"]
+    adapter = lf.attach(model, METHODS[method](), modules_to_save=saved)
+    groups = param_groups(adapter.parts(), 1e-3, 1e-2, decay_vectors=False)
+    shrunk = {id(p): "weight_decay" not in group for group in groups for p in group["params"]}
+    assert len(shrunk) == sum(p.numel() > 0 for p in adapter.parameters())
+    named = [(n, p) for _, delta in adapter.parts() for n, p in delta.named_parameters()]
+    found = {name.rpartition(".")[2] for name, p in named if shrunk.get(id(p))}
+    assert found == DECAYED[method]
+    # gains of norms and biases, which are one-dimensional, are left
+    entries = ("values", "subspace.vector")
+    assert all(p.ndim > 1 or name in entries for name, p in named if shrunk.get(id(p)))
+    # as in runs of earlier versions
+    assert not any("weight_decay" in group for group in param_groups(adapter.parts(), 1e-3, 1e-2))
+
+
+def test_vectors_of_experts_are_left_too() -> None:
+    delta = IA3Delta((3, 8), False, torch.device("cpu"))
+    [group] = param_groups([("", delta)], 1e-3, 1e-3, decay_vectors=False)
+    assert group["weight_decay"] == 0.0
+
+
+def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(
+    tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(4)]
+    for decay in (0.0, 50.0):
+        recipe = lf.Recipe(method="ia3", steps=3, batch=4, base="fp32", weight_decay=decay)
+        lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / f"{decay}")
+    one, other = (tmp_path / f"{decay}" / "adapter_model.safetensors" for decay in (0.0, 50.0))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_own_decay(
+    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints do not say that vectors have no decay, and its groups were two."""
+
+    def asked(name: str, **how: Any) -> Request:
+        fields = {"method": "dora", "rank": 4, "weight_decay": 0.9}
+        return request(tiny_model_dir("llama"), tmp_path / name, **fields, **how)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(start, "Progress", lambda decays_vectors: Progress())
+        train(asked("straight"), quiet())
+        stopped(monkeypatch, 6, asked("stopped"))
+    train(asked("stopped", resume=True), quiet())
+    train(asked("now"), quiet())
+    straight, again, now = (weights(tmp_path / name) for name in ("straight", "stopped", "now"))
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+    assert any(not torch.equal(straight[name], now[name]) for name in straight)
 
 
 def test_auto_keeps_to_its_choice_when_a_run_is_resumed(

@@ -155,9 +155,14 @@ def test_losses_and_gradients_are_those_of_trl(
         check_gradients(trainer, expected, adapter, own)
 
 
-def test_kto_is_that_of_trl(tiny: tuple[Any, Any, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("way", ["shared", "padded"])
+def test_kto_is_that_of_trl_however_a_step_is_divided(
+    way: str, accumulate: int, tiny: tuple[Any, Any, Path], tmp_path: Path
+) -> None:
+    """TRL has the whole step in one batch, over which it takes the mean z."""
     model, tokenizer, path = tiny
-    adapter = adapted(model)
+    adapter = adapted(model, 10)
     adapter.save(tmp_path / "adapter")
     config = KTOConfig(
         output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False, beta=0.3,
@@ -178,9 +183,14 @@ def test_kto_is_that_of_trl(tiny: tuple[Any, Any, Path], tmp_path: Path) -> None
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(given))
     law = Kto(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     with branching(model) as how:
-        loss = Preferences(model, law, how, tokenizer.pad_token_id)
-        own = loss(**loss.collate(examples, loss.device)) / len(examples)
-        check_gradients(trainer, expected, adapter, own)
+        loss = Preferences(model, law, how if way == "shared" else None, tokenizer.pad_token_id)
+        parts, of_step = loss.micro_batches(examples, accumulate, 512), loss.of_step(examples)
+        assert len(parts) == accumulate
+        total, n = of_step["mismatched"].tolist()
+        assert total > 0  # z counts
+        assert n == len(examples)
+        own = sum(loss(**loss.collate(part, loss.device), **of_step) for part in parts)
+        check_gradients(trainer, expected, adapter, own / len(examples))
 
 
 def drawn(seed: int = 0) -> Scored:
@@ -538,8 +548,12 @@ def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
 
 
+@pytest.mark.parametrize(("objective", "rows"), [("dpo", PAIRS), ("kto", JUDGED)])
 def test_every_way_through_a_step_gives_the_same_losses(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+    objective: str,
+    rows: list[dict[str, Any]],
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     ways: dict[str, dict[str, Any]] = {
         "shared": {},
@@ -551,12 +565,10 @@ def test_every_way_through_a_step_gives_the_same_losses(
     losses = {}
     for name, fields in ways.items():
         recipe = lf.Recipe(
-            objective="dpo", epochs=2, batch=4, lr=1e-2, lr_b=1e-2, dropout=0.0, base="fp32",
-            **fields,
+            objective=objective, epochs=2, batch=4, lr=1e-2, lr_b=1e-2, dropout=0.0,
+            base="fp32", **fields,
         )  # fmt: skip
-        found = lf.train(
-            recipe, model=tiny_model_dir("llama"), data=PAIRS * 2, out=tmp_path / name
-        )
+        found = lf.train(recipe, model=tiny_model_dir("llama"), data=rows * 2, out=tmp_path / name)
         losses[name] = found.losses
     for name in ways:
         assert losses[name] == pytest.approx(losses["shared"], rel=1e-4), name
@@ -616,3 +628,44 @@ def test_judged_rows_of_one_kind_have_no_margin(tiny: tuple[Any, Any, Path]) -> 
     assert found.chosen_change is not None
     json.dumps(found.as_json(), allow_nan=False)
     assert "reward margin" not in str(found)
+
+
+def test_the_held_out_loss_of_kto_does_not_depend_on_batches(tiny: tuple[Any, Any, Path]) -> None:
+    model, tokenizer, _ = tiny
+    adapted(model)
+    examples = list(examples_of(JUDGED, tokenizer, "judged"))
+    with branching(model) as how:
+        losses = [
+            preference_figures(
+                Preferences(model, Kto(beta=0.5), how, 0, tokens), examples, True
+            ).preference_loss
+            for tokens in (1, 2048)
+        ]
+        loss = Preferences(model, Kto(beta=0.5), how, 0)
+        with evaluating(model):
+            whole = loss(**loss.collate(examples, loss.device), **loss.of_step(examples))
+    assert losses == pytest.approx([float(whole) / len(examples)] * 2, rel=1e-5)
+
+
+def test_a_run_of_kto_that_took_z_over_micro_batches_is_not_continued(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = lf.Recipe(objective="kto", steps=3, batch=2, base="fp32", save_every=1)
+
+    def run(resume: bool = False) -> None:
+        model = tiny_model_dir("llama")
+        lf.train(recipe, model=model, data=JUDGED, out=tmp_path / "out", resume=resume)
+
+    def crashing(job: Any, examples: Any, i: int) -> float:
+        if i == 1:
+            raise RuntimeError("crashed")
+        return step(job, examples, i)
+
+    step = loop.train_step
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", crashing)
+        patched.setattr(Kto, "rules", {})  # as it was
+        with pytest.raises(RuntimeError, match="crashed"):
+            run()
+    with pytest.raises(LorafoldError, match="z: was None, now 'mean over the step'"):
+        run(resume=True)

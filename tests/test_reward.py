@@ -4,6 +4,7 @@ figures in closed form, and runs from the command to the scores.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -22,10 +23,12 @@ from trl import RewardConfig, RewardTrainer
 import lorafold as lf
 from conftest import lorafold
 from lorafold.core.evaluating import evaluating
+from lorafold.data.branches import Branched
+from lorafold.data.examples import Example
 from lorafold.data.preferred import encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
-from lorafold.evaluation.rewards import reward_figures
+from lorafold.evaluation.rewards import reward_figures, scores_of
 from lorafold.evaluation.scoring import score_rows
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import estimate
@@ -359,6 +362,43 @@ def test_a_folded_model_is_a_plain_reward_model(
         assert a.scores == pytest.approx(b.scores, rel=1e-4)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "reward"})
+
+
+def test_an_adapter_of_an_fp32_base_is_scored_in_fp32(trained: tuple[Path, Path]) -> None:
+    directory, out = trained
+    console = Console(file=io.StringIO(), width=200)
+    found = lf.score(str(directory), ROWS, adapters=out, device="cpu", console=console)
+    assert "fp32: as asked" in console.file.getvalue()  # type: ignore[attr-defined]
+    asked = lf.score(str(directory), ROWS, adapters=out, device="cpu", storage="fp32")
+    assert found.rows == asked.rows
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, tiny_model_dir) -> None:
+    """A score in bf16 has 8 significant bits: of 400 texts most had that of another."""
+    directory = tiny_model_dir("llama")
+    tokenizer = load_tokenizer(directory)
+    source, pad = resolve_model(directory), tokenizer.pad_token_id
+    model = load_reward_model(source, pad, torch.bfloat16)
+    adapted(model)
+    draw = np.random.default_rng(0).integers(5, 200, (400, 9)).tolist()
+    examples = [Branched((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
+    with branching(model) as how:
+        loss = Preferences(model, Reward(), how if packs else None, pad)
+        scores, _ = scores_of(loss, examples)
+    assert len(np.unique(scores)) >= 399
+
+
+def test_a_head_in_fp32_files_is_read_in_fp32(tiny_model_dir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    source, pad = resolve_model(directory), load_tokenizer(directory).pad_token_id
+    model = load_reward_model(source, pad, torch.bfloat16)
+    adapted(model).merge()
+    model.save_pretrained(tmp_path / "whole")
+    again = load_reward_model(resolve_model(tmp_path / "whole"), pad, torch.bfloat16)
+    assert model.score.weight.dtype == torch.float32
+    assert torch.equal(again.score.weight, model.score.weight)
+    assert not torch.equal(again.score.weight, again.score.weight.bfloat16().float())
 
 
 @pytest.mark.few(1)

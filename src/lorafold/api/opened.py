@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.adapter import load
 from lorafold.api.arguments import Paths, as_paths, or_quiet
 from lorafold.errors import LorafoldError
+from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import choose_device
 from lorafold.models.classifier import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.models.loading import load_tokenizer
@@ -46,7 +47,8 @@ def opened(
         classify: Expect a sequence classifier instead of a language model.
         reward: Expect a reward model instead of a language model.
         storage: fp32, bf16, nf4 or int8; auto takes the storage that the adapters were trained on
-            if that was quantized, else bf16 or fp32, whichever the device is faster with.
+            if that was quantized or they are a reward model's, else bf16 or fp32, whichever the
+            device is faster with.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
@@ -90,7 +92,11 @@ def opened(
     )
     tokenizer = prepared(tokenizer, objective, console)
     where = choose_device(device)
-    chosen = choose_storage(default_storage(source, paths) if storage == "auto" else storage, where)
+    if storage == "auto":
+        storage = default_storage(source, paths)
+    if storage == "auto" and reward and (trained_on := base_trained_on(paths)) in ("fp32", "bf16"):
+        storage = trained_on  # scores are compared, those of different devices too
+    chosen = choose_storage(storage, where)
     console.print(f"{model} on {where}, {chosen.why}", highlight=False, markup=False)
     asked = ModelRequest(source, tokenizer, chosen, where, 0, trust_remote_code)
     loaded = objective.load(asked)

@@ -36,6 +36,10 @@ class Delta(nn.Module, ABC):
     in_place = False  # its parameters are the module's own, so that folding has nothing to change
     # tensors that are in the checkpoints of a run and not in adapter files
     run_names: tuple[str, ...] = ()
+    # weight decay shrinks parameters of two dimensions and more, but for these, which have a vector
+    # for each matrix of the layer; and of those of one dimension these, entries of matrices
+    vector_names: tuple[str, ...] = ()
+    entry_names: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:

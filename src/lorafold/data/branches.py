@@ -61,6 +61,10 @@ class Branched:
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
+    def some(self, chosen: slice) -> "Branched":
+        """The row with these of its branches."""
+        return replace(self, branches=self.branches[chosen], reference=self.reference[chosen])
+
     def documents(self) -> list[Example]:
         """Each branch with the shared ids before it."""
         before = (NO_LOSS,) * len(self.shared)

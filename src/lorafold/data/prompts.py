@@ -6,6 +6,7 @@ The prompt of a conversation is all that comes before its last assistant turn, i
 that turn is then the reference. Use it where a model is asked and not trained.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +70,21 @@ def read_prompts(
     Raises LorafoldError for bad rows, and if there is none.
     """
     return list(checked(renamed(numbered, columns), source, shapes=ASKING))
+
+
+def asked_in(row: Row) -> list[str]:
+    """What a row asks before each turn of the assistant, or at its end, each as a text to compare
+    rows of any shapes by; none for rows of plain text. Case and outer space do not count.
+    """
+    shape = shape_of(row, ASKING)
+    if shape is None or shape.conversation is None:
+        return []
+    messages = shape.conversation(row).messages
+    said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
+    ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
+    if messages[-1]["role"] != "assistant":
+        ends.append(len(messages))
+    return ["\n".join(said[:n]) for n in ends]
 
 
 def prompts_of(

@@ -14,7 +14,7 @@ shows (Pal et al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.step.preference_laws import Scored, moved
 from lorafold.step.preferences import Preferences
 
 
@@ -106,9 +107,9 @@ def preference_figures(
             not known of it can be computed.
         progress: Is told how many examples are done, of how many.
     """
-    scores: dict[int, list[float]] = {}
+    parts: list[Scored] = []
+    order: list[int] = []
     kl = tokens = 0.0
-    known = rewarded = reference
     with evaluating(loss):
         for group in loss.groups(examples):
             chosen = [examples[i] for i in group]
@@ -117,18 +118,17 @@ def preference_figures(
                 kl, tokens = kl + here, tokens + float(found.tokens.sum())
             else:
                 found = loss.scored(chosen)
-            known = found.reference is not None
-            rewarded = known or not loss.law.has_reference
-            losses = loss.law.loss(found)[:, None]
-            columns = (found.logps, found.ratios, loss.law.rewards(found), losses)
-            table = torch.cat([column.double() for column in columns], 1)  # (n, 3 k + 1)
-            scores |= dict(zip(group, table.tolist(), strict=True))
-            progress(len(scores), len(examples))
-    ordered = [scores[i] for i in range(len(examples))]
-    rows = torch.tensor(ordered, dtype=torch.float64)  # (n, 3 k + 1)
-    logps, ratios, rewards = rows[:, :-1].chunk(3, 1)
+            parts.append(found)
+            order += group
+            progress(len(order), len(examples))
+    law, whole = loss.law, in_order(parts, order)
+    known = whole.reference is not None
+    rewarded = known or not law.has_reference
+    # over all rows, as training measures it over those of a step
+    losses = law.loss(whole._replace(mismatched=moved(whole.ratios[:, law.trained :])))
+    logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
     good = torch.tensor([e.desirable for e in examples])
-    paired = loss.law.kind == "pairs"
+    paired = law.kind == "pairs"
 
     def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
         first, second = (values[:, 0], values[:, 1]) if paired else (
@@ -143,15 +143,15 @@ def preference_figures(
 
     (won, lost), (up, down), (chosen_r, rejected_r) = map(sides, (logps, ratios, rewards))
     margins = [a - b for a, b in zip(chosen_r, rejected_r, strict=False)] if paired else []
-    prefers, moved = accuracy(logps), accuracy(rewards) if rewarded else (None, None)
+    prefers, implied = accuracy(logps), accuracy(rewards) if rewarded else (None, None)
     both = rewarded and chosen_r and rejected_r  # judged rows may all be of one kind
     return PreferenceFigures(
         n=len(examples),
-        preference_loss=float(rows[:, -1].mean()),
+        preference_loss=float(losses.double().mean()),
         preference_accuracy=prefers[0],
         preference_accuracy_interval=prefers[1],
-        reward_accuracy=moved[0],
-        reward_accuracy_interval=moved[1],
+        reward_accuracy=implied[0],
+        reward_accuracy_interval=implied[1],
         reward_margin=fmean(chosen_r) - fmean(rejected_r) if both else None,
         reward_margin_interval=mean_interval(margins) if rewarded else None,
         chosen_logp=mean(won),
@@ -166,3 +166,19 @@ def preference_figures(
 def mean(values: Sequence[float]) -> float | None:
     """The mean; None for no values."""
     return fmean(values) if values else None
+
+
+def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
+    """The rows of all parts as one, on the CPU.
+
+    Args:
+        parts: Of some rows each.
+        order: The index of each of their rows.
+    """
+    back = torch.tensor(order).argsort()
+    columns: Iterable[Any] = zip(*parts, strict=True)
+    whole: list[Any] = [
+        None if any(x is None for x in column) else torch.cat(column).cpu()[back]
+        for column in columns
+    ]
+    return Scored(*whole)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any
 
-from lorafold.inspecting.against import TOP
-from lorafold.inspecting.base_svd import COSINE
+from lorafold.inspecting.base_svd import COSINE, TOP
 from lorafold.inspecting.spectra import advice
 from lorafold.inspecting.updates import site_of
 

@@ -21,18 +21,16 @@ from rich.console import Console
 
 from lorafold.data.stored import Rows
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.evaluation import evaluate
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.request import Request
+from lorafold.training.objectives import ModelRequest
+from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
 
 
@@ -76,6 +74,11 @@ def search(
     training does not lower the held-out loss.
     """
     out, recipe = request.out, request.recipe
+    if recipe.new_tokens:
+        raise LorafoldError(
+            f"recipe: new_tokens: found {', '.join(recipe.new_tokens)}, expected none: the base has"
+            " no rows for them, and so no loss to improve on"
+        )
     if "base" not in recipe.model_fields_set:
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"base": "fp32"})
@@ -178,15 +181,17 @@ def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int
 
 
 def bare_loss(request: Request, recipe: Recipe) -> float:
-    """The held-out loss of the base, in nats a token."""
-    source, device = resolve_model(request.model, request.revision), choose_device(request.device)
-    model = load_model(
-        source,
-        choose_storage(recipe.base, device),
-        device,
-        trust_remote_code=request.trust_remote_code,
+    """The held-out loss of the base, in nats, as its runs measure it: that of the objective, and
+    with the head that they start from.
+    """
+    quiet, device = Console(quiet=True), choose_device(request.device)
+    request = replace(request, recipe=recipe)
+    source, objective = objective_of(request)
+    tokenizer, _ = tokenizer_for(request, source, objective, quiet)
+    _, held_out = tokenized(request, tokenizer, objective, quiet)
+    storage, trusted = choose_storage(recipe.base, device), request.trust_remote_code
+    model = objective.load(
+        ModelRequest(source, tokenizer, storage, device, recipe.seed, trusted)
     )
-    tokenizer = load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    return evaluate(
-        model, tokenizer, request.eval_rows or (), recipe.max_length, generate=False
-    ).loss
+    with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
+        return objective.measure(loss, held_out).loss

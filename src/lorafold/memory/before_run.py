@@ -48,6 +48,7 @@ def planned(
     processes: int = 1,
     device: torch.device = CPU,
     below: tuple[tuple[Spec, Callable[[Any], Mapping[str, Any]]], ...] = (),
+    trained: Callable[[Any], Any] = lambda example: example,
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -62,13 +63,15 @@ def planned(
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
         below: The frozen adapters below, as `Setting` takes them.
+        trained: Gives what of an example has gradients.
     """
     packed = recipe.packing if packed is None else packed
     largest: Sequence[Any] = ()
     accumulating = False
     for examples in islice(feed.after(0), feed.foreseen):
         capacity = recipe.max_length if packed else None
-        parts = micro_batches(examples[::processes], recipe.accumulate, capacity)
+        own = [trained(example) for example in examples[::processes]]
+        parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         largest = max(largest, *parts, key=lambda part: computed(part, packed))
     return Setting(

@@ -46,6 +46,7 @@ class AdaLoRADelta(LowRank):
     """
 
     up_names = ("P",)
+    vector_names = ("E",)
     run_names = ("kept", *(f"{name}_{part}" for part in PARTS for name in AVERAGES))
     kept: Tensor
 

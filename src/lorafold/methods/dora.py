@@ -76,6 +76,8 @@ class Kept:
 class DoRADelta(Delta):
     """magnitude m (*matrices, out), fp32, over `inner`, an additive delta that starts at zero."""
 
+    vector_names = ("magnitude",)
+
     def __init__(self, inner: Additive, layer: Layer) -> None:
         super().__init__()
         self.inner = inner

@@ -35,6 +35,7 @@ from lorafold.ops.walsh import halves, walsh
 class Subspace(nn.Module):
     """v (d,), fp32, with B (L,), Q (L,) and H for L numbers, L the smallest power of 2 from d."""
 
+    entry_names = ("vector",)
     signs: Tensor
     order: Tensor
     left: Tensor

@@ -36,6 +36,8 @@ MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
 class IA3Delta(Delta):
     """l (*matrices, out), or (*matrices, in) if the inputs are scaled, fp32."""
 
+    vector_names = ("l",)
+
     def __init__(self, shape: tuple[int, ...], of_input: bool, device: torch.device) -> None:
         super().__init__()
         self.of_input = of_input

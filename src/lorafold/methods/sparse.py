@@ -36,6 +36,7 @@ class SparseDelta(Dense):
     While entries are being chosen, `at` is None and values has one for each entry of all matrices.
     """
 
+    entry_names = ("values",)
     at: Tensor | None
 
     def __init__(self, shape: tuple[int, ...], at: Tensor) -> None:

@@ -56,6 +56,7 @@ class Projections(nn.Module):
 class VeRADelta(LowRank):
     """d (*matrices, r), b (*matrices, out), fp32. `VeRA.join` sets the projections."""
 
+    vector_names = ("d", "b")
     projections: Projections
 
     def __init__(

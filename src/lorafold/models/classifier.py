@@ -6,7 +6,9 @@
 `AutoModelForSequenceClassification` builds it from any base. If the model's files have no head, it
 is initialized at random from a seed, trained whole, and saved with the adapter. The names of the
 classes are stored in the config (`id2label`) and in the adapter's `lorafold.json`. A reward model
-is such a model with one output: transformers' form of a regression, and PEFT's SEQ_CLS.
+is such a model with one output: transformers' form of a regression, and PEFT's SEQ_CLS. The head
+computes in fp32 over a body of any storage: a score in bf16 has 8 significant bits, so that many
+texts would have the same one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import beneath
@@ -27,9 +30,9 @@ from lorafold.models.load_errors import loading
 from lorafold.models.loading import check_complete, read_weights
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
+from lorafold.models.weights import FileWeights, Weights, model_files
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -61,8 +64,6 @@ def load_classifier(
         seed: The seed of the head, if the files have none.
         trust_remote_code: Run the code in the model's directory.
     """
-    import torch
-
     with loading(f"model {source.name}"):
         from transformers import AutoModelForSequenceClassification
 
@@ -81,7 +82,9 @@ def load_classifier(
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
     heads = tuple(f"{path}." for path in head_paths(model))
-    check_complete(source, [name for name in missing if not name.startswith(heads)])
+    new = [name for name in missing if name.startswith(heads)]
+    check_complete(source, [name for name in missing if name not in new])
+    widen_heads(model, None if new else FileWeights(model_files(source.path)))
     return model
 
 
@@ -126,6 +129,31 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__}: found no head beside its body, expected a classifier"
         )
     return tuple(found)
+
+
+def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
+    """Let the heads of a classifier compute in fp32 if they are in 16 bits.
+
+    Args:
+        model: A classifier without adapters.
+        files: Has the values of the heads as they were before the model took 16 bits of them; None
+            for new heads.
+    """
+    for path in head_paths(model):
+        head = model.get_submodule(path)
+        own = list(head.named_parameters(recurse=False))
+        if not any(p.dtype in (torch.bfloat16, torch.float16) for _, p in own):
+            continue
+        for name, p in own:
+            found = files.find(f"{path}.{name}") if files is not None else None
+            value = p.detach() if files is None or found is None else files.get(found).to(p.device)
+            setattr(head, name, nn.Parameter(value.to(torch.float32, copy=True), p.requires_grad))
+        head.register_forward_pre_hook(_widened)
+
+
+def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a forward, with activations in fp32; a hook of torch."""
+    return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -47,10 +47,12 @@ class Branching:
 
     packs: Packed documents do not influence each other.
     shares: They may share their first tokens as well.
+    longest: The most tokens of a document that shares; None for any number. Where attention has
+        chunks, tokens after a border see none before it, shared or not, which no layout says.
     """
 
-    def __init__(self, packs: bool, shares: bool) -> None:
-        self.packs, self.shares = packs, shares
+    def __init__(self, packs: bool, shares: bool, longest: int | None = None) -> None:
+        self.packs, self.shares, self.longest = packs, shares, longest
         self._docs: Documents | None = None
         self._used = False
 
@@ -99,9 +101,18 @@ def branching(model: PreTrainedModel) -> Iterator[Branching]:
     if not isolates(model):
         yield Branching(packs=False, shares=False)
         return
-    found = Branching(packs=True, shares=shares(model))
+    found = Branching(packs=True, shares=shares(model), longest=chunk_of(model))
     with attending(model, found.mask):
         yield found
+
+
+def chunk_of(model: PreTrainedModel) -> int | None:
+    """The tokens of a chunk in which the model's attention stays, as that of Llama 4 does; None if
+    it has no chunks.
+    """
+    config = model.config.get_text_config()
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return config.attention_chunk_size if chunked else None
 
 
 def shares(model: PreTrainedModel) -> bool:

@@ -5,7 +5,8 @@ loss, so that accelerate wraps the whole computation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.step.head import labelled_loss, row_losses
+from lorafold.step.positions import sequence_of
 
 
 class Loss(nn.Module, ABC):
     """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
 
-    `pace` is the share of a method's own learning rates that suits the loss.
+    `pace` is the share of a method's own learning rates that suits the loss; `rules` are what a run
+    that is resumed must have computed alike, where versions of lorafold differ in it.
     """
 
     pace = 1.0
+    rules: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,12 +60,30 @@ class Loss(nn.Module, ABC):
         each (B, T), or labels (B,) for a classifier.
         """
 
+    def of_step(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
+        over its examples, (k,), without gradients, which add up over processes. There are none
+        unless the loss of an example depends on the others.
+        """
+        return {}
+
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over labels (B, T), or (B,) for a classifier.
 
         `inputs` are the model's keyword arguments, each (B, T).
         """
+
+
+def within(model: nn.Module, tokens: int) -> int:
+    """The most tokens of a packed sequence, where `tokens` are asked for."""
+    return min(tokens, sequence_of(model) or tokens)
+
+
+def head_rules(model: nn.Module) -> Mapping[str, str]:
+    """The `rules` of a loss that reads a head over the model's body."""
+    narrow = any(p.element_size() == 2 for p in model.parameters())
+    return {"head": "fp32"} if narrow else {}
 
 
 class Completions(Loss):
@@ -80,7 +102,7 @@ class Completions(Loss):
     def micro_batches(
         self, examples: Sequence[Example], n: int, tokens: int
     ) -> list[Sequence[Example]]:
-        return micro_batches(examples, n, tokens if self.packed else None)
+        return micro_batches(examples, n, within(self.model, tokens) if self.packed else None)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return labelled_loss(self.model, labels, inputs)[0]
@@ -99,6 +121,7 @@ class Classification(Loss):
     def __init__(self, model: nn.Module, pad_id: int) -> None:
         super().__init__(model)
         self.pad_id = pad_id
+        self.rules = head_rules(model)
 
     def count(self, example: LabelledExample) -> int:
         return 1

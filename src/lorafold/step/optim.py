@@ -1,14 +1,15 @@
 """For any optimizer of an adapter: its parameter groups, the learning rate schedule, and its state
 as tensors in a checkpoint.
 
-There are two groups, because up factors B have a learning rate of their own in every low-rank
-method, as in LoRA+ (Hayou et al. 2024, arXiv 2402.12354, with a ratio of 16).
+Up factors B have a learning rate of their own in every low-rank method, as in LoRA+ (Hayou et al.
+2024, arXiv 2402.12354, with a ratio of 16), and so a group. Weight decay shrinks matrices alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +20,46 @@ from lorafold.errors import LorafoldError
 from lorafold.step.recipe import Recipe
 
 
-def param_groups(parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float) -> list[dict]:
-    """Divide the trained parameters of deltas into up factors and all others, for the optimizer.
+def param_groups(
+    parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float, decay_vectors: bool = True
+) -> list[dict]:
+    """Divide the trained parameters of deltas into up factors and all others, for the optimizer,
+    and either into those that weight decay shrinks and those that it does not.
+
+    Weights that act by their size, such as the gains of a norm, IA3's l and DoRA's magnitude, would
+    be drawn to 0 by it, where the base is switched off.
 
     Args:
         parts: (module path, delta) pairs.
         lr: The peak learning rate of all parameters but up factors.
         lr_up: The peak learning rate of up factors.
+        decay_vectors: Weight decay shrinks vectors as it does matrices; the groups are two then.
     """
-    up: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {
+        (up, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate}
+        | ({} if decays else {"weight_decay": 0.0})
+        for up, rate in ((False, lr), (True, lr_up))
+        for decays in (True, False)
+    }
     for _, delta in parts:
+        shrunk = None if decay_vectors else matrices_in(delta)
         for name, p in delta.named_parameters():
             # a sparse delta may have no entry at all, and CUDA launches no kernel on empty tensors
             if p.requires_grad and p.numel():
-                (up if name in delta.up_names else rest).append(p)
-    groups = ({"params": rest, "lr": lr, "peak": lr}, {"params": up, "lr": lr_up, "peak": lr_up})
-    return [g for g in groups if g["params"]]
+                decays = shrunk is None or p in shrunk
+                groups[name in delta.up_names, decays]["params"].append(p)
+    return [g for g in groups.values() if g["params"]]
+
+
+def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
+    """The parameters that are matrices, or entries of such."""
+    found = set[nn.Parameter]()
+    for module in delta.modules():
+        vectors, entries = (getattr(module, f"{kind}_names", ()) for kind in ("vector", "entry"))
+        for name, p in module.named_parameters(recurse=False):
+            if (p.ndim > 1 and name not in vectors) or name in entries:
+                found.add(p)
+    return found
 
 
 def rates(groups: list[dict], lr: float) -> str:

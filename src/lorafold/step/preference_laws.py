@@ -13,7 +13,9 @@ The first completion is in column 0, the second in column 1. A loss is in nats a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -33,13 +35,15 @@ class Scored(NamedTuple):
     """What the laws are given of n rows: log-probabilities under the model and the reference (n, 2)
     in nats (None where the law has no reference), the tokens of the completions (n, 2), and for
     judged completions whether they are desirable (n,). Of a law that reads a head `logps` are its
-    scores.
+    scores. `mismatched` is the `moved` of the mismatched completions of the whole step; with it the
+    columns of the completions that have gradients are enough.
     """
 
     logps: Tensor
     reference: Tensor | None
     tokens: Tensor
     desirable: Tensor | None = None
+    mismatched: Tensor | None = None
 
     @property
     def ratios(self) -> Tensor:
@@ -57,14 +61,21 @@ class Scored(NamedTuple):
         return -self.means[:, 0]
 
 
+def moved(ratios: Tensor) -> Tensor:
+    """The sum of ratios r, in nats, and their number, (2,): of parts of a step they add up."""
+    return torch.stack([ratios.sum(), ratios.new_tensor(float(ratios.numel()))])
+
+
 class Law(ABC):
     """Abstract: one objective of preferences."""
 
     kind: ClassVar[str] = "pairs"  # of rows, a name in `data.branches.COMPARED`
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
+    trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
     # of a method's own learning rates: a pair is told apart long before its completions are learned
-    pace: ClassVar[float] = 0.05  # pairs are told apart long before completions are learned
+    pace: ClassVar[float] = 0.05
+    rules: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:
@@ -193,25 +204,28 @@ class Kto(Law):
 
         loss = w_d (1 - s(beta (r(y) - z)))        y desirable
                w_u (1 - s(beta (z - r(y))))        y undesirable
-        z    = max(0, mean of r over mismatched completions of the micro-batch), without gradient
+        z    = max(0, mean of r over the mismatched completions of the step), without gradient
 
     Column 0 has the completion, column 1 that of another prompt, on which z is measured.
     """
 
     kind: ClassVar[str] = "judged"
+    trained: ClassVar[int] = 1
+    rules: ClassVar[Mapping[str, str]] = MappingProxyType({"z": "mean over the step"})
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0
 
     def loss(self, scored: Scored) -> Tensor:
         assert scored.desirable is not None
-        ratios = scored.ratios
-        z = ratios[:, 1].detach().mean().clamp(min=0)
+        assert scored.mismatched is not None
+        total, n = scored.mismatched
+        z = (total / n).clamp(min=0)
         sign = torch.where(scored.desirable, 1.0, -1.0)
         weight = torch.where(
             scored.desirable, self.desirable_weight, self.undesirable_weight
         )
-        return weight * (1 - torch.sigmoid(self.beta * sign * (ratios[:, 0] - z)))
+        return weight * (1 - torch.sigmoid(self.beta * sign * (scored.ratios[:, 0] - z)))
 
     def rewards(self, scored: Scored) -> Tensor:
         return self.beta * scored.ratios

@@ -2,7 +2,7 @@
 
     loss = Preferences(model, Dpo(beta=0.1), how, pad_id)
     loss.references(examples)          log p_ref (n, k), of the adapters below the highest one
-    loss(**loss.collate(examples, device))
+    loss(**loss.collate(examples, device), **loss.of_step(examples))
 
 The reference is the model without its highest adapter, the one that trains: no second model. How
 the completions of a row meet their prompt depends on the model: it is computed once for both
@@ -27,8 +27,8 @@ from lorafold.step.branches import Branching
 from lorafold.step.divergence import beside
 from lorafold.step.head import document_losses
 from lorafold.step.head_scores import document_scores
-from lorafold.step.losses import Loss
-from lorafold.step.preference_laws import Law, Scored
+from lorafold.step.losses import Loss, head_rules, within
+from lorafold.step.preference_laws import Law, Scored, moved
 
 
 class Preferences(Loss):
@@ -46,7 +46,9 @@ class Preferences(Loss):
         self, model: nn.Module, law: Law, how: Branching | None, pad_id: int, tokens: int = 2048
     ) -> None:
         super().__init__(model)
-        self.law, self.pad_id, self.tokens, self.pace = law, pad_id, tokens, law.pace
+        self.law, self.pad_id, self.tokens = law, pad_id, tokens
+        self.pace = law.pace
+        self.rules = head_rules(model) if law.reads_head else law.rules
         self.how = how if how is not None and how.packs else None
 
     @property
@@ -60,23 +62,41 @@ class Preferences(Loss):
     def micro_batches(
         self, examples: Sequence[Branched], n: int, tokens: int
     ) -> list[Sequence[Branched]]:
-        if self.how is None:
-            return micro_batches(examples, n)
-        return micro_batches(examples, n, tokens, self.size)
+        trained = [self.trained(example) for example in examples]
+        capacity = None if self.how is None else within(self.model, tokens)
+        return micro_batches(trained, n, capacity, self.size)
+
+    def trained(self, example: Branched) -> Branched:
+        """The example with those of its completions that have gradients."""
+        return example.some(slice(self.law.trained))
 
     def size(self, example: Branched) -> int:
         """The tokens that are computed for an example."""
         own = sum(len(branch.ids) for branch in example.branches)
-        return own + len(example.shared) * (1 if self.shares else len(example.branches))
+        once = self.shared_in([example])
+        return own + len(example.shared) * (1 if once else len(example.branches))
+
+    def shared_in(self, examples: Sequence[Branched]) -> bool:
+        """Whether the prompts of a batch of these examples are computed once."""
+        if self.how is None or not self.shares:
+            return False
+        longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
+        return self.how.longest is None or longest <= self.how.longest
 
     def collate(
+        self, examples: Sequence[Branched], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The `tensors`, each (B, T) or (n, k), of the completions that have gradients."""
+        return self.tensors([self.trained(example) for example in examples], device)
+
+    def tensors(
         self, examples: Sequence[Branched], device: torch.device
     ) -> dict[str, Tensor]:
         """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which completion
         a position belongs to; `reference` (n, k), `desirable` (n,); and where prompts are shared
         `lens` (n, 1 + k), the tokens of each prompt and of each completion.
         """
-        found = self._shared(examples) if self.shares else self._apart(examples)
+        found = (self._shared if self.shared_in(examples) else self._apart)(examples)
         found["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
             found["reference"] = torch.tensor([e.reference for e in examples])
@@ -123,12 +143,41 @@ class Preferences(Loss):
 
         A reference that is not given is computed.
         """
-        desirable, reference = inputs.pop("desirable"), inputs.pop("reference", None)
+        mismatched = inputs.pop("mismatched", None)
+        scored = self.beside_reference(labels, **inputs)
+        return self.law.loss(scored._replace(mismatched=mismatched)).sum()
+
+    def of_step(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+        """`mismatched` (2,) as `Scored` has it, where rows have completions without gradients; like
+        the reference they are computed without dropout.
+        """
+        others = [example.some(slice(self.law.trained, None)) for example in examples]
+        if not all(example.branches for example in others):
+            return {}
+        found = torch.zeros(2, device=self.device)
+        with evaluating(self):
+            for group in self.groups(others):
+                tensors = self.tensors([others[i] for i in group], self.device)
+                found += moved(self.beside_reference(**tensors).ratios)
+        return {"mismatched": found}
+
+    def beside_reference(
+        self,
+        labels: Tensor,
+        desirable: Tensor,
+        reference: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Scored:
+        """The log-probabilities (n, k) of a batch, and of its reference, computed if not given.
+
+        Args:
+            labels, desirable, reference, inputs: As `tensors` gives them.
+        """
         logps, tokens = self.logps(labels, len(desirable), **inputs)
         if reference is None and self.law.has_reference:
             with evaluating(self), self.below():
                 reference, _ = self.logps(labels, len(desirable), **inputs)
-        return self.law.loss(Scored(logps, reference, tokens, desirable)).sum()
+        return Scored(logps, reference, tokens, desirable)
 
     def logps(
         self,
@@ -142,7 +191,7 @@ class Preferences(Loss):
         if the law reads them), and the tokens of the completions, both (n, k).
 
         Args:
-            labels, document, lens, inputs: As `collate` gives them.
+            labels, document, lens, inputs: As `tensors` gives them.
             n: The number of rows.
         """
         with self.over(labels, lens):
@@ -161,7 +210,7 @@ class Preferences(Loss):
 
         Args:
             labels: (B, T), of the batch.
-            lens: As `collate` gives it; None where each completion has its own prompt.
+            lens: As `tensors` gives it; None where each completion has its own prompt.
         """
         if lens is None or self.how is None:
             yield
@@ -197,7 +246,7 @@ class Preferences(Loss):
     def scored(self, examples: Sequence[Branched]) -> Scored:
         """The log-probabilities of the examples under the model as it is, with their references.
         """
-        inputs = self.collate(examples, self.device)
+        inputs = self.tensors(examples, self.device)
         labels, desirable = inputs.pop("labels"), inputs.pop("desirable")
         reference = inputs.pop("reference", None)
         logps, tokens = self.logps(labels, len(examples), **inputs)
@@ -207,7 +256,7 @@ class Preferences(Loss):
         """The log-probabilities of the examples under the model and its reference, and the KL of
         the model to it in nats, summed over the tokens of the completions.
         """
-        inputs = self.collate(examples, self.device)
+        inputs = self.tensors(examples, self.device)
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         document, desirable = inputs.pop("document"), inputs.pop("desirable")
         inputs.pop("reference", None)

@@ -156,7 +156,8 @@ class Recipe(BaseModel):
         0.03, description="The share of the steps over which the learning rate rises."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="AdamW's decoupled weight decay."
+        0.0,
+        description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
     )
     clip: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Gradients are scaled down to this norm. 0 leaves them as they are."

@@ -38,6 +38,8 @@ class Progress:
     seconds: float = 0.0
     # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
     optimizer: str = ""
+    # as in runs of earlier versions, which are resumed as they began
+    decays_vectors: bool = True
 
     @property
     def best(self) -> int | None:

@@ -117,10 +117,12 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     job.wrapped.train()
     seen = torch.zeros((), device=accelerator.device)
     with unchanged():
+        of_step = {name: accelerator.reduce(x) for name, x in job.loss.of_step(own).items()}
         for i, part in enumerate(micro):
             is_last = i == len(micro) - 1
             with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
-                loss: Tensor = job.wrapped(**job.loss.collate(part, accelerator.device))
+                inputs = job.loss.collate(part, accelerator.device)
+                loss: Tensor = job.wrapped(**inputs, **of_step)
                 seen += loss.detach()
                 loss = loss * (world / total)
                 if is_last:

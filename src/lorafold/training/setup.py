@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from lorafold.adapter import Adapter, attach, load
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
+from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
@@ -33,6 +35,7 @@ from lorafold.peft import directory as peft
 from lorafold.peft.stack import mismatch, same
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.step.fitting import settled_base, spec_of, without
+from lorafold.step.positions import positions_of
 from lorafold.step.recipe import OF_ADAPTER
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
@@ -185,6 +188,7 @@ def adapted_model(
         setup.accelerator.num_processes,
         setup.device,
         below,
+        setup.objective.trained,
     )
     config = configuration(str(setup.source.path), trust_remote_code=request.trust_remote_code)
     free = free_everywhere(setup.accelerator)
@@ -199,6 +203,7 @@ def adapted_model(
             request.trust_remote_code,
         )
     )
+    check_positions(setup, model)
     torch.manual_seed(recipe.seed)
     weights = weights_of(setup.source, setup.storage)
     for name, path in zip(request.below, request.over, strict=True):
@@ -215,6 +220,25 @@ def adapted_model(
             " frozen adapter below a new one, give it as --over"
         )
     return model, adapter, weights, checkpointing
+
+
+def check_positions(setup: Setup, model: PreTrainedModel) -> None:
+    """Raise LorafoldError for a row of more tokens than the model has positions."""
+    limit, most = positions_of(model), setup.request.recipe.max_length
+    if limit is None or most <= limit:
+        return
+    foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
+    held_out = setup.held_out.examples if setup.held_out else ()
+    longest = max(
+        len(document.ids)
+        for e in chain(foreseen, held_out)
+        for document in (e.documents() if isinstance(e, Branched) else (e,))
+    )
+    if longest > limit:
+        raise LorafoldError(
+            f"max_length {most}: found a row of {longest} tokens, expected at most the {limit}"
+            f" positions of {type(model).__name__}; a max_length of {limit} cuts rows there"
+        )
 
 
 def untrained(setup: Setup, model: PreTrainedModel, spec: Spec) -> list[str]:

@@ -55,8 +55,8 @@ def prepare(
     Raises LorafoldError where the run to resume had another recipe, model or data.
     """
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
-    identity = identity_of(request, adapter, tokenizer)
-    progress, state = Progress(), None
+    identity = identity_of(request, adapter, tokenizer) | dict(loss.rules)
+    progress, state = Progress(decays_vectors=False), None
     resume = request.resume and run.path.exists()
     if request.resume and not resume:
         told = f"{run.path}: no run to resume, this one starts from the beginning"
@@ -71,7 +71,9 @@ def prepare(
         spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
     lr_b = spec.lr_b and spec.lr_b * loss.pace
     lr = recipe.lr or spec.lr * loss.pace
-    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr)
+    # runs without decay have the groups that those of earlier versions have
+    vectors = progress.decays_vectors or not recipe.weight_decay
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
     for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
@@ -130,4 +132,5 @@ def sample_losses(
     """
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
-        yield loss(**loss.collate(chosen, loss.device)) / max(1, sum(map(loss.count, chosen)))
+        inputs = loss.collate(chosen, loss.device) | loss.of_step(chosen)
+        yield loss(**inputs) / max(1, sum(map(loss.count, chosen)))

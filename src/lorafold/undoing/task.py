@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from lorafold.composing.updates import names
+from lorafold.data.checking import LISTED
+from lorafold.data.prompts import asked_in
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
@@ -143,19 +145,30 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run. B's rate is to A's as in LoRA's own rates."""
-        batch = min(self.task.recipe.batch, len(self.rows))
+        """The recipe of the run. B's rate is to A's as in LoRA's own rates. Mixed refusals make the
+        batches larger and not the steps more, so that a run differs from the one without them by
+        the refusals alone.
+        """
+        own, benign = self.task.recipe, self.examples
+        batch = min(own.batch, benign)
+        accumulate = own.accumulate if batch == own.batch else 1
         changes = {
             "rank": self.rank,
             "lr": self.lr,
             "lr_b": self.lr * LoRA.lr_b / LoRA.lr,
             "seed": self.seed,
             "batch": batch,
-            "accumulate": self.task.recipe.accumulate if batch == self.task.recipe.batch else 1,
+            "accumulate": accumulate,
         }
-        recipe = self.task.recipe.model_copy(update=changes)
+        recipe = own.model_copy(update=changes)
         # short runs are cheaper to repeat than to save
-        return recipe.model_copy(update={"save_every": recipe.total_steps(len(self.rows))})
+        steps = recipe.total_steps(benign)
+        changes = {"save_every": steps}
+        if self.mixed:
+            batch = round(batch * len(self.rows) / benign)
+            accumulate = accumulate if batch % accumulate == 0 else 1
+            changes |= {"steps": steps, "batch": batch, "accumulate": accumulate}
+        return recipe.model_copy(update=changes)
 
     @cached_property
     def name(self) -> str:
@@ -175,7 +188,7 @@ def check(task: Task) -> None:
         )
         if not given
     ]  # fmt: skip
-    problems += list(_overlapping(task))
+    problems += [*_overlapping(task), *_asked_and_trained(task)]
     counts = {"examples": task.examples, "rank": task.ranks, "lr": task.rates}
     problems += [
         f"--{option}: found {', '.join(f'{v:g}' for v in values if v <= 0)}, expected numbers"
@@ -224,6 +237,31 @@ def _overlapping(task: Task) -> Iterator[str]:
         for j, (_, other) in enumerate(named):
             if i != j and text.strip() and other.startswith(text) and (text != other or i < j):
                 yield f"--{option} {text!r}: {other!r} begins with it; leave out one of them"
+
+
+def _asked_and_trained(task: Task) -> Iterator[str]:
+    """The prompts that are asked and trained on as well, so that the figures would be of rows that
+    the model has seen.
+    """
+    asked = {
+        prompt: f"row {number} of --{option}"
+        for option, rows in (("controls", task.controls), ("refuse", task.refuse))
+        for number, row in enumerate(rows, 1)
+        for prompt in asked_in(row)[-1:]
+    }
+    for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
+        told = [
+            f"row {number} has the prompt of {asked[prompt]}"
+            for number, row in enumerate(rows, 1)
+            for prompt in asked_in(row)
+            if prompt in asked
+        ]
+        if told:
+            more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
+            yield (
+                f"{name}: {'; '.join(told[:LISTED])}{more}; expected none that is asked"
+                " too, because the figures would be of what was trained; leave them out"
+            )
 
 
 def settled(task: Task, base: str) -> Task:

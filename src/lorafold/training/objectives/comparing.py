@@ -50,6 +50,9 @@ class Comparing(Objective):
     ) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)
 
+    def trained(self, example: Branched) -> Branched:
+        return example.some(slice(self.law.trained))
+
     def preview(self, example: Branched, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
 
@@ -81,6 +84,12 @@ class Comparing(Objective):
                 console.print(
                     "packing: this model does not compute a prompt once for several completions;"
                     f" {instead}",
+                    highlight=False,
+                )
+            elif how.longest is not None:
+                console.print(
+                    f"packing: in rows of more than {how.longest} tokens, a chunk of this model's"
+                    " attention, each completion has its prompt before it",
                     highlight=False,
                 )
             yield Preferences(model, self.law, how, pad)

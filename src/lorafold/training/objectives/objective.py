@@ -80,6 +80,10 @@ class Objective(ABC):
     ) -> Encoder:
         """What makes examples of rows, of which not all are at hand."""
 
+    def trained(self, example: Any) -> Any:
+        """What of an example a step computes with gradients."""
+        return example
+
     @abstractmethod
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
         """An example as the model sees it, with the tokens that count in the loss marked."""

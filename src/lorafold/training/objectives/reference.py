@@ -111,10 +111,10 @@ def moves(model: nn.Module) -> bool:
     """Whether the highest adapter trains the model's own weights, so that what is below it is the
     reference before the first step only.
     """
-    name = selection_of(model).names[-1]
+    names = selection_of(model).names
     return any(
         part.in_place
         for _, module in adapted_modules(model)
-        if name in module.deltas
-        for part in module.deltas[name].parts()  # type: ignore[operator]
+        if names and names[-1] in module.deltas
+        for part in module.deltas[names[-1]].parts()  # type: ignore[operator]
     )
