@@ -339,11 +339,11 @@ def test_a_damaged_copy_of_a_gguf_file_is_made_anew(tiny_model_dir, tmp_path, mo
 def test_damaged_singular_vectors_are_made_anew(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path))
     w = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    cached_svd({}, "q_proj", w)
+    cached_svd(w)
     [file] = cache_directory().rglob("svd.safetensors")
     whole = file.read_bytes()
     flip(file, 7)
-    assert torch.allclose(cached_svd({}, "q_proj", w).dense(), w, atol=1e-2)
+    assert torch.allclose(cached_svd(w).dense(), w, atol=1e-2)
     assert file.read_bytes() == whole
 
 

@@ -24,6 +24,7 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import evaluate
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
+from lorafold.identity import of_adapter
 from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
 from lorafold.models.loading import load_model, load_tokenizer
@@ -32,6 +33,7 @@ from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.grounds import FILES, grounds
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -79,16 +81,25 @@ def search(
     if "base" not in recipe.model_fields_set:
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"base": "fp32"})
-    check(
-        out,
-        {
-            "model": request.model,
-            "recipe": recipe.model_dump(mode="json"),
-            "rate": Fastfood.lr,
-            "data": request.data.identity,
-            "held_out": Rows.of(request.eval_rows or ()).sha256,
-        },
+    source = resolve_model(request.model, request.revision)
+    found = grounds(
+        source,
+        recipe.base,
+        recipe.chat_template,
+        "inspecting",
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
     )
+    identity = {
+        **found,
+        "adapters": [*map(of_adapter, request.adapters)],
+        "model": request.model,
+        "recipe": recipe.model_dump(mode="json"),
+        "rate": Fastfood.lr,
+        "data": request.data.identity,
+        "held_out": Rows.of(request.eval_rows or ()).sha256,
+    }
+    check(out, identity)
     base = kept(out / "base.json", lambda: bare_loss(request, recipe))
     full = kept(out / "full.json", lambda: run(request, recipe, out / "full", "full"))
     if full >= base:
@@ -125,11 +136,17 @@ def check(out: Path, identity: dict) -> None:
     file = out / "search.json"
     if file.exists():
         found = read_object(file)
-        # recipe fields that an earlier version did not have yet take their defaults
-        found["recipe"] = Recipe().model_dump(mode="json") | found.get("recipe", {})
-        if found != json.loads(json.dumps(identity)):
+        if FILES not in found:
             raise LorafoldError(
-                f"{out}: found a search with another model, data or recipe; choose another --out"
+                f"{out}: found a search of an earlier lorafold, which does not say what was in the"
+                " files of its model; choose another --out"
+            )
+        now = json.loads(json.dumps(identity))
+        names = sorted(found.keys() | now.keys())
+        if differing := [name for name in names if found.get(name) != now.get(name)]:
+            raise LorafoldError(
+                f"{out}: found another search, which differs in {', '.join(differing)}; choose"
+                " another --out"
             )
         return
     if out.exists() and any(out.iterdir()):
