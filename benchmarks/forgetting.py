@@ -41,13 +41,7 @@ from lorafold.step.fitting import fitting, spec_of
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.loop import fit
-from lorafold.training.request import (
-    Request,
-    files_of,
-    objective_of,
-    tokenized,
-    tokenizer_for,
-)
+from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
 from lorafold.training.start import prepare
 
 WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end

@@ -81,9 +81,8 @@ def search(
     if "base" not in recipe.model_fields_set:
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"base": "fp32"})
-    source = resolve_model(request.model, request.revision)
-    found = grounds(
-        source,
+    stands_on = grounds(
+        resolve_model(request.model, request.revision),
         recipe.base,
         recipe.chat_template,
         "inspecting",
@@ -91,7 +90,7 @@ def search(
         trust_remote_code=request.trust_remote_code,
     )
     identity = {
-        **found,
+        **stands_on,
         "adapters": [*map(of_adapter, request.adapters)],
         "model": request.model,
         "recipe": recipe.model_dump(mode="json"),

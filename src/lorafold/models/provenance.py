@@ -17,7 +17,13 @@ _READ: WeakKeyDictionary[nn.Module, tuple[ModelSource, bool]] = WeakKeyDictionar
 
 
 def remember(model: nn.Module, source: ModelSource, trust_remote_code: bool) -> None:
-    """Note the files of a model that was just read, and whether its own Python files run."""
+    """Note the files of a model that was just read.
+
+    Args:
+        model: The model.
+        source: Its files.
+        trust_remote_code: Its own Python files run.
+    """
     _READ[model] = source, trust_remote_code
 
 

@@ -37,13 +37,7 @@ from lorafold.step.recipe import OF_ADAPTER
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
 from lorafold.training.objectives import Data, ModelRequest, Objective
-from lorafold.training.request import (
-    Request,
-    files_of,
-    objective_of,
-    tokenized,
-    tokenizer_for,
-)
+from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -65,8 +65,8 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        if told := run.check(identity, Recipe().model_dump(mode="json")):
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+        if unknown := run.check(identity, Recipe().model_dump(mode="json")):
+            console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             adapter.load_state_dict(tensors)
