@@ -239,9 +239,14 @@ CHANGES: dict[str, tuple[Callable[[World], None] | None, set[str]]] = {
     "an alpha": (scale, {"compare", "intrinsic", "tokens", "rows"}),
     "nothing": (None, set(THINGS)),
 }
+FIGURES = {"compare", "intrinsic", "fragility"}
+SLOW = {"a configuration", "a chat template"}
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CHANGES],
+)
 def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: World) -> None:
     do, given = CHANGES[change]
     before = {p: p.read_bytes() for at in (world.model, world.below) for p in at.iterdir()}
@@ -258,11 +263,11 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
 @pytest.mark.parametrize(
     ("file", "others"),
     [
-        ("ops/norm.py", {"reference", "compare", "intrinsic", "fragility"}),
-        ("data/render.py", {"reference", "compare", "intrinsic", "fragility", "tokens", "rows"}),
-        ("inspecting/updates.py", {"intrinsic", "fragility", "svd"}),
-        ("comparing/measure.py", {"compare"}),
-        ("undoing/measure.py", {"fragility"}),
+        pytest.param("ops/norm.py", {*FIGURES, "reference"}, marks=pytest.mark.slow),
+        ("data/render.py", {*FIGURES, "reference", "rows", "tokens"}),
+        pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=pytest.mark.slow),
+        pytest.param("comparing/measure.py", {"compare"}, marks=pytest.mark.slow),
+        pytest.param("undoing/measure.py", {"fragility"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
@@ -282,6 +287,7 @@ def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
         of_code.cache_clear()
 
 
+@pytest.mark.slow
 def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeypatch) -> None:
     import huggingface_hub.constants
 

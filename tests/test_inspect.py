@@ -125,7 +125,7 @@ def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
     make_adapter(tiny_model_dir("llama"), tmp_path / "a")
     found = inspect(resolve_model(tiny_model_dir("llama")), tmp_path / "a")
     assert not any("intruders" in site for site in found["sites"].values())
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "svd").exists()
 
 
 @pytest.mark.parametrize(

@@ -306,9 +306,9 @@ def test_each_file_is_hashed_once_a_load(
     monkeypatch.setattr(contents, "sha256", counted_bytes)
     lf.load(model, adapter)
     files = ["adapter_config.json", WEIGHTS, "lorafold.json", MANIFEST]
-    # besides, the digest of an adapter is that of a few lines
+    # besides, the digests of an adapter and of its base are those of a few lines
     assert [read.count((adapter / name).read_bytes()) for name in files] == [1] * len(files)
-    assert sum(map(len, read)) < 1.01 * sum((adapter / name).stat().st_size for name in files)
+    assert sum(map(len, read)) < 1.1 * sum((adapter / name).stat().st_size for name in files)
     assert hashed == []
     load_model(merged, Storage(torch.float32, "nf4"))
     assert {name: hashed.count(name) for name in hashed if "safetensors" in name} == {
