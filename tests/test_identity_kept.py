@@ -241,11 +241,12 @@ CHANGES: dict[str, tuple[Callable[[World], None] | None, set[str]]] = {
 }
 FIGURES = {"compare", "intrinsic", "fragility"}
 SLOW = {"a configuration", "a chat template"}
+SLOWLY = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CHANGES],
+    [pytest.param(name, marks=[SLOWLY] * (name in SLOW)) for name in CHANGES],
 )
 def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: World) -> None:
     do, given = CHANGES[change]
@@ -263,11 +264,11 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
 @pytest.mark.parametrize(
     ("file", "others"),
     [
-        pytest.param("ops/norm.py", {*FIGURES, "reference"}, marks=pytest.mark.slow),
+        pytest.param("ops/norm.py", {*FIGURES, "reference"}, marks=SLOWLY),
         ("data/render.py", {*FIGURES, "reference", "rows", "tokens"}),
-        pytest.param("inspecting/updates.py", {*FIGURES - {"compare"}, "svd"}, marks=pytest.mark.slow),
-        pytest.param("comparing/measure.py", {"compare"}, marks=pytest.mark.slow),
-        pytest.param("undoing/measure.py", {"fragility"}, marks=pytest.mark.slow),
+        pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
+        pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),
+        pytest.param("undoing/measure.py", {"fragility"}, marks=SLOWLY),
     ],
 )
 def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
@@ -359,11 +360,11 @@ def test_figures_of_an_edited_base_are_its_own(world: World, tmp_path: Path, mon
     edit = World(tmp_path)
     weight(edit)
 
-    def top() -> float:
+    def top() -> dict[str, float]:
         sites = lf.inspect(
             world.root / "top", edit.model, over=world.below, full=True, allow_other_base=True
         ).as_json()["sites"]
-        return max(site["top_projection"] for site in sites.values())
+        return {path: site["top_projection"] for path, site in sites.items()}
 
     kept = top()
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
