@@ -41,7 +41,7 @@ from lorafold.step.fitting import fitting, spec_of
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.loop import fit
-from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
+from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
 from lorafold.training.start import prepare
 
 WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end
@@ -100,7 +100,8 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
         cpu = Accelerator(cpu=True)
-        made = prepare(request, adapter, loss, cpu, data, None, tokenizer, QUIET)
+        files = files_of(request, source)
+        made = prepare(request, files, adapter, loss, cpu, data, None, tokenizer, QUIET)
         fit(*made, Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)
     return {"path": path, "loss": found.loss, "exact": found.exact_match}

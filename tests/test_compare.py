@@ -12,6 +12,7 @@ from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare
 from lorafold.methods.lora import LoRA
+from lorafold.models.sources import resolve_model
 from lorafold.step.fitting import fitting, spec_of, without
 from lorafold.step.recipe import Recipe
 
@@ -103,7 +104,8 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(LoRA, "lr", 1e-9)
         # other defaults, another row
-        assert run.key(task, "lora") not in {p.stem.rpartition("-")[2] for p in stamps}
+        other = run.key(task, "lora", resolve_model(task.model))
+        assert other not in {p.stem.rpartition("-")[2] for p in stamps}
     assert markdown(rows).count("\n") == 5
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()

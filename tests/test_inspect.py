@@ -126,7 +126,7 @@ def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
     make_adapter(tiny_model_dir("llama"), tmp_path / "a")
     found = inspect(resolve_model(tiny_model_dir("llama")), tmp_path / "a")
     assert not any("intruders" in site for site in found["sites"].values())
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "svd").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_positions_and_intruders_of_planted_updates():
     )
     w = base.dense()
     inside = Svd(base.u[:, [3, 25]], torch.tensor([2.0, 1.0]), base.v[:, [3, 25]])
-    found = base_svd.figures({"of": 1}, "inside", w, inside, 2)
+    found = base_svd.figures(w, inside, 2)
     assert found["position_written"] == pytest.approx(
         [0, 0.8, 0, 0, 0, 0, 0, 0, 0.2, 0, 0], abs=1e-3
     )
@@ -184,7 +184,7 @@ def test_positions_and_intruders_of_planted_updates():
     )[0]
     # written where the base writes nothing
     outside = Svd(whole[:, 30:32], torch.tensor([20.0, 10.0]), base.v[:, [0, 1]])
-    found = base_svd.figures({"of": 1}, "outside", w, outside, 2)
+    found = base_svd.figures(w, outside, 2)
     assert found["position_written"][-1] == pytest.approx(1, abs=1e-3)
     assert found["intruders"] == 2
     weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)
@@ -192,15 +192,14 @@ def test_positions_and_intruders_of_planted_updates():
     assert f"in all): top {base_svd.TOP} singular vectors" in of_intruders([found])
 
 
-def test_the_base_s_svd_is_kept_by_base_and_path(tmp_path):
-    w, other = torch.randn(12, 8), torch.randn(12, 8)
-    first = base_svd.cached_svd({"of": 1}, "layer", w)
-    # as kept: it does not look at the weight
-    again = base_svd.cached_svd({"of": 1}, "layer", other)
+def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path))
+    w = torch.randn(12, 8)
+    first = base_svd.cached_svd(w)
+    monkeypatch.setattr(base_svd, "of_dense", None)
+    again = base_svd.cached_svd(w.clone())
     assert torch.allclose(again.dense(), w, atol=1e-2)
     assert torch.equal(again.s, first.s)
-    assert torch.allclose(base_svd.cached_svd({"of": 2}, "layer", other).dense(), other, atol=1e-2)
-    assert torch.allclose(base_svd.cached_svd({"of": 1}, "layer2", other).dense(), other, atol=1e-2)
 
 
 def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):

@@ -215,7 +215,8 @@ def test_the_command_lists_and_clears_the_cache(large: Path) -> None:
     done = lorafold("cache", "--kind", "token")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: --kind token: expected one of models, native, reference, rows, svd, tokens\n",
+        "error: --kind token: expected one of digests, models, native, reference, rows, svd,"
+        " tokens\n",
     )
 
 

@@ -325,10 +325,10 @@ def test_references_are_the_stack_below_and_are_kept(
 
     with branching(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
-        found = referenced(loss, examples, or_quiet(None))
+        found = referenced(loss, examples, [], or_quiet(None))
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)
-        again = referenced(loss, examples, or_quiet(None))
+        again = referenced(loss, examples, [], or_quiet(None))
         assert (again.logps == found.logps).all()
         # the adapter that trains is no part of the key, what is below it is
         before = digest(model)

@@ -306,9 +306,9 @@ def test_each_file_is_hashed_once_a_load(
     monkeypatch.setattr(contents, "sha256", counted_bytes)
     lf.load(model, adapter)
     files = ["adapter_config.json", WEIGHTS, "lorafold.json", MANIFEST]
-    # besides, the digest of an adapter is that of a few lines
+    # besides, the digests of an adapter and of its base are those of a few lines
     assert [read.count((adapter / name).read_bytes()) for name in files] == [1] * len(files)
-    assert sum(map(len, read)) < 1.01 * sum((adapter / name).stat().st_size for name in files)
+    assert sum(map(len, read)) < 1.1 * sum((adapter / name).stat().st_size for name in files)
     assert hashed == []
     load_model(merged, Storage(torch.float32, "nf4"))
     assert {name: hashed.count(name) for name in hashed if "safetensors" in name} == {
@@ -339,11 +339,11 @@ def test_a_damaged_copy_of_a_gguf_file_is_made_anew(tiny_model_dir, tmp_path, mo
 def test_damaged_singular_vectors_are_made_anew(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path))
     w = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    cached_svd({}, "q_proj", w)
+    cached_svd(w)
     [file] = cache_directory().rglob("svd.safetensors")
     whole = file.read_bytes()
     flip(file, 7)
-    assert torch.allclose(cached_svd({}, "q_proj", w).dense(), w, atol=1e-2)
+    assert torch.allclose(cached_svd(w).dense(), w, atol=1e-2)
     assert file.read_bytes() == whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,14 @@ from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
+from lorafold.identity import of_model
 from lorafold.kernels.training import use
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.provenance import known
 from lorafold.models.weights import Weights
+
+log = logging.getLogger(__name__)
 
 
 def attach(
@@ -83,9 +88,24 @@ def load(
     """
     _check_name(model, name)
     built = read(model, path, allow_other_base=allow_other_base, base=base)
+    if not allow_other_base and (told := _other_files(model, built)):
+        log.warning(told)
     if trainable and not built.over:
         built = replace(built, over=selection_of(model).active)
     return _place(model, built, name, trainable).requires_grad_(trainable)
+
+
+def _other_files(model: nn.Module, built: Built) -> str | None:
+    """A line that says that the base, which has the fingerprint of the one that the adapter was
+    trained on, was read from other files; None if it was not, or if that is not known.
+    """
+    read_from = known(model)
+    if read_from is None or built.base_identity in ("", of_model(*read_from)):
+        return None
+    return (
+        f"{built.files[0]}: the base {read_from[0].name} has other files than the one that it was"
+        " trained on: the same weights stored otherwise, or changed ones"
+    )
 
 
 def _check_name(model: nn.Module, name: str) -> None:

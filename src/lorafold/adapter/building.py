@@ -42,7 +42,8 @@ ROOM = 1 << 26  # numbers that every adapter may have
 class Built:
     """An adapter for one model: its method, the modules that were selected, and by module path the
     parts of its deltas, the lowest first. `over` are the adapters that it lies over, and `files`
-    the directory that it was read from and its digest.
+    the directory that it was read from and its digest. `base_identity` is that of the files of the
+    base that it was trained on, if its record has it.
     """
 
     spec: Spec
@@ -52,6 +53,7 @@ class Built:
     parts: Mapping[str, list[Delta]]
     over: tuple[Origin, ...]
     files: tuple[str, str] = ("", "")
+    base_identity: str = ""
 
     def deltas(self) -> dict[str, Delta]:
         """One delta for each module path."""
@@ -176,4 +178,5 @@ def read(
         raise LorafoldError(f"{stored.path}: {'; '.join([*problems, str(e)])}") from None
     peft.fill(model, built.parts, built.matches.paths, stored, base, problems)
     over = below if stored.over and fits else stored.over
-    return replace(built, over=over, files=(str(stored.path), stored.sha256))
+    files, trained_on = (str(stored.path), stored.sha256), stored.base_identity
+    return replace(built, over=over, files=files, base_identity=trained_on)

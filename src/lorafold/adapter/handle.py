@@ -22,6 +22,7 @@ from lorafold.fold.plan import plan_fold
 from lorafold.methods.parts.extras import Bias, vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
+from lorafold.models.provenance import forget
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import digest_written, listed, recorded
@@ -182,6 +183,7 @@ class Adapter:
         carry_out(self.model, plan, [self.name], untie_weights=untie_weights)
         # what lies over it lies over the base from now on
         selection_of(self.model).origins[self.name].sha256 = ""
+        forget(self.model)
         self.detach()
         record_dequantized(self.model, plan.paths)
 

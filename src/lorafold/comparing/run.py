@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.step.recipe import Recipe
+from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.step.fitting import fitting, settled_base, spec_of
+from lorafold.training.grounds import grounds
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:
@@ -76,10 +77,11 @@ def compare(
             f" {', '.join(methods)} has"
         )
     plan = [(method, seed) for method in methods for seed in seeds]
+    source = resolve_model(task.model)
     (out / "rows").mkdir(parents=True, exist_ok=True)
     measurements: list[Measurement] = []
     for method, seed in plan:
-        file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
+        file = out / "rows" / f"{method}-{seed}-{key(task, method, source)}.json"
         found = kept(file, partial(measured_anew, task, method, seed))
         measurements.append(of_stored(found))
         tell(measurements[-1], len(measurements), len(plan))
@@ -110,24 +112,22 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
         return pool.submit(measure, task, method, seed).result()
 
 
-# fields that recipes did not have at first: silent ones leave the digests as they were
-LATER = {
-    *("template_kwargs", "train_on", "mask_reasoning", "streaming", "shuffle_buffer"),
-    *("beta", "objective_options"),
-}
+def key(task: Task, method: str, source: ModelSource) -> str:
+    """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
+    the recipe with the defaults of the method, the device, the storage and the code.
 
-
-def key(task: Task, method: str) -> str:
-    """A digest, of twelve letters, of everything that the figures depend on: the task, the method's
-    defaults and the version of lorafold.
+    Args:
+        task: Model, data and recipe.
+        method: The name of the method.
+        source: The model.
     """
-    recipe = task.recipe.model_dump(mode="json", exclude={"method", "seed"})
-    default = Recipe().model_dump(mode="json")
-    recipe = {k: v for k, v in recipe.items() if k not in LATER or v != default[k]}
-    spec = make_spec(method)
-    own = [repr(spec), spec.lr, spec.lr_b, version("lorafold")]
+    recipe = fitting(task.recipe, method)
+    spec = spec_of(recipe)
+    base, template = settled_base(recipe, spec, source), recipe.chat_template
+    found = grounds(source, base, template, "comparing", "merging", device=task.device)
     rows = [Rows.of(task.rows).sha256, Rows.of(task.held_out).sha256]
-    return digest_of([task.model, *rows, recipe, own])
+    asked = recipe.model_dump(mode="json", exclude={"seed"})
+    return digest_of([found, *rows, asked, repr(spec), spec.lr, spec.lr_b])
 
 
 def of_stored(stored: dict[str, Any]) -> Measurement:

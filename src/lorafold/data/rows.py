@@ -18,7 +18,6 @@ from lorafold.data.stored import LARGE, ArrowRows, Part, Rows, write_rows
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
 
-FORMAT = 1  # raise it when rows that were kept by an earlier version must not be used any more
 Notice = Callable[[str], None]
 
 
@@ -72,7 +71,11 @@ def read_rows(
         about = {"counts": counts, "ignored": list(ignored), **known}
         write_json(directory / "about.json", about)
 
-    path = cached("rows", json.dumps([FORMAT, identities, sorted(columns.items())]), write, notice)
+    from lorafold.identity import of_code  # which loads torch
+
+    code = of_code("data", packages=("datasets", "pyarrow"))
+    key = json.dumps([code, identities, sorted(columns.items())])
+    path = cached("rows", key, write, notice)
     about = json.loads((path / "about.json").read_text(encoding="utf-8"))
     parts = tuple(Part(n, s.weight) for n, s in zip(about["counts"], named, strict=True))
     known = about["sha256"], about["bytes"]

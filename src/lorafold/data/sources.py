@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import sha256
+from lorafold.files.digests import of_file
 
 Row = dict[str, Any]
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
@@ -44,7 +44,7 @@ class Source:
         """What tells whether its rows are still the same: the digest of a file, or the fingerprint
         of a dataset.
         """
-        return sha256(self._path) if self._read else str(self._dataset._fingerprint)
+        return of_file(self._path)[1] if self._read else str(self._dataset._fingerprint)
 
     def numbered(self) -> Iterable[tuple[int, Found]]:
         """The numbered rows, unchecked. LorafoldError where they can't be read."""

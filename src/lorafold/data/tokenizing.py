@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
-FORMAT = 1  # raise it when tables that were kept by an earlier version must not be used any more
 TOKENS = "tokens.arrow"
+ROOMS = ("data", "models/joined")  # that make tokens
+PACKAGES = ("jinja2", "tokenizers", "transformers")
 Chunks = Iterator[tuple[int, list[Any]]]  # (index of the first row, rows)
 
 
@@ -94,7 +95,10 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
             for batch in mapped(counted(numbered(rows.texts()))):
                 writer.write_batch(batch)
 
-    key = json.dumps([FORMAT, rows.sha256, encoder.identity], sort_keys=True)
+    from lorafold.identity import of_code  # which loads torch
+
+    code = of_code(*ROOMS, packages=PACKAGES)
+    key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
     table = open_table(cached("tokens", key, write, notice) / TOKENS)
     refuse_problems(table)
     return table

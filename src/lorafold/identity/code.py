@@ -9,6 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (".py", ".cpp", ".h")
+# The rooms that train a model or measure one, with all that they import.
+TRAINING = (
+    *("adapter", "bases", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
+    *("machine", "memory", "methods", "models", "ops", "peft", "step", "training"),
+)
+COMPUTED_WITH = ("torch", "transformers")
 
 
 @cache

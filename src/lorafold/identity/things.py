@@ -11,7 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
-from lorafold.files.digests import of_files
+from lorafold.files.contents import digest
+from lorafold.files.digests import of_file, of_files
+from lorafold.models.gguf import UNPACKING
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import MODEL_FILES
@@ -23,12 +25,15 @@ CODE = "**/*.py"
 
 
 def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
-    """The SHA-256 over a model's configuration, weights and tokenizer, in hexadecimal.
+    """The SHA-256 over a model's configuration, weights and tokenizer, in hexadecimal; of one that
+    was unpacked, over the GGUF file, since transformers writes its copy in other bytes by version.
 
     Args:
         source: The model.
         trust_remote_code: Its own Python files run, so they count too.
     """
+    if source.gguf is not None:
+        return digest([(f"gguf {UNPACKING}", *of_file(source.gguf))])
     own = (CODE,) if trust_remote_code else ()
     return of_files(source.path, (*MODEL_FILES, *WORDS, *own))
 

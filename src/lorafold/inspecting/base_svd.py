@@ -1,5 +1,6 @@
 """The update in the spectrum of the base: which of the base's singular directions it changes, and
-which directions it adds. This takes the SVD of every W0, which is cached on disk.
+which directions it adds. This takes the SVD of every W0, which is kept in the cache under
+the digest of W0 itself.
 
     W0 = sum_j s0_j u0_j v0_j^T
     position      p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and the same with v: how the
@@ -14,9 +15,7 @@ directions that W0 does not emphasize. Intruder dimensions: Shuttleworth et al. 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
@@ -25,25 +24,27 @@ from torch import Tensor
 
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.cache import cache_directory
+from lorafold.identity import of_code
 from lorafold.inspecting.updates import Svd, of_dense
 
 BINS = 10
 TOP, COSINE = 10, 0.5
 FILE = "svd.safetensors"
-FORMAT = 1  # increase it when the files of an earlier version can no longer be used
+DIGITS = 32
+CODE = ("inspecting/base_svd", "inspecting/updates")  # that decomposes W0
 
 
-def cached_svd(fingerprint: Mapping[str, Any], path: str, w: Tensor) -> Svd:
+def cached_svd(w: Tensor) -> Svd:
     """The SVD of a weight of the base, from the cache, or computed and added to it. Vectors are
     stored in fp16, whose rounding is far below the cosines that are measured.
 
     Args:
-        fingerprint: That of the base, which names its directory in the cache.
-        path: The module path, or the name of a matrix of experts.
-        w: W0, (out, in).
+        w: W0, (out, in), in fp32.
     """
-    base = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-    directory = cache_directory() / "svd" / f"{base}-{FORMAT}" / path
+    found = sha256(f"{tuple(w.shape)} {w.dtype}\n".encode())
+    found.update(w.flatten().numpy().data)
+    made_by = cache_directory() / "svd" / of_code(*CODE)[:DIGITS]
+    directory = made_by / found.hexdigest()[:DIGITS]
     if not verify(directory):
         return Svd(**{name: tensor.float() for name, tensor in load_file(directory / FILE).items()})
     svd = of_dense(w)
@@ -87,19 +88,15 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:
     return int(((base.u.t() @ tuned.u).abs().amax(0) < COSINE).sum())
 
 
-def figures(
-    fingerprint: Mapping[str, Any], path: str, w: Tensor, update: Svd, directions: int
-) -> dict[str, Any]:
+def figures(w: Tensor, update: Svd, directions: int) -> dict[str, Any]:
     """The figures of one site, by their names in the JSON.
 
     Args:
-        fingerprint: That of the base.
-        path: The module path, or the name of a matrix of experts.
-        w: W0, (out, in).
+        w: W0, (out, in), in fp32.
         update: The SVD of dW.
         directions: `top_projection` is the norm of W0 in so many of its own top directions.
     """
-    base = cached_svd(fingerprint, path, w)
+    base = cached_svd(w)
     if not len(update.s):
         return {"intruders": 0}
     writes, reads = position(update.u, update.s, base.u), position(update.v, update.s, base.v)

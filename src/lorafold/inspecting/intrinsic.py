@@ -23,12 +23,15 @@ from lorafold.data.stored import Rows
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
+from lorafold.identity import of_adapter
 from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
+from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.grounds import FILES, grounds
 from lorafold.training.objectives import ModelRequest
 from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
@@ -82,16 +85,24 @@ def search(
     if "base" not in recipe.model_fields_set:
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"base": "fp32"})
-    check(
-        out,
-        {
-            "model": request.model,
-            "recipe": recipe.model_dump(mode="json"),
-            "rate": Fastfood.lr,
-            "data": request.data.identity,
-            "held_out": Rows.of(request.eval_rows or ()).sha256,
-        },
+    stands_on = grounds(
+        resolve_model(request.model, request.revision),
+        recipe.base,
+        recipe.chat_template,
+        "inspecting",
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
     )
+    identity = {
+        **stands_on,
+        "adapters": [*map(of_adapter, request.adapters)],
+        "model": request.model,
+        "recipe": recipe.model_dump(mode="json"),
+        "rate": Fastfood.lr,
+        "data": request.data.identity,
+        "held_out": Rows.of(request.eval_rows or ()).sha256,
+    }
+    check(out, identity)
     base = kept(out / "base.json", lambda: bare_loss(request, recipe))
     full = kept(out / "full.json", lambda: run(request, recipe, out / "full", "full"))
     if full >= base:
@@ -128,11 +139,17 @@ def check(out: Path, identity: dict) -> None:
     file = out / "search.json"
     if file.exists():
         found = read_object(file)
-        # recipe fields that an earlier version did not have yet take their defaults
-        found["recipe"] = Recipe().model_dump(mode="json") | found.get("recipe", {})
-        if found != json.loads(json.dumps(identity)):
+        if FILES not in found:
             raise LorafoldError(
-                f"{out}: found a search with another model, data or recipe; choose another --out"
+                f"{out}: found a search of an earlier lorafold, which does not say what was in the"
+                " files of its model; choose another --out"
+            )
+        now = json.loads(json.dumps(identity))
+        names = sorted(found.keys() | now.keys())
+        if differing := [name for name in names if found.get(name) != now.get(name)]:
+            raise LorafoldError(
+                f"{out}: found another search, which differs in {', '.join(differing)}; choose"
+                " another --out"
             )
         return
     if out.exists() and any(out.iterdir()):

@@ -34,12 +34,9 @@ from lorafold.inspecting.residual import Stream, gain, stream_of
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, sites
-from lorafold.models import fingerprint
 from lorafold.models.checkpoint import MappedModel, mapped_model_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.models.weights import ModelWeights
-from lorafold.peft.stack import recorded
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
@@ -94,12 +91,11 @@ def inspect(
     if against is not None:
         with only(mapped.model, *below):
             other = load(mapped.model, against, "against", allow_other_base=allow_other_base)
-    base = fingerprint.of(ModelWeights(mapped.model)) | recorded(adapter.over) if full else None
     changed, figures, svds = list(sites(adapter, below)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(changed, 1):
         weights = site.weights()
         for name, svd in site.parts():
-            figures[name] = of_matrix(site, name, svd, weights[name].float(), base)
+            figures[name] = of_matrix(site, svd, weights[name].float(), full)
             svds[name] = kept_of(site, svd)
         if progress is not None:
             progress(done, len(changed))
@@ -137,24 +133,20 @@ def inspect(
     return {**result, "advice": conclusions.sentences(result)}
 
 
-def of_matrix(
-    site: Site, name: str, svd: Svd, w: torch.Tensor, base: Mapping[str, Any] | None
-) -> Figures:
+def of_matrix(site: Site, svd: Svd, w: torch.Tensor, full: bool) -> Figures:
     """The figures of a matrix.
 
     Args:
         site: Its site.
-        name: Its name.
         svd: The SVD of its update.
         w: W0, (out, in), in fp32.
-        base: The base's fingerprint, for those that need the spectrum of W0 too; None leaves them
-            out.
+        full: Those that need the spectrum of W0 too.
     """
     figures = spectrum(svd.s, site.rank)
     directions = len(svd.s) if figures["factored"] else int(figures["effective_rank_95"])
     found = {**figures, **against_base(svd, w, directions), "directions": directions}
-    if base is not None:
-        found |= base_svd.figures(base, name, w, svd, directions)
+    if full:
+        found |= base_svd.figures(w, svd, directions)
     about = {
         "shape": list(w.shape),
         "singular_values": svd.s.tolist(),

@@ -25,6 +25,7 @@ from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, op
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion
 from lorafold.models.plain_files import as_plain
+from lorafold.models.provenance import remember
 from lorafold.models.sources import HUB_FILES, ModelSource
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -93,6 +94,7 @@ def plan(
     checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
     mapped = mapped_model(checkpoint, trust_remote_code)
     checkpoint, mapped, dequantized = as_plain(checkpoint, mapped)
+    remember(mapped.model, source, trust_remote_code)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))

@@ -35,6 +35,7 @@ from lorafold.models.container import Container, Entry, read_container, read_ten
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
+from lorafold.models.provenance import remember
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
@@ -177,6 +178,7 @@ def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> Map
     which adapters attached to it record as their base.
     """
     mapped = mapped_model(open_checkpoint(source), trust_remote_code)
+    remember(mapped.model, source, trust_remote_code)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
     return mapped
 

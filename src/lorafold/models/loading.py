@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading
+from lorafold.models.provenance import remember
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, resolved
 from lorafold.models.storage import Storage, default_storage
@@ -121,6 +122,7 @@ def read_weights(
             **config,
         )
         compute_in(model, wanted.dtype)
+    remember(model, source, trust_remote_code)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), sorted(info["missing_keys"])

@@ -48,6 +48,7 @@ from lorafold.peft.stack import digest_of, parse
 from lorafold.peft.tensors import Parts, saved_tensors, sites
 
 FILES = (CONFIG, WEIGHTS, RECORD)
+BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 
 T = TypeVar("T")
 
@@ -137,6 +138,7 @@ class Stored:
     fingerprint: Fingerprint
     over: tuple[Origin, ...]  # what it was trained over
     sha256: str  # its own, as `stack.digest_of` gives it
+    base_identity: str  # of the files of its base; empty if its record does not have it
 
     def targets(self, model: nn.Module) -> Matches:
         """Return the modules of this model to adapt."""
@@ -205,7 +207,8 @@ def read(path: str | Path | Contents) -> Stored:
     written, over, record = about
     ours = with_dropout(spec, record) if selection.target_parameters else spec
     return Stored(
-        contents.path, ours, bias, selection, weights, written, over, digest_of(contents)
+        contents.path, ours, bias, selection, weights, written, over, digest_of(contents),
+        str(record.get(BASE_IDENTITY, "")),
     )
 
 

@@ -21,6 +21,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
 
+FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
+
 
 @dataclass
 class Progress:
@@ -69,11 +71,13 @@ class RunDirectory:
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
-    def check(self, identity: dict, defaults: dict) -> None:
-        """Raises LorafoldError unless the stored run has the same recipe, model and data.
+    def check(self, identity: dict, defaults: dict) -> str | None:
+        """Raises LorafoldError unless the stored run has the same recipe, model and data, and read
+        the same files.
 
-        A recipe field that is missing in the stored run, because an earlier version wrote it, has
-        its value in `defaults`.
+        What is missing in the stored run, because an earlier version wrote it: a field of the
+        recipe has its value in `defaults`, and files can't be compared, which the line says that
+        is returned.
         """
         check_intact(self.path, ["run.json"])
         try:
@@ -83,17 +87,31 @@ class RunDirectory:
                 f"{self.path}: found no run to resume; start one without --resume"
             ) from None
         found |= {k: defaults[k] for k in identity if k in defaults and k not in found}
-        differing = [
-            k for k in sorted(set(found) | set(identity)) if found.get(k) != identity.get(k)
+        now, then = identity.get(FILES, {}), found.pop(FILES, None)
+        names = sorted((set(found) | set(identity)) - {FILES})
+        changes = [
+            f"{k}: was {found.get(k)!r}, now {identity.get(k)!r}"
+            for k in names
+            if found.get(k) != identity.get(k)
         ]
-        if differing:
-            changes = "; ".join(
-                f"{k}: was {found.get(k)!r}, now {identity.get(k)!r}" for k in differing
-            )
+        others = [
+            f"{what}: {of['name']} had other files when the run began"
+            for what, of in now.items()
+            if then is not None and then.get(what, {}).get("sha256") != of["sha256"]
+        ]
+        if changes or others:
+            wrong = "had another recipe" if changes else "began on something else"
             raise LorafoldError(
-                f"{self.path}: the run to resume had another recipe: {changes}. Use the old values,"
-                " or start again with --overwrite"
+                f"{self.path}: the run to resume {wrong}: {'; '.join([*changes, *others])}. Use the"
+                f" old {'values' if changes else 'files'}, or start again with --overwrite"
             )
+        if now and then is None:
+            shown = ", ".join(of["name"] for of in now.values())
+            return (
+                f"{self.path}: an earlier lorafold began this run and did not say what was in the"
+                f" files of {shown}: whether they are the same can't be checked"
+            )
+        return None
 
     def checkpoints(self) -> dict[int, Path]:
         """The complete checkpoints by step, in ascending order."""

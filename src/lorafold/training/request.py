@@ -19,6 +19,7 @@ from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import Stream, StreamFeed
+from lorafold.identity import of_adapter, of_model
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
@@ -91,6 +92,20 @@ def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     rows = () if isinstance(request.rows, Stream) else request.rows
     objective = OBJECTIVES[request.recipe.objective]
     return source, objective(request.recipe, rows, source, request.adapters)
+
+
+def files_of(request: Request, source: ModelSource) -> dict[str, dict[str, str]]:
+    """What the run reads from files, each with its tokenizer: the `model`, the adapters below, as
+    `Request.below` names them, and that of `init_adapter`; by name and identity.
+
+    Args:
+        request: Names the adapters.
+        source: The model.
+    """
+    names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
+    adapters = zip(names, request.adapters, strict=True)
+    found = {"model": {"name": source.name, "sha256": of_model(source, request.trust_remote_code)}}
+    return found | {n: {"name": str(path), "sha256": of_adapter(path)} for n, path in adapters}
 
 
 def tokenizer_for(

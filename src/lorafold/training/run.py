@@ -17,6 +17,7 @@ from rich.console import Console
 from lorafold.adapter.reach import strays
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.models.tokenizer import has_tokenizer
+from lorafold.peft.directory import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
@@ -52,9 +53,12 @@ def train(request: Request, console: Console) -> Trained:
         console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
         loss.to(setup.accelerator.device)
-        feed, held_out = setup.objective.refer(loss, setup.feed, setup.held_out, console)
+        feed, held_out = setup.objective.refer(
+            loss, setup.feed, setup.held_out, setup.below, console
+        )
         job, progress = prepare(
             setup.request,
+            setup.files,
             adapter,
             loss,
             setup.accelerator,
@@ -75,6 +79,7 @@ def train(request: Request, console: Console) -> Trained:
     saved = tokenizer if own_tokenizer(setup) or adapter.spec.trains_base else None
     ids = setup.words.ids
     about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
+    about[BASE_IDENTITY] = setup.files["model"]["sha256"]
     return finish(setup.request, job, progress, saved, about, weights)
 
 

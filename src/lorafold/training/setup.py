@@ -40,7 +40,7 @@ from lorafold.step.recipe import OF_ADAPTER
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
 from lorafold.training.objectives import Data, ModelRequest, Objective
-from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
+from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,9 +58,18 @@ class Setup:
     storage: Storage
     tokenizer: PreTrainedTokenizerBase
     words: Words
+    files: dict[str, dict[str, str]]
     feed: Feed
     held_out: Data | None
     accelerator: Accelerator
+
+    @property
+    def below(self) -> list[str]:
+        """What the model computes without the adapter that trains depends on: files, storage and
+        device.
+        """
+        read = [of["sha256"] for name, of in self.files.items() if name != "init_adapter"]
+        return [*read, self.storage.name, str(self.storage.dtype), self.device.type]
 
 
 def check_request(request: Request, console: Console) -> Spec:
@@ -145,6 +154,7 @@ def set_up(request: Request, console: Console) -> Setup:
     storage = choose_storage(recipe.base, device)
     if spec.trains_base:
         check_rounding(recipe.optimizer, [storage.dtype])
+    files = files_of(request, source)
     tokenizer, words = tokenizer_for(request, source, objective, console)
     feed, held_out = tokenized(request, tokenizer, objective, console)
     console.print(f"base: {storage.why}", highlight=False)
@@ -159,8 +169,8 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request, spec, source, objective, device, storage, tokenizer, words, feed, held_out,
-        accelerator,
+        request, spec, source, objective, device, storage, tokenizer, words, files, feed,
+        held_out, accelerator,
     )  # fmt: skip
 
 

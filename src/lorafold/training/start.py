@@ -4,7 +4,7 @@ optimizer and the random state of a run that was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,21 @@ from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.step.recipe import Recipe
-from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Job
 from lorafold.training.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Files = Mapping[str, Mapping[str, str]]
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 
 
 def prepare(
     request: Request,
+    files: Files,
     adapter: Adapter,
     loss: Loss,
     accelerator: Accelerator,
@@ -44,6 +46,7 @@ def prepare(
 
     Args:
         request: With `resume`, the last checkpoint of the run is loaded, if there is one.
+        files: What the run reads, as `files_of` gives it.
         adapter: Attached to the model of `loss`.
         loss: On the accelerator's device.
         accelerator: Distributes the steps and logs to the trackers.
@@ -52,17 +55,18 @@ def prepare(
         tokenizer: Its chat template is part of what a resumed run must share.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
 
-    Raises LorafoldError where the run to resume had another recipe, model or data.
+    Raises LorafoldError where the run to resume had another recipe, model or data, or other files.
     """
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
-    identity = identity_of(request, adapter, tokenizer) | dict(loss.rules)
+    identity = identity_of(request, files, adapter, tokenizer) | dict(loss.rules)
     progress, state = Progress(decays_vectors=False), None
     resume = request.resume and run.path.exists()
     if request.resume and not resume:
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        run.check(identity, Recipe().model_dump(mode="json"))
+        if unknown := run.check(identity, Recipe().model_dump(mode="json")):
+            console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             adapter.load_state_dict(tensors)
@@ -93,12 +97,14 @@ def prepare(
 
 
 def identity_of(
-    request: Request, adapter: Adapter, tokenizer: PreTrainedTokenizerBase
+    request: Request, files: Files, adapter: Adapter, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that was stopped.
+    """What a resumed run must have in common with the one that was stopped. The code is no part of
+    it, so that a later version of lorafold resumes it too.
 
     Args:
         request: Names the recipe, the model and the data.
+        files: What the run reads.
         adapter: Knows the digests of the adapters that it lies over.
         tokenizer: Has the chat template.
     """
@@ -108,6 +114,7 @@ def identity_of(
         "model": request.model,
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
+        FILES: files,
     }
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,18 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.figures import digest_of
+from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
-from lorafold.peft import directory as peft
+from lorafold.models.sources import resolve_model
 from lorafold.step.recipe import Recipe
+from lorafold.training.grounds import grounds
 from lorafold.undoing.defences import DEFENCES
 
 HELD_OUT = 32  # benign rows at most, on which the loss is measured
 OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
 RECIPE = Recipe(epochs=5, batch=4)
 REFUSAL, COMPLIANCE = ("I can't",), ("Sure",)  # how either begins
+ROOMS = ("composing", "inspecting", "undoing")  # that measure
 EXAMPLES, RANKS = (1, 3, 10, 30, 100), (4, 16)
 
 
@@ -46,8 +48,8 @@ class Stack:
 
     @cached_property
     def identity(self) -> list[str]:
-        """The digests of the adapters' files."""
-        return [peft.read(path).sha256 for path in self.adapters]
+        """The identities of the adapters."""
+        return [*map(of_adapter, self.adapters)]
 
 
 def stacks_of(*adapters: Sequence[Path]) -> tuple[Stack, ...]:
@@ -85,13 +87,26 @@ class Task:
     trust_remote_code: bool = False
     allow_other_base: bool = False
 
+    @cached_property
+    def grounds(self) -> dict[str, Any]:
+        """The model's identity, how and where it is loaded, and the code."""
+        return grounds(
+            resolve_model(self.model, self.revision),
+            self.recipe.base,
+            self.recipe.chat_template,
+            *ROOMS,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
     @property
     def probe_identity(self) -> list[Any]:
         """What the figures of any state of the model depend on."""
         asked = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
         held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
         beginnings = [self.refusal, self.compliance, self.max_new_tokens]
-        return [self.model, self.recipe.base, *asked, held_out, *beginnings, version("lorafold")]
+        recipe = self.recipe.model_dump(mode="json")
+        return [self.grounds, recipe, *asked, held_out, *beginnings]
 
     @cached_property
     def _order(self) -> list[int]:
@@ -174,7 +189,7 @@ class Run:
     def name(self) -> str:
         """The name of its files, with a digest of all that the tuning depends on."""
         task, recipe = self.task, self.recipe.model_dump(mode="json")
-        all_ = [task.model, self.stack.identity, self.rows.sha256, recipe, version("lorafold")]
+        all_ = [task.grounds, self.stack.identity, self.rows.sha256, recipe]
         kind = "mixed-" if self.mixed else ""
         return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
 

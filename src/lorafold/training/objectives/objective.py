@@ -135,7 +135,12 @@ class Objective(ABC):
         return {}
 
     def refer(
-        self, loss: Any, feed: Feed, held_out: Data | None, console: Console
+        self,
+        loss: Any,
+        feed: Feed,
+        held_out: Data | None,
+        below: Sequence[str],
+        console: Console,
     ) -> tuple[Feed, Data | None]:
         """The same examples with what the objective has to know of them under the model before
         anything is trained.
@@ -144,6 +149,8 @@ class Objective(ABC):
             loss: As `loss` yields it.
             feed: The examples to train on.
             held_out: Those to measure on.
+            below: What the model before anything is trained depends on besides its tensors, as
+                identities.
             console: For progress.
         """
         return feed, held_out

@@ -35,16 +35,22 @@ class Preference(Comparing):
     """
 
     def refer(
-        self, loss: Preferences, feed: Feed, held_out: Data | None, console: Console
+        self,
+        loss: Preferences,
+        feed: Feed,
+        held_out: Data | None,
+        below: Sequence[str],
+        console: Console,
     ) -> tuple[Feed, Data | None]:
         if not self.law.has_reference:
             return feed, held_out
         if isinstance(feed, StoredFeed) and (moves(loss.model) or feed.passes >= 1):
-            feed = feed.with_examples(partial(referenced, loss, console=console))
+            refer = partial(referenced, loss, below=below, console=console)
+            feed = feed.with_examples(refer)
         else:
             console.print("reference: log-probabilities are computed in each step", highlight=False)
         if moves(loss.model) and isinstance(held_out, PreferredData):
-            known = referenced(loss, cast(BranchedExamples, held_out.examples), console)
+            known = referenced(loss, cast(BranchedExamples, held_out.examples), below, console)
             held_out = replace(held_out, examples=known)
         return feed, held_out
 

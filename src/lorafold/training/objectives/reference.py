@@ -1,10 +1,11 @@
 """The log-probabilities of completions under the reference, computed before the first step.
 
-    examples = referenced(loss, examples, console)
+    examples = referenced(loss, examples, below, console)
 
-The reference never moves, so they are computed once and kept in the cache, under the digest of the
-examples and of every tensor of the model but those of the adapter that trains. A run that is
-resumed, or repeated with another beta, reads them.
+The reference never moves, so they are computed once and kept in the cache, under the identity of
+all that they depend on: the examples, the files that the model is made of, every tensor of it but
+those of the adapter that trains (what is drawn is in no file), and the code. A run that is resumed,
+or repeated with another beta, reads them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, BranchedExamples
 from lorafold.files.cache import cached
+from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.step.preferences import Preferences
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMAT = 1  # raise it when files of an earlier version must not be used any more
 FILE = "reference.npy"
 
 
@@ -54,12 +55,15 @@ class Referenced(Sequence[Branched]):
         return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))
 
 
-def referenced(loss: Preferences, examples: BranchedExamples, console: Console) -> Referenced:
+def referenced(
+    loss: Preferences, examples: BranchedExamples, below: Sequence[str], console: Console
+) -> Referenced:
     """The examples with their references, from the cache, or computed and added to it.
 
     Args:
         loss: Has the model, whose highest adapter is as it was before training.
         examples: Tokenized rows.
+        below: What else the model without its highest adapter depends on: files and storage.
         console: For progress, and for where they are from.
     """
     from rich.progress import Progress
@@ -80,7 +84,9 @@ def referenced(loss: Preferences, examples: BranchedExamples, console: Console) 
     def notice(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    key = json.dumps([FORMAT, digest(loss.model), examples.digest, loss.shares])
+    code = of_code(*TRAINING, packages=COMPUTED_WITH)
+    made = [*below, digest(loss.model), examples.digest]
+    key = json.dumps([code, made, loss.shares])
     path = cached("reference", key, write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))

@@ -1,0 +1,414 @@
+"""The table: thing x changed field x kept result. What was kept for one thing is not given for
+another: it is refused or made anew; and it is given again once the thing is what it was.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save
+
+import lorafold as lf
+from lorafold.comparing import measure
+from lorafold.comparing.run import key
+from lorafold.data import rows as reading
+from lorafold.data import stored, tokenizing
+from lorafold.data.examples import encode
+from lorafold.data.rows import read_rows
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import MANIFEST
+from lorafold.files.cache import cache_directory
+from lorafold.identity import TRAINING, code, of_code
+from lorafold.inspecting import base_svd, intrinsic
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.training import loop
+from lorafold.training.request import Request
+from lorafold.undoing import run as undoing
+from lorafold.undoing import task as fragile
+
+ROWS = [{"prompt": f"Book {n}", "completion": f" {n} it is"} for n in range(4)]
+PAIRS = [{"prompt": f"Book {n}", "chosen": f" {n}", "rejected": " no"} for n in range(4)]
+RECIPE = lf.Recipe(
+    steps=1, batch=4, rank=2, dropout=0.0, base="fp32", max_length=64, warmup=0.0, save_every=1
+)
+DPO = RECIPE.model_copy(update={"objective": "dpo"})
+EDITED = "model.layers.1.mlp.down_proj.weight"  # beside the values of the fingerprint
+TARGETS = ["q_proj", "down_proj"]
+
+STEP = loop.train_step
+
+
+class GoesOn(Exception):
+    """The first step of a run."""
+
+
+def never(*_: Any) -> float:
+    raise GoesOn
+
+
+@dataclass
+class World:
+    """A model, an adapter on it, one over that, and rows; with all that was kept for them."""
+
+    root: Path
+    names: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def below(self) -> Path:
+        return self.root / "below"
+
+    # the things: each tells whether what was kept is given for what is there now
+
+    def run(self) -> bool:
+        """The run that was stopped."""
+        try:
+            self.train("run", RECIPE, ROWS, resume=True)
+        except GoesOn:
+            return True
+        except LorafoldError:
+            return False
+        return False
+
+    def reference(self) -> bool:
+        """The log-probabilities of the reference."""
+        with pytest.raises(GoesOn):
+            self.train("dpo", DPO, PAIRS, overwrite=True)
+        return "read from the cache" in self.told
+
+    def compare(self) -> bool:
+        """The figures of a method."""
+        task = measure.Task(str(self.model), ROWS, ROWS, "rows", RECIPE, "cpu")
+        return self.same("compare", {key(task, "lora", resolve_model(self.model))})
+
+    def intrinsic(self) -> bool:
+        """The losses of a search."""
+        recipe, out = RECIPE.model_copy(update={"steps": 3, "lr": 1e-2}), self.root / "search"
+        asked = Request(str(self.model), out, recipe, ROWS, "rows", eval_rows=ROWS, device="cpu")
+        there = set(out.glob("*.json"))
+        try:
+            intrinsic.search(asked, 1, 1, 1.0, lambda point: None)
+        except LorafoldError:
+            return False
+        return there == set(out.glob("*.json"))
+
+    def fragility(self) -> bool:
+        """The figures and the tuning of a run."""
+        task = fragile.Task(
+            str(self.model), fragile.stacks_of([self.below]), ROWS, ROWS, stored.Rows.of(ROWS),
+            "rows", ("No",), ("Sure",), (1,), (2,), (1e-3,), (0,), ("none",), recipe=RECIPE,
+        )  # fmt: skip
+        [run] = task.runs(task.stacks[0])
+        files = [*undoing.files(run, self.root).values(), undoing.tuned(run, self.root)]
+        return self.same("fragility", {*map(str, files)})
+
+    def svd(self) -> bool:
+        """The decompositions of the base with the adapter below."""
+        before = set((self.root / "cache" / "svd").rglob(base_svd.FILE))
+        lf.inspect(
+            self.root / "top", self.model, over=self.below, full=True, allow_other_base=True
+        )
+        return set((self.root / "cache" / "svd").rglob(base_svd.FILE)) == before
+
+    def tokens(self) -> bool:
+        """The tokens of large data."""
+        encode(self.rows_of(), load_tokenizer(self.model), 64, self.console())
+        return "tokens: about" not in self.told
+
+    def rows(self) -> bool:
+        """The parsed rows of large data."""
+        self.rows_of()
+        return "they are kept in" not in self.told
+
+    # what they need
+
+    def same(self, name: str, found: set[str]) -> bool:
+        return self.names.setdefault(name, found) == found
+
+    def console(self) -> Console:
+        self.out = io.StringIO()
+        return Console(file=self.out, width=500)
+
+    @property
+    def told(self) -> str:
+        return self.out.getvalue()
+
+    def rows_of(self) -> stored.Rows:
+        console = self.console()
+        return read_rows(str(self.root / "rows.jsonl"), notice=console.print)
+
+    def train(self, name: str, recipe: lf.Recipe, rows: Any, **more: Any) -> None:
+        lf.train(
+            recipe, data=rows, out=self.root / name, model=self.model, over=self.below,
+            device="cpu", console=self.console(), **more,
+        )  # fmt: skip
+
+
+THINGS = ("run", "reference", "compare", "intrinsic", "fragility", "svd", "rows", "tokens")
+
+
+def shared(cache: Path) -> None:
+    """A new cache that has the compiled operators of the one in use, which take seconds to make."""
+    native = cache_directory() / "native"
+    native.mkdir(parents=True, exist_ok=True)
+    cache.mkdir()
+    (cache / "native").symlink_to(native)
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model_dir, patched) -> World:
+    """Everything is kept, for the things as they are."""
+    made = World(tmp_path_factory.mktemp("world"))
+    shared(made.root / "cache")
+    patched.setenv("LORAFOLD_CACHE", str(made.root / "cache"))
+    patched.setattr(stored, "LARGE", 1000)
+    patched.setattr(reading, "LARGE", 1000)
+    (made.root / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS * 10))
+    shutil.copytree(tiny_model_dir("llama"), made.model)
+    model = lf.load_model(made.model, storage="fp32")
+    for name in ("below", "top"):
+        adapter = lf.attach(model, lf.LoRA(rank=2, alpha=8), TARGETS, name=name)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        adapter.save(made.root / name)
+    (made.below / MANIFEST).unlink()  # so that its files may be edited
+    made.intrinsic()
+    patched.setattr(loop, "train_step", never)
+    with pytest.raises(GoesOn):
+        made.train("run", RECIPE, ROWS)
+    for thing in THINGS:
+        getattr(made, thing)()
+    return made
+
+
+def edited(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def put(file: Path, content: bytes) -> None:
+    """Other content in another file, since models may have mapped the one before."""
+    file.with_suffix(".new").write_bytes(content)
+    file.with_suffix(".new").replace(file)
+
+
+def weight(world: World) -> None:
+    tensors = load_file(world.model / "model.safetensors")
+    tensors[EDITED][3, 5] += 1
+    put(world.model / "model.safetensors", save(tensors, {"format": "pt"}))
+
+
+def configuration(world: World) -> None:
+    edited(world.model / "config.json", rms_norm_eps=0.1)
+
+
+def template(world: World) -> None:
+    with (world.model / "chat_template.jinja").open("a") as file:
+        file.write("{# another #}")
+
+
+def scale(world: World) -> None:
+    edited(world.below / "adapter_config.json", lora_alpha=32)
+
+
+CHANGES: dict[str, tuple[Callable[[World], None] | None, set[str]]] = {
+    # what is given all the same: nothing that it depends on is another
+    "a weight": (weight, {"tokens", "rows"}),
+    "a configuration": (configuration, {"svd", "tokens", "rows"}),
+    "a chat template": (template, {"svd", "rows"}),
+    "an alpha": (scale, {"compare", "intrinsic", "tokens", "rows"}),
+    "nothing": (None, set(THINGS)),
+}
+FIGURES = {"compare", "intrinsic", "fragility"}
+SLOW = {"a configuration", "a chat template"}
+SLOWLY = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(name, marks=[SLOWLY] * (name in SLOW)) for name in CHANGES],
+)
+def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: World) -> None:
+    do, given = CHANGES[change]
+    before = {p: p.read_bytes() for at in (world.model, world.below) for p in at.iterdir()}
+    try:
+        if do is not None:
+            do(world)
+            assert [p for p in before if p.read_bytes() != before[p]]
+        assert {thing for thing in THINGS if getattr(world, thing)()} == given
+    finally:
+        for path, content in before.items():
+            put(path, content)
+
+
+@pytest.mark.parametrize(
+    ("file", "others"),
+    [
+        pytest.param("ops/norm.py", {*FIGURES, "reference"}, marks=SLOWLY),
+        ("data/render.py", {*FIGURES, "reference", "rows", "tokens"}),
+        pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
+        pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),
+        pytest.param("undoing/measure.py", {"fragility"}, marks=SLOWLY),
+    ],
+)
+def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
+    file: str, others: set[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(
+        code.ROOT, tmp_path / "lorafold", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    with (root / file).open("a") as source:
+        source.write("\n# another line\n")
+    monkeypatch.setattr(code, "ROOT", root)
+    of_code.cache_clear()
+    try:
+        assert {thing for thing in THINGS if not getattr(world, thing)()} == others
+    finally:
+        monkeypatch.undo()
+        of_code.cache_clear()
+
+
+@pytest.mark.slow
+def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    own, commits = tmp_path / "models--owner--name", {"main": "a" * 40, "other": "b" * 40}
+    (own / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (own / "refs" / name).write_text(commit)
+        shutil.copytree(world.model, own / "snapshots" / commit)
+    edited(own / "snapshots" / commits["other"] / "config.json", rms_norm_eps=0.1)
+    asked = Request("owner/name", world.root / "hub", RECIPE, ROWS, "rows", device="cpu")
+    from lorafold.training.run import train
+
+    with pytest.raises(GoesOn):
+        train(asked, Console(quiet=True))
+    with pytest.raises(LorafoldError, match="model: owner/name had other files when the run began"):
+        train(replace(asked, revision="other", resume=True), Console(quiet=True))
+    with pytest.raises(GoesOn):
+        train(replace(asked, resume=True), Console(quiet=True))
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_says_what_it_can_not_check(world: World) -> None:
+    file = world.root / "run.run" / "run.json"
+    content, manifest = file.read_bytes(), file.with_name(MANIFEST).read_bytes()
+    began = json.loads(content)
+    del began["files"]
+    file.write_text(json.dumps(began))
+    file.with_name(MANIFEST).unlink()
+    try:
+        assert world.run()
+        assert "whether they are the same can't be checked" in world.told
+    finally:
+        file.write_bytes(content)
+        file.with_name(MANIFEST).write_bytes(manifest)
+
+
+def test_a_search_of_an_earlier_version_is_refused(world: World) -> None:
+    file = world.root / "search" / "search.json"
+    content = file.read_text()
+    file.write_text(json.dumps({k: v for k, v in json.loads(content).items() if k != "files"}))
+    try:
+        with pytest.raises(LorafoldError, match="found a search of an earlier lorafold"):
+            intrinsic.check(file.parent, {})
+    finally:
+        file.write_text(content)
+
+
+def test_a_preference_begins_at_log_2_over_another_scale(
+    world: World, tmp_path: Path
+) -> None:
+    content = (world.below / "adapter_config.json").read_bytes()
+    try:
+        for alpha, name in ((8, "one"), (32, "two")):
+            edited(world.below / "adapter_config.json", lora_alpha=alpha)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "train_step", STEP)
+                found = lf.train(
+                    DPO, data=PAIRS, out=tmp_path / name, model=world.model, over=world.below,
+                    device="cpu",
+                )  # fmt: skip
+            assert found.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    finally:
+        (world.below / "adapter_config.json").write_bytes(content)
+
+
+def test_figures_of_an_edited_base_are_its_own(world: World, tmp_path: Path, monkeypatch) -> None:
+    """Its fingerprint is that of the base before."""
+    shutil.copytree(world.model, tmp_path / "model")
+    edit = World(tmp_path)
+    weight(edit)
+
+    def top() -> dict[str, float]:
+        sites = lf.inspect(
+            world.root / "top", edit.model, over=world.below, full=True, allow_other_base=True
+        ).as_json()["sites"]
+        return {path: site["top_projection"] for path, site in sites.items()}
+
+    kept = top()
+    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
+    assert kept == pytest.approx(top(), rel=1e-6)
+
+
+def test_an_adapter_on_an_edited_base_is_told(world: World, tmp_path: Path, caplog) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", STEP)
+        lf.train(RECIPE, data=ROWS, out=tmp_path / "it", model=world.model, device="cpu")
+    shutil.copytree(world.model, tmp_path / "model")
+    for model in (world.model, tmp_path / "model"):  # a copy by another name
+        lf.load(lf.load_model(model, storage="fp32"), tmp_path / "it")
+    told = "has other files than the one that it was trained on"
+    assert told not in caplog.text
+    weight(World(tmp_path))
+    lf.load(lf.load_model(tmp_path / "model", storage="fp32"), tmp_path / "it")
+    assert caplog.text.count(told) == 1
+
+
+def rooms_of(files: list[Path]) -> set[str]:
+    """The packages and modules of lorafold from which files import."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lorafold."):
+                found.add(str(node.module).split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rooms", "besides"),
+    [
+        (TRAINING, set()),
+        ((*TRAINING, "comparing", "merging"), set()),
+        ((*TRAINING, "inspecting"), set()),
+        ((*TRAINING, *fragile.ROOMS), {"comparing"}),  # how cells of a table are written
+        (tokenizing.ROOMS, {"machine", "models"}),  # how processes and files are opened
+    ],
+)
+def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besides) -> None:
+    files = [
+        file
+        for room in rooms
+        for file in ((code.ROOT / room).rglob("*.py") if (code.ROOT / room).is_dir() else ())
+    ]
+    assert rooms_of(files) - set(rooms) - {"errors", "files", "identity"} == besides
