@@ -33,6 +33,7 @@ from lib.results import keep, markdown
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
 from lorafold.engine.sampler import filtered
+from lorafold.models.sources import resolve_model
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys
@@ -148,7 +149,7 @@ def served(model: Any, tokenizer: Any, folder: Path, requests: Sequence[Request]
     """How many of these a server answers otherwise when it is asked one by one."""
     settings = Settings(port=0, state=folder.parent / f"{folder.name}-state.json", length=LENGTH)
     with listening(settings) as at:
-        base = Base("smollm2", lambda: (model, tokenizer))
+        base = Base("smollm2", lambda: resolve_model("smollm2"), lambda _: (model, tokenizer))
         server = server_of(base, Directory(folder), Keys(None, None, None), settings)
         http = uvicorn.Server(uvicorn.Config(application(server), log_config=None))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))

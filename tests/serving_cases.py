@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import uvicorn
 from engine_cases import save_adapters
 from lorafold.api.opened import opened
 from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys, new_key
@@ -150,7 +152,8 @@ def running(
         | ({"keys": files / "keys.json"} if keys is not None else {})
         | settings
     )
-    base = Base(model_dir.name, lambda: opened(model_dir, storage=storage))
+    load = partial(opened, storage=storage)
+    base = Base(model_dir.name, partial(resolve_model, model_dir), load)
     with listening(chosen) as at:
         port = at.getsockname()[1]
         parts = server_of(

@@ -48,14 +48,14 @@ def test_files_that_change_after_they_were_read_change_nothing(model, paths, tmp
     where = tmp_path / "it"
     shutil.copytree(paths["lora"], where)
     contents = Contents(where, FILES)
-    before = contents.digest
+    before = contents.named
     weights = where / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
-    assert contents.digest == before == Contents(paths["lora"], FILES).digest
+    assert contents.named == before == Contents(paths["lora"], FILES).named
     assert read(model, contents).deltas()
     with pytest.raises(LorafoldError, match=f"{WEIGHTS}: 100 bytes, expected"):
         read(model, where)
-    assert Contents(where, FILES).digest != before
+    assert Contents(where, FILES).named != before
 
 
 def test_draws_without_a_generator_of_their_own_are_left_out() -> None:

@@ -4,6 +4,7 @@ name stood for when it was submitted, whatever happens to that afterwards.
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -231,6 +232,62 @@ def test_files_that_changed_are_not_read_under_the_old_digest(model, paths, tmp_
         assert engine.adapters.names() == ("a",)
 
 
+def stack(model, folder: Path) -> tuple[Path, Path]:
+    """An adapter, and one that lies over it; no manifest says what they were."""
+    low = save_adapters(model, folder, {"low": lf.LoRA(rank=2)})["low"]
+    beneath = lf.load(model, low, "low")
+    high = save_adapters(model, folder, {"high": lf.LoRA(rank=2)})["high"]
+    beneath.detach()
+    for path in (low, high):
+        (path / "manifest.json").unlink()
+    return low, high
+
+
+def test_an_adapter_below_that_changed_is_another_stack(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama")
+    low, high = stack(model, tmp_path)
+    record = json.loads((low / "lorafold.json").read_text())
+    with Engine(model, slots=1, length=32) as engine:
+        engine.load("it", high)
+        before = engine.adapters.entry("it")
+        assert before.stack == engine._reader.identities(high)
+        engine.load("it", high)
+        assert engine.adapters.entry("it") == before
+        (low / "lorafold.json").write_text(json.dumps(record | {"note": "another"}))
+        assert engine.adapters.evict("it")
+        stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="it"))
+        engine.run()
+        assert stream.result().reason == "failed"
+        assert f"{low} changed since it was loaded" in stream.result().message
+        engine.load("it", high)
+        after = engine.adapters.entry("it")
+        assert (after.stack[0] != before.stack[0], after.stack[1]) == (True, before.stack[1])
+        assert (after.digest != before.digest, after.generation > before.generation) == (True, True)
+        stream = engine.submit(Request("2", PROMPTS[0], NEW, adapter="it"))
+        engine.run()
+        assert stream.result().reason == "length"
+        weights = low / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        with pytest.raises(LorafoldError, match="it was trained over"):
+            engine.load("it", high)
+        assert engine.adapters.entry("it") == after
+
+
+def test_the_same_files_elsewhere_are_read_there_from_then_on(
+    model, paths, tokens, tmp_path
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(paths["a1"], tmp_path / name)
+    with Engine(model, slots=1, length=32) as engine:
+        engine.load("a", tmp_path / "one")
+        engine.load("a", tmp_path / "two")
+        shutil.rmtree(tmp_path / "one")
+        assert engine.adapters.evict("a")
+        stream = engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
+        engine.run()
+        assert stream.result().tokens == tokens["a1", 0]
+
+
 @pytest.mark.parametrize("kind", ["missing", "other-model", "truncated"])
 def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, kind) -> None:
     where = tmp_path / "it"
@@ -281,8 +338,8 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         engine.load("b", paths["a2"])
         engine.load("c", paths["b1"])
         sizes = {name: bytes_of(engine, name) for name in "abc"}
-        read = engine.adapters._read
-    books = Residency(read, budget=sizes["a"] + sizes["b"])
+        reader = engine._reader
+    books = Residency(reader, budget=sizes["a"] + sizes["b"])
     try:
         books.load("a", paths["a1"]).result()
         books.load("b", paths["a2"]).result()

@@ -21,9 +21,9 @@ import lorafold as lf
 from lorafold.data.calls import parse_calls
 from lorafold.data.reasoning import block_of
 from lorafold.data.render import render
-from lorafold.engine.adapters import digest
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
+from lorafold.identity import of_adapter
 from lorafold.models.loading import load_tokenizer
 from lorafold.peft.directory import FILES
 from lorafold.screening.opened import DEATHS, Opened
@@ -83,14 +83,15 @@ def opened(screen: Screen, base: Any, folder: Path, template: str, *words: str) 
 
 def test_files_are_named_by_their_digest_and_their_form(screen, adapter) -> None:
     first = verified(screen, adapter)
-    assert first.digest == digest(adapter)
-    assert set(first.digests) == {*FILES, "manifest.json"}
+    assert first.digest_of(FILES) == of_adapter(adapter, words=False) == of_adapter(adapter)
+    assert set(first.files) == {*FILES, "manifest.json"}
     (adapter / "manifest.json").unlink()
     tensors = load_file(adapter / "adapter_model.safetensors")
     more = {k: t + 1 for k, t in tensors.items()}
     save_file(more, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     other = verified(screen, adapter)
-    assert (other.digest == first.digest, other.form == first.form) == (False, True)
+    assert other.digest_of(FILES) != first.digest_of(FILES)
+    assert other.form == first.form
     changed(adapter, lora_alpha=3)
     assert verified(screen, adapter).form != first.form
 
@@ -129,7 +130,7 @@ def test_a_pattern_that_never_ends_is_ended(adapter, base) -> None:
         verified(screen, adapter)
     assert time.process_time() - begun < 1  # it is the child that worked
     changed(adapter, target_modules=["q_proj"])
-    assert verified(screen, adapter).digest == digest(adapter)
+    assert verified(screen, adapter).digest_of(FILES) == of_adapter(adapter)
     screen.close()
 
 

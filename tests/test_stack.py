@@ -20,7 +20,7 @@ from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_record
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.peft.stack import parse
@@ -514,11 +514,6 @@ def test_a_server_reads_what_is_below_from_its_own_directory_only(
     (adapters / "sft").unlink()
     shutil.copytree(sft, adapters / "sft")
     assert below() == adapters / "sft"
-    assert Directory(adapters).tokenizer("dpo") is None
-    load_tokenizer(str(base)).save_pretrained(adapters / "sft")
-    found = Directory(adapters).tokenizer("dpo")
-    assert found is not None
-    assert found.path == adapters / "sft"
 
 
 def test_what_is_active_on_the_model_of_an_engine_is_below(

@@ -12,7 +12,7 @@ from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import choose_device
 from lorafold.models.classifier import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.models.sources import ModelSource, resolved
 from lorafold.models.storage import choose_storage, default_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.step.preference_laws import Reward
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def opened(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | ModelSource | PreTrainedModel,
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -40,8 +40,9 @@ def opened(
     """A model in evaluation mode with saved adapters attached to it, and its tokenizer.
 
     Args:
-        model: A name or path as `lf.load_model` takes it, or a loaded model. A loaded model keeps
-            its storage, device and adapters, and what would choose others is refused.
+        model: A name or path as `lf.load_model` takes it, what was found for one, or a loaded
+            model. A loaded model keeps its storage, device and adapters, and what would choose
+            others is refused.
         adapters: One directory or several, attached in this order as adapter1, adapter2 ...
         tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
@@ -60,7 +61,7 @@ def opened(
     a reward model.
     """
     paths, console = as_paths(adapters), or_quiet(console)
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path, ModelSource)):
         given = {
             "adapters": bool(paths),
             "storage": storage != "auto",
@@ -76,7 +77,7 @@ def opened(
             )
         tokenizer = tokenizer or load_tokenizer(str(model.name_or_path), None, trust_remote_code)
         return model, tokenizer if classify else prepared(tokenizer, Sft(), console)
-    source = resolve_model(model, revision)
+    source = resolved(model, revision)
     tokenizer = tokenizer or tokenizer_of(source, paths, trust_remote_code)
     kind, classes = kind_of(source, paths), known_classes(source, paths)
     wanted = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
@@ -84,8 +85,8 @@ def opened(
         what = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
         hint = "; lorafold score has the scores of rows" if kind == REWARD_MODEL else ""
         raise LorafoldError(
-            f"{', '.join(map(str, paths)) or model}: found {what}, expected {wanted} for this data"
-            f" or command{hint}"
+            f"{', '.join(map(str, paths)) or source.name}: found {what}, expected {wanted} for this"
+            f" data or command{hint}"
         )
     objective: Objective = (
         RewardModel(Reward()) if reward else Sft() if classes is None else Classify(classes)
@@ -97,7 +98,7 @@ def opened(
     if storage == "auto" and reward and (trained_on := base_trained_on(paths)) in ("fp32", "bf16"):
         storage = trained_on  # scores are compared, those of different devices too
     chosen = choose_storage(storage, where)
-    console.print(f"{model} on {where}, {chosen.why}", highlight=False, markup=False)
+    console.print(f"{source.name} on {where}, {chosen.why}", highlight=False, markup=False)
     asked = ModelRequest(source, tokenizer, chosen, where, 0, trust_remote_code)
     loaded = objective.load(asked)
     for number, path in enumerate(paths, 1):

@@ -76,6 +76,7 @@ def command(
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise LorafoldError(f"found no {', '.join(missing)}, expected it; install lorafold[serve]")
     from lorafold.api.opened import opened
+    from lorafold.models.sources import resolve_model
     from lorafold.serving.run import Base, serve
     from lorafold.serving.settings import read_settings
 
@@ -89,10 +90,12 @@ def command(
     settings = read_settings(config, given)
     console = messages()
     name = Path(model).resolve().name if Path(model).exists() else model
-    load = partial(
-        opened, model, storage=storage, revision=revision, device=device, console=console
+    base = Base(
+        name,
+        partial(resolve_model, model, revision),
+        partial(opened, storage=storage, device=device, console=console),
     )
-    serve(Base(name, load), adapters, settings, console, open_page)
+    serve(base, adapters, settings, console, open_page)
 
 
 BELOW = {"new-key": "serve_new_key"}  # commands of this one, each in a module

@@ -1,6 +1,6 @@
 """An adapter's files, verified, and the adapter as the engine holds it.
 
-    entry = Entry("sft", path, digest(path), generation)
+    entry = Entry("sft", path, Reader(model).identities(path), generation)
     held = Reader(model).read(entry)        # Held: factors of products, and deltas of other kinds
 
 What is read is what was verified: each file is read once, into memory, and its bytes are digested
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,14 @@ from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
+from lorafold.files.record import RECORD
+from lorafold.identity import joined, of_adapter
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import ModelWeights
 from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
-from lorafold.peft.stack import digest_of, listed, parse
+from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
 RANK = 64
@@ -41,15 +44,21 @@ RANK = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter that the engine knows: its name, its directory, the digest of its files, and the
-    number of the call that made it known. Another digest under the same name is another entry. One
-    that is attached on the model has no files.
+    """An adapter that the engine knows: its name, its directory, the identities of what is read
+    for it, which are those of the adapters below, the lowest first, and its own, and the number of
+    the call that made it known. Others under the same name are another entry. One that is attached
+    on the model has no files.
     """
 
     name: str
     path: Path | None
-    digest: str
+    stack: tuple[str, ...]
     generation: int
+
+    @property
+    def digest(self) -> str:
+        """What is read for it, as one identity; "" without files."""
+        return joined(self.stack) if self.stack else ""
 
     @property
     def key(self) -> str:
@@ -92,16 +101,6 @@ class Held:
         return self.products | frozenset(self.deltas)
 
 
-def digest(path: str | Path) -> str:
-    """The SHA-256 over the names and contents of an adapter's files, in hexadecimal. Raises
-    LorafoldError if there is none.
-    """
-    contents = Contents(path, FILES)
-    if not contents.files:
-        raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
-    return contents.digest
-
-
 def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
     """What adapters on the model are together, the first one lowest: deltas by module path."""
     found = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
@@ -114,21 +113,29 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
 
 
 def found_below(origin: Origin, over: Path) -> Contents:
-    """The files of an adapter that another one was trained over. It is looked for beside that one,
-    under the last part of its path, and nowhere else: a record comes with an adapter, and may not
-    choose what is read. Raises LorafoldError if it is not there, or has another digest.
+    """The files of an adapter that another one was trained over, which lies `beside`. Raises
+    LorafoldError if it is not there, or has another digest.
 
     Args:
         origin: The adapter to find.
         over: The directory of the one that lies over it.
     """
-    contents = Contents(over.resolve().parent / Path(origin.path).name, FILES)
+    contents = Contents(beside(origin, over), FILES)
     if CONFIG not in contents.files or digest_of(contents) != origin.sha256:
-        raise LorafoldError(
-            f"{over}: it was trained over {listed([origin])}, which was not found in"
-            f" {contents.path}; put it there, or merge both"
-        )
+        raise LorafoldError(not_found(origin, over))
     return contents
+
+
+def _check(found: Sequence[Contents], stack: Sequence[str]) -> None:
+    """Raise LorafoldError unless what was read, the lowest first, has these identities."""
+    named = [contents.named for contents in found]
+    if named != list(stack):
+        paths = ", ".join(str(contents.path) for contents in found)
+        ours, theirs = (", ".join(one[:12] for one in each) for each in (named, stack))
+        raise LorafoldError(
+            f"{paths} changed since it was loaded: found digest {ours}, expected"
+            f" {theirs or 'none'}; load it again"
+        )
 
 
 class Reader:
@@ -154,28 +161,36 @@ class Reader:
         assert entry.path is not None
         began = time.perf_counter()
         contents = Contents(entry.path, FILES)
-        if contents.digest != entry.digest:  # nothing else of them is looked at
-            raise LorafoldError(
-                f"adapter {entry.name!r}: {entry.path} changed since it was loaded: found digest"
-                f" {contents.digest[:12]}, expected {entry.digest[:12]}; load it again"
-            )
         try:
+            _check([contents], entry.stack[-1:])  # nothing else of them is looked at
+            below = [found_below(origin, entry.path) for origin in self._needed(contents.record)]
+            _check(below, entry.stack[:-1])
             with self._one:
-                deltas = self._stacked_over(contents)
+                deltas = self._stacked(below, contents)
         except LorafoldError as error:
             raise LorafoldError(f"adapter {entry.name!r}: {error}") from None
         held = self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
         return replace(held, seconds=time.perf_counter() - began)
 
-    def _stacked_over(self, contents: Contents) -> dict[str, Delta]:
-        """The deltas of an adapter by module path, each over those of the adapters that its record
-        says it was trained over. Raises LorafoldError for one that is not found with its digest.
+    def identities(self, path: str | Path) -> tuple[str, ...]:
+        """What an entry's `stack` is now for the adapter in a directory. One that has to be below
+        and is not there is left out: `read` says so. Raises LorafoldError if there is no adapter.
         """
-        # adapters that are active on the model belong to the base, over which it may have been
-        # trained
-        active = selection_of(self.shadow).active
-        needed = () if active else parse(contents.record)
-        below = [found_below(origin, contents.path) for origin in needed]
+        origins = self._needed(Contents(path, (RECORD,)).record)
+        below = [at for o in origins if ((at := beside(o, Path(path))) / CONFIG).is_file()]
+        return tuple(of_adapter(at, words=False) for at in (*below, path))
+
+    def _needed(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
+        """The adapters below one that are read with it. Those that are active on the model belong
+        to the base, over which it may have been trained.
+        """
+        return () if selection_of(self.shadow).active else parse(record)
+
+    def _stacked(self, below: Sequence[Contents], contents: Contents) -> dict[str, Delta]:
+        """The deltas of an adapter by module path, each over those of the adapters below, which are
+        the ones that its record names.
+        """
+        active, needed = selection_of(self.shadow).active, self._needed(contents.record)
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
             for n, each in enumerate([*below, contents]):
@@ -204,7 +219,7 @@ class Reader:
         for i, shape in enumerate(self.structure.shapes):
             ours = [path for path in shape.paths if path in pairs]
             if ours:
-                factors[i] = self._stacked(shape, [(shape.paths.index(p), *pairs[p]) for p in ours])
+                factors[i] = self._factors(shape, [(shape.paths.index(p), *pairs[p]) for p in ours])
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()
@@ -218,7 +233,7 @@ class Reader:
         found = delta.factors() if path in self.structure.where else None
         return None if found is None or len(found[1]) > RANK else found
 
-    def _stacked(self, shape: Shape, found: list[tuple[int, Tensor, Tensor]]) -> Factors:
+    def _factors(self, shape: Shape, found: list[tuple[int, Tensor, Tensor]]) -> Factors:
         """Factors from the index, the up factor (out, r) and the down factor (r, in) of each."""
         rank = max(len(down) for _, _, down in found)
         like = found[0][1]

@@ -131,7 +131,7 @@ class Engine:
         single = invariant and self.structure.routed
         self._scheduler = Scheduler(*sizes, invariant, single, tenant_slots, weights)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(self._reader.read, adapter_bytes, self._wake.set, strikes)
+        self.adapters = Residency(self._reader, adapter_bytes, self._wake.set, strikes)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
@@ -144,23 +144,24 @@ class Engine:
         """Whether requests share passes; if not, `structure.why` says why they run one by one."""
         return not self.structure.why
 
-    def load(self, name: str, path: str | Path, *, digest: str = "", wait: bool = True) -> None:
+    def load(
+        self, name: str, path: str | Path, *, stack: Sequence[str] = (), wait: bool = True
+    ) -> None:
         """Read and verify an adapter, and make it known under a name. Requests that run go on with
         what they have. Raises LorafoldError if it can't be read (if it waits).
 
         Args:
             name: the name for requests.
             path: the adapter's directory.
-            digest: what its files have to have, where that is known.
+            stack: what is read for it has to be this, where that is known, as `Entry` has it.
             wait: return when it is in memory, or at once.
         """
-        future = self.adapters.load(name, path, digest)
+        future = self.adapters.load(name, path, stack)
         if wait:
             future.result()
 
     def verify(self, entry: Entry) -> None:
-        """Read and check an adapter as `load` does, and keep nothing of it. Any thread may call it.
-        """
+        """Read and check an adapter as `load` does, and keep nothing. Any thread may call it."""
         self._reader.read(entry)
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
@@ -286,9 +287,7 @@ class Engine:
         self.close()
 
     def check(self) -> None:
-        """Raise AssertionError if what the engine holds is not what its requests need; call it
-        between steps.
-        """
+        """Raise AssertionError if, between steps, it does not hold what its requests need."""
         self._loop.check(self._rows, self._inbox)
 
     def _serve(self, after: Callable[[], None]) -> None:

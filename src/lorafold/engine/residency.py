@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lorafold.engine.adapters import Entry, Held, digest
+from lorafold.engine.adapters import Entry, Held, Reader
 from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
@@ -30,7 +30,7 @@ class Residency:
     """The adapters of one engine. Any thread may call it.
 
     Args:
-        read: reads and checks an adapter; a worker calls it.
+        reader: reads and checks adapters; a worker calls it.
         budget: the most bytes of resident adapters, or None.
         changed: called, by the worker too, when waiting requests may go on.
         strikes: how many requests of an adapter may fail by logits that are not finite.
@@ -38,12 +38,13 @@ class Residency:
 
     def __init__(
         self,
-        read: Callable[[Entry], Held],
+        reader: Reader,
         budget: int | None = None,
         changed: Callable[[], None] = lambda: None,
         strikes: int = 3,
     ) -> None:
-        self._read, self.budget, self._changed, self.strikes = read, budget, changed, strikes
+        self._identities, self._read = reader.identities, reader.read
+        self.budget, self._changed, self.strikes = budget, changed, strikes
         self.reads = self.evictions = self.damaged = 0  # adapters; damaged ones changed in memory
         self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
         self._lock = threading.RLock()
@@ -54,45 +55,44 @@ class Residency:
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
-    def load(self, name: str, path: str | Path, found: str = "") -> Future[None]:
+    def load(self, name: str, path: str | Path, stack: Sequence[str] = ()) -> Future[None]:
         """Make an adapter known under a name and read it; the future has the error if that fails,
         and then the name is what it was.
 
         Args:
             name: the name for requests.
             path: the adapter's directory.
-            found: the digest that its files must have, "" for the one they have.
+            stack: what is read for it must be this, as `Entry` has it; empty: what there is now.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
-        found = found or digest(path)
+        found = tuple(stack) or self._identities(path)
         with self._lock:
             known = self._names.get(name)
-            if known is not None and known.digest == found:
+            if known is not None and (known.path, known.stack) == (Path(path), found):
                 return self._start(known)
             entry = Entry(name, Path(path), found, next(self._generations))
-            self._states[entry] = State()
-            self._states[entry].references += 1  # until it has its name
+            self._states[entry] = State(references=1)  # until it has its name
             future = self._start(entry)
         done: Future[None] = Future()
         future.add_done_callback(lambda f: self._name(entry, f, done))
         return done
 
-    def know(self, name: str, path: str | Path, digest: str) -> None:
+    def know(self, name: str, path: str | Path, stack: Sequence[str]) -> None:
         """Make an adapter known without reading it, which a request will.
 
         Args:
             name: the name for requests.
             path: the adapter's directory.
-            digest: what its files must have when they are read.
+            stack: what is read for it must be this, as `Entry` has it.
         """
         with self._lock:
-            self._put(Entry(name, Path(path), digest, next(self._generations)), State())
+            self._put(Entry(name, Path(path), tuple(stack), next(self._generations)), State())
 
     def adopt(self, name: str, make: Callable[[Entry], Held]) -> None:
         """Make an adapter without files known under a name; it stays in memory until `unload`."""
         with self._lock:
-            entry, state = Entry(name, None, "", next(self._generations)), State()
+            entry, state = Entry(name, None, (), next(self._generations)), State()
             state.hold(make(entry), next(self._clock))
             self._put(entry, state)
 

@@ -25,13 +25,18 @@ Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class State:
-    """One entry: what is in memory, who needs it, and what went wrong with it."""
+    """One entry: what is in memory, who needs it, and what went wrong with it.
 
-    def __init__(self) -> None:
+    Args:
+        references: how many need it already.
+    """
+
+    def __init__(self, references: int = 0) -> None:
         self.held: Held | None = None
         self.future: Future[None] | None = None
         self.error: LorafoldError | None = None
-        self.references = self.leases = self.used = self.vocabulary = 0
+        self.references = references
+        self.leases = self.used = self.vocabulary = 0
         self.reserved = False  # read for a request that has not run yet
         self.sum = self.looked = self.strikes = 0
 

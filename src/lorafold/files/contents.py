@@ -1,7 +1,7 @@
 """The files of a directory, each read once: what is verified is what is used.
 
     contents = Contents("adapter", ["adapter_config.json", ...])
-    contents.digest                     SHA-256 over their names and bytes
+    contents.named                      SHA-256 over their names and bytes
     contents.check_intact()             as `intact.check_intact` checks files on the disk
     contents.object("adapter_config.json")
 """
@@ -25,8 +25,8 @@ from lorafold.files.record import RECORD, as_object
 
 
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
-    """The SHA-256 over the name, the size and the SHA-256 of each file, in hexadecimal."""
-    lines = (f"{name} {size} {own}\n" for name, size, own in files)
+    """The SHA-256 over the name, the size and the SHA-256 of each file, by name, in hexadecimal."""
+    lines = (f"{name} {size} {own}\n" for name, size, own in sorted(files))
     return sha256("".join(lines).encode()).hexdigest()
 
 
@@ -71,19 +71,21 @@ class Contents:
         return {name: sha256(content).hexdigest() for name, content in self.files.items()}
 
     @property
-    def digest(self) -> str:
-        """The SHA-256 over the names and the contents of all files, in hexadecimal."""
-        return self.digest_of(self.files)
-
-    @property
     def named(self) -> str:
-        """The same without the manifest, which tells of other files too."""
+        """The SHA-256 over the names and the contents of the files, without the manifest, which
+        tells of other files too, in hexadecimal.
+        """
         return self.digest_of(self.names)
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The same over those of the named files that exist."""
-        found = ((name, self.files[name]) for name in names if name in self.files)
-        return digest((name, len(content), self.digests[name]) for name, content in found)
+        """The same over those of these files that exist."""
+        entries = self.entries
+        return digest((name, *entries[name]) for name in names if name in entries)
+
+    @property
+    def entries(self) -> dict[str, tuple[int, str]]:
+        """(bytes, SHA-256 in hexadecimal) of each file."""
+        return {name: (len(content), self.digests[name]) for name, content in self.files.items()}
 
     def check_intact(self) -> None:
         """Raise LorafoldError unless the files are as lorafold wrote them."""

@@ -76,7 +76,7 @@ def of_files(directory: Path, names: Iterable[str]) -> str:
 
     Raises LorafoldError for a file that can't be read.
     """
-    found = sorted({path for name in names for path in directory.glob(name) if path.is_file()})
+    found = list({path for name in names for path in directory.glob(name) if path.is_file()})
     with ThreadPoolExecutor(AT_ONCE) as threads:
         digests = list(threads.map(of_file, found))
     shown = [path.relative_to(directory).as_posix() for path in found]

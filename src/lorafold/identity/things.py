@@ -38,13 +38,17 @@ def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
     return of_files(source.path, (*MODEL_FILES, *WORDS, *own))
 
 
-def of_adapter(path: str | Path) -> str:
+def of_adapter(path: str | Path, words: bool = True) -> str:
     """The SHA-256 over an adapter's configuration, weights, record and tokenizer, in hexadecimal.
     Raises LorafoldError where there is no adapter.
+
+    Args:
+        path: The directory.
+        words: Count its tokenizer, which not everything reads that reads an adapter.
     """
     if not (Path(path) / CONFIG).is_file():
         raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
-    return of_files(Path(path), (*FILES, *WORDS))
+    return of_files(Path(path), (*FILES, *(WORDS if words else ())))
 
 
 def of_stack(base: str, adapters: Sequence[str | Path]) -> str:
@@ -54,5 +58,12 @@ def of_stack(base: str, adapters: Sequence[str | Path]) -> str:
         base: The base's identity.
         adapters: The directories, lowest first.
     """
-    lines = [base, *map(of_adapter, adapters)]
-    return sha256("\n".join(lines).encode()).hexdigest()
+    return joined([base, *map(of_adapter, adapters)])
+
+
+def joined(identities: Sequence[str]) -> str:
+    """The SHA-256 over several identities in this order, in hexadecimal; one alone stays as it is.
+    """
+    if len(identities) == 1:
+        return identities[0]
+    return sha256("\n".join(identities).encode()).hexdigest()

@@ -60,6 +60,26 @@ def parse(record: Mapping[str, Any]) -> tuple[Origin, ...]:
     return tuple(Origin(path=e["adapter"], sha256=e["sha256"]) for e in entries)
 
 
+def beside(origin: Origin, over: Path) -> Path:
+    """Where an adapter has to be for an engine or a server to find it: beside the one that lies
+    over it, under the last part of its path. A record comes with an adapter, and may not choose
+    what is read.
+
+    Args:
+        origin: The adapter to find.
+        over: The directory of the one that lies over it.
+    """
+    return over.resolve().parent / Path(origin.path).name
+
+
+def not_found(origin: Origin, over: Path) -> str:
+    """What is wrong where `beside` leads to nothing, or to another adapter; arguments as there."""
+    return (
+        f"{over}: it was trained over {listed([origin])}, which was not found in"
+        f" {beside(origin, over)}; put it there, or merge both"
+    )
+
+
 def same(needed: Sequence[Origin], found: Sequence[Origin]) -> bool:
     """Whether an adapter that lies over those needed fits over those found, lowest first. One that
     lies over nothing fits over any.

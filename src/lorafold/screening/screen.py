@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.contents import Contents
+from lorafold.files.contents import Contents, digest
 from lorafold.screening.fingerprints import backend_of
 from lorafold.screening.opened import Opened
 from lorafold.screening.processes import Processes
@@ -26,16 +26,18 @@ BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 51
 
 @dataclass(frozen=True)
 class Verified:
-    """Files that were verified: their digest, that of each, that of what adapters have in common
-    which differ in nothing but their values, the largest dimension of a tensor, and the digest by
-    which an adapter over it knows it.
+    """Files that were verified: (bytes, SHA-256 in hexadecimal) of each by name, the digest of what
+    adapters have in common which differ in nothing but their values, and the largest dimension of a
+    tensor.
     """
 
-    digest: str
-    digests: Mapping[str, str]
+    files: Mapping[str, tuple[int, str]]
     form: str
     widest: int
-    below: str
+
+    def digest_of(self, names: Iterable[str]) -> str:
+        """The digest over those of these files that exist, as `Contents` has it."""
+        return digest((name, *self.files[name]) for name in names if name in self.files)
 
 
 class Screen:
@@ -70,7 +72,8 @@ class Screen:
             "verify", SECONDS["verify"] + EACH * size, BYTES["verify"] + 2 * size,
             path=str(path), files=list(files), config=config, record=record, told=list(told),
         )  # fmt: skip
-        return Verified(**found)
+        entries = {name: (size, sha256) for name, (size, sha256) in found["files"].items()}
+        return Verified(entries, found["form"], found["widest"])
 
     def open(self, contents: Contents) -> Opened | None:
         """The tokenizer of these files; None if it is the base's. Raises LorafoldError for one that

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
 
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
@@ -46,21 +47,21 @@ def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     told: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the files of an adapter are: `digest`, `digests` by name, `form`, which adapters have in
-    common that differ in nothing but their values, `widest`, the largest dimension of a tensor, and
-    `below`, the digest by which an adapter over it knows it. Raises LorafoldError.
+    """What the files of an adapter are: `files`, the size and the SHA-256 of each by name, `form`,
+    which adapters have in common that differ in nothing but their values, and `widest`, the largest
+    dimension of a tensor. Raises LorafoldError.
 
     Args:
         modules: the paths of the base's modules.
         path: the adapter's directory.
-        files: the files that belong to it.
+        files: the files that belong to it; those of its tokenizer are digested and no more.
         config, record: the two among them that are JSON.
         told: the fields of the record that say how to read the rest.
     """
     directory = Path(path)
-    for name in (*files, "manifest.json"):
+    for name in (config, record, MANIFEST):
         file = directory / name
-        if name != WEIGHTS and file.is_file() and (size := file.stat().st_size) > TEXT:
+        if file.is_file() and (size := file.stat().st_size) > TEXT:
             raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {TEXT:,}")
     contents = Contents(directory, files)
     contents.check_intact()
@@ -75,11 +76,9 @@ def verified(
     about = {name: read.get(record, {}).get(name) for name in told}
     form = json.dumps([read[config], header, about], sort_keys=True)
     return {
-        "digest": contents.digest,
-        "digests": contents.digests,
+        "files": contents.entries,
         "form": sha256(form.encode()).hexdigest(),
         "widest": widest,
-        "below": contents.digest_of((config, WEIGHTS)),
     }
 
 

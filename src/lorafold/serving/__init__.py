@@ -6,6 +6,7 @@
     wire/            the types of requests, and the shapes of answers
     server.py        what all routes do: who calls, what was asked, what came of it
     keys.py          who calls, and which adapters they may use
+    digests.py       which digests stand for which version
     directory.py     which files may be read as adapters
     registry.py      which names stand for which adapters; kept.py is what outlives the process
     renderers.py     requests as tokens, by the tokenizer of the base or the adapter (rendering.py)

@@ -28,7 +28,7 @@ class Aliases:
                 raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
             for target in targets:
                 found = self._registry.served(target.adapter)
-                if target.digest and not found.digest.startswith(target.digest):
+                if target.digest and not self._registry.digests.fit(found, target.digest):
                     told = f"found digest {target.digest}, expected {found.digest[:12]}"
                     raise wrong("targets", f"{target.adapter}: {told}")
             before = self._registry.kept.aliases.get(name)

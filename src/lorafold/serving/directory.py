@@ -11,40 +11,26 @@ import os
 import re
 import stat
 import time
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from lorafold.core.attach import Origin
-from lorafold.engine.adapters import found_below
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
-from lorafold.files.record import RECORD
-from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
-from lorafold.models.tokenizer import CONFIG as SETTINGS
+from lorafold.files.digests import FRESH, Marks
+from lorafold.identity.things import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
-from lorafold.peft.stack import parse
+from lorafold.peft.stack import beside
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
 TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
-# seconds for which what was written may be written again without a trace, and between looks then
-FRESH, PAUSE = 2.0, 0.25
-
-
-class Mark(NamedTuple):
-    """What tells a file that was not touched since from any other."""
-
-    name: str
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
+PAUSE = 0.25  # seconds between looks at what may be written again without another mark
 
 
 class Directory:
@@ -94,33 +80,32 @@ class Directory:
                 if entry.name not in names and not entry.name.startswith(".") and entry.is_dir()
             )  # fmt: skip
 
-    def marks(self, name: str) -> tuple[Mark, ...]:
-        """The marks of all files of an adapter. Raises LorafoldError as `locate` does."""
-        path, found = self.locate(name), []
+    def marks(self, path: Path) -> dict[str, Marks]:
+        """The marks of all files of an adapter, by names with that of its directory. Raises
+        LorafoldError if there are too many entries.
+        """
+        found = dict[str, Marks]()
         for place in (path, path / TEMPLATES):
-            if place.is_dir():
-                with os.scandir(place) as entries:
-                    for entry in islice(entries, ENTRIES + 1):
-                        try:
-                            about = entry.stat()
-                        except OSError:  # a link to nothing, or a file that is gone by now
-                            continue
-                        if stat.S_ISREG(about.st_mode):
-                            where = str(Path(entry.path).relative_to(path))
-                            found.append(
-                                Mark(
-                                    where, about.st_dev, about.st_ino, about.st_size,
-                                    about.st_mtime_ns, about.st_ctime_ns,
-                                )
-                            )  # fmt: skip
-        if len(found) > ENTRIES:
-            raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's alone")
-        return tuple(sorted(found))
+            if not place.is_dir():
+                continue
+            with os.scandir(place) as listing:
+                entries = list(islice(listing, ENTRIES + 1))
+            if len(entries) > ENTRIES:  # what was not looked at might change without a mark
+                raise LorafoldError(f"found more than {ENTRIES:,} files, expected an adapter's")
+            for entry in entries:
+                try:
+                    about = entry.stat()
+                except OSError:  # a link to nothing, or a file that is gone by now
+                    continue
+                if stat.S_ISREG(about.st_mode):
+                    where = Path(entry.path).relative_to(path)
+                    found[_shown(f"{path.name}/{where}")] = Marks.of(about)
+        return found
 
     def touch(self, name: str) -> object:
         """The marks of an adapter's files, None for one that may not be read."""
         try:
-            return self.marks(name)
+            return self.marks(self.locate(name))
         except (LorafoldError, OSError):
             return None
 
@@ -128,28 +113,31 @@ class Directory:
         """Whether an adapter's files have other marks than before."""
         return self.touch(name) != before
 
-    def tokenizer(self, name: str) -> Contents | None:
-        """The files of an adapter's own tokenizer, or else that of the highest one below it that
-        has one, if there is one. Raises as `locate` does, and for damaged files.
+    def words(self, path: Path) -> list[str]:
+        """The names of the files of an adapter's tokenizer, and of those that it might have. Raises
+        LorafoldError for files that are not the directory's own, and for too many bytes.
+
+        Args:
+            path: where the adapter is.
         """
-        path = self.locate(name)
-        if not _has_tokenizer(path):
-            record = Contents(path, (RECORD,)).record
-            over = (self.below(origin, path) for origin in reversed(parse(record)))
-            found = next(filter(_has_tokenizer, over), None)
-            if found is None:
-                return None
-            path = found
-        there = {file for p in (*TOKENIZER_FILES, *VOCABULARIES) for file in path.glob(p)}
-        files = sorted({*there, *(path / known for known in TOKENIZER)})
-        self._check_own(*files)
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        if size > TOKENIZERS or len(files) > ENTRIES:
+        marks = {name.partition("/")[2]: mark for name, mark in self.marks(path).items()}
+        there = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
+        self._check_own(*(path / name for name in {*there, *TOKENIZER}))
+        if (size := sum(marks[name].size for name in there)) > TOKENIZERS:
             raise LorafoldError(
-                f"its tokenizer: found {len(files):,} files of {size:,} bytes, expected at most"
-                f" {ENTRIES:,} of {TOKENIZERS:,}"
+                f"its tokenizer: found {len(there):,} files of {size:,} bytes, expected at most"
+                f" {TOKENIZERS:,}"
             )
-        contents = Contents(path, [str(file.relative_to(path)) for file in files])
+        return sorted({*there, *TOKENIZER})
+
+    def tokenizer(self, path: Path) -> Contents:
+        """The files of an adapter's tokenizer. Raises LorafoldError as `words` does, and for files
+        that are damaged.
+
+        Args:
+            path: where the adapter is.
+        """
+        contents = Contents(path, self.words(path))
         contents.check_intact()
         return contents
 
@@ -179,11 +167,11 @@ class Directory:
 
     def below(self, origin: Origin, path: Path) -> Path:
         """Where an adapter is that the one at `path` lies over. Raises LorafoldError unless it is
-        one of the directory's, with the digest that the record says.
+        one of the directory's.
         """
         if not self._single:
             self.locate(Path(origin.path).name)
-        return found_below(origin, path).path
+        return beside(origin, path)
 
     def _check_own(self, *files: Path) -> None:
         """Raise LorafoldError for a file that is not the directory's own."""
@@ -203,15 +191,6 @@ class Directory:
                     f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
                     f" expected one link and at most {MOST:,} bytes; copy it"
                 )
-
-
-def _has_tokenizer(path: Path) -> bool:
-    """Whether an adapter has a tokenizer of its own. Raises LorafoldError if it was damaged, and
-    waits for no pipe.
-    """
-    contents = Contents(path, (SETTINGS,))
-    contents.check_intact()
-    return SETTINGS in contents.files
 
 
 def _shown(name: str) -> str:

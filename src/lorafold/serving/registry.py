@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError, cut, printable
+from lorafold.serving.digests import Digests
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.kept import Kept, read_kept, write_kept
 from lorafold.serving.keys import Caller
@@ -40,6 +41,7 @@ class Registry:
 
     Args:
         base: the base's name.
+        identity: the base's identity.
         directory: the adapters.
         file: what is kept between runs.
         plain: what renders the base's requests.
@@ -47,10 +49,11 @@ class Registry:
     """
 
     def __init__(
-        self, base: str, directory: Directory, file: Path, plain: Renderer, verifier: Verifier
-    ) -> None:
-        self.base, self.directory, self.file = base, directory, file
-        self.plain, self.verifier = plain, verifier
+        self, base: str, identity: str, directory: Directory, file: Path, plain: Renderer,
+        verifier: Verifier,
+    ) -> None:  # fmt: skip
+        self.base, self.identity, self.directory, self.file = base, identity, directory, file
+        self.plain, self.verifier, self.digests = plain, verifier, Digests()
         self.kept: Kept = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
@@ -121,10 +124,10 @@ class Registry:
         with self.lock:
             self._engine = engine
             for found in self.found.values():
-                engine.adapters.know(found.key, found.path, found.digest)
+                engine.adapters.know(found.key, found.path, found.stack)
                 engine.adapters.pin(found.key, found.name in self.kept.pinned)
                 if found.key in self._resident:
-                    engine.load(found.key, found.path, digest=found.digest, wait=False)
+                    engine.load(found.key, found.path, stack=found.stack, wait=False)
 
     def remember(self) -> None:
         """Note which adapters are in memory, for `reopen`."""
@@ -142,7 +145,7 @@ class Registry:
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
         if model == self.base and caller.base:
-            return Chosen(self.base, None, self.plain)
+            return Chosen(self.base, None, self.plain, self.identity)
         alias = self.kept.aliases.get(model) if caller.may(model) else None
         if alias is None:
             found = self.version(caller, model)
@@ -150,7 +153,7 @@ class Registry:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
             pointed = self.ready(target.adapter)
-            if pointed is None or not pointed.digest.startswith(target.digest or ""):
+            if pointed is None or not self.digests.fit(pointed, target.digest or ""):
                 told = f"model: {model!r} stands for nothing now"
                 raise Refusal(404, "model_not_found", told, "model")
             found = pointed
@@ -159,7 +162,7 @@ class Registry:
             why = self.kept.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
         try:
-            return Chosen(name, found.key, self.verifier.renderer(found))
+            return Chosen(name, found.key, self.verifier.renderer(found), self.identity)
         except LorafoldError as error:
             log.error("%s", error)
             told = f"{name} can't be read now; the server's log says why"
@@ -169,7 +172,7 @@ class Registry:
         """The adapter that NAME or NAME@DIGEST stands for. Raises Refusal as `choose` does."""
         name, at, digest = model.partition("@")
         found = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
-        if found is None or (at and len(digest) < 8) or not found.digest.startswith(digest):
+        if found is None or (at and len(digest) < 8) or not self.digests.fit(found, digest):
             told = f"model: found no {model[:200]!r} that you may use"
             raise Refusal(404, "model_not_found", told, "model")
         return found
@@ -182,8 +185,8 @@ class Registry:
             found = self._verified(name, afresh=True)
             with self.lock:
                 if name in self.kept.quarantined:  # what the engine counted begins anew
-                    self.engine.adapters.know(found.key, found.path, found.digest)
-            self.engine.load(found.key, found.path, digest=found.digest)
+                    self.engine.adapters.know(found.key, found.path, found.stack)
+            self.engine.load(found.key, found.path, stack=found.stack)
             with self.lock:
                 self._take(found, loaded=True)
                 self.wrong.pop(name, None)
@@ -214,7 +217,7 @@ class Registry:
             self.keep(pinned=(*others, name) if pinned else others)
             self.engine.adapters.pin(found.key, pinned)
             if pinned:
-                self.engine.load(found.key, found.path, digest=found.digest, wait=False)
+                self.engine.load(found.key, found.path, stack=found.stack, wait=False)
 
     def quarantine(self, name: str, why: str) -> None:
         """Refuse an adapter's requests, until `load`."""
@@ -257,16 +260,17 @@ class Registry:
         with self.lock:
             before = self.found.get(name)
             if not loaded:
-                self.engine.adapters.know(found.key, found.path, found.digest)
+                self.engine.adapters.know(found.key, found.path, found.stack)
             pinned = name in self.kept.pinned
             self.engine.adapters.pin(found.key, pinned)
             if pinned or len(self.found) < WARM:
-                self.engine.load(found.key, found.path, digest=found.digest, wait=False)
+                self.engine.load(found.key, found.path, stack=found.stack, wait=False)
             self.found[name] = found
             if before is not None and before.key != found.key:
                 self._forget(before)
             held = self.kept.quarantined.get(name)
-            if held is not None and held[0] != found.digest:  # other files are another adapter
+            # other files are another adapter
+            if held is not None and not self.digests.fit(found, held[0]):
                 others = {n: q for n, q in self.kept.quarantined.items() if n != name}
                 with suppress(LorafoldError):
                     self.keep(quarantined=others)

@@ -143,9 +143,17 @@ class Renderer:
 @dataclass(frozen=True)
 class Chosen:
     """What a request runs under: the adapter's name, or the base's, its version in the engine, None
-    for the base, and what renders it.
+    for the base, what renders it, and the base's identity.
     """
 
     name: str
     key: str | None
     renderer: Renderer
+    base: str
+
+    @property
+    def fingerprint(self) -> str:
+        """What computes its answer: NAME@DIGEST of the adapter, or the base's name, and the first
+        digits of the base's identity.
+        """
+        return f"{self.key or self.name}+{self.base[:12]}"

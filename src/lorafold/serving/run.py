@@ -17,7 +17,6 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +26,9 @@ import uvicorn
 from lorafold.core.anatomy import bare_modules
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
+from lorafold.identity import joined, of_code, of_model
 from lorafold.machine.room import free_bytes
-from lorafold.models import fingerprint
+from lorafold.models.sources import ModelSource
 from lorafold.screening.screen import Screen
 from lorafold.serving import kept, logs
 from lorafold.serving.app import application
@@ -51,13 +51,23 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# what an adapter that was verified once is known for, beside its files and the base
+ROOMS = (
+    "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
+    "peft", "screening", "serving",
+)  # fmt: skip
+PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
+
 
 @dataclass(frozen=True)
 class Base:
-    """The model: the name by which requests ask for it, and what loads it and its tokenizer."""
+    """The model: the name by which requests ask for it, what finds it on this machine, and what
+    loads it and its tokenizer.
+    """
 
     name: str
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    find: Callable[[], ModelSource]
+    load: Callable[[ModelSource], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -122,7 +132,10 @@ def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) 
         keys: who may call.
         settings: everything else.
     """
-    model, tokenizer = base.load()
+    source = base.find()
+    files = of_model(source)
+    model, tokenizer = base.load(source)
+    identity = joined([files, _storage(model)])
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     most = settings.limits.tenant_running
     if most is None and settings.keys is not None:
@@ -138,9 +151,10 @@ def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) 
     state = settings.state or directory.beside / kept.FILE
     screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
     renderers = Renderers(model, tokenizer, screen)
-    seen = Seen(state.with_name(f"{state.stem}-verified.json"), _identity(model, screen, base.name))
+    known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES)])
+    seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
     verifier = Verifier(directory, screen, renderers, seen, base.name)
-    registry = Registry(base.name, directory, state, renderers.base, verifier)
+    registry = Registry(base.name, identity, directory, state, renderers.base, verifier)
     metrics, first = Metrics(), engine()
     registry.open(first)
     host = Host(first, engine, registry, settings, metrics)
@@ -152,13 +166,10 @@ def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) 
     )
 
 
-def _identity(model: PreTrainedModel, screen: Screen, name: str) -> str:
-    """The digest of all that the verification of an adapter depends on, beside its files."""
-    parts = [
-        version("lorafold"), name, screen.backend, fingerprint.of_model(model),
-        [[path, list(p.shape)] for path, p in model.named_parameters()],
-    ]  # fmt: skip
-    return sha256(json.dumps(parts, default=str).encode()).hexdigest()
+def _storage(model: PreTrainedModel) -> str:
+    """The digest of how a model's tensors are stored, which its files don't say."""
+    parts = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
+    return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 async def _run(server: Server, at: socket.socket) -> None:

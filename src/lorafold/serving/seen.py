@@ -1,8 +1,8 @@
 """What is known of adapters that were verified once, kept between runs: a start reads none again.
 
-An entry holds for as long as every file of the adapter has the marks that it had (device, inode,
-size, and the times of its content and of its name), and for one base and one version of lorafold.
-Whoever reads an adapter compares its digest all the same.
+An entry holds for as long as every file of the adapter, and of those below it, has the marks that
+it had (`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code
+that verified it. Whoever reads an adapter compares its digest all the same.
 """
 
 from __future__ import annotations
@@ -10,24 +10,29 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.serving.directory import FRESH, Mark
+from lorafold.files.digests import Marks
 from lorafold.serving.json_file import read
 
 log = logging.getLogger(__name__)
 
 
 class Found(BaseModel):
-    """An adapter's files: where they are, the digest of their content, and what they say it is.
+    """An adapter's files: where they are, what they are by digest, and what they say it is.
 
-    `base` is the base that they name, `form` the digest of what adapters have in common that differ
-    in nothing but their values, and `tokenizer` the digest of a tokenizer of their own, or "".
+    `digest` is its identity together with those of the adapters below, and `old` the digest of its
+    own files without its tokenizer, by which versions were known before. `over` is where the
+    adapters below are, the lowest first, and `stack` the identities of what is read of these and of
+    it. `base` is the base that it names where it has no fingerprint to tell by, `form` the digest
+    of what adapters have in common that differ in nothing but their values, `tokenizer` the digest
+    of its tokenizer, or "" for the base's, and `words` where that is. `note` is for the
+    administrator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,11 +40,15 @@ class Found(BaseModel):
     name: str
     path: Path
     digest: str
+    old: str
+    stack: tuple[str, ...]
+    over: tuple[Path, ...] = ()
     method: str
     rank: int | None = None
     base: str = ""
     form: str = ""
     tokenizer: str = ""
+    words: Path | None = None
     note: str = ""
 
     @property
@@ -49,16 +58,16 @@ class Found(BaseModel):
 
 
 class Entry(BaseModel):
-    """An adapter, and the marks that its files had."""
+    """An adapter, and the marks that its files had, and those of the adapters below."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     found: Found
-    marks: tuple[Mark, ...]
+    marks: dict[str, Marks]
 
 
 class Content(BaseModel):
-    """The content of the file; `identity` is that of the base and of lorafold."""
+    """The content of the file; `identity` is that of the base and of the code."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,19 +98,17 @@ class Seen:
             if content.identity == identity:
                 self._adapters = dict(content.adapters)
 
-    def find(self, name: str, marks: tuple[Mark, ...]) -> Found | None:
-        """The adapter of that name, if its files have these marks."""
-        entry = self._adapters.get(name)
-        return entry.found if entry is not None and entry.marks == marks else None
+    def find(self, name: str) -> Entry | None:
+        """What was found of the adapter of that name, and the marks that its files had."""
+        return self._adapters.get(name)
 
-    def put(self, found: Found, marks: tuple[Mark, ...]) -> None:
+    def put(self, found: Found, marks: Mapping[str, Marks]) -> None:
         """Note an adapter that was verified. Files that were written just now are not noted: they
         could be written again without another mark.
         """
-        old = max((max(mark.modified, mark.changed) for mark in marks), default=0)
-        if time.time_ns() - old > FRESH * 1e9:
+        if all(mark.settled for mark in marks.values()):
             with self._lock:
-                self._adapters[found.name] = Entry(found=found, marks=marks)
+                self._adapters[found.name] = Entry(found=found, marks=dict(marks))
                 self._changed = True
 
     def forms(self) -> set[str]:

@@ -1,9 +1,10 @@
 """Whether an adapter may be served: its files, its tokenizer, and that it fits the base.
 
-What comes with it is read in processes that can be ended (`lorafold.screening`); only then are its
-configuration and its record interpreted here, from bytes of the digest that was verified there.
-Adapters that differ in nothing but their values fit the base if one of them does. What was found is
-kept for as long as no file is touched.
+What comes with it is read in processes that can be ended (`lorafold.screening`), which name the
+digests of all its files and of those of the adapters below it; only then are its configuration and
+its record interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that
+differ in nothing but their values fit the base if one of them does. What was found is kept for as
+long as no file is touched.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from lorafold.errors import STOPS, LorafoldError, cut, place
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
+from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD
-from lorafold.peft.config import CONFIG, read_config
+from lorafold.identity import joined
+from lorafold.models.tokenizer import CONFIG as SETTINGS
+from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.directory import FILES
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.stack import parse
+from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.directory import Directory
 from lorafold.serving.renderers import Renderers
@@ -72,29 +76,27 @@ class Verifier:
             raise LorafoldError(f"it can't be read ({place(error)})") from None
 
     def _found(self, name: str, engine: Engine, afresh: bool) -> Found:
-        marks = self.directory.marks(name)
-        known = None if afresh else self.seen.find(name, marks)
-        if known is not None:
-            return known
-        path = self.directory.locate(name)
-        verified = self._verified(path)
-        found = self._read(name, path, verified)
+        path, marks = self.directory.locate(name), dict[str, Marks]()
+        known = None if afresh else self.seen.find(name)
+        if known is not None and self._marks(path, *known.found.over) == known.marks:
+            return self._noted(known.found)
+        found = self._read(name, path, marks)
         if afresh or found.form not in self._forms:
-            engine.verify(Files(found.key, path, found.digest, 0))
+            engine.verify(Files(found.key, path, found.stack, 0))
             self._forms.add(found.form)
         self.seen.put(found, marks)
-        return found
+        return self._noted(found)
 
     def renderer(self, found: Found) -> Renderer:
         """What renders the adapter's requests. Raises LorafoldError if its tokenizer is another one
         by now.
         """
-        if not found.tokenizer:
+        if found.words is None:
             return self._renderers.base
         if (renderer := self._renderers.known(found.tokenizer)) is not None:
             return renderer
-        files = self.directory.tokenizer(found.name)
-        if files is None or files.named != found.tokenizer:
+        files = self.directory.tokenizer(found.words)
+        if files.named != found.tokenizer:
             raise LorafoldError(f"{found.name}: its tokenizer changed; load it again")
         return self._renderers.of(files)
 
@@ -103,14 +105,22 @@ class Verifier:
         self._screen.close()
         self.seen.save()
 
-    def _verified(self, path: Path) -> Verified:
-        return self._screen.verify(path, FILES, CONFIG, RECORD, TOLD)
+    def _marks(self, *paths: Path) -> dict[str, Marks]:
+        return {name: mark for path in paths for name, mark in self.directory.marks(path).items()}
 
-    def _read(self, name: str, path: Path, verified: Verified) -> Found:
-        """What an adapter says it is, from the bytes that were verified."""
+    def _verified(self, path: Path, marks: dict[str, Marks]) -> Verified:
+        marks |= self._marks(path)
+        files = (*FILES, *self.directory.words(path))
+        return self._screen.verify(path, files, CONFIG, RECORD, TOLD)
+
+    def _read(self, name: str, path: Path, marks: dict[str, Marks]) -> Found:
+        """What an adapter says it is, from the bytes that were verified; adds the marks that its
+        files had before, and those of the adapters below.
+        """
+        verified = self._verified(path, marks)
         small = Contents(path, (CONFIG, RECORD))
         files = (CONFIG, RECORD, MANIFEST)
-        if any(verified.digests.get(file) != small.digests.get(file) for file in files):
+        if small.digest_of(files) != verified.digest_of(files):
             raise LorafoldError(f"{path} changes while it is read; load it again")
         config = small.object(CONFIG)
         if config.get("task_type") == "SEQ_CLS":
@@ -121,29 +131,46 @@ class Verifier:
         over = parse(small.record)
         if len(over) > OVERS:
             raise LorafoldError(f"{OVER}: found {len(over):,} adapters, expected at most {OVERS}")
-        for origin in over:  # which are read with it, whatever became of them by themselves
-            if self._verified(self.directory.below(origin, path)).below != origin.sha256:
-                raise LorafoldError(f"{origin.path} changes while it is read; load it again")
+        below = [self.directory.below(origin, path) for origin in over]
+        # which are read with it, whatever became of them by themselves
+        stack = {at: self._verified(at, marks) for at in below} | {path: verified}
+        for at, origin in zip(below, over, strict=True):
+            if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
+                raise LorafoldError(not_found(origin, path))
         spec = read_config(config)[0]
         if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
-        own = self.directory.tokenizer(name)
-        if own is not None:
-            self._renderers.of(own)
-        base = cut(str(config.get("base_model_name_or_path") or ""), NAMED)
+        words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
+        base = "" if "base" in small.record else config.get("base_model_name_or_path")
         return Found(
-            name=name, path=path, digest=verified.digest, method=name_of(spec),
-            rank=getattr(_inner(spec), "rank", None),
-            base=base, form=verified.form, tokenizer="" if own is None else own.named,
-            note="" if "base" in small.record else self._note(base),
+            name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
+            old=verified.digest_of((*FILES, MANIFEST)), over=tuple(below),
+            stack=tuple(stack[at].digest_of(FILES) for at in (*below, path)),
+            method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
+            base=cut(str(base or ""), NAMED), words=words,
+            tokenizer="" if words is None else self._opened(words, stack[words]),
+            form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
 
-    def _note(self, base: str) -> str:
-        """A line for an adapter that names another base, and has no fingerprint to tell by."""
-        theirs, ours = (Path(each.rstrip("/")).name.lower() for each in (base, self._base))
-        if not base or theirs == ours:
-            return ""
-        return f"it names the base {base[:200]!a}, and is served on {self._base!a}, which it fits"
+    def _opened(self, path: Path, verified: Verified) -> str:
+        """The digest of an adapter's tokenizer, opened from the bytes that were verified."""
+        words = self.directory.tokenizer(path)
+        if words.named != verified.digest_of(verified.files.keys() - {*FILES, MANIFEST}):
+            raise LorafoldError(f"{path} changes while it is read; load it again")
+        self._renderers.of(words)
+        return words.named
+
+    def _noted(self, found: Found) -> Found:
+        """With a line for an adapter that names another base, and has no fingerprint to tell by."""
+        theirs, ours = (Path(each.rstrip("/")).name.lower() for each in (found.base, self._base))
+        told = f"it names the base {found.base[:200]!a}, and is served on {self._base!a}, which it"
+        note = f"{told} fits" if found.base and theirs != ours else ""
+        return found.model_copy(update={"note": note})
+
+
+def _identity(verified: Verified) -> str:
+    """An adapter's, as `lorafold.identity.of_adapter` has it of the files."""
+    return verified.digest_of(verified.files.keys() - {MANIFEST})
 
 
 def _inner(spec: Spec) -> Spec:

@@ -109,7 +109,7 @@ class Answer(Written):
             "object": kind,
             "created": reply.created,
             "model": self.body.model,
-            "system_fingerprint": reply.chosen.key or reply.chosen.name,
+            "system_fingerprint": reply.chosen.fingerprint,
         }
 
 

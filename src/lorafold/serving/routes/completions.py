@@ -116,5 +116,5 @@ class Plain:
             "object": "text_completion",
             "created": reply.created,
             "model": self.body.model,
-            "system_fingerprint": reply.chosen.key or reply.chosen.name,
+            "system_fingerprint": reply.chosen.fingerprint,
         }

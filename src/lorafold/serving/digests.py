@@ -1,0 +1,44 @@
+"""Which digests stand for which version.
+
+    digests.fit(found, "5fdad78c")      whether these are the first digits of the version's digest
+
+In the old form a version's digest is that of its configuration, its weights, its record and its
+manifest, without the tokenizer and the adapters below. Clients, aliases and quarantines that have
+one are understood until lorafold 0.3, and the log says what to use instead; what such a digest
+leaves out, it does not pin.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from lorafold.serving.seen import Found
+
+log = logging.getLogger(__name__)
+SHOWN = 12  # digits in a line of the log
+
+
+class Digests:
+    """Compares digests with those of one server's versions. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()  # versions of which it was said
+
+    def fit(self, found: Found, given: str) -> bool:
+        """Whether a digest, or the first digits of one, is that of a version, in either form.
+
+        Args:
+            found: the version.
+            given: the digits, as a client or the file of what is kept has them.
+        """
+        if found.digest.startswith(given):
+            return True
+        if not found.old.startswith(given):
+            return False
+        if found.key not in self._told:
+            self._told.add(found.key)
+            log.warning(
+                "%s@%s is a digest of the old form, which lorafold 0.3 won't understand; use %s",
+                found.name, given[:SHOWN], found.key,
+            )  # fmt: skip
+        return True
