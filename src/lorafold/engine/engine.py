@@ -41,6 +41,7 @@ from lorafold.engine.solo import SoloRunner
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import disband
+from lorafold.machine.waiting import considerate
 from lorafold.methods.parts.extras import vocabulary
 
 if TYPE_CHECKING:
@@ -104,9 +105,8 @@ class Engine:
             raise LorafoldError(f"engine: {told}")
         chunk = min(chunk, self.length)
         with ExitStack() as stack:
-            stack.enter_context(taken(model))
-            stack.enter_context(evaluation_mode(model))
-            stack.enter_context(untrained(model))
+            for own in (taken(model), evaluation_mode(model), untrained(model), considerate()):
+                stack.enter_context(own)
             self.structure: Structure = structure_of(model)
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             self._reader = Reader(model, self.structure, dtype)
