@@ -550,7 +550,7 @@ def test_every_way_through_a_step_gives_the_same_losses(
     losses = {}
     for name, fields in ways.items():
         recipe = lf.Recipe(
-            objective="dpo", epochs=2, batch=4, lr=1e-2, lr_b=1e-2, dropout=0.0, base="fp32",
+            objective="dpo", epochs=2, batch=4, lr=1e-2, lr_b=1e-2, dropout=0.3, base="fp32",
             **fields,
         )  # fmt: skip
         found = lf.train(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
@@ -39,15 +39,26 @@ class Origin:
     sha256: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What random draws follow from (`core.draws`): a key of 63 bits, and the name of each token of
+    the batch that is computed, int64 (B, T).
+    """
+
+    key: int
+    names: Tensor
+
+
 class Selection:
     """The names of the adapters that are active in one model, lowest first, the files of each
-    adapter on it by its name, and the parameters that attaching froze.
+    adapter on it by its name, the parameters that attaching froze, and what is drawn from.
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.origins: dict[str, Origin] = {}
         self.frozen: list[nn.Parameter] = []
+        self.draws: Draws | None = None
 
     @property
     def active(self) -> tuple[Origin, ...]:

@@ -5,13 +5,14 @@ loss, so that accelerate wraps the whole computation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafold.core.draws import named
 from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
@@ -55,6 +56,22 @@ class Loss(nn.Module, ABC):
         """Return the arguments of `forward` for these examples, on the device: labels and inputs,
         each (B, T), or labels (B,) for a classifier.
         """
+
+    def names(
+        self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
+
+        Args:
+            examples: The examples of the micro-batch.
+            rows: Their places in the whole batch of the step.
+            inputs: As `collate` gives them.
+        """
+        ids = inputs["input_ids"]
+        row = torch.tensor(rows, device=ids.device)
+        if (positions := inputs.get("position_ids")) is None:
+            return named(row[:, None], torch.arange(ids.shape[1], device=ids.device))
+        return named(row[(positions == 0).cumsum(1) - 1], positions)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:

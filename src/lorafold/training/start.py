@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+# What decides which elements are dropped, in the identity of a run with dropout; the second one in
+# runs that do not name it.
+RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
+_RULE_BEFORE = "random state of torch"
 
 
 def prepare(
@@ -62,7 +66,7 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        run.check(identity, Recipe().model_dump(mode="json"))
+        run.check(identity, Recipe().model_dump(mode="json") | {RULE: _RULE_BEFORE})
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             adapter.load_state_dict(tensors)
@@ -112,6 +116,8 @@ def identity_of(
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
         identity["chat_template"] = str(tokenizer.chat_template)
+    if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
+        identity[RULE] = DROPOUT
     return identity
 
 
