@@ -289,12 +289,15 @@ extern "C" long dropped_places(int32_t* out, const uint64_t* names, long rows, l
                                uint32_t limit, uint64_t key, uint32_t site, int threads) {
   long step = std::max(1L, STRETCH / n), parts = (rows + step - 1) / step, many = 0;
   std::vector<long> found(parts);
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
-  for (long i = 0; i < parts; i++) {
+#pragma omp parallel num_threads(threads) if (rows * n > FEW)
+  {
     std::vector<int32_t> own(step * n + SURE);
-    for (long b = i * step; b < std::min(rows, (i + 1) * step); b++)
-      found[i] += places_of(own.data() + found[i], b * n, n, names[b], site, key, limit);
-    std::memcpy(out + i * step * n, own.data(), found[i] * sizeof(int32_t));
+#pragma omp for schedule(static)
+    for (long i = 0; i < parts; i++) {
+      for (long b = i * step; b < std::min(rows, (i + 1) * step); b++)
+        found[i] += places_of(own.data() + found[i], b * n, n, names[b], site, key, limit);
+      std::memcpy(out + i * step * n, own.data(), found[i] * sizeof(int32_t));
+    }
   }
   for (long i = 0; i < parts; many += found[i++])
     std::memmove(out + many, out + i * step * n, found[i] * sizeof(int32_t));
