@@ -261,21 +261,23 @@ inline uint32_t decide(uint32_t call, uint64_t name, uint32_t site, uint64_t key
 }
 #endif
 
-constexpr int SURE = 4;  // places that are written whether they are dropped or not, which is faster
+constexpr int SURE = 6;  // places that are written whether they are dropped or not, which is faster
 
 // the places that are dropped of a row of n numbers, which begins at `start`, and up to SURE others
 // after them; returns their number
 inline long places_of(int32_t* out, long start, long n, uint64_t name, uint32_t site, uint64_t key,
                       uint32_t limit) {
-  constexpr uint32_t LAST = 1u << (ELEMENTS - 1);
+  constexpr uint64_t LAST = uint64_t{1} << 63;
   long many = 0;
-  for (long at = 0; at < n; at += ELEMENTS) {
-    uint32_t bits = decide(at / 8, name, site, key, limit);
-    if (n - at < ELEMENTS) bits &= (1u << (n - at)) - 1;
+  for (long at = 0; at < n; at += 2 * ELEMENTS) {
+    uint64_t bits = decide(at / 8, name, site, key, limit), others = 0;
+    if (n - at > ELEMENTS) others = decide(at / 8 + CALLS, name, site, key, limit);
+    bits |= others << ELEMENTS;
+    if (n - at < 2 * ELEMENTS) bits &= (uint64_t{1} << (n - at)) - 1;
     int32_t *own = out + many, first = static_cast<int32_t>(start + at);
-    many += __builtin_popcount(bits);
-    for (int k = 0; k < SURE; k++, bits &= bits - 1) own[k] = first + __builtin_ctz(bits | LAST);
-    for (int k = SURE; bits; k++, bits &= bits - 1) own[k] = first + __builtin_ctz(bits);
+    many += __builtin_popcountll(bits);
+    for (int k = 0; k < SURE; k++, bits &= bits - 1) own[k] = first + __builtin_ctzll(bits | LAST);
+    for (int k = SURE; bits; k++, bits &= bits - 1) own[k] = first + __builtin_ctzll(bits);
   }
   return many;
 }
