@@ -1,5 +1,5 @@
-"""Dropped places: exact probability, independence, the caller's random state, one draw for all
-readers, a preserved mean.
+"""Dropped places: what they follow from, exact probability, independence, the caller's random
+state, one draw for all readers, a preserved mean.
 """
 
 from __future__ import annotations
@@ -14,8 +14,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
-from lorafold.ops.dropout import Dropped, dropout, dropped, emptied, empty_, keep_scale, shared
+from lorafold.core.attach import selection_of
+from lorafold.core.draws import Site, drawing, named, slots
+from lorafold.core.selection import Draws
+from lorafold.ops.dropout import (
+    MASK,
+    Dropped,
+    dropout,
+    dropped,
+    emptied,
+    empty_,
+    keep_scale,
+    shared,
+)
 from lorafold.ops.operators import plainly
+from lorafold.ops.philox import key_of, philox
 
 SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
 N = 1 << 20
@@ -62,10 +75,10 @@ def test_share_dropped_is_binomial(p: float) -> None:
 
 @pytest.mark.parametrize("p", [p for p in SHARES if p])
 def test_every_place_is_dropped_as_often_as_any_other(p: float) -> None:
-    draws = 4000
-    # the first place and the last one among them
-    counts = torch.stack([mask(8, p, seed) for seed in range(draws)]).sum(0)
-    assert all(within(count, draws * p, draws * p * (1 - p)) for count in counts.tolist())
+    rows, n = 4000, 130  # the first place and the last one of a row among them
+    found = drawn(torch.empty(rows, n), p, 5).long() % n
+    counts = torch.bincount(found, minlength=n)
+    assert all(within(count, rows * p, rows * p * (1 - p)) for count in counts.tolist())
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -88,33 +101,146 @@ def test_gaps_are_geometric(p: float) -> None:
             )
 
 
-@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
-def test_numbers_that_do_not_suffice_are_followed_by_more(
-    p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A chance of one in a billion of the plain form, forced: the places are those of one long
-    draw, since the generator gives the same numbers.
+def test_elements_of_a_call_are_independent() -> None:
+    """Chi-square over the 256 patterns of the eight elements that one call decides on, and over
+    those of eight rows, eight sites and eight steps.
     """
-    x, draw = torch.empty(1500), torch.rand
-    with plainly():
-        whole = [drawn(x, p, seed) for seed in range(20)]
-    sizes: list[int] = []
+    rows, n, p = 1024, 1024, 0.5
 
-    def short(n: int) -> Tensor:
-        sizes.append(n)
-        return draw(min(n, 7))
+    def at(key: int, number: int) -> Tensor:
+        return of_site(torch.empty(rows, n), p, Site(key, torch.arange(rows), number))
 
-    monkeypatch.setattr(torch, "rand", short)
-    with plainly():
-        pieces = [drawn(x, p, seed) for seed in range(20)]
-    assert len(sizes) >= 20 + (p >= 0.05)
-    assert all(torch.equal(a, b) for a, b in zip(pieces, whole, strict=True))
+    within_calls = at(1, 2).view(-1, 8)
+    over_rows = at(1, 2).t().reshape(-1, 8)
+    over_sites = torch.stack([at(1, number) for number in range(8)], -1).view(-1, 8)
+    over_keys = torch.stack([at(key_of(7, step), 2) for step in range(8)], -1).view(-1, 8)
+    for patterns in (within_calls, over_rows, over_sites, over_keys):
+        counts = torch.bincount((patterns * 2 ** torch.arange(8)).sum(1), minlength=256)
+        mean = len(patterns) / 256
+        chi_square = ((counts - mean) ** 2 / mean).sum().item()
+        assert within(chi_square, 255, 2 * 255)
 
 
 def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
     before = torch.get_rng_state()
     assert dropped(torch.empty(100), 0.0).numel() == dropped(torch.empty(3, 0), 0.5).numel() == 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- what they follow from ------------------------------------------------------------------------
+
+
+def of_site(x: Tensor, p: float, site: Site) -> Tensor:
+    """A boolean mask in x's shape, True where dropped."""
+    return emptied(torch.ones(x.shape), dropped(x, p, site)) == 0
+
+
+# Random123's known answers: counter, key, words
+ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000",
+     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), ANSWERS)
+def test_philox_gives_the_known_answers(counter: str, key: str, words: str) -> None:
+    at, under, expected = (
+        tuple(int(word, 16) for word in text.split()) for text in (counter, key, words)
+    )
+    assert philox(at, under) == expected
+    tensors = tuple(torch.tensor([word]) for word in at)
+    assert tuple(int(word) for word in philox(tensors, under)) == expected
+
+
+def test_each_half_of_the_words_decides_on_an_element() -> None:
+    """In each form: of the first call of a row, at the counter and key of the first answer."""
+    words = [int(word, 16) for word in ANSWERS[0][2].split()]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    site = Site(0, torch.zeros(1).long(), 0)
+    for number, half in enumerate(halves):
+        for limit in (half, half + 1):
+            found = dropped(torch.empty(1, 8), limit / 65536, site)
+            assert (number in found.tolist()) is (half < limit)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.99999])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (2, 5, 128), (70, 576), (9, 1537)], ids=str)
+def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: str) -> None:
+    x, rows = torch.empty(shape), math.prod(shape[:-1])
+    generator = torch.Generator().manual_seed(11)
+    names = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+    site = Site(2**62 + 12345, names, 2**32 - 7)
+    found = dropped(x, p, site)
+    with plainly():
+        assert torch.equal(found, dropped(x, p, site))
+    assert found.dtype is torch.int32
+    mask: Tensor = MASK(x, p, names, site.key, site.number)  # as on an accelerator
+    assert torch.equal(mask.flatten().nonzero()[:, 0], found)
+
+
+def test_a_row_keeps_its_own_elements_wherever_it_is() -> None:
+    lengths, n, p = (5, 1, 9), 576, 0.3
+    alone = [
+        of_site(torch.empty(m, n), p, Site(4, named(torch.tensor([row]), torch.arange(m)), 6))
+        for row, m in enumerate(lengths)
+    ]
+    order = (2, 0, 1)
+    names = torch.cat([named(torch.tensor([i]), torch.arange(lengths[i])) for i in order])
+    packed = of_site(torch.empty(1, sum(lengths), n), p, Site(4, names, 6))[0]
+    for i, part in zip(order, packed.split([lengths[i] for i in order]), strict=True):
+        assert torch.equal(part, alone[i])
+    padded = of_site(
+        torch.empty(3, 9, n), p, Site(4, named(torch.arange(3)[:, None], torch.arange(9)), 6)
+    )
+    for row, own in zip(padded, alone, strict=True):
+        assert torch.equal(row[: len(own)], own)
+
+
+@pytest.mark.parametrize("change", ["seed", "step", "row", "branch", "slot", "position", "site"])
+def test_another_counter_draws_others(change: str) -> None:
+    def mask(changed: bool) -> Tensor:
+        by = {name: changed and name == change for name in ("seed", "step", "site", "slot")}
+        row, branch, position = (int(changed and name == change)
+                                 for name in ("row", "branch", "position"))  # fmt: skip
+        names = named(torch.tensor([row]), torch.arange(64) + position, branch)
+        names = slots(names, torch.arange(64) * 2 + by["slot"], 2)
+        key = key_of(3 + by["seed"], 5 + by["step"])
+        return of_site(torch.empty(64, 256), 0.5, Site(key, names, 8 + by["site"]))
+
+    assert within((mask(True) != mask(False)).sum().item(), 64 * 128, 64 * 64)
+
+
+def test_a_step_of_a_model_drops_what_its_names_say() -> None:
+    """With gradient checkpointing too, and without reading the random state."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.5), ["0", "1"])
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_()
+    x, names = torch.randn(6, 16), named(torch.tensor([3]), torch.arange(6))
+    before = torch.get_rng_state()
+
+    def step(rows: slice, key: int, checkpointed: bool = False) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        with drawing(selection_of(model), Draws(key, names[rows])):
+            y = checkpoint(model, x[rows], use_reentrant=False) if checkpointed else model(x[rows])
+            y.square().sum().backward()
+        return y.detach(), [p.grad.clone() for p in adapter.parameters()]
+
+    whole, gradients = step(slice(0, 6), 1)
+    again, replayed = step(slice(0, 6), 1, checkpointed=True)
+    assert torch.equal(whole, again)
+    assert all(map(torch.equal, gradients, replayed))
+    for rows in (slice(0, 2), slice(2, 6), slice(5, 6)):
+        torch.testing.assert_close(step(rows, 1)[0], whole[rows], rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(step(slice(0, 6), 2)[0], whole)
+    assert torch.equal(torch.get_rng_state(), before)
+    model(x)  # nobody says which tokens these are
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 # --- random state --------------------------------------------------------------------------------

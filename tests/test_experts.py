@@ -16,8 +16,10 @@ import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.core.anatomy import bare_modules, routers
-from lorafold.core.attach import base_state
+from lorafold.core.attach import base_state, selection_of
+from lorafold.core.draws import drawing, named
 from lorafold.core.matrices import Matrices, module_at
+from lorafold.core.selection import Draws
 from lorafold.core.spec import Spec
 from lorafold.models.quantizing import compute_in
 from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product, step_of
@@ -141,6 +143,23 @@ def test_dropout_is_the_same_when_a_block_is_computed_again(family: str) -> None
         gradients.append([p.grad for p in adapter.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_row_has_its_own_dropout_among_others(family: str) -> None:
+    model = mixture(family)
+    move(lf.attach(model, lf.LoRA(rank=3, dropout=0.3)))
+    model.train()
+    names = named(torch.arange(len(IDS))[:, None], torch.arange(IDS.shape[1]))
+
+    def output(rows: slice) -> torch.Tensor:
+        with torch.no_grad(), drawing(selection_of(model), Draws(5, names[rows])):
+            return model(IDS[rows], use_cache=False).logits
+
+    whole, before = output(slice(None)), torch.get_rng_state()
+    for i in range(len(IDS)):
+        torch.testing.assert_close(output(slice(i, i + 1)), whole[i : i + 1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_adapter_lies_over_another() -> None:

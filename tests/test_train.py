@@ -19,6 +19,7 @@ import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.step.recipe import Recipe
+from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -69,7 +70,7 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(
     losses = {}
     for name, fields in ways.items():
         losses[name] = train(
-            request(tiny_model_dir("llama"), tmp_path / name, dropout=0.0, **fields), quiet()
+            request(tiny_model_dir("llama"), tmp_path / name, dropout=0.3, **fields), quiet()
         ).losses
     for name in ways:
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
@@ -177,6 +178,23 @@ def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> N
         )
     with pytest.raises(LorafoldError, match=r"another recipe: lr: was 1e\+30, now 0.001; lr_b"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-3, resume=True), quiet())
+
+
+def test_a_run_begun_under_another_rule_of_dropout_is_refused(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    """Versions before did not name the rule; a run without dropout goes on as it began."""
+    for dropout in (0.3, 0.0):
+        out, run = tmp_path / str(dropout), RunDirectory(tmp_path / str(dropout))
+        fields = {"lr": 1e30, "lr_b": 1e30, "save_every": 1, "dropout": dropout}
+        with pytest.raises(LorafoldError, match="loss is nan"):
+            train(request(tiny_model_dir("llama"), out, **fields), quiet())
+        identity = json.loads((run.path / "run.json").read_text())
+        assert (identity.pop("dropout_rule", None) is not None) is bool(dropout)
+        run.start(identity)
+        told = "dropout_rule: was 'random state of torch', now 'Philox of" if dropout else "is nan"
+        with pytest.raises(LorafoldError, match=told):
+            train(request(tiny_model_dir("llama"), out, resume=True, **fields), quiet())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(

@@ -118,7 +118,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapter:
     if trainable and any(p.is_cpu for p in model.parameters()):
-        use()  # before the first step: dropout draws other elements in C++ than in torch
+        use()  # before the first step, so that compiling is no part of it
     selection = selection_of(model)
     for path, delta in built.deltas().items():
         module = module_at(model, path)

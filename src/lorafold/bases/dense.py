@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.base import Base, bare
+from lorafold.core.draws import Site, site_of
 from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
@@ -76,6 +77,10 @@ class Vectors(Base):
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
         return scale(y, g, c, onto)
+
+    def site(self, x: Tensor) -> Site | None:
+        """What dropout of x (..., k) follows from; None where torch's generator gives it."""
+        return site_of(self.module, x.shape[:-1].numel())
 
 
 class Matrix(Vectors):
@@ -144,7 +149,7 @@ class Matrix(Vectors):
         return u.view(*x.shape[:-1], -1)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p) if p else x
+        return dropout(x, p, self.site(x)) if p else x
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.weight(), self.bias
@@ -154,7 +159,7 @@ class Matrix(Vectors):
     ) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
-        drop = shared(x, p, id(self.module)) if p else None
+        drop = shared(x, p, id(self.module), self.site(x)) if p else None
         return self.biased(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)))
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -251,7 +256,7 @@ class Plain(Vectors):
         raise NotMergeable(f"{type(self.module).__name__} has no matrix")
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p) if p else x
+        return dropout(x, p, self.site(x)) if p else x
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight = getattr(self.bare, "weight", None)

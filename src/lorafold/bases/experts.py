@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorafold.bases.expert_matrices import Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
+from lorafold.core.draws import Site, site_of, slots
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import STORED, Matrices, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
@@ -38,6 +39,8 @@ class Experts(Base):
 
     linear = True
     groups: Groups | None = None
+    at: Tensor | None = None  # of each row its index (S,) in the tokens' experts (T, k)
+    experts: tuple[int, int] = (0, 1)  # T, k
 
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
@@ -119,7 +122,14 @@ class Experts(Base):
         return self.op(self.op(self.drop(x, p), down), up)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p) if p else x
+        return dropout(x, p, self.site()) if p else x
+
+    def site(self) -> Site | None:
+        """What dropout of its rows follows from; None where torch's generator gives it."""
+        (tokens, k), at = self.experts, self.at
+        if at is None:
+            return None
+        return site_of(self.module, tokens, lambda names: slots(names, at, k))
 
     def each(self, v: Tensor) -> Tensor:
         return v[self.rows.of_row]
@@ -138,7 +148,7 @@ class Experts(Base):
     ) -> Tensor:
         if not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
-        drop = shared(x, p, id(self.module)) if p else None
+        drop = shared(x, p, id(self.module), self.site()) if p else None
         y = low_rank_product(x, self.read, self.rows, down, up, drop, keep_scale(p))
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
@@ -246,7 +256,8 @@ def _mixed(
     """The output of each expert of each token."""
     groups, rows, places = grouped(index.reshape(-1), self.num_experts)
     tokens = rows // index.shape[-1]
-    first, last = (_layer(s, names, groups) for s in own.values())
+    routes = rows, (len(index), index.shape[-1])
+    first, last = (_layer(s, names, groups, *routes) for s in own.values())
     u = first(hidden.index_select(0, tokens))  # whose backward is faster than that of indexing
     u = last(self._apply_gate(u) if self.has_gate else self.act_fn(u))
     if self.has_post_expert_norm:
@@ -254,9 +265,11 @@ def _mixed(
     return u.index_select(0, places).view(*index.shape, -1)
 
 
-def _layer(matrices: Matrices, names: tuple[str, ...], groups: Groups) -> Layer:
+def _layer(
+    matrices: Matrices, names: tuple[str, ...], groups: Groups, at: Tensor, experts: tuple[int, int]
+) -> Layer:
     base = Experts(matrices)
-    base.groups = groups
+    base.groups, base.at, base.experts = groups, at, experts
     if not isinstance(matrices, Adapted):
         return base
     return matrices.layer(*names, base=base)

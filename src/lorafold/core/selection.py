@@ -20,7 +20,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.core.unchanged import in_backward
 from lorafold.errors import LorafoldError
@@ -43,6 +43,16 @@ class Origin:
     name: str = ""
     path: str = ""
     sha256: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What random draws follow from (`core.draws`): a key of 63 bits, and the name of each token of
+    the batch that is computed, int64 (B, T).
+    """
+
+    key: int
+    names: Tensor
 
 
 class Entry:
@@ -99,13 +109,14 @@ class Loading:
 
 class Selection:
     """The names of the adapters that are active in one model, lowest first, the files of each
-    adapter on it by its name, and the parameters that attaching froze.
+    adapter on it by its name, the parameters that attaching froze, and what is drawn from.
     """
 
     def __init__(self) -> None:
         self.names: Names = ()
         self.origins: dict[str, Origin] = {}
         self.frozen: list[nn.Parameter] = []
+        self.draws: Draws | None = None
         self.loading: Loading | None = None
         self.referred = False  # whether a reference was made of the model
         self._lock = Lock()

@@ -8,6 +8,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "rows.h"
 
 namespace {
@@ -204,56 +208,101 @@ void empty(T* x, const int32_t* places, long many) {
   for (long i = 0; i < many; i++) x[places[i]] = T{};
 }
 
-// a number in (0, 1) that follows from a 64-bit counter (Steele et al. 2014, SplitMix64)
-inline float uniform(uint64_t at) {
-  at = (at ^ (at >> 30)) * 0xbf58476d1ce4e5b9u;
-  at = (at ^ (at >> 27)) * 0x94d049bb133111ebu;
-  return (static_cast<int32_t>((at ^ (at >> 31)) >> 40) + 0.5f) * 0x1p-24f;
-}
+// Philox4x32-10 (Salmon et al. 2011): so many calls at a time, and the elements that they decide on
+constexpr int CALLS = 4, ELEMENTS = 8 * CALLS;
+constexpr uint32_t FACTORS[] = {0xd2511f53u, 0xcd9e8d57u}, STEPS[] = {0x9e3779b9u, 0xbb67ae85u};
 
-// log x for x in (0, 1)
-inline float logarithm(float x) {
-  int32_t bits = as<int32_t>(x), power = (bits - 0x3f3504f3) >> 23;  // of the nearest to 1
-  float m = as<float>(bits - (power << 23)), t = (m - 1.0f) / (m + 1.0f), u = t * t;
-  float series = 1.0f + u * (1.0f / 3 + u * (1.0f / 5 + u * (1.0f / 7 + u * (1.0f / 9))));
-  return 0.693147181f * power + 2.0f * t * series;
+// one bit for each element that calls from `call` on decide on, set where the element's 16 bits are
+// below `limit`, which is not 0
+#ifdef __AVX2__
+inline uint32_t decide(uint32_t call, uint64_t name, uint32_t site, uint64_t key, uint32_t limit) {
+  auto all = [](uint32_t word) { return _mm256_set1_epi64x(word); };
+  // a call's word is the low half of a lane; what is above it does not count
+  __m256i a = _mm256_add_epi64(all(call), _mm256_set_epi64x(3, 2, 1, 0)), b = all(name),
+          c = all(name >> 32), d = all(site);
+  uint32_t k = key, m = key >> 32;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++) {
+    __m256i x = _mm256_mul_epu32(a, all(FACTORS[0])), y = _mm256_mul_epu32(c, all(FACTORS[1]));
+    a = _mm256_srli_epi64(y, 32) ^ b ^ all(k);
+    c = _mm256_srli_epi64(x, 32) ^ d ^ all(m);
+    b = y;
+    d = x;
+    k += STEPS[0];
+    m += STEPS[1];
+  }
+  __m256i ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa),
+          cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0xaa),
+          most = _mm256_set1_epi16(static_cast<int16_t>(limit - 1)), none = _mm256_setzero_si256(),
+          even = _mm256_subs_epu16(_mm256_unpacklo_epi64(ab, cd), most),
+          odd = _mm256_subs_epu16(_mm256_unpackhi_epi64(ab, cd), most);
+  return _mm256_movemask_epi8(
+      _mm256_packs_epi16(_mm256_cmpeq_epi16(even, none), _mm256_cmpeq_epi16(odd, none)));
+}
+#else
+inline uint32_t decide(uint32_t call, uint64_t name, uint32_t site, uint64_t key, uint32_t limit) {
+  uint32_t words[4][CALLS], bits = 0;
+  for (int i = 0; i < CALLS; i++) {
+    uint32_t a = call + i, b = name, c = name >> 32, d = site, k = key, m = key >> 32;
+    for (int round = 0; round < 10; round++) {
+      uint64_t x = uint64_t{FACTORS[0]} * a, y = uint64_t{FACTORS[1]} * c;
+      a = static_cast<uint32_t>(y >> 32) ^ b ^ k;
+      b = static_cast<uint32_t>(y);
+      c = static_cast<uint32_t>(x >> 32) ^ d ^ m;
+      d = static_cast<uint32_t>(x);
+      k += STEPS[0];
+      m += STEPS[1];
+    }
+    words[0][i] = a, words[1][i] = b, words[2][i] = c, words[3][i] = d;
+  }
+  for (int k = 0; k < ELEMENTS; k++)
+    bits |= uint32_t{(words[k / 2 % 4][k / 8] >> 16 * (k % 2) & 0xffffu) < limit} << k;
+  return bits;
+}
+#endif
+
+constexpr int SURE = 6;  // places that are written whether they are dropped or not, which is faster
+
+// the places that are dropped of a row of n numbers, which begins at `start`, and up to SURE others
+// after them; returns their number
+inline long places_of(int32_t* out, long start, long n, uint64_t name, uint32_t site, uint64_t key,
+                      uint32_t limit) {
+  constexpr uint64_t LAST = uint64_t{1} << 63;
+  long many = 0;
+  for (long at = 0; at < n; at += 2 * ELEMENTS) {
+    uint64_t bits = decide(at / 8, name, site, key, limit), others = 0;
+    if (n - at > ELEMENTS) others = decide(at / 8 + CALLS, name, site, key, limit);
+    bits |= others << ELEMENTS;
+    if (n - at < 2 * ELEMENTS) bits &= (uint64_t{1} << (n - at)) - 1;
+    int32_t *own = out + many, first = static_cast<int32_t>(start + at);
+    many += __builtin_popcountll(bits);
+    for (int k = 0; k < SURE; k++, bits &= bits - 1) own[k] = first + __builtin_ctzll(bits | LAST);
+    for (int k = SURE; bits; k++, bits &= bits - 1) own[k] = first + __builtin_ctzll(bits);
+  }
+  return many;
 }
 
 constexpr long STRETCH = 1 << 14;  // elements whose places are drawn together
-constexpr int DRAWS = 256;         // gaps that are drawn together
-
-// the places of one stretch, as gaps between them; returns their number
-inline long places_of(int32_t* out, long start, long end, uint64_t seed, float over) {
-  int32_t gaps[DRAWS];
-  uint64_t at = (seed + static_cast<uint64_t>(start)) * 0x9e3779b97f4a7c15u;
-  long many = 0, place = start - 1;
-  while (true) {
-#pragma omp simd
-    for (int k = 0; k < DRAWS; k++) {
-      float gap = over * logarithm(uniform(at + k * 0x9e3779b97f4a7c15u));
-      gaps[k] = 1 + static_cast<int32_t>(gap < STRETCH ? gap : STRETCH);
-    }
-    at += DRAWS * 0x9e3779b97f4a7c15u;
-    for (int k = 0; k < DRAWS; k++) {
-      place += gaps[k];
-      if (place >= end) return many;
-      out[many++] = place;
-    }
-  }
-}
 
 }  // namespace
 
-// writes the places to `out`, which has room for n, and returns their number
-extern "C" long dropped_places(int32_t* out, long n, float over, uint64_t seed, int threads) {
-  long stretches = (n + STRETCH - 1) / STRETCH, many = 0;
-  std::vector<long> found(stretches);
-#pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
-  for (long i = 0; i < stretches; i++)
-    found[i] =
-        places_of(out + i * STRETCH, i * STRETCH, std::min(n, (i + 1) * STRETCH), seed, over);
-  for (long i = 0; i < stretches; many += found[i++])
-    std::memmove(out + many, out + i * STRETCH, found[i] * sizeof(int32_t));
+// writes the places of rows of n numbers to `out`, which has room for all, and returns how many
+extern "C" long dropped_places(int32_t* out, const uint64_t* names, long rows, long n,
+                               uint32_t limit, uint64_t key, uint32_t site, int threads) {
+  long step = std::max(1L, STRETCH / n), parts = (rows + step - 1) / step, many = 0;
+  std::vector<long> found(parts);
+#pragma omp parallel num_threads(threads) if (rows * n > FEW)
+  {
+    std::vector<int32_t> own(step * n + SURE);
+#pragma omp for schedule(static)
+    for (long i = 0; i < parts; i++) {
+      for (long b = i * step; b < std::min(rows, (i + 1) * step); b++)
+        found[i] += places_of(own.data() + found[i], b * n, n, names[b], site, key, limit);
+      std::memcpy(out + i * step * n, own.data(), found[i] * sizeof(int32_t));
+    }
+  }
+  for (long i = 0; i < parts; many += found[i++])
+    std::memmove(out + many, out + i * step * n, found[i] * sizeof(int32_t));
   return many;
 }
 

@@ -9,7 +9,6 @@ NotImplemented, and the plain form computes it, which is also the specification.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,6 +27,7 @@ from lorafold.ops.operators import implement
 SOURCE = Path(__file__).with_name("training.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+U32, U64 = ctypes.c_uint32, ctypes.c_uint64
 SIGNATURES = {
     "gated_silu": [P, P, P, N, N, N, N, INT],
     "gated_gelu_tanh": [P, P, P, N, N, N, N, INT],
@@ -65,7 +65,7 @@ def use() -> str:
         functions[name] = function = getattr(library, name)
         function.restype, function.argtypes = None, parameters
     places = library.dropped_places
-    places.restype, places.argtypes = N, [P, N, F, ctypes.c_uint64, INT]
+    places.restype, places.argtypes = N, [P, P, N, N, U32, U64, U32, INT]
     own = _Forms(functions, places)
     forms: dict[Any, Callable[..., Any]] = {
         norm.NORM: own.rms_norm,
@@ -180,13 +180,16 @@ class _Forms:
         self._call("scale_backward", y.dtype, z, y, g, *found, rows, n, threads())
         return found
 
-    def dropped_places(self, x: Tensor, p: float) -> Any:
-        n = x.numel()
-        if not 0 < n < 2**31 or not p:
+    def dropped_places(
+        self, x: Tensor, p: float, names: Tensor | None, key: int, site: int
+    ) -> Any:
+        n, width, limit = x.numel(), x.shape[-1], dropout.threshold(p)
+        if n >= 2**31 or not limit:
             return NotImplemented
-        seed = int(torch.empty((), dtype=torch.int64).random_())
-        found = torch.empty(n, dtype=torch.int32)
-        many = self._places(found.data_ptr(), n, 1 / math.log1p(-p), seed, threads())
+        names, key = dropout.source(x, names, key)
+        found, names = torch.empty(n, dtype=torch.int32), names.contiguous()
+        sizes = (n // width, width, limit)
+        many = self._places(found.data_ptr(), names.data_ptr(), *sizes, key, site, threads())
         return found[:many].clone()
 
     def empty_(self, x: Tensor, where: Tensor) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafold.core.draws import named
 from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
@@ -66,6 +67,21 @@ class Loss(nn.Module, ABC):
         unless the loss of an example depends on the others.
         """
         return {}
+    def names(
+        self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
+
+        Args:
+            examples: The examples of the micro-batch.
+            rows: Their places in the whole batch of the step.
+            inputs: As `collate` gives them.
+        """
+        ids = inputs["input_ids"]
+        row = torch.tensor(rows, device=ids.device)
+        if (positions := inputs.get("position_ids")) is None:
+            return named(row[:, None], torch.arange(ids.shape[1], device=ids.device))
+        return named(row[(positions == 0).cumsum(1) - 1], positions)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:

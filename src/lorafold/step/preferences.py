@@ -11,13 +11,14 @@ the completions of a row meet their prompt depends on the model: it is computed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lorafold.core.attach import only, selection_of
+from lorafold.core.draws import named
 from lorafold.core.evaluating import evaluating
 from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
@@ -62,9 +63,8 @@ class Preferences(Loss):
     def micro_batches(
         self, examples: Sequence[Branched], n: int, tokens: int
     ) -> list[Sequence[Branched]]:
-        trained = [self.trained(example) for example in examples]
         capacity = None if self.how is None else within(self.model, tokens)
-        return micro_batches(trained, n, capacity, self.size)
+        return micro_batches(examples, n, capacity, lambda e: self.size(self.trained(e)))
 
     def trained(self, example: Branched) -> Branched:
         """The example with those of its completions that have gradients."""
@@ -137,6 +137,21 @@ class Preferences(Loss):
             lengths = torch.tensor([len(document.ids) for document in documents])
             found["document"] = number.repeat_interleave(lengths)[None]
         return found
+
+    def names(
+        self, examples: Sequence[Branched], rows: Sequence[int], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        document = inputs["document"]
+        row, shared = torch.tensor(
+            [(row, len(e.shared)) for row, e in zip(rows, examples, strict=True)],
+            device=document.device,
+        ).t()
+        of, branch = document // (k := len(self.trained(examples[0]).branches)), document % k
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(document.shape[1], device=document.device)
+        # a prompt that is computed with each completion has the names that it has if it is shared
+        return named(row[of], positions, branch * (positions >= shared[of]))
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.

@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
+from lorafold.core.attach import selection_of
+from lorafold.core.draws import drawing
+from lorafold.core.selection import Draws
 from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.machine.waiting import considerate
+from lorafold.ops.philox import key_of
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.step.recipe import Recipe
@@ -113,6 +117,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     own = examples[accelerator.process_index :: world]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length)
     total = max(1, sum(map(job.loss.count, examples)))
+    place_of = places(own, range(accelerator.process_index, len(examples), world))
+    selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
     job.wrapped.train()
     seen = torch.zeros((), device=accelerator.device)
@@ -120,8 +126,12 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
         of_step = {name: accelerator.reduce(x) for name, x in job.loss.of_step(own).items()}
         for i, part in enumerate(micro):
             is_last = i == len(micro) - 1
-            with nullcontext() if is_last else accelerator.no_sync(job.wrapped):
-                inputs = job.loss.collate(part, accelerator.device)
+            inputs = job.loss.collate(part, accelerator.device)
+            names = job.loss.names(part, [place_of[id(e)].pop() for e in part], inputs)
+            with (
+                nullcontext() if is_last else accelerator.no_sync(job.wrapped),
+                drawing(selection, Draws(key, names)),
+            ):
                 loss: Tensor = job.wrapped(**inputs, **of_step)
                 seen += loss.detach()
                 loss = loss * (world / total)
@@ -148,6 +158,14 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
     return mean
+
+
+def places(examples: Sequence[Any], numbers: Sequence[int]) -> dict[int, list[int]]:
+    """The numbers of examples by their `id`; one that comes several times has as many numbers."""
+    found: dict[int, list[int]] = {}
+    for example, number in zip(examples, numbers, strict=True):
+        found.setdefault(id(example), []).append(number)
+    return found
 
 
 def penalty(adapter: Adapter) -> Tensor | float:

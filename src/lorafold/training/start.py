@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 Files = Mapping[str, Mapping[str, str]]
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+# What decides which elements are dropped, in the identity of a run with dropout; the second one in
+# runs that do not name it.
+RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
+_RULE_BEFORE = "random state of torch"
 
 
 def prepare(
@@ -65,7 +69,8 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        if unknown := run.check(identity, Recipe().model_dump(mode="json")):
+        before = Recipe().model_dump(mode="json") | {RULE: _RULE_BEFORE}
+        if unknown := run.check(identity, before):
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
@@ -121,6 +126,8 @@ def identity_of(
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
         identity["chat_template"] = str(tokenizer.chat_template)
+    if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
+        identity[RULE] = DROPOUT
     return identity
 
 
