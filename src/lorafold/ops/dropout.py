@@ -18,6 +18,9 @@ factor 1 / (1 - p) is a Python float, so that it can be multiplied into an fp32 
 1 / 0.95 alone would round from 1.0526 to 1.0547. Where a tensor's size must not be random
 (accelerators, compiled code), a boolean mask is used. Use `shared` inside a fused operation,
 `dropout` anywhere else. Compiled code draws its masks from torch's generator.
+
+1024 x 576 in bf16, p = 0.05, one thread of an AMD EPYC with AVX2: 0.37 ms in C++, 6 in the plain
+form, 5.2 for `torch.nn.functional.dropout`.
 """
 
 from __future__ import annotations
