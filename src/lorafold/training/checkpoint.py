@@ -103,7 +103,8 @@ class RunDirectory:
             wrong = "had another recipe" if changes else "began on something else"
             raise LorafoldError(
                 f"{self.path}: the run to resume {wrong}: {'; '.join([*changes, *others])}. Use the"
-                f" old {'values' if changes else 'files'}, or start again with --overwrite"
+                f" old {'values' if changes else 'files'} and the lorafold that began it, or start"
+                " again with --overwrite"
             )
         if now and then is None:
             shown = ", ".join(of["name"] for of in now.values())
