@@ -53,6 +53,7 @@ SIGNATURES = {
         " overwrite revision trust_remote_code device console"
     ),
     "only": "model *names",
+    "reference": "model",
     "parse_calls": "text tokenizer tools",
     "score": (
         "model data *columns adapters tokenizer max_length storage device revision"

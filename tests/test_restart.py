@@ -23,8 +23,8 @@ import os, sys
 from lorafold.machine.restart import restart_tuned
 print("begun", flush=True)
 restart_tuned()
-spins = os.environ.get("GOMP_SPINCOUNT")
-print(os.getpid(), spins, sys.argv[1:], sys.flags.dev_mode, sys.stdin.readline().strip())
+kernels = os.environ.get("LRU_CACHE_CAPACITY")
+print(os.getpid(), kernels, sys.argv[1:], sys.flags.dev_mode, sys.stdin.readline().strip())
 print(os.environ.get("GLIBC_TUNABLES"))
 sys.exit(7)
 """
@@ -60,13 +60,13 @@ def test_it_begins_again_once_and_keeps_what_it_was_given(how: str, tmp_path: Pa
     assert lines[:-1] == [
         "begun",
         "begun",
-        f"{pid} {WISHES['GOMP_SPINCOUNT']} {ARGUMENTS!r} True given on stdin",
+        f"{pid} {WISHES['LRU_CACHE_CAPACITY']} {ARGUMENTS!r} True given on stdin",
     ]
 
 
 def test_variables_that_are_set_stay_as_they_are(tmp_path: Path) -> None:
     code, pid, lines = begin(
-        tmp_path, "file", GOMP_SPINCOUNT="7", GLIBC_TUNABLES="glibc.malloc.check=0"
+        tmp_path, "file", LRU_CACHE_CAPACITY="7", GLIBC_TUNABLES="glibc.malloc.check=0"
     )
     assert code == 7
     assert lines == [

@@ -1,5 +1,6 @@
 """How threads wait for each other: asleep while other processes are busy, else actively."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-import torch
 
 from lorafold.machine import waiting
 from lorafold.machine.cores import Neighbours
@@ -64,16 +64,39 @@ def test_a_team_is_gathered_and_disbanded() -> None:
     assert found == [True, True]
 
 
-def test_beside_a_busy_process_a_team_lies_there_and_goes_with_the_last_user(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(waiting, "PAUSE", 0.2)
-    monkeypatch.setattr(waiting, "usable_cores", lambda: 2)
-    before = threads()
-    with considerate(), busy(2):
-        with considerate():
-            assert soon(lambda: threads() == before + 2)  # the one that looks, and its team
-        assert threads() == before + 2
-    assert soon(lambda: threads() == before)
+PROGRAM = """
+import sys, time
+import torch
+from lorafold.machine import waiting
+from psutil import Process
+
+waiting.PAUSE, waiting.usable_cores = 0.2, lambda: 2
+torch.ones(1 << 20).add_(1)  # its own team
+threads = Process().num_threads
+
+def told(expected):
+    end = time.monotonic() + 20
+    while threads() - before != expected and time.monotonic() < end:
+        time.sleep(0.02)
+    print(threads() - before, flush=True)
+
+before = threads()
+with waiting.considerate():
+    with waiting.considerate():
+        told(2)  # the one that looks, and its team
+    told(2)
+told(0)
+"""
+
+
+def test_beside_busy_processes_a_team_lies_there_and_goes_with_the_last_user() -> None:
+    """In a process of its own, whose threads are counted."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    with busy(2):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+        )
+    assert done.stdout.split() == ["2", "2", "0"], done.stderr
 
 
 def test_one_thread_waits_for_nobody() -> None:
