@@ -104,7 +104,7 @@ def close(config: Any, setting: Setting) -> dict[str, int]:
     return found.terms
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
@@ -140,7 +140,7 @@ def test_a_packed_base_whose_matrices_lie_the_other_way_round() -> None:
     close(CONFIGS["gpt2"], replace(LORA, base=Storage(torch.bfloat16, "nf4")))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_gradients_that_are_there_already(method: str) -> None:
     close(
@@ -149,10 +149,12 @@ def test_gradients_that_are_there_already(method: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_rows_of_many_lengths_few_of_whose_tokens_count() -> None:
     close(CONFIGS["llama"], replace(LORA, rows=(30, 200, 90, 55), labelled=60))
 
 
+@pytest.mark.slow
 def test_attention_over_long_documents_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = replace(LORA, checkpointing=True)
     short = close(CONFIGS["llama"], setting)
@@ -163,6 +165,7 @@ def test_attention_over_long_documents_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert long["activations"] - short["activations"] == pytest.approx(kept, rel=0.05)
 
 
+@pytest.mark.slow
 def test_rows_that_are_filled_up() -> None:
     close(CONFIGS["llama"], replace(LORA, rows=(100, 160, 128), labelled=60, packed=False))
 
@@ -258,7 +261,7 @@ def alone() -> dict[str, int]:
     return estimate(CONFIGS["llama"], LORA).terms
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("below", "checkpointing"),
     fast_only(
