@@ -10,7 +10,8 @@ import pytest
 from conftest import lorafold
 from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
-from lorafold.comparing.run import compare
+from lorafold.comparing.run import compare, key
+from lorafold.data.stored import Part, Rows
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
 from lorafold.step.fitting import fitting, spec_of, without
@@ -21,6 +22,15 @@ ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} 
 
 # dropout is no option of full
 RECIPE = Recipe(steps=3, batch=4, base="fp32", max_length=64, dropout=0.0)
+
+
+def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
+    source = resolve_model(tiny_model_dir("llama"))
+    keys = set()
+    for weight in (1.0, 0.5, 4.0):
+        rows = Rows(ROWS, (Part(6), Part(6, weight)))
+        keys.add(key(Task(str(source.path), rows, ROWS[:4], "rows", RECIPE, "cpu"), "lora", source))
+    assert len(keys) == 3
 
 
 @pytest.mark.slow

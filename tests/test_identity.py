@@ -1,5 +1,6 @@
 """What a thing is, as one digest: it changes with everything that can change an answer."""
 
+import json
 import os
 import shutil
 import time
@@ -89,6 +90,20 @@ def test_a_model_is_another_with_another_byte(name: str, tiny_model_dir, cache, 
         file.seek(-1 if (copy / name).stat().st_size else 0, os.SEEK_END)
         file.write(b" ")
     assert of_model(source) != before
+
+
+def test_a_shard_that_lies_elsewhere_counts(tiny_model_dir, cache, tmp_path) -> None:
+    copy, shard = tmp_path / "copy", tmp_path / "shared" / "model.safetensors"
+    shutil.copytree(tiny_model_dir("llama"), copy)
+    shard.parent.mkdir()
+    (copy / "model.safetensors").rename(shard)
+    index = {"weight_map": {"a": "../shared/model.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = of_model(ModelSource(copy, "copy"))
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b" ")
+    assert of_model(ModelSource(copy, "copy")) != before
 
 
 def test_an_adapter_is_another_with_another_word_and_a_stack_with_another_order(

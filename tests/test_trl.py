@@ -197,6 +197,19 @@ def test_the_callback_refuses_a_reference_without_the_adapters_below(
         assert not caplog.records
 
 
+def test_a_second_round_needs_a_reference_of_its_own(tiny_model) -> None:
+    model, args = tiny_model("llama"), DPOConfig("out", use_cpu=True, report_to=[])
+    first = lf.attach(model, lf.LoRA(rank=2), name="first")
+    lf.reference(model)
+    check_reference(first, args)
+    moved(first, 0.3).requires_grad_(False)
+    second = lf.attach(model, lf.LoRA(rank=2), name="second")
+    with pytest.raises(LorafoldError, match="under first"):
+        check_reference(second, args)
+    lf.reference(model)
+    check_reference(second, args)
+
+
 @pytest.mark.slow
 def test_the_callback_stops_a_dpo_over_a_stack(tiny_model_dir, tmp_path: Path) -> None:
     model, adapter = model_of(tiny_model_dir("llama"), "stack")

@@ -40,7 +40,7 @@ def reference(model: Model) -> Model:
     twin: Any = object.__new__(_reference_class(type(model)))  # type: ignore[arg-type]
     state = {name: value for name, value in vars(model).items() if name not in OWN}
     twin.__dict__.update(state, _reference_of=(model,), _under=under)
-    selection_of(model).referred = True
+    selection_of(model).referred = under
     return twin
 
 

@@ -125,7 +125,7 @@ def key(task: Task, method: str, source: ModelSource) -> str:
     spec = spec_of(recipe)
     base, template = settled_base(recipe, spec, source), recipe.chat_template
     found = grounds(source, base, template, "comparing", "merging", device=task.device)
-    rows = [Rows.of(task.rows).sha256, Rows.of(task.held_out).sha256]
+    rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     asked = recipe.model_dump(mode="json", exclude={"seed"})
     return digest_of([found, *rows, asked, repr(spec), spec.lr, spec.lr_b])
 

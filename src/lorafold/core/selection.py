@@ -118,7 +118,7 @@ class Selection:
         self.frozen: list[nn.Parameter] = []
         self.draws: Draws | None = None
         self.loading: Loading | None = None
-        self.referred = False  # whether a reference was made of the model
+        self.referred: Names | None = None  # what the last reference of the model runs under
         self._lock = Lock()
         self._entries: list[Entry] = []
         # what modules ran under that may be replayed, since the last replay without a record, and

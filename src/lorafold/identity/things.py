@@ -16,7 +16,7 @@ from lorafold.files.digests import of_file, of_files
 from lorafold.models.gguf import UNPACKING
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
-from lorafold.models.weights import MODEL_FILES
+from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 from lorafold.peft.config import CONFIG
 from lorafold.peft.directory import FILES
 
@@ -35,7 +35,9 @@ def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
     if source.gguf is not None:
         return digest([(f"gguf {UNPACKING}", *of_file(source.gguf))])
     own = (CODE,) if trust_remote_code else ()
-    return of_files(source.path, (*MODEL_FILES, *WORDS, *own))
+    here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
+    indexed = model_files(source.path) if (source.path / INDEX).is_file() else []
+    return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path)])
 
 
 def of_adapter(path: str | Path, words: bool = True) -> str:

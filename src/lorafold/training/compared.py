@@ -30,11 +30,12 @@ def check_reference(adapter: Adapter, args: Any) -> None:
     compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
     if not compares or getattr(args, "precompute_ref_log_probs", False):
         return  # a reference that is computed ahead is the model as it starts
-    if selection_of(adapter.model).referred:
+    under = below(adapter.model)
+    if selection_of(adapter.model).referred == under:
         return
     config, own = type(args).__name__, "lorafold.reference(model)"
     how = f"ref_model={own}, or for a trainer that takes none trainer.ref_model = {own}"
-    if under := below(adapter.model):
+    if under:
         raise LorafoldError(
             f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by the"
             f" model's name, expected the model under {', '.join(under)}, over which the adapter"

@@ -105,7 +105,7 @@ def before_of(task: Task, stack: Stack, out: Path, opening: Opening) -> Before:
             encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
         return bench.before()
 
-    digest = digest_of([stack.identity, task.probe_identity, task.rows.sha256, task.defences])
+    digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
     return Before.of_stored(kept(out / "figures" / f"before-{digest}.json", measure))
 
 

@@ -189,7 +189,7 @@ class Run:
     def name(self) -> str:
         """The name of its files, with a digest of all that the tuning depends on."""
         task, recipe = self.task, self.recipe.model_dump(mode="json")
-        all_ = [task.grounds, self.stack.identity, self.rows.sha256, recipe]
+        all_ = [task.grounds, self.stack.identity, self.rows.identity, recipe]
         kind = "mixed-" if self.mixed else ""
         return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
 
