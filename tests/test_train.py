@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,24 @@ def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> N
         )
     with pytest.raises(LorafoldError, match=r"another recipe: lr: was 1e\+30, now 0.001; lr_b"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-3, resume=True), quiet())
+
+
+def test_other_held_out_rows_are_refused_but_where_the_run_does_not_say_which(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    out, fields = tmp_path / "a", {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
+    one, other = ({"prompt": "a", "completion": c} for c in ("b", "c"))
+    asked = replace(request(tiny_model_dir("llama"), out, **fields), eval_rows=[one])
+    with pytest.raises(LorafoldError, match="nan"):
+        train(asked, quiet())
+    again = replace(asked, eval_rows=[other], resume=True)
+    with pytest.raises(LorafoldError, match="eval_data: was "):
+        train(again, quiet())
+    identity = json.loads((RunDirectory(out).path / "run.json").read_text())
+    del identity["eval_data"]
+    RunDirectory(out).start(identity)
+    with pytest.raises(LorafoldError, match="nan"):
+        train(again, quiet())
 
 
 def test_a_run_begun_under_another_rule_of_dropout_is_refused(

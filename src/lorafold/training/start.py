@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter
 from lorafold.data.feed import Feed
+from lorafold.data.stored import Rows
 from lorafold.evaluation import Measured
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
@@ -33,6 +34,7 @@ _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 # runs that do not name it.
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
 _RULE_BEFORE = "random state of torch"
+HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not name it may have any
 
 
 def prepare(
@@ -69,7 +71,8 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        before = Recipe().model_dump(mode="json") | {RULE: _RULE_BEFORE}
+        unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT]}
+        before = Recipe().model_dump(mode="json") | unnamed
         if unknown := run.check(identity, before):
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
@@ -120,6 +123,7 @@ def identity_of(
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
         FILES: files,
+        HELD_OUT: Rows.of(request.eval_rows).sha256 if request.eval_rows else "",
     }
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]
