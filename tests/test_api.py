@@ -160,6 +160,7 @@ def test_merged_inspected_composed(model: str, adapter: Path, tmp_path: Path) ->
     assert same.loss == pytest.approx(alone.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_estimate_is_the_command_s(model: str) -> None:
     found = lf.estimate(model, "lora", length=64, device_memory=10**9)
     assert sum(found.terms.values()) == found.total

@@ -89,7 +89,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str, tiny_model) 
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_whole(kind: str, tiny_model) -> None:
     torch._dynamo.reset()

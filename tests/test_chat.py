@@ -321,6 +321,7 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
     assert err.count("error:") == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_leaves_with_130(
     tiny_model_dir: Callable[[str], Path],
 ) -> None:

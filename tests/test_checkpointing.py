@@ -234,6 +234,7 @@ class Squared(Function):
         return 2 * x * g, None
 
 
+@pytest.mark.slow
 def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> None:
     labelled = [
         {"text": f"the cat sat {n} times", "label": "even" if n % 2 == 0 else "odd"}

@@ -127,6 +127,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
 
 
+@pytest.mark.slow
 def test_a_quantized_base_whose_files_are_whole_is_recognized(tiny_model_dir) -> None:
     """The embedding that the fingerprint has is that of the files, not the dtype of the run."""
     recipe = Recipe(steps=1, batch=2, base="nf4", max_length=64)

@@ -420,6 +420,7 @@ def test_interference_is_what_evaluation_finds(
     assert -1 <= geometry["overall"]["cosine"] <= 1
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_better_on_its_examples(
     llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
 ) -> None:
@@ -512,6 +513,7 @@ def test_the_command_refuses_what_is_wrong(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_and_exit_code_2(pair: list[Path], tmp_path: Path) -> None:
     given = [
         "compose",

@@ -571,6 +571,7 @@ def test_the_command_merges_convolutions_in_their_files(
     assert gap(mamba_logits(load_model(tmp_path / "m", torch.float32)), expected) < CLOSE
 
 
+@pytest.mark.slow
 def test_adapters_of_convolutions_are_inspected_resized_composed_and_estimated(
     mamba: Path, tmp_path: Path
 ) -> None:

@@ -296,6 +296,7 @@ def test_an_unreachable_hub_dataset_is_one_line(monkeypatch):
 # encoding
 
 
+@pytest.mark.slow
 def test_smollm2_prompt_ids_are_those_of_generation(smollm2):
     rows = [PAIR, {"prompt": "a\n", "completion": "\n\n b"}]
     for example, (text, _) in zip(

@@ -131,6 +131,7 @@ def tables() -> Iterator[None]:
         table.update(entries)
 
 
+@pytest.mark.few(9)
 @pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize(
     ("model", "page"),

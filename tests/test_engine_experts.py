@@ -65,7 +65,7 @@ def expected(model: Any, request: Request, paths: dict[str, Path]) -> tuple[int,
     return tokens
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("invariant", [False, True], ids=["free", "invariant"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_tokens_are_those_of_generate_with_the_adapter_attached(kind, invariant, saved) -> None:

@@ -51,6 +51,7 @@ def test_eight_methods_in_one_batch_are_each_as_generate_has_it(model, paths, in
     assert not any("deltas" in vars(m).get("_modules", {}) for m in model.modules())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["gpt2", "gemma", "qwen2"])
 def test_other_models_mix_them_too(kind, tiny_model, tmp_path) -> None:
     model = tiny_model(kind)
@@ -184,7 +185,7 @@ def logits_seen(engine: Engine, request: Request, others: list[Request]) -> list
     return seen
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("adapter", [None, "lora", "dora", "prompt", "houlsby", "vera"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_invariant_logits_are_the_same_bits_in_any_company(
@@ -274,6 +275,7 @@ def run_random(model: Any, paths: dict[str, Path], n: int, seed: int) -> None:
     assert [i for i in range(n) if found[i] != expected[i]] == []
 
 
+@pytest.mark.slow
 def test_random_requests_are_each_as_alone(model, paths) -> None:
     run_random(model, paths, 60, 0)
 

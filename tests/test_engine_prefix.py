@@ -79,6 +79,7 @@ def run_conversations(model: Any, paths: dict[str, Path], n: int, seed: int) -> 
     assert sum(end.cached > 0 for end in found) > n / 4
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_with_reuse_and_without(model, paths) -> None:
     run_conversations(model, paths, 120, 0)
 

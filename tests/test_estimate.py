@@ -33,6 +33,7 @@ def test_a_shape_alone() -> None:
     assert found["fits"] is None
 
 
+@pytest.mark.slow
 def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     model = str(tiny_model_dir("llama"))

@@ -46,7 +46,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_machine_that_asks_has_no_say(name: str) -> None:
     def found(asked: bool, machine: bool) -> Estimate:
@@ -60,7 +60,7 @@ def test_the_machine_that_asks_has_no_say(name: str) -> None:
     assert (wider.total > found(False, False).total) is (name != "inference")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_is_what_a_machine_of_that_kind_holds(name: str, each_arithmetic: bool) -> None:
     setting = replace(SETTINGS[name], widened=each_arithmetic)

@@ -178,6 +178,7 @@ def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, t
     assert f"({min(sizes):.2%} to {max(sizes):.2%})" in console.export_text()
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_figures(moe_dir, tmp_path):
     base = moe_dir("gpt-oss")
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=2))

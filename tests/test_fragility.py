@@ -173,6 +173,7 @@ def test_an_adapter_at_its_identity_changes_no_figure(model_dir) -> None:
     assert after.refusals == before.refusals
 
 
+@pytest.mark.few(1)
 def test_distributions_that_have_no_room_are_computed_anew(task: Task, monkeypatch) -> None:
     bench = bench_of(task)
     kept = bench.before()["without"]
@@ -573,6 +574,7 @@ def test_a_base_without_adapters_is_compared_with_zero(model_dir, tmp_path: Path
         sweep(tmp_path / "p", model_dir, (), defences=["projected"], mix=None)
 
 
+@pytest.mark.slow
 def test_a_second_stack_is_measured_alike(model_dir, policy, tmp_path: Path) -> None:
     make_adapter(model_dir, tmp_path / "other", size=0.01)
     found = sweep(

@@ -97,7 +97,7 @@ def expected(
     ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_batches_answer_as_each_prompt_alone(
@@ -234,7 +234,7 @@ def adapted(kind: str, names: tuple[str, ...]) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("names", STACKS, ids="+".join)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_adapters_that_are_active_complete_as_generate_has_it(

@@ -244,6 +244,7 @@ SLOW = {"a configuration", "a chat template"}
 SLOWLY = pytest.mark.slow
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "change",
     [pytest.param(name, marks=[SLOWLY] * (name in SLOW)) for name in CHANGES],

@@ -101,6 +101,7 @@ def test_everything_at_once(tiny_model_dir, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a")

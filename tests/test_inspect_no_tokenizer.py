@@ -28,7 +28,7 @@ def without(base: Path, out: Path, *names: str) -> Path:
 
 
 # transformers makes an empty tokenizer of the one and fails with the other
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("names", [TOKENIZER, TOKENIZER[:1]], ids=["no file", "no vocabulary"])
 def test_the_tables_of_tokens_are_left_out(

@@ -521,6 +521,7 @@ def left_in(kind: str) -> Iterator[Path]:
     return (p for p in folder.iterdir() if p.is_dir()) if folder.exists() else iter(())
 
 
+@pytest.mark.slow
 def test_what_a_run_says_of_its_rows(large: Path, tiny_model_dir, tmp_path: Path) -> None:
     more = written(tmp_path / "more.jsonl", 100)
     model = ["--model", str(tiny_model_dir("llama")), "--device", "cpu", "--base", "fp32"]

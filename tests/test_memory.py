@@ -104,7 +104,7 @@ def close(config: Any, setting: Setting) -> dict[str, int]:
     return found.terms
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
@@ -117,14 +117,14 @@ def test_methods(method: str, checkpointing: bool) -> None:
     )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_architectures(name: str) -> None:
     assert period(CONFIGS[name]) == (2 if name == "gemma2" else 1)
     close(CONFIGS[name], LORA)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "method"),
     fast_only([("nf4", "loha"), ("int8", "lora")], product(PACKERS, ["lora", "loha"])),
@@ -136,6 +136,7 @@ def test_storages(quantization: str, method: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_packed_base_whose_matrices_lie_the_other_way_round() -> None:
     close(CONFIGS["gpt2"], replace(LORA, base=Storage(torch.bfloat16, "nf4")))
 
@@ -170,7 +171,7 @@ def test_rows_that_are_filled_up() -> None:
     close(CONFIGS["llama"], replace(LORA, rows=(100, 160, 128), labelled=60, packed=False))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
     fast_only([("llama", True), ("bert", False)], product(["llama", "bert"], [False, True])),
@@ -283,7 +284,7 @@ def test_inference(name: str) -> None:
     assert found["kv_cache"] == 2 * 6 * 2 * 32 * 200 * 2 * 2
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "targets", "dtype"),
     fast_only(
@@ -304,7 +305,7 @@ def test_mixtures_of_experts(name: str, targets: str | None, dtype: torch.dtype)
     close(mixtures.CONFIGS[name](), setting)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "spec"),
     fast_only(
@@ -319,7 +320,7 @@ def test_towers(name: str, spec: str | None) -> None:
     close(config, Setting(BF16, spec and make_spec(spec), rows=(96, 64), packed=packed))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", PACKERS)
 def test_inference_on_a_quantized_base(quantization: str) -> None:
     """bitsandbytes' own forward runs there, over fake tensors as over real ones."""

@@ -478,6 +478,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
         need_space(tmp_path, 1 << 60)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_nothing(tiny_model_dir, tmp_path):
     resource = pytest.importorskip("resource")
     base = tiny_model_dir("llama")

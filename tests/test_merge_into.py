@@ -59,6 +59,7 @@ def logits(path, storage=torch.float32):
     return load_model(path, storage)(IDS).logits.detach()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "kind"),
     fast_only(zip(METHODS, cycle(["nf4", "int8"])), product(METHODS, ["nf4", "int8"])),

@@ -80,7 +80,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
         return found.flatten()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", EACH)
 def test_trained_evaluated_generated_and_merged(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
@@ -169,6 +169,7 @@ def test_an_adapter_of_another_model_is_refused(
         lf.load(lf.load_model(other, "fp32"), tmp_path / "a")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["full", "prompt", "houlsby"])
 def test_other_ways_to_train(
     method: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path

@@ -383,7 +383,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(released, tmp_path, mistake):
     change, said = MISTAKES[mistake]
@@ -427,7 +427,7 @@ def test_a_storage_that_the_files_do_not_have_is_refused(released, plain):
         lf.load_model(released, "bf16")
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "inference"])
 def test_an_estimate_is_of_the_files_as_they_are_stored(released, mode):
     found = lf.estimate(str(released), mode, batch=2, length=64, measure=True, device="cpu")

@@ -146,6 +146,7 @@ def test_the_learning_rates_are_told_and_up_factors_where_theirs_is_another() ->
     assert rates(param_groups([("", delta)], 2e-4, 3e-3), 2e-4) == only
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -338,6 +339,7 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_with_its_own_decay(
     tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +360,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_own_decay(
     assert any(not torch.equal(straight[name], now[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_auto_keeps_to_its_choice_when_a_run_is_resumed(
     tiny_model_dir, tmp_path: Path, monkeypatch, capsys
 ) -> None:

@@ -284,6 +284,7 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
 
 
+@pytest.mark.slow
 def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path):
     model = str(tiny_model_dir("llama-wide"))
     lines = Console(record=True, quiet=True)
@@ -341,7 +342,7 @@ def test_storage_is_named_with_its_reason():
     assert choose_storage("nf4", "cpu").why.startswith("nf4, computed in ")
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "method",
     [

@@ -456,6 +456,7 @@ RECIPES = {
 }  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("objective", RECIPES)
 def test_every_objective_trains_and_is_measured(
     objective: str, tiny_model_dir: Callable[[str], Path], tmp_path: Path
@@ -479,7 +480,7 @@ def test_every_objective_trains_and_is_measured(
         assert told["reward_margin"] == pytest.approx(found.figures["reward_margin"], rel=1e-3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "lr"),
     [
@@ -548,6 +549,7 @@ def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("objective", "rows"), [("dpo", PAIRS), ("kto", JUDGED)])
 def test_every_way_through_a_step_gives_the_same_losses(
     objective: str,

@@ -310,7 +310,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(quantized, tmp_path, mistake):
     kind, change, said = MISTAKES[mistake]
@@ -423,7 +423,7 @@ def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [

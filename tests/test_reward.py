@@ -238,6 +238,7 @@ def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_r
     torch.testing.assert_close(found.logps.flatten(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     torch.manual_seed(0)
@@ -262,7 +263,7 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "method",
     [
@@ -451,6 +452,7 @@ def test_micro_batches_add_up_and_prompts_are_shared(tiny_model_dir, tmp_path: P
         assert runs[name].losses == pytest.approx(runs["whole"].losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_step_is_what_it_takes(tiny_model_dir) -> None:
     config = configuration(str(tiny_model_dir("llama")))
     setting = Setting(
@@ -625,6 +627,7 @@ def test_what_can_t_be_used_is_one_line(
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_a_head_over_the_adapter_of_a_supervised_run(tiny_model_dir, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama")
     train(request(directory, tmp_path / "lm", objective="sft", steps=4, lr=1e-2), quiet())

@@ -234,6 +234,7 @@ def test_a_killed_run_of_full_fine_tuning_on_bf16_gives_the_same_bytes(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_at_its_own_rate_it_learns_what_fp32_learns(tiny_model_dir, tmp_path: Path) -> None:
     """Updates of 2e-5 are under half a unit of nearly every weight of the tiny model."""
     fall = {}

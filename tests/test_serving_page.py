@@ -112,6 +112,7 @@ def completion(site: Running, model: str, *messages: str, length: int = 24) -> s
     return site.ask("/v1/chat/completions", body).json["choices"][0]["message"]["content"]
 
 
+@pytest.mark.few(1)
 def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(
     visit: Any, site: Running
 ) -> None:
@@ -258,6 +259,7 @@ def test_what_a_model_writes_is_text_however_it_arrives(visit: Any) -> None:
     assert page.title() == "lorafold"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("viewport", "scheme"), LOOKS, ids=IDS)
 def test_it_can_be_read_and_nothing_is_wider_than_the_screen(
     viewport: Any, scheme: str, visit: Any
@@ -273,6 +275,7 @@ def test_it_can_be_read_and_nothing_is_wider_than_the_screen(
     assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}
 
 
+@pytest.mark.slow
 def test_the_keyboard_is_enough_and_everything_has_a_name(visit: Any) -> None:
     page = visit()
     sync.expect(page.locator("#rows tr")).to_have_count(4)

@@ -114,6 +114,7 @@ def say(page: Any, *answers: str) -> Any:
     return page.locator("#turns > li").last
 
 
+@pytest.mark.slow
 def test_markdown_is_shown_and_code_can_be_copied(page: Any) -> None:
     answer = say(page, MARKDOWN, MARKDOWN).locator(".formatted").first
     assert answer.locator("h4").text_content() == "Title"
@@ -273,6 +274,7 @@ def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None
     sync.expect(page.locator("#trouble")).to_contain_text("The server ended its stream")
 
 
+@pytest.mark.few(1)
 def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running) -> None:
     registry, rows = site.parts.registry, page.locator("#rows tr")
     sync.expect(rows).to_have_count(3)

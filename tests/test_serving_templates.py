@@ -166,6 +166,7 @@ def test_a_tokenizer_with_other_numbers_is_refused_alone(server):
     assert server.text("own", "Hello")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*NAMES, "words"])
 def test_the_text_is_that_of_generate(server, name):
     base = Path(server.parts.registry.directory.path).parent / "base"

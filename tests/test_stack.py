@@ -109,7 +109,7 @@ def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
     assert {id(p) for p in model.parameters() if p.requires_grad} == trains
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("below", "above"),
     fast_only(zip(METHODS, (*METHODS[1:], METHODS[0]), strict=True), product(METHODS, METHODS)),
@@ -128,6 +128,7 @@ def test_folding_a_stack_equals_calling_it(
     torch.testing.assert_close(logits(load_model(merged, torch.float32)), called)
 
 
+@pytest.mark.few(1)
 def test_what_is_found_below_must_be_what_it_was_trained_over(
     base: Path, sft: Path, dpo: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +216,7 @@ def test_an_adapter_of_peft_can_be_below(base: Path, sft: Path, tmp_path: Path) 
     stacked(base, tmp_path / "peft", over)
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
     base: Path, sft: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -244,6 +246,7 @@ def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
         assert torch.equal(tensor, weights(resumed)[path]), path
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "houlsby"])
 def test_dropout_of_what_is_frozen_is_off(method: str, base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", method=method, dropout=0.5)
@@ -310,6 +313,7 @@ def test_an_adapter_over_others_is_trained_further(
     assert not torch.equal(*(next(iter(weights(p).values())) for p in (dpo, tmp_path / "more")))
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Path) -> None:
     base = tiny_model_dir("llama-wide")
     first = trained(base, tmp_path / "first", base="nf4")
@@ -336,6 +340,7 @@ def test_new_tokens_below_are_known_above(base: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_new_tokens_above_new_tokens(base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", new_tokens=["<a>"])
     second = trained(base, tmp_path / "second", (first,), new_tokens=["<a>", "<b>"])
@@ -388,6 +393,7 @@ def dpo_alone(dpo: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["dora", "ia3", "loha"])
 def test_the_engine_serves_stacks_of_any_methods(
     method: str, base: Path, sft: Path, tmp_path: Path

@@ -41,6 +41,7 @@ print("torch._inductor.compile_fx" in sys.modules, torch.compile is before)
 """) == "False True"
 
 
+@pytest.mark.slow
 def test_what_bitsandbytes_would_compile_is_compiled_by_its_first_call():
     assert said("""
 import torch

@@ -181,6 +181,7 @@ def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_pat
     assert again.loss == pytest.approx(found["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_it_and_with_nothing_else(
     tiny_model_dir, tmp_path: Path, monkeypatch
 ) -> None:

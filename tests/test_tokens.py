@@ -183,7 +183,7 @@ def test_state_round_trip(base: str, which: str) -> None:
         assert torch.equal(twin["at"](x), root["at"](x))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_whole_model_compiles_in_one_graph(kind: str, tiny_model) -> None:
     torch._dynamo.reset()

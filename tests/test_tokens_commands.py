@@ -249,7 +249,7 @@ def test_a_template_alone_travels_with_the_adapter(
     )
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma", "qwen2"])
 def test_padded_and_packed_and_accumulated_give_the_same_losses(
     kind: str, tiny_model_dir, template: Path, tmp_path: Path
@@ -274,6 +274,7 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     tiny_model_dir, template: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -317,6 +318,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     assert a == b
 
 
+@pytest.mark.slow
 def test_an_adapter_to_start_from_brings_its_tokens(
     tiny_model_dir, template: Path, tmp_path: Path
 ) -> None:
@@ -506,6 +508,7 @@ def test_a_classifier_learns_new_words(tiny_model_dir, tmp_path: Path) -> None:
     assert json.loads(found.stdout)["exact_match"] > 0.9
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ia3", "dora"])
 def test_other_methods_train_tokens_too(
     method: str, tiny_model_dir, template: Path, tmp_path: Path

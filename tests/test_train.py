@@ -181,6 +181,7 @@ def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> N
         train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-3, resume=True), quiet())
 
 
+@pytest.mark.slow
 def test_other_held_out_rows_are_refused_but_where_the_run_does_not_say_which(
     tiny_model_dir, tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_other_held_out_rows_are_refused_but_where_the_run_does_not_say_which(
         train(again, quiet())
 
 
+@pytest.mark.slow
 def test_a_run_begun_under_another_rule_of_dropout_is_refused(
     tiny_model_dir, tmp_path: Path
 ) -> None:
