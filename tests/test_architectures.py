@@ -87,6 +87,7 @@ def peft_has(name: str, model: nn.Module) -> list[str]:
     return [p for p in sites if p.rsplit(".", 1)[-1] not in ARCHITECTURES[name].not_in_peft]
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", NAMES)
 def test_peft_computes_the_same_from_our_file(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
@@ -99,6 +100,7 @@ def test_peft_computes_the_same_from_our_file(name: str, tmp_path: Path) -> None
         assert near(run(theirs, inputs), y)
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", NAMES)
 def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]

@@ -141,7 +141,7 @@ def test_only_the_head_is_trained_by_a_probe_and_beside_the_method_by_others(
     assert lora.trainable_parameters == 3 * 32 + 2 * 2 * (32 + 32)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2"])
 def test_every_family_has_a_classifier(kind: str, tiny_model_dir, tmp_path: Path) -> None:
     result = train(
@@ -151,6 +151,7 @@ def test_every_family_has_a_classifier(kind: str, tiny_model_dir, tmp_path: Path
     lf.load(classifier(tiny_model_dir(kind)), tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_an_encoder_has_one_too(tiny_model_dir, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_dir("llama"))
     torch.manual_seed(0)
@@ -249,6 +250,7 @@ def test_micro_batches_add_up(tiny_model_dir, tmp_path: Path) -> None:
     assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_warm_start_keeps_the_classes(tiny_model_dir, tmp_path: Path) -> None:
     first = train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-2, steps=30), quiet())
     fewer = [row for row in ROWS if row["label"] != "booking"]

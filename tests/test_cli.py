@@ -67,6 +67,7 @@ except SystemExit as end:
     assert run().stdout == done.stdout
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
 )

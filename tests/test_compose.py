@@ -96,6 +96,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], size: float = RO
         assert (found[name] - change).norm() <= size * change.norm(), name
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("word", RULES)
 def test_one_adapter_with_weight_one_is_itself(
     word: str, llama: Path, made: Any, tmp_path: Path
@@ -134,6 +135,7 @@ def test_linear_is_commutative_and_associative(llama: Path, made: Any, tmp_path:
     same(updates(llama, left), weighted(llama, [a, b, c], [1, 1, 1]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_composing_then_folding_is_folding_the_sum(
     kind: str, tiny_model_dir: Any, tmp_path: Path
@@ -154,6 +156,7 @@ def test_composing_then_folding_is_folding_the_sum(
     assert set(ranks) == {7}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("other", ["b", "c", "vera", "adalora", "loha", "lokr", "lt-sft"])
 def test_ranks_targets_and_methods_mix(other: str, llama: Path, made: Any, tmp_path: Path) -> None:
     adapters = made("a", other)
@@ -190,6 +193,7 @@ def theirs(
     return {f"{path}.weight": m.get_delta_weight("all").detach() for path, m in layers.items()}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("ours", "theirs_is", "weights", "options"),
     [

@@ -194,6 +194,7 @@ ALL: dict[str, Spec] = {name: spec for name, (spec, _) in CASES.items()} | {
 }
 
 
+@pytest.mark.few(19)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("method", ALL)
 def test_saved_and_loaded_is_the_same(method: str, dims: int, tmp_path: Path) -> None:
@@ -476,6 +477,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], list[str]]] = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 @pytest.mark.parametrize("kind", MODELS)

@@ -308,6 +308,7 @@ def test_smollm2_prompt_ids_are_those_of_generation(smollm2):
         assert example.labels[len(seen)] == example.ids[len(seen)]
 
 
+@pytest.mark.slow
 def test_smollm2_trains_every_answer_with_its_end_of_turn(smollm2):
     assert ensure_chat_template(smollm2) is None
     [example], report = (encoded := encode([CHAT], smollm2, 512)).examples, encoded.report

@@ -131,7 +131,7 @@ def tables() -> Iterator[None]:
         table.update(entries)
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(5)
 @pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize(
     ("model", "page"),

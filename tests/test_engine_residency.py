@@ -61,7 +61,7 @@ def bytes_of(engine: Engine, name: str) -> int:
     return held.nbytes
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_the_machine(model, paths, tokens) -> None:
     """Any order of submit, step, cancel, load, unload, evict, pin and look, with room for about two
     of the adapters; what the engine holds is right after each. Requests of two tenants have prompts

@@ -68,6 +68,7 @@ def logits(model: torch.nn.Module) -> Tensor:
         return model(IDS).logits
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_the_laws(method: str, family: str) -> None:
     model = mixture(family)

@@ -94,6 +94,7 @@ def updates(base: Path, adapter: Path) -> dict[str, Tensor]:
     return {name: after[name] - w for name, w in before.items() if not after[name].equal(w)}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", SPECS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_figures_of_each_expert_are_those_of_its_matrix(kind, method, moe_dir, tmp_path):
@@ -220,6 +221,7 @@ def test_the_loss_along_the_update_is_that_of_scaled_matrices(moe_dir, tmp_path)
         assert measured == pytest.approx(loss(plain), rel=1e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", SPECS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resized_to_the_full_rank_it_is_itself(kind, method, moe_dir, tmp_path):
@@ -321,6 +323,7 @@ FORMULAS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("how", FORMULAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_composition_of_each_expert_is_the_formula_on_its_matrices(

@@ -38,6 +38,7 @@ def updates(model_dir, adapter) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", SPECS)
 def test_full_rank_is_the_identity(method, kind, tiny_model_dir, tmp_path):

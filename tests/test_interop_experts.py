@@ -165,6 +165,7 @@ def config(path: Path) -> dict[str, Any]:
     return json.loads((path / "adapter_config.json").read_text())
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_writes_and_we_read(kind: str, case: str, moe: Moe, tmp_path: Path) -> None:
@@ -177,6 +178,7 @@ def test_peft_writes_and_we_read(kind: str, case: str, moe: Moe, tmp_path: Path)
     assert gap(logits(model), logits(wrapped)) < CLOSE
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_we_write_and_peft_reads(kind: str, case: str, moe: Moe, tmp_path: Path) -> None:
@@ -357,6 +359,7 @@ OWN: dict[str, tuple[Spec, str]] = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "gpt-oss"])
 @pytest.mark.parametrize("method", OWN)
 def test_what_peft_lacks_for_experts(

@@ -126,6 +126,7 @@ def test_ours_is_read_on_the_base_resized_or_not(kind: str, tiny_model, tmp_path
     assert lf.load(tiny_model(kind), tmp_path / "resized")
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("matrices", [True, False], ids=["matrices", "rows-only"])
 @pytest.mark.parametrize("form", ["list", "names"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -487,7 +487,7 @@ STAGES = [
 ]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("where", STAGES)
 def test_killed_at_any_stage_and_resumed_it_ends_with_the_same_bytes(
     where: str, large: Path, straight: dict[bool, bytes], tiny_model_dir, tmp_path: Path

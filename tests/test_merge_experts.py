@@ -106,6 +106,7 @@ def layout(path: Path) -> dict[str, list]:
     }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "size"),
     fast_only(zip(CONFIGS, cycle(["60KB", "1GB"])), product(CONFIGS, ["1GB", "60KB"])),
@@ -148,6 +149,7 @@ def test_merged_is_adapted_and_the_files_are_as_they_were(kind, size, moe, probe
     assert len(changed) == sum(result.folded.rounded.values())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_in_16_bits_small_updates_survive(kind, moe, probe, tmp_path) -> None:
     base = moe(kind, dtype=torch.bfloat16, size="60KB")

@@ -91,6 +91,7 @@ def every(kinds: list[str] = KINDS, slow: tuple[str, ...] = ()) -> Callable:
     )
 
 
+@pytest.mark.few(20)
 @every()
 def test_it_starts_as_the_base_and_detaching_gives_it_back(
     method: str, kind: str, tiny_model
@@ -113,6 +114,7 @@ def test_it_starts_as_the_base_and_detaching_gives_it_back(
         assert torch.equal(model(IDS).logits, bare)
 
 
+@pytest.mark.few(20)
 @every()
 def test_gradients_are_complete_and_the_same_under_checkpointing(
     method: str, kind: str, tiny_model
@@ -137,6 +139,7 @@ def test_gradients_are_complete_and_the_same_under_checkpointing(
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.few(14)
 @every(["llama"])
 @pytest.mark.parametrize(
     "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
@@ -166,6 +169,7 @@ def test_the_state_carries_over(method: str, kind: str, tiny_model) -> None:
         assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.few(27)
 @pytest.mark.usefixtures("each_arithmetic")
 @every(["llama", "qwen2"])
 def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> None:

@@ -191,6 +191,7 @@ def test_8_bit_state_is_8_bits_in_a_quarter_of_the_bytes() -> None:
     assert measured[0] / state_bytes("adamw", tensors[:1]) == pytest.approx(1 / 4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_8_bits_follow_the_fp32_trajectory(tiny_model_dir, tmp_path: Path) -> None:
     """Codes of 8 bits are a few percent apart, and errors of single steps cancel in part: a tenth
     of the way after 20 steps is a lot.

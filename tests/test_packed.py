@@ -133,6 +133,7 @@ def test_what_is_computed_is_the_specification(tiny_model_dir):
     ).logits.norm()
 
 
+@pytest.mark.few(24)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])

@@ -139,7 +139,7 @@ def heads(tokens: int, widths: tuple[int, int], queries: int, keys: int) -> list
     ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.usefixtures("each_form")
@@ -259,6 +259,7 @@ def test_collate_shifts_inside_each_document() -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("each_form")

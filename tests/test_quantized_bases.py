@@ -121,6 +121,7 @@ def test_scales_in_fp32_stay_so(quantized, tmp_path):
     assert torch.equal(scale, load_file(path / "model.safetensors")[f"{SITE}.weight_scale"])
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(base, quantized, kind, method):

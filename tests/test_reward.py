@@ -416,6 +416,7 @@ def test_a_quantized_base_scores_as_it_was_trained(
     assert found.figures.margin == pytest.approx(result.figures["margin"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +442,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_and_prompts_are_shared(tiny_model_dir, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama")
     ways: dict[str, Any] = {"whole": {}, "parts": {"accumulate": 2}, "padded": {"packing": False}}

@@ -211,6 +211,7 @@ def _flip(file: os.PathLike[str]) -> None:
         at.write(b"\x01" * 8)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_files_that_change_under_the_server(server: Running, damage, name):

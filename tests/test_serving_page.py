@@ -349,6 +349,7 @@ def see_inspected(page: Any) -> None:
     assert page.evaluate("[self.origin, window.opener]") == ["null", None]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_told_and_waited_for(
     visit: Any, site: Running, tiny_model_dir: Any, adapters: Path
 ) -> None:

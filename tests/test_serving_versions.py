@@ -122,6 +122,7 @@ def digest_in_the_old_form(path: Path) -> str:
     return sha256("".join("{} {} {}\n".format(*line) for line in lines).encode()).hexdigest()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", CHANGES)
 def test_another_version_has_another_digest(what: str, server: Running) -> None:
     before = server.ask("/v1/models/own").json["digest"]

@@ -141,6 +141,7 @@ def test_errors_say_what_there_is(tiny_model_dir, tmp_path: Path) -> None:
     assert "(./none is a file)" in told
 
 
+@pytest.mark.slow
 def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_path: Path) -> None:
     base, out, data = tiny_model_dir("llama"), tmp_path / "a", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))

@@ -133,6 +133,7 @@ def starts(labels: tuple[int, ...]) -> list[int]:
     ]  # fmt: skip
 
 
+@pytest.mark.few(28)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("name", names())
 def test_what_is_trained_is_what_generation_sees(name: str, kind: str) -> None:

@@ -36,7 +36,7 @@ def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
         return digest([(f"gguf {UNPACKING}", *of_file(source.gguf))])
     own = (CODE,) if trust_remote_code else ()
     here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
-    indexed = model_files(source.path) if (source.path / INDEX).is_file() else []
+    indexed = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
     return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path)])
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError
-from lorafold.files.intact import check_intact
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -192,11 +191,8 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Return the weight files of a model directory. Raises LorafoldError if there are none, or if
-    their index was damaged since lorafold wrote it.
-    """
+    """Return the weight files of a model directory. Raises LorafoldError if there are none."""
     if (index := directory / INDEX).is_file():
-        check_intact(directory, [INDEX])
         return [
             directory / name
             for name in sorted(
