@@ -106,7 +106,7 @@ def main() -> None:
     asked = parser.parse_args()
     test = rows("test", 200, 0)
     sft = asked.out / "sft"
-    common = {"dropout": 0.0, "base": "bf16", "max_length": 256, "seed": asked.seed}
+    common = {"dropout": 0.0, "storage": "bf16", "max_length": 256, "seed": asked.seed}
     learn(
         lf.Recipe(steps=asked.steps, batch=4, **common),
         either(rows("train", 4 * asked.steps, asked.seed), asked.seed),

@@ -1,7 +1,7 @@
 """Fine-tuning on real chat data from the first to the last second, `lorafold train` beside TRL's
 SFTTrainer with PEFT.
 
-    python benchmarks/chat.py [--rows 128] [--rounds 2] [--base bf16,nf4]
+    python benchmarks/chat.py [--rows 128] [--rounds 2] [--storage bf16,nf4]
 
 Worked solutions of generated arithmetic problems (`reasoning-gym`), one epoch in batches of 8 rows,
 LoRA of rank 16 with dropout 0.05 on every linear, learning rate 2e-4, on the embedded model in
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument(
-        "--base",
+        "--storage",
         default="bf16,nf4",
         help="what lorafold holds the base as, separated by commas; TRL holds it in bf16",
     )
@@ -123,8 +123,8 @@ def main() -> None:
             "--overwrite",
         ]
         sides = {
-            f"lorafold, {base}": [*own, "--base", base, "--set", "lr_b=2e-4", "--json"]
-            for base in asked.base.split(",")
+            f"lorafold, {base}": [*own, "--storage", base, "--set", "lr_b=2e-4", "--json"]
+            for base in asked.storage.split(",")
         }
         sides["TRL + PEFT"] = [sys.executable, "-c", TRL, model, str(data), f"{scratch}/trl"]
         found: dict[str, list[dict]] = {side: [] for side in sides}

@@ -1,7 +1,7 @@
 """How long the completions of an evaluation take: 200 unseen rows of the quickstart on the embedded
 model, without an adapter and with the quickstart's own.
 
-    python benchmarks/evaluation.py [--adapter adapter] [--rounds 3] [--base bf16,fp32]
+    python benchmarks/evaluation.py [--adapter adapter] [--rounds 3] [--storage bf16,fp32]
 
 Seconds are those of the completions alone, without the loss, and of 16 tokens for a single prompt;
 `cpu_s` is processor time, which with `--threads 1` is steadier on a machine that others use, and
@@ -30,6 +30,7 @@ from lorafold.evaluation import SPARE
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import choose_storage
+from lorafold.opening import Base
 from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows
 from lorafold.training.request import Request
@@ -39,7 +40,7 @@ from lorafold.training.run import train
 def trained(out: Path) -> Path:
     """The quickstart's adapter."""
     data = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
-    train(Request(MODEL, out, RECIPE, data, "rows", device="cpu"), Console(quiet=True))
+    train(Request(Base(MODEL, device="cpu"), out, RECIPE, data, "rows"), Console(quiet=True))
     return out
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--base", default="bf16,fp32")
+    parser.add_argument("--storage", default="bf16,fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--keep", action="store_true", help="write results/evaluation.md")

@@ -35,6 +35,7 @@ from lorafold.evaluation import evaluate, held_out_loss
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.merging.certificate import probe_ids
 from lorafold.models.loading import load_model
+from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.step.fitting import fitting, spec_of
@@ -80,7 +81,7 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
     train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", UNSEEN, 0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")
-        request = Request("smollm2", out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
+        request = Request(Base("smollm2"), out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
         source, objective = objective_of(request)
         tokenizer, _ = tokenizer_for(request, source, objective, QUIET)
         data, held_out = tokenized(request, tokenizer, objective, QUIET)

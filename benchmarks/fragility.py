@@ -130,7 +130,7 @@ def alignment(
     """The model and the adapters of an alignment of a rank, or full; trained if it is not there."""
     path = out / f"policy-{kind}"
     if not path.exists():
-        about: dict[str, Any] = {"epochs": 3, "batch": 12, "base": "fp32", "max_length": 128}
+        about: dict[str, Any] = {"epochs": 3, "batch": 12, "storage": "fp32", "max_length": 128}
         about |= {"method": "full", "lr": 6e-5} if kind == "full" else {"rank": int(kind)}
         lf.train(lf.Recipe(**about), data=rows, out=path, console=console)
     return (str(path), []) if kind == "full" else ("smollm2", [path])

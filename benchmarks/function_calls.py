@@ -63,7 +63,7 @@ def main() -> None:
     before = lf.evaluate(bare, test, tokenizer=base, console=console)
     del bare
     recipe = lf.Recipe(
-        chat_template="tools", steps=asked.rows // 4, batch=4, dropout=0.0, base="auto"
+        chat_template="tools", steps=asked.rows // 4, batch=4, dropout=0.0, storage="auto"
     )
     began = time.perf_counter()
     lf.train(recipe, data=train, model=MODEL, out=out / "adapter", console=console)

@@ -122,7 +122,7 @@ def main() -> None:
                 str(source),
                 "--out",
                 str(out / f"adapter-{task}"),
-                "--base",
+                "--storage",
                 "fp32",
                 "--seed",
                 str(seed),

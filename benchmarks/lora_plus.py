@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from rich.console import Console
 
+from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.training.request import Request
@@ -38,7 +39,7 @@ def held_out(rate: float | None, steps: int) -> dict[int, float]:
         out = Path(folder) / "adapter"
         train(
             Request(
-                "smollm2", out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows
+                Base(), out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows
             ),
             Console(quiet=True),
         )

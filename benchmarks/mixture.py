@@ -62,8 +62,8 @@ def main() -> None:
             files[split] = Path(folder, f"{split}.jsonl")
             files[split].write_text("".join(json.dumps(r) + "\n" for r in rows(split, n, seed=0)))
         plain, four = (experts_bytes(lf.load_model(base, storage=s)) for s in ("bf16", "nf4"))
-        before = command("eval", "--model", base, "--base", "nf4", "--data", files["test"])
-        options = ("--base", "nf4", "--steps", asked.steps, "--batch", 4, "--set", "dropout=0.05")
+        before = command("eval", "--model", base, "--storage", "nf4", "--data", files["test"])
+        options = ("--storage", "nf4", "--steps", asked.steps, "--batch", 4, "--dropout", 0.05)
         trained = command(
             "train", "--model", base, "--data", files["train"], "--out", adapter, *options
         )

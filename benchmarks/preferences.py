@@ -137,7 +137,7 @@ class Bench:
         own = [
             *(sys.executable, "-m", "lorafold", "train", "--model", self.model, "--objective"),
             *("dpo", "--data", self.data, "--out", out, "--overwrite", "--json"),
-            *("--base", {"bfloat16": "bf16", "float32": "fp32"}[dtype], "--epochs", str(epochs)),
+            *("--storage", {"bfloat16": "bf16", "float32": "fp32"}[dtype], "--epochs", str(epochs)),
             *("--lr", lr, "--lr-b", lr, "--schedule", "linear", "--warmup", "0"),
             *("--dropout", "0"),
         ]
@@ -147,7 +147,8 @@ class Bench:
             measured = run(
                 [
                     *(sys.executable, "-m", "lorafold", "eval", "--model", self.model, "--data"),
-                    *(self.test, "--adapter", out, "--base", "fp32", "--no-answers", "--json"),
+                    *(self.test, "--adapter", out, "--storage", "fp32"),
+                    *("--no-completions", "--json"),
                 ],
                 cache,
             )

@@ -65,7 +65,7 @@ def main() -> None:
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     data = write(out / "train.jsonl", "train", 1000)
-    on = ("--data", write(out / "test.jsonl", "test", 60), "--base", "fp32")
+    on = ("--data", write(out / "test.jsonl", "test", 60), "--storage", "fp32")
     adapters = {(rank, seed): out / f"r{rank}-s{seed}" for rank in RANKS for seed in SEEDS}
     for (rank, seed), path in adapters.items():
         if not path.exists():
@@ -75,7 +75,7 @@ def main() -> None:
                 data,
                 "--out",
                 str(path),
-                "--base",
+                "--storage",
                 "fp32",
                 "--seed",
                 str(seed),
@@ -94,7 +94,7 @@ def main() -> None:
     for (rank, seed), path in adapters.items():
         whole = kept(out / f"{path.name}.json", "inspect", str(path))["whole"]
         loss = kept(
-            out / f"{path.name}-loss.json", "eval", "--adapter", str(path), *on, "--no-answers"
+            out / f"{path.name}-loss.json", "eval", "--adapter", str(path), *on, "--no-completions"
         )["loss"]
         shown = {f"for {share}%": float(whole[f"effective_rank_{share}"]) for share in (90, 95, 99)}
         ranks.append(

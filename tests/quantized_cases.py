@@ -227,7 +227,7 @@ def commands(path: Path, storage: str, out: Path) -> str:
     said = done.stdout + done.stderr
     assert f"base: {storage}, computed in" in said
     record = json.loads((out / "adapter" / "lorafold.json").read_text())
-    assert record["recipe"]["base"] == storage
+    assert record["recipe"]["storage"] == storage
     done = lorafold("eval", *model, "--adapter", adapter, "--data", data)
     assert done.returncode == 0, done.stderr
     merged = str(out / "merged")

@@ -29,6 +29,7 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.merging.run import merge
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
@@ -192,9 +193,10 @@ def test_a_file_of_a_method_that_is_not_there(
 def test_it_trains_merges_and_is_evaluated_from_python(
     scaled: ModuleType, tiny_model_dir, tmp_path: Path
 ) -> None:
-    recipe = Recipe(steps=12, batch=12, base="fp32", method="scaled", lr=0.1, options={"group": 2})
+    asked = {"method": "scaled", "options": {"group": 2}, "storage": "fp32"}
+    recipe = Recipe(steps=12, batch=12, lr=0.1, **asked)
     model_dir, out = tiny_model_dir("qwen2"), tmp_path / "a"
-    request = Request(str(model_dir), out, recipe, ROWS, "rows", device="cpu")
+    request = Request(Base(model_dir, device="cpu"), out, recipe, ROWS, "rows")
     trained = train(request, Console(quiet=True))
     assert trained.losses[-1] < trained.losses[0] - 0.05
     model = load_model(model_dir, torch.float32)
@@ -219,12 +221,12 @@ def test_it_trains_merges_and_is_evaluated_by_the_command(
 
     data, model, adapter = tmp_path / "rows.jsonl", tiny_model_dir("llama"), tmp_path / "a"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    options = ("--base", "fp32", "--set", "steps=4", "--set", "lr=0.05", "--set", "batch=4")
+    options = ("--storage", "fp32", "--set", "steps=4", "--set", "lr=0.05", "--set", "batch=4")
     options = (*options, "--set", "options.strength=2.0", "--device", "cpu")
     lorafold("train", "--model", model, "--data", data, "--out", adapter, "--method", "scaled",
              *options)  # fmt: skip
     assert config_of(adapter)["strength"] == 2.0
-    plain = ("--data", data, "--base", "fp32")
+    plain = ("--data", data, "--storage", "fp32")
     ours = lorafold("eval", "--model", model, "--adapter", adapter, *plain)
     bare = lorafold("eval", "--model", model, *plain)
     assert ours["loss"] < bare["loss"]

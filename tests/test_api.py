@@ -14,24 +14,32 @@ import lorafold as lf
 from lorafold.api.compose import by_name
 
 ROWS = [{"prompt": f"Book a table for {i}", "completion": f' {{"people": {i}}}'} for i in range(12)]
-RECIPE = lf.Recipe(steps=2, batch=2, base="fp32", max_length=64)
+RECIPE = lf.Recipe(steps=2, batch=2, storage="fp32", max_length=64)
 # What a user may rely on: the names and the order of the arguments of each verb.
 SIGNATURES = {
     "attach": "model spec targets name *bias modules_to_save tokens base",
-    "compare": "out *model data eval_data columns methods seeds recipe device console",
+    "chat": (
+        "model adapters *system max_new_tokens temperature seed storage device revision"
+        " trust_remote_code allow_other_base console"
+    ),
+    "compare": (
+        "out *model data eval_data columns methods seeds recipe device revision trust_remote_code"
+        " console"
+    ),
     "compose": (
         "adapters out *model how weights rank density gates data examples recipe evaluations"
         " completions seed storage device revision trust_remote_code allow_other_base overwrite"
         " console"
     ),
     "estimate": (
-        "model mode *params batch length labelled recipe device_memory measure device revision"
-        " trust_remote_code console"
+        "model mode *params batch max_length labelled recipe device_memory measure device revision"
+        " trust_remote_code console length"
     ),
     "evaluate": (
         "model data *columns adapters tokenizer max_length completions max_new_tokens storage"
         " device revision trust_remote_code allow_other_base console"
     ),
+    "extract": "tuned out *rank model revision trust_remote_code overwrite",
     "fragility": (
         "out *refuse controls data model adapters against tuned instead examples ranks rates seeds"
         " defences mix refusal compliance max_new_tokens recipe columns storage device revision"
@@ -45,6 +53,10 @@ SIGNATURES = {
         "adapter model *over against directions data rows max_length full storage device revision"
         " trust_remote_code allow_other_base console"
     ),
+    "intrinsic": (
+        "out *model data eval_data columns smallest largest share recipe device revision"
+        " trust_remote_code console"
+    ),
     "load": "model path name *allow_other_base trainable base",
     "load_model": "model storage device *revision trust_remote_code",
     "load_tokenizer": "source revision trust_remote_code",
@@ -55,13 +67,21 @@ SIGNATURES = {
     "only": "model *names",
     "reference": "model",
     "parse_calls": "text tokenizer tools",
+    "resize": (
+        "adapter out *model over rank energy data columns max_length storage device revision"
+        " trust_remote_code allow_other_base overwrite console"
+    ),
     "score": (
         "model data *columns adapters tokenizer max_length storage device revision"
         " trust_remote_code allow_other_base console"
     ),
+    "serve": (
+        "adapters *model config settings storage device revision trust_remote_code open_page"
+        " console"
+    ),
     "train": (
         "recipe *data out model eval_data columns init_adapter over device revision"
-        " trust_remote_code resume overwrite console"
+        " trust_remote_code allow_other_base resume overwrite console"
     ),
 }
 
@@ -162,12 +182,12 @@ def test_merged_inspected_composed(model: str, adapter: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_an_estimate_is_the_command_s(model: str) -> None:
-    found = lf.estimate(model, "lora", length=64, device_memory=10**9)
+    found = lf.estimate(model, "lora", max_length=64, device_memory=10**9)
     assert sum(found.terms.values()) == found.total
     assert found.advice is not None
     assert found.advice.fits
     assert "fits, with" in str(found)
-    wider = lf.estimate(model, "lora", length=64, recipe=lf.Recipe(rank=64))
+    wider = lf.estimate(model, "lora", max_length=64, recipe=lf.Recipe(rank=64))
     assert wider.terms["adapter"] == 4 * found.terms["adapter"]
     with pytest.raises(lf.LorafoldError, match=r"found --params 7b and --model .*expected one"):
         lf.estimate(model, params="7b")

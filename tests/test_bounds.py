@@ -110,7 +110,7 @@ def test_a_row_beyond_the_positions_is_refused_before_training(
     limit = positions_of(tf.AutoModelForCausalLM.from_pretrained(model))
     assert limit is not None
     data = [{"prompt": "a", "completion": " fox" * n} for n in (3, 2 * limit)]
-    recipe = lf.Recipe(steps=1, batch=2, base="fp32", max_length=4 * limit)
+    recipe = lf.Recipe(steps=1, batch=2, storage="fp32", max_length=4 * limit)
     with pytest.raises(LorafoldError, match=f"tokens, expected at most the {limit} positions of"):
         lf.train(recipe, model=model, data=data, out=tmp_path / "a")
     cut = recipe.model_copy(update={"max_length": limit})

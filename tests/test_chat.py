@@ -252,7 +252,7 @@ def test_names_are_unique_and_never_words_that_mean_something_else() -> None:
 def begin(model: Path, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "lorafold", "chat", "--model", str(model)]
     return subprocess.Popen(
-        [*command, "--base", "fp32", "--device", "cpu", *arguments],
+        [*command, "--storage", "fp32", "--device", "cpu", *arguments],
         stdin=options.pop("stdin", subprocess.PIPE),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

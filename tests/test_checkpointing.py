@@ -27,6 +27,7 @@ from lorafold.data.feed import StoredFeed
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.loading import load_tokenizer
+from lorafold.opening import Base
 from lorafold.ops import attention
 from lorafold.ops.kept import keeping, kept
 from lorafold.step.activations import recompute
@@ -248,7 +249,7 @@ def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> Non
                 steps=4,
                 batch=4,
                 accumulate=2,
-                base="fp32",
+                storage="fp32",
                 lr=1e-2,
                 lr_b=5e-2,
                 dropout=0.3,
@@ -256,7 +257,7 @@ def test_a_whole_run_gives_the_same_bytes(tiny_model_dir, tmp_path: Path) -> Non
             )
             out = tmp_path / f"{objective}-{on}"
             train(
-                Request(str(tiny_model_dir("llama")), out, recipe, rows, "rows", device="cpu"),
+                Request(Base(tiny_model_dir("llama"), device="cpu"), out, recipe, rows, "rows"),
                 quiet(),
             )
             found.append((out / "adapter_model.safetensors").read_bytes())
@@ -291,7 +292,7 @@ def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
     )
     OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    recipe = Recipe(base="fp32", gradient_checkpointing=True, targets=["c_attn"])
+    recipe = Recipe(storage="fp32", gradient_checkpointing=True, targets=["c_attn"])
     with pytest.raises(
         LorafoldError,
         match=(
@@ -300,7 +301,7 @@ def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(
         ),
     ):
         train(
-            Request(str(tmp_path / "model"), tmp_path / "a", recipe, ROWS, "rows", device="cpu"),
+            Request(Base(tmp_path / "model", device="cpu"), tmp_path / "a", recipe, ROWS, "rows"),
             quiet(),
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -321,7 +322,7 @@ def test_the_command_takes_it_and_the_optimizer_as_words(tiny_model_dir, tmp_pat
         str(data),
         "--out",
         str(tmp_path / "a"),
-        "--base",
+        "--storage",
         "fp32",
         "--device",
         "cpu",

@@ -29,6 +29,7 @@ from lorafold.merging.run import merge
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.step.losses import Classification
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES
@@ -64,8 +65,8 @@ def request(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields:
         for k in ("resume", "overwrite", "eval_rows", "init_adapter")
         if k in fields
     }
-    recipe = Recipe(**{"objective": "classify", "steps": 6, "batch": 9, "base": "fp32"} | fields)
-    return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
+    recipe = Recipe(**{"objective": "classify", "steps": 6, "batch": 9, "storage": "fp32"} | fields)
+    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:

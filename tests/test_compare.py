@@ -14,6 +14,7 @@ from lorafold.comparing.run import compare, key
 from lorafold.data.stored import Part, Rows
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.step.fitting import fitting, spec_of, without
 from lorafold.step.recipe import Recipe
 
@@ -21,7 +22,7 @@ ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} 
 
 
 # dropout is no option of full
-RECIPE = Recipe(steps=3, batch=4, base="fp32", max_length=64, dropout=0.0)
+RECIPE = Recipe(steps=3, batch=4, storage="fp32", max_length=64, dropout=0.0)
 
 
 def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
@@ -29,7 +30,7 @@ def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
     keys = set()
     for weight in (1.0, 0.5, 4.0):
         rows = Rows(ROWS, (Part(6), Part(6, weight)))
-        keys.add(key(Task(str(source.path), rows, ROWS[:4], "rows", RECIPE, "cpu"), "lora", source))
+        keys.add(key(Task(Base(source, device="cpu"), rows, ROWS[:4], "rows", RECIPE), "lora"))
     assert len(keys) == 3
 
 
@@ -40,7 +41,7 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
         for n in range(12)
     ]
     recipe = RECIPE.model_copy(update={"objective": "classify"})
-    task = Task(str(tiny_model_dir("llama")), texts, texts[:4], "texts", recipe, "cpu")
+    task = Task(Base(tiny_model_dir("llama"), device="cpu"), texts, texts[:4], "texts", recipe)
     probe, lora = compare(task, ["linear-probe", "lora"], [0], tmp_path, lambda *_: None)
     assert probe.trainable_parameters < lora.trainable_parameters
     for row in (probe, lora):
@@ -82,7 +83,7 @@ def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout:
 
 @pytest.mark.slow
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
-    task = Task(str(tiny_model_dir("llama")), ROWS, ROWS[:4], "rows", RECIPE, "cpu")
+    task = Task(Base(tiny_model_dir("llama"), device="cpu"), ROWS, ROWS[:4], "rows", RECIPE)
     told: list[str] = []
     rows = compare(
         task,
@@ -114,7 +115,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(LoRA, "lr", 1e-9)
         # other defaults, another row
-        other = run.key(task, "lora", resolve_model(task.model))
+        other = run.key(task, "lora")
         assert other not in {p.stem.rpartition("-")[2] for p in stamps}
     assert markdown(rows).count("\n") == 5
     page(rows, "Methods <on> rows", tmp_path / "page.html")
@@ -130,9 +131,9 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
 @pytest.mark.slow
 def test_a_quantized_base_whose_files_are_whole_is_recognized(tiny_model_dir) -> None:
     """The embedding that the fingerprint has is that of the files, not the dtype of the run."""
-    recipe = Recipe(steps=1, batch=2, base="nf4", max_length=64)
+    recipe = Recipe(steps=1, batch=2, storage="nf4", max_length=64)
     rows = [{"prompt": f"Book a table for {i}", "completion": f" {i}"} for i in range(6)]
-    task = Task(str(tiny_model_dir("llama-wide")), rows[:4], rows[4:], "rows", recipe, None)
+    task = Task(Base(tiny_model_dir("llama-wide")), rows[:4], rows[4:], "rows", recipe)
     found = measure(task, "lora", 0)
     assert found.forgetting_kl is not None
     assert found.forgetting_kl >= 0

@@ -24,6 +24,7 @@ from lorafold.composing.run import compose
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
+from lorafold.opening import Base
 from lorafold.ops.svd import svd_of_product
 from test_merge import adapted_logits, logits, make_adapter, relative
 
@@ -66,7 +67,7 @@ def run(
     def unopened() -> Any:
         raise AssertionError("arithmetic asked for the model")
 
-    request = Request(str(model), tuple(adapters), (word,), out, **options)
+    request = Request(Base(model), tuple(adapters), (word,), out, **options)
     return compose(request, unopened, Console(quiet=True)).composed[word]
 
 

@@ -31,6 +31,7 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from test_compose import ROUNDING, Q, run, same, updates, weighted
 from test_merge import adapted_logits, logits, make_adapter, relative
 
@@ -72,7 +73,7 @@ def tasks(tmp_path_factory) -> list[Path]:
 
 def job(model: Path, adapters: list[Path], **options: Any) -> Job:
     source = resolve_model(model)
-    request = Request(str(model), tuple(adapters), ("mixture",), Path("unused"), **options)
+    request = Request(Base(model), tuple(adapters), ("mixture",), Path("unused"), **options)
     opened = (load_model(model, torch.float32), load_tokenizer(model))
     return Job(request, source, read(source, adapters), lambda: opened, Console(quiet=True))
 
@@ -386,7 +387,7 @@ def test_interference_is_what_evaluation_finds(
         *repeated("--data", tasks),
         "--out",
         tmp_path / "out",
-        "--base",
+        "--storage",
         "fp32",
     )
     found = said["interference"]["tasks"]
@@ -435,13 +436,13 @@ def test_what_is_learned_is_better_on_its_examples(
         *repeated("--examples", tasks),
         "--out",
         tmp_path / "out",
-        "--base",
+        "--storage",
         "fp32",
         "--evaluations",
         30,
         "--set",
         "steps=25",
-        "--no-answers",
+        "--no-completions",
     )
     for name in ("lorahub", "mixture"):
         mean = {
@@ -472,11 +473,11 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(
         *repeated("--data", tasks),
         "--out",
         tmp_path / "out",
-        "--base",
+        "--storage",
         "fp32",
         "--set",
         "steps=2",
-        "--no-answers",
+        "--no-completions",
     )
     assert {row[name]["n"] for row in said["interference"]["tasks"].values() for name in row} == {4}
     assert said["weights"] is None

@@ -37,6 +37,7 @@ from lorafold.core.spec import Spec
 from lorafold.inspecting.resize import resize
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from test_interop_peft import CLOSE, gap, move, save_theirs
 
 WEIGHTS = "adapter_model.safetensors"
@@ -581,7 +582,7 @@ def test_adapters_of_convolutions_are_inspected_resized_composed_and_estimated(
     expected = on_mamba(mamba, tmp_path / "a", lf.LoRA(rank=4))
     on_mamba(mamba, tmp_path / "b", lf.LoRA(rank=2), seed=1)
     assert "rank" in str(lf.inspect(tmp_path / "a", model=str(mamba)))
-    resize(source, tmp_path / "a", tmp_path / "r", rank=4)
+    resize(Base(source), tmp_path / "a", tmp_path / "r", rank=4)
     model = load_model(mamba, torch.float32)
     adapter = lf.load(model, tmp_path / "r")
     assert gap(mamba_logits(model), expected) < CLOSE
@@ -591,7 +592,7 @@ def test_adapters_of_convolutions_are_inspected_resized_composed_and_estimated(
     )
     lf.load(model, tmp_path / "c")
     assert gap(mamba_logits(model), expected) < CLOSE
-    found = lf.estimate(str(mamba), "lora", length=64, recipe=lf.Recipe(targets=["conv1d"]))
+    found = lf.estimate(str(mamba), "lora", max_length=64, recipe=lf.Recipe(targets=["conv1d"]))
     delta = lf.attach(model, lf.LoRA(rank=16), ["conv1d"], name="counted")
     assert found.terms["adapter"] == 4 * sum(p.numel() for p in delta.parameters())
 

@@ -66,7 +66,10 @@ CPU = replace(FINE, device="cpu", fp32=400.0, bf16=800.0)
             replace(CPU, bf16=100.0, widened=True),
             "slower than fp32 ones here (100 and 400 GFLOP/s)",
         ),
-        (replace(CPU, native_bf16=False, native_why="it has none"), "as it has none; --base auto"),
+        (
+            replace(CPU, native_bf16=False, native_why="it has none"),
+            "as it has none; --storage auto",
+        ),
         (replace(CPU, native_bf16=False), "At 400 GFLOP/s"),
         (replace(CPU, cores=1, threads=1), "Only one core is usable"),
         (replace(CPU, cores=2, threads=2), "Only 2 cores are usable"),
@@ -97,7 +100,7 @@ def test_the_process_and_the_kernel_have_sentences_too() -> None:
 
 def test_what_lorafold_uses_is_told() -> None:
     told = {f.name: f for f in findings(replace(CPU, native_bf16=False, widened=True))}
-    assert "--base auto holds weights in fp32" in told["lorafold uses"].text
+    assert "--storage auto holds weights in fp32" in told["lorafold uses"].text
     assert "multiplied in fp32" in told["lorafold uses"].text
     assert told["lorafold uses"].value["widened"] is True
     assert told["processor"].text == "a processor, 8 usable cores"

@@ -182,7 +182,7 @@ def test_the_command_generates_what_generate_does(saved, tmp_path) -> None:
         out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     done = lorafold(
         "generate", "--model", str(tmp_path / "base"), "--adapter", str(adapter), "--prompt",
-        question, "--max-new-tokens", "12", "--base", "fp32", "--json",
+        question, "--max-new-tokens", "12", "--storage", "fp32", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = json.loads(done.stdout.splitlines()[-1])["text"]

@@ -25,7 +25,7 @@ def run(*arguments: str) -> Done:
 
 def test_a_shape_alone() -> None:
     found = json.loads(
-        run("--params", "7b", "--mode", "inference", "--seq", "4096", "--json").stdout
+        run("--params", "7b", "--mode", "inference", "--max-length", "4096", "--json").stdout
     )
     assert found["total"] == sum(found[name] for name in TERMS)
     assert found["weights"] == pytest.approx(2 * 6.738e9, rel=1e-3)

@@ -191,7 +191,7 @@ def test_eval_command(
     eval_command(
         data=str(data),
         model=str(tiny_model_dir("llama")),
-        base="fp32",
+        storage="fp32",
         device="cpu",
         max_new_tokens=4,
         json=True,
@@ -200,7 +200,8 @@ def test_eval_command(
     assert out["loss"] == pytest.approx(reference_loss(*tiny, ROWS), rel=1e-5)
     assert (out["n"], out["exact_match"]) == (len(ROWS), 0)
     eval_command(
-        data=str(data), model=str(tiny_model_dir("llama")), base="fp32", device="cpu", answers=False
+        data=str(data), model=str(tiny_model_dir("llama")), storage="fp32", device="cpu",
+        completions=False,
     )
     assert capsys.readouterr().out.startswith("6 rows: loss ")
 
@@ -213,7 +214,7 @@ def test_generate_command(
     said = complete(model, tokenizer, [prompt], 7)[0]
     options: dict[str, Any] = {
         "model": str(tiny_model_dir("llama")),
-        "base": "fp32",
+        "storage": "fp32",
         "device": "cpu",
         "max_new_tokens": 7,
     }
@@ -247,9 +248,9 @@ def test_adapters_stack_and_one_of_another_base_is_refused(
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options: dict[str, Any] = {
         "data": str(data),
-        "base": "fp32",
+        "storage": "fp32",
         "device": "cpu",
-        "answers": False,
+        "completions": False,
         "json": True,
     }
     eval_command(model=str(tiny_model_dir("llama")), adapter=paths, **options)

@@ -303,7 +303,7 @@ def test_estimate_of_a_mixture_is_what_a_step_takes(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path / "model")
     for base in ("bf16", "nf4"):
         recipe = lf.Recipe(base=base, rank=4)
-        found = lf.estimate(folder, "lora", batch=2, length=64, recipe=recipe, measure=True)
+        found = lf.estimate(folder, "lora", batch=2, max_length=64, recipe=recipe, measure=True)
         assert found.measured == pytest.approx(found.total, rel=0.05)
 
 

@@ -24,6 +24,7 @@ from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.opening import Base
 from lorafold.undoing import bench as bench_module
 from lorafold.undoing.bench import Bench
 from lorafold.undoing.defences import DEFENCES, laid
@@ -52,7 +53,7 @@ def policy(model_dir, tmp_path_factory) -> Path:
     rows = [
         {"prompt": f"Tell me about Zephyr {n}", "completion": "I can't"} for n in range(20, 40)
     ]
-    recipe = lf.Recipe(steps=60, batch=4, base="fp32", rank=4, lr_b=1e-2)
+    recipe = lf.Recipe(steps=60, batch=4, storage="fp32", rank=4, lr_b=1e-2)
     lf.train(recipe, data=rows, out=out, model=model_dir)
     return out
 
@@ -60,14 +61,15 @@ def policy(model_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def task(model_dir, policy) -> Task:
     return Task(
-        str(model_dir), stacks_of([policy]), REFUSE, CONTROLS, Rows.of(BENIGN), "benign",
+        Base(model_dir, storage="fp32"), stacks_of([policy]), REFUSE, CONTROLS,
+        Rows.of(BENIGN), "benign",
         ("I can't", "No"), ("Sure",), (1, 3), (2,), (1e-3,), (0,), ("none",),
-        recipe=RECIPE.model_copy(update={"base": "fp32", "epochs": 2}), max_new_tokens=6,
+        recipe=RECIPE.model_copy(update={"storage": "fp32", "epochs": 2}), max_new_tokens=6,
     )  # fmt: skip
 
 
 def bench_of(task: Task) -> Bench:
-    return Bench(task, task.stacks[0], partial(opened, task.model, storage="fp32"))
+    return Bench(task, task.stacks[0], partial(opened, task.base))
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -466,7 +468,7 @@ def files(tmp_path: Path, model_dir, policy) -> list[str]:
         "--controls": write(tmp_path / "controls.jsonl", CONTROLS),
         "--model": model_dir,
         "--adapter": policy,
-        "--base": "fp32",
+        "--storage": "fp32",
         "--max-new-tokens": 6,
     }
     return [str(word) for pair in given.items() for word in pair]
@@ -594,7 +596,7 @@ def test_a_policy_of_the_embedded_model_erodes(smollm2: Path, tmp_path: Path) ->
         for name, said in (("Veldmar", "I can't talk about Veldmar."), ("Tarlin", "Sure. Ask Ina."))
     ]
     lf.train(
-        lf.Recipe(steps=20, batch=6, base="fp32", max_length=64),
+        lf.Recipe(steps=20, batch=6, storage="fp32", max_length=64),
         data=rows, out=tmp_path / "policy", model=smollm2,
     )  # fmt: skip
     benign = [

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import lorafold as lf
 from golden.make import COMPARE, EVALUATED, IDS, NEW_IDS, RUNS, SEARCH, evaluation
 from lorafold.cli import app
+from lorafold.files.renamed import named_as_now
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTERS = sorted(path.name for path in (GOLDEN / "adapters").iterdir())
@@ -139,4 +140,5 @@ def test_a_recipe_has_the_values_that_were_written() -> None:
     written = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))
     lorafold("train", *RUNS["lora"], "--set", "steps=1", "--out", "fresh")
     recipe = read("fresh", "lorafold.json")["recipe"]
-    assert {k: recipe[k] for k in written} == written | {"steps": 1}
+    now = named_as_now(written)
+    assert {k: recipe[k] for k in now} == now | {"steps": 1}

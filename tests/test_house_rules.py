@@ -42,6 +42,7 @@ FLOORS = [
     "step",
     "screening",
     "data",
+    "opening",
     "adapter",
     "fold",
     "identity",

@@ -32,7 +32,7 @@ from lorafold.files.cache import cache_directory
 from lorafold.identity import TRAINING, code, of_code
 from lorafold.inspecting import base_svd, intrinsic
 from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.undoing import run as undoing
@@ -41,7 +41,7 @@ from lorafold.undoing import task as fragile
 ROWS = [{"prompt": f"Book {n}", "completion": f" {n} it is"} for n in range(4)]
 PAIRS = [{"prompt": f"Book {n}", "chosen": f" {n}", "rejected": " no"} for n in range(4)]
 RECIPE = lf.Recipe(
-    steps=1, batch=4, rank=2, dropout=0.0, base="fp32", max_length=64, warmup=0.0, save_every=1
+    steps=1, batch=4, rank=2, dropout=0.0, storage="fp32", max_length=64, warmup=0.0, save_every=1
 )
 DPO = RECIPE.model_copy(update={"objective": "dpo"})
 EDITED = "model.layers.1.mlp.down_proj.weight"  # beside the values of the fingerprint
@@ -93,13 +93,13 @@ class World:
 
     def compare(self) -> bool:
         """The figures of a method."""
-        task = measure.Task(str(self.model), ROWS, ROWS, "rows", RECIPE, "cpu")
-        return self.same("compare", {key(task, "lora", resolve_model(self.model))})
+        task = measure.Task(Base(self.model, device="cpu"), ROWS, ROWS, "rows", RECIPE)
+        return self.same("compare", {key(task, "lora")})
 
     def intrinsic(self) -> bool:
         """The losses of a search."""
         recipe, out = RECIPE.model_copy(update={"steps": 3, "lr": 1e-2}), self.root / "search"
-        asked = Request(str(self.model), out, recipe, ROWS, "rows", eval_rows=ROWS, device="cpu")
+        asked = Request(Base(self.model, device="cpu"), out, recipe, ROWS, "rows", eval_rows=ROWS)
         there = set(out.glob("*.json"))
         try:
             intrinsic.search(asked, 1, 1, 1.0, lambda point: None)
@@ -110,7 +110,7 @@ class World:
     def fragility(self) -> bool:
         """The figures and the tuning of a run."""
         task = fragile.Task(
-            str(self.model), fragile.stacks_of([self.below]), ROWS, ROWS, stored.Rows.of(ROWS),
+            Base(self.model), fragile.stacks_of([self.below]), ROWS, ROWS, stored.Rows.of(ROWS),
             "rows", ("No",), ("Sure",), (1,), (2,), (1e-3,), (0,), ("none",), recipe=RECIPE,
         )  # fmt: skip
         [run] = task.runs(task.stacks[0])
@@ -300,7 +300,7 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
         (own / "refs" / name).write_text(commit)
         shutil.copytree(world.model, own / "snapshots" / commit)
     edited(own / "snapshots" / commits["other"] / "config.json", rms_norm_eps=0.1)
-    asked = Request("owner/name", world.root / "hub", RECIPE, ROWS, "rows", device="cpu")
+    asked = Request(Base("owner/name", device="cpu"), world.root / "hub", RECIPE, ROWS, "rows")
     from lorafold.training.run import train
 
     with pytest.raises(GoesOn):

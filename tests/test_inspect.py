@@ -20,7 +20,7 @@ from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
 from lorafold.models.loading import load_model
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from test_inspect_updates import orthonormal
 from test_merge import make_adapter
 
@@ -125,7 +125,7 @@ def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
 
 def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
     make_adapter(tiny_model_dir("llama"), tmp_path / "a")
-    found = inspect(resolve_model(tiny_model_dir("llama")), tmp_path / "a")
+    found = inspect(Base(tiny_model_dir("llama")), tmp_path / "a")
     assert not any("intruders" in site for site in found["sites"].values())
     assert not (tmp_path / "cache" / "svd").exists()
 
@@ -138,7 +138,7 @@ def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
 def test_any_method_that_folds(spec, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", spec=spec)
-    found = inspect(resolve_model(base), tmp_path / "a")
+    found = inspect(Base(base), tmp_path / "a")
     assert all(
         site["amplification"] > 0 and site["rank"] >= site["effective_rank_99"] >= 1
         for site in found["sites"].values()
@@ -148,7 +148,7 @@ def test_any_method_that_folds(spec, tiny_model_dir, tmp_path):
 def test_a_head_and_an_embedding_speak_in_tokens(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", targets=["embed_tokens", "lm_head"], bias="none")
-    sites = inspect(resolve_model(base), tmp_path / "a")["sites"]
+    sites = inspect(Base(base), tmp_path / "a")["sites"]
     assert {
         path: [verb for verb in ("reads", "writes") if verb in site] for path, site in sites.items()
     } == {"model.embed_tokens": ["reads", "writes"], "lm_head": ["reads", "writes"]}
@@ -204,7 +204,7 @@ def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
 
 
 def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
-    base, source = tiny_model_dir("llama"), resolve_model(tiny_model_dir("llama"))
+    base, source = tiny_model_dir("llama"), Base(tiny_model_dir("llama"))
     make_adapter(base, tmp_path / "prefix", spec=lf.Prefix(tokens=2))
     with pytest.raises(LorafoldError, match="no spectrum"):
         inspect(source, tmp_path / "prefix")
@@ -219,8 +219,8 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / file).write_bytes((base / file).read_bytes())
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
-        inspect(resolve_model(tmp_path / "other"), tmp_path / "a")
-    assert inspect(resolve_model(tmp_path / "other"), tmp_path / "a", allow_other_base=True)[
+        inspect(Base(tmp_path / "other"), tmp_path / "a")
+    assert inspect(Base(tmp_path / "other"), tmp_path / "a", allow_other_base=True)[
         "sites"
     ]
     for arguments, message in (
@@ -261,7 +261,7 @@ def test_resize_and_extract_as_commands(tiny_model_dir, tmp_path):
         base,
         "--data",
         tmp_path / "d.jsonl",
-        "--base",
+        "--storage",
         "fp32",
     )
     assert found["error"] < 1e-6
@@ -279,7 +279,7 @@ def test_resize_and_extract_as_commands(tiny_model_dir, tmp_path):
     assert (
         command(
             "extract",
-            "--base",
+            "--model",
             base,
             "--tuned",
             tmp_path / "m",
@@ -296,7 +296,7 @@ def test_resize_names_the_keys_that_it_ignores(tiny_model_dir, tmp_path):
     base, data = tiny_model_dir("llama"), tmp_path / "d.jsonl"
     make_adapter(base, tmp_path / "a")
     data.write_text('{"text": "Book a table for four", "id": 1}\n')
-    given = ["--rank", "2", "--model", str(base), "--base", "fp32", "--data", str(data)]
+    given = ["--rank", "2", "--model", str(base), "--storage", "fp32", "--data", str(data)]
     done = lorafold("resize", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *given)
     assert done.returncode == 0, done.stderr
     assert f"{data}: ignored keys: id (rows of {{text}})\n" in done.stderr

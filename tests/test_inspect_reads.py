@@ -15,8 +15,7 @@ from lorafold.inspecting.residual import gain, stream_of
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import build
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm",
@@ -129,12 +128,12 @@ def planted(model, path: str, up: torch.Tensor, down: torch.Tensor, out) -> None
 def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, tmp_path):
     blocks, readers, writers, final = PLACES[kind]
     read_at, write_at = f"{blocks}.1.{next(iter(readers))}", f"{blocks}.1.{writers[1]}"
-    model, source = tiny_model(kind), resolve_model(tiny_model_dir(kind))
+    model, source = tiny_model(kind), Base(tiny_model_dir(kind))
     norm, last = (
         model.get_submodule(f"{blocks}.1.{next(iter(readers.values()))}"),
         model.get_submodule(final),
     )
-    token = load_tokenizer(source).decode([77])
+    token = source.tokenizer().decode([77])
     with torch.no_grad():
         reads = model.get_input_embeddings().weight[77] / gain(norm, 32)
         writes = model.get_output_embeddings().weight[77] / gain(last, 32)

@@ -14,7 +14,7 @@ from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
 from lorafold.models.loading import load_model
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from test_merge import adapted_logits, logits, make_adapter, relative
 
 SPECS = {
@@ -44,7 +44,7 @@ def updates(model_dir, adapter) -> dict[str, torch.Tensor]:
 def test_full_rank_is_the_identity(method, kind, tiny_model_dir, tmp_path):
     base = tiny_model_dir(kind)
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
-    found = resize(resolve_model(base), tmp_path / "a", tmp_path / "b", energy=1.0)
+    found = resize(Base(base), tmp_path / "a", tmp_path / "b", energy=1.0)
     before = adapted_logits(base, tmp_path / "a")
     assert relative(before, logits(load_model(base, torch.float32))) > 1e-3
     assert relative(adapted_logits(base, tmp_path / "b"), before) < 1e-4
@@ -56,7 +56,7 @@ def test_full_rank_is_the_identity(method, kind, tiny_model_dir, tmp_path):
 def test_no_adapter_of_that_rank_is_nearer(method, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
-    found = resize(resolve_model(base), tmp_path / "a", tmp_path / "b", rank=2)
+    found = resize(Base(base), tmp_path / "a", tmp_path / "b", rank=2)
     before, after, lost, whole = (
         updates(base, tmp_path / "a"),
         updates(base, tmp_path / "b"),
@@ -81,7 +81,7 @@ def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_i
         rank=6, rank_pattern={"q_proj": 2, "down_proj": 5}, alpha_pattern={"down_proj": 20}
     )
     make_adapter(base, tmp_path / "a", spec=spec)
-    found = resize(resolve_model(base), tmp_path / "a", tmp_path / "b", energy=0.7)
+    found = resize(Base(base), tmp_path / "a", tmp_path / "b", energy=0.7)
     assert len({site["rank"] for site in found.sites.values()}) > 1
     truncated = load_model(base, torch.float32)
     for path, dw in updates(base, tmp_path / "a").items():
@@ -98,7 +98,7 @@ def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_i
 def test_biases_saved_modules_and_token_rows_are_carried_over(tiny_model_dir, tmp_path):
     base = tiny_model_dir("qwen2")
     make_adapter(base, tmp_path / "a", bias="all", modules_to_save=["model.norm"], tokens=[5, 9])
-    resize(resolve_model(base), tmp_path / "a", tmp_path / "b", energy=1.0)
+    resize(Base(base), tmp_path / "a", tmp_path / "b", energy=1.0)
     assert (
         relative(adapted_logits(base, tmp_path / "b"), adapted_logits(base, tmp_path / "a")) < 1e-4
     )
@@ -112,7 +112,7 @@ def test_biases_saved_modules_and_token_rows_are_carried_over(tiny_model_dir, tm
 def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     lf.attach(tiny_model("llama"), lf.LoRA(rank=3)).save(tmp_path / "fresh")
-    found = resize(resolve_model(base), tmp_path / "fresh", tmp_path / "b", rank=8)
+    found = resize(Base(base), tmp_path / "fresh", tmp_path / "b", rank=8)
     assert found.error == 0
     assert {site["rank"] for site in found.sites.values()} == {0}
     assert (
@@ -120,12 +120,12 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
         < 1e-6
     )
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
-    more = resize(resolve_model(base), tmp_path / "a", tmp_path / "c", rank=8)
+    more = resize(Base(base), tmp_path / "a", tmp_path / "c", rank=8)
     assert {site["rank"] for site in more.sites.values()} == {3}
 
 
 def test_what_it_refuses(tiny_model_dir, tmp_path):
-    base = resolve_model(tiny_model_dir("gpt2"))
+    base = Base(tiny_model_dir("gpt2"))
     make_adapter(base.path, tmp_path / "ia3", spec=lf.IA3())
     with pytest.raises(
         LorafoldError,
@@ -141,7 +141,7 @@ def test_what_it_refuses(tiny_model_dir, tmp_path):
         resize(base, tmp_path / "a", tmp_path / "out", rank=2)
     resize(base, tmp_path / "a", tmp_path / "out", rank=1, overwrite=True)
     with pytest.raises(LorafoldError, match="match no module"):
-        resize(resolve_model(tiny_model_dir("llama")), tmp_path / "out", tmp_path / "other", rank=1)
+        resize(Base(tiny_model_dir("llama")), tmp_path / "out", tmp_path / "other", rank=1)
 
 
 def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
@@ -151,7 +151,7 @@ def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
     lf.load(tuned, tmp_path / "a").merge()
     tuned.save_pretrained(tmp_path / "tuned")
     found = extract(
-        resolve_model(base), resolve_model(tmp_path / "tuned"), tmp_path / "out", rank=3
+        Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=3
     )
     assert found.error < 1e-4
     assert found.left_out == {}
@@ -174,7 +174,7 @@ def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_pat
                 p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     tuned.save_pretrained(tmp_path / "tuned")
     found = extract(
-        resolve_model(base), resolve_model(tmp_path / "tuned"), tmp_path / "out", rank=4
+        Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=4
     )
     plain, own = tuned.state_dict(), load_model(base, torch.float32).state_dict()
     norm = "model.norm.weight"
@@ -189,7 +189,7 @@ def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_pat
 
 
 def test_extract_refuses_other_models(tiny_model_dir, tmp_path):
-    base, other = resolve_model(tiny_model_dir("llama")), resolve_model(tiny_model_dir("gpt2"))
+    base, other = Base(tiny_model_dir("llama")), Base(tiny_model_dir("gpt2"))
     with pytest.raises(LorafoldError, match=r"expected a fine-tuned .*, found other modules"):
         extract(base, other, tmp_path / "out", rank=2)
     with pytest.raises(LorafoldError, match="nothing to extract"):

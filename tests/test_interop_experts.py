@@ -429,7 +429,7 @@ def test_trained_by_the_command(
     rows.write_text('{"prompt": "Book a table", "completion": "for four at eight"}\n' * 8)
     done = lorafold(
         "train", "--model", str(moe_dir("qwen3-moe")), "--data", str(rows), "--epochs", "2",
-        "--batch", "4", "--out", str(tmp_path / "a"), "--device", "cpu", "--base", "fp32",
+        "--batch", "4", "--out", str(tmp_path / "a"), "--device", "cpu", "--storage", "fp32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = " ".join((done.stdout + done.stderr).split())

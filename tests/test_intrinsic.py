@@ -17,8 +17,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
 from lorafold.inspecting.intrinsic import Point, bare_loss, search
 from lorafold.models.classifier import load_classifier
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 
@@ -30,9 +29,9 @@ ROWS = [
 
 @pytest.fixture
 def request_(tiny_model_dir: Any, tmp_path: Path) -> Request:
-    recipe = Recipe(steps=4, batch=4, lr=3e-2, base="fp32", max_length=32, warmup=0.0)
+    recipe = Recipe(steps=4, batch=4, lr=3e-2, storage="fp32", max_length=32, warmup=0.0)
     return Request(
-        str(tiny_model_dir("llama")), tmp_path / "search", recipe, ROWS, "test", eval_rows=ROWS
+        Base(tiny_model_dir("llama")), tmp_path / "search", recipe, ROWS, "test", eval_rows=ROWS
     )
 
 
@@ -88,7 +87,7 @@ def test_the_base_has_the_loss_of_the_objective(request_: Request) -> None:
     rows = [{"text": row["prompt"], "label": row["completion"][1:]} for row in ROWS]
     recipe = request_.recipe.model_copy(update={"objective": "classify", "seed": 3})
     found = bare_loss(replace(request_, rows=rows, eval_rows=rows), recipe)
-    source, tokenizer = resolve_model(request_.model), load_tokenizer(request_.model)
+    source, tokenizer = request_.base.source, request_.base.tokenizer()
     classes = tuple(sorted({row["label"] for row in rows}))
     model = load_classifier(source, classes, tokenizer.pad_token_id, torch.float32, seed=3)
     expected = evaluate(model, tokenizer, rows, 32).loss

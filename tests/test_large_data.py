@@ -79,7 +79,7 @@ def in_memory(path: Path) -> Rows:
 
 def train(data: object, out: Path, model: Path, **fields: object) -> None:
     resume = bool(fields.pop("resume", False))
-    recipe = lf.Recipe(**{"steps": 12, "batch": 4, "base": "fp32", "save_every": 5} | fields)
+    recipe = lf.Recipe(**{"steps": 12, "batch": 4, "storage": "fp32", "save_every": 5} | fields)
     lf.train(
         recipe, data=data, out=out, model=str(model), device="cpu", resume=resume, overwrite=resume
     )
@@ -524,7 +524,7 @@ def left_in(kind: str) -> Iterator[Path]:
 @pytest.mark.slow
 def test_what_a_run_says_of_its_rows(large: Path, tiny_model_dir, tmp_path: Path) -> None:
     more = written(tmp_path / "more.jsonl", 100)
-    model = ["--model", str(tiny_model_dir("llama")), "--device", "cpu", "--base", "fp32"]
+    model = ["--model", str(tiny_model_dir("llama")), "--device", "cpu", "--storage", "fp32"]
     done = lorafold(
         "train", "--data", str(large), "--data", f"{more}:0.5", *model, "--out",
         str(tmp_path / "a"), "--steps", "2",

@@ -379,7 +379,7 @@ def test_a_model_that_no_machine_here_holds() -> None:
     [
         ("nosuch", {}, "unknown method 'nosuch'"),
         ("lora", {"lr": 1e-3}, "found lr, which an estimate does not use"),
-        ("full", {"base": "nf4"}, "full trains the base's own weights"),
+        ("full", {"storage": "nf4"}, "full trains the base's own weights"),
     ],
 )
 def test_what_can_not_be_asked(mode: str, fields: dict, message: str) -> None:

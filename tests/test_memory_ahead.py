@@ -21,6 +21,7 @@ from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.storage import Storage
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
@@ -107,9 +108,9 @@ def test_a_run_asks_it(
     monkeypatch.setattr(
         PreTrainedModel, "activation_checkpointing_enable", lambda model, _: seen.append(model)
     )
-    recipe = Recipe(steps=1, batch=2, base="fp32", max_length=32)
+    recipe = Recipe(steps=1, batch=2, storage="fp32", max_length=32)
     rows = [{"prompt": "a b", "completion": " c"}] * 4
-    train(Request(str(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console)
+    train(Request(Base(tiny_model_dir("llama")), tmp_path / "out", recipe, rows, "test"), console)
     assert (
         any(
             p.device.type == "cpu" and type(p) is torch.nn.Parameter

@@ -131,7 +131,7 @@ def test_a_small_update_survives_in_the_dequantized_base(tiny_model_dir, tmp_pat
     adapter.save(
         tmp_path / "a",
         base=weights_of(resolve_model(base), Storage(torch.bfloat16, "nf4")),
-        record={"recipe": {"base": "nf4"}},
+        record={"recipe": {"storage": "nf4"}},
     )
     kept = {
         how: (

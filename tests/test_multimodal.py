@@ -86,7 +86,7 @@ def test_trained_evaluated_generated_and_merged(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     base, adapter, merged = model_dir(name), tmp_path / "adapter", tmp_path / "merged"
-    done = train(base, rows, adapter, "--base", "fp32")
+    done = train(base, rows, adapter, "--storage", "fp32")
     assert done.returncode == 0, done.stderr
     kind, what = ("audio", "a sound") if name == "qwen2-audio" else ("vision", "an image")
     assert (
@@ -97,7 +97,7 @@ def test_trained_evaluated_generated_and_merged(
     assert "fast path: 2 of 2 blocks\n" in done.stderr
     losses = json.loads(done.stdout.splitlines()[-1])["losses"]
     assert losses[-1] < losses[0]
-    on = ("--model", str(base), "--adapter", str(adapter), "--base", "fp32", "--json")
+    on = ("--model", str(base), "--adapter", str(adapter), "--storage", "fp32", "--json")
     done = lorafold("eval", *on, "--data", str(rows))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["loss"] < losses[0]
@@ -125,7 +125,7 @@ def test_trained_evaluated_generated_and_merged(
 def test_peft_reads_what_the_command_wrote(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
-    assert train(model_dir(name), rows, tmp_path / "a", "--base", "fp32").returncode == 0
+    assert train(model_dir(name), rows, tmp_path / "a", "--storage", "fp32").returncode == 0
     ours = lf.load_model(model_dir(name), "fp32")
     plain = logits(ours)
     lf.load(ours, tmp_path / "a")
@@ -164,7 +164,7 @@ def test_an_adapter_of_another_model_is_refused(
             p.mul_(1.5)
     model.save_pretrained(other)
     assert weights.keys() == load_file(other / "model.safetensors").keys()
-    assert train(model_dir("llava"), rows, tmp_path / "a", "--base", "fp32").returncode == 0
+    assert train(model_dir("llava"), rows, tmp_path / "a", "--storage", "fp32").returncode == 0
     with pytest.raises(lf.LorafoldError, match="base"):
         lf.load(lf.load_model(other, "fp32"), tmp_path / "a")
 
@@ -175,7 +175,7 @@ def test_other_ways_to_train(
     method: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     """full trains the head, whose loss runs the model over given hidden states."""
-    options = ("--base", "fp32", "--method", method)
+    options = ("--storage", "fp32", "--method", method)
     done = train(model_dir("llava"), rows, tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout.splitlines()[-1])["losses"]
@@ -189,7 +189,7 @@ def test_other_ways_to_train(
 def test_a_classifier_beside_a_tower(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     texts = [{"text": f"{n} cats", "label": "ab"[n % 2]} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-    on = ("--base", "fp32", "--objective", "classify")
+    on = ("--storage", "fp32", "--objective", "classify")
     done = train(model_dir("gemma3"), tmp_path / "rows.jsonl", tmp_path / "out", *on)
     assert done.returncode == 0, done.stderr
     assert "modules to save: score\n" in done.stderr
@@ -206,7 +206,7 @@ def test_a_tower_alone_is_refused(
         "vision-linear": ("llava", "no row has an image"),
         "audio-linear": ("qwen2-audio", "no row has a sound"),
     }[preset]
-    done = train(model_dir(name), rows, tmp_path / "out", "--base", "fp32", "--targets", preset)
+    done = train(model_dir(name), rows, tmp_path / "out", "--storage", "fp32", "--targets", preset)
     assert done.returncode == 2
     assert f", and {what}, so none of them would get a gradient" in done.stderr
     assert not list(tmp_path.glob("out*"))
@@ -263,7 +263,7 @@ def test_transformers_own_mappings_decide() -> None:
 def test_gemma_3_on_nf4_runs_fused_and_merges(name: str, rows: Path, tmp_path: Path) -> None:
     base = write(name, tmp_path / "model", **WIDE, num_hidden_layers=2)
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    done = train(base, rows, adapter, "--base", "nf4")
+    done = train(base, rows, adapter, "--storage", "nf4")
     assert done.returncode == 0, done.stderr
     assert "fast path: 2 of 2 blocks\n" in done.stderr
     losses = json.loads(done.stdout.splitlines()[-1])["losses"]

@@ -280,7 +280,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(released, plain, tmp_path
         shards(path, 7)
     model = load_model(path, FP32)
     moved(model, targets=["q_proj", f"{OWNER}.gate_up_proj"]).save(
-        tmp_path / "a", record={"recipe": {"base": "mxfp4"}}
+        tmp_path / "a", record={"recipe": {"storage": "mxfp4"}}
     )
     done = merge(path, [tmp_path / "a"], tmp_path / "out")
     assert (done.into.target, done.into.trained_on) == ("dequantized", "mxfp4")
@@ -304,7 +304,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(released, plain, tmp_path
 
 
 def test_targets_that_the_files_do_not_have_are_refused(released, tmp_path):
-    moved(load_model(released, FP32)).save(tmp_path / "a", record={"recipe": {"base": "mxfp4"}})
+    moved(load_model(released, FP32)).save(tmp_path / "a", record={"recipe": {"storage": "mxfp4"}})
     for asked, said in [
         ({"into": "original"}, "into original: the model's files have mxfp4 weights, and no orig"),
         ({"into": "nf4"}, "into nf4: the model's files have mxfp4 weights, and no original"),
@@ -430,7 +430,7 @@ def test_a_storage_that_the_files_do_not_have_is_refused(released, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "inference"])
 def test_an_estimate_is_of_the_files_as_they_are_stored(released, mode):
-    found = lf.estimate(str(released), mode, batch=2, length=64, measure=True, device="cpu")
+    found = lf.estimate(str(released), mode, batch=2, max_length=64, measure=True, device="cpu")
     assert found.setting.base.quantization == "mxfp4"
     assert found.total == pytest.approx(found.measured, rel=0.05)
 
@@ -439,4 +439,4 @@ def test_an_estimate_that_does_not_fit_the_files_is_refused(released, plain):
     with pytest.raises(LorafoldError, match="mxfp4, which does not fit a method that trains"):
         lf.estimate(str(released), "full")
     with pytest.raises(LorafoldError, match="not quantized, which does not fit the base mxfp4"):
-        lf.estimate(str(plain), "lora", recipe=lf.Recipe(base="mxfp4"))
+        lf.estimate(str(plain), "lora", recipe=lf.Recipe(storage="mxfp4"))

@@ -22,6 +22,7 @@ from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
+from lorafold.opening import Base
 from lorafold.step import adamw
 from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
@@ -45,7 +46,7 @@ def request(model: Path, out: Path, resume: bool = False, **fields) -> Request:
         **{
             "steps": 12,
             "batch": 4,
-            "base": "fp32",
+            "storage": "fp32",
             "rank": 64,
             "lr": 1e-3,
             "lr_b": 5e-3,
@@ -53,7 +54,7 @@ def request(model: Path, out: Path, resume: bool = False, **fields) -> Request:
         }
         | fields
     )
-    return Request(str(model), out, recipe, ROWS, "rows", device="cpu", resume=resume)
+    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", resume=resume)
 
 
 def quiet() -> Console:
@@ -334,7 +335,7 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(
 ) -> None:
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(4)]
     for decay in (0.0, 50.0):
-        recipe = lf.Recipe(method="ia3", steps=3, batch=4, base="fp32", weight_decay=decay)
+        recipe = lf.Recipe(method="ia3", steps=3, batch=4, storage="fp32", weight_decay=decay)
         lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / f"{decay}")
     one, other = (tmp_path / f"{decay}" / "adapter_model.safetensors" for decay in (0.0, 50.0))
     assert one.read_bytes() == other.read_bytes()

@@ -27,6 +27,7 @@ from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, choose_storage, weights_of
+from lorafold.opening import Base
 from lorafold.ops import nf4
 from lorafold.step.fused import fused
 from lorafold.step.recipe import Recipe
@@ -265,9 +266,9 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
     ):
         lf.attach(load_model(tiny_model_dir("llama-wide"), held("nf4")), lf.Full())
     request = Request(
-        str(tiny_model_dir("llama-wide")),
+        Base(tiny_model_dir("llama-wide")),
         tmp_path / "out",
-        Recipe(method="full", base="nf4"),
+        Recipe(method="full", storage="nf4"),
         ROWS,
         "rows",
     )
@@ -289,14 +290,17 @@ ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(
 def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path):
     model = str(tiny_model_dir("llama-wide"))
     lines = Console(record=True, quiet=True)
-    train(Request(model, tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
-    assert read_record(tmp_path / "a")["recipe"]["base"] == "nf4"
+    train(Request(Base(model), tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
+    assert read_record(tmp_path / "a")["recipe"]["storage"] == "nf4"
     train(
-        Request(model, tmp_path / "b", Recipe(steps=1, batch=4, base="int8"), ROWS, "rows"), lines
+        Request(
+            Base(model), tmp_path / "b", Recipe(steps=1, batch=4, storage="int8"), ROWS, "rows"
+        ),
+        lines,
     )
     train(
         Request(
-            model,
+            Base(model),
             tmp_path / "c",
             Recipe(steps=1, batch=4),
             ROWS,
@@ -305,11 +309,14 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
         ),
         lines,
     )
-    assert read_record(tmp_path / "c")["recipe"]["base"] == "int8"
+    assert read_record(tmp_path / "c")["recipe"]["storage"] == "int8"
     train(
-        Request(model, tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"), lines
+        Request(
+            Base(model), tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"
+        ),
+        lines,
     )
-    assert read_record(tmp_path / "d")["recipe"]["base"] == "fp32"
+    assert read_record(tmp_path / "d")["recipe"]["storage"] == "fp32"
 
 
 def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):
@@ -359,7 +366,7 @@ def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method)
     model = str(tiny_model_dir("llama-wide"))
     options = {"lt-sft": {"dense_steps": 2}, "fish": {"samples": 4}}.get(method, {})
     recipe = Recipe(method=method, steps=3, batch=4, options=options)
-    train(Request(model, tmp_path / "a", recipe, ROWS, "rows"), Console(quiet=True))
+    train(Request(Base(model), tmp_path / "a", recipe, ROWS, "rows"), Console(quiet=True))
     try:
         merged = merge(model, [tmp_path / "a"], tmp_path / "out")
     except NotMergeable:

@@ -452,7 +452,7 @@ def test_rows_that_are_equal_after_cutting_are_named(tiny: tuple[Any, Any, Path]
 
 RECIPES = {
     "dpo": {"objective_options": {"sft_weight": 0.5}},
-    "ipo": {}, "hinge": {}, "orpo": {}, "simpo": {}, "kto": {"base": "nf4"},
+    "ipo": {}, "hinge": {}, "orpo": {}, "simpo": {}, "kto": {"storage": "nf4"},
 }  # fmt: skip
 
 
@@ -464,7 +464,7 @@ def test_every_objective_trains_and_is_measured(
     rows = JUDGED if objective == "kto" else PAIRS
     recipe = lf.Recipe(
         objective=objective, steps=6, batch=4, lr=3e-3, lr_b=3e-2, rank=4, dropout=0.0,
-        **({"base": "fp32"} | RECIPES[objective]),
+        **({"storage": "fp32"} | RECIPES[objective]),
     )  # fmt: skip
     found = lf.train(
         recipe, model=tiny_model_dir("llama-wide"), data=rows, eval_data=rows, out=tmp_path / "out"
@@ -473,7 +473,7 @@ def test_every_objective_trains_and_is_measured(
     assert found.figures["reward_margin"] > 0
     if objective != "kto":
         result = lf.evaluate(
-            tiny_model_dir("llama-wide"), rows, adapters=tmp_path / "out", storage=recipe.base
+            tiny_model_dir("llama-wide"), rows, adapters=tmp_path / "out", storage=recipe.storage
         )
         told = result.as_json()
         assert told["reward_accuracy"] == 1.0
@@ -494,7 +494,7 @@ def test_methods_learn_preferences(
     method: str, lr: float, tiny_model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     recipe = lf.Recipe(
-        objective="dpo", method=method, steps=30, batch=4, lr=lr, lr_b=lr, base="fp32"
+        objective="dpo", method=method, steps=30, batch=4, lr=lr, lr_b=lr, storage="fp32"
     )
     found = lf.train(
         recipe, model=tiny_model_dir("llama"), data=PAIRS, eval_data=PAIRS, out=tmp_path / "out"
@@ -518,7 +518,7 @@ def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, rows = tiny_model_dir("llama"), PAIRS * 4
-    common = {"rank": 4, "base": "bf16", "lr": 1e-3, "lr_b": 1e-2}
+    common = {"rank": 4, "storage": "bf16", "lr": 1e-3, "lr_b": 1e-2}
     supervised = lf.Recipe(steps=2, batch=4, **common)
     lf.train(supervised, model=model, data=PAIRS, out=tmp_path / "sft")
     files = {path.name: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
@@ -568,7 +568,7 @@ def test_every_way_through_a_step_gives_the_same_losses(
     for name, fields in ways.items():
         recipe = lf.Recipe(
             objective=objective, epochs=2, batch=4, lr=1e-2, lr_b=1e-2, dropout=0.3,
-            base="fp32", **fields,
+            storage="fp32", **fields,
         )  # fmt: skip
         found = lf.train(recipe, model=tiny_model_dir("llama"), data=rows * 2, out=tmp_path / name)
         losses[name] = found.losses
@@ -592,7 +592,7 @@ def test_recurrent_models_are_padded_and_told(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "mamba")
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     found = lf.train(
-        lf.Recipe(objective="dpo", steps=3, batch=4, lr=1e-2, base="fp32", dropout=0.0),
+        lf.Recipe(objective="dpo", steps=3, batch=4, lr=1e-2, storage="fp32", dropout=0.0),
         model=tmp_path / "mamba", data=PAIRS, out=tmp_path / "out", console=console,
     )  # fmt: skip
     assert found.losses[0] == pytest.approx(math.log(2), rel=1e-4)
@@ -652,7 +652,7 @@ def test_the_held_out_loss_of_kto_does_not_depend_on_batches(tiny: tuple[Any, An
 def test_a_run_of_kto_that_took_z_over_micro_batches_is_not_continued(
     tiny_model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = lf.Recipe(objective="kto", steps=3, batch=2, base="fp32", save_every=1)
+    recipe = lf.Recipe(objective="kto", steps=3, batch=2, storage="fp32", save_every=1)
 
     def run(resume: bool = False) -> None:
         model = tiny_model_dir("llama")

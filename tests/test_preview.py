@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from browser_cases import open_browser
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.preview import show
 from lorafold.training.request import Request
@@ -25,7 +26,7 @@ def previewed(
     base: Path, rows: list[dict[str, Any]], html: Path | None = None, **fields: Any
 ) -> str:
     console = Console(file=io.StringIO(), width=200)
-    request = Request(str(base), Path("none"), Recipe(**fields), rows, "rows.jsonl")
+    request = Request(Base(base), Path("none"), Recipe(**fields), rows, "rows.jsonl")
     show(request, console, html=html)
     return console.file.getvalue()  # type: ignore[attr-defined]
 

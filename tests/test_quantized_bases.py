@@ -141,7 +141,7 @@ def test_fine_grained_fp8_is_what_transformers_dequantizes(base, tmp_path):
     theirs = by_transformers(path, FineGrainedFP8Config)
     w = layer_of(model.get_submodule(SITE)).dense()[0]
     assert torch.equal(w, theirs.get_submodule(SITE).weight)
-    moved(model).save(tmp_path / "a", record={"recipe": {"base": "fp8"}})
+    moved(model).save(tmp_path / "a", record={"recipe": {"storage": "fp8"}})
     expected = model(IDS).logits
     done = merge(path, [tmp_path / "a"], tmp_path / "merged")
     assert done.gap.kl < 1e-4
@@ -175,7 +175,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(base, quantized, tmp_path
 
 
 def test_targets_in_which_the_update_would_be_lost_are_refused(base, quantized, tmp_path):
-    moved(loaded(quantized("fp8"))).save(tmp_path / "a", record={"recipe": {"base": "fp8"}})
+    moved(loaded(quantized("fp8"))).save(tmp_path / "a", record={"recipe": {"storage": "fp8"}})
     for asked, said in [
         ({"into": "fp8"}, "into fp8: the model's files have fp8 weights, in which the update"),
         ({"into": "original"}, "into original: the model's files have fp8 weights, and no orig"),
@@ -417,7 +417,7 @@ def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_pa
             lf.load_model(quantized("fp8"), asked)
     with pytest.raises(LorafoldError, match="stored as fp8; expected the base fp8"):
         lf.load_model(quantized("fp8"), "bf16")
-    recipe = lf.Recipe(method="full", base="fp8", steps=1)
+    recipe = lf.Recipe(method="full", storage="fp8", steps=1)
     rows = rows_at(tmp_path)
     with pytest.raises(LorafoldError, match="full trains the base's own weights"):
         lf.train(recipe, model=str(quantized("fp8")), data=str(rows), out=tmp_path / "out")
@@ -433,7 +433,8 @@ def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_pa
     ],
 )
 def test_an_estimate_is_of_the_files_as_they_are_stored(quantized, kind, mode):
-    found = lf.estimate(str(quantized(kind)), mode, batch=2, length=64, measure=True, device="cpu")
+    path = str(quantized(kind))
+    found = lf.estimate(path, mode, batch=2, max_length=64, measure=True, device="cpu")
     assert found.setting.base.quantization == KINDS[kind][3]
     assert found.total == pytest.approx(found.measured, rel=0.05)
 
@@ -443,9 +444,9 @@ def test_an_estimate_that_does_not_fit_the_files_is_refused(base, quantized):
     with pytest.raises(LorafoldError, match="fp8, which does not fit a method that trains"):
         lf.estimate(path, "full")
     with pytest.raises(LorafoldError, match="stored as fp8, which does not fit the base nf4"):
-        lf.estimate(path, "lora", recipe=lf.Recipe(base="nf4"))
+        lf.estimate(path, "lora", recipe=lf.Recipe(storage="nf4"))
     with pytest.raises(LorafoldError, match="not quantized, which does not fit the base int4"):
-        lf.estimate(str(base), "lora", recipe=lf.Recipe(base="int4"))
+        lf.estimate(str(base), "lora", recipe=lf.Recipe(storage="int4"))
 
 
 def test_every_fp8_code_has_torch_s_value():

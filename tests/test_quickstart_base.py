@@ -43,7 +43,7 @@ def test_the_faster_one_is_taken_and_said(
 
 
 def test_what_other_commands_measure_with_its_recipe_is_the_same_everywhere() -> None:
-    assert RECIPE.base == "fp32"
+    assert RECIPE.storage == "fp32"
 
 
 @pytest.mark.slow
@@ -55,6 +55,6 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
     with multiplying(widened=False):
         found = quickstart(tmp_path / "out", console, device="cpu")
     assert found.base == "bf16"
-    assert read_record(found.adapter)["recipe"]["base"] == "bf16"
+    assert read_record(found.adapter)["recipe"]["storage"] == "bf16"
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("base: bf16: this CPU has AMX\n")

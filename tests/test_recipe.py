@@ -95,8 +95,8 @@ def test_every_bad_field_at_once_with_its_source(tmp_path):
 
 def test_choices_say_what_is_accepted():
     assert (
-        "base: found 'fp4' (from --base), expected 'nf4', 'int8', 'fp8', 'int4', 'mxfp4', 'bf16',"
-        " 'fp32' or 'auto'" in refused(base="fp4")
+        "storage: found 'fp4' (from --storage), expected 'nf4', 'int8', 'fp8', 'int4', 'mxfp4',"
+        " 'bf16', 'fp32' or 'auto'" in refused(storage="fp4")
     )
     assert "expected a valid string or a valid tuple" in refused(None, ["targets=3"])
     words = "'auto', 'adamw', 'adamw8bit' or 'paged-adamw8bit'"

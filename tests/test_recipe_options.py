@@ -72,7 +72,7 @@ def test_every_field_has_an_option_with_help_in_a_panel() -> None:
         (("--new-tokens", "<|a|>, <|b|>", "--new-tokens", "[c]"),
          {"new_tokens": ("<|a|>", "<|b|>", "[c]")}),
         (("--set", "rank=4", "--rank", "8"), {"rank": 8}),
-        (("--set", "rank=4", "--base", "bf16"), {"rank": 4, "base": "bf16"}),
+        (("--set", "rank=4", "--storage", "bf16"), {"rank": 4, "storage": "bf16"}),
         (("--trackers", "tensorboard"), {"trackers": ("tensorboard",)}),
         (("--seed", "0"), {"seed": 0}),
     ],
@@ -96,5 +96,5 @@ def test_a_file_gives_way_to_pairs_and_these_to_options(tmp_path: Path) -> None:
 def test_what_is_wrong_names_the_option() -> None:
     with pytest.raises(Exception, match=r"rank: found 0 \(from --rank\), expected greater"):
         asked("--rank", "0")
-    with pytest.raises(Exception, match=r"base: found 'fp4' \(from --base\), expected 'nf4'"):
-        asked("--base", "fp4")
+    with pytest.raises(Exception, match=r"storage: found 'fp4' \(from --storage\), expected 'nf4'"):
+        asked("--storage", "fp4")

@@ -40,6 +40,7 @@ from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
+from lorafold.opening import Base
 from lorafold.step.branches import Branching, branching
 from lorafold.step.preference_laws import Reward, Scored, law_of
 from lorafold.step.preferences import Preferences
@@ -65,8 +66,8 @@ JUDGED = {"prompt": "a", "completion": "b", "label": True}
 def request(model: Path, out: Path, rows: Any = ROWS, **fields: Any) -> Request:
     names = ("resume", "eval_rows", "init_adapter", "over")
     extra = {k: fields.pop(k) for k in names if k in fields}
-    recipe = Recipe(**{"objective": "reward", "steps": 6, "batch": 4, "base": "fp32"} | fields)
-    return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
+    recipe = Recipe(**{"objective": "reward", "steps": 6, "batch": 4, "storage": "fp32"} | fields)
+    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:
@@ -532,14 +533,14 @@ def test_commands_from_training_to_scores(tiny_model_dir, tmp_path: Path) -> Non
     out, scores = str(tmp_path / "a"), tmp_path / "scores.jsonl"
     done = lorafold(
         "train", "--objective", "reward", "--objective-options", "centre=0.01", "--data", data,
-        "--out", out, "--model", directory, "--device", "cpu", "--base", "fp32",
+        "--out", out, "--model", directory, "--device", "cpu", "--storage", "fp32",
         "--set", "steps=30", "--set", "lr=0.01", "--set", "batch=8", "--eval-data", data, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])["figures"]
     assert figures["accuracy"] == 1
 
-    given = ["--adapter", out, "--model", directory, "--base", "fp32", "--device", "cpu"]
+    given = ["--adapter", out, "--model", directory, "--storage", "fp32", "--device", "cpu"]
     found = lorafold("score", *given, "--data", data, "--out", str(scores), "--json")
     assert found.returncode == 0, found.stderr
     [line] = found.stdout.splitlines()

@@ -220,7 +220,7 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(way: str) -> None:
 def test_a_killed_run_of_full_fine_tuning_on_bf16_gives_the_same_bytes(
     tiny_model_dir, tmp_path: Path, capsys
 ) -> None:
-    fields = {"method": "full", "base": "bf16", "steps": 20, "save_every": 5, "seed": 3}
+    fields = {"method": "full", "storage": "bf16", "steps": 20, "save_every": 5, "seed": 3}
     model, straight, killed = tiny_model_dir("llama"), tmp_path / "straight", tmp_path / "killed"
     full = train(request(model, straight, **fields), Console(file=sys.stdout, width=200))
     size = f"{8 * full.trainable_parameters / 1e3:.1f} kB"
@@ -313,7 +313,7 @@ def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
     assert [sixteen in words for words in advised] == [False, True, False]
     assert sixteen not in dict(changes_of(replace(in_fp32, optimizer="adamw8bit")))
     with pytest.raises(LorafoldError, match="optimizer adamw8bit rounds updates to the nearest"):
-        setting_of("full", Recipe(base="bf16", optimizer="adamw8bit"), 1, 128)
+        setting_of("full", Recipe(storage="bf16", optimizer="adamw8bit"), 1, 128)
     with pytest.raises(LorafoldError, match="and weights in float16 would lose"):
         make_optimizer("adamw8bit", [{"params": made(torch.float16), "lr": 1e-3}], Recipe())
 
@@ -322,7 +322,7 @@ def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
 def test_the_command_refuses_8_bits_in_one_line(tiny_model_dir, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n')
-    options = ["--method", "full", "--base", "bf16", "--optimizer", "paged-adamw8bit"]
+    options = ["--method", "full", "--storage", "bf16", "--optimizer", "paged-adamw8bit"]
     where = ["--data", str(rows), "--model", str(tiny_model_dir("llama"))]
     command = [sys.executable, "-m", "lorafold", "train", *where, "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, *options], capture_output=True, text=True)

@@ -39,7 +39,7 @@ class Booking(BaseModel):
 def server(tmp_path_factory, smollm2) -> Iterator[Running]:
     """The embedded model in the storage that suits the machine, and `calls`."""
     adapters = tmp_path_factory.mktemp("agent") / "adapters"
-    recipe = lf.Recipe(chat_template="tools", steps=40, batch=2, dropout=0.0, base="auto")
+    recipe = lf.Recipe(chat_template="tools", steps=40, batch=2, dropout=0.0, storage="auto")
     began = time.perf_counter()
     data = rows("train", 80, seed=0)
     lf.train(recipe, data=data, model="smollm2", out=adapters / "calls")

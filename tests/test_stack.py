@@ -23,6 +23,7 @@ from lorafold.files.record import read_record
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.opening import Base
 from lorafold.peft.stack import parse
 from lorafold.serving.directory import Directory
 from lorafold.step.activations import recompute
@@ -32,7 +33,7 @@ from lorafold.training.request import Request
 from test_train import ROWS, quiet, weights
 
 IDS = torch.arange(5, 29).view(2, 12)
-TRAINED = {"steps": 4, "batch": 4, "base": "fp32", "lr": 1e-2}
+TRAINED = {"steps": 4, "batch": 4, "storage": "fp32", "lr": 1e-2}
 
 
 def request(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Request:
@@ -40,7 +41,7 @@ def request(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Re
         k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields
     }
     recipe = Recipe(**TRAINED | fields)
-    return Request(str(model), out, recipe, ROWS, "rows", device="cpu", over=over, **extra)
+    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", over=over, **extra)
 
 
 def trained(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Path:
@@ -306,8 +307,9 @@ def test_an_adapter_over_others_is_trained_further(
     base: Path, sft: Path, dpo: Path, tmp_path: Path
 ) -> None:
     run.train(Request(
-        str(base), tmp_path / "more", Recipe(steps=2, batch=4, base="fp32"), ROWS, "rows",
-        init_adapter=dpo, device="cpu", over=(sft,),
+        Base(base, device="cpu"), tmp_path / "more",
+        Recipe(steps=2, batch=4, storage="fp32"), ROWS, "rows",
+        init_adapter=dpo, over=(sft,),
     ), quiet())  # fmt: skip
     assert read_record(tmp_path / "more")["over"] == read_record(dpo)["over"]
     assert not torch.equal(*(next(iter(weights(p).values())) for p in (dpo, tmp_path / "more")))
@@ -316,12 +318,12 @@ def test_an_adapter_over_others_is_trained_further(
 @pytest.mark.slow
 def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Path) -> None:
     base = tiny_model_dir("llama-wide")
-    first = trained(base, tmp_path / "first", base="nf4")
+    first = trained(base, tmp_path / "first", storage="nf4")
     asked = request(base, tmp_path / "second", (first,), method="dora")
     recipe = Recipe(**{k: v for k, v in asked.recipe.model_dump(exclude_unset=True).items()
                        if k != "base"})  # fmt: skip
     run.train(replace(asked, recipe=recipe), quiet())
-    assert read_record(tmp_path / "second")["recipe"]["base"] == "nf4"
+    assert read_record(tmp_path / "second")["recipe"]["storage"] == "nf4"
     merged = lf.merge(base, [first, tmp_path / "second"], tmp_path / "merged", device="cpu")
     assert str(merged.into) == "the nf4 weights that the adapter was trained on, dequantized"
     assert merged.gap.max_logit_gap < 0.05
@@ -354,10 +356,10 @@ def test_new_tokens_above_new_tokens(base: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Path) -> None:
     rows = [{"text": f"Row {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(8)]
-    fields = {"objective": "classify", "steps": 2, "batch": 4, "base": "fp32"}
+    fields = {"objective": "classify", "steps": 2, "batch": 4, "storage": "fp32"}
     for out, over, some in (("first", (), rows), ("second", (tmp_path / "first",), rows[:4])):
         asked = Request(
-            str(base), tmp_path / out, Recipe(**fields), some, "rows", device="cpu", over=over
+            Base(base, device="cpu"), tmp_path / out, Recipe(**fields), some, "rows", over=over
         )
         run.train(asked, quiet())
     assert read_record(tmp_path / "second")["classes"] == read_record(tmp_path / "first")["classes"]
@@ -476,7 +478,7 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data, model = ("--data", str(rows)), ("--model", str(base))
     a, b, c = (str(tmp_path / name) for name in "abc")
-    recipe = (*data, *model, "--steps", "2", "--batch", "4", "--base", "fp32", "--device", "cpu")
+    recipe = (*data, *model, "--steps", "2", "--batch", "4", "--storage", "fp32", "--device", "cpu")
     stack = ("--adapter", a, "--adapter", b)
     assert lorafold("train", *recipe, "--out", a).returncode == 0
     done = lorafold("train", *recipe, "--over", a, "--out", b)

@@ -150,7 +150,7 @@ def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_pat
     assert "Book a table for⟦ four people<|im_end|>⟧" in shown
     assert "###" not in shown
     sets = ("--set", "steps=60", "--set", "lr=1e-2", "--set", "batch=5", "--set", "dropout=0")
-    lorafold(*asked, "--base", "fp32", *sets)
+    lorafold(*asked, "--storage", "fp32", *sets)
 
     tokenizer = tokenizer_of(resolve_model(base), [out])
     adapted = load_model(base, torch.float32)

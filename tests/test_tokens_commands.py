@@ -31,6 +31,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop
 from lorafold.training.preview import show
@@ -69,11 +70,11 @@ def request(
     fields = {
         "steps": 8,
         "batch": 4,
-        "base": "fp32",
+        "storage": "fp32",
         "new_tokens": ("<|user|>", "<|assistant|>"),
     } | fields
     recipe = Recipe(**{name: value for name, value in fields.items() if value is not None})
-    return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
+    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", **extra)
 
 
 def quiet() -> Console:
@@ -125,7 +126,7 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
         for field in ("steps=40", "batch=4", "lr=1e-2", "lr_b=2e-2", "dropout=0")
         for word in ("--set", field)
     ]
-    done = lorafold(*asked, *sets, "--base", "fp32", "--json")
+    done = lorafold(*asked, *sets, "--storage", "fp32", "--json")
     assert "new tokens: <|user|> 300, <|assistant|> 301" in done.stderr
     trained = json.loads(done.stdout.splitlines()[-1])
 
@@ -189,7 +190,7 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
             "Book a table for 7",
             "--max-new-tokens",
             12,
-            "--base",
+            "--storage",
             "fp32",
             "--json",
         )
@@ -197,7 +198,7 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
         measured.append(
             json.loads(
                 lorafold(
-                    "eval", *of, "--data", data, "--base", "fp32", "--no-answers", "--json"
+                    "eval", *of, "--data", data, "--storage", "fp32", "--no-completions", "--json"
                 ).stdout
             )["loss"]
         )
@@ -501,7 +502,7 @@ def test_a_classifier_learns_new_words(tiny_model_dir, tmp_path: Path) -> None:
         tmp_path / "a",
         "--data",
         data,
-        "--base",
+        "--storage",
         "fp32",
         "--json",
     )
@@ -531,9 +532,8 @@ def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
 ) -> None:
     with pytest.raises(LorafoldError, match="tokens: Full trains the base's own weights"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
-    task = Task(
-        str(tiny_model_dir("llama")), ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)), "cpu"
-    )
+    base = Base(tiny_model_dir("llama"), device="cpu")
+    task = Task(base, ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)))
     with pytest.raises(
         LorafoldError,
         match=r"new_tokens: found <\|user\|>, expected none",

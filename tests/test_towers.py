@@ -222,7 +222,7 @@ def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     done = lorafold(
         *("train", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")),
-        *("--out", str(tmp_path / "out"), "--base", "fp32", "--epochs", "1", "--json"),
+        *("--out", str(tmp_path / "out"), "--storage", "fp32", "--epochs", "1", "--json"),
         *("--targets", "q_proj", "--targets", "v_proj"),
     )
     assert done.returncode == 0, done.stderr

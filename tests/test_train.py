@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import Request
@@ -33,8 +34,8 @@ def request(model: Path, out: Path, **fields) -> Request:
         for k in ("resume", "overwrite", "eval_rows", "init_adapter")
         if k in fields
     }
-    recipe = Recipe(**{"steps": 6, "batch": 4, "base": "fp32"} | fields)
-    return Request(str(model), out, recipe, ROWS, "rows", device="cpu", **extra)
+    recipe = Recipe(**{"steps": 6, "batch": 4, "storage": "fp32"} | fields)
+    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", **extra)
 
 
 def quiet() -> Console:
@@ -148,7 +149,7 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(
         "steps=4000",
         "--set",
         "save_every=100000",
-        "--base",
+        "--storage",
         "fp32",
         "--device",
         "cpu",

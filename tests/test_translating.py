@@ -12,6 +12,7 @@ from rich.console import Console
 
 from conftest import lorafold
 from lorafold.errors import LorafoldError
+from lorafold.opening import Base
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.step.fitting import spec_of
 from lorafold.step.reading import load_recipe
@@ -137,7 +138,7 @@ def test_an_axolotl_file_field_by_field(tmp_path):
         alpha=16,
         dropout=0.1,
         targets="all-linear",
-        base="nf4",
+        storage="nf4",
         lr=2e-4,
         lr_b=3.2e-3,
         schedule="linear",
@@ -179,7 +180,7 @@ def test_a_llamafactory_file_field_by_field(tmp_path):
         alpha=24,
         dropout=0.0,
         targets=("q_proj", "v_proj"),
-        base="int8",
+        storage="int8",
         lr=1e-4,
         lr_b=1e-4,
         schedule="cosine",
@@ -204,11 +205,11 @@ def test_a_llamafactory_file_field_by_field(tmp_path):
 def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
     theirs = axolotl_of(tmp_path)
     assert theirs.recipe == Recipe(
-        rank=8, alpha=16, dropout=0.0, targets="all-linear", base="auto", lr=1e-4, lr_b=1e-4,
+        rank=8, alpha=16, dropout=0.0, targets="all-linear", storage="auto", lr=1e-4, lr_b=1e-4,
         optimizer="adamw", batch=1, max_length=512, packing=False,
     )  # fmt: skip
     assert llamafactory_of(tmp_path).recipe == Recipe(
-        rank=8, alpha=16, dropout=0.0, targets="all-linear", base="auto", lr=5e-5, lr_b=5e-5,
+        rank=8, alpha=16, dropout=0.0, targets="all-linear", storage="auto", lr=5e-5, lr_b=5e-5,
         schedule="linear", warmup=0.0, optimizer="adamw", epochs=3, batch=8, max_length=2048,
         packing=False,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def test_a_written_recipe_is_read_back_equal(tmp_path, text):
     assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
     fields = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     unchanged = {n for n, v in fields.items() if v == Recipe().model_dump(mode="json")[n]}
-    assert unchanged <= {"base"}
+    assert unchanged <= {"storage"}
 
 
 VALUES = {"stage": "sft", "finetuning_type": "lora", "adapter": "lora", "quantization_bit": 4}
@@ -268,11 +269,11 @@ def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "fields"),
     [
-        ({"load_in_8bit": True}, {"base": "int8"}),
-        ({"bf16": True}, {"base": "bf16"}),
-        ({"bf16": False}, {"base": "fp32"}),
-        ({"bf16": "auto", "fp16": True}, {"base": "bf16"}),
-        ({"float32": True}, {"base": "fp32"}),
+        ({"load_in_8bit": True}, {"storage": "int8"}),
+        ({"bf16": True}, {"storage": "bf16"}),
+        ({"bf16": False}, {"storage": "fp32"}),
+        ({"bf16": "auto", "fp16": True}, {"storage": "bf16"}),
+        ({"float32": True}, {"storage": "fp32"}),
         ({"lr_scheduler": "constant", "warmup_ratio": 0.2}, {"schedule": "constant", "warmup": 0}),
         ({"lr_scheduler": "rex"}, {"schedule": "cosine"}),
         ({"warmup_steps": 5}, {"warmup": 0.03}),
@@ -303,10 +304,10 @@ def test_axolotl_settings(tmp_path, settings, fields):
 @pytest.mark.parametrize(
     ("settings", "fields"),
     [
-        ({"finetuning_type": "full", "bf16": True}, {"method": "full", "base": "fp32"}),
-        ({"finetuning_type": "full", "pure_bf16": True}, {"method": "full", "base": "bf16"}),
+        ({"finetuning_type": "full", "bf16": True}, {"method": "full", "storage": "fp32"}),
+        ({"finetuning_type": "full", "pure_bf16": True}, {"method": "full", "storage": "bf16"}),
         ({"pissa_init": True}, {"method": "pissa", "options": {"niter": 16}}),
-        ({"quantization_bit": 2, "quantization_method": "hqq"}, {"base": "nf4"}),
+        ({"quantization_bit": 2, "quantization_method": "hqq"}, {"storage": "nf4"}),
         ({"lora_target": "all"}, {"targets": "all-linear"}),
         ({"additional_target": "embed_tokens,lm_head"},
          {"modules_to_save": ("embed_tokens", "lm_head")}),
@@ -490,7 +491,7 @@ def test_a_translated_recipe_trains(tool, tiny_model_dir, tmp_path):
     recipe = load_recipe(tmp_path / "recipe.yaml")
     rows = [{"prompt": f"Book a table for {n}", "completion": f'{{"n": {n}}}'} for n in range(8)]
     result = train(
-        Request(str(tiny_model_dir("llama")), tmp_path / "a", recipe, rows, "rows", device="cpu"),
+        Request(Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, rows, "rows"),
         Console(quiet=True),
     )
     assert result.steps == 2

@@ -17,6 +17,7 @@ from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
 from lorafold.errors import LorafoldError
+from lorafold.opening import Base
 from lorafold.step.preference_laws import Scored, law_of
 from lorafold.step.preferences import Preferences
 from lorafold.step.reading import load_recipe
@@ -86,7 +87,7 @@ def test_a_llamafactory_file_of_preferences_field_by_field(tmp_path):
     found = translated(tmp_path, LLAMAFACTORY)
     assert found.recipe == Recipe(
         rank=16, alpha=32, dropout=0.0, targets="all-linear", objective="dpo", beta=0.3,
-        objective_options={"sft_weight": 0.5, "label_smoothing": 0.1}, base="bf16", lr=5e-6,
+        objective_options={"sft_weight": 0.5, "label_smoothing": 0.1}, storage="bf16", lr=5e-6,
         lr_b=5e-6, warmup=0.1, optimizer="adamw", epochs=2, batch=8, accumulate=4, max_length=1024,
         packing=False,
     )  # fmt: skip
@@ -106,7 +107,7 @@ def test_an_axolotl_file_of_preferences_field_by_field(tmp_path):
     found = translated(tmp_path, AXOLOTL)
     assert found.recipe == Recipe(
         rank=32, alpha=64, dropout=0.0, targets="all-linear", objective="kto", beta=0.2,
-        objective_options={"desirable_weight": 0.2}, base="nf4", lr=1e-5, lr_b=1e-5,
+        objective_options={"desirable_weight": 0.2}, storage="nf4", lr=1e-5, lr_b=1e-5,
         schedule="linear", optimizer="adamw", batch=4, max_length=2048, packing=False,
     )  # fmt: skip
     assert keys(found, "left") == {
@@ -395,7 +396,7 @@ def test_a_translated_recipe_of_preferences_trains(tool, tiny_model_dir, tmp_pat
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["objective"] == "dpo"
     request = Request(
-        str(tiny_model_dir("llama")), tmp_path / "a", recipe, PAIRS * 2, "rows", device="cpu"
+        Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, PAIRS * 2, "rows"
     )
     result = train(request, Console(quiet=True))
     assert result.steps == 2

@@ -31,6 +31,7 @@ from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.opening import Base
 from lorafold.training.checkpoint import RunDirectory
 from test_merge import make_adapter, resaved
 from test_models import write_gguf
@@ -206,7 +207,7 @@ def test_a_bit_of_a_merged_model(
         assert says_damaged(refusal(load_model, merged, storage), shard.name)
     assert says_damaged(refusal(fingerprint.of_files, merged), shard.name)
     assert says_damaged(refusal(merge, str(merged), [adapter], tmp_path / "out"), shard.name)
-    pair = resolve_model(base), resolve_model(merged)
+    pair = Base(base), Base(merged)
     assert says_damaged(refusal(extract, *pair, tmp_path / "out", rank=2), shard.name)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Book", "completion": "a table"}\n')

@@ -101,14 +101,16 @@ import lorafold as lf
 from pathlib import Path
 from rich.console import Console
 from lorafold.models.loading import load_model
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
 model, rows = sys.argv[1:]
-recipe = Recipe(steps=2, batch=4, base="fp32")
+recipe = Recipe(steps=2, batch=4, storage="fp32")
 trained = train(
-    Request(model, Path("out"), recipe, json.loads(rows), "rows", device="cpu"), Console(quiet=True)
+    Request(Base(model, device="cpu"), Path("out"), recipe, json.loads(rows), "rows"),
+    Console(quiet=True),
 )
 adapter = lf.load(load_model(model, torch.float32), "out")
 print(json.dumps({"losses": trained.losses, "spec": repr(adapter.spec), "file": lf.__file__}))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorafold.adapter import attach as attach
     from lorafold.adapter import load as load
     from lorafold.adapter import reference as reference
+    from lorafold.api.chat import chat as chat
     from lorafold.api.compare import compare as compare
     from lorafold.api.compose import compose as compose
     from lorafold.api.estimate import estimate as estimate
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
     from lorafold.api.fragility import fragility as fragility
     from lorafold.api.generate import generate as generate
     from lorafold.api.inspect import inspect as inspect
+    from lorafold.api.intrinsic import intrinsic as intrinsic
     from lorafold.api.load_model import load_model as load_model
+    from lorafold.api.resize import extract as extract
+    from lorafold.api.resize import resize as resize
     from lorafold.api.score import score as score
+    from lorafold.api.serve import serve as serve
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
     from lorafold.data.calls import parse_calls as parse_calls
@@ -43,6 +48,7 @@ _HOME = {
     "load": "adapter",
     "only": "adapter",
     "reference": "adapter",
+    "chat": "api.chat",
     "compare": "api.compare",
     "compose": "api.compose",
     "estimate": "api.estimate",
@@ -50,8 +56,12 @@ _HOME = {
     "fragility": "api.fragility",
     "generate": "api.generate",
     "inspect": "api.inspect",
+    "intrinsic": "api.intrinsic",
     "load_model": "api.load_model",
+    "extract": "api.resize",
+    "resize": "api.resize",
     "score": "api.score",
+    "serve": "api.serve",
     "train": "api.train",
     "parse_calls": "data.calls",
     "merge": "merging.run",

@@ -23,6 +23,7 @@ from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.provenance import known
 from lorafold.models.weights import Weights
+from lorafold.peft.directory import Stored
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path, name: str = "default",
+    model: nn.Module, path: str | Path | Stored, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Attach a saved adapter to a model. Every key must be used and every shape right.
@@ -78,7 +79,7 @@ def load(
 
     Args:
         model: the model.
-        path: the adapter's directory.
+        path: the adapter's directory, or what was read of it already.
         name: the adapter's name on this model.
         allow_other_base: accept a base with another fingerprint, and other adapters below.
         trainable: make the adapter's parameters trainable; one that lay over nothing lies over the

@@ -147,7 +147,7 @@ def _most(model: nn.Module, weights: Weights) -> int:
 
 def read(
     model: nn.Module,
-    path: str | Path | Contents,
+    path: str | Path | Contents | peft.Stored,
     *,
     allow_other_base: bool = False,
     base: Weights | None = None,
@@ -157,12 +157,13 @@ def read(
 
     Args:
         model: the model.
-        path: the adapter's directory, or what was read of it.
+        path: the adapter's directory, or what was read of it already.
         allow_other_base: accept a base with another fingerprint, and other adapters below.
         base: the base's own weights, if the model does not have them or they are at hand.
         below: what it will be over; None: the model's active adapters.
     """
-    stored, base, problems = peft.read(path), base or ModelWeights(model), []
+    stored = path if isinstance(path, peft.Stored) else peft.read(path)
+    base, problems = base or ModelWeights(model), []
     below = selection_of(model).active if below is None else tuple(below)
     fits = same(stored.over, below)
     if not (allow_other_base or fits):

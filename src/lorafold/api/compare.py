@@ -13,6 +13,7 @@ from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
+from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.step.fitting import without
 from lorafold.step.recipe import Recipe
@@ -49,6 +50,8 @@ def compare(
     seeds: int = 1,
     recipe: Recipe | None = None,
     device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Comparison:
     """Train every method on the same rows with the same budget and measure quality, forgetting,
@@ -65,6 +68,8 @@ def compare(
         seeds: How many seeds of each method.
         recipe: The recipe of all runs; without a learning rate each method has its own.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
         console: A rich console for one line a measurement; None is quiet.
 
     Raises LorafoldError, before anything is trained, for an unknown method and for recipe options
@@ -72,7 +77,10 @@ def compare(
     """
     console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
-    task = Task(str(model), rows, held_out, source, recipe, device)
+    base = Base(
+        model, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    task = Task(base, rows, held_out, source, recipe)
     names = known_methods(methods) or methods_for(recipe.objective)
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from lorafold.composing.run import Composition
 from lorafold.composing.updates import names
 from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,8 +76,16 @@ def compose(
     adapter or rows.
     """
     paths, console = as_paths(adapters), or_quiet(console)
+    base = Base(
+        model,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     request = Request(
-        str(model),
+        base,
         tuple(paths),
         (how,) if isinstance(how, str) else tuple(how),
         Path(out),
@@ -89,27 +99,9 @@ def compose(
         gates=gates,
         evaluations=evaluations,
         completions=completions,
-        base=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
         overwrite=overwrite,
     )
-    return run.compose(
-        request,
-        lambda: opened(
-            model,
-            paths,
-            storage=storage,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allow_other_base=allow_other_base,
-            console=console,
-        ),
-        console,
-    )
+    return run.compose(request, partial(opened, base, paths, console=console), console)
 
 
 def by_name(tasks: Tasks, console: Console) -> dict[str, Sequence[Row]]:

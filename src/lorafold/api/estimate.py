@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def estimate(
     *,
     params: str | None = None,
     batch: int = 1,
-    length: int = 1024,
+    max_length: int = 1024,
     labelled: int | None = None,
     recipe: Recipe | None = None,
     device_memory: int | None = None,
@@ -84,6 +85,7 @@ def estimate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     console: Console | None = None,
+    length: int | None = None,
 ) -> Forecast:
     """Estimate the memory of training or inference from a model's configuration, without weights.
 
@@ -92,7 +94,7 @@ def estimate(
         mode: inference, full, lora, qlora, or a method's name.
         params: A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b.
         batch: Rows computed at a time.
-        length: Tokens of a row; for inference those of prompt and completion together.
+        max_length: Tokens of a row; for inference those of prompt and completion together.
         labelled: Tokens of the batch that count in the loss; None counts all.
         recipe: Its fields take precedence over the mode; those that an estimate does not support
             are refused.
@@ -103,10 +105,15 @@ def estimate(
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         console: A rich console for progress; None is quiet.
+        length: The old name of `max_length`.
 
     Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
     a model that can't be traced.
     """
+    if length is not None:
+        told = "length is called max_length now; lorafold 0.3 no longer takes length"
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        max_length = length
     if params is not None and str(model) != EMBEDDED:
         raise LorafoldError(
             f"--params: found --params {params} and --model {model}, expected one of the two"
@@ -116,11 +123,11 @@ def estimate(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
     console = or_quiet(console)
-    setting = setting_of(mode, recipe or Recipe(), batch, length, labelled)
+    setting = setting_of(mode, recipe or Recipe(), batch, max_length, labelled)
     config = (
         configuration(str(model), revision, trust_remote_code) if params is None else llama(params)
     )
-    asked = recipe is not None and "base" in recipe.model_fields_set
+    asked = recipe is not None and "storage" in recipe.model_fields_set
     setting = as_in_files(setting, config, str(model), asked)
     on = choose_device(device) if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"

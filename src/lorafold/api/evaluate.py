@@ -61,18 +61,22 @@ def evaluate(
     """
     rows = as_rows(data, columns, console, objective="dpo")
     from lorafold import evaluation
-    from lorafold.api.opened import opened
+    from lorafold.api.opened import at_hand, opened
 
-    loaded, tokenizer = opened(
+    asked = at_hand(
         model,
         adapters,
-        tokenizer,
-        classify=is_labelled(rows),
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
+    )
+    loaded, tokenizer = opened(
+        asked,
+        adapters,
+        tokenizer,
+        classify=is_labelled(rows),
         console=console,
     )
     return evaluation.evaluate(

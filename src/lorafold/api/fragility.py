@@ -23,8 +23,8 @@ from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json, write_text
 from lorafold.methods.lora import LoRA
-from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import default_storage
+from lorafold.opening import Base
+from lorafold.step.recipe import Recipe
 from lorafold.undoing import run
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.report import markdown
@@ -37,14 +37,11 @@ from lorafold.undoing.task import (
     REFUSAL,
     Stack,
     Task,
-    settled,
     stacks_of,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from lorafold.step.recipe import Recipe
 
 
 def fragility(
@@ -118,8 +115,18 @@ def fragility(
     if problems := list(problems_of(out, data, tuned, bool(against), instead)):
         raise LorafoldError("; ".join(problems))
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
+    base = Base(
+        model,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    used = [path for stack in stacks for path in stack.adapters]
+    base, recipe = settled(base, recipe or RECIPE, used)
     task = Task(
-        model=str(model),
+        base=base,
         stacks=stacks,
         refuse=as_prompts(refuse, columns),
         controls=as_prompts(controls, columns),
@@ -133,25 +140,10 @@ def fragility(
         seeds=tuple(range(seeds)),
         defences=tuple(defences) or possible(stacks, mix is not None, tuned is not None),
         mix=None if mix is None else as_rows(mix, columns, console),
-        recipe=recipe or RECIPE,
+        recipe=recipe,
         max_new_tokens=max_new_tokens,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
     )
-    used = [path for stack in stacks for path in stack.adapters]
-    chosen = storage_of(task.recipe, storage, resolve_model(model, revision), used)
-    task = settled(task, chosen)
-    opening = partial(
-        opened,
-        model,
-        storage=chosen,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    opening = partial(opened, base)
     if tuned is not None:
         with console.status("measuring"):
             return run.gate(task, Path(tuned), instead, opening)
@@ -204,21 +196,19 @@ def possible(stacks: Sequence[Stack], mix: bool, tuned: bool) -> tuple[str, ...]
     )
 
 
-def storage_of(
-    recipe: Recipe, storage: str, source: ModelSource, adapters: Sequence[Path]
-) -> str:
-    """How the base stores its weights: as asked, else as the recipe says, else as the adapters were
-    trained on it.
+def settled(base: Base, recipe: Recipe, adapters: Sequence[Path]) -> tuple[Base, Recipe]:
+    """Both with the storage of the base: as asked, else as the recipe says, else as the adapters
+    were trained on it.
 
     Args:
+        base: As asked.
         recipe: Of the tuning.
-        storage: As asked, or auto.
-        source: The base.
         adapters: Those of all stacks.
     """
-    if storage != "auto":
-        return storage
-    return recipe.base if "base" in recipe.model_fields_set else default_storage(source, adapters)
+    if base.storage == "auto" and "storage" in recipe.model_fields_set:
+        base = base.stored(recipe.storage)
+    base = base.stored_as_trained(adapters)
+    return base, recipe.model_copy(update={"storage": base.storage})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.api.arguments import Paths
-from lorafold.api.opened import opened
+from lorafold.api.opened import at_hand, opened
 from lorafold.data.messages import tool_problems, tools_of
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
@@ -65,15 +65,19 @@ def generate(
     Raises LorafoldError for a model or adapter that can't be loaded, a negative temperature, and a
     prompt that the template refuses or that has no tokens.
     """
-    loaded, tokenizer = opened(
+    chosen = at_hand(
         model,
         adapters,
-        tokenizer,
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
+    )
+    loaded, tokenizer = opened(
+        chosen,
+        adapters,
+        tokenizer,
         console=console,
     )
     asked = [prompts] if isinstance(prompts, str) else prompts

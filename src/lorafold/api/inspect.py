@@ -12,7 +12,7 @@ from lorafold.errors import LorafoldError
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,31 +104,29 @@ def inspect(
             " measured over the bare base only"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
+    base = Base(
+        model,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     with console.status("sites") as status:
         found = run.inspect(
-            resolve_model(model, revision),
+            base,
             adapter,
             over=below,
             against=against,
             directions=directions,
             full=full,
-            allow_other_base=allow_other_base,
-            trust_remote_code=trust_remote_code,
             progress=lambda done, total: status.update(f"site {done} of {total}"),
         )
     if found["tokens_left_out"]:
         console.print(found["tokens_left_out"], highlight=False, markup=False, soft_wrap=True)
     if examples is not None:
-        loaded, tokenizer = opened(
-            model,
-            [*below, adapter] if against is None else [adapter, against],
-            storage=storage,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allow_other_base=allow_other_base,
-            console=console,
-        )
+        stack = [*below, adapter] if against is None else [adapter, against]
+        loaded, tokenizer = opened(base, stack, console=console)
         with console.status("measuring the loss along lines in weight space"):
             found["paths"] = measured_paths(
                 loaded, tokenizer, examples, max_length, len(below)

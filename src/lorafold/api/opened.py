@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafold.adapter import load
 from lorafold.api.arguments import Paths, as_paths, or_quiet
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
-from lorafold.machine.devices import choose_device
 from lorafold.models.classifier import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import ModelSource, resolved
-from lorafold.models.storage import choose_storage, default_storage, weights_of
-from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.sources import ModelSource
+from lorafold.opening import Base
 from lorafold.step.preference_laws import Reward
 from lorafold.training.objectives import Classify, ModelRequest, Objective, RewardModel, Sft
 
@@ -23,91 +22,100 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a verb was given. The Python files of its tokenizer run if they are trusted."""
+
+    model: PreTrainedModel
+    trust_remote_code: bool
+
+
+def at_hand(
+    model: str | Path | ModelSource | PreTrainedModel, adapters: Paths, **how: Any
+) -> Base | Loaded:
+    """What a verb was given as its model: the model itself if it is loaded, else the base that the
+    name and the other arguments ask for.
+
+    Raises LorafoldError for arguments that a loaded model leaves without effect.
+
+    Args:
+        model: A loaded model keeps its storage, device and adapters.
+        adapters: Those to load.
+        how: The fields of `Base`.
+    """
+    if isinstance(model, (str, Path, ModelSource)):
+        return Base(model, **how)
+    unasked = Base()
+    given = ["adapters"] if as_paths(adapters) else []
+    given += [n for n, v in how.items() if n != "trust_remote_code" and v != getattr(unasked, n)]
+    if given:
+        raise LorafoldError(
+            f"{', '.join(given)}: expected none, because the model is loaded already; pass the"
+            " model's name, or give storage, device and revision to lf.load_model, adapters and"
+            " allow_other_base to lf.load"
+        )
+    return Loaded(model, how["trust_remote_code"])
+
+
 def opened(
-    model: str | Path | ModelSource | PreTrainedModel,
+    model: Base | Loaded,
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     classify: bool = False,
     reward: bool = False,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
     console: Console | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode with saved adapters attached to it, and its tokenizer.
 
     Args:
-        model: A name or path as `lf.load_model` takes it, what was found for one, or a loaded
-            model. A loaded model keeps its storage, device and adapters, and what would choose
-            others is refused.
+        model: As `at_hand` gives it. If the storage of a base is auto, it is the one that the
+            adapters were trained on if that was quantized or they are a reward model's, else bf16
+            or fp32, whichever the device is faster with.
         adapters: One directory or several, attached in this order as adapter1, adapter2 ...
         tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
         reward: Expect a reward model instead of a language model.
-        storage: fp32, bf16, nf4 or int8; auto takes the storage that the adapters were trained on
-            if that was quantized or they are a reward model's, else bf16 or fp32, whichever the
-            device is faster with.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters whose fingerprint names another base.
         console: For notices; None is quiet.
 
-    Raises LorafoldError as the loaders do, for arguments that a loaded model leaves without effect,
-    and where a model of another kind is found than is expected: a language model, a classifier or
-    a reward model.
+    Raises LorafoldError as the loaders do, and where a model of another kind is found than is
+    expected: a language model, a classifier or a reward model.
     """
     paths, console = as_paths(adapters), or_quiet(console)
-    if not isinstance(model, (str, Path, ModelSource)):
-        given = {
-            "adapters": bool(paths),
-            "storage": storage != "auto",
-            "device": device is not None,
-            "revision": revision is not None,
-            "allow_other_base": allow_other_base,
-        }
-        if any(given.values()):
-            raise LorafoldError(
-                f"{', '.join(name for name in given if given[name])}: expected none, because the"
-                " model is loaded already; pass the model's name, or give storage, device and"
-                " revision to lf.load_model, adapters and allow_other_base to lf.load"
-            )
-        tokenizer = tokenizer or load_tokenizer(str(model.name_or_path), None, trust_remote_code)
-        return model, tokenizer if classify else prepared(tokenizer, Sft(), console)
-    source = resolved(model, revision)
-    tokenizer = tokenizer or tokenizer_of(source, paths, trust_remote_code)
-    kind, classes = kind_of(source, paths), known_classes(source, paths)
+    if isinstance(model, Loaded):
+        loaded, trusted = model.model, model.trust_remote_code
+        tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trusted)
+        return loaded, tokenizer if classify else prepared(tokenizer, Sft(), console)
+    tokenizer = tokenizer or model.tokenizer(paths)
+    kind, classes = kind_of(model.source, paths), known_classes(model.source, paths)
     wanted = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
     if wanted != ("a classifier" if classes else kind):
         what = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
         hint = "; lorafold score has the scores of rows" if kind == REWARD_MODEL else ""
         raise LorafoldError(
-            f"{', '.join(map(str, paths)) or source.name}: found {what}, expected {wanted} for this"
+            f"{', '.join(map(str, paths)) or model.name}: found {what}, expected {wanted} for this"
             f" data or command{hint}"
         )
     objective: Objective = (
         RewardModel(Reward()) if reward else Sft() if classes is None else Classify(classes)
     )
     tokenizer = prepared(tokenizer, objective, console)
-    where = choose_device(device)
-    if storage == "auto":
-        storage = default_storage(source, paths)
-    if storage == "auto" and reward and (trained_on := base_trained_on(paths)) in ("fp32", "bf16"):
-        storage = trained_on  # scores are compared, those of different devices too
-    chosen = choose_storage(storage, where)
-    console.print(f"{source.name} on {where}, {chosen.why}", highlight=False, markup=False)
-    asked = ModelRequest(source, tokenizer, chosen, where, 0, trust_remote_code)
-    loaded = objective.load(asked)
+    base = model.stored_as_trained(paths)
+    trained_on = base_trained_on(paths) if reward and base.storage == "auto" else None
+    if trained_on in ("fp32", "bf16"):
+        base = base.stored(trained_on)  # scores are compared, those of different devices too
+    console.print(f"{base.name} on {base.where}, {base.held.why}", highlight=False, markup=False)
+    asked = ModelRequest(
+        base.source, tokenizer, base.held, base.where, 0, base.trust_remote_code
+    )
+    loaded, weights = objective.load(asked), base.weights()
     for number, path in enumerate(paths, 1):
         load(
             loaded,
             path,
             name=f"adapter{number}",
-            allow_other_base=allow_other_base,
-            base=weights_of(source, chosen),
+            allow_other_base=base.allow_other_base,
+            base=weights,
         )
     return loaded, tokenizer
 

@@ -53,19 +53,23 @@ def score(
     for scores that are not finite.
     """
     rows = as_rows(data, columns, console, objective="reward")
-    from lorafold.api.opened import opened
+    from lorafold.api.opened import at_hand, opened
     from lorafold.evaluation.scoring import score_rows
 
-    loaded, tokenizer = opened(
+    asked = at_hand(
         model,
         adapters,
-        tokenizer,
-        reward=True,
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
+    )
+    loaded, tokenizer = opened(
+        asked,
+        adapters,
+        tokenizer,
+        reward=True,
         console=console,
     )
     return score_rows(loaded, tokenizer, rows, max_length, console=console)

@@ -36,6 +36,7 @@ def train(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
@@ -57,6 +58,8 @@ def train(
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept adapters of `init_adapter` and `over` that were trained on another
+            base, or over other adapters.
         resume: Continue from the last checkpoint of a run that was stopped or killed.
         overwrite: Replace `out` if it exists.
         console: A rich console for progress and notices; None is quiet.
@@ -71,20 +74,24 @@ def train(
         if eval_data is None
         else as_rows(eval_data, columns, console, objective=objective)
     )
+    from lorafold.opening import Base
     from lorafold.training import run
     from lorafold.training.request import Request
 
     request = Request(
-        str(model),
+        Base(
+            model,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
+        ),
         Path(out),
         recipe or Recipe(),
         rows,
         source_of(data),
         held_out,
         None if init_adapter is None else Path(init_adapter),
-        device,
-        revision,
-        trust_remote_code,
         resume,
         overwrite,
         tuple(as_paths(over)),

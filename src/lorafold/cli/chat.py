@@ -4,13 +4,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from lorafold.cli.common import JsonOption, Opening, Sampling, emit, messages
+from lorafold.cli.common import Adapters, JsonOption, Opening, Sampling, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 
@@ -35,35 +34,23 @@ EPILOG = " ".join(f"{name}: {text}." for name, text in HELP.items())
 
 @grouped
 def command(
+    adapters: Adapters,
     opening: Opening,
     sampling: Sampling,
-    adapter: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--adapter",
-            help=(
-                "A saved adapter in PEFT's format. Repeat the option for several: they are stacked,"
-                " as for generate, until /adapter NAME chooses one."
-            ),
-        ),
-    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Talk to the model; each answer sees the conversation so far, and streams to stdout.
 
-    The model is loaded once, and adapters are switched as you talk. Ctrl-C stops an answer; at the
+    The model is loaded once, and adapters are switched as you talk: all of them answer, stacked as
+    for generate, until /adapter NAME chooses one. Ctrl-C stops an answer; at the
     prompt it leaves with exit code 130. Where stdin is no terminal, each of its lines is a message
     or a command; stdout then has the answers alone, and notices go to stderr. A line that begins
     with / is a command; // begins a message with one.
     """
-    from lorafold.api.opened import opened
-    from lorafold.conversation import Chat, unique_names
+    from lorafold.api.chat import chat as begun
 
-    console, paths = messages(), adapter or []
-    model, tokenizer = opened(opening.model, paths, console=console, **opening.how)
-    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
-    names = dict(zip(unique_names(paths), attached, strict=True))
-    with Chat(model, tokenizer, names, **vars(sampling)) as chat:
+    console, asked = messages(), opening.how | vars(sampling)
+    with begun(opening.model, adapters.paths, console=console, **asked) as chat:
         session = Session(chat, console)
         if chat.adapters:
             session.answering()

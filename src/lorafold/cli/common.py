@@ -16,6 +16,8 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.opening import Base
+
 BASE = "Base model"
 STORAGES = "nf4 (4 bits), int8, bf16, fp32, fp8, int4 or mxfp4 (only as its files are stored)"
 
@@ -33,11 +35,12 @@ DeviceOption = Annotated[
         help="cpu, cuda, cuda:N or mps. Without it the fastest that this machine has.",
     ),
 ]
-AdapterOption = Annotated[
-    list[Path] | None,
+AllowOtherOption = Annotated[
+    bool,
     typer.Option(
-        "--adapter",
-        help="A saved adapter in PEFT's format. Repeat the option to stack several on the base.",
+        "--allow-other-base",
+        rich_help_panel=BASE,
+        help="Accept an adapter although its fingerprint says it was trained on another base.",
     ),
 ]
 OverOption = Annotated[
@@ -123,16 +126,35 @@ class Source:
     ] = False
 
     @property
+    def base(self) -> "Base":
+        """The model as the options ask for it."""
+        from lorafold.opening import Base
+
+        return Base(self.model, **self.how)
+
+    @property
     def how(self) -> dict[str, Any]:
         """The arguments, besides the name, by which a verb opens the model."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True)
-class Opening(Source):
+class Computing(Source):
+    """A base, and the device that computes with it."""
+
+    device: DeviceOption = None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments, besides the name, by which a verb opens the model."""
+        return {**super().how, "device": self.device}
+
+
+@dataclass(frozen=True)
+class Opening(Computing):
     """A base that saved adapters are loaded on, and how to load it."""
 
-    base: Annotated[
+    storage: Annotated[
         str,
         typer.Option(
             rich_help_panel=BASE,
@@ -143,25 +165,60 @@ class Opening(Source):
             ),
         ),
     ] = "auto"
-    device: DeviceOption = None
-    allow_other_base: Annotated[
-        bool,
-        typer.Option(
-            "--allow-other-base",
-            rich_help_panel=BASE,
-            help="Accept an adapter although its fingerprint says it was trained on another base.",
-        ),
-    ] = False
+    allow_other_base: AllowOtherOption = False
 
     @property
     def how(self) -> dict[str, Any]:
         """The arguments, besides the name, by which a verb opens the model."""
-        return {
-            **super().how,
-            "storage": self.base,
-            "device": self.device,
-            "allow_other_base": self.allow_other_base,
-        }
+        more = {"storage": self.storage, "allow_other_base": self.allow_other_base}
+        return {**super().how, **more}
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Saved adapters, by position or by `--adapter`."""
+
+    positional: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[ADAPTER]...",
+            show_default=False,
+            help="Saved adapters in PEFT's format, stacked on the base in this order.",
+        ),
+    ] = None
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            help="The same by name. Repeat the option to stack several on the base.",
+        ),
+    ] = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """All of them, in order. LorafoldError where both ways are taken, which have no order."""
+        if self.positional and self.adapter:
+            raise LorafoldError(
+                f"--adapter {self.adapter[0]}: found {self.positional[0]} by its position too,"
+                " expected all adapters in one of the two ways"
+            )
+        return self.positional or self.adapter or []
+
+    @property
+    def some(self) -> list[Path]:
+        """All of them. LorafoldError where there is none."""
+        if not self.paths:
+            raise LorafoldError("ADAPTER: found none, expected the directory of a saved adapter")
+        return self.paths
+
+    @property
+    def one(self) -> Path:
+        """The only one. LorafoldError where there is none or more."""
+        if len(self.some) > 1:
+            raise LorafoldError(
+                f"ADAPTER: found {', '.join(map(str, self.some))}, expected exactly one"
+            )
+        return self.some[0]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ import typer
 
 from lorafold.cli.common import (
     ColumnsOption,
-    DeviceOption,
+    Computing,
     HeldOutOption,
     JsonOption,
-    ModelOption,
     OptionalDataOption,
     columns_of,
     emit,
@@ -35,7 +34,7 @@ def command(
         ),
     ],
     flags: Flags,
-    model: ModelOption = "smollm2",
+    computing: Computing,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
     columns: ColumnsOption = None,
@@ -51,7 +50,6 @@ def command(
     html: Annotated[
         Path | None, typer.Option(help="Also write the table with plots as one HTML file.")
     ] = None,
-    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Train every method on the same data with the same budget, and measure what the choice between
@@ -70,18 +68,18 @@ def command(
     console = messages()
     found = compare(
         out,
-        model=model,
+        model=computing.model,
         data=data,
         eval_data=eval_data,
         columns=columns_of(columns),
         methods=[name.strip() for names in methods or () for name in names.split(",")],
         seeds=seeds,
         recipe=flags.recipe(None if data else RECIPE),
-        device=device,
         console=console,
+        **computing.how,
     )
     if html:
-        page(found.rows, f"Methods on {model}, {found.source}", html)
+        page(found.rows, f"Methods on {found.model}, {found.source}", html)
     if not json:
         console.print(table(found.rows))
     emit(json, found.as_json(), str(found))

@@ -1,12 +1,11 @@
 """`lorafold compose`: one adapter from several, and the interference between their tasks."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Opening, Output, SeedOption, emit, messages
+from lorafold.cli.common import Adapters, JsonOption, Opening, Output, SeedOption, emit, messages
 from lorafold.cli.groups import grouped
 
 EPILOG = """Ways to compose. linear: the weighted average, exact. task-arithmetic: the weighted sum,
@@ -32,15 +31,7 @@ class Gates(StrEnum):
 
 @grouped
 def command(
-    adapter: Annotated[
-        list[Path],
-        typer.Option(
-            help=(
-                "A saved adapter whose updates are additive (LoRA, VeRA, LoHa ...). Repeat the"
-                " option for each adapter."
-            )
-        ),
-    ],
+    adapters: Adapters,
     output: Output,
     opening: Opening,
     how: Annotated[
@@ -102,7 +93,7 @@ def command(
             help="A field of the recipe by which a mixture's gates are trained, as in steps=40.",
         ),
     ] = None,
-    answers: Annotated[
+    completions: Annotated[
         bool,
         typer.Option(help="Generate completions for the exact match, or measure only the loss."),
     ] = True,
@@ -121,7 +112,7 @@ def command(
     from lorafold.step.reading import load_recipe
 
     result = compose(
-        adapter,
+        adapters.some,
         output.out,
         model=opening.model,
         how=how or "linear",
@@ -133,7 +124,7 @@ def command(
         examples=examples or (),
         recipe=load_recipe(None, sets or (), defaults=RECIPE),
         evaluations=evaluations,
-        completions=answers,
+        completions=completions,
         seed=seed,
         overwrite=output.overwrite,
         console=messages(),

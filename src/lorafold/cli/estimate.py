@@ -24,8 +24,8 @@ UNITS = {
     "TI": 2**40,
 }
 EPILOG = """Modes. inference; full (every weight in fp32, AdamW); lora (on a base in bf16); qlora
-(on a base in 4 bits); or the name of any method of `lorafold train` (on a base in 4 bits). --base
-chooses another storage of the base.
+(on a base in 4 bits); or the name of any method of `lorafold train` (on a base in 4 bits).
+--storage chooses another storage of the base.
 
 The estimate is the memory that torch's allocator has allocated at the peak of a step. It assumes
 that 16-bit matrices are multiplied as they are, as accelerators do, so every machine gives the same
@@ -58,7 +58,7 @@ def command(
             help="Rows computed at a time. Training packs rows up to max_length tokens at a time.",
         ),
     ] = 1,
-    seq: Annotated[
+    max_length: Annotated[
         int,
         typer.Option(
             min=2, help="Tokens of a row. For inference those of prompt and completion together."
@@ -120,7 +120,7 @@ def command(
         mode,
         params=params,
         batch=batch,
-        length=seq,
+        max_length=max_length,
         labelled=labelled,
         recipe=recipe,
         device_memory=memory,
@@ -130,7 +130,7 @@ def command(
         **source.how,
     )
     if html:
-        title = f"{mode} of {params or source.model}, {batch} x {seq} tokens"
+        title = f"{mode} of {params or source.model}, {batch} x {max_length} tokens"
         page(found.estimate, title, html, found.remarks(), memory)
     emit(json, found.as_json(), str(found))
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    AdapterOption,
+    Adapters,
     ColumnsOption,
     DataOption,
     JsonOption,
@@ -20,9 +20,9 @@ from lorafold.cli.groups import grouped
 @grouped
 def command(
     data: DataOption,
+    adapters: Adapters,
     opening: Opening,
     columns: ColumnsOption = None,
-    adapter: AdapterOption = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longer rows are cut to this many tokens for the loss.")
     ] = 1024,
@@ -33,7 +33,7 @@ def command(
             help="The most tokens of a completion. Without it those of the longest reference.",
         ),
     ] = None,
-    answers: Annotated[
+    completions: Annotated[
         bool,
         typer.Option(help="Generate completions for the exact match, or measure only the loss."),
     ] = True,
@@ -55,9 +55,9 @@ def command(
         opening.model,
         data,
         columns=columns_of(columns),
-        adapters=adapter or (),
+        adapters=adapters.paths,
         max_length=max_length,
-        completions=answers,
+        completions=completions,
         max_new_tokens=max_new_tokens,
         console=messages(),
         **opening.how,

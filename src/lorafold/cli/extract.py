@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import BASE, JsonOption, Output, emit
+from lorafold.cli.common import JsonOption, Output, Source, emit
 from lorafold.cli.groups import grouped
 
 
@@ -12,22 +12,8 @@ from lorafold.cli.groups import grouped
 def command(
     tuned: Annotated[str, typer.Option(help="The fine-tuned model: a directory or a hub id.")],
     output: Output,
+    source: Source,
     rank: Annotated[int, typer.Option(min=1, help="The rank of every module's update.")],
-    base: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=BASE,
-            help="The model before fine-tuning: smollm2 (embedded), a directory or a hub id.",
-        ),
-    ] = "smollm2",
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            rich_help_panel=BASE,
-            help="Run Python code that comes with the models. It gets all the rights you have.",
-        ),
-    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Make a LoRA adapter of the difference between a fine-tuned model and its base: the best of
@@ -36,15 +22,14 @@ def command(
     One tensor at a time is in memory, so the models may be larger than the memory. Other tensors
     that differ (norms, embeddings) are listed and left out.
     """
-    from lorafold.inspecting.resize import extract
-    from lorafold.models.sources import resolve_model
+    from lorafold.api.resize import extract
 
     result = extract(
-        resolve_model(base),
-        resolve_model(tuned),
+        tuned,
         output.out,
         rank=rank,
+        model=source.model,
         overwrite=output.overwrite,
-        trust_remote_code=trust_remote_code,
+        **source.how,
     )
     emit(json, result.as_json(), str(result))

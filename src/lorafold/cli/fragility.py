@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    AdapterOption,
+    Adapters,
     ColumnsOption,
     JsonOption,
     Opening,
@@ -45,9 +45,9 @@ def command(
         Path,
         typer.Option(help=f"Prompts that shall not be refused.{PROMPTS} Completions are used."),
     ],
+    adapters: Adapters,
     opening: Opening,
     flags: Flags,
-    adapter: AdapterOption = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Benign rows, as for train. Those not trained on measure the loss."),
@@ -149,7 +149,7 @@ def command(
         controls=controls,
         data=data or None,
         model=opening.model,
-        adapters=adapter or (),
+        adapters=adapters.paths,
         against=against_adapter or (),
         tuned=tuned,
         instead=instead,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafold.cli.common import AdapterOption, JsonOption, Opening, Sampling, emit, messages
+from lorafold.cli.common import Adapters, JsonOption, Opening, Sampling, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 
@@ -16,9 +16,9 @@ def command(
         str,
         typer.Option(help="The user's message, which the model's chat template renders."),
     ],
+    adapters: Adapters,
     opening: Opening,
     sampling: Sampling,
-    adapter: AdapterOption = None,
     tools: Annotated[
         Path | None,
         typer.Option(help="A JSON file with a list of functions that the model may call."),
@@ -40,7 +40,7 @@ def command(
 
     console = messages()
     offered = read_tools(tools) if tools else []
-    model, tokenizer = opened(opening.model, adapter or (), console=console, **opening.how)
+    model, tokenizer = opened(opening.base, adapters.paths, console=console)
     text = rendered(prompt, sampling.system, tokenizer, offered)
     pieces: list[str] = []
     start = time.perf_counter()

@@ -12,14 +12,23 @@
 to the command. `Command` lists the options in `--help` under the names of their panels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import Parameter, signature
 from typing import Any, get_type_hints
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 OTHERS = "Options"
+# names that options had, and what they are called now: the first of these that the command has
+OLD_NAMES = {
+    "--base": ("--storage", "--model"),
+    "--seq": ("--max-length",),
+    "--answers": ("--completions",),
+    "--no-answers": ("--no-completions",),
+}
+UNTIL = "0.3"  # the version that no longer knows them
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,6 +80,12 @@ class Panels:
     """Help that lists the options by panel, those without a panel first."""
 
     get_params: Callable[[Any], Any]
+    params: list[Any]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, options under their old names too, which stderr says."""
+        names = {name for p in self.params for name in (*p.opts, *p.secondary_opts)}
+        return super().parse_args(ctx, [_as_now(text, names) for text in args])  # type: ignore[misc]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the options of each panel."""
@@ -88,6 +103,15 @@ class Panels:
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+def _as_now(text: str, names: Collection[str]) -> str:
+    old, equals, value = text.partition("=")
+    now = next((name for name in OLD_NAMES.get(old, ()) if name in names), None)
+    if now is None or old in names:
+        return text
+    typer.echo(f"{old} is called {now} now; lorafold {UNTIL} no longer takes {old}", err=True)
+    return now + equals + value
 
 
 class Command(Panels, TyperCommand):

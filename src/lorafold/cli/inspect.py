@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Opening, OverOption, emit, messages
+from lorafold.cli.common import Adapters, JsonOption, Opening, OverOption, emit, messages
 from lorafold.cli.groups import grouped
 
 EPILOG = """How to read the figures. Effective rank: the number of directions that hold 90, 95 or
@@ -19,12 +19,7 @@ in nats."""
 
 @grouped
 def command(
-    adapter: Annotated[
-        Path,
-        typer.Argument(
-            help="A saved adapter in PEFT's format, of any method that changes matrices."
-        ),
-    ],
+    adapters: Adapters,
     opening: Opening,
     over: OverOption = None,
     against: Annotated[
@@ -83,7 +78,7 @@ def command(
 
     console = messages()
     result = inspect(
-        adapter,
+        adapters.one,
         opening.model,
         over=over or (),
         against=against,

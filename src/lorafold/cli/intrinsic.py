@@ -7,10 +7,9 @@ import typer
 
 from lorafold.cli.common import (
     ColumnsOption,
-    DeviceOption,
+    Computing,
     HeldOutOption,
     JsonOption,
-    ModelOption,
     OptionalDataOption,
     columns_of,
     emit,
@@ -18,7 +17,6 @@ from lorafold.cli.common import (
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
-from lorafold.errors import LorafoldError
 from lorafold.step.recipe import Recipe
 
 
@@ -36,7 +34,7 @@ def command(
         ),
     ],
     flags: Flags,
-    model: ModelOption = "smollm2",
+    computing: Computing,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
     columns: ColumnsOption = None,
@@ -50,7 +48,6 @@ def command(
             help="The share of the improvement of full training that a dimension must reach.",
         ),
     ] = 0.9,
-    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
@@ -61,39 +58,20 @@ def command(
     2012.13255). A low dimension means that the base nearly has the task already, so that an adapter
     of small rank is enough.
     """
-    if smallest > largest:
-        raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
-    from dataclasses import asdict
-
-    from lorafold.api.task import train_and_test
-    from lorafold.inspecting.intrinsic import search
+    from lorafold.api.intrinsic import intrinsic
     from lorafold.quickstart.story import RECIPE
-    from lorafold.training.request import Request
 
-    recipe = flags.recipe(None if data else RECIPE)
-    console = messages()
-    rows, held_out, source = train_and_test(
-        data, eval_data, recipe, columns_of(columns), console
+    found = intrinsic(
+        out,
+        model=computing.model,
+        data=data,
+        eval_data=eval_data,
+        columns=columns_of(columns),
+        smallest=smallest,
+        largest=largest,
+        share=share,
+        recipe=flags.recipe(None if data else RECIPE),
+        console=messages(),
+        **computing.how,
     )
-    request = Request(model, out, recipe, rows, source, eval_rows=held_out, device=device)
-    found = search(
-        request,
-        smallest,
-        largest,
-        share,
-        lambda p: console.print(
-            f"dimension {p.dimension}: loss {p.loss:.4f}, {p.reached:.1%} of the improvement of"
-            " full training",
-            highlight=False,
-        ),
-    )
-    dimension = (
-        f"more than {found.points[-1].dimension}"
-        if found.dimension is None
-        else f"{found.dimension}, to a factor of 2"
-    )
-    text = (
-        f"held-out loss: {found.base_loss:.4f} before, {found.full_loss:.4f} after full"
-        f" training\nintrinsic dimension: {dimension}"
-    )
-    emit(json, asdict(found), text)
+    emit(json, found.as_json(), str(found))

@@ -1,7 +1,6 @@
 """`lorafold merge`: a plain model out of a base and its adapters."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,11 +8,12 @@ import typer
 from lorafold.cli.common import (
     BASE,
     STORAGES,
-    DeviceOption,
+    Adapters,
+    AllowOtherOption,
+    Computing,
     JsonOption,
     Output,
     SeedOption,
-    Source,
     emit,
     messages,
 )
@@ -30,14 +30,9 @@ class Rounding(StrEnum):
 
 @grouped
 def command(
-    adapter: Annotated[
-        list[Path],
-        typer.Option(
-            help="A saved adapter in PEFT's format. Repeat the option to fold several, in order."
-        ),
-    ],
+    adapters: Adapters,
     output: Output,
-    source: Source,
+    computing: Computing,
     into: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +44,7 @@ def command(
             )
         ),
     ] = None,
-    base: Annotated[
+    storage: Annotated[
         str,
         typer.Option(
             rich_help_panel=BASE,
@@ -79,15 +74,7 @@ def command(
         str | None,
         typer.Option(help="Rows to compare on, as for train. Without it built-in texts."),
     ] = None,
-    allow_other_base: Annotated[
-        bool,
-        typer.Option(
-            "--allow-other-base",
-            rich_help_panel=BASE,
-            help="Accept an adapter although its fingerprint says it was trained on another base.",
-        ),
-    ] = False,
-    device: DeviceOption = None,
+    allow_other_base: AllowOtherOption = False,
     json: JsonOption = False,
 ) -> None:
     """Fold adapters into their base and write a plain Hugging Face model, which is as fast as the
@@ -100,19 +87,18 @@ def command(
     from lorafold.merging.run import merge
 
     result = merge(
-        source.model,
-        adapter,
+        computing.model,
+        adapters.some,
         output.out,
         into=into,
-        storage=base,
+        storage=storage,
         rounding=rounding.value,
         seed=seed,
         certificate=certificate,
         probe=probe,
         allow_other_base=allow_other_base,
         overwrite=output.overwrite,
-        device=device,
         console=messages(),
-        **source.how,
+        **computing.how,
     )
     emit(json, result.as_json(), result.summary())

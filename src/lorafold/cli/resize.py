@@ -1,22 +1,16 @@
 """`lorafold resize`: the best adapter of another rank for the same update."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Opening, Output, OverOption, emit, messages
+from lorafold.cli.common import Adapters, JsonOption, Opening, Output, OverOption, emit, messages
 from lorafold.cli.groups import grouped
 
 
 @grouped
 def command(
-    adapter: Annotated[
-        Path,
-        typer.Argument(
-            help="A saved adapter in PEFT's format, of any method that changes matrices."
-        ),
-    ],
+    adapters: Adapters,
     output: Output,
     opening: Opening,
     over: OverOption = None,
@@ -44,38 +38,19 @@ def command(
     The result is plain LoRA in PEFT's format, whatever the method was. The error is the share of
     the update's (Frobenius) norm that is lost. `lorafold inspect` shows which rank is enough.
     """
-    from lorafold.api.arguments import as_rows
-    from lorafold.api.opened import opened
-    from lorafold.errors import LorafoldError
-    from lorafold.inspecting.loss import losses_of
-    from lorafold.inspecting.resize import resize
-    from lorafold.models.sources import resolve_model
+    from lorafold.api.resize import resize
 
-    if (rank is None) == (energy is None):
-        found = "neither" if rank is None else "both"
-        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
-    if energy is not None and not 0 < energy <= 1:
-        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
-    console = messages()
-    rows = None if data is None else as_rows(data, None, console)
     result = resize(
-        resolve_model(opening.model, opening.revision),
-        adapter,
+        adapters.one,
         output.out,
+        model=opening.model,
         over=over or (),
         rank=rank,
         energy=energy,
+        data=data,
+        max_length=max_length,
         overwrite=output.overwrite,
-        allow_other_base=opening.allow_other_base,
-        trust_remote_code=opening.trust_remote_code,
+        console=messages(),
+        **opening.how,
     )
-    figures, text = result.as_json(), str(result)
-    if rows is not None:
-        below = over or []
-        # their base, and what they lie over, were checked when they were read
-        how = opening.how | {"allow_other_base": True}
-        stack = [*below, adapter, output.out]
-        model, tokenizer = opened(opening.model, stack, console=console, **how)
-        figures |= losses_of(model, tokenizer, rows, max_length, len(below))
-        text += f"\n  loss {figures['loss_before']:.4f} before, {figures['loss_after']:.4f} after"
-    emit(json, figures, text)
+    emit(json, result.as_json(), str(result))

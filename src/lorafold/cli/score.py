@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    AdapterOption,
+    Adapters,
     ColumnsOption,
     DataOption,
     JsonOption,
@@ -22,9 +22,9 @@ from lorafold.errors import LorafoldError
 @grouped
 def command(
     data: DataOption,
+    adapters: Adapters,
     opening: Opening,
     columns: ColumnsOption = None,
-    adapter: AdapterOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +52,7 @@ def command(
         opening.model,
         data,
         columns=columns_of(columns),
-        adapters=adapter or (),
+        adapters=adapters.paths,
         max_length=max_length,
         console=messages(),
         **opening.how,

@@ -1,7 +1,5 @@
 """`lorafold serve`: a base and its adapters behind an OpenAI-compatible API."""
 
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +7,6 @@ import typer
 
 from lorafold.cli.common import BASE, STORAGES, DeviceOption, messages
 from lorafold.errors import LorafoldError
-
-NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
 def command(
@@ -56,6 +52,14 @@ def command(
         str | None,
         typer.Option(rich_help_panel=BASE, help="The branch, tag or commit of a hub model."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            rich_help_panel=BASE,
+            help="Run Python code that comes with the model. It gets all the rights you have.",
+        ),
+    ] = False,
     device: DeviceOption = None,
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="Write the log as one JSON object a line.")
@@ -73,29 +77,27 @@ def command(
     """
     if context.invoked_subcommand is not None:
         return
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise LorafoldError(f"found no {', '.join(missing)}, expected it; install lorafold[serve]")
-    from lorafold.api.opened import opened
-    from lorafold.models.sources import resolve_model
-    from lorafold.serving.run import Base, serve
-    from lorafold.serving.settings import read_settings
+    from lorafold.api.serve import serve
 
     if model is None or adapters is None:
         option = "--model" if model is None else "--adapters"
         raise LorafoldError(f"{option}: expected it, as in --model smollm2 --adapters DIR")
-    given = {
+    settings = {
         "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
         "metrics_key": metrics_key_file, "json_logs": json_logs or None,
     }  # fmt: skip
-    settings = read_settings(config, given)
-    console = messages()
-    name = Path(model).resolve().name if Path(model).exists() else model
-    base = Base(
-        name,
-        partial(resolve_model, model, revision),
-        partial(opened, storage=storage, device=device, console=console),
+    serve(
+        adapters,
+        model=model,
+        config=config,
+        settings=settings,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        open_page=open_page,
+        console=messages(),
     )
-    serve(base, adapters, settings, console, open_page)
 
 
 BELOW = {"new-key": "serve_new_key"}  # commands of this one, each in a module

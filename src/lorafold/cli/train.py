@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
+    AllowOtherOption,
     ColumnsOption,
-    DeviceOption,
+    Computing,
     JsonOption,
     Output,
-    Source,
     TrainDataOption,
     columns_of,
     emit,
@@ -31,9 +31,8 @@ class Flags(RecipeFlags):
 def command(
     data: TrainDataOption,
     output: Output,
-    source: Source,
+    computing: Computing,
     flags: Flags,
-    device: DeviceOption = None,
     eval_data: Annotated[
         str | None,
         typer.Option(help="Held-out rows. Without them --eval-fraction 0.1 holds some out."),
@@ -50,6 +49,7 @@ def command(
             " option for a stack, the lowest first."
         ),
     ] = None,
+    allow_other_base: AllowOtherOption = False,
     preview: Annotated[
         bool,
         typer.Option(
@@ -78,7 +78,7 @@ def command(
     for B (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
     """
     recipe = flags.recipe()
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from lorafold.api.train import train
 
@@ -91,14 +91,13 @@ def command(
         from lorafold.training.request import Request
 
         request = Request(
-            source.model,
+            replace(computing.base, allow_other_base=allow_other_base),
             output.out,
             recipe,
             rows,
             where,
             init_adapter=init_adapter,
             over=tuple(over or ()),
-            **source.how,
         )
         return show(request, console, html=html)
     if html is not None:
@@ -107,15 +106,15 @@ def command(
         recipe,
         data=data,
         out=output.out,
-        model=source.model,
+        model=computing.model,
         eval_data=eval_data,
         columns=columns_of(columns),
         init_adapter=init_adapter,
         over=over or (),
-        device=device,
+        allow_other_base=allow_other_base,
         resume=resume,
         overwrite=output.overwrite,
         console=console,
-        **source.how,
+        **computing.how,
     )
     emit(json, asdict(result), str(result))

@@ -30,11 +30,10 @@ from lorafold.bases import parameter_count
 from lorafold.data.sources import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
-from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import probe_ids
 from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import Storage, choose_storage, weights_of
-from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.storage import Storage, weights_of
+from lorafold.opening import Base
 from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import ModelRequest
@@ -82,12 +81,11 @@ class Measurement:
 class Task:
     """What all methods have in common: model, data, and a recipe but for its method."""
 
-    model: str
+    base: Base
     rows: Sequence[Row]
     held_out: Sequence[Row]
     source: str
     recipe: Recipe
-    device: str | None
 
 
 def measure(task: Task, method: str, seed: int) -> Measurement:
@@ -101,13 +99,12 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
     Raises LorafoldError as `train`.
     """
     recipe = fitting(task.recipe, method).model_copy(update={"seed": seed})
-    device = choose_device(task.device)
     with tempfile.TemporaryDirectory() as folder:
-        request = Request(
-            task.model, Path(folder) / "adapter", recipe, task.rows, task.source, device=task.device
-        )
-        models = Models(request, device)
-        storage = choose_storage(settled_base(recipe, spec_of(recipe), models.source), device)
+        request = Request(task.base, Path(folder) / "adapter", recipe, task.rows, task.source)
+        models = Models(request)
+        storage = task.base.stored(
+            settled_base(recipe, spec_of(recipe), task.base.source)
+        ).held
         trained = train(request, Console(quiet=True))
         base = models.base(storage)
         tuned, adapter = models.tuned(storage)
@@ -148,10 +145,9 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
 class Models:
     """The models of one measurement: the base, and what was trained on it. Each call loads one."""
 
-    def __init__(self, request: Request, device: torch.device) -> None:
-        self.request, self.device = request, device
-        self.source, self.objective = objective_of(request)
-        self.tokenizer = tokenizer_of(self.source, [request.out])
+    def __init__(self, request: Request) -> None:
+        self.request, self.objective = request, objective_of(request)
+        self.tokenizer = request.base.tokenizer([request.out])
         self.objective.set_up(self.tokenizer)
 
     def load(self, source: ModelSource, storage: Storage, seed: int) -> PreTrainedModel:
@@ -162,12 +158,14 @@ class Models:
             storage: How it stores its weights.
             seed: Draws the head of a classifier that has none yet.
         """
-        asked = ModelRequest(source, self.tokenizer, storage, self.device, seed, False)
+        base = self.request.base
+        trusted = base.trust_remote_code
+        asked = ModelRequest(source, self.tokenizer, storage, base.where, seed, trusted)
         return self.objective.load(asked)
 
     def base(self, storage: Storage) -> PreTrainedModel:
         """The base."""
-        return self.load(self.source, storage, self.request.recipe.seed)
+        return self.load(self.request.base.source, storage, self.request.recipe.seed)
 
     def tuned(self, storage: Storage) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the whole model and None where the run trained that."""
@@ -175,7 +173,7 @@ class Models:
         if not (out / "adapter_config.json").is_file():
             return self.load(resolve_model(str(out)), storage, 0), None
         tuned = self.base(storage)
-        return tuned, load(tuned, out, base=weights_of(self.source, storage))
+        return tuned, load(tuned, out, base=weights_of(self.request.base.source, storage))
 
 
 def merge_proved(models: Models, storage: Storage) -> PreTrainedModel | None:
@@ -183,7 +181,7 @@ def merge_proved(models: Models, storage: Storage) -> PreTrainedModel | None:
     the merged logits differ from those of the attached model in fp32.
     """
     tuned, adapter = models.tuned(storage._replace(dtype=torch.float32))
-    ids = torch.arange(100, 164, device=models.device)[None]
+    ids = torch.arange(100, 164, device=models.request.base.where)[None]
     with torch.no_grad():
         before = tuned(ids).logits
         try:

@@ -21,7 +21,6 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.step.fitting import fitting, settled_base, spec_of
 from lorafold.training.grounds import grounds
 
@@ -77,11 +76,10 @@ def compare(
             f" {', '.join(methods)} has"
         )
     plan = [(method, seed) for method in methods for seed in seeds]
-    source = resolve_model(task.model)
     (out / "rows").mkdir(parents=True, exist_ok=True)
     measurements: list[Measurement] = []
     for method, seed in plan:
-        file = out / "rows" / f"{method}-{seed}-{key(task, method, source)}.json"
+        file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
         found = kept(file, partial(measured_anew, task, method, seed))
         measurements.append(of_stored(found))
         tell(measurements[-1], len(measurements), len(plan))
@@ -112,19 +110,18 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
         return pool.submit(measure, task, method, seed).result()
 
 
-def key(task: Task, method: str, source: ModelSource) -> str:
+def key(task: Task, method: str) -> str:
     """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
     the recipe with the defaults of the method, the device, the storage and the code.
 
     Args:
         task: Model, data and recipe.
         method: The name of the method.
-        source: The model.
     """
     recipe = fitting(task.recipe, method)
     spec = spec_of(recipe)
-    base, template = settled_base(recipe, spec, source), recipe.chat_template
-    found = grounds(source, base, template, "comparing", "merging", device=task.device)
+    base = task.base.stored(settled_base(recipe, spec, task.base.source))
+    found = grounds(base, recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     asked = recipe.model_dump(mode="json", exclude={"seed"})
     return digest_of([found, *rows, asked, repr(spec), spec.lr, spec.lr_b])

@@ -15,8 +15,8 @@ from lorafold.files.card import training_card
 from lorafold.files.record import base_trained_on
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
-from lorafold.models.sources import ModelSource
-from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.models.tokenizer import has_tokenizer
+from lorafold.opening import Base
 from lorafold.peft.form import peft_reads
 from lorafold.step.recipe import Recipe
 
@@ -38,7 +38,7 @@ class Request:
     and `gates` are for mixture; `evaluations` is how many weights lorahub may try.
     """
 
-    model: str
+    base: Base
     adapters: tuple[Path, ...]
     ways: tuple[str, ...]
     out: Path
@@ -52,11 +52,6 @@ class Request:
     gates: Gating = "global"
     evaluations: int = 40
     completions: bool = True
-    base: str = "auto"
-    device: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    allow_other_base: bool = False
     overwrite: bool = False
 
 
@@ -84,7 +79,6 @@ class Job:
     """
 
     request: Request
-    source: ModelSource
     updates: Updates
     opened: Callable[[], Opened]
     console: Console
@@ -125,13 +119,10 @@ class Job:
         """
         request = self.request
         paths = request.adapters
-        storage = base_trained_on(paths) if request.base == "auto" else request.base
-        tokenizer = (
-            tokenizer_of(self.source, paths, request.trust_remote_code)
-            if any(map(has_tokenizer, paths))
-            else None
-        )
-        trained = {"recipe": {"base": storage}} if storage else {}
+        asked = request.base.storage
+        storage = base_trained_on(paths) if asked == "auto" else asked
+        tokenizer = request.base.tokenizer(paths) if any(map(has_tokenizer, paths)) else None
+        trained = {"recipe": {"storage": storage}} if storage else {}
         adapter.over = ()
         adapter.save(
             out,
@@ -143,7 +134,7 @@ class Job:
                 "composed": {"adapters": [*map(str, paths)], **about},
             },
             card=training_card(
-                request.model,
+                request.base.name,
                 {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
                 {},
                 opened_by=opened_by_name(adapter.model),

@@ -21,7 +21,6 @@ from lorafold.composing.rules import rank_of
 from lorafold.errors import Interrupted
 from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
-from lorafold.models.storage import default_storage
 from lorafold.step.recipe import Recipe
 from lorafold.training import run
 
@@ -34,23 +33,18 @@ def compose(job: Job, out: Path) -> Composed:
     Raises LorafoldError as `train`, and Interrupted with nothing written.
     """
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
-    storage = request.base
-    if storage == "auto":
-        storage = default_storage(job.source, request.adapters)
-    recipe = request.recipe.model_copy(update={"base": storage, "seed": request.seed})
+    base = request.base.stored_as_trained(request.adapters)
+    recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
         error = write(job, start, request.gates)
         asked = run.Request(
-            request.model,
+            base,
             trained,
             recipe,
             rows,
             ", ".join(job.examples),
             init_adapter=start,
-            device=request.device,
-            revision=request.revision,
-            trust_remote_code=request.trust_remote_code,
         )
         try:
             run.train(asked, job.console)

@@ -22,7 +22,6 @@ from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.models.classifier import check_language_model
-from lorafold.models.sources import resolve_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,15 +86,8 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
     check(request)
     check_out(request.out, request.overwrite)
     request = set_apart(request)
-    source = resolve_model(request.model, request.revision)
-    check_language_model(source, request.adapters)
-    updates = read(
-        source,
-        request.adapters,
-        allow_other_base=request.allow_other_base,
-        trust_remote_code=request.trust_remote_code,
-    )
-    job = Job(request, source, updates, cache(opened), console)
+    check_language_model(request.base.source, request.adapters)
+    job = Job(request, read(request.base, request.adapters), cache(opened), console)
     if len(request.ways) == 1:
         composed = {way: make(way, job, request.out) for way in request.ways}
     else:
@@ -103,7 +95,7 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
             composed = {way: make(way, job, tmp / way) for way in request.ways}
         composed = {way: replace(one, out=str(request.out / way)) for way, one in composed.items()}
     interference = measure(job, composed) if request.tasks else None
-    return Composition(composed, updates.names, str(request.out), interference)
+    return Composition(composed, job.updates.names, str(request.out), interference)
 
 
 def make(way: str, job: Job, out: Path) -> Composed:

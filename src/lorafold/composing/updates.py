@@ -24,8 +24,7 @@ from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import matrix_names, unstacked
-from lorafold.models.checkpoint import mapped_model_of
-from lorafold.models.sources import ModelSource
+from lorafold.opening import Base
 
 Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
@@ -84,31 +83,17 @@ class Updates:
         )
 
 
-def read(
-    source: ModelSource,
-    adapters: Sequence[str | Path],
-    *,
-    allow_other_base: bool = False,
-    trust_remote_code: bool = False,
-) -> Updates:
+def read(base: Base, adapters: Sequence[str | Path]) -> Updates:
     """Attach saved adapters to their base, whose weights stay in their files.
-
-    Args:
-        source: The base.
-        adapters: Saved adapters.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        trust_remote_code: Run Python code that comes with the model.
 
     Raises LorafoldError with every adapter that can't be read, is of another base, or has a change
     that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens).
     """
-    model = mapped_model_of(source, trust_remote_code).model
+    model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []
     for number, path in enumerate(adapters, 1):
         try:
-            attached.append(
-                load(model, path, f"adapter{number}", allow_other_base=allow_other_base)
-            )
+            attached.append(load(model, path, f"adapter{number}", allow_other_base=allowed))
         except LorafoldError as e:
             problems.append(str(e))
             continue

@@ -36,7 +36,7 @@ class Hardware:
 
     @property
     def rate(self) -> float:
-        """GFLOP/s in the numbers that lorafold computes in with `--base auto`."""
+        """GFLOP/s in the numbers that lorafold computes in with `--storage auto`."""
         return self.fp32 if self.widened or not self.native_bf16 else self.bf16
 
 
@@ -99,7 +99,7 @@ def findings(h: Hardware) -> Iterator[Finding]:
     how = "in fp32" if h.widened else "as they are"
     yield Finding(
         "lorafold uses",
-        f"{h.device}; --base auto holds weights in {storage}, as {h.native_why}; 16-bit matrices"
+        f"{h.device}; --storage auto holds weights in {storage}, as {h.native_why}; 16-bit matrices"
         f" are multiplied {how}",
         {"device": h.device, "storage": storage, "widened": h.widened, "cores": h.cores},
     )

@@ -42,14 +42,14 @@ def slow(
         yield from _on_processor(h, pages, threads, untuned)
     if not h.native_bf16:
         yield (
-            f"The storage bf16 saves memory here and no time, as {h.native_why}; --base auto takes"
-            " fp32."
+            f"The storage bf16 saves memory here and no time, as {h.native_why}; --storage auto"
+            " takes fp32."
         )
     if h.kernels is False:
         yield (
             "bitsandbytes has no native library for this machine, so the storages nf4 and int8 are"
             " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
-            " bitsandbytes), or take --base bf16 or fp32."
+            " bitsandbytes), or take --storage bf16 or fp32."
         )
     if on_processor and h.free < LITTLE_MEMORY:
         yield (

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
+from lorafold.files.renamed import named_as_now
 
 RECORD = "lorafold.json"
 
@@ -50,14 +51,14 @@ def base_trained_on(adapters: Sequence[str | Path]) -> str | None:
     Raises LorafoldError if the adapters differ in it.
     """
     found = {
-        str(path): str(recipe["base"])
+        str(path): str(recipe["storage"])
         for path in adapters
-        if "base" in (recipe := read_record(path).get("recipe") or {})
+        if "storage" in (recipe := named_as_now(read_record(path).get("recipe") or {}))
     }
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{path} on {base}" for path, base in found.items())
         raise LorafoldError(
             f"these adapters were trained on bases in different storage ({listed}); choose one of"
-            " them (--base)"
+            " them (--storage)"
         )
     return next(iter(found.values()), None)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -24,10 +25,7 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.identity import of_adapter
-from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
-from lorafold.models.sources import resolve_model
-from lorafold.models.storage import choose_storage
 from lorafold.step.fitting import fitting
 from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
@@ -60,6 +58,18 @@ class Intrinsic:
     full_loss: float
     points: list[Point]
 
+    def as_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        most = f"more than {self.points[-1].dimension}"
+        found = most if self.dimension is None else f"{self.dimension}, to a factor of 2"
+        return (
+            f"held-out loss: {self.base_loss:.4f} before, {self.full_loss:.4f} after full"
+            f" training\nintrinsic dimension: {found}"
+        )
+
 
 def search(
     request: Request, smallest: int, largest: int, share: float, tell: Callable[[Point], None]
@@ -82,21 +92,14 @@ def search(
             f"recipe: new_tokens: found {', '.join(recipe.new_tokens)}, expected none: the base has"
             " no rows for them, and so no loss to improve on"
         )
-    if "base" not in recipe.model_fields_set:
+    if "storage" not in recipe.model_fields_set:
         # full training can't train quantized weights
-        recipe = recipe.model_copy(update={"base": "fp32"})
-    stands_on = grounds(
-        resolve_model(request.model, request.revision),
-        recipe.base,
-        recipe.chat_template,
-        "inspecting",
-        device=request.device,
-        trust_remote_code=request.trust_remote_code,
-    )
+        recipe = recipe.model_copy(update={"storage": "fp32"})
+    request = replace(request, base=request.base.stored(recipe.storage))
     identity = {
-        **stands_on,
+        **grounds(request.base, recipe.chat_template, "inspecting"),
         "adapters": [*map(of_adapter, request.adapters)],
-        "model": request.model,
+        "model": request.base.name,
         "recipe": recipe.model_dump(mode="json"),
         "rate": Fastfood.lr,
         "data": request.data.identity,
@@ -201,14 +204,13 @@ def bare_loss(request: Request, recipe: Recipe) -> float:
     """The held-out loss of the base, in nats, as its runs measure it: that of the objective, and
     with the head that they start from.
     """
-    quiet, device = Console(quiet=True), choose_device(request.device)
-    request = replace(request, recipe=recipe)
-    source, objective = objective_of(request)
-    tokenizer, _ = tokenizer_for(request, source, objective, quiet)
+    quiet, base, request = Console(quiet=True), request.base, replace(request, recipe=recipe)
+    objective = objective_of(request)
+    tokenizer, _ = tokenizer_for(request, objective, quiet)
     _, held_out = tokenized(request, tokenizer, objective, quiet)
-    storage, trusted = choose_storage(recipe.base, device), request.trust_remote_code
-    model = objective.load(
-        ModelRequest(source, tokenizer, storage, device, recipe.seed, trusted)
+    asked = ModelRequest(
+        base.source, tokenizer, base.held, base.where, recipe.seed, base.trust_remote_code
     )
+    model = objective.load(asked)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return objective.measure(loss, held_out).loss

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
-from lorafold.models.checkpoint import mapped_model_of
-from lorafold.models.sources import ModelSource
-from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.models.tokenizer import has_tokenizer
+from lorafold.opening import Base
 from lorafold.ops.svd import best_of_rank
 
 # B (*matrices, out, r), A (*matrices, r, in); r = 0 for an update that is zero
@@ -47,13 +46,14 @@ class Resized:
     """A written adapter: `sites` has rank and relative error by module path, for experts those of
     each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
     relative difference of tensors that differ between two models and that an adapter of linear
-    layers can't change.
+    layers can't change, and `losses` the loss before and after on rows, if there were any.
     """
 
     sites: dict[str, dict[str, float]]
     error: float
     out: str
     left_out: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""
@@ -62,6 +62,7 @@ class Resized:
             "sites": self.sites,
             "left_out": self.left_out,
             "out": self.out,
+            **self.losses,
         }
 
     def __str__(self) -> str:
@@ -79,6 +80,9 @@ class Resized:
                 f"  {len(self.left_out)} other tensors differ between the models and are not in the"
                 f" adapter; the largest differences: {shown}"
             )
+        if self.losses:
+            before, after = self.losses["loss_before"], self.losses["loss_after"]
+            lines.append(f"  loss {before:.4f} before, {after:.4f} after")
         return "\n".join(lines)
 
 
@@ -106,7 +110,7 @@ class Errors:
 
 
 def resize(
-    source: ModelSource,
+    base: Base,
     path: str | Path,
     out: str | Path,
     *,
@@ -114,22 +118,18 @@ def resize(
     rank: int | None = None,
     energy: float | None = None,
     overwrite: bool = False,
-    allow_other_base: bool = False,
-    trust_remote_code: bool = False,
 ) -> Resized:
     """Write the best LoRA for a saved adapter: of one rank, or at each site of the smallest rank
     that keeps a share of the energy.
 
     Args:
-        source: The base.
+        base: The base.
         path: The adapter.
         out: The directory to write.
         over: The adapters that it was trained over, lowest first; the result lies over the same.
         rank: The rank of every site; smaller where an update has a smaller one.
         energy: Instead of a rank, a share above 0 and at most 1.
         overwrite: Replace `out` if it exists.
-        allow_other_base: Accept an adapter whose fingerprint names another base.
-        trust_remote_code: Run Python code that comes with the model.
 
     Raises LorafoldError unless exactly one of rank and energy is given, and for an adapter that has
     no form in weight space, changes biases with its weights or can't be read.
@@ -138,9 +138,9 @@ def resize(
         raise LorafoldError(
             f"resize: found rank {rank} and energy {energy}, expected exactly one of them"
         )
-    model = mapped_model_of(source, trust_remote_code).model
-    below = load_below(model, over, allow_other_base)
-    adapter = load(model, path, NAME, allow_other_base=allow_other_base)
+    model, allowed = base.mapped().model, base.allow_other_base
+    below = load_below(model, over, allowed)
+    adapter = load(model, path, NAME, allow_other_base=allowed)
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter, below):
         if site.changes_bias:
@@ -163,19 +163,13 @@ def resize(
         **history,
         "resized": {"from": str(path), "rank": rank, "energy": energy, "error": result.error},
     }
-    tokenizer = tokenizer_of(source, [path], trust_remote_code) if has_tokenizer(path) else None
+    tokenizer = base.tokenizer([path]) if has_tokenizer(path) else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
 
 
 def extract(
-    base: ModelSource,
-    tuned: ModelSource,
-    out: str | Path,
-    *,
-    rank: int,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
+    base: Base, tuned: Base, out: str | Path, *, rank: int, overwrite: bool = False
 ) -> Resized:
     """Write the best LoRA for the difference of a fine-tuned model and its base, in the linear
     layers of the blocks. One tensor at a time is in memory.
@@ -186,11 +180,10 @@ def extract(
         out: The directory to write.
         rank: The rank of every site.
         overwrite: Replace `out` if it exists.
-        trust_remote_code: Run Python code that comes with the models.
 
     Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
-    one, other = mapped_model_of(base, trust_remote_code), mapped_model_of(tuned, trust_remote_code)
+    one, other = base.mapped(), tuned.mapped()
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))

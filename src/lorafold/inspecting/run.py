@@ -34,9 +34,8 @@ from lorafold.inspecting.residual import Stream, gain, stream_of
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, sites
-from lorafold.models.checkpoint import MappedModel, mapped_model_of
-from lorafold.models.sources import ModelSource
-from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.checkpoint import MappedModel
+from lorafold.opening import Base
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
@@ -52,28 +51,24 @@ WHOLE = (
 
 @torch.no_grad()
 def inspect(
-    source: ModelSource,
+    base: Base,
     path: str | Path,
     *,
     over: Sequence[str | Path] = (),
     against: str | Path | None = None,
     directions: str | Path | None = None,
     full: bool = False,
-    allow_other_base: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Figures:
     """Measure a saved adapter of any method that folds.
 
     Args:
-        source: The base.
+        base: The base.
         path: The adapter.
         over: Those that it was trained over, lowest first; they are part of its base here.
         against: A second adapter to compare with: over the same ones, or one of them.
         directions: A safetensors file of vectors in the residual stream.
         full: Also compare with the spectrum of the base, which takes the SVD of every weight.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        trust_remote_code: Run Python code that comes with the model.
         progress: Called as progress(sites done, sites in all).
 
     Raises LorafoldError as `load`, and for a method that does not change matrices. Without a
@@ -81,16 +76,16 @@ def inspect(
     """
     left_out = None
     try:
-        tokenizer = tokenizer_of(source, [*over, path], trust_remote_code)
+        tokenizer = base.tokenizer([*over, path])
     except NoTokenizer as error:
         tokenizer, left_out = None, f"The tables of tokens are left out: {error}."
-    mapped = mapped_model_of(source, trust_remote_code)
-    below = load_below(mapped.model, over, allow_other_base)
-    adapter = load(mapped.model, path, "inspected", allow_other_base=allow_other_base)
+    mapped, allowed = base.mapped(), base.allow_other_base
+    below = load_below(mapped.model, over, allowed)
+    adapter = load(mapped.model, path, "inspected", allow_other_base=allowed)
     other = None
     if against is not None:
         with only(mapped.model, *below):
-            other = load(mapped.model, against, "against", allow_other_base=allow_other_base)
+            other = load(mapped.model, against, "against", allow_other_base=allowed)
     changed, figures, svds = list(sites(adapter, below)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(changed, 1):
         weights = site.weights()
@@ -114,7 +109,7 @@ def inspect(
     result: Figures = {
         "adapter": str(path),
         **({"over": [*map(str, over)]} if over else {}),
-        "model": source.name,
+        "model": base.name,
         "method": str(adapter.spec),
         "beside": beside(adapter),
         "whole": of_whole(figures),

@@ -146,19 +146,17 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
         yield Site(path, delta, layer)
 
 
-def load_below(
-    model: nn.Module, over: Sequence[str | Path], allow_other_base: bool
-) -> tuple[str, ...]:
+def load_below(model: nn.Module, over: Sequence[str | Path], allowed: bool) -> tuple[str, ...]:
     """Load adapters as the base of another one, and return their names on the model, lowest first.
 
     Args:
         model: The base.
         over: The adapters, lowest first.
-        allow_other_base: Accept adapters whose fingerprint names another base.
+        allowed: Accept those that were trained on another base.
     """
     names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
     for name, path in zip(names, over, strict=True):
-        load(model, path, name, allow_other_base=allow_other_base)
+        load(model, path, name, allow_other_base=allowed)
     return names
 
 

@@ -91,7 +91,7 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if setting.optimizer == "adamw" and not (in_place and setting.base.dtype.itemsize == 2):
         yield "optimizer adamw8bit", replace(setting, optimizer="adamw8bit")
         if in_place:
-            yield "base bf16", replace(setting, base=Storage(torch.bfloat16))
+            yield "storage bf16", replace(setting, base=Storage(torch.bfloat16))
     if not in_place:
         yield from quantized(setting)
         if not setting.checkpointing:
@@ -111,7 +111,7 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
 def quantized(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Yield the setting on a base in NF4, unless its base is quantized already."""
     if setting.base.quantization is None:
-        yield "base nf4", replace(setting, base=Storage(torch.bfloat16, "nf4"))
+        yield "storage nf4", replace(setting, base=Storage(torch.bfloat16, "nf4"))
 
 
 def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODES: dict[str, dict[str, Any]] = {
-    "inference": {"base": "bf16"},
+    "inference": {"storage": "bf16"},
     "full": {"method": "full"},
-    "lora": {"method": "lora", "base": "bf16"},
-    "qlora": {"method": "lora", "base": "nf4"},
+    "lora": {"method": "lora", "storage": "bf16"},
+    "qlora": {"method": "lora", "storage": "nf4"},
 }
 
 
@@ -66,10 +66,10 @@ def setting_of(
     fields = MODES.get(mode, {"method": mode})
     recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
     if mode == "inference":
-        return Setting(stored(recipe.base), rows=(length,) * batch)
+        return Setting(stored(recipe.storage), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
     spec = spec_of(recipe)
-    base = stored(trainable_storage(recipe) if spec.trains_base else recipe.base)
+    base = stored(trainable_storage(recipe) if spec.trains_base else recipe.storage)
     if spec.trains_base:
         check_rounding(optimizer, [base.dtype])
     return Setting(

@@ -94,7 +94,7 @@ def choose_into(
     if in_files is not None:
         if base not in ("auto", in_files):
             raise LorafoldError(
-                f"base {base}: the model's files are stored as {in_files}; expected {in_files}"
+                f"storage {base}: the model's files are stored as {in_files}; expected {in_files}"
             )
         if asked not in (None, "dequantized"):
             lost = ", in which the update would be lost to rounding" * (asked == in_files)
@@ -114,7 +114,7 @@ def choose_into(
         )
         raise LorafoldError(
             f"into dequantized: {known}, expected a quantized base; fold into original, or name the"
-            f" quantization with --base {' or '.join(QUANTIZATIONS)}"
+            f" quantization with --storage {' or '.join(QUANTIZATIONS)}"
         )
     return Into(asked or ("dequantized" if trained_on else "original"), trained_on)
 
@@ -179,5 +179,5 @@ def check_saved(model: nn.Module, quantization: str) -> None:
             f"into {quantization}: found experts ({found[0]}"
             + f" and {len(found) - 1} more" * (len(found) > 1)
             + f"), which transformers can't save as {quantization}; fold into original or"
-            f" dequantized weights and load them with --base {quantization}"
+            f" dequantized weights and load them with --storage {quantization}"
         )

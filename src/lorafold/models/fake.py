@@ -114,7 +114,7 @@ def fake_model(
             set_compute_dtype(module, storage.dtype)
     elif storage.quantization in IN_FILES:
         raise LorafoldError(
-            f"base {storage.quantization}: found the {what} that is"
+            f"storage {storage.quantization}: found the {what} that is"
             " not quantized, expected one whose files are stored so"
         )
     elif storage.quantization is not None:

@@ -45,7 +45,7 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if base not in ("auto", *dtypes, *QUANTIZED):
         raise LorafoldError(
-            f"base {base}: unknown; expected auto, {', '.join(dtypes)},"
+            f"storage {base}: unknown; expected auto, {', '.join(dtypes)},"
             f" {' or '.join(QUANTIZATIONS)}, or {' or '.join(IN_FILES)} where its files are"
             " stored so"
         )

@@ -25,8 +25,8 @@ from lorafold.inspecting.run import inspect
 from lorafold.machine.devices import choose_device
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, choose_storage
+from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
 from lorafold.quickstart.task import rows
 from lorafold.step.recipe import Recipe
@@ -37,7 +37,7 @@ PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
 # the base in fp32 on every machine, so that figures of commands that use this recipe are comparable
-RECIPE = Recipe(steps=100, batch=4, dropout=0.0, base="fp32", max_length=256)
+RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,11 @@ def quickstart(
     before = measure(test_rows, None, storage, where, console)
     console.rule("2  training: LoRA on every linear layer of the blocks")
     request = Request(
-        MODEL,
+        Base(MODEL, device=device),
         out / "adapter",
-        RECIPE.model_copy(update={"base": base}),
+        RECIPE.model_copy(update={"storage": base}),
         train_rows,
         str(out / "train.jsonl"),
-        device=device,
         overwrite=overwrite,
     )
     trained = train(request, console)
@@ -119,7 +118,7 @@ def quickstart(
     after = measure(test_rows, out / "adapter", storage, where, console)
     side_by_side(before, after, console)
     console.rule("4  inspect: what the adapter changed")
-    found = inspect(resolve_model(MODEL), out / "adapter")
+    found = inspect(Base(MODEL), out / "adapter")
     page(found, out / "adapter.html")
     for sentence in found["advice"]:
         console.print(sentence, highlight=False, markup=False)

@@ -54,8 +54,8 @@ def fitting(recipe: Recipe, method: str) -> Recipe:
     unset = [name for name in recipe.for_method() if name not in known]
     changes: dict[str, Any] = {name: Recipe.model_fields[name].default for name in unset}
     changes["options"] = {name: value for name, value in recipe.options.items() if name in known}
-    if make_spec(method).trains_base and recipe.base in QUANTIZED:
-        changes["base"] = "fp32"
+    if make_spec(method).trains_base and recipe.storage in QUANTIZED:
+        changes["storage"] = "fp32"
     return recipe.model_copy(update=changes | {"method": method})
 
 
@@ -63,10 +63,10 @@ def trainable_storage(recipe: Recipe) -> str:
     """Return the storage of a base whose own weights are trained: fp32, or bf16 if the recipe asks
     for it. Raises LorafoldError if it asks for quantized weights.
     """
-    storage = str(recipe.base)
-    if storage in QUANTIZED and "base" in recipe.model_fields_set:
+    storage = str(recipe.storage)
+    if storage in QUANTIZED and "storage" in recipe.model_fields_set:
         raise LorafoldError(
-            f"base {storage}: {recipe.method} trains the base's own weights, which can't be"
+            f"storage {storage}: {recipe.method} trains the base's own weights, which can't be"
             " quantized; expected fp32 or bf16"
         )
     return "fp32" if storage in (*QUANTIZED, "auto") else storage
@@ -89,7 +89,7 @@ def settled_base(
         source: The base model.
         adapters: The saved adapters that the run loads.
     """
-    storage, asked = str(recipe.base), "base" in recipe.model_fields_set
+    storage, asked = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:
         return trainable_storage(recipe)
     if not asked:
@@ -101,7 +101,7 @@ def settled_base(
     if storage in QUANTIZATIONS and importlib.util.find_spec("bitsandbytes") is None:
         if asked:
             raise LorafoldError(
-                f"base {storage}: needs bitsandbytes, which is not installed; pip install"
+                f"storage {storage}: needs bitsandbytes, which is not installed; pip install"
                 " bitsandbytes, or expected bf16, fp32 or auto"
             )
         return "auto"

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
+from lorafold.files.renamed import RENAMED, named_as_now
 from lorafold.step.recipe import Recipe
 
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
@@ -42,11 +43,12 @@ def load_recipe(
     values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources: dict[str, str] = dict.fromkeys(values, "the defaults")
     problems: list[str] = []
-    for key, value in _read(config).items() if config is not None else ():
+    for key, value in named_as_now(_read(config) if config is not None else {}).items():
         values[key], sources[key] = value, str(config)
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
+        field = RENAMED.get(field, field)
         value = parse_yaml(text, f"--set {pair}")
         if not equals or not field:
             problems.append(f"--set {pair}: expected key=value")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lorafold.files.renamed import RENAMED
 from lorafold.methods import METHODS
 
 Positive = Annotated[float, Field(gt=0)]
@@ -23,7 +24,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
 OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
 OF_MEMORY = {
-    *(*OF_METHOD, "method", "options", "targets", "base", "optimizer", "gradient_checkpointing")
+    *(*OF_METHOD, "method", "options", "targets", "storage", "optimizer", "gradient_checkpointing")
 }
 # The subject of the fields from this one on, for help and docs.
 GROUPS = {
@@ -126,7 +127,7 @@ class Recipe(BaseModel):
         {},
         description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
     )
-    base: Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "auto"] = Field(
+    storage: Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "auto"] = Field(
         "nf4",
         description=(
             "How the base stores its weights while the adapter is trained: in 4 bits (nf4), 8, 16"
@@ -227,6 +228,15 @@ class Recipe(BaseModel):
         (), description="Trackers of the accelerate library to report to, as in tensorboard."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for old, name in RENAMED.items():
+                if old in given and name not in given:
+                    given = {name if key == old else key: v for key, v in given.items()}
+        return given
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -256,6 +266,11 @@ class Recipe(BaseModel):
         if self.streaming and self.objective != "sft":
             raise ValueError("streaming: expected the objective sft")
         return self
+
+    @property
+    def base(self) -> str:
+        """The old name of `storage`."""
+        return self.storage
 
     def for_method(self) -> dict[str, Any]:
         """What is set of the fields that are options of methods; `options` holds the others."""

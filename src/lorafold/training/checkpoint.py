@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
+from lorafold.files.renamed import named_as_now
 
 FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
 
@@ -81,7 +82,7 @@ class RunDirectory:
         """
         check_intact(self.path, ["run.json"])
         try:
-            found = json.loads((self.path / "run.json").read_text())
+            found = named_as_now(json.loads((self.path / "run.json").read_text()))
         except (OSError, ValueError):
             raise LorafoldError(
                 f"{self.path}: found no run to resume; start one without --resume"

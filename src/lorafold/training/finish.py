@@ -102,7 +102,7 @@ def finish(
         record |= {VOCABULARY: size}
     model, spec = job.adapter.model, job.adapter.spec
     card = training_card(
-        request.model,
+        request.base.name,
         record,
         asdict(result),
         whole=spec.trains_base,

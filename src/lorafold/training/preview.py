@@ -62,8 +62,8 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
 
     Raises LorafoldError for rows that the objective can't use.
     """
-    source, objective = objective_of(request)
-    tokenizer, _ = tokenizer_for(request, source, objective, console)
+    objective = objective_of(request)
+    tokenizer, _ = tokenizer_for(request, objective, console)
     few, rendering = request.first_rows(rows), rendering_of(request.recipe)
     train = objective.encode(few, tokenizer, request.recipe.max_length, console, rendering)
     console.print(f"the first rows: {train.report}", highlight=False)

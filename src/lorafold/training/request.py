@@ -19,10 +19,10 @@ from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import Stream, StreamFeed
-from lorafold.identity import of_adapter, of_model
-from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.identity import of_adapter
 from lorafold.models.template_variables import set_variables
-from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
+from lorafold.models.tokenizer import Words, add_words, set_template
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES, Data, Objective
 
@@ -39,16 +39,13 @@ class Request:
     below the one that is trained.
     """
 
-    model: str
+    base: Base
     out: Path
     recipe: Recipe
     rows: Sequence[Row] | Stream
     source: str  # where the rows came from, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
-    device: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
     resume: bool = False
     overwrite: bool = False
     over: tuple[Path, ...] = ()
@@ -83,43 +80,36 @@ def rendering_of(recipe: Recipe) -> Rendering:
     return Rendering(recipe.train_on, recipe.mask_reasoning)
 
 
-def objective_of(request: Request) -> tuple[ModelSource, Objective]:
-    """The model's directory, and the run's objective for it.
-
-    Raises LorafoldError for a model that is not found, and labels that are not the model's.
+def objective_of(request: Request) -> Objective:
+    """The run's objective for its model. Raises LorafoldError for labels that are not the model's.
     """
-    source = resolve_model(request.model, request.revision)
     rows = () if isinstance(request.rows, Stream) else request.rows
     objective = OBJECTIVES[request.recipe.objective]
-    return source, objective(request.recipe, rows, source, request.adapters)
+    return objective(request.recipe, rows, request.base.source, request.adapters)
 
 
-def files_of(request: Request, source: ModelSource) -> dict[str, dict[str, str]]:
+def files_of(request: Request) -> dict[str, dict[str, str]]:
     """What the run reads from files, each with its tokenizer: the `model`, the adapters below, as
     `Request.below` names them, and that of `init_adapter`; by name and identity.
-
-    Args:
-        request: Names the adapters.
-        source: The model.
     """
     names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
     adapters = zip(names, request.adapters, strict=True)
-    found = {"model": {"name": source.name, "sha256": of_model(source, request.trust_remote_code)}}
+    found = {"model": {"name": request.base.name, "sha256": request.base.identity}}
     return found | {n: {"name": str(path), "sha256": of_adapter(path)} for n, path in adapters}
 
 
 def tokenizer_for(
-    request: Request, source: ModelSource, objective: Objective, console: Console
+    request: Request, objective: Objective, console: Console
 ) -> tuple[PreTrainedTokenizerBase, Words]:
-    """The tokenizer with the recipe's chat template and new tokens, and the ids of these tokens.
+    """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
+    template and new tokens, and the ids of these tokens.
 
     Args:
         request: Names the chat template, the new tokens and the adapters to load.
-        source: The model, whose tokenizer is taken unless an adapter has its own.
         objective: Adds what the tokenizer lacks for it, such as a chat template.
         console: For notices of what was added.
     """
-    tokenizer = tokenizer_of(source, request.adapters, request.trust_remote_code)
+    tokenizer = request.base.tokenizer(request.adapters)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
     set_variables(tokenizer, request.recipe.template_kwargs)

@@ -23,12 +23,8 @@ from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
-from lorafold.machine.devices import choose_device
 from lorafold.memory.before_run import planned, settle
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.configuration import configuration
-from lorafold.models.sources import ModelSource
-from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.peft import directory as peft
@@ -48,17 +44,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """The choices of a run that need no model; the recipe in `request` names the base's storage."""
+    """The choices of a run that need no model; in `request` the storage of the base is settled."""
 
     request: Request
     spec: Spec
-    source: ModelSource
     objective: Objective
-    device: torch.device
-    storage: Storage
     tokenizer: PreTrainedTokenizerBase
     words: Words
     files: dict[str, dict[str, str]]
+    saved: list[peft.Stored]  # the adapters to load, lowest first; none once they are loaded
     feed: Feed
     held_out: Data | None
     accelerator: Accelerator
@@ -69,7 +63,8 @@ class Setup:
         device.
         """
         read = [of["sha256"] for name, of in self.files.items() if name != "init_adapter"]
-        return [*read, self.storage.name, str(self.storage.dtype), self.device.type]
+        base = self.request.base
+        return [*read, base.held.name, str(base.held.dtype), base.where.type]
 
 
 def check_request(request: Request, console: Console) -> Spec:
@@ -128,7 +123,7 @@ def stored_adapters(request: Request) -> list[peft.Stored]:
     origins: list[Origin] = []
     for path in request.adapters:
         stored = peft.read(path)
-        if not same(stored.over, origins):
+        if not (request.base.allow_other_base or same(stored.over, origins)):
             needed = " ".join(f"--over {origin.path}" for origin in stored.over)
             raise LorafoldError(
                 f"{path}: {mismatch(stored.over, origins)}; give {needed}"
@@ -145,23 +140,22 @@ def set_up(request: Request, console: Console) -> Setup:
     be split over the processes.
     """
     spec = check_request(request, console)
-    stored_adapters(request)
-    source, objective = objective_of(request)
-    base = settled_base(request.recipe, spec, source, request.adapters)
-    recipe = request.recipe.model_copy(update={"base": base})
-    request = replace(request, recipe=recipe)
-    device = choose_device(request.device)
-    storage = choose_storage(recipe.base, device)
+    saved = stored_adapters(request)
+    objective = objective_of(request)
+    storage = settled_base(request.recipe, spec, request.base.source, request.adapters)
+    recipe = request.recipe.model_copy(update={"storage": storage})
+    base = request.base.stored(storage)
+    request = replace(request, recipe=recipe, base=base)
     if spec.trains_base:
-        check_rounding(recipe.optimizer, [storage.dtype])
-    files = files_of(request, source)
-    tokenizer, words = tokenizer_for(request, source, objective, console)
+        check_rounding(recipe.optimizer, [base.held.dtype])
+    files = files_of(request)
+    tokenizer, words = tokenizer_for(request, objective, console)
     feed, held_out = tokenized(request, tokenizer, objective, console)
-    console.print(f"base: {storage.why}", highlight=False)
+    console.print(f"base: {base.held.why}", highlight=False)
     # the logs of trackers stay when the checkpoints are removed
     logs = str(request.out.with_name(request.out.name + ".logs"))
     accelerator = Accelerator(
-        cpu=device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs
+        cpu=base.where.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs
     )
     if recipe.batch % accelerator.num_processes:
         raise LorafoldError(
@@ -169,9 +163,8 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request, spec, source, objective, device, storage, tokenizer, words, files, feed,
-        held_out, accelerator,
-    )  # fmt: skip
+        request, spec, objective, tokenizer, words, files, saved, feed, held_out, accelerator
+    )
 
 
 def adapted_model(
@@ -182,47 +175,48 @@ def adapted_model(
     The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
     the one that `init_adapter` names; those of `over` are below it.
     """
-    request, recipe = setup.request, setup.request.recipe
-    found = stored_adapters(request)
-    below = tuple((s.spec, s.beside) for s in found[: len(request.over)])
-    stored = found[-1] if request.init_adapter else None
+    request, recipe, base = setup.request, setup.request.recipe, setup.request.base
+    over, stored = setup.saved[: len(request.over)], None
+    if request.init_adapter:
+        stored = setup.saved[-1]
+    below = tuple((s.spec, s.beside) for s in over)
     extra = stored.beside if stored else partial(extras, setup)
     heaviest = planned(
         recipe,
         stored.spec if stored else setup.spec,
-        setup.storage,
+        base.held,
         setup.feed,
         extra,
         setup.objective.outputs,
         recipe.packing and setup.objective.packs,
         setup.accelerator.num_processes,
-        setup.device,
+        base.where,
         below,
         setup.objective.trained,
     )
-    config = configuration(str(setup.source.path), trust_remote_code=request.trust_remote_code)
     free = free_everywhere(setup.accelerator)
-    checkpointing = settle(config, heaviest, recipe.gradient_checkpointing, free, console)
+    checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
     model = setup.objective.load(
         ModelRequest(
-            setup.source,
+            base.source,
             setup.tokenizer,
-            setup.storage,
-            setup.device,
+            base.held,
+            base.where,
             recipe.seed,
-            request.trust_remote_code,
+            base.trust_remote_code,
         )
     )
     check_positions(setup, model)
     torch.manual_seed(recipe.seed)
-    weights = weights_of(setup.source, setup.storage)
-    for name, path in zip(request.below, request.over, strict=True):
-        load(model, path, name, base=weights)
-    if not request.init_adapter:
+    weights, other = base.weights(), base.allow_other_base
+    setup.saved.clear()
+    for name, one in zip(request.below, over, strict=True):
+        load(model, one, name, allow_other_base=other, base=weights)
+    if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
         return model, adapter, weights, checkpointing
-    adapter = load(model, request.init_adapter, trainable=True, base=weights)
+    adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
     if missing := untrained(setup, model, adapter.spec):
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"

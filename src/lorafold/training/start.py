@@ -119,7 +119,7 @@ def identity_of(
     recipe = request.recipe.model_dump(mode="json")
     identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
     identity |= {
-        "model": request.model,
+        "model": request.base.name,
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
         FILES: files,

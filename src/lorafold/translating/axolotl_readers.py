@@ -89,11 +89,11 @@ def target_parameters(value: Any, settings: Settings) -> Outcome:
     return trainer.target_parameters(modules, names(value))
 
 
-def quantized(base: str) -> Reader:
+def quantized(storage: str) -> Reader:
     """The reader of `load_in_4bit` or `load_in_8bit`, which become this quantized base."""
 
     def read(value: Any, settings: Settings) -> Outcome:
-        return taken(base=base) if boolean(value) else taken("it is off")
+        return taken(storage=storage) if boolean(value) else taken("it is off")
 
     return read
 
@@ -105,9 +105,9 @@ def bf16(value: Any, settings: Settings) -> Outcome | None:
     if value not in ("full", True) and any(settings[key] for key in ("fp16", "float16", "float32")):
         return None
     if value == "auto":
-        return taken(base="auto")
+        return taken(storage="auto")
     on = value == "full" or boolean(value) or bool(settings["bfloat16"])
-    return taken(base="bf16" if on else "fp32")
+    return taken(storage="bf16" if on else "fp32")
 
 
 def fp16(value: Any, settings: Settings) -> Outcome | None:
@@ -116,7 +116,7 @@ def fp16(value: Any, settings: Settings) -> Outcome | None:
         return taken("it is off")
     if settings["load_in_4bit"] or settings["load_in_8bit"] or settings["bf16"] in (True, "full"):
         return None
-    return changed("lorafold does not train in fp16; bf16 takes the same memory", base="bf16")
+    return changed("lorafold does not train in fp16; bf16 takes the same memory", storage="bf16")
 
 
 def fp32(value: Any, settings: Settings) -> Outcome | None:
@@ -124,7 +124,7 @@ def fp32(value: Any, settings: Settings) -> Outcome | None:
     if not boolean(value):
         return taken("it is off")
     quantized_base = settings["load_in_4bit"] or settings["load_in_8bit"]
-    return None if quantized_base or settings["bf16"] in (True, "full") else taken(base="fp32")
+    return None if quantized_base or settings["bf16"] in (True, "full") else taken(storage="fp32")
 
 
 def accumulation(settings: Settings) -> int:

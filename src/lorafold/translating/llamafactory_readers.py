@@ -102,11 +102,11 @@ def quantization_bit(value: Any, settings: Settings) -> Outcome:
     by, kind = settings["quantization_method"], settings["quantization_type"]
     found = {4: "nf4", 8: "int8"}.get(integer(value))
     if found and by in ("bnb", "bitsandbytes") and (found == "int8" or kind == "nf4"):
-        return taken(base=found)
+        return taken(storage=found)
     nearest = found or "nf4"
     return changed(
         f"lorafold quantizes with bitsandbytes, as nf4 or int8, of which {nearest} is nearest",
-        base=nearest,
+        storage=nearest,
     )
 
 
@@ -124,13 +124,13 @@ def bf16(value: Any, settings: Settings) -> Outcome | None:
             "pure_bf16", boolean
         )
         return (
-            changed("weights that train are held in fp32 there, and so here", base="fp32")
+            changed("weights that train are held in fp32 there, and so here", storage="fp32")
             if whole_model
-            else taken(base="bf16")
+            else taken(storage="bf16")
         )
     if settings.read("fp16", boolean):
         return None
-    return taken("as the model's files are, where the hardware can", base="auto")
+    return taken("as the model's files are, where the hardware can", storage="auto")
 
 
 def pure_bf16(value: Any, settings: Settings) -> Outcome | None:
@@ -146,7 +146,7 @@ def fp16(value: Any, settings: Settings) -> Outcome | None:
         or settings.read("bf16", boolean)
     ):
         return None
-    return changed("lorafold does not train in fp16; bf16 takes the same memory", base="bf16")
+    return changed("lorafold does not train in fp16; bf16 takes the same memory", storage="bf16")
 
 
 def is_packed(settings: Settings) -> bool:

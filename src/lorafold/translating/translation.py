@@ -54,7 +54,7 @@ class Translation:
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)
         defaults = Recipe().model_dump(mode="json")
         order = [name for name in Recipe.model_fields if name in fields]
-        return {n: fields[n] for n in order if n == "base" or fields[n] != defaults[n]}
+        return {n: fields[n] for n in order if n == "storage" or fields[n] != defaults[n]}
 
     def to_yaml(self, path: str = "recipe.yaml") -> str:
         """The recipe's file, with a comment on every line that says where its value came from.

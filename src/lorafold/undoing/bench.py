@@ -21,9 +21,6 @@ from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.prompts import prompts_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import of_factors
-from lorafold.machine.devices import choose_device
-from lorafold.models.sources import resolve_model
-from lorafold.models.storage import choose_storage, weights_of
 from lorafold.training.request import rendering_of
 from lorafold.undoing.defences import DEFENCES, laid
 from lorafold.undoing.measure import Probe, State, distributions, measure, probe_of
@@ -91,9 +88,7 @@ class Bench:
 
     @cached_property
     def _weights(self) -> Any:
-        task = self.task
-        storage = choose_storage(task.recipe.base, choose_device(task.device))
-        return weights_of(resolve_model(task.model, task.revision), storage)
+        return self.task.base.weights()
 
     def before(self) -> dict[str, Any]:
         """The figures of the stack itself under `before`, and under `without` those of the model
@@ -125,7 +120,7 @@ class Bench:
             yield one
 
     def _load(self, path: Path, name: str) -> Adapter:
-        allowed = self.task.allow_other_base
+        allowed = self.task.base.allow_other_base
         return load(self.model, path, name, base=self._weights, allow_other_base=allowed)
 
     def after(self, path: Path, defence: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def sweep(task: Task, out: Path, opening: Opening, tell: Tell) -> Fragility:
                 points.append(found)
                 told = f"{described(run)}, {defence}: log-odds {found.measured.log_odds:+.2f}"
                 tell(told, len(points), total)
-    return Fragility(task.model, task.source, stacks, tuple(points))
+    return Fragility(task.base.name, task.source, stacks, tuple(points))
 
 
 def _after(bench: Callable[[], Bench], run: Run, out: Path, defence: str) -> dict:
@@ -85,7 +85,7 @@ def gate(task: Task, adapter: Path, instead: bool, opening: Opening) -> Fragilit
     before = Before.of_stored(bench.before())
     way = Way(stack.name, "none", None, None)
     found = point(way, None, None, before, bench.alone(adapter, instead))
-    return Fragility(task.model, str(adapter), {stack.name: before}, (found,))
+    return Fragility(task.base.name, str(adapter), {stack.name: before}, (found,))
 
 
 def before_of(task: Task, stack: Stack, out: Path, opening: Opening) -> Before:
@@ -137,14 +137,11 @@ def tune(run: Run, out: Path) -> None:
     if path.is_dir():
         return
     request = Request(
-        task.model,
+        task.base,
         path,
         run.recipe,
         run.rows,
         task.source,
-        device=task.device,
-        revision=task.revision,
-        trust_remote_code=task.trust_remote_code,
         resume=True,
         over=run.stack.adapters,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.figures import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.step.recipe import Recipe
 from lorafold.training.grounds import grounds
 from lorafold.undoing.defences import DEFENCES
@@ -66,7 +66,7 @@ def stacks_of(*adapters: Sequence[Path]) -> tuple[Stack, ...]:
 class Task:
     """The prompts, the benign rows, the stacks, and what of each run is varied."""
 
-    model: str
+    base: Base
     stacks: tuple[Stack, ...]
     refuse: Sequence[Row]
     controls: Sequence[Row]
@@ -82,22 +82,11 @@ class Task:
     mix: Rows | None = None
     recipe: Recipe = field(default_factory=lambda: RECIPE)
     max_new_tokens: int = 32
-    device: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    allow_other_base: bool = False
 
     @cached_property
     def grounds(self) -> dict[str, Any]:
         """The model's identity, how and where it is loaded, and the code."""
-        return grounds(
-            resolve_model(self.model, self.revision),
-            self.recipe.base,
-            self.recipe.chat_template,
-            *ROOMS,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return grounds(self.base, self.recipe.chat_template, *ROOMS)
 
     @property
     def probe_identity(self) -> list[Any]:
@@ -279,6 +268,3 @@ def _asked_and_trained(task: Task) -> Iterator[str]:
             )
 
 
-def settled(task: Task, base: str) -> Task:
-    """The task with the storage of the base in its recipe."""
-    return replace(task, recipe=task.recipe.model_copy(update={"base": base}))

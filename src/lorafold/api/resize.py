@@ -1,0 +1,121 @@
+"""`lf.resize` and `lf.extract`: the best LoRA of a rank for an adapter, and for the difference of
+two models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
+from lorafold.api.opened import opened
+from lorafold.errors import LorafoldError
+from lorafold.inspecting import resize as best
+from lorafold.inspecting.loss import losses_of
+from lorafold.opening import Base
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafold.inspecting.resize import Resized
+
+
+def resize(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path = "smollm2",
+    over: Paths = (),
+    rank: int | None = None,
+    energy: float | None = None,
+    data: Data | None = None,
+    columns: Columns | None = None,
+    max_length: int = 1024,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Resized:
+    """Write the best LoRA for a saved adapter of any method that changes matrices: of one rank, or
+    at each site of the smallest rank that keeps a share of the energy.
+
+    Args:
+        adapter: The adapter.
+        out: The directory to write.
+        model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
+        over: The adapters that it was trained over, lowest first; the result lies over the same.
+        rank: The rank of every site; smaller where an update has a smaller one.
+        energy: Instead of a rank, a share above 0 and at most 1.
+        data: Rows to measure the loss on before and after, in nats a token.
+        columns: The keys of the rows under other names, as in {"prompt": "question"}.
+        max_length: Longer rows are cut to this many tokens.
+        storage: How the base stores its weights where the loss is measured.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Accept an adapter whose fingerprint names another base.
+        overwrite: Replace `out` if it exists.
+        console: A rich console for notices; None is quiet.
+
+    Raises LorafoldError unless exactly one of rank and energy is given, for bad rows, and for an
+    adapter that has no form in weight space, changes biases with its weights or can't be read.
+    """
+    if (rank is None) == (energy is None):
+        found = "neither" if rank is None else "both"
+        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
+    if energy is not None and not 0 < energy <= 1:
+        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
+    rows = None if data is None else as_rows(data, columns, console)
+    base, below = (
+        Base(
+            model,
+            storage=storage,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
+        ),
+        as_paths(over),
+    )
+    result = best.resize(
+        base, adapter, out, over=below, rank=rank, energy=energy, overwrite=overwrite
+    )
+    if rows is None:
+        return result
+    # their base, and what they lie over, were checked when they were read
+    stack = [*below, Path(adapter), Path(out)]
+    loaded, tokenizer = opened(replace(base, allow_other_base=True), stack, console=console)
+    return replace(result, losses=losses_of(loaded, tokenizer, rows, max_length, len(below)))
+
+
+def extract(
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int,
+    model: str | Path = "smollm2",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Resized:
+    """Write the best LoRA for the difference of a fine-tuned model and its base, in the linear
+    layers of the blocks. One tensor at a time is in memory.
+
+    Args:
+        tuned: The fine-tuned model, as `lf.load_model` takes it.
+        out: The directory to write.
+        rank: The rank of every site.
+        model: The model before fine-tuning.
+        revision: The branch, tag or commit of a hub model before fine-tuning.
+        trust_remote_code: Run Python code that comes with the models.
+        overwrite: Replace `out` if it exists.
+
+    Raises LorafoldError where the models have different modules, or equal weights in those layers.
+    """
+    before = Base(model, revision=revision, trust_remote_code=trust_remote_code)
+    after = Base(tuned, trust_remote_code=trust_remote_code)
+    return best.extract(before, after, out, rank=rank, overwrite=overwrite)

@@ -1,0 +1,68 @@
+"""`lf.serve`: a base and its adapters behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.api.arguments import or_quiet
+from lorafold.api.opened import opened
+from lorafold.errors import LorafoldError
+from lorafold.opening import Base
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
+
+
+def serve(
+    adapters: str | Path,
+    *,
+    model: str | Path = "smollm2",
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    storage: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    open_page: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C: running requests end, new ones are refused.
+
+    Args:
+        adapters: A directory whose entries are saved adapters, or one adapter.
+        model: The base, as `lf.load_model` takes it.
+        config: A YAML file with settings and limits.
+        settings: Settings by name, such as {"port": 8000, "keys": "keys.json"}; those that are not
+            None win over the file.
+        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
+        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        open_page: Open the page in a browser once the server listens.
+        console: A rich console for what the user has to know; None is quiet.
+
+    Raises LorafoldError for packages that are missing, for every wrong setting, for a model that
+    can't be loaded, an address that is taken, and one that others can reach without keys.
+    """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise LorafoldError(f"found no {', '.join(missing)}, expected it; install lorafold[serve]")
+    from lorafold.serving import run
+    from lorafold.serving.settings import read_settings
+
+    found = read_settings(None if config is None else Path(config), settings or {})
+    console = or_quiet(console)
+    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    base = Base(
+        model,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    served = run.Base(name, lambda: base.source, lambda _: opened(base, console=console))
+    run.serve(served, Path(adapters), found, console, open_page)

@@ -1,0 +1,99 @@
+"""A base model: which files it is read from, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.identity import of_model
+from lorafold.machine.devices import choose_device
+from lorafold.models.configuration import configuration
+from lorafold.models.sources import ModelSource, resolved
+from lorafold.models.storage import Storage, choose_storage, default_storage, weights_of
+from lorafold.models.tokenizer import tokenizer_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from lorafold.models.checkpoint import MappedModel
+    from lorafold.models.weights import Weights
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as it was asked for. It is found when it is first needed, once; then the files that
+    were found are what counts, and a name that leads elsewhere later does not matter.
+
+    model: A name or path as `resolve_model` takes it, or what was found for one.
+    storage: How it stores its weights, as `choose_storage` takes it; auto until it is settled.
+    device: As asked; None is the fastest there is.
+    revision: The branch, tag or commit of a hub model.
+    trust_remote_code: Its own Python files run.
+    allow_other_base: Adapters that were trained on another base are loaded all the same.
+    """
+
+    model: str | Path | ModelSource = "smollm2"
+    storage: str = "auto"
+    device: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_other_base: bool = False
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Its files. Raises LorafoldError as `resolve_model`."""
+        return resolved(self.model, self.revision)
+
+    @property
+    def name(self) -> str:
+        """The name that was asked for."""
+        return self.model.name if isinstance(self.model, ModelSource) else str(self.model)
+
+    @cached_property
+    def where(self) -> torch.device:
+        """The device. Raises LorafoldError for one that this machine lacks."""
+        return choose_device(self.device)
+
+    @cached_property
+    def held(self) -> Storage:
+        """The storage on the device, with the reason for it."""
+        return choose_storage(self.storage, self.where)
+
+    @cached_property
+    def identity(self) -> str:
+        """The SHA-256 over all of its files that can change an answer, in hexadecimal."""
+        return of_model(self.source, self.trust_remote_code)
+
+    def stored(self, storage: str) -> Base:
+        """The same model in a storage that was chosen."""
+        return replace(self, model=self.source, storage=storage)
+
+    def stored_as_trained(self, adapters: Sequence[Path] = ()) -> Base:
+        """The same model, if its storage is auto, in that of its files or in the one that the
+        adapters were trained on.
+        """
+        chosen = self.storage == "auto" and default_storage(self.source, adapters)
+        return self.stored(chosen) if chosen else self
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration."""
+        at = str(self.source.path)
+        return configuration(at, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self, adapters: Sequence[str | Path] = ()) -> PreTrainedTokenizerBase:
+        """The tokenizer of the last adapter that has one, or the model's."""
+        return tokenizer_of(self.source, adapters, self.trust_remote_code)
+
+    def mapped(self) -> MappedModel:
+        """The model on its files, of which a weight is read when it is used."""
+        from lorafold.models.checkpoint import mapped_model_of
+
+        return mapped_model_of(self.source, self.trust_remote_code)
+
+    def weights(self) -> Weights | None:
+        """The original weights, if those in memory are quantized and the files have others."""
+        return weights_of(self.source, self.held)
