@@ -1,7 +1,7 @@
 """A new method is one file and one row of METHODS: all else follows from them.
 
 The file is written into a temporary directory, registered, and then trained, saved, loaded, merged
-and evaluated, from Python and by the command; the laws are those of `test_laws.py`.
+and evaluated, from Python and by the command; the laws are those of `laws.py`.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lorafold as lf
-import test_laws
+import laws
 from lorafold.cli import app
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -116,19 +116,12 @@ def config_of(path: Path) -> dict[str, Any]:
     return json.loads((path / "adapter_config.json").read_text())
 
 
-LAWS: list[Callable[[str, str], None]] = [
-    test_laws.test_identity_at_start,
-    test_laws.test_folding_then_calling_equals_calling,
-    test_laws.test_every_parameter_receives_a_gradient,
-    test_laws.test_gradients_are_those_of_the_folded_weight,
-    test_laws.test_state_round_trip_and_deepcopy,
-]
 
 
-@pytest.mark.parametrize("base", test_laws.BASES)
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("base", laws.BASES)
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 def test_the_law_holds(law, base: str, scaled: ModuleType, monkeypatch) -> None:
-    monkeypatch.setitem(test_laws.METHODS, "scaled", scaled.Scaled(group=4))
+    monkeypatch.setitem(laws.METHODS, "scaled", scaled.Scaled(group=4))
     law("scaled", base)
 
 

@@ -21,7 +21,7 @@ from lorafold.bases import layer_of
 from lorafold.methods import METHODS
 from lorafold.step.fused import fused
 from mixtures import CONFIGS
-from test_laws import BASES, CASES, adapted, move, to
+from laws import BASES, CASES, adapted, move, to
 from test_methods_on_models import IDS, attached, moved, spec_of
 
 UNIT = torch.finfo(torch.bfloat16).eps

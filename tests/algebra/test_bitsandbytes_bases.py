@@ -1,6 +1,6 @@
 """Bases packed by bitsandbytes: what is packed, what a step keeps, and that nothing else changes.
 
-(The laws: test_laws.py.)
+(The laws: lib/laws.py.)
 """
 
 import gc

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorafold as lf
 from lorafold.bases.dense import Matrix
 from lorafold.core.layer import Layer
-from test_laws import BASES, METHODS, move, to
+from laws import BASES, METHODS, move, to
 
 LOW_RANK = ["lora", "rslora", "pissa", "olora", "adalora", "vera"]
 # VeRA without dropout shares a product among layers instead, as `test_methods_ops` tests

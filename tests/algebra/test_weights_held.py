@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import lorafold as lf
 from lorafold.core.attach import base_state
 from lorafold.methods.lora import LoRADelta
-from test_laws import METHODS, adapted, move, packed
+from laws import METHODS, adapted, move, packed
 from test_served import Product, gradients, past, relative
 
 

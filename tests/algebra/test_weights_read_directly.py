@@ -14,7 +14,7 @@ from lorafold.bases import layer_class
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.reading import Reading
 from lorafold.methods.bottleneck import BottleneckDelta
-from test_laws import METHODS, NOT_LAID, move
+from laws import METHODS, NOT_LAID, move
 
 
 class Past(nn.Module):

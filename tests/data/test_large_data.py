@@ -247,7 +247,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 def test_rows_that_fill_the_disk_leave_nothing(tmp_path: Path) -> None:
     """A file may not be larger than a limit of the process, as if the disk were full."""
     script = (
-        "import resource, sys; sys.path.insert(0, 'tests'); import test_large_data as t;"
+        "import resource, sys; sys.path.insert(0, 'tests/lib'); import large_cases as t;"
         "t.lowered(); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         f"from lorafold.data.rows import read_rows; read_rows({str(tmp_path / 'rows.jsonl')!r})"
@@ -447,8 +447,8 @@ def straight(tiny_model_dir, tmp_path_factory) -> dict[bool, bytes]:
 WEIGHTS = "adapter_model.safetensors"
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "tests")
-import test_large_data as t
+sys.path.insert(0, "tests/lib")
+import large_cases as t
 t.lowered()
 where, data, out, model, pids = sys.argv[1:]
 def kill(*args, **fields):

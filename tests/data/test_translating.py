@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from conftest import lorafold
+from conftest import lorafold, refused
 from lorafold.errors import LorafoldError
 from lorafold.peft.config import CONFIG, read_config
 from lorafold.step.fitting import spec_of
@@ -22,7 +22,6 @@ from lorafold.translating import axolotl, llamafactory
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
-from test_cli import refused
 
 AXOLOTL = """
 base_model: acme/tiny-llama

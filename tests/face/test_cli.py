@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import lorafold
+from conftest import lorafold, refused
 from lorafold.cli import COMMANDS
 from lorafold.cli.common import emit
 
@@ -36,16 +36,6 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
         check=False,
         **options,
     )
-
-
-def refused(*arguments: str) -> str:
-    """The one line on stderr with which these arguments are refused."""
-    done = lorafold(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    return done.stderr
 
 
 def test_help_lists_every_command_and_loads_nothing_that_takes_long():

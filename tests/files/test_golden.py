@@ -21,7 +21,7 @@ import lorafold as lf
 from golden.make import COMPARE, EVALUATED, IDS, NEW_IDS, RUNS, SEARCH, evaluation
 from lorafold.cli import app
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(path.name for path in (GOLDEN / "adapters").iterdir())
 MODELS = ["full", "merged"]
 EXPECTED = load_file(GOLDEN / "expected.safetensors")

@@ -35,7 +35,7 @@ from lorafold.methods import METHODS
 from lorafold.models.gguf import UNPACKING
 from lorafold.step.recipe import Recipe
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 NOT_RUN = "Not run by the tests: "
 # commands that train many times, and pages with many commands: the fast tests only parse them

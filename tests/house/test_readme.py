@@ -12,7 +12,7 @@ import pytest
 from lorafold.cli import COMMANDS
 from lorafold.methods import METHODS
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 LINKS = re.findall(r"\]\(([^)#]+)", TEXT)
 

@@ -22,7 +22,7 @@ from lorafold.cli import COMMANDS
 from lorafold.serving.routes import page
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(8)]
 
 

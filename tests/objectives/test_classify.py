@@ -209,10 +209,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
 ) -> None:
     train(request(tiny_model_dir("llama"), tmp_path / "straight", steps=12, save_every=4), quiet())
     command = [sys.executable, "-c", KILLED, str(tiny_model_dir("llama")), str(tmp_path / "killed")]
-    path = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     train(
         request(tiny_model_dir("llama"), tmp_path / "killed", steps=12, save_every=4, resume=True),
@@ -228,7 +225,8 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from test_classify import quiet, request
+sys.path.insert(0, "tests/lib")
+from classify_cases import quiet, request
 from lorafold.training import loop
 step = loop.train_step
 def killing(job, rows, i):

@@ -19,7 +19,7 @@ from lorafold.serving.app import application
 from lorafold.serving.settings import Limits, Settings
 from serving_cases import Running, running, saved
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SOURCE = sorted(Path(lorafold.serving.__file__).parent.rglob("*.py"))
 DASHBOARD = DOCS / "grafana-dashboard.json"
 OPERATE, METRICS = "serve-operate.md", "| metric | kind | labels | |"

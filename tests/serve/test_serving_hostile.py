@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 import lorafold as lf
-from hostile_cases import CASES, MOVING, moving
-from hostile_siege import Siege, said
+from hostile_adapters import CASES, MOVING, moving
+from hostile_adapters.siege import Siege, said
 from serving_cases import running, saved
 
 WORST = (

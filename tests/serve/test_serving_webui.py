@@ -25,7 +25,7 @@ import lorafold as lf
 from serving_cases import Running, running, saved
 
 COMMAND = shutil.which("open-webui")
-DOCS = Path(__file__).parent.parent / "docs" / "serve-chat.md"
+DOCS = Path(__file__).parents[2] / "docs" / "serve-chat.md"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(COMMAND is None, reason="open-webui is not on the path"),

@@ -19,7 +19,7 @@ from lorafold.inspecting.spectra import (
 from lorafold.inspecting.subspaces import against_base, phi
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
-from test_laws import move
+from laws import move
 
 RANKED = ["lora", "rslora", "pissa", "olora", "vera", "adalora"]
 DENSE = ["loha", "lokr", "dora", "fish", "ia3"]

@@ -79,8 +79,8 @@ def made(kind: str, model_dir: Path, out: Path, spec: lf.LoRA, *more, **settings
 KILLED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_callback import LORA, Killed, made
+sys.path.insert(0, "tests/lib")
+from trainer_cases import LORA, Killed, made
 kind, model_dir, out = sys.argv[1:]
 made(kind, Path(model_dir), Path(out), LORA, Killed())[0].train()
 """

@@ -16,7 +16,7 @@ from lorafold.memory.terms import TERMS
 from lorafold.models.configuration import configuration
 from lorafold.models.sources import _embedded_gguf
 
-DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
+DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 
 
 def run(*arguments: str) -> Done:

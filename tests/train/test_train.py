@@ -110,8 +110,8 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_train import quiet, request
+sys.path.insert(0, "tests/lib")
+from training_cases import quiet, request
 from lorafold.training import loop
 step = loop.train_step
 def killing(job, rows, i):

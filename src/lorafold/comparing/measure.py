@@ -31,7 +31,7 @@ from lorafold.data.sources import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
-from lorafold.merging.certificate import probe_ids
+from lorafold.data.probes import probe_ids
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of

@@ -32,7 +32,7 @@ from lorafold.serving.directory import Directory
 from lorafold.serving.renderers import Renderers
 from lorafold.serving.rendering import Renderer
 from lorafold.serving.seen import Found, Seen
-from lorafold.translating.peft_config import name_of
+from lorafold.methods import name_of
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
