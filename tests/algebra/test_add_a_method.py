@@ -7,7 +7,6 @@ and evaluated, from Python and by the command; the laws are those of `laws.py`.
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-import lorafold as lf
 import laws
+import lorafold as lf
 from lorafold.cli import app
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
+from laws import BASES, CASES, adapted, move, to
 from lorafold.bases import layer_of
 from lorafold.methods import METHODS
 from lorafold.step.fused import fused
+from method_cases import IDS, attached, moved, spec_of
 from mixtures import CONFIGS
-from laws import BASES, CASES, adapted, move, to
-from test_methods_on_models import IDS, attached, moved, spec_of
 
 UNIT = torch.finfo(torch.bfloat16).eps
 

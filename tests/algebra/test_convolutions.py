@@ -37,7 +37,7 @@ from lorafold.core.spec import Spec
 from lorafold.inspecting.resize import resize
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from test_interop_peft import CLOSE, gap, move, save_theirs
+from peft_cases import CLOSE, gap, move, save_theirs
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from arithmetic_cases import OPS, Products, W, X
 from lorafold.ops.arithmetic import arithmetic, linear, multiplying, widening_pays, widens
 from lorafold.ops.operators import plainly
-from test_arithmetic import OPS, Products, W, X
 
 KINDS = {False: torch.bfloat16, True: torch.float32}
 

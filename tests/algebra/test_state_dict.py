@@ -18,9 +18,9 @@ import lorafold as lf
 from lorafold.core.attach import base_state
 from lorafold.methods import METHODS
 from lorafold.models.weights import ModelWeights
+from method_cases import IDS, attached, moved
 from mixtures import mixture
-from test_callback import SETTINGS, rows
-from test_methods_on_models import IDS, attached, moved
+from trainer_cases import SETTINGS, rows
 
 
 def logits(model: Any) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+from laws import METHODS, adapted, move, packed
 from lorafold.core.attach import base_state
 from lorafold.methods.lora import LoRADelta
-from laws import METHODS, adapted, move, packed
-from test_served import Product, gradients, past, relative
+from weight_readers import Product, gradients, past, relative
 
 
 def test_telling_shape_dtype_and_device_folds_nothing(monkeypatch) -> None:

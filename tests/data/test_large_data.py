@@ -27,6 +27,7 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
+from large_cases import N, row, train, written
 from lorafold.data import rows as reading
 from lorafold.data import stored, tokenizing
 from lorafold.data.batches import Batches, epoch_size
@@ -44,13 +45,6 @@ from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
 from lorafold.machine.cores import usable_cores
 
-N = 3000
-
-
-def lowered() -> None:
-    """Let data of 100 kB be large, in this process."""
-    stored.LARGE = reading.LARGE = 100_000
-
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -61,28 +55,8 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return written(tmp_path / "rows.jsonl")
 
 
-def row(n: int) -> dict:
-    return {
-        "completion": f'{{"people": {n % 7}, "naïve 🙂": {n}}}',
-        "prompt": f"Book a table for {n % 7} on day {n}, {'very ' * (n % 5)}early.",
-    }
-
-
-def written(path: Path, n: int = N, first: int = 0) -> Path:
-    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(first, first + n)))
-    return path
-
-
 def in_memory(path: Path) -> Rows:
     return Rows.of([json.loads(line) for line in path.read_text().splitlines()])
-
-
-def train(data: object, out: Path, model: Path, **fields: object) -> None:
-    resume = bool(fields.pop("resume", False))
-    recipe = lf.Recipe(**{"steps": 12, "batch": 4, "base": "fp32", "save_every": 5} | fields)
-    lf.train(
-        recipe, data=data, out=out, model=str(model), device="cpu", resume=resume, overwrite=resume
-    )
 
 
 def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:

@@ -13,12 +13,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from browser_cases import open_browser
+from conversation_cases import ROWS, said, user
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.step.recipe import Recipe
 from lorafold.training.preview import show
 from lorafold.training.request import Request
-from test_templates import ROWS, said, user
 
 
 def previewed(

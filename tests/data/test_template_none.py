@@ -24,7 +24,7 @@ from lorafold.step.reading import load_recipe
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.run import train
-from test_tokens_commands import lorafold, quiet, request, said
+from token_cases import lorafold, quiet, request, said
 
 PAIRS = [
     {"prompt": "Book a table for", "completion": " four people"},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from conversation_cases import HOW, ROME, ROWS, said, starting_points
 from families import as_taken, names, tokenizer_of
 from lorafold.data import forms
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
@@ -17,58 +18,6 @@ from lorafold.data.render import Rendering, Trained, render_trained
 from lorafold.data.shapes import shape_of
 from lorafold.errors import LorafoldError
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "description": "Its name"},
-                "days": {"type": "integer"},
-            },
-            "required": ["city"],
-        },
-    },
-}
-
-
-def user(text: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def said(text: str, thought: str | None = None) -> dict[str, Any]:
-    more = {} if thought is None else {"reasoning_content": thought}
-    return {"role": "assistant", "content": text} | more
-
-
-def called(thought: str | None = None) -> dict[str, Any]:
-    function = {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}
-    call = {"id": "call1abcd", "type": "function", "function": function}
-    more = {} if thought is None else {"reasoning_content": thought}
-    return {"role": "assistant", "content": None, "tool_calls": [call]} | more
-
-
-SYSTEM = {"role": "system", "content": "Be brief and kind."}
-RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call1abcd",
-          "content": '{"degrees": 21}'}  # fmt: skip
-PARTS = user([{"type": "text", "text": "And in "}, {"type": "text", "text": "Oslo?"}])
-HOW, ROME, OSLO = user("How is Rome?"), "It is 21 degrees.", "I do not know."
-ROWS: dict[str, dict[str, Any]] = {
-    "plain": {"messages": [HOW, said(ROME), PARTS, said(OSLO)]},
-    "system": {"messages": [SYSTEM, HOW, said(ROME), PARTS, said(OSLO)]},
-    "tools": {
-        "messages": [SYSTEM, HOW, called(), RESULT, said(ROME), PARTS, said(OSLO)],
-        "tools": [WEATHER],
-    },
-    "thinking": {"messages": [HOW, said(ROME, "Easy."), PARTS, said(OSLO, "A hard one.")]},
-    "both": {
-        "messages": [HOW, called("A tool."), RESULT, said(ROME, "Easy."), PARTS,
-                     said(OSLO, "A hard one.")],
-        "tools": [WEATHER],
-    },
-}  # fmt: skip
 MARKING = {name for name in names() if name.endswith("_training")} | {
     "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl",
 }  # fmt: skip
@@ -99,22 +48,6 @@ FAMILIES = {
     "qwen3_instruct_2507": "1 1 1 1, hidden 2",
     "smolvlm": "1 - 1 -, hidden 2",
 }
-
-
-def starting_points(name: str, row: dict[str, Any]) -> dict[int, list[int]]:
-    """The ids that transformers gives generation to start from, by the turn to generate."""
-    messages = as_taken(name, row["messages"])
-    return {
-        i: tokenizer_of(name).apply_chat_template(
-            messages[:i],
-            tools=row.get("tools"),
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant"
-    }
 
 
 def encoded(name: str, kind: str) -> tuple[str, list[Example], Trained]:

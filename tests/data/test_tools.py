@@ -16,6 +16,17 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 import lorafold.evaluation.rows as lf_evaluation
+from conversation_cases import (
+    RESULT,
+    ROME,
+    ROWS,
+    SYSTEM,
+    WEATHER,
+    called,
+    said,
+    starting_points,
+    user,
+)
 from families import as_taken, embedded, names, tokenizer_of
 from lorafold.api.arguments import as_rows
 from lorafold.cli import app
@@ -35,7 +46,6 @@ from lorafold.models.tokenizer import set_template
 from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
 from lorafold.step.reading import load_recipe
 from lorafold.step.recipe import Recipe
-from test_templates import RESULT, ROME, ROWS, SYSTEM, WEATHER, called, said, starting_points, user
 
 TOOLS = [
     WEATHER,

@@ -22,6 +22,7 @@ from lorafold.translating import axolotl, llamafactory
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
+from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 AXOLOTL = """
 base_model: acme/tiny-llama
@@ -94,37 +95,6 @@ eval_strategy: steps
 eval_steps: 50
 resume_from_checkpoint: null
 """
-
-
-def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translation:
-    path = tmp_path / "theirs.yml"
-    path.write_text(text)
-    return translate(path, kind)
-
-
-def axolotl_of(tmp_path: Path, **settings) -> Translation:
-    """A least axolotl file of LoRA, with these settings over it."""
-    least = {
-        "base_model": "m",
-        "adapter": "lora",
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_target_linear": True,
-        "learning_rate": 1e-4,
-    }
-    return translated(tmp_path, yaml.safe_dump(least | settings), "axolotl")
-
-
-def llamafactory_of(tmp_path: Path, **settings) -> Translation:
-    return translated(tmp_path, yaml.safe_dump({"stage": "sft"} | settings), "llamafactory")
-
-
-def keys(translation: Translation, how: str) -> set[str]:
-    return {e.key for e in getattr(translation, how) if e.given}
-
-
-def remark(translation: Translation, key: str) -> str:
-    return next(e.outcome.remark for e in translation.entries if e.key == key)
 
 
 def test_an_axolotl_file_field_by_field(tmp_path):

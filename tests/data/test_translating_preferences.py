@@ -24,8 +24,8 @@ from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.translating.run import write
-from test_preferences import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
-from test_translating import axolotl_of, keys, llamafactory_of, remark, translated
+from preference_cases import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
+from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 LLAMAFACTORY = """
 ### an adapter of preferences over one of answers

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import lorafold, refused
+from conftest import refused
 from lorafold.cli import COMMANDS
 from lorafold.cli.common import emit
 

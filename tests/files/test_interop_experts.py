@@ -27,7 +27,7 @@ from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.files.atomic import MANIFEST
 from mixtures import CONFIGS
-from test_interop_peft import CLOSE, gap, logits, move, noise
+from peft_cases import CLOSE, gap, logits, move, noise
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 KINDS = ["mixtral", "qwen3-moe", "qwen2-moe", "gpt-oss"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from lorafold.core.spec import Spec
-from test_interop_peft import CLOSE, gap, logits, move, save_theirs
+from peft_cases import CLOSE, gap, logits, move, save_theirs
 
 Model = Callable[[str], Any]
 

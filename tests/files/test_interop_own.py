@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 import lorafold as lf
 from lorafold.core.spec import Spec
 from lorafold.files.atomic import MANIFEST
-from test_interop_peft import CLOSE, gap, ids, logits, move
+from peft_cases import CLOSE, gap, ids, logits, move
 
 VIRTUAL: dict[str, tuple[Spec, peft.PeftConfig]] = {
     "prompt": (

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lorafold as lf
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.weights import FileWeights, model_files
-from test_interop_peft import CLOSE, gap, load_theirs, move, noise
+from peft_cases import CLOSE, gap, load_theirs, move, noise
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 TIED = ["gemma", "gpt2"]

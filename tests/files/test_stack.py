@@ -29,7 +29,7 @@ from lorafold.step.activations import recompute
 from lorafold.step.recipe import Recipe
 from lorafold.training import loop, run, setup
 from lorafold.training.request import Request
-from test_train import ROWS, quiet, weights
+from training_cases import ROWS, quiet, weights
 
 IDS = torch.arange(5, 29).view(2, 12)
 TRAINED = {"steps": 4, "batch": 4, "base": "fp32", "lr": 1e-2}

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import lorafold as lf
+from adapter_cases import make_adapter, resaved
+from gguf_cases import write_gguf
 from lorafold.cli import main
 from lorafold.errors import LorafoldError
 from lorafold.files import atomic, contents
@@ -32,8 +34,6 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.training.checkpoint import RunDirectory
-from test_merge import make_adapter, resaved
-from test_models import write_gguf
 
 WEIGHTS = "adapter_model.safetensors"
 BITS = 40

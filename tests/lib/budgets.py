@@ -57,5 +57,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for folder, seconds in sorted(_took.items()):
         terminalreporter.line(
-            f"{folder:<10} {seconds:6.1f} CPU seconds of {BUDGETS.get(folder, 0)} for its fast tests"
+            f"{folder:<10} fast tests: {seconds:6.1f} CPU seconds of {BUDGETS.get(folder, 0)}"
         )

@@ -46,16 +46,15 @@ def imported(text: str, own: str, for_checkers: bool = True) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ASKS:
             yield asked(node.args[0], own)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if is_module(node.value):
-                yield node.value
+        elif isinstance(node, ast.Constant) and is_module(node.value):
+            yield node.value
 
 
-def is_module(text: str) -> bool:
-    """Is a text the name of a module or package of lorafold?"""
-    if not re.fullmatch(r"lorafold(\.\w+)+", text):
+def is_module(value: object) -> bool:
+    """Is a value the name of a module or package of lorafold?"""
+    if not isinstance(value, str) or not re.fullmatch(r"lorafold(\.\w+)+", value):
         return False
-    place = SRC.parent.joinpath(*text.split("."))
+    place = SRC.parent.joinpath(*value.split("."))
     return place.is_dir() or place.with_suffix(".py").exists()
 
 

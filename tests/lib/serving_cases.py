@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +20,14 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 
 from engine_cases import save_adapters
 from lorafold.api.opened import opened
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
+from lorafold.screening.screen import Screen
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys, new_key
@@ -191,3 +193,35 @@ def raw(server: Running, head: str, *body: bytes, host: str = "localhost") -> by
             return at.recv(65536)
         except ConnectionResetError:
             return b""
+
+
+def until(true: Callable[[], object], seconds: float = 20) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def stream_of(server: Running, model: str, tokens: int, **more: object) -> socket.socket:
+    """A connection on which a stream was asked for, and of which nothing was read."""
+    at = socket.socket()
+    at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    at.connect(("127.0.0.1", server.port))
+    asked = {"model": model, "prompt": "The", "max_tokens": tokens, "stream": True}
+    body = json.dumps(asked | {"ignore_eos": True} | more).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    at.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return at
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the adapters that are read to be verified, from now on."""
+    names, verify = list[str](), Screen.verify
+
+    def count(self: Screen, path: Path, *rest: Any) -> Any:
+        names.append(path.name)
+        return verify(self, path, *rest)
+
+    monkeypatch.setattr(Screen, "verify", count)
+    return names

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from typer.testing import CliRunner
 
 import lorafold as lf
+from classify_cases import ROWS, TEXTS, quiet, request
 from lorafold.cli import app
 from lorafold.data.labelled import classes_of, encode_labelled
 from lorafold.data.rows import check_rows
@@ -33,43 +34,9 @@ from lorafold.step.losses import Classification
 from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES
 from lorafold.training.preview import show
-from lorafold.training.request import Request
 from lorafold.training.run import train
 
-TEXTS = {
-    "booking": ["Book a table for {}", "A table for {} please", "Book the corner for {} tonight"],
-    "weather": [
-        "Rain in the mountains, day {}",
-        "It rains while the fox jumps {} times",
-        "Fair weather for {} hours",
-    ],
-    "alarm": [
-        "Remind me in {} minutes",
-        "Set an alarm for {}",
-        "Call me tomorrow at {}, then the plumber",
-    ],
-}
-ROWS = [
-    {"text": text.format(n), "label": label}
-    for n in range(4)
-    for label, texts in TEXTS.items()
-    for text in texts
-]
 SFT_ROWS = [{"prompt": "a", "completion": "b"}]
-
-
-def request(model: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> Request:
-    extra = {
-        k: fields.pop(k)
-        for k in ("resume", "overwrite", "eval_rows", "init_adapter")
-        if k in fields
-    }
-    recipe = Recipe(**{"objective": "classify", "steps": 6, "batch": 9, "base": "fp32"} | fields)
-    return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
-
-
-def quiet() -> Console:
-    return Console(quiet=True)
 
 
 def classifier(

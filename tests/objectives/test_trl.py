@@ -32,8 +32,8 @@ from trl import (
 import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.training.compared import check_reference
-from test_methods_on_models import IDS, moved
-from test_preferences import JUDGED, PAIRS
+from method_cases import IDS, moved
+from preference_cases import JUDGED, PAIRS
 
 SPECS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4, dropout=0.1),

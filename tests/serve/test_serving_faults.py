@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import os
 import random
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import pytest
 import torch
 
 import lorafold as lf
-from serving_cases import ADMIN, Answer, Running, raw, running, saved
+from serving_cases import ADMIN, Answer, Running, raw, running, saved, stream_of, until
 
 pytestmark = pytest.mark.filterwarnings(  # threads are killed
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"
@@ -38,14 +36,6 @@ def server(base_dir, tmp_path):
     folder = saved(base_dir, SPECS, tmp_path / "adapters")
     with running(base_dir, folder) as found:
         yield found
-
-
-def until(true: Callable[[], object], seconds: float = 20) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
 
 
 def at_once(server: Running, models: list[str], **more: object) -> list[Answer]:
@@ -142,18 +132,6 @@ def test_bodies_that_nobody_should_send(server: Running):
         assert server.ask("/v1/chat/completions", long).status == 400
         assert beside.result() == alone
     assert server.idle()
-
-
-def stream_of(server: Running, model: str, tokens: int, **more: object) -> socket.socket:
-    """A connection on which a stream was asked for, and of which nothing was read."""
-    at = socket.socket()
-    at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    at.connect(("127.0.0.1", server.port))
-    asked = {"model": model, "prompt": "The", "max_tokens": tokens, "stream": True}
-    body = json.dumps(asked | {"ignore_eos": True} | more).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    at.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    return at
 
 
 def test_clients_that_leave_leave_nothing(server: Running):

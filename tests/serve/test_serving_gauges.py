@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 import lorafold as lf
 from lorafold.serving import metrics
 from lorafold.serving.run import _tell
-from serving_cases import ADMIN, Running, running, saved
-from test_serving_faults import until
+from serving_cases import ADMIN, Running, running, saved, until
 
 Samples = dict[tuple[str, ...], float]
 

@@ -15,8 +15,7 @@ import pytest
 import lorafold as lf
 from lorafold.serving.desk import LEAVING
 from lorafold.serving.host import TURNS
-from serving_cases import Running, running, saved
-from test_serving_faults import stream_of, until
+from serving_cases import Running, running, saved, stream_of, until
 
 MOST = 4
 

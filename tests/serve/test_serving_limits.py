@@ -19,7 +19,7 @@ from lorafold.serving.keys import Caller, Keys, TokenLimits, new_key, read_keys,
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.spent import DAY, Spent
 from serving_cases import ADMIN, Running, running, saved
-from test_serving_faults import until as true
+from serving_cases import until as true
 
 SCRAPE = "a key for scraping of enough letters"
 

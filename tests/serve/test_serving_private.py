@@ -22,8 +22,7 @@ from lorafold.engine.runner import SlotRunner
 from lorafold.engine.text import Text
 from lorafold.serving import logs
 from lorafold.serving.app import Gate
-from serving_cases import ADMIN, Running, raw, running, saved
-from test_serving_faults import until
+from serving_cases import ADMIN, Running, raw, running, saved, until
 
 MARK = "zq7marker9xk"
 LOGGERS = ("lorafold", "uvicorn", "asyncio", "sse_starlette")

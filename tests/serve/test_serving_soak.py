@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 import lorafold as lf
-from serving_cases import ADMIN, Running, running, saved
-from test_serving_faults import stream_of, until
+from serving_cases import ADMIN, Running, running, saved, stream_of, until
 
 PROMPTS = ("The quick brown fox", "Book a table", "x" * 200)
 WRONG = (

@@ -14,27 +14,13 @@ import pytest
 
 import lorafold as lf
 from lorafold.engine import Engine
-from lorafold.screening.screen import Screen
 from lorafold.serving.sweep import Sweep
-from serving_cases import ADMIN, running, saved
-from test_serving_faults import until
+from serving_cases import ADMIN, counted, running, saved, until
 
 
 @pytest.fixture
 def folder(tiny_model_dir, tmp_path) -> Path:
     return saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2), "b": lf.IA3()}, tmp_path / "in")
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the adapters that are read to be verified, from now on."""
-    names, verify = list[str](), Screen.verify
-
-    def count(self: Screen, path: Path, *rest: Any) -> Any:
-        names.append(path.name)
-        return verify(self, path, *rest)
-
-    monkeypatch.setattr(Screen, "verify", count)
-    return names
 
 
 def test_it_serves_before_anything_was_verified(folder, tiny_model_dir, monkeypatch) -> None:

@@ -16,8 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 import lorafold as lf
 from engine_cases import METHODS
-from serving_cases import ADMIN, Running, running, saved
-from test_serving_faults import until
+from serving_cases import ADMIN, Running, running, saved, until
 
 PROMPT = "The quick brown fox"
 

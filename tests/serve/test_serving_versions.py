@@ -24,8 +24,7 @@ from lorafold.identity import joined, of_adapter
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.tokenizer import write_tokenizer
 from lorafold.screening.screen import Screen
-from serving_cases import ADMIN, Running, running, saved
-from test_serving_start import counted
+from serving_cases import ADMIN, Running, counted, running, saved
 
 OLD = ("adapter_config.json", "adapter_model.safetensors", "lorafold.json", "manifest.json")
 ASK = [{"role": "user", "content": "Hello"}]

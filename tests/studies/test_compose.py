@@ -12,23 +12,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 import lorafold as lf
+from adapter_cases import adapted_logits, logits, make_adapter, relative
+from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from lorafold.composing.arithmetic import cut, disjoint_mean, drop, inner, trim
-from lorafold.composing.job import Request
 from lorafold.composing.rules import RULES
-from lorafold.composing.run import compose
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
 from lorafold.ops.svd import svd_of_product
-from test_merge import adapted_logits, logits, make_adapter, relative
 
-ROUNDING = 1e-5
-Q = ["q_proj", "v_proj"]
 SPECS: dict[str, dict[str, Any]] = {  # of other ranks, targets and methods
     "a": {"spec": lf.LoRA(rank=4)},
     "b": {
@@ -58,42 +54,6 @@ def made(llama: Path, tmp_path_factory) -> Callable[..., list[Path]]:
         for i, (name, given) in enumerate(SPECS.items())
     }
     return lambda *names: [paths[name] for name in names]
-
-
-def run(
-    model: Path, adapters: Sequence[Path], out: Path, word: str = "linear", **options: Any
-) -> Any:
-    def unopened() -> Any:
-        raise AssertionError("arithmetic asked for the model")
-
-    request = Request(str(model), tuple(adapters), (word,), out, **options)
-    return compose(request, unopened, Console(quiet=True)).composed[word]
-
-
-def updates(model: Path, adapter: Path) -> dict[str, Tensor]:
-    """dW by module path, from the folded weights of a model of its own."""
-    before, after = load_model(model, torch.float32), load_model(model, torch.float32)
-    for m in (before, after):  # the adapter may change one of them only
-        m.config.tie_word_embeddings = False
-    lf.load(after, adapter).merge(untie_weights=True)
-    base = dict(before.named_parameters())
-    changed = {name: p.detach() - base[name] for name, p in after.named_parameters()}
-    return {name: change for name, change in changed.items() if change.any()}
-
-
-def weighted(model: Path, adapters: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for path, weight in zip(adapters, weights, strict=True):
-        for name, change in updates(model, path).items():
-            total[name] = total.get(name, 0) + weight * change
-    return total
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor], size: float = ROUNDING) -> None:
-    """The same updates, as far as fp32 weights of about 0.02 to 1 tell."""
-    assert found.keys() == expected.keys()
-    for name, change in expected.items():
-        assert (found[name] - change).norm() <= size * change.norm(), name
 
 
 @pytest.mark.parametrize("word", RULES)

@@ -18,6 +18,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lorafold as lf
+from adapter_cases import adapted_logits, logits, make_adapter, relative
+from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from lorafold.cli import app
 from lorafold.composing import mixture
 from lorafold.composing.geometry import meetings, overlap
@@ -31,8 +33,6 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
-from test_compose import ROUNDING, Q, run, same, updates, weighted
-from test_merge import adapted_logits, logits, make_adapter, relative
 
 GATINGS = ["global", "layer", "token"]
 WEIGHTS = "adapter_model.safetensors"

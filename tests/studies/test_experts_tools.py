@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lorafold as lf
+from adapter_cases import adapted_logits, logits, make_adapter, relative
 from conftest import lorafold, make_tokenizer
 from lorafold.bases.experts import Experts
 from lorafold.composing import lorahub
@@ -38,7 +39,6 @@ from lorafold.ops.grouped import grouped
 from lorafold.undoing.defences import laid
 from lorafold.undoing.subspaces import factors_of, updates_of
 from mixtures import SHAPE, mixture
-from test_merge import adapted_logits, logits, make_adapter, relative
 
 E = 4
 KINDS = ("mixtral", "gpt-oss")  # (E, out, in) · (E, in, out), with biases

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from adapter_cases import make_adapter
 from conftest import lorafold
 from lorafold.api.arguments import as_prompts
 from lorafold.api.opened import opened
@@ -32,7 +33,6 @@ from lorafold.undoing.report import markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
 from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
 from lorafold.undoing.task import RECIPE, Task, stacks_of
-from test_merge import make_adapter
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
 CONTROLS = [{"prompt": f"Book a table for {n}"} for n in range(3)]

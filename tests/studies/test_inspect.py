@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorafold as lf
+from adapter_cases import make_adapter
 from conftest import lorafold
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
@@ -21,8 +22,7 @@ from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from test_inspect_updates import orthonormal
-from test_merge import make_adapter
+from update_cases import orthonormal
 
 KEYS = {
     "rank",

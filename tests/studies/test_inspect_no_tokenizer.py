@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from adapter_cases import make_adapter
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.inspecting.run import inspect
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
-from test_merge import make_adapter
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

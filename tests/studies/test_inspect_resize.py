@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import lorafold as lf
+from adapter_cases import adapted_logits, logits, make_adapter, relative
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from test_merge import adapted_logits, logits, make_adapter, relative
 
 SPECS = {
     "lora": lf.LoRA(rank=6),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from laws import move
 from lorafold.bases import layer_of
 from lorafold.inspecting.against import compared
 from lorafold.inspecting.spectra import (
@@ -19,24 +20,10 @@ from lorafold.inspecting.spectra import (
 from lorafold.inspecting.subspaces import against_base, phi
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
-from laws import move
+from update_cases import orthonormal, planted
 
 RANKED = ["lora", "rslora", "pissa", "olora", "vera", "adalora"]
 DENSE = ["loha", "lokr", "dora", "fish", "ia3"]
-
-
-def orthonormal(n: int, k: int, seed: int = 0) -> torch.Tensor:
-    return torch.linalg.qr(
-        torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    )[0]
-
-
-def planted(out: int, inn: int, s: list[float], seed: int = 0) -> Svd:
-    return Svd(
-        orthonormal(out, len(s), seed).float(),
-        torch.tensor(s),
-        orthonormal(inn, len(s), seed + 1).float(),
-    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -28,7 +28,7 @@ from lorafold.step.branches import Branching, branching
 from lorafold.step.documents import packed
 from lorafold.step.fused import fused
 from lorafold.step.head import document_losses, labelled_loss
-from test_packing import COMMON, CONFIGS, GROUPED, VOCAB, assert_close, build, heads
+from sequence_cases import COMMON, CONFIGS, GROUPED, VOCAB, assert_close, build, heads
 
 CPU = torch.device("cpu")
 # of each row, the shared tokens and the branches; windows of 5 and 6 are shorter than the prompts

@@ -16,13 +16,15 @@ import transformers as tf
 from torch import Tensor, nn
 
 import lorafold as lf
+from fused_cases import adapted, assert_same_step, model_of, seeded_step, together
+from lorafold.data.batches import collate
 from lorafold.methods import METHODS, make_spec
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 from lorafold.step.activations import recompute
 from lorafold.step.documents import packed
 from lorafold.step.fused import ROTARY, fused
-from test_packing import VOCAB, build, collate, loss_and_gradients, rows
+from sequence_cases import VOCAB, loss_and_gradients, rows
 
 ALL = ("MLP", "norms", "rotary embedding")
 LACKING: dict[str, tuple[str, ...]] = {
@@ -38,52 +40,8 @@ LACKING: dict[str, tuple[str, ...]] = {
 FAMILIES = list(LACKING)
 
 
-def model_of(name: str, **changes: Any) -> tf.PreTrainedModel:
-    """Random, gains and biases too: at 1 and 0, as they are at the start, much would go
-    unnoticed.
-    """
-    model = build(name, **changes)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
-    return model
-
-
-def adapted(model: tf.PreTrainedModel, spec: Any = None, **options: Any) -> lf.Adapter:
-    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.3) if spec is None else spec, **options)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return adapter
-
-
 def apart() -> list[dict[str, Tensor]]:
     return [collate([row], packed=False, pad_id=0) for row in rows()]
-
-
-def together() -> list[dict[str, Tensor]]:
-    return [collate(rows(), packed=True, pad_id=0)]
-
-
-def seeded_step(
-    model: tf.PreTrainedModel, batches: list[dict[str, Tensor]]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    torch.manual_seed(7)
-    return loss_and_gradients(model, batches)
-
-
-def assert_same_step(
-    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
-) -> None:
-    """1e-5, gradients of the norm of all of them."""
-    assert (found[0] - expected[0]).abs() <= 1e-5 * expected[0].abs()
-    assert found[1].keys() == expected[1].keys() != set()
-    whole = torch.cat([g.flatten() for g in expected[1].values()]).norm()
-    assert whole > 0
-    for name, g in expected[1].items():
-        assert (found[1][name] - g).norm() <= 1e-5 * whole, name
 
 
 def state(model: nn.Module) -> dict[str, Any]:

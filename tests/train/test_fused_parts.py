@@ -14,11 +14,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lorafold as lf
+from fused_cases import adapted, assert_same_step, model_of, seeded_step, together
 from lorafold.methods import make_spec
 from lorafold.step.documents import packed
 from lorafold.step.fused import ROTARY, fused
-from test_fused_models import adapted, assert_same_step, model_of, seeded_step, together
-from test_packing import COMMON, VOCAB, loss_and_gradients
+from sequence_cases import COMMON, VOCAB, loss_and_gradients
 
 
 def test_a_norm_that_is_trained() -> None:

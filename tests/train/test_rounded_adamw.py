@@ -39,9 +39,9 @@ from lorafold.step.optim import optimizer_tensors, restore_optimizer
 from lorafold.step.recipe import Recipe
 from lorafold.step.rounded_adamw import RoundedAdamW
 from lorafold.training.run import train
-from test_memory import CONFIGS, LORA, close
-from test_rounding import DTYPES, values
-from test_train import KILLED, quiet, request
+from memory_cases import CONFIGS, LORA, close
+from rounding_cases import DTYPES, values
+from training_cases import KILLED, quiet, request
 
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": True}
 SHAPES = ((40, 50), (7,), (), (3, 1001))

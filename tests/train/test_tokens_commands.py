@@ -2,7 +2,6 @@
 PEFT, merged and spoken.
 """
 
-import io
 import json
 import shutil
 import warnings
@@ -12,13 +11,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import lorafold as lf
-from lorafold.cli import app
 from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
@@ -36,6 +32,7 @@ from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import Request
 from lorafold.training.run import train
+from token_cases import ROWS, lorafold, quiet, request, said
 
 ROLES = "<|user|>,<|assistant|>"
 TEMPLATE = (
@@ -44,15 +41,6 @@ TEMPLATE = (
     " endif %}"
 )
 ROWS_KEY = "token_adapter.trainable_tokens_delta"
-ROWS: list[dict[str, Any]] = [
-    {
-        "messages": [
-            {"role": "user", "content": f"Book a table for {n}"},
-            {"role": "assistant", "content": f'{{"people": {n}}}'},
-        ]
-    }
-    for n in range(24)
-]
 
 
 @pytest.fixture
@@ -62,30 +50,6 @@ def template(tmp_path: Path) -> Path:
     return path
 
 
-def request(
-    model: Path | str, out: Path, rows: list[dict[str, Any]] = ROWS, **fields: Any
-) -> Request:
-    extra = {k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields}
-    fields = {
-        "steps": 8,
-        "batch": 4,
-        "base": "fp32",
-        "new_tokens": ("<|user|>", "<|assistant|>"),
-    } | fields
-    recipe = Recipe(**{name: value for name, value in fields.items() if value is not None})
-    return Request(str(model), out, recipe, rows, "rows", device="cpu", **extra)
-
-
-def quiet() -> Console:
-    return Console(quiet=True)
-
-
-def said(do: Any, *arguments: Any) -> str:
-    console = Console(record=True, width=200, file=io.StringIO())
-    do(*arguments, console)
-    return console.export_text()
-
-
 @torch.no_grad()
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
     return model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
@@ -93,12 +57,6 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
-
-
-def lorafold(*arguments: object) -> Any:
-    return CliRunner().invoke(
-        app, [*map(str, arguments), "--device", "cpu"], catch_exceptions=False
-    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])

@@ -27,11 +27,11 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
+from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.machine.devices import choose_device
-from lorafold.data.probes import probe_ids
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
 
-
 Progress = Callable[[int, int], None]  # texts done, texts in all
 
 

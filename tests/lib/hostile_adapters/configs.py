@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hostile_adapters.case import CONFIG, MANY, config, either, wrong
