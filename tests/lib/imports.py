@@ -44,10 +44,15 @@ def imported(text: str, own: str, for_checkers: bool = True) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{own}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ASKS:
+        elif isinstance(node, ast.Call) and called(node.func) in ASKS:
             yield asked(node.args[0], own)
         elif isinstance(node, ast.Constant) and is_module(node.value):
             yield node.value
+
+
+def called(function: ast.expr) -> str:
+    """The last part of a function's name."""
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def is_module(value: object) -> bool:
@@ -83,8 +88,8 @@ def asked(name: ast.expr, own: str) -> str:
 
 
 def changed_elsewhere(text: str) -> Iterator[str]:
-    """What a file changes of modules that it imports from lorafold, when it is imported itself:
-    a row that is put into a table of theirs, or an attribute that is set.
+    """What a file changes of modules that it imports from lorafold: a row of theirs or an attribute
+    that it sets, wherever in it, and a table of theirs that it fills when it is imported itself.
     """
     tree = ast.parse(text)
     theirs = {
@@ -93,15 +98,16 @@ def changed_elsewhere(text: str) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lorafold")
         for alias in node.names
     }
+    changed: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        changed += getattr(node, "targets", [getattr(node, "target", None)])
     for node in tree.body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            called = node.value.func
-            if isinstance(called, ast.Attribute) and called.attr in CHANGES:
-                targets = [called]
-        for target in targets:
-            if isinstance(target, ast.Attribute | ast.Subscript) and root(target) in theirs:
-                yield ast.unparse(target)
+        function = getattr(getattr(node, "value", None), "func", None)
+        if isinstance(function, ast.Attribute) and function.attr in CHANGES:
+            changed.append(function)
+    for target in changed:
+        if isinstance(target, ast.Attribute | ast.Subscript) and root(target) in theirs:
+            yield ast.unparse(target)
 
 
 def root(node: ast.expr) -> str:
