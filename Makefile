@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 
 help:
 	@echo "make demo       train, compare, merge on the embedded model: a few minutes, no network once installed"
-	@echo "make test       the fast tests"
+	@echo "make test       the fast tests; ROOM=engine: those of tests/engine"
 	@echo "make test-all   all tests"
 	@echo "make bench      the benchmarks"
 	@echo "make lint       ruff and mypy"
@@ -20,10 +20,10 @@ demo: $(VENV)/installed
 	$(BIN)/lorafold quickstart --out demo --overwrite
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests/$(ROOM)
 
 test-all: $(VENV)/installed-clients
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/$(ROOM)
 
 bench: $(VENV)/installed-bench
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done

@@ -15,9 +15,10 @@ import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lib.mixtures import random
 from lib.results import keep
 from lib.worker import Case, Step, Worker
+
+from lib.mixtures import random
 
 WARM_UP = 1
 

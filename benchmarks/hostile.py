@@ -3,11 +3,11 @@
     python benchmarks/hostile.py [--cases config-deep ...] [--keep]
 
 The server runs in a process of its own, on a tiny model, with two good adapters and the corpus of
-tests/hostile_cases.py: they lie there when it starts, are loaded by the administrator, and asked
-for. Meanwhile /livez is asked every 20 ms, and the good ones all the time. In the server a task of
-the event loop and a thread note by how much they wake too late, and so does a process that does
-nothing else: what it sees is the machine's. Prints the figures as JSON and as a table, which
---keep also writes to results/hostile.md.
+tests/lib/hostile_adapters: they lie there when it starts, the administrator loads them, and they
+are asked for. Meanwhile /livez is asked every 20 ms, and the good ones all the time. In the server
+a task of the event loop and a thread note by how much they wake too late, and so does a process
+that does nothing else: what it sees is the machine's. Prints the figures as JSON and as a table,
+which --keep also writes to results/hostile.md.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from typing import Any
 import psutil
 from lib.results import keep, markdown
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path += [str(TESTS), str(TESTS / "lib")]
 
 STEP = 0.005  # seconds between two looks at how late it is
 QUIET = 10.0  # seconds in which nothing hostile is asked, to compare with
@@ -109,7 +110,7 @@ def besieged(
         stop: ends what changes.
         with_stacks: keep the stacks of late moments.
     """
-    from hostile_siege import Siege, said
+    from hostile_adapters.siege import Siege, said
     from serving_cases import Running
 
     here, there = multiprocessing.get_context("spawn").Pipe()
@@ -190,7 +191,7 @@ def main() -> None:
     asked = parser.parse_args()
     import lorafold as lf
     from conftest import make_model_dir
-    from hostile_cases import CASES, MOVING, moving
+    from hostile_adapters import CASES, MOVING, moving
     from serving_cases import saved
 
     with ExitStack() as stack:

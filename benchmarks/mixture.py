@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lib.mixtures import upcycled
 from lib.results import keep
 
 import lorafold as lf
+from lib.mixtures import upcycled
 from lorafold.core.matrices import expert_parameters
 from lorafold.quickstart.task import rows
 

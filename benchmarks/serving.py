@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib import gguf_files
 from lib.results import keep, markdown
 from lib.servers import Server, llama_cpp, lorafold, vllm
 from psutil import Process
 
 import lorafold as lf
+from lib import gguf_files
 from lorafold.engine import Engine, Request, Token
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model

@@ -31,6 +31,10 @@ from unittest import mock
 
 import pytest
 
+pytest_plugins = ["budgets"]
+for helpers in (Path(__file__).parent / "lib").glob("*"):
+    pytest.register_assert_rewrite(helpers.stem)  # their asserts say what they compared
+
 SIZE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -247,3 +251,13 @@ def lorafold(*arguments: str) -> Done:
     code = ended.value.code
     assert isinstance(code, int | None)
     return Done(code or 0, out.getvalue(), err.getvalue())
+
+
+def refused(*arguments: str) -> str:
+    """The one line on stderr with which these arguments are refused."""
+    done = lorafold(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr

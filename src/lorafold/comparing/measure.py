@@ -27,10 +27,10 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
+from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
-from lorafold.merging.certificate import probe_ids
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, weights_of
 from lorafold.opening import Base

@@ -14,7 +14,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-import lorafold
 from lorafold.diagnosis.finding import Finding, reason
 
 MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
@@ -31,7 +30,7 @@ PURPOSES = {
 def packages(name: str = "lorafold") -> Iterator[Finding]:
     """The package itself, Python, and everything that is required, each with its declared range."""
     own = distribution(name)
-    place = Path(lorafold.__file__).parent
+    place = Path(__file__).parents[1]
     yield Finding(name, own.version, {"version": own.version, "path": str(place)})
     yield _python((own.metadata.get_all("Requires-Python") or [""])[0])
     for requirement in _requirements(name):

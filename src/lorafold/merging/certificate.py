@@ -21,16 +21,9 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lorafold.data.examples import encode
-from lorafold.data.render import ensure_chat_template
-from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
-
-# prose, questions, code, tables, letters, a few languages
-PROBES = Path(__file__).with_name("probes.jsonl")
-PROBE_LENGTH = 512  # tokens; longer probe texts are cut
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
 
@@ -46,20 +39,6 @@ class Gap:
     relative_logit_gap: float
     argmax_agreement: float
     positions: int
-
-
-def probe_ids(
-    tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
-) -> list[tuple[int, ...]]:
-    """Token ids of the probe texts: the built-in ones, or the rows of a file that training takes.
-
-    Raises LorafoldError for bad rows.
-    """
-    ensure_chat_template(tokenizer)
-    return [
-        example.ids
-        for example in encode(read_rows(str(probe or PROBES)), tokenizer, PROBE_LENGTH).examples
-    ]
 
 
 def compare(

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafold.adapter import load
+from lorafold.data.probes import probe_ids
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.fold.rounding import Rounding
 from lorafold.machine.devices import choose_device
-from lorafold.merging.certificate import Gap, compare, probe_ids
+from lorafold.merging.certificate import Gap, compare
 from lorafold.merging.into import Into, check_saved, choose_into
 from lorafold.merging.plan import plan
 from lorafold.merging.shards import Folded, execute

@@ -143,3 +143,17 @@ def make_spec(method: str, **options: Any) -> "Spec":
         return maker(**options)
     except TypeError as e:
         raise LorafoldError(f"method {method}: {e}") from None
+
+
+def name_of(spec: "Spec") -> str:
+    """The method's name: among those with specs of this class, the one whose usual spec differs
+    from this one in the fewest fields.
+    """
+    likes = {name: make_spec(name) for name in METHODS}
+    return min(
+        (name for name, like in likes.items() if type(like) is type(spec)),
+        key=lambda name: sum(
+            getattr(likes[name], f.name) != getattr(spec, f.name)
+            for f in fields(spec)  # type: ignore[arg-type]
+        ),
+    )

@@ -22,6 +22,7 @@ from lorafold.files.contents import Contents
 from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD
 from lorafold.identity import joined
+from lorafold.methods import name_of
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.directory import FILES
@@ -32,7 +33,6 @@ from lorafold.serving.directory import Directory
 from lorafold.serving.renderers import Renderers
 from lorafold.serving.rendering import Renderer
 from lorafold.serving.seen import Found, Seen
-from lorafold.translating.peft_config import name_of
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one

@@ -8,12 +8,11 @@ that change the base, AdaLoRA's phases, dropouts that PEFT has in training only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods import METHODS, make_spec
+from lorafold.methods import make_spec, name_of
 from lorafold.peft.config import (
     ABOUT,
     BIAS,
@@ -76,20 +75,6 @@ def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
         Entry(key, config.get(key, defaults.get(key)), config.get(key) is not None, outcome)
         for key, outcome in outcomes.items()
         if key in config or outcome.fields
-    )
-
-
-def name_of(spec: Spec) -> str:
-    """The method's name: among those with specs of this class, the one whose usual spec differs
-    from this one in the fewest fields.
-    """
-    likes = {name: make_spec(name) for name in METHODS}
-    return min(
-        (name for name, like in likes.items() if type(like) is type(spec)),
-        key=lambda name: sum(
-            getattr(likes[name], f.name) != getattr(spec, f.name)
-            for f in fields(spec)  # type: ignore[arg-type]
-        ),
     )
 
 

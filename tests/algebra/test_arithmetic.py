@@ -1,0 +1,103 @@
+"""16-bit products in fp32 arithmetic: rounded once, where the processor is faster at it, in every
+operation that multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from arithmetic_cases import IN, OPS, Products, T, X
+from lorafold.ops import arithmetic as module
+from lorafold.ops import cross_entropy
+from lorafold.ops.arithmetic import ROWS, arithmetic, multiplying
+from lorafold.ops.operators import plainly
+
+
+@pytest.fixture(autouse=True)
+def in_torch() -> Iterator[None]:
+    """The products are those of the plain forms."""
+    with plainly():
+        yield
+
+
+def run(op: str, dtype: torch.dtype) -> list[Tensor]:
+    given, call = OPS[op]
+    inputs = [
+        z.detach().to(dtype if dtype is torch.float64 else z.dtype).requires_grad_() for z in given
+    ]
+    y = call(*inputs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype))
+    return [y.detach(), *(z.grad for z in inputs)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_wider_arithmetic_errs_no_more(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "SLAB", 16 * IN)  # three runs of W's rows
+    # the last chunk is too short to be widened for its own sake
+    monkeypatch.setattr(cross_entropy, "CHUNK", T - 10)
+    truth = run(op, torch.float64)
+    found = {}
+    for widened, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        with multiplying(widened=widened), Products() as products:
+            found[widened] = run(op, torch.bfloat16)
+        assert products.dtypes == {dtype}
+    for own, wide, true in zip(found[False], found[True], truth, strict=True):
+        error, peer = ((z.double() - true).norm() / true.norm() for z in (wide, own))
+        assert wide.dtype is own.dtype
+        assert error <= 1.01 * peer
+        assert error < 0.01
+
+
+@multiplying(widened=True)
+def test_only_16_bit_products_of_many_rows_are_widened() -> None:
+    wide = {
+        dtype: arithmetic(X.to(dtype))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    }
+    assert wide == {
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float32,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
+    assert arithmetic(X[: ROWS - 1]) is torch.bfloat16
+    assert arithmetic(X.unflatten(0, (2, -1))) is torch.float32
+    assert arithmetic(X.to("meta")) is torch.bfloat16
+
+
+# flags of /proc/cpuinfo, torch's two answers, and whether bf16 and fp16 are better widened
+PROCESSORS = {
+    "amd": ("AuthenticAMD avx512_bf16", False, True, False, True),
+    "intel-amx": (
+        "GenuineIntel avx512_bf16 avx512_fp16 amx_tile amx_bf16",
+        True,
+        True,
+        False,
+        False,
+    ),
+    "intel-amx-hidden": ("GenuineIntel avx512_bf16 avx512_fp16", False, True, True, False),
+    "amd-avx2": ("AuthenticAMD avx2 f16c", False, False, True, True),
+    "intel-laptop": ("GenuineIntel avx2 f16c", False, False, True, True),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_pays_follows_from_the_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, amx, bf16, *expected = PROCESSORS[name]
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(module.Path, "read_text", lambda path: info)
+    monkeypatch.setattr(module.Path, "exists", lambda path: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert [
+        module.widening_pays.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16)
+    ] == expected
+
+
+def test_other_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "arm64")
+    assert not module.widening_pays.__wrapped__(torch.bfloat16)

@@ -1,0 +1,180 @@
+"""Every method of the table on whole tiny transformers: what a layer alone can't show.
+
+start           the model is the base, but for methods that say otherwise
+gradients       every parameter receives one, the same with and without gradient checkpointing
+copies          a deep copy and a pickle compute the same and are independent; the state can be
+                carried over
+bf16            a bf16 base computes what the fp32 one does, to bf16's precision, and trains
+compile         the whole model compiles in one graph and computes the same
+detach          gives the base back, bit for bit
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorafold as lf
+from conftest import ALIKE
+from lorafold.methods import METHODS
+from method_cases import IDS, NO_IDENTITY, attached, moved
+
+KINDS = ["llama", "gpt2", "qwen2"]
+
+
+def loss_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def gradients(adapter: lf.Adapter, model: nn.Module) -> dict[str, Tensor]:
+    for p in adapter.parameters():
+        p.grad = None
+    loss_of(model).backward()
+    return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+
+
+def every(kinds: list[str] = KINDS, slow: tuple[str, ...] = ()) -> Callable:
+    return pytest.mark.parametrize(
+        ("method", "kind"),
+        [
+            pytest.param(m, k, id=f"{m}-{k}", marks=[pytest.mark.slow] if m in slow else [])
+            for m in METHODS
+            for k in kinds
+        ],
+    )
+
+
+@pytest.mark.few(20)
+@every()
+def test_it_starts_as_the_base_and_detaching_gives_it_back(
+    method: str, kind: str, tiny_model
+) -> None:
+    model = tiny_model(kind)
+    with torch.no_grad():
+        bare = model(IDS).logits
+        adapter = attached(model, method)
+        start = model(IDS).logits
+        assert (
+            torch.equal(start, bare) if method not in NO_IDENTITY else not torch.equal(start, bare)
+        )
+        if method == "full":
+            return
+        moved(adapter)
+        assert not torch.equal(model(IDS).logits, bare)
+        with lf.only(model):
+            assert torch.equal(model(IDS).logits, bare)
+        adapter.detach()
+        assert torch.equal(model(IDS).logits, bare)
+
+
+@pytest.mark.few(20)
+@every()
+def test_gradients_are_complete_and_the_same_under_checkpointing(
+    method: str, kind: str, tiny_model
+) -> None:
+    model = tiny_model(kind).train()
+    adapter = moved(attached(model, method))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    plain = gradients(adapter, model)
+    # a bias of the keys shifts all scores of a query alike, so it has no gradient to receive
+    missing = [
+        name for name, p in adapter.named_parameters() if name not in plain or not plain[name].any()
+    ]
+    assert [name for name in missing if "k_proj" not in name] == []
+    model.activation_checkpointing_enable()
+    checkpointed = gradients(adapter, model)
+    assert checkpointed.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.few(14)
+@every(["llama"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_compute_the_same_and_are_independent(
+    method: str, kind: str, twin_of, tiny_model
+) -> None:
+    model = tiny_model(kind)
+    adapter = moved(attached(model, method))
+    with torch.no_grad():
+        twin = twin_of(model)
+        y = model(IDS).logits
+        own = twin(IDS).logits
+        # a copy lies elsewhere in memory, where a kernel may sum in another order
+        torch.testing.assert_close(own, y, rtol=1e-5, atol=1e-6)
+        moved(adapter)
+        assert torch.equal(twin(IDS).logits, own)
+        assert not torch.equal(model(IDS).logits, y)
+
+
+@every(["gpt2"])
+def test_the_state_carries_over(method: str, kind: str, tiny_model) -> None:
+    model, other = tiny_model(kind), tiny_model(kind)
+    adapter, fresh = moved(attached(model, method)), attached(other, method)
+    fresh.load_state_dict({k: v.clone() for k, v in adapter.state_dict().items()})
+    with torch.no_grad():
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.few(27)
+@pytest.mark.usefixtures("each_arithmetic")
+@every(["llama", "qwen2"])
+def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    twin = copy.deepcopy(model).bfloat16()
+    wide, narrow = moved(attached(model, method)), attached(twin, method)
+    state = {k: v.clone() for k, v in wide.state_dict().items()}
+    narrow.load_state_dict(state)
+    assert all(p.dtype == torch.float32 or method == "full" for p in narrow.parameters())
+    with torch.no_grad():
+        exact, found = model(IDS).logits, twin(IDS).logits
+        with lf.only(model), lf.only(twin):
+            # what bf16 costs without an adapter
+            floor = (twin(IDS).logits.float() - model(IDS).logits).norm()
+    assert found.dtype == torch.bfloat16
+    # the adapter's own products are as many again
+    assert (found.float() - exact).norm() <= 3 * max(floor, 4e-3 * exact.norm())
+    grads = gradients(narrow, twin)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+    assert any(g.any() for g in grads.values())
+
+
+@pytest.mark.few(2)
+@every(["llama"], slow=ALIKE)
+def test_the_compiled_model_computes_the_same(method: str, kind: str, tiny_model) -> None:
+    torch._dynamo.reset()
+    model = tiny_model(kind)
+    moved(attached(model, method))
+    with torch.no_grad():
+        y = model(IDS, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, y, rtol=1e-4, atol=1e-5)
+
+
+@every(["qwen2"])
+def test_it_lies_over_another_method(method: str, kind: str, tiny_model) -> None:
+    model = tiny_model(kind)
+    below = moved(lf.attach(model, lf.LoRA(rank=2, dropout=0.0), name="below"))
+    if method in ("full", "linear-probe"):
+        pytest.skip("trains the module itself, or a copy of it")
+    with torch.no_grad():
+        under = model(IDS).logits
+        adapter = attached(model, method)
+        if method not in NO_IDENTITY:
+            torch.testing.assert_close(model(IDS).logits, under, rtol=1e-5, atol=1e-6)
+        moved(adapter)
+        assert not torch.allclose(model(IDS).logits, under)
+        with lf.only(model, "below"):
+            assert torch.equal(model(IDS).logits, under)
+    assert all(p.requires_grad for p in below.parameters())

@@ -1,0 +1,126 @@
+"""Rounding folded weights: each kind is right on its own terms, in both 16-bit dtypes, subnormals
+and boundaries included.
+"""
+
+import math
+
+import pytest
+import torch
+
+from lorafold.core.rounding import generator_of, stochastic
+from lorafold.errors import LorafoldError
+from lorafold.fold.rounding import CHUNK, Sums, round_to
+from rounding_cases import DTYPES, values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_gives_one_of_the_two_neighbours(dtype):
+    x, generator = values(dtype), generator_of(0, "x")
+    nearest = x.to(dtype).double()
+    unit = (
+        torch.nextafter(nearest.abs().to(dtype), torch.tensor(math.inf, dtype=dtype)).double()
+        - nearest.abs()
+    ).abs()
+    for _ in range(100):
+        drawn = stochastic(x, dtype, generator).double()
+        assert ((drawn - x.double()).abs() < unit).all()
+        assert (torch.sign(drawn) * torch.sign(x.double()) >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_keeps_what_the_dtype_can_hold(dtype):
+    on_grid = values(dtype).to(dtype)
+    assert torch.equal(
+        stochastic(on_grid.float(), dtype, generator_of(1, "x")).view(torch.int16),
+        on_grid.view(torch.int16),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_is_right_on_average(dtype):
+    draws, generator = 20_000, generator_of(2, "x")
+    for x in values(dtype):
+        many = stochastic(x.expand(draws), dtype, generator).double()
+        spread = (many.max() - many.min()).item()  # one unit, or none for a value on the grid
+        # the mean of n draws of two values one unit apart has a standard deviation of at most unit
+        # / (2 sqrt n); the rest is fp64's
+        assert abs(many.mean().item() - x.item()) <= 5 * spread / (2 * draws**0.5) + 1e-12 * abs(
+            x.item()
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_keeps_a_weak_update_that_nearest_loses(dtype):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(512, 512, generator=generator).to(dtype)
+    dw = torch.randn(512, 512, generator=generator) * torch.finfo(dtype).eps / 20
+    kept = {
+        how: round_to(w.float() + dw, w, how, generator_of(0, "w"))
+        for how in ("nearest", "stochastic", "auto")
+    }
+    assert kept["nearest"].sums.survival < 0.5
+    assert kept["auto"].how == "stochastic"
+    assert torch.equal(kept["auto"].tensor, kept["stochastic"].tensor)
+    # the projection of the rounding noise on dW has the standard deviation noise / sqrt(elements)
+    assert abs(kept["auto"].sums.survival - 1) < 5 * kept["auto"].sums.noise / 512
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_takes_nearest_where_the_update_survives_it(dtype):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(256, 256, generator=generator).to(dtype)
+    target = w.float() + torch.randn(256, 256, generator=generator) * 0.1
+    result = round_to(target, w, "auto", generator_of(0, "w"))
+    assert result.how == "nearest"
+    assert torch.equal(result.tensor, target.to(dtype))
+    assert result.sums.survival > 0.98
+    assert result.sums.noise < round_to(target, w, "stochastic", generator_of(0, "w")).sums.noise
+
+
+def test_fp32_is_exact_whatever_was_asked():
+    w, target = torch.zeros(8, 8), torch.randn(8, 8)
+    for how in ("auto", "nearest", "stochastic"):
+        result = round_to(target, w, how, generator_of(0, "w"))
+        assert torch.equal(result.tensor, target)
+        assert (result.how, result.sums.survival, result.sums.noise) == ("exact", 1.0, 0.0)
+
+
+def test_sums_are_those_of_the_whole_tensor_over_many_chunks():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(3, CHUNK // 2 + 7, generator=generator).bfloat16()
+    # not contiguous, as a transposed storage is
+    target = (w.float() + 1e-3 * torch.randn(w.shape, generator=generator)).t()
+    result = round_to(target, w.t(), "nearest", generator_of(0, "w"))
+    rounded, t, w = result.tensor.double(), target.double(), w.t().double()
+    expected = Sums(
+        ((rounded - w) * (t - w)).sum().item(),
+        (t - w).square().sum().item(),
+        (rounded - t).square().sum().item(),
+    )
+    for name in ("kept", "update", "error"):  # sums of fp32 products, pairwise: some units of fp32
+        assert getattr(result.sums, name) == pytest.approx(getattr(expected, name), rel=1e-5)
+
+
+def test_a_seed_and_a_name_give_a_stream():
+    w, target = torch.zeros(64, 64, dtype=torch.bfloat16), torch.rand(64, 64)
+    draw = lambda seed, name: round_to(target, w, "stochastic", generator_of(seed, name)).tensor  # noqa: E731
+    assert torch.equal(draw(0, "a"), draw(0, "a"))
+    assert not torch.equal(draw(0, "a"), draw(1, "a"))
+    assert not torch.equal(draw(0, "a"), draw(0, "b"))
+
+
+def test_no_change_survives_whole():
+    w = torch.randn(4, 4).bfloat16()
+    result = round_to(w.float(), w, "auto", generator_of(0, "w"))
+    assert torch.equal(result.tensor, w)
+    assert (result.sums.survival, result.sums.noise) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("how", ["auto", "nearest", "stochastic"])
+@pytest.mark.parametrize("bad", [7e4, math.inf, math.nan])
+def test_values_that_do_not_fit_are_refused(how, bad):
+    w = torch.ones(4, 4, dtype=torch.float16)
+    target = w.float()
+    target[2, 1] = bad
+    with pytest.raises(LorafoldError, match="float16"):
+        round_to(target, w, how, generator_of(0, "w"))

@@ -1,0 +1,253 @@
+"""The law of rendering, over the chat templates of every family that the installed `trl` has: the
+ids before each trained turn are those that generation starts from, and nothing that the template
+supplies is trained on. What generation starts from is transformers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conversation_cases import HOW, ROME, ROWS, said, starting_points
+from families import as_taken, names, tokenizer_of
+from lorafold.data import forms
+from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
+from lorafold.data.reasoning import block_of
+from lorafold.data.render import Rendering, Trained, render_trained
+from lorafold.data.shapes import shape_of
+from lorafold.errors import LorafoldError
+
+MARKING = {name for name in names() if name.endswith("_training")} | {
+    "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl",
+}  # fmt: skip
+# What families do: examples of the row with two plain turns (2: earlier turns are rewritten, or
+# have another end), with tools, with thinking, with both; "-": refused. Then how many of the turns
+# with reasoning have it hidden by the template.
+FAMILIES = {
+    "cohere": "1 - 1 -, hidden 2",
+    "cohere2": "1 - 1 -, hidden 2",
+    "deepseek_r1_distill": "2 - 2 -, hidden 0",
+    "deepseekv3": "2 - 2 -, hidden 0",
+    "gemma3": "1 - 1 -, hidden 2",
+    "gemma4": "1 1 1 2, hidden 2",
+    "gemma4_v5": "1 1 2 2, hidden 0",
+    "glm4moe": "1 1 2 2, hidden 0",
+    "gptoss": "2 2 2 2, hidden 0",
+    "lfm2": "1 - 1 -, hidden 2",
+    "lfm2_2_5": "1 1 2 2, hidden 0",
+    "llama3": "1 - 1 -, hidden 2",
+    "llama3_1": "1 1 1 1, hidden 2",
+    "muse_glimmer": "1 1 1 1, hidden 0",
+    "nemotron_3_nano": "2 3 2 2, hidden 0",
+    "phi3": "2 - 2 -, hidden 2",
+    "qwen2_5": "1 1 1 1, hidden 2",
+    "qwen3": "2 3 2 2, hidden 0",
+    "qwen3_5_nothink": "2 2 2 3, hidden 2",
+    "qwen3_5_think": "2 2 2 2, hidden 0",
+    "qwen3_instruct_2507": "1 1 1 1, hidden 2",
+    "smolvlm": "1 - 1 -, hidden 2",
+}
+
+
+def encoded(name: str, kind: str) -> tuple[str, list[Example], Trained]:
+    """The examples of a row, or why the family's template refuses it."""
+    try:
+        return "", *encode_row(ROWS[kind], tokenizer_of(name))
+    except LorafoldError as error:
+        return str(error), [], Trained(())
+
+
+def starts(labels: tuple[int, ...]) -> list[int]:
+    """Where a run of trained tokens begins."""
+    return [
+        t for t, label in enumerate(labels)
+        if label != NO_LOSS and (t == 0 or labels[t - 1] == NO_LOSS)
+    ]  # fmt: skip
+
+
+@pytest.mark.few(28)
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("name", names())
+def test_what_is_trained_is_what_generation_sees(name: str, kind: str) -> None:
+    row, tokenizer = ROWS[kind], tokenizer_of(name)
+    refused, examples, trained = encoded(name, kind)
+    if refused:
+        assert "\n" not in refused
+        assert kind in ("tools", "both", "system"), refused
+        return
+    prompts = starting_points(name, row)
+    turns: list[int] = []
+    for example in examples:
+        for start in starts(example.labels):
+            before = list(example.ids[:start])
+            exact = [i for i, ids in prompts.items() if before == ids]
+            if not exact and name in MARKING:
+                # a mark may begin later; then it begins within the turn
+                within = [i for i, ids in prompts.items() if before[: len(ids)] == ids]
+                assert within, tokenizer.decode(before)
+                turn = tokenizer.decode(before[len(prompts[within[-1]]) :])
+                assert not any(m["role"] + "\n" in turn for m in row["messages"])
+                exact = within[-1:] if within[-1] not in turns else []
+                assert exact or within[-1] in turns
+            elif not exact:
+                raise AssertionError(f"generation never starts from {tokenizer.decode(before)!r}")
+            turns += exact
+    assert sorted(turns) == list(prompts)  # each turn once, and none is lost
+    assert trained.left_out == 0
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("name", [name for name in names() if name not in MARKING])
+def test_a_trained_turn_is_what_the_template_adds_for_it(name: str, kind: str) -> None:
+    row, tokenizer = ROWS[kind], tokenizer_of(name)
+    try:
+        examples, _ = encode_row(row, tokenizer)
+    except LorafoldError:
+        return
+    messages = as_taken(name, row["messages"])
+    texts = {
+        tokenizer.decode([i for i in e.labels[s : end_of(e.labels, s)]])
+        for e in examples for s in starts(e.labels)
+    }  # fmt: skip
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+
+        def draw(n: int, **how: Any) -> str:
+            found = tokenizer.apply_chat_template(
+                messages[:n], tools=row.get("tools"), tokenize=False, **how
+            )
+            return str(found)
+
+        prompt, after = draw(i, add_generation_prompt=True), draw(i + 1)
+        if after.startswith(prompt):
+            assert after[len(prompt) :].rstrip() in texts
+        else:  # the content is there all the same, once, and after the template's own text
+            assert any((message.get("content") or "Rome") in str(text) for text in texts)
+
+
+def end_of(labels: tuple[int, ...], start: int) -> int:
+    return next((t for t in range(start, len(labels)) if labels[t] == NO_LOSS), len(labels))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_family_does_with_tools_thinking_and_history(name: str) -> None:
+    found, hidden = [], 0
+    for kind in ("plain", "tools", "thinking", "both"):
+        try:
+            shape = shape_of(ROWS[kind])
+            assert shape is not None
+            assert shape.conversation is not None
+            trained = render_trained(shape.conversation(ROWS[kind]), tokenizer_of(name))
+        except LorafoldError:
+            found.append("-")
+            continue
+        found.append(str(len(trained.renderings)))
+        hidden = trained.hidden if kind == "thinking" else hidden
+    line = f"{' '.join(found)}, hidden {hidden}"
+    print(f"{name:20} plain tools thinking both: {line}; {block_of(tokenizer_of(name))}")
+    assert line == FAMILIES[name]
+
+
+STABLE = [name for name in names() if name in MARKING]
+
+
+@pytest.mark.parametrize("kind", ["plain", "tools", "thinking"])
+@pytest.mark.parametrize("name", STABLE)
+def test_marks_of_templates_are_as_transformers_has_them(name: str, kind: str) -> None:
+    """Where one example holds the whole row, and no mark covers what the template supplies."""
+    row, tokenizer = ROWS[kind], tokenizer_of(name)
+    try:
+        examples, _ = encode_row(row, tokenizer)
+    except LorafoldError:
+        return
+    if len(examples) > 1:
+        return
+    found: Any = tokenizer.apply_chat_template(
+        as_taken(name, row["messages"]),
+        tools=row.get("tools"),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert list(examples[0].ids) == found["input_ids"]
+    supplied = {t for ids in starting_points(name, row).values() for t in range(len(ids))}
+    prompts = starting_points(name, row)
+    ends = [end_of(tuple(examples[0].labels), s) for s in starts(examples[0].labels)]
+    supplied -= {t for s, e in zip(starts(examples[0].labels), ends, strict=True)
+                 for t in range(s, e)}  # fmt: skip
+    assert prompts
+    ours = [int(label != NO_LOSS) for label in examples[0].labels]
+    theirs = [int(m and t not in supplied) for t, m in enumerate(found["assistant_masks"])]
+    assert ours == theirs
+
+
+def trained_texts(name: str, kind: str, rendering: Rendering) -> list[str]:
+    tokenizer = tokenizer_of(name)
+    examples, _ = encode_row(ROWS[kind], tokenizer, rendering)
+    return [
+        tokenizer.decode(list(e.labels[s : end_of(e.labels, s)]))
+        for e in examples
+        for s in starts(e.labels)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("qwen3", "I do not know.<|im_end|>"),
+        ("qwen3_5_think", "I do not know.<|im_end|>"),
+        ("glm4moe", "I do not know."),
+        ("gptoss", "<|channel|>final<|message|>I do not know.<|return|>"),
+        ("gemma4_v5", "I do not know.<turn|>"),
+        ("deepseek_r1_distill", "I do not know.<｜end▁of▁sentence｜>"),
+        ("nemotron_3_nano", "I do not know.<|im_end|>"),
+        ("muse_glimmer", " to=user<|message|>I do not know.<|eot|>"),
+    ],
+)
+def test_reasoning_is_masked_with_what_encloses_it(name: str, last: str) -> None:
+    assert last in trained_texts(name, "thinking", Rendering(mask_reasoning=True))
+    assert not any(
+        thought in text
+        for text in trained_texts(name, "thinking", Rendering(mask_reasoning=True))
+        for thought in ("A hard one", "Easy")
+    )
+    [only] = trained_texts(name, "thinking", Rendering("last"))
+    assert "A hard one." in only
+    assert only.endswith(last.rpartition("I do not")[2])
+    assert "21 degrees" not in only
+
+
+def test_reasoning_in_contents_is_found_as_well() -> None:
+    row = {"messages": [HOW, said("<think>\nEasy.\n</think>\n\n" + ROME)]}
+    for name in ("deepseek_r1_distill", "deepseekv3", "qwen3"):
+        tokenizer = tokenizer_of(name)
+        [example], _ = encode_row(row, tokenizer)
+        assert "Easy.\n</think>\n\nIt is 21" in tokenizer.decode(example.ids)
+        [example], _ = encode_row(row, tokenizer, Rendering(mask_reasoning=True))
+        text = tokenizer.decode([label for label in example.labels if label != NO_LOSS])
+        assert text.startswith("It is 21 degrees.")
+
+
+def test_a_simple_row_is_rendered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, count = tokenizer_of("qwen2_5"), 0
+    row = {"prompt": "Hi", "completion": "Yo"}
+    encode_row(row, tokenizer)  # once a template its form is found out
+    real = forms.render_jinja_template
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(forms, "render_jinja_template", counting)
+    encode_row(row, tokenizer)
+    assert count == 2
+
+
+def test_a_report_counts_examples_and_hidden_reasoning() -> None:
+    report = encode([ROWS["thinking"]], tokenizer_of("qwen3"), 512).report
+    assert (report.rows, report.examples, report.reasoning_hidden) == (1, 2, 0)
+    report = encode([ROWS["thinking"]], tokenizer_of("qwen2_5"), 512).report
+    assert (report.examples, report.reasoning_hidden) == (1, 2)
+    assert "the reasoning of 2 assistant turns is not trained on" in str(report)

@@ -1,0 +1,500 @@
+"""Other tools' configurations as recipes: every field asserted, nothing dropped, their defaults
+written, and what comes out trains.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from conftest import lorafold, refused
+from lorafold.errors import LorafoldError
+from lorafold.opening import Base
+from lorafold.peft.config import CONFIG, read_config
+from lorafold.step.fitting import spec_of
+from lorafold.step.reading import load_recipe
+from lorafold.step.recipe import Recipe
+from lorafold.training.request import Request
+from lorafold.training.run import train
+from lorafold.translating import axolotl, llamafactory
+from lorafold.translating.rules import NOT_KNOWN
+from lorafold.translating.run import TOOLS, translate, write
+from lorafold.translating.translation import Translation
+from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
+
+AXOLOTL = """
+base_model: acme/tiny-llama
+model_type: AutoModelForCausalLM
+load_in_8bit: false
+load_in_4bit: true
+adapter: qlora
+lora_model_dir:
+datasets:
+  - path: acme/recipes
+    type: chat_template
+dataset_prepared_path:
+val_set_size: 0.05
+output_dir: ./outputs/chef one
+sequence_len: 4096
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.1
+lora_target_linear: true
+peft_use_dora: true
+loraplus_lr_ratio: 16
+gradient_accumulation_steps: 4
+micro_batch_size: 3
+num_epochs: 4
+max_steps: 300
+optimizer: adamw_bnb_8bit
+lr_scheduler: linear
+learning_rate: "2e-4"
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 2
+saves_per_epoch: 1
+weight_decay: 0.01
+max_grad_norm: 0.5
+train_on_inputs: false
+seed: 7
+special_tokens:
+  pad_token: "<|pad|>"
+wandb_project: chef
+wandb_name:
+"""
+LLAMAFACTORY = """
+model_name_or_path: acme/tiny-qwen
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 12
+lora_target: q_proj, v_proj
+use_rslora: true
+quantization_bit: 8
+dataset: chef,identity
+template: qwen3
+cutoff_len: 1536
+output_dir: saves/chef
+logging_steps: 10
+save_steps: 100
+report_to: tensorboard
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+val_size: 0.1
+eval_strategy: steps
+eval_steps: 50
+resume_from_checkpoint: null
+"""
+
+
+def test_an_axolotl_file_field_by_field(tmp_path):
+    found = translated(tmp_path, AXOLOTL)
+    assert found.tool == "axolotl"
+    assert found.recipe == Recipe(
+        method="dora",
+        rank=32,
+        alpha=16,
+        dropout=0.1,
+        targets="all-linear",
+        storage="nf4",
+        lr=2e-4,
+        lr_b=3.2e-3,
+        schedule="linear",
+        warmup=0.0333,
+        weight_decay=0.01,
+        clip=0.5,
+        optimizer="adamw8bit",
+        epochs=4,
+        steps=300,
+        batch=12,
+        accumulate=4,
+        max_length=4096,
+        packing=True,
+        gradient_checkpointing=True,
+        eval_fraction=0.05,
+        eval_every=38,  # an eighth of 300 steps
+        save_every=75,
+        seed=7,
+        trackers=("wandb",),
+    )
+    assert keys(found, "changed") == {"micro_batch_size", "wandb_project"}
+    assert keys(found, "left") == {
+        "base_model", "model_type", "datasets", "output_dir", "flash_attention", "special_tokens",
+    }  # fmt: skip
+    assert "packed sequences" in remark(found, "micro_batch_size")
+    assert "acme/recipes (chat_template)" in remark(found, "datasets")
+    assert found.command("r.yaml") == (
+        "lorafold train --config r.yaml --model acme/tiny-llama --data DATA"
+        " --out './outputs/chef one'"
+    )
+
+
+def test_a_llamafactory_file_field_by_field(tmp_path):
+    found = translated(tmp_path, LLAMAFACTORY)
+    assert found.tool == "LLaMA-Factory"
+    assert found.recipe == Recipe(
+        method="rslora",
+        rank=12,
+        alpha=24,
+        dropout=0.0,
+        targets=("q_proj", "v_proj"),
+        storage="int8",
+        lr=1e-4,
+        lr_b=1e-4,
+        schedule="cosine",
+        warmup=0.1,
+        optimizer="adamw",
+        epochs=3,
+        batch=16,
+        accumulate=8,
+        max_length=1536,
+        packing=False,
+        eval_fraction=0.1,
+        eval_every=50,
+        save_every=100,
+        trackers=("tensorboard",),
+    )
+    assert keys(found, "changed") == set()
+    assert keys(found, "left") == {
+        "model_name_or_path", "dataset", "template", "output_dir", "logging_steps",
+    }  # fmt: skip
+
+
+def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
+    theirs = axolotl_of(tmp_path)
+    assert theirs.recipe == Recipe(
+        rank=8, alpha=16, dropout=0.0, targets="all-linear", storage="auto", lr=1e-4, lr_b=1e-4,
+        optimizer="adamw", batch=1, max_length=512, packing=False,
+    )  # fmt: skip
+    assert llamafactory_of(tmp_path).recipe == Recipe(
+        rank=8, alpha=16, dropout=0.0, targets="all-linear", storage="auto", lr=5e-5, lr_b=5e-5,
+        schedule="linear", warmup=0.0, optimizer="adamw", epochs=3, batch=8, max_length=2048,
+        packing=False,
+    )  # fmt: skip
+    assert "dropout: 0.0  # lora_dropout: 0.0 (their default)" in theirs.to_yaml()
+    assert {e.key for e in theirs.changed} == {"excess_length_strategy"}
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY], ids=["axolotl", "llamafactory"])
+def test_a_written_recipe_is_read_back_equal(tmp_path, text):
+    found = translated(tmp_path, text)
+    write(found, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
+    fields = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    unchanged = {n for n, v in fields.items() if v == Recipe().model_dump(mode="json")[n]}
+    assert unchanged <= {"storage"}
+
+
+VALUES = {"stage": "sft", "finetuning_type": "lora", "adapter": "lora", "quantization_bit": 4}
+WORDS = [None, False, True, 0, -1, 1, 3, 0.5, float("inf"), "name", "a,b", ["x"], {"k": 1}]
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llamafactory"])
+def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path, tool):
+    rules = {"axolotl": axolotl, "llamafactory": llamafactory}[tool].RULES
+    known = [rule.key for rule in rules]
+    assert len(set(known)) == len(known)
+    draw, told, refusals = random.Random(0), 0, []
+    needed = {"lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "learning_rate": 1e-3}
+    for _ in range(400):
+        config = {key: VALUES.get(key, draw.choice(WORDS)) for key in draw.sample(known, 6)}
+        config[f"odd_{draw.random()}"] = draw.choice(WORDS)
+        if tool == "axolotl":
+            config = needed | {"adapter": "lora"} | config
+        try:
+            found = translated(tmp_path, yaml.safe_dump(config), tool)
+        except LorafoldError as error:
+            refusals.append((str(error), config))
+            continue
+        told += 1
+        counts = [[e.key for e in found.entries].count(key) for key in config]
+        assert counts == [1] * len(config), config
+        odd = next(key for key in config if key.startswith("odd_"))
+        assert remark(found, odd).startswith(NOT_KNOWN)
+    assert told > 50
+    assert len(refusals) > 50
+    for message, config in refusals:
+        assert any(f"{key}: " in message or f"{key}, " in message for key in config), message
+
+
+def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
+    found = axolotl_of(tmp_path, lora_dropuot=0.3)
+    assert keys(found, "left") == {"base_model", "lora_dropuot"}
+    assert remark(found, "lora_dropuot") == f"{NOT_KNOWN}; did you mean lora_dropout?"
+    assert found.recipe.dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"load_in_8bit": True}, {"storage": "int8"}),
+        ({"bf16": True}, {"storage": "bf16"}),
+        ({"bf16": False}, {"storage": "fp32"}),
+        ({"bf16": "auto", "fp16": True}, {"storage": "bf16"}),
+        ({"float32": True}, {"storage": "fp32"}),
+        ({"lr_scheduler": "constant", "warmup_ratio": 0.2}, {"schedule": "constant", "warmup": 0}),
+        ({"lr_scheduler": "rex"}, {"schedule": "cosine"}),
+        ({"warmup_steps": 5}, {"warmup": 0.03}),
+        ({"warmup_steps": 7, "max_steps": 100}, {"warmup": 0.07, "steps": 100}),
+        ({"batch_size": 32, "micro_batch_size": 4}, {"batch": 32, "accumulate": 8}),
+        ({"val_set_size": 100}, {"eval_fraction": 0.0}),
+        ({"optimizer": "paged_adamw_32bit"}, {"optimizer": "adamw"}),
+        ({"adam_beta2": 0.95}, {"betas": (0.9, 0.95)}),
+        ({"peft_use_rslora": True}, {"method": "rslora"}),
+        ({"peft_use_dora": True, "peft_use_rslora": True}, {"options": {"over": "rslora"}}),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, {"options": {"init": "loftq"}}),
+        ({"peft_init_lora_weights": "pissa_niter_4"}, {"options": {"niter": 4}}),
+        ({"use_wandb": True, "use_tensorboard": True}, {"trackers": ("wandb", "tensorboard")}),
+        ({"tokens": ["<|a|>"]}, {"new_tokens": ("<|a|>",)}),
+        (
+            {"chat_template": "jinja", "chat_template_jinja": "r.jinja"},
+            {"chat_template": "r.jinja"},
+        ),
+        ({"adapter": None, "lora_r": None}, {"method": "full", "rank": None, "lr_b": None}),
+        ({"lora_model_dir": "old"}, {"rank": None, "targets": None, "lr": 1e-4}),
+    ],
+)
+def test_axolotl_settings(tmp_path, settings, fields):
+    recipe = axolotl_of(tmp_path, **settings).recipe
+    assert {name: getattr(recipe, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"finetuning_type": "full", "bf16": True}, {"method": "full", "storage": "fp32"}),
+        ({"finetuning_type": "full", "pure_bf16": True}, {"method": "full", "storage": "bf16"}),
+        ({"pissa_init": True}, {"method": "pissa", "options": {"niter": 16}}),
+        ({"quantization_bit": 2, "quantization_method": "hqq"}, {"storage": "nf4"}),
+        ({"lora_target": "all"}, {"targets": "all-linear"}),
+        ({"additional_target": "embed_tokens,lm_head"},
+         {"modules_to_save": ("embed_tokens", "lm_head")}),
+        ({"stage": "pt"}, {"objective": "sft", "packing": True}),
+        ({"packing": True}, {"packing": True}),
+        ({"neat_packing": True}, {"packing": True}),
+        ({"warmup_ratio": 0.1, "warmup_steps": 0}, {"warmup": 0.1}),
+        ({"disable_gradient_checkpointing": True}, {"gradient_checkpointing": False}),
+        ({"adapter_name_or_path": "old", "lora_rank": 4}, {"rank": None, "alpha": None}),
+    ],
+)  # fmt: skip
+def test_llamafactory_settings(tmp_path, settings, fields):
+    recipe = llamafactory_of(tmp_path, **settings).recipe
+    assert {name: getattr(recipe, name) for name in fields} == fields
+
+
+def test_an_adapter_to_start_from_brings_its_own(tmp_path):
+    found = axolotl_of(tmp_path, lora_model_dir="old")
+    assert "--init-adapter old" in found.command()
+    assert {"lora_r", "lora_alpha", "adapter", "lora_model_dir"} <= keys(found, "left")
+    assert not {"rank", "alpha", "method", "targets"} & found.recipe.model_fields_set
+
+
+@pytest.mark.parametrize("total", [3, 7, 100, 300, 997, 12345])
+def test_warm_up_steps_become_the_share_that_a_run_rounds_to_them(tmp_path, total):
+    from math import ceil
+
+    for steps in {1, 2, total // 3, total - 1, total} - {0}:
+        recipe = axolotl_of(tmp_path, warmup_steps=steps, max_steps=total).recipe
+        assert ceil(recipe.warmup * total) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("stage: ppo\nlora_rank: 8", "stage: found 'ppo', but lorafold trains no policy"),
+        ("stage: pt\nfinetuning_type: full", "lorafold does not pretrain"),
+        ("stage: sft\nfinetuning_type: oft", "finetuning_type: found 'oft'"),
+        ("stage: sft\nlora_rank: many", "lora_rank: found 'many', expected a number"),
+        ("stage: sft\nlora_rank: 0", "lora_rank: found 0 as recipe field rank"),
+        ("stage: sft\nlora_dropout: 1.5", "lora_dropout: found 1.5 as recipe field dropout"),
+        ("base_model: m\nadapter: lora\nrl: grpo", "rl: found 'grpo'"),
+        ("base_model: m\nadapter: lora\nlora_r: 8", "learning_rate, lora_alpha missing"),
+        ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
+        ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
+        ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
+        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, peft"),
+        ("- a", "found list, expected `name: value` lines"),
+        ("a: [1", "not YAML at line 1"),
+        ("", "found NoneType"),
+    ],
+)
+def test_a_file_that_can_not_be_translated_is_one_line(tmp_path, text, part):
+    with pytest.raises(LorafoldError) as caught:
+        translated(tmp_path, text)
+    assert part in str(caught.value)
+    assert str(tmp_path / "theirs.yml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_kind_and_a_missing_file(tmp_path):
+    with pytest.raises(LorafoldError, match="expected axolotl, llamafactory, peft"):
+        translate(tmp_path, "trl")
+    with pytest.raises(LorafoldError, match="No such file"):
+        translate(tmp_path / "none.yml")
+    with pytest.raises(LorafoldError, match="No such file"):
+        translate(tmp_path)
+
+
+def peft_configs():
+    import peft
+
+    return {
+        "lora": peft.LoraConfig(
+            r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj", "v_proj"],
+            rank_pattern={"0.q_proj": 2}, modules_to_save=["lm_head"], task_type="CAUSAL_LM",
+        ),
+        "experts": peft.LoraConfig(
+            target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
+        ),
+        "gaussian": peft.LoraConfig(target_modules="all-linear", init_lora_weights="gaussian"),
+        "dora": peft.LoraConfig(r=6, use_dora=True, target_modules=".*q_proj", bias="all"),
+        "rslora": peft.LoraConfig(r=6, use_rslora=True, target_modules=["q_proj"]),
+        "dora-rslora": peft.LoraConfig(use_rslora=True, use_dora=True, target_modules=["q_proj"]),
+        "loha": peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj"]),
+        "lokr": peft.LoKrConfig(r=3, alpha=5, target_modules=["q_proj"], decompose_factor=4),
+        "ia3": peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        "vera": peft.VeraConfig(r=32, target_modules=["q_proj"]),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", peft_configs())
+def test_pefts_own_files_become_the_spec_that_is_read_from_them(tmp_path, name):
+    peft_configs()[name].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    spec, selection, bias = read_config(config)
+    found = translate(tmp_path)
+    assert spec_of(found.recipe) == spec
+    assert found.tool == "PEFT"
+    if selection.target_modules:
+        experts = selection.target_parameters
+        targets = selection.target_modules
+        assert found.recipe.targets == ((*targets, *experts) if experts else targets)
+    assert (found.recipe.bias, found.recipe.modules_to_save) == (bias, selection.modules_to_save)
+    counts = [[e.key for e in found.entries].count(key) for key in config]
+    assert counts == [1] * len(config)
+    write(found, tmp_path / "recipe.yaml")
+    assert spec_of(load_recipe(tmp_path / "recipe.yaml")) == spec_of(found.recipe)
+
+
+def peft_file(tmp_path: Path, **config) -> Translation:
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA"} | config))
+    return translate(tmp_path)
+
+
+def test_parameters_of_experts_are_targets(tmp_path):
+    names = ["experts.gate_up_proj", "shared_expert.up_proj.weight"]
+    own = ("experts.gate_up_proj", "shared_expert.up_proj")
+    for modules in (None, []):
+        found = peft_file(tmp_path, target_modules=modules, target_parameters=names)
+        assert found.recipe.targets == own
+    preset = peft_file(tmp_path, target_modules="all-linear", target_parameters=["down_proj"])
+    assert preset.recipe.targets == "all-linear"
+    assert "experts" in remark(preset, "target_parameters")
+    bare = peft_file(tmp_path, target_modules=["q_proj"], target_parameters=["down_proj"])
+    assert bare.recipe.targets == ("q_proj", "down_proj")
+    assert "modules called down_proj" in remark(bare, "target_parameters")
+    regex = peft_file(tmp_path, target_modules=".*q_proj", target_parameters=["down_proj"])
+    assert (regex.recipe.targets, keys(regex, "left")) == (".*q_proj", {"target_parameters"})
+    settings = {"lora_target_linear": False, "lora_target_modules": ["q_proj"]}
+    theirs = axolotl_of(tmp_path, **settings, lora_target_parameters=names)
+    assert theirs.recipe.targets == ("q_proj", *own)
+    assert "lora_target_parameters" not in keys(theirs, "changed") | keys(theirs, "left")
+
+
+def test_pefts_initializations_that_change_the_base_are_methods_of_their_own(tmp_path):
+    found = peft_file(tmp_path, r=4, init_lora_weights="pissa_niter_2", target_modules=["q_proj"])
+    assert (found.recipe.method, found.recipe.options) == ("pissa", {"niter": 2})
+    assert peft_file(tmp_path, init_lora_weights="olora").recipe.method == "olora"
+    eva = peft_file(tmp_path, init_lora_weights="eva")
+    assert (eva.recipe.method, keys(eva, "changed")) == ("lora", {"init_lora_weights"})
+
+
+def test_what_pefts_file_says_beside_the_method(tmp_path):
+    found = peft_file(
+        tmp_path,
+        base_model_name_or_path="acme/tiny",
+        task_type="SEQ_CLS",
+        target_modules=None,
+        layers_to_transform=[0, 1],
+        corda_config={"a": 1},
+        velvet=3,
+    )
+    assert found.recipe == Recipe(objective="classify", rank=8, alpha=8, dropout=0.0)
+    assert keys(found, "left") == {
+        "base_model_name_or_path", "layers_to_transform", "corda_config", "velvet",
+    }  # fmt: skip
+    assert remark(found, "velvet") == NOT_KNOWN
+    assert "--model acme/tiny" in found.command()
+    assert "defaults hold" in str(found)
+    with pytest.raises(LorafoldError, match="task_type: found 'TOKEN_CLS'"):
+        peft_file(tmp_path, task_type="TOKEN_CLS")
+    with pytest.raises(LorafoldError, match="peft_type 'OFT' is not supported"):
+        peft_file(tmp_path, peft_type="OFT")
+
+
+TRAINED = {"axolotl": axolotl_of, "llamafactory": llamafactory_of}
+
+
+@pytest.mark.parametrize("tool", TRAINED)
+def test_a_translated_recipe_trains(tool, tiny_model_dir, tmp_path):
+    settings = {
+        "axolotl": {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "float32": True},
+        "llamafactory": {"per_device_train_batch_size": 2, "learning_rate": 1e-3},
+    }[tool]
+    found = TRAINED[tool](tmp_path, max_steps=2, warmup_steps=1, **settings)
+    write(found, tmp_path / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    rows = [{"prompt": f"Book a table for {n}", "completion": f'{{"n": {n}}}'} for n in range(8)]
+    result = train(
+        Request(Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, rows, "rows"),
+        Console(quiet=True),
+    )
+    assert result.steps == 2
+    saved = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (8, 16, 0.0)
+
+
+def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
+    (tmp_path / "theirs.yml").write_text(AXOLOTL)
+    done = lorafold("recipe", "--from", str(tmp_path / "theirs.yml"))
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["rank"] == 32
+    for part in [
+        "lora_r: 32",
+        "taken differently:",
+        "without a counterpart in the recipe:",
+        "off or not set: lora_model_dir,",
+        "train with: lorafold train --config recipe.yaml",
+    ]:
+        assert part in done.stderr
+    out = tmp_path / "recipe.yaml"
+    done = lorafold("recipe", "--from", str(tmp_path / "theirs.yml"), "--out", str(out), "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["tool"], found["recipe"]["rank"], found["out"]) == ("axolotl", 32, str(out))
+    assert load_recipe(out).rank == 32
+    assert not done.stderr.strip()
+    message = refused("recipe", "--from", str(tmp_path / "theirs.yml"), "--out", str(out))
+    assert f"{out} exists; pass --overwrite" in message
+    theirs = str(tmp_path / "theirs.yml")
+    done = lorafold("recipe", "--from", theirs, "--out", str(out), "--overwrite")
+    assert done.returncode == 0
+
+
+def test_the_command_refuses_a_file_in_one_line(tmp_path):
+    (tmp_path / "theirs.yml").write_text("a: 1\n")
+    assert "expected --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
+    assert set(TOOLS) == {"axolotl", "llamafactory", "peft"}

@@ -1,0 +1,403 @@
+"""Other tools' files of preferences and reward models as recipes: the same losses, number by
+number, the same references, and every value that has no counterpart named.
+"""
+
+import math
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, RewardConfig
+from trl.experimental.cpo import CPOConfig
+from trl.experimental.orpo import ORPOConfig
+
+from lorafold.errors import LorafoldError
+from lorafold.opening import Base
+from lorafold.step.preference_laws import Scored, law_of
+from lorafold.step.preferences import Preferences
+from lorafold.step.reading import load_recipe
+from lorafold.step.recipe import Recipe
+from lorafold.training.request import Request
+from lorafold.training.run import train
+from lorafold.translating.run import write
+from preference_cases import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
+from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
+
+LLAMAFACTORY = """
+### an adapter of preferences over one of answers
+model_name_or_path: acme/tiny-qwen
+adapter_name_or_path: saves/answers one
+create_new_adapter: true
+trust_remote_code: false
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_dropout: 0.1
+lora_target: all
+pref_loss: sigmoid
+pref_beta: 0.3
+pref_ftx: 0.5
+dpo_label_smoothing: 0.1
+ref_model: acme/tiny-qwen
+ref_model_adapters: saves/answers one
+dataset: chef_ranked
+template: qwen3
+cutoff_len: 1024
+output_dir: saves/chef
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 4
+learning_rate: 5.0e-6
+num_train_epochs: 2.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+"""
+AXOLOTL = """
+base_model: acme/tiny-llama
+adapter: qlora
+load_in_4bit: true
+lora_r: 32
+lora_alpha: 64
+lora_dropout: 0.05
+lora_target_linear: true
+rl: kto
+rl_beta: 0.2
+kto_desirable_weight: 0.2
+datasets:
+  - path: acme/thumbs
+    type: chatml.argilla
+remove_unused_columns: false
+sequence_len: 2048
+micro_batch_size: 4
+num_epochs: 1
+learning_rate: 1.0e-5
+lr_scheduler: linear
+precompute_ref_log_probs: true
+output_dir: ./out
+"""
+
+
+def test_a_llamafactory_file_of_preferences_field_by_field(tmp_path):
+    found = translated(tmp_path, LLAMAFACTORY)
+    assert found.recipe == Recipe(
+        rank=16, alpha=32, dropout=0.0, targets="all-linear", objective="dpo", beta=0.3,
+        objective_options={"sft_weight": 0.5, "label_smoothing": 0.1}, storage="bf16", lr=5e-6,
+        lr_b=5e-6, warmup=0.1, optimizer="adamw", epochs=2, batch=8, accumulate=4, max_length=1024,
+        packing=False,
+    )  # fmt: skip
+    assert keys(found, "changed") == set()
+    assert keys(found, "left") == {
+        "model_name_or_path", "adapter_name_or_path", "dataset", "template", "output_dir",
+    }  # fmt: skip
+    assert "--over 'saves/answers one'" in found.command()
+    assert "--init-adapter" not in found.command()
+    assert "prompt, chosen and rejected" in remark(found, "dataset")
+    assert "it is off while preferences are trained" in remark(found, "lora_dropout")
+    write(found, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
+
+
+def test_an_axolotl_file_of_preferences_field_by_field(tmp_path):
+    found = translated(tmp_path, AXOLOTL)
+    assert found.recipe == Recipe(
+        rank=32, alpha=64, dropout=0.0, targets="all-linear", objective="kto", beta=0.2,
+        objective_options={"desirable_weight": 0.2}, storage="nf4", lr=1e-5, lr_b=1e-5,
+        schedule="linear", optimizer="adamw", batch=4, max_length=2048, packing=False,
+    )  # fmt: skip
+    assert keys(found, "left") == {
+        "base_model", "datasets", "output_dir", "precompute_ref_log_probs",
+    }  # fmt: skip
+    assert "prompt, completion and label" in remark(found, "datasets")
+
+
+def scored():
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.tensor([[5.0, 9.0], [12.0, 3.0], [7.0, 7.0]])
+    logps = -tokens * torch.rand(3, 2, generator=draw, dtype=torch.double) * 2
+    reference = -tokens * torch.rand(3, 2, generator=draw, dtype=torch.double) * 2
+    return Scored(logps, reference, tokens.double())
+
+
+def llamafactory_loss(kind, found, beta, smoothing, gamma, ftx):
+    """The documented losses of LLaMA-Factory, by row."""
+    means = found.logps / found.tokens
+    d = (found.logps - found.reference)[:, 0] - (found.logps - found.reference)[:, 1]
+    if kind == "sigmoid":
+        loss = -(1 - smoothing) * logsigmoid(beta * d) - smoothing * logsigmoid(-beta * d)
+    elif kind == "hinge":
+        loss = (1 - beta * d).relu()
+    elif kind == "ipo":
+        ratio = means - found.reference / found.tokens
+        loss = (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)) ** 2
+    elif kind == "orpo":
+        odds = means - torch.log1p(-means.exp())
+        loss = -means[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1])
+    else:
+        loss = -logsigmoid(beta * (means[:, 0] - means[:, 1] - gamma / beta))
+    return loss - ftx * means[:, 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pref_beta": 0.4, "dpo_label_smoothing": 0.2, "pref_ftx": 0.7},
+        {"pref_loss": "hinge", "pref_beta": 0.05},
+        {"pref_loss": "ipo"},
+        {"pref_loss": "orpo", "pref_beta": 0.3},
+        {"pref_loss": "simpo"},
+        {"pref_loss": "simpo", "pref_beta": 1.5, "simpo_gamma": 0.9, "pref_ftx": 0.1},
+    ],
+)
+def test_llamafactorys_losses_are_ours(tmp_path, settings):
+    recipe = llamafactory_of(tmp_path, stage="dpo", **settings).recipe
+    law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
+    expected = llamafactory_loss(
+        settings.get("pref_loss", "sigmoid"),
+        scored(),
+        settings.get("pref_beta", 0.1),
+        settings.get("dpo_label_smoothing", 0.0),
+        settings.get("simpo_gamma", 0.5),
+        settings.get("pref_ftx", 0.0),
+    )
+    torch.testing.assert_close(law.loss(scored()), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"stage": "kto"}, {"objective": "kto", "beta": 0.1, "objective_options": {}}),
+        (
+            {"stage": "kto", "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.5, "pref_beta": 1},
+            {
+                "beta": 1.0,
+                "objective_options": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+            },
+        ),
+        ({"stage": "rm"}, {"objective": "reward", "beta": None, "objective_options": {}}),
+        ({"stage": "rm", "lora_dropout": 0.1, "pref_ftx": 1.0}, {"dropout": 0.1}),
+        ({"stage": "dpo", "packing": True}, {"packing": False, "lr": 5e-5, "lr_b": 5e-5}),
+        ({"stage": "dpo", "finetuning_type": "full", "pref_loss": "ipo"},
+         {"objective": "ipo", "method": "full", "lr": 5e-5}),
+        ({"stage": "sft", "pref_beta": 0.5, "pref_ftx": 1.0, "pref_loss": "ipo"},
+         {"objective": "sft", "beta": None, "objective_options": {}}),
+        ({"stage": "dpo", "pref_loss": "orpo", "ref_model": "another"}, {"objective": "orpo"}),
+    ],
+)  # fmt: skip
+def test_llamafactory_settings(tmp_path, settings, fields):
+    recipe = llamafactory_of(tmp_path, **settings).recipe
+    assert {name: getattr(recipe, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"adapter_name_or_path": "a"}, "--init-adapter a"),
+        ({"adapter_name_or_path": "a,b"}, "--over a --init-adapter b"),
+        ({"adapter_name_or_path": "a", "create_new_adapter": True}, "--over a"),
+        ({"adapter_name_or_path": ["a", "b"], "create_new_adapter": True}, "--over a --over b"),
+        # a quantized base goes on with the adapter, whatever the file says
+        ({"adapter_name_or_path": "a", "create_new_adapter": True, "quantization_bit": 4},
+         "--init-adapter a"),
+    ],
+)  # fmt: skip
+def test_llamafactorys_adapters_go_below_or_go_on(tmp_path, settings, flags):
+    for stage in ("sft", "dpo"):
+        found = llamafactory_of(tmp_path, stage=stage, lora_rank=4, **settings)
+        assert found.command().endswith(f"--out OUT {flags}")
+        goes_on = "--init-adapter" in flags
+        assert (found.recipe.rank is None) == goes_on
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "beta", "options"),
+    [
+        ({"rl": "dpo"}, "dpo", 0.1, {}),
+        ({"rl": "dpo", "dpo_loss_type": ["hinge"], "dpo_beta": 0.3}, "hinge", 0.3, {}),
+        ({"rl": "dpo", "dpo_loss_type": ["ipo"], "trl": {"beta": 0.4}}, "ipo", 0.4, {}),
+        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"]}, "dpo", 0.1, {"sft_weight": 1.0}),
+        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1, 0.2]},
+         "dpo", 0.1, {"sft_weight": 0.2}),
+        ({"rl": "ipo", "rl_beta": 0.2}, "ipo", 0.2, {}),
+        ({"rl": "orpo", "orpo_alpha": 0.25}, "orpo", 0.25, {}),
+        ({"rl": "orpo", "orpo_alpha": 0.25, "rl_beta": 0.5}, "orpo", 0.5, {}),
+        ({"rl": "simpo", "simpo_gamma": 0.5}, "simpo", 0.1, {"gamma": 0.5, "sft_weight": 1.0}),
+        ({"rl": "simpo", "simpo_gamma": 1.0, "cpo_alpha": 0, "rl_beta": 2}, "simpo", 2.0, {}),
+        ({"rl": "kto", "kto_undesirable_weight": 0.5}, "kto", 0.1, {"undesirable_weight": 0.5}),
+        ({"reward_model": True}, "reward", None, {}),
+        ({"reward_model": True, "center_rewards_coefficient": 0.01, "num_labels": 1},
+         "reward", None, {"centre": 0.01}),
+        ({"reward_model": False, "rl": None, "rl_beta": 0.5, "cpo_alpha": 3}, "sft", None, {}),
+    ],
+)  # fmt: skip
+def test_axolotl_settings(tmp_path, settings, objective, beta, options):
+    found = axolotl_of(tmp_path, lora_dropout=0.1, **settings)
+    recipe = found.recipe
+    assert (recipe.objective, recipe.beta, recipe.objective_options) == (objective, beta, options)
+    assert recipe.dropout == (0.1 if objective == "sft" else 0.0)
+    assert (recipe.lr, recipe.lr_b) == (1e-4, 1e-4)
+
+
+def test_what_trl_computes_otherwise_is_told(tmp_path):
+    told = axolotl_of(tmp_path, rl="orpo")
+    assert keys(told, "changed") == {"rl"}
+    assert "learns the prompts" in remark(told, "rl")
+    told = axolotl_of(tmp_path, rl="simpo", simpo_gamma=0.5)
+    assert "micro-batch" in remark(told, "cpo_alpha")
+    told = axolotl_of(tmp_path, rl="dpo", dpo_label_smoothing=0.1)
+    assert keys(told, "left") == {"base_model", "dpo_label_smoothing"}
+    assert "--objective-options label_smoothing=0.1" in remark(told, "dpo_label_smoothing")
+
+
+def test_the_losses_of_axolotls_trainer_are_ours(tmp_path, tiny_model_dir):
+    """TRL's own trainer with axolotl's settings: supervised terms, label smoothing, dropout. Of one
+    row TRL's mean over the tokens of a batch is lorafold's over those of the row.
+    """
+    path = tiny_model_dir("llama")
+    model, tokenizer = (
+        kind.from_pretrained(path) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    adapter = adapted(model)
+    adapter.save(tmp_path / "adapter")
+    for settings in (
+        {"dpo_label_smoothing": 0.3},
+        {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.2], "rl_beta": 0.4},
+    ):
+        recipe = axolotl_of(tmp_path, rl="dpo", **settings).recipe
+        config = DPOConfig(
+            output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False,
+            gradient_checkpointing=False, beta=recipe.beta,
+            loss_type=settings.get("dpo_loss_type", ["sigmoid"]),
+            loss_weights=settings.get("dpo_loss_weights"),
+            label_smoothing=settings.get("dpo_label_smoothing", 0.0),
+        )  # fmt: skip
+        trainer = trainer_of(DPOTrainer, config, PAIRS[:1], path, tmp_path / "adapter")
+        [example] = examples_of(PAIRS[:1], tokenizer)
+        prompt, (chosen, rejected) = asked(example)
+        batch = trainer.data_collator(
+            [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}]
+        )
+        law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
+        loss = Preferences(model, law, None, tokenizer.pad_token_id)
+        expected = trainer.compute_loss(trainer.model, batch)
+        own = loss(**loss.collate([example], loss.device))
+        check_gradients(trainer, expected, adapter, own)
+        for parameter in adapter.parameters():
+            parameter.grad = None
+
+
+def test_trl_turns_the_dropout_of_lora_off(tmp_path, tiny_model_dir):
+    path = tiny_model_dir("llama")
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        args=DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"),
+    )
+    found = [m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert found
+    assert not any(found)
+
+
+def test_trls_defaults_are_those_that_a_translation_writes():
+    defaults = [c.__dataclass_fields__ for c in (DPOConfig, KTOConfig, CPOConfig, ORPOConfig)]
+    assert [fields["beta"].default for fields in defaults] == [0.1] * 4
+    defaults.append(RewardConfig.__dataclass_fields__)
+    assert all(fields["disable_dropout"].default for fields in defaults)
+    assert CPOConfig.__dataclass_fields__["cpo_alpha"].default == 1.0
+    assert DPOConfig.__dataclass_fields__["loss_type"].default_factory() == ["sigmoid"]
+
+
+def test_axolotl_does_not_load_an_adapter_before_dpo(tmp_path):
+    for rl in ("dpo", "ipo", "kto"):
+        found = axolotl_of(tmp_path, rl=rl, lora_model_dir="old")
+        assert found.command().endswith("--model m --data DATA --out OUT")
+        assert "--over" in remark(found, "lora_model_dir")
+        assert found.recipe.rank == 8
+    for settings in ({"rl": "orpo"}, {"reward_model": True}):
+        found = axolotl_of(tmp_path, lora_model_dir="old", **settings)
+        assert "--init-adapter old" in found.command()
+        assert found.recipe.rank is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"pref_loss": "kto_pair"}, "pref_loss: found 'kto_pair'"),
+        ({"pref_loss": "sigmoidal"}, "pref_loss: found 'sigmoidal', expected sigmoid or hinge"),
+        ({"pref_loss": "orpo", "pref_ftx": 0.5}, "pref_ftx: found 0.5, but lorafold's objective"),
+        ({"pref_loss": "ipo", "dpo_label_smoothing": 0.1}, "dpo_label_smoothing: found 0.1"),
+        ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing: objective dpo: label_smoothing"),
+        ({"pref_beta": 0}, "pref_beta: found 0.0 as recipe field beta"),
+        ({"pref_bco_weight": 0.5}, "pref_bco_weight: found 0.5"),
+        ({"ld_alpha": 0.5}, "ld_alpha: found 0.5"),
+        ({"pissa_init": True}, "pissa_init: found True, which LLaMA-Factory refuses"),
+        ({"neat_packing": True}, "neat_packing: found True, which LLaMA-Factory refuses"),
+        ({"mask_history": True}, "mask_history: found True"),
+        ({"ref_model": "other"}, "ref_model: found other as the reference, but lorafold loads one"),
+        ({"ref_model": "m", "ref_model_adapters": "a"}, "ref_model: found a over m as the"),
+        ({"ref_model": "m", "adapter_name_or_path": "a", "create_new_adapter": True},
+         "ref_model: found m as the reference"),
+        ({"stage": "kto", "pref_ftx": 0.1}, "objective kto takes no such term"),
+    ],
+)  # fmt: skip
+def test_what_llamafactory_asks_for_and_we_have_not_is_refused(tmp_path, settings, part):
+    with pytest.raises(LorafoldError) as caught:
+        llamafactory_of(tmp_path, **{"stage": "dpo", "model_name_or_path": "m"} | settings)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"rl": "grpo"}, "rl: found 'grpo', but lorafold trains no policy on rewards"),
+        ({"rl": "ppp"}, "rl: found 'ppp', expected dpo or ipo"),
+        ({"rl": "dpo", "sample_packing": True}, "rl: found 'dpo' and sample_packing"),
+        ({"rl": "simpo"}, "simpo_gamma missing"),
+        ({"rl": "dpo", "dpo_loss_type": ["robust"]}, "dpo_loss_type: found ['robust']"),
+        ({"rl": "dpo", "dpo_loss_type": ["ipo", "sft"]}, "objective ipo takes no such term"),
+        ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "hinge"]}, "one loss of weight 1"),
+        ({"rl": "dpo", "dpo_loss_type": ["ipo"], "dpo_loss_weights": [2]}, "with weights [2.0]"),
+        ({"rl": "dpo", "dpo_loss_weights": [1]}, "dpo_loss_weights: found [1] without"),
+        ({"rl": "dpo", "dpo_use_weighting": True}, "dpo_use_weighting: found True"),
+        ({"rl": "dpo", "rpo_alpha": 1.0}, "rpo_alpha: found 1.0, but axolotl refuses it"),
+        ({"rl": "kto", "kto_desirable_weight": -1}, "kto_desirable_weight: objective kto"),
+        ({"reward_model": True, "num_labels": 3}, "num_labels: found 3"),
+        ({"process_reward_model": True}, "process_reward_model: found True"),
+    ],
+)  # fmt: skip
+def test_what_axolotl_asks_for_and_we_have_not_is_refused(tmp_path, settings, part):
+    with pytest.raises(LorafoldError) as caught:
+        axolotl_of(tmp_path, **settings)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+
+
+@pytest.mark.parametrize("tool", [axolotl_of, llamafactory_of])
+def test_a_translated_recipe_of_preferences_trains(tool, tiny_model_dir, tmp_path):
+    """At the first step policy and reference agree, so DPO's loss is log 2, and cDPO's too."""
+    settings = {
+        axolotl_of: {"rl": "dpo", "micro_batch_size": 4, "float32": True},
+        llamafactory_of: {"stage": "dpo", "per_device_train_batch_size": 4, "pref_beta": 0.3,
+                          "dpo_label_smoothing": 0.1},
+    }[tool]  # fmt: skip
+    found = tool(tmp_path, max_steps=2, warmup_steps=1, **settings)
+    write(found, tmp_path / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["objective"] == "dpo"
+    request = Request(
+        Base(tiny_model_dir("llama"), device="cpu"), tmp_path / "a", recipe, PAIRS * 2, "rows"
+    )
+    result = train(request, Console(quiet=True))
+    assert result.steps == 2
+    assert math.isclose(result.train_loss, math.log(2), rel_tol=0.05)

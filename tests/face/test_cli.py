@@ -1,0 +1,192 @@
+"""The command's frame: quick help, one line for what the user can put right, exit codes, and clean
+output.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import refused
+from lorafold.cli import COMMANDS
+from lorafold.cli.common import emit
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "huggingface_hub",
+}
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lorafold", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_help_lists_every_command_and_loads_nothing_that_takes_long():
+    script = """
+import sys
+from lorafold.cli import main
+sys.argv = ["lorafold", "--help"]
+try:
+    main()
+except SystemExit as end:
+    heavy = {"torch", "transformers", "datasets", "pydantic", "matplotlib"} & set(sys.modules)
+    print(end.code, sorted(heavy), file=sys.stderr)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert told.stderr == "0 []\n"
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    assert run().stdout == done.stdout
+
+
+@pytest.mark.few(6)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_no_help_imports_anything_heavy(arguments):
+    code = f"""
+import sys
+from lorafold.cli import main
+sys.argv = ["lorafold", *{arguments!r}]
+try:
+    main()
+except SystemExit as done:
+    print(sorted({HEAVY!r} & set(sys.modules)), done.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: lorafold" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[] 0"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does_and_what_each_option_means(name):
+    import typer
+
+    from lorafold.cli import _load
+
+    assert importlib.import_module(f"lorafold.cli.{name}").command.__doc__
+    command = _load(name)
+    assert isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup)
+    assert [parameter.name for parameter in command.params if not parameter.help] == []
+
+
+def test_the_version_is_the_package_s():
+    from importlib.metadata import version
+
+    assert run("--version").stdout == f"lorafold {version('lorafold')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?; see lorafold --help"),
+        (["--no-such-option"], "No such option: --no-such-option"),
+        (["train", "--no-such-option"], "see lorafold train --help"),
+        (["train"], "Missing option '--data'; see lorafold train --help"),
+        (
+            ["train", "--data", "rows.jsonl", "--out", "out", "--seed", "many"],
+            "see lorafold train --help",
+        ),
+        (["train", "--data", "no-such-file.jsonl", "--out", "out"], "no-such-file.jsonl"),
+        (["train", "--data", "no-such-file.jsonl", "--out", "out", "--set", "rnak=8"], "rnak"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_exit_code_2(arguments, said):
+    assert said in refused(*arguments)
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path):
+    locked = tmp_path / "rows.jsonl"
+    locked.mkdir()
+    assert "rows.jsonl" in refused("train", "--data", str(locked), "--out", str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_finds_no_room_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lorafold", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.stderr.splitlines()[0] == "error: No space left on device"
+    assert done.returncode == 2
+
+
+def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
+    """A descriptor that keeps `reader` waiting for lines, from the moment that it reads the
+    pipe.
+    """
+    while reader.poll() is None:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads yet
+            time.sleep(0.05)
+    pytest.fail(f"ended before it read: {reader.communicate()}")
+
+
+def test_ctrl_c_ends_with_130(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    os.mkfifo(rows)
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "lorafold",
+            "train",
+            "--data",
+            str(rows),
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        # where the tests run in the background it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    waiting = open_once_read(rows, child)
+    # a signal that comes just before the read begins is noticed only when the next one breaks it
+    # off
+    for _ in range(6):
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(timeout=10)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    _, told = child.communicate(timeout=60)
+    os.close(waiting)
+    assert child.returncode == 130
+    assert "Traceback" not in told
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_results_are_a_line_for_people_or_one_json_object(capsys):
+    result = {"loss": 1.5, "perplexity": float("inf"), "out": Path("a/b")}
+    emit(False, result, "loss 1.5")
+    assert capsys.readouterr().out == "loss 1.5\n"
+    emit(True, result, "loss 1.5")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"loss": 1.5, "perplexity": None, "out": "a/b"}

@@ -1,0 +1,370 @@
+"""Token rows both ways with PEFT, on bases whose vocabulary the user resized and on those that
+nobody did.
+"""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorafold as lf
+from lorafold.files.atomic import MANIFEST
+from lorafold.models.weights import FileWeights, model_files
+from peft_cases import CLOSE, gap, load_theirs, move, noise
+
+KINDS = ["llama", "qwen2", "gemma", "gpt2"]
+TIED = ["gemma", "gpt2"]
+V, D = 300, 32
+NEW = [301, 5, 300]
+IDS = torch.tensor([[7, 300, 5, 9, 301, 5, 3, 300]])
+TARGETS = {"gpt2": ["c_attn"]}
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_quiet() -> None:
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+def resized(model: Any, size: int = V + 2, **how: Any) -> Any:
+    model.resize_token_embeddings(size, **how)
+    return model
+
+
+def embedding(kind: str) -> str:
+    return "wte" if kind == "gpt2" else "embed_tokens"
+
+
+def at(kind: str, end: str = "embedding") -> str:
+    prefix = (
+        "base_model.model.transformer.wte"
+        if kind == "gpt2"
+        else "base_model.model.model.embed_tokens"
+    )
+    path = prefix if end == "embedding" else "base_model.model.lm_head"
+    return f"{path}.token_adapter.trainable_tokens_delta"
+
+
+def ours(kind: str, model: Any, **options: Any) -> lf.Adapter:
+    adapter = lf.attach(
+        model, lf.LoRA(rank=4, alpha=8), TARGETS.get(kind, ["q_proj"]), **{"tokens": NEW, **options}
+    )
+    move(adapter.parameters())
+    return adapter
+
+
+def theirs(kind: str, base: Any, indices: Any, **options: Any) -> Any:
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": TARGETS.get(kind, ["q_proj"]),
+        "task_type": "CAUSAL_LM",
+        **options,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(
+            base, peft.LoraConfig(**config, trainable_token_indices=indices)
+        )
+    move(p for p in wrapped.parameters() if p.requires_grad)
+    return wrapped
+
+
+def save_theirs(wrapped: Any, path: Path, matrices: bool) -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it saves the embeddings too
+        wrapped.save_pretrained(path, save_embedding_layers="auto" if matrices else False)
+    return load_file(path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_reads_ours_on_a_resized_base(kind: str, tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    expected = logits(model) if ours(kind, model).save(tmp_path / "a") else None
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    rows = {key: tuple(t.shape) for key, t in tensors.items() if "token" in key.rsplit(".", 2)[1]}
+    assert rows == dict.fromkeys([at(kind), *([] if kind in TIED else [at(kind, "head")])], (3, D))
+    indices = json.loads((tmp_path / "a" / "adapter_config.json").read_text())[
+        "trainable_token_indices"
+    ]
+    assert indices == (NEW if kind in TIED else {"embed_tokens": NEW, "lm_head": NEW})
+    assert gap(logits(load_theirs(resized(tiny_model(kind)), tmp_path / "a")), expected) < CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_is_read_on_the_base_resized_or_not(kind: str, tiny_model, tmp_path: Path) -> None:
+    """A resized base is the same base, by its fingerprint too; saved again from either the file is
+    the same.
+    """
+    model = tiny_model(kind)
+    ours(kind, model).save(tmp_path / "a")
+    for name, base in (("plain", tiny_model(kind)), ("resized", resized(tiny_model(kind)))):
+        loaded = lf.load(base, tmp_path / "a")
+        assert torch.equal(logits(base), logits(model))
+        loaded.save(tmp_path / name)
+        a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("a", name))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    configs = [
+        json.loads((tmp_path / d / "adapter_config.json").read_text())
+        for d in ("a", "plain", "resized")
+    ]
+    assert configs[0] == configs[1] == configs[2]
+    # its fingerprint is of the longer matrices
+    assert lf.load(tiny_model(kind), tmp_path / "resized")
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("matrices", [True, False], ids=["matrices", "rows-only"])
+@pytest.mark.parametrize("form", ["list", "names"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_is_read_on_the_base_resized_or_not(
+    kind: str, form: str, matrices: bool, tiny_model, tmp_path: Path
+) -> None:
+    base = resized(tiny_model(kind))
+    same = copy.deepcopy(base)
+    wrapped = theirs(kind, base, NEW if form == "list" else {embedding(kind): NEW, "lm_head": NEW})
+    expected = logits(wrapped)
+    tensors = save_theirs(wrapped, tmp_path / "a", matrices)
+    assert any(k.endswith("base_layer.weight") for k in tensors) == matrices
+    # PEFT repeats a tied head's rows
+    assert (at(kind, "head") in tensors) == (form == "names" if kind not in TIED else matrices)
+    lf.load(same, tmp_path / "a")
+    assert gap(logits(same), expected) < CLOSE
+    of_the_head = kind in TIED or form == "names" or matrices
+    # resized once more, it got other rows at random
+    for other in (tiny_model(kind), resized(tiny_model(kind))):
+        grown = other.config.vocab_size > V
+        if not of_the_head and not grown:
+            with pytest.raises(
+                lf.LorafoldError,
+                match=(
+                    "embed_tokens would have 302 tokens, lm_head would have 300 tokens"
+                ),
+            ):
+                lf.load(other, tmp_path / "a")
+            continue
+        adapter = lf.load(other, tmp_path / "a")
+        found = logits(other)
+        assert (
+            gap(
+                found if of_the_head else found[..., :V],
+                expected if of_the_head else expected[..., :V],
+            )
+            < CLOSE
+        )
+        adapter.save(tmp_path / f"again-{grown}")
+        assert (
+            gap(
+                logits(
+                    load_theirs(
+                        copy.deepcopy(same_base(other, adapter)), tmp_path / f"again-{grown}"
+                    )
+                ),
+                found,
+            )
+            < CLOSE
+        )
+
+
+def same_base(model: Any, adapter: lf.Adapter) -> Any:
+    """The model without the adapter, resized for PEFT."""
+    adapter.detach()
+    return resized(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rows_of_padding_come_along(kind: str, tiny_model, tmp_path: Path) -> None:
+    wrapped = theirs(kind, resized(tiny_model(kind), pad_to_multiple_of=8), [300, 301])
+    expected = logits(wrapped)
+    assert expected.shape[-1] == 304
+    save_theirs(wrapped, tmp_path / "a", matrices=True)
+    model = tiny_model(kind)
+    adapter = lf.load(model, tmp_path / "a")
+    assert gap(logits(model), expected) < CLOSE
+    assert set(adapter.tokens.values()) == {(300, 301, 302, 303)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_tokens_alone(kind: str, tiny_model, tmp_path: Path) -> None:
+    """No vocabulary is resized: PEFT writes the rows and nothing more, of the embedding alone where
+    the head has a weight of its own.
+    """
+    wrapped = theirs(kind, tiny_model(kind), [9, 5])
+    short = IDS.masked_fill(IDS >= V, 9)
+    with torch.no_grad():
+        expected = wrapped.eval()(short).logits
+        save_theirs(wrapped, tmp_path / "a", matrices=True)
+        model = tiny_model(kind)
+        adapter = lf.load(model, tmp_path / "a")
+        assert gap(model(short).logits, expected) < CLOSE
+    assert len(adapter.tokens) == (2 if kind in TIED else 1)
+
+
+def test_other_ids_for_a_tied_head(tiny_model, tmp_path: Path) -> None:
+    wrapped = theirs(
+        "gemma",
+        resized(tiny_model("gemma")),
+        {"embed_tokens": [300, 301], "lm_head": [301, 300, 7]},
+    )
+    expected = logits(wrapped)
+    save_theirs(wrapped, tmp_path / "a", matrices=False)
+    model = tiny_model("gemma")
+    lf.load(model, tmp_path / "a")
+    assert gap(logits(model), expected) < CLOSE
+
+
+BESIDE: list[dict[str, Any]] = [
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"bias": "all"},
+    {"modules_to_save": ["model.norm"]},
+]
+
+
+@pytest.mark.parametrize("options", BESIDE, ids=str)
+def test_beside_what_else_lora_has(options: dict[str, Any], tiny_model, tmp_path: Path) -> None:
+    wrapped = theirs(
+        "qwen2", resized(tiny_model("qwen2")), {"embed_tokens": NEW, "lm_head": NEW}, **options
+    )
+    expected = logits(wrapped)
+    save_theirs(wrapped, tmp_path / "a", matrices=True)
+    model = tiny_model("qwen2")
+    lf.load(model, tmp_path / "a").save(tmp_path / "b")
+    assert gap(logits(model), expected) < CLOSE
+    assert gap(logits(load_theirs(resized(tiny_model("qwen2")), tmp_path / "b")), expected) < CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_on_the_meta_device(kind: str, tiny_model, tiny_model_dir, tmp_path: Path) -> None:
+    """A skeleton without data takes the rows as well, and a tied head goes on sharing them."""
+    save_theirs(theirs(kind, resized(tiny_model(kind)), NEW), tmp_path / "a", matrices=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(tiny_model_dir(kind))
+        )
+    adapter = lf.load(skeleton, tmp_path / "a", base=FileWeights(model_files(tiny_model_dir(kind))))
+    real = lf.load(tiny_model(kind), tmp_path / "a")
+    assert all(p.device.type == "cpu" for p in adapter.parameters())
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapter.parameters(), real.parameters(), strict=True)
+    )
+    assert [bool(delta.twin) for delta in adapter.deltas.values()] == [
+        bool(delta.twin) for delta in real.deltas.values()
+    ]
+
+
+def test_half_precision_base(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model("gemma")
+    ours("gemma", model).save(tmp_path / "a")
+    half = tiny_model("gemma").bfloat16()
+    adapter = lf.load(half, tmp_path / "a")
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+    peer = load_theirs(resized(tiny_model("gemma").bfloat16()), tmp_path / "a")
+    assert noise(logits(half), logits(model)) <= 2 * noise(logits(peer), logits(model))
+
+
+def change(path: Path, edit: Any) -> None:
+    tensors = load_file(path / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+ROWS, HEAD, MATRIX = (
+    at("llama"),
+    "base_model.model.lm_head.weight",
+    at("llama").replace("trainable_tokens_delta", "base_layer.weight"),
+)
+DEFECTS: dict[str, tuple[Any, str]] = {
+    "another base": (
+        lambda t: t[MATRIX].mul_(2),
+        r"base_layer.weight: a base weight of shape \[302, 32\], where this",
+    ),
+    "a row too few": (
+        lambda t: t.update({ROWS: t[ROWS][:2]}),
+        r"trainable_tokens_delta: shape \[2, 32\], expected \[3, 32\]",
+    ),
+    "too narrow": (
+        lambda t: t.update({ROWS: t[ROWS][:, :16].clone()}),
+        r"shape \[3, 16\], expected \[3, 32\]",
+    ),
+    "missing": (
+        lambda t: t.pop(ROWS),
+        "missing key base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+    ),
+    "not a number": (
+        lambda t: t[ROWS][0].fill_(float("nan")),
+        "trainable_tokens_delta: 32 of 96 values are not finite",
+    ),
+    "elsewhere": (
+        lambda t: t.update({at("gpt2"): torch.zeros(3, D)}),
+        "unknown key base_model.model.transformer.wte.token_adapter",
+    ),
+    "not a number in the head": (
+        lambda t: t[HEAD][301].fill_(float("inf")),
+        "lm_head.token_adapter.* 32 of 64 values are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_reading_is_strict(defect: str, tiny_model, tmp_path: Path) -> None:
+    save_theirs(theirs("llama", resized(tiny_model("llama")), NEW), tmp_path / "a", matrices=True)
+    edit, message = DEFECTS[defect]
+    change(tmp_path / "a", edit)
+    model = tiny_model("llama")
+    with pytest.raises(lf.LorafoldError, match=message) as caught:
+        lf.load(model, tmp_path / "a")
+    assert str(caught.value).count(";") == 0
+    assert not any(hasattr(m, "deltas") for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([300, 302], r"tokens \[300, 302\] leave a gap: the base's last token is 299"),
+        ({"wte": [300]}, "trainable_token_indices: found no module wte in this model"),
+        (["300"], "trainable_token_indices: found"),
+        ({"embed_tokens": [5], "lm_head": []}, r"lm_head: tokens \[\]: expected ids"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense(
+    indices: Any, message: str, tiny_model, tmp_path: Path
+) -> None:
+    ours("llama", tiny_model("llama")).save(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps(config | {"trainable_token_indices": indices})
+    )
+    (tmp_path / "a" / MANIFEST).unlink()
+    with pytest.raises(lf.LorafoldError, match=message):
+        lf.load(tiny_model("llama"), tmp_path / "a")
+
+
+def test_the_file_grows_by_rows(tiny_model, tmp_path: Path) -> None:
+    sizes = []
+    for tokens in ((), (300,), (300, 301)):
+        path = ours("gemma", tiny_model("gemma"), tokens=tokens).save(tmp_path / str(len(tokens)))
+        sizes.append(sum(t.nbytes for t in load_file(path / "adapter_model.safetensors").values()))
+    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] == 4 * D
+
+
+def test_the_card_says_how_peft_loads_it(tiny_model, tmp_path: Path) -> None:
+    ours("gemma", tiny_model("gemma")).save(tmp_path / "a")
+    assert "model.resize_token_embeddings(302)" in (tmp_path / "a" / "README.md").read_text()
+    assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["vocabulary"] == 302
+    ours("gemma", tiny_model("gemma"), tokens=(5,)).save(tmp_path / "b")
+    assert "resize_token_embeddings" not in (tmp_path / "b" / "README.md").read_text()

@@ -1,0 +1,535 @@
+"""A stack of adapters is an artefact: what one is trained over stands in its record, is never
+moved, and is asked for again when it is loaded.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorafold as lf
+from conftest import fast_only, lorafold
+from engine_cases import alone, generated
+from lorafold.core.attach import selection_of
+from lorafold.engine import Request as EngineRequest
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import write_json
+from lorafold.files.record import read_record
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
+from lorafold.opening import Base
+from lorafold.peft.stack import parse
+from lorafold.serving.directory import Directory
+from lorafold.step.activations import recompute
+from lorafold.step.recipe import Recipe
+from lorafold.training import loop, run, setup
+from lorafold.training.request import Request
+from training_cases import ROWS, quiet, weights
+
+IDS = torch.arange(5, 29).view(2, 12)
+TRAINED = {"steps": 4, "batch": 4, "storage": "fp32", "lr": 1e-2}
+
+
+def request(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Request:
+    extra = {
+        k: fields.pop(k) for k in ("resume", "overwrite", "init_adapter") if k in fields
+    }
+    recipe = Recipe(**TRAINED | fields)
+    return Request(Base(model, device="cpu"), out, recipe, ROWS, "rows", over=over, **extra)
+
+
+def trained(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Path:
+    run.train(request(model, out, over, **fields), quiet())
+    return out
+
+
+def stacked(model: Path, *adapters: Path):
+    loaded = load_model(model, torch.float32)
+    for n, path in enumerate(adapters):
+        lf.load(loaded, path, f"a{n}")
+    return loaded
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:  # (2, 12, vocabulary)
+    return model(input_ids=IDS).logits
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir) -> Path:
+    return tiny_model_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def sft(base: Path, tmp_path_factory) -> Path:
+    return trained(base, tmp_path_factory.mktemp("stack") / "sft")
+
+
+@pytest.fixture(scope="module")
+def dpo(base: Path, sft: Path) -> Path:
+    """An adapter over `sft`."""
+    return trained(base, sft.with_name("dpo"), (sft,), seed=1)
+
+
+METHODS = ("lora", "dora", "ia3", "loha")
+
+
+def test_what_it_lies_over_stands_in_its_record_and_is_not_moved(
+    base: Path, sft: Path, tmp_path: Path
+) -> None:
+    before = files(sft)
+    dpo = trained(base, tmp_path / "dpo", (sft,))
+    assert files(sft) == before
+    [below] = read_record(dpo)["over"]
+    assert below["adapter"] == str(sft)
+    assert len(below["sha256"]) == 64
+    assert "over" not in read_record(sft)
+
+
+def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
+    base: Path, sft: Path, tmp_path: Path
+) -> None:
+    asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
+    model, adapter, _, _ = setup.adapted_model(asked, quiet())
+    assert asked.request.below == ("over1",)
+    assert selection_of(model).names == ("over1", "default")
+    with lf.only(model, *asked.request.below):
+        assert torch.equal(logits(model), logits(stacked(base, sft)))
+    assert f"over: {sft} (" in repr(adapter)
+    trains = {id(p) for p in adapter.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trains
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("below", "above"),
+    fast_only(zip(METHODS, (*METHODS[1:], METHODS[0]), strict=True), product(METHODS, METHODS)),
+)
+def test_folding_a_stack_equals_calling_it(
+    below: str, above: str, base: Path, tmp_path: Path
+) -> None:
+    first = trained(base, tmp_path / "first", method=below)
+    second = trained(base, tmp_path / "second", (first,), method=above)
+    model = stacked(base, first, second)
+    called = logits(model)
+    with lf.only(model, "a0"):
+        assert not torch.allclose(called, logits(model), atol=1e-5)
+    merged = tmp_path / "merged"
+    lf.merge(base, [first, second], merged)
+    torch.testing.assert_close(logits(load_model(merged, torch.float32)), called)
+
+
+@pytest.mark.few(1)
+def test_what_is_found_below_must_be_what_it_was_trained_over(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    other = trained(base, tmp_path / "other", seed=2)
+    for below in [(), (other,), (other, sft), (sft, other)]:
+        model = stacked(base, *below)
+        before = logits(model)
+        with pytest.raises(LorafoldError) as error:
+            lf.load(model, dpo, "dpo")
+        told = str(error.value)
+        assert f"{dpo}: it was trained over {sft} (" in told
+        assert f"--adapter {sft} --adapter {dpo}" in told
+        assert ("found nothing" if not below else f"found {below[0]} (") in told
+        assert torch.equal(logits(model), before)
+    model = stacked(base, other)
+    lf.load(model, dpo, "dpo", allow_other_base=True)
+
+
+def test_a_file_that_changed_below_is_another_adapter(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(sft, tmp_path / "copy")
+    (copy / "README.md").write_text("Another card.")
+    (copy / "manifest.json").unlink()
+    torch.testing.assert_close(logits(stacked(base, copy, dpo)), logits(stacked(base, sft, dpo)))
+    tensors = load_file(copy / "adapter_model.safetensors")
+    key = next(iter(tensors))
+    save_file(tensors | {key: tensors[key] + 1}, copy / "adapter_model.safetensors")
+    with pytest.raises(LorafoldError, match="it was trained over"):
+        stacked(base, copy, dpo)
+
+
+def test_the_selection_and_not_the_order_of_attaching_decides(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    other = trained(base, tmp_path / "other", seed=2)
+    model = stacked(base, sft, other)
+    with lf.only(model, "a0"):
+        lf.load(model, dpo, "dpo")
+        torch.testing.assert_close(logits(model), logits(stacked(base, sft, dpo)))
+
+
+def test_in_memory_an_adapter_knows_those_that_were_active(
+    base: Path, sft: Path, tmp_path: Path
+) -> None:
+    model = stacked(base, sft)
+    new = lf.attach(model, lf.LoRA(rank=2), name="new")
+    above = lf.attach(model, lf.LoRA(rank=2), name="above")
+    first = above.save(tmp_path / "first")
+    assert [entry["adapter"] for entry in read_record(first)["over"]] == [str(sft)]
+    new.save(tmp_path / "new")
+    second = above.save(tmp_path / "second")
+    over = [str(sft), str(tmp_path / "new")]
+    assert [entry["adapter"] for entry in read_record(second)["over"]] == over
+    model = stacked(base, sft, tmp_path / "new")
+    again = lf.load(model, second, "again").save(tmp_path / "again")
+    assert read_record(again)["over"] == read_record(second)["over"]
+
+
+def test_what_is_merged_is_part_of_the_base(base: Path, sft: Path, tmp_path: Path) -> None:
+    model = load_model(base, torch.float32)
+    below = lf.load(model, sft, "sft")
+    above = lf.attach(model, lf.LoRA(rank=2), name="above")
+    below.merge()
+    assert "over" not in read_record(above.save(tmp_path / "above"))
+
+
+def test_peft_reads_a_stack_of_lora(base: Path, sft: Path, dpo: Path) -> None:
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(load_model(base, torch.float32), sft, adapter_name="sft")
+    theirs.load_adapter(dpo, "dpo")
+    theirs.base_model.set_adapter(["sft", "dpo"])
+    expected = logits(theirs.eval())
+    torch.testing.assert_close(logits(stacked(base, sft, dpo)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_peft_can_be_below(base: Path, sft: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(load_model(base, torch.float32), sft)
+    theirs.save_pretrained(tmp_path / "peft")
+    over = trained(base, tmp_path / "over", (tmp_path / "peft",))
+    assert len(read_record(over)["over"]) == 1
+    stacked(base, tmp_path / "peft", over)
+
+
+@pytest.mark.slow
+def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
+    base: Path, sft: Path, tmp_path: Path, monkeypatch
+) -> None:
+    fields = {"steps": 8, "save_every": 2, "dropout": 0.2}
+    straight = trained(base, tmp_path / "straight", (sft,), **fields)
+    step = loop.train_step
+
+    def crashing(job, rows, i):
+        if i == 5:
+            raise RuntimeError("crashed")
+        return step(job, rows, i)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", crashing)
+        with pytest.raises(RuntimeError, match="crashed"):
+            trained(base, tmp_path / "stopped", (sft,), **fields)
+    other = shutil.copytree(sft, tmp_path / "other")
+    (other / "manifest.json").unlink()
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({k: t * 2 for k, t in tensors.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(LorafoldError, match="over: was"):
+        trained(base, tmp_path / "stopped", (other,), resume=True, **fields)
+    with pytest.raises(LorafoldError, match="over: was"):
+        trained(base, tmp_path / "stopped", resume=True, **fields)
+    resumed = trained(base, tmp_path / "stopped", (sft,), resume=True, **fields)
+    for path, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[path]), path
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "houlsby"])
+def test_dropout_of_what_is_frozen_is_off(method: str, base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path / "first", method=method, dropout=0.5)
+    expected = logits(stacked(base, first))
+    model = stacked(base, first)
+    model.train()
+    assert torch.equal(logits(model), expected)
+    lf.attach(model, lf.LoRA(rank=2, dropout=0.0), name="new")
+    assert torch.equal(logits(model.train()), expected)
+    recompute(model)
+    assert torch.equal(logits(model.train()), expected)
+
+
+def test_dropout_follows_what_is_made_trainable(base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path / "first", dropout=0.5)
+    model = load_model(base, torch.float32).train()
+    adapter = lf.load(model, first)
+    still = logits(model)
+    assert torch.equal(logits(model), still)
+    adapter.requires_grad_()
+    assert not torch.equal(logits(model), logits(model))
+    adapter.requires_grad_(False)
+    assert torch.equal(logits(model), still)
+    model.eval()
+    adapter.requires_grad_()
+    assert torch.equal(logits(model), still)
+
+
+@pytest.mark.parametrize("where", ["", ".best", ".run", "inside", "around"])
+@pytest.mark.parametrize("option", ["over", "init_adapter"])
+def test_an_output_that_is_an_input_is_refused(
+    where: str, option: str, base: Path, sft: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = {"": out, "inside": out / "in", "around": out.parent}.get(where, Path(f"{out}{where}"))
+    if where != "around":
+        shutil.copytree(sft, given)
+    adapters = {"over": (given,)} if option == "over" else {"init_adapter": given}
+    with pytest.raises(LorafoldError, match=f"--{option.replace('_', '-')} {given}; expected"):
+        trained(base, out, overwrite=True, **adapters)
+
+
+def test_what_training_over_refuses(base: Path, sft: Path, dpo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(LorafoldError, match=f"^{dpo}: it was trained over {sft} .* --over {sft}"):
+        trained(base, out, (dpo,))
+    with pytest.raises(LorafoldError, match=f"^{dpo}: it was trained over .* found nothing"):
+        trained(base, out, init_adapter=dpo)
+    with pytest.raises(LorafoldError, match="full trains the base's own weights"):
+        trained(base, out, (sft,), method="full")
+    with pytest.raises(LorafoldError, match=f"^{tmp_path / 'none'}: found no adapter_config.json"):
+        trained(base, out, (tmp_path / "none",))
+    assert not out.exists()
+
+
+def test_an_adapter_over_others_is_trained_further(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    run.train(Request(
+        Base(base, device="cpu"), tmp_path / "more",
+        Recipe(steps=2, batch=4, storage="fp32"), ROWS, "rows",
+        init_adapter=dpo, over=(sft,),
+    ), quiet())  # fmt: skip
+    assert read_record(tmp_path / "more")["over"] == read_record(dpo)["over"]
+    assert not torch.equal(*(next(iter(weights(p).values())) for p in (dpo, tmp_path / "more")))
+
+
+@pytest.mark.slow
+def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Path) -> None:
+    base = tiny_model_dir("llama-wide")
+    first = trained(base, tmp_path / "first", storage="nf4")
+    asked = request(base, tmp_path / "second", (first,), method="dora")
+    recipe = Recipe(**{k: v for k, v in asked.recipe.model_dump(exclude_unset=True).items()
+                       if k != "base"})  # fmt: skip
+    run.train(replace(asked, recipe=recipe), quiet())
+    assert read_record(tmp_path / "second")["recipe"]["storage"] == "nf4"
+    merged = lf.merge(base, [first, tmp_path / "second"], tmp_path / "merged", device="cpu")
+    assert str(merged.into) == "the nf4 weights that the adapter was trained on, dequantized"
+    assert merged.gap.max_logit_gap < 0.05
+    assert merged.gap.argmax_agreement > 0.95
+
+
+def test_new_tokens_below_are_known_above(base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path / "first", new_tokens=["<a>", "<b>"])
+    second = trained(base, tmp_path / "second", (first,))
+    assert not has_tokenizer(second)
+    model = stacked(base, first, second)
+    assert logits(model).shape[-1] == read_record(first)["vocabulary"]
+    lf.merge(base, [first, second], tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "merged", torch.float32)), logits(model)
+    )
+
+
+@pytest.mark.slow
+def test_new_tokens_above_new_tokens(base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path / "first", new_tokens=["<a>"])
+    second = trained(base, tmp_path / "second", (first,), new_tokens=["<a>", "<b>"])
+    tokenizer = tokenizer_of(resolve_model(str(base)), [first, second])
+    assert set(tokenizer.convert_tokens_to_ids(["<a>", "<b>"])) == {
+        read_record(second)["vocabulary"] - 2, read_record(second)["vocabulary"] - 1
+    }  # fmt: skip
+    model = stacked(base, first, second)
+    assert logits(model).shape[-1] == read_record(second)["vocabulary"]
+
+
+def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"Row {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(8)]
+    fields = {"objective": "classify", "steps": 2, "batch": 4, "storage": "fp32"}
+    for out, over, some in (("first", (), rows), ("second", (tmp_path / "first",), rows[:4])):
+        asked = Request(
+            Base(base, device="cpu"), tmp_path / out, Recipe(**fields), some, "rows", over=over
+        )
+        run.train(asked, quiet())
+    assert read_record(tmp_path / "second")["classes"] == read_record(tmp_path / "first")["classes"]
+    found = lf.evaluate(base, rows, adapters=[tmp_path / "first", tmp_path / "second"])
+    assert found is not None
+
+
+def test_the_engine_serves_a_stack_under_one_name(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    lora = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
+    expected = generated(stacked(base, sft, dpo), lora)
+    assert expected != generated(stacked(base, dpo_alone(dpo, tmp_path)), lora)
+    model = load_model(base, torch.float32)
+    assert alone(model, lora, {"dpo": dpo}) == expected
+    # also where both were moved together, but not where the one below is missing
+    moved = shutil.copytree(dpo, tmp_path / "dpo")
+    record = read_record(moved)
+    record["over"][0]["adapter"] = "gone/sft"
+    write_json(moved / "lorafold.json", record)
+    (moved / "manifest.json").unlink()
+    with pytest.raises(LorafoldError, match=f"over gone/sft .* found in {tmp_path / 'sft'}; put"):
+        alone(model, lora, {"dpo": moved})
+    shutil.copytree(sft, tmp_path / "sft")
+    assert alone(model, lora, {"dpo": moved}) == expected
+
+
+def dpo_alone(dpo: Path, tmp_path: Path) -> Path:
+    """The adapter without the record that says what it lies over."""
+    copy = shutil.copytree(dpo, tmp_path / "alone")
+    (copy / "manifest.json").unlink()
+    (copy / "lorafold.json").unlink()
+    return copy
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["dora", "ia3", "loha"])
+def test_the_engine_serves_stacks_of_any_methods(
+    method: str, base: Path, sft: Path, tmp_path: Path
+) -> None:
+    below = shutil.copytree(sft, tmp_path / "below")
+    over = trained(base, tmp_path / "over", (below,), method=method)
+    asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="over")
+    expected = generated(stacked(base, below, over), asked)
+    assert alone(load_model(base, torch.float32), asked, {"over": over}) == expected
+
+
+def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, tmp_path: Path) -> None:
+    first = trained(base, tmp_path / "first", new_tokens=["<a>"])
+    second = trained(base, tmp_path / "second", (first,))
+    asked = EngineRequest("0", (5, 6), max_new_tokens=2, adapter="second")
+    with pytest.raises(LorafoldError, match=r"rows of tokens, .* merge them"):
+        alone(load_model(base, torch.float32), asked, {"second": second})
+
+
+def test_composing_a_whole_stack_gives_what_the_stack_computes(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    lf.compose([sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1])
+    both = tmp_path / "both"
+    assert "over" not in read_record(both)
+    torch.testing.assert_close(logits(stacked(base, both)), logits(stacked(base, sft, dpo)))
+    with pytest.raises(LorafoldError, match=f"--adapter {sft} --adapter {dpo}"):
+        lf.compose([dpo], tmp_path / "alone", model=base)
+    assert not (tmp_path / "alone").exists()
+
+
+def test_composing_measures_each_over_what_it_lies_over(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    made = lf.compose(
+        [sft, dpo], tmp_path / "both", model=base, how="linear", weights=[1, 1],
+        data={"task": ROWS[:4]}, completions=False, storage="fp32", device="cpu",
+    )  # fmt: skip
+    found = made.interference.tasks["task"]
+    assert found["dpo"].loss == pytest.approx(found["linear"].loss, rel=1e-4)
+    assert found["sft"].loss != pytest.approx(found["linear"].loss, rel=1e-3)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_inspecting_takes_what_is_below_as_the_base(
+    method: str, base: Path, sft: Path, tmp_path: Path
+) -> None:
+    over = trained(base, tmp_path / "over", (sft,), method=method)
+    merged = tmp_path / "merged"
+    lf.merge(base, sft, merged)
+    found = lf.inspect(over, base, over=sft, against=sft, full=True)
+    alone = lf.inspect(over, merged, allow_other_base=True, full=True)
+    assert found.over == [str(sft)]
+    assert found.whole["norm"] == pytest.approx(alone.whole["norm"], rel=1e-4)
+    assert found.whole["relative_norm"] == pytest.approx(alone.whole["relative_norm"], rel=1e-4)
+    assert found.against["adapter"] == str(sft)
+    for path, site in found.sites.items():
+        assert site["norm"] == pytest.approx(alone.sites[path]["norm"], rel=1e-4)
+    with pytest.raises(LorafoldError, match="it was trained over"):
+        lf.inspect(over, base)
+
+
+def test_the_loss_along_an_update_starts_at_what_is_below(
+    base: Path, sft: Path, dpo: Path
+) -> None:
+    found = lf.inspect(dpo, base, over=sft, data=ROWS[:4], storage="fp32", device="cpu")
+    loss = dict(found.paths["scaling"])
+    for t, adapters in ((0.0, [sft]), (1.0, [sft, dpo])):
+        measured = lf.evaluate(
+            base, ROWS[:4], adapters=adapters, completions=False, storage="fp32", device="cpu"
+        )
+        assert loss[t] == pytest.approx(measured.loss, rel=1e-4)
+    with pytest.raises(LorafoldError, match="over, against, data"):
+        lf.inspect(dpo, base, over=sft, against=sft, data=ROWS[:4])
+
+
+def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data, model = ("--data", str(rows)), ("--model", str(base))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    recipe = (*data, *model, "--steps", "2", "--batch", "4", "--storage", "fp32", "--device", "cpu")
+    stack = ("--adapter", a, "--adapter", b)
+    assert lorafold("train", *recipe, "--out", a).returncode == 0
+    done = lorafold("train", *recipe, "--over", a, "--out", b)
+    assert done.returncode == 0
+    assert f"over: {a} (" in "".join(done.stderr.splitlines())
+    measured = lorafold("eval", *data, *model, *stack, "--json")
+    assert measured.returncode == 0
+    refused = lorafold("eval", *data, *model, "--adapter", b)
+    assert refused.returncode == 2
+    assert f"--adapter {a} --adapter {b}" in " ".join(refused.stderr.split())
+    assert lorafold("merge", *model, *stack, "--out", c, "--device", "cpu").returncode == 0
+    assert lorafold("inspect", b, *model, "--over", a, "--against", a, "--json").returncode == 0
+    small = tmp_path / "small"
+    resized = lorafold(
+        "resize", b, *model, "--over", a, "--rank", "16", *data, "--out", str(small), "--json"
+    )
+    assert resized.returncode == 0
+    figures = json.loads(resized.stdout.splitlines()[-1])
+    assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-3)
+    assert read_record(small)["over"] == read_record(b)["over"]
+    assert lorafold("train", *recipe, "--over", a, "--out", b, "--preview").returncode == 0
+    assert lorafold("train", *recipe, "--over", a, "--out", a, "--overwrite").returncode == 2
+
+
+def test_a_server_reads_what_is_below_from_its_own_directory_only(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    adapters = tmp_path / "adapters"
+    shutil.copytree(dpo, adapters / "dpo")
+    (origin,) = parse(read_record(dpo))
+
+    def below() -> Path:
+        return Directory(adapters).below(origin, adapters / "dpo")
+
+    with pytest.raises(LorafoldError, match="found no adapter sft, expected one of the directory"):
+        below()
+    shutil.copytree(sft, tmp_path / "sft")
+    (adapters / "sft").symlink_to(tmp_path / "sft")
+    with pytest.raises(LorafoldError, match="leads outside"):
+        below()
+    (adapters / "sft").unlink()
+    shutil.copytree(sft, adapters / "sft")
+    assert below() == adapters / "sft"
+
+
+def test_what_is_active_on_the_model_of_an_engine_is_below(
+    base: Path, sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
+    expected = generated(stacked(base, sft, dpo), asked)
+    assert alone(stacked(base, sft), asked, {"dpo": dpo}) == expected
+    other = trained(base, tmp_path / "other", seed=2)
+    with pytest.raises(LorafoldError, match=f"found {other} "):
+        alone(stacked(base, other), asked, {"dpo": dpo})

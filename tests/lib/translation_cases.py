@@ -1,0 +1,39 @@
+"""Configurations of other tools, translated, and what is remarked of them."""
+
+from pathlib import Path
+
+import yaml
+
+from lorafold.translating.run import translate
+from lorafold.translating.translation import Translation
+
+
+def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translation:
+    path = tmp_path / "theirs.yml"
+    path.write_text(text)
+    return translate(path, kind)
+
+
+def axolotl_of(tmp_path: Path, **settings) -> Translation:
+    """A least axolotl file of LoRA, with these settings over it."""
+    least = {
+        "base_model": "m",
+        "adapter": "lora",
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_target_linear": True,
+        "learning_rate": 1e-4,
+    }
+    return translated(tmp_path, yaml.safe_dump(least | settings), "axolotl")
+
+
+def llamafactory_of(tmp_path: Path, **settings) -> Translation:
+    return translated(tmp_path, yaml.safe_dump({"stage": "sft"} | settings), "llamafactory")
+
+
+def keys(translation: Translation, how: str) -> set[str]:
+    return {e.key for e in getattr(translation, how) if e.given}
+
+
+def remark(translation: Translation, key: str) -> str:
+    return next(e.outcome.remark for e in translation.entries if e.key == key)

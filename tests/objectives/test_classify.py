@@ -1,0 +1,385 @@
+"""`--objective classify` on tiny models: every kind of method with a trained head, exact
+resumption, accuracy, and errors in one line.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from peft import PeftModel, PeftModelForSequenceClassification
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from typer.testing import CliRunner
+
+import lorafold as lf
+from classify_cases import ROWS, TEXTS, quiet, request
+from lorafold.cli import app
+from lorafold.data.labelled import classes_of, encode_labelled
+from lorafold.data.rows import check_rows
+from lorafold.errors import LorafoldError
+from lorafold.evaluation import evaluate, held_out_loss, wilson
+from lorafold.merging.run import merge
+from lorafold.models.classifier import head_paths, load_classifier
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.step.losses import Classification
+from lorafold.step.recipe import Recipe
+from lorafold.training.objectives import OBJECTIVES
+from lorafold.training.preview import show
+from lorafold.training.run import train
+
+SFT_ROWS = [{"prompt": "a", "completion": "b"}]
+
+
+def classifier(
+    directory: Path, classes: tuple[str, ...] = tuple(sorted(TEXTS)), seed: int = 0
+) -> Any:
+    return load_classifier(
+        resolve_model(directory),
+        classes,
+        load_tokenizer(directory).pad_token_id,
+        torch.float32,
+        seed=seed,
+    )
+
+
+def test_the_recipe_names_the_objectives_of_the_table() -> None:
+    assert set(get_args(Recipe.model_fields["objective"].annotation)) == set(OBJECTIVES)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    "method", ["linear-probe", "lora", "dora", "ia3", "bitfit", "houlsby", "prompt", "prefix"]
+)
+def test_every_method_trains_a_head_with_it_and_comes_back(
+    method: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    directory = tiny_model_dir("llama")
+    result = train(
+        request(directory, tmp_path / "a", method=method, lr=1e-2, steps=60, eval_rows=ROWS),
+        quiet(),
+    )
+    # the right class gets over a half on (geometric) average, a third by guessing
+    assert result.eval_loss < math.log(2)
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert record["classes"] == ["alarm", "booking", "weather"]
+    assert "score.weight" not in record["base"]
+    keys = [
+        key for key in load_file(tmp_path / "a" / "adapter_model.safetensors") if "score" in key
+    ]
+    assert keys == ["base_model.model.score.weight"]
+    # another fresh head: the saved one must take its place
+    model, tokenizer = classifier(directory, seed=1), load_tokenizer(directory)
+    lf.load(model, tmp_path / "a")
+    assert held_out_loss(
+        Classification(model, 0), encode_labelled(ROWS, tokenizer, 64, record["classes"]).examples
+    ) == pytest.approx(result.eval_loss, rel=1e-5)
+    found = evaluate(model, tokenizer, ROWS, 64)
+    assert found.loss == pytest.approx(result.eval_loss, rel=1e-5)  # fp32, other batches
+    # better than guessing one class, beyond chance
+    assert found.exact_match > wilson(len(ROWS) // 3, len(ROWS))[1]
+    hits = sum(answer.answer == row["label"] for answer, row in zip(found.rows, ROWS, strict=True))
+    assert (found.exact_match, found.exact_match_interval) == (
+        hits / len(ROWS),
+        wilson(hits, len(ROWS)),
+    )
+
+
+def test_only_the_head_is_trained_by_a_probe_and_beside_the_method_by_others(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    probe = train(
+        request(tiny_model_dir("llama"), tmp_path / "probe", method="linear-probe", steps=1),
+        quiet(),
+    )
+    assert probe.trainable_parameters == 3 * 32
+    lora = train(
+        request(tiny_model_dir("llama"), tmp_path / "lora", rank=2, targets=["q_proj"], steps=1),
+        quiet(),
+    )
+    assert lora.trainable_parameters == 3 * 32 + 2 * 2 * (32 + 32)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2"])
+def test_every_family_has_a_classifier(kind: str, tiny_model_dir, tmp_path: Path) -> None:
+    result = train(
+        request(tiny_model_dir(kind), tmp_path / "a", lr=1e-2, steps=60, eval_rows=ROWS), quiet()
+    )
+    assert result.eval_loss < math.log(2)
+    lf.load(classifier(tiny_model_dir(kind)), tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_an_encoder_has_one_too(tiny_model_dir, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": len(tokenizer),
+    }
+    BertModel(BertConfig(**sizes, pad_token_id=0)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    result = train(
+        request(tmp_path / "bert", tmp_path / "a", lr=1e-2, steps=60, eval_rows=ROWS), quiet()
+    )
+    assert result.eval_loss < math.log(2)
+    assert {"classifier.weight", "classifier.bias"} == {
+        key.removeprefix("base_model.model.")
+        for key in load_file(tmp_path / "a" / "adapter_model.safetensors")
+        if "classifier" in key
+    }
+
+
+def test_loss_and_accuracy_are_those_of_each_text_alone(tiny_model_dir) -> None:
+    model, tokenizer = classifier(tiny_model_dir("llama")), load_tokenizer(tiny_model_dir("llama"))
+    with torch.no_grad():
+        outputs = [
+            model(
+                torch.tensor([tokenizer(row["text"]).input_ids]),
+                labels=torch.tensor([model.config.label2id[row["label"]]]),
+            )
+            for row in ROWS
+        ]
+    chosen = [model.config.id2label[int(output.logits.argmax())] for output in outputs]
+    found = evaluate(model, tokenizer, ROWS, 64)
+    assert found.loss == pytest.approx(
+        sum(float(output.loss) for output in outputs) / len(ROWS), rel=1e-5
+    )
+    assert [answer.answer for answer in found.rows] == chosen
+
+
+def test_the_fresh_head_follows_from_the_seed(tiny_model_dir) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (
+        classifier(tiny_model_dir("llama"), seed=s).score.weight for s in (3, 3, 4)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert head_paths(classifier(tiny_model_dir("gpt2"))) == ("score",)
+
+
+@pytest.mark.slow
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    train(request(tiny_model_dir("llama"), tmp_path / "straight", steps=12, save_every=4), quiet())
+    command = [sys.executable, "-c", KILLED, str(tiny_model_dir("llama")), str(tmp_path / "killed")]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    train(
+        request(tiny_model_dir("llama"), tmp_path / "killed", steps=12, save_every=4, resume=True),
+        quiet(),
+    )
+    ours, theirs = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("killed", "straight")
+    )
+    assert ours == theirs
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests/lib")
+from classify_cases import quiet, request
+from lorafold.training import loop
+step = loop.train_step
+def killing(job, rows, i):
+    if i == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(job, rows, i)
+loop.train_step = killing
+from lorafold.training.run import train
+train(request(Path(sys.argv[1]), Path(sys.argv[2]), steps=12, save_every=4), quiet())
+"""
+
+
+def test_micro_batches_add_up(tiny_model_dir, tmp_path: Path) -> None:
+    whole = train(request(tiny_model_dir("llama"), tmp_path / "a", dropout=0.0), quiet())
+    parts = train(
+        request(tiny_model_dir("llama"), tmp_path / "b", dropout=0.0, accumulate=3), quiet()
+    )
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_warm_start_keeps_the_classes(tiny_model_dir, tmp_path: Path) -> None:
+    first = train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-2, steps=30), quiet())
+    fewer = [row for row in ROWS if row["label"] != "booking"]
+    second = train(
+        request(
+            tiny_model_dir("llama"), tmp_path / "b", fewer, init_adapter=tmp_path / "a", lr=1e-4
+        ),
+        quiet(),
+    )
+    assert second.losses[0] < first.losses[0]
+    assert json.loads((tmp_path / "b" / "lorafold.json").read_text())["classes"] == [
+        "alarm",
+        "booking",
+        "weather",
+    ]
+    other = [{**row, "label": f"no {row['label']}"} for row in ROWS]
+    with pytest.raises(
+        LorafoldError,
+        match=r"labels no alarm, no booking, no weather, expected the classes of .*a: alarm, ",
+    ):
+        train(
+            request(tiny_model_dir("llama"), tmp_path / "c", other, init_adapter=tmp_path / "a"),
+            quiet(),
+        )
+
+
+def test_classes_are_sorted_numbers_by_size() -> None:
+    assert classes_of([{"text": "t", "label": n} for n in (10, 9, 0, 9)]) == ("0", "9", "10")
+    assert classes_of([{"text": "t", "label": n} for n in ("b", "a", 1, "1")]) == ("1", "a", "b")
+
+
+def test_long_texts_are_cut_and_counted(tiny_model_dir) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    data = encode_labelled(ROWS, tokenizer, 8, sorted(TEXTS))
+    lengths = [len(tokenizer(row["text"]).input_ids) for row in ROWS]
+    assert [len(e.ids) for e in data.examples] == [min(8, n) for n in lengths]
+    assert (data.report.truncated, data.report.longest) == (
+        sum(n > 8 for n in lengths),
+        max(lengths),
+    )
+    assert f"{data.report.truncated} rows were cut at 8 tokens" in str(data.report)
+
+
+def test_what_is_wrong_with_rows_is_one_line(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"row 2: field label: found 1.5, expected text or a whole number; row 3: .*found true"
+        ),
+    ):
+        check_rows(
+            enumerate([{"text": "a", "label": label} for label in ("x", 1.5, True)], 1), "rows"
+        )
+    model, out = tiny_model_dir("llama"), tmp_path / "a"
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"rows of \{prompt, completion\}, which are for --objective sft or kto; --objective"
+            r" classify expects"
+        ),
+    ):
+        train(request(model, out, SFT_ROWS), quiet())
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"rows of \{text, label\}, which are for --objective classify; --objective sft expects"
+            r" rows of"
+        ),
+    ):
+        train(request(model, out, objective="sft"), quiet())
+    with pytest.raises(
+        LorafoldError, match=r"label: found 'alarm' in every row, expected at least two classes"
+    ):
+        train(request(model, out, [row for row in ROWS if row["label"] == "alarm"]), quiet())
+    with pytest.raises(
+        LorafoldError,
+        match=r"row 1: field label: found 'joke', expected one of alarm, booking, weather",
+    ):
+        train(request(model, out, eval_rows=[{"text": "Why?", "label": "joke"}]), quiet())
+    with pytest.raises(LorafoldError, match=r"row 37: field text: found no token"):
+        train(request(model, out, [*ROWS, {"text": "", "label": "alarm"}]), quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_preview_shows_text_and_class(tiny_model_dir, tmp_path: Path) -> None:
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    show(request(tiny_model_dir("llama"), tmp_path / "a"), console)
+    assert "Book a table for 0 ⟦booking⟧" in console.export_text()
+
+
+def test_peft_computes_the_same_from_the_files(tiny_model_dir, tmp_path: Path) -> None:
+    train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-2, dropout=0.0), quiet())
+    ours, theirs = (
+        classifier(tiny_model_dir("llama"), seed=1),
+        classifier(tiny_model_dir("llama"), seed=2),
+    )
+    lf.load(ours, tmp_path / "a")
+    wrapped = PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    assert isinstance(wrapped, PeftModelForSequenceClassification)
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, wrapped(ids).logits)
+
+
+def test_an_adapter_merged_in_memory_is_a_plain_classifier(tiny_model_dir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    train(request(directory, tmp_path / "a", lr=1e-2), quiet())
+    model, tokenizer = classifier(directory), load_tokenizer(directory)
+    adapter = lf.load(model, tmp_path / "a")
+    before = evaluate(model, tokenizer, ROWS, 64)
+    adapter.merge()
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert evaluate(plain, tokenizer, ROWS, 64).loss == pytest.approx(before.loss, rel=1e-5)
+    with pytest.raises(
+        LorafoldError,
+        match="a classifier of alarm, booking, weather, expected an adapter of a language",
+    ):
+        merge(str(directory), [tmp_path / "a"], tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_commands_from_training_to_evaluation(tiny_model_dir, tmp_path: Path) -> None:
+    directory, data = str(tiny_model_dir("llama")), tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text(json.dumps(SFT_ROWS[0]) + "\n")
+
+    def lorafold(*arguments: object) -> Any:
+        return CliRunner().invoke(
+            app, [*map(str, arguments), "--model", directory, "--device", "cpu", "--json"]
+        )
+
+    made = lorafold(
+        "train",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "a",
+        "--objective",
+        "classify",
+        "--set",
+        "steps=30",
+        "--set",
+        "lr=0.01",
+    )
+    assert made.exit_code == 0, made.output
+    found = lorafold("eval", "--data", data, "--adapter", tmp_path / "a")
+    assert found.exit_code == 0, found.output
+    figures = json.loads(found.stdout.splitlines()[-1])
+    assert figures["n"] == len(ROWS)
+    assert figures["exact_match"] > wilson(len(ROWS) // 3, len(ROWS))[1]
+    for arguments, message in {
+        ("eval", "--data", data): "found no classifier, expected a classifier",
+        (
+            "eval",
+            "--data",
+            sft,
+            "--adapter",
+            tmp_path / "a",
+        ): "found a classifier of alarm, booking, weather, expected a language model",
+        ("generate", "--prompt", "x", "--adapter", tmp_path / "a"): "expected a language model",
+    }.items():
+        failed = lorafold(*arguments)
+        with pytest.raises(LorafoldError, match=message):
+            raise failed.exception

@@ -1,0 +1,131 @@
+"""What is shown of adapters: their gauges, what routers read, and why one is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import lorafold as lf
+from lorafold.serving import metrics
+from lorafold.serving.run import _tell
+from serving_cases import ADMIN, Running, running, saved, until
+
+Samples = dict[tuple[str, ...], float]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    specs = {name: lf.LoRA(rank=2) for name in ("a", "b", "c")}
+    return saved(tiny_model_dir("llama"), specs, tmp_path_factory.mktemp("gauges") / "adapters")
+
+
+@pytest.fixture
+def server(tiny_model_dir: Any, folder: Path, tmp_path: Path) -> Iterator[Running]:
+    state = tmp_path / "state.json"
+    with running(tiny_model_dir("llama"), folder, slots=2, state=state) as found:
+        yield found
+
+
+def sampled(server: Running, name: str) -> Samples:
+    """The values of a metric, by the values of its labels."""
+    text = server.ask("/metrics").content.decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == name:
+                found[tuple(sample.labels[key] for key in sorted(sample.labels))] = sample.value
+    return found
+
+
+def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
+    found = server.parts.registry.found
+    assert server.parts.host.engine.adapters.evict(found["b"].key)
+    server.ask("/admin/adapters/c:quarantine", {}, ADMIN)
+    server.text("a", "The")
+    assert sampled(server, "lorafold_adapter_state") == {
+        ("a", "resident"): 1, ("b", "cold"): 1, ("c", "quarantined"): 1,
+    }  # fmt: skip
+    seconds = sampled(server, "lorafold_adapter_load_seconds")
+    assert seconds.keys() == {("a",), ("b",), ("c",)}
+    assert all(0 < took < 60 for took in seconds.values())
+    assert sampled(server, "lorafold_adapter_tokens_total")["a", "completion"] == 8
+    assert sampled(server, "lorafold_adapter_first_token_seconds_count") == {("a",): 1}
+    server.ask("/v1/unload_lora_adapter", {"lora_name": "b"}, ADMIN)
+    assert ("b",) not in sampled(server, "lorafold_adapter_load_seconds")
+
+
+def test_many_adapters_share_a_label(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MOST", 1)
+    assert sampled(server, "lorafold_adapter_state") == {
+        ("a", "resident"): 1, ("other", "resident"): 2,
+    }  # fmt: skip
+    assert len(sampled(server, "lorafold_adapter_load_seconds")) == 2
+
+
+def test_routers_read_which_adapters_have_requests(server: Running) -> None:
+    assert list(sampled(server, "vllm:lora_requests_info")) == [("2", "", "")]
+    base, loop = server.parts.registry.base, server.parts.host.engine._loop
+    step = loop.step
+    loop.step = lambda cancelled: time.sleep(0.01) or step(cancelled)  # type: ignore[method-assign]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.complete, m, "The", max_tokens=90) for m in ("b", base)]
+        until(lambda: server.parts.host.running() == 2)
+        asked += [pool.submit(server.complete, m, "The", max_tokens=3) for m in "ca"]
+        until(lambda: server.parts.host.waiting() == 2)
+        now = time.time()
+        info = sampled(server, "vllm:lora_requests_info")
+        waiting = sampled(server, "vllm:num_requests_waiting")
+        running = sampled(server, "vllm:num_requests_running")
+        full = sampled(server, "vllm:kv_cache_usage_perc")
+        assert all(one.result().status == 200 for one in asked)
+    # labels by name: max_lora, running_lora_adapters, waiting_lora_adapters
+    ((labels, stamp),) = info.items()
+    assert labels == ("2", "b", "a,c")
+    assert abs(stamp - now) < 5
+    assert (waiting[()], running[()]) == (2, 2)
+    assert 0 < full[()] <= 1
+    until(server.idle)
+    assert sampled(server, "vllm:kv_cache_usage_perc")[()] == 0
+
+
+def test_why_an_adapter_is_wrong_is_told_in_few_words(
+    tiny_model_dir: Any, folder: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "adapters"
+    for name in ("tensors", "options", "long"):
+        shutil.copytree(folder / "a", here / name)
+        (here / name / "manifest.json").unlink()
+    file = here / "tensors" / "adapter_model.safetensors"
+    strays = {f"stray.{i}": torch.zeros(1) for i in range(3000)}
+    save_file(load_file(file) | strays, file)
+    for name, more in (
+        ("options", {f"option_{i}": i for i in range(3000)}), ("long", {"y" * 10**6: 1}),
+    ):  # fmt: skip
+        config = here / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    with running(tiny_model_dir("llama"), here) as server:
+        wrong = server.ask("/admin/adapters", key=ADMIN).json["wrong"]
+        loaded = [
+            server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN).json["error"]["message"]
+            for name in wrong
+        ]
+        told = StringIO()
+        _tell(server.parts, "here", Console(file=told, width=10**6))
+    assert wrong.keys() == {"tensors", "options", "long"}
+    for text in (*wrong.values(), *loaded, *told.getvalue().splitlines()):
+        assert len(text) < 2200
+    assert "found 1,000,000 letters" in wrong["long"]
+    assert "more characters" in wrong["options"]
+    assert "more characters" in wrong["tensors"]

@@ -1,0 +1,135 @@
+"""Clients that left wait for nothing: what they asked for stands in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import lorafold as lf
+from lorafold.serving.desk import LEAVING
+from lorafold.serving.host import TURNS
+from serving_cases import Running, running, saved, stream_of, until
+
+MOST = 4
+
+
+@pytest.fixture
+def server(tiny_model_dir: Any, tmp_path: Any) -> Iterator[Running]:
+    folder = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, tmp_path / "adapters")
+    with running(tiny_model_dir("llama"), folder, slots=1, limits={"tenant_queue": MOST}) as found:
+        yield found
+
+
+@pytest.fixture
+def go(server: Running) -> Iterator[threading.Event]:
+    """Until it is set, the engine makes no step."""
+    event, loop = threading.Event(), server.parts.host.engine._loop
+    step = loop.step
+    loop.step = lambda cancelled: event.wait(20) and step(cancelled)  # type: ignore[method-assign]
+    yield event
+    event.set()
+
+
+def post(server: Running, path: str, body: Any) -> socket.socket:
+    """A connection on which something was asked for."""
+    at, content = socket.create_connection(("127.0.0.1", server.port)), json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    at.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return at
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_left_does_not_wait(server: Running, go: threading.Event, stream: bool) -> None:
+    host = server.parts.host
+    for n in range(1, LEAVING):  # each time as many as may wait
+        asked = [stream_of(server, "a", 20, stream=stream) for _ in range(MOST)]
+        until(lambda n=n: len(host.jobs) == n * MOST)
+        assert host.waiting() == MOST
+        assert server.complete("a", "The").code == "tenant_queue_full"
+        for at in asked:
+            at.close()
+        until(lambda: host.waiting() == 0)
+    with ThreadPoolExecutor(1) as pool:
+        stays = pool.submit(server.complete, "a", "The")
+        until(lambda: host.waiting() == 1)
+        go.set()
+        assert stays.result().status == 200
+    until(server.idle)
+
+
+def test_who_left_is_bounded_too(server: Running, go: threading.Event) -> None:
+    host = server.parts.host
+    for n in range(1, LEAVING * MOST + 1):
+        at = stream_of(server, "a", 20)
+        until(lambda n=n: len(host.jobs) == n)
+        at.close()
+        until(lambda: host.waiting() == 0)
+    assert server.complete("a", "The").code == "tenant_queue_full"
+    assert len(host.jobs) == LEAVING * MOST
+    go.set()
+    until(server.idle)
+    assert server.complete("a", "The").status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_what_was_not_thought_about_yet_is_left_out(
+    server: Running, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    host, renderer = server.parts.host, server.parts.registry.plain
+    began, go, thought, tokens = threading.Event(), threading.Event(), [], renderer.tokens
+
+    def slow(text: str, special: bool) -> tuple[int, ...]:
+        thought.append(text[:6])
+        began.set()
+        go.wait(20)
+        return tokens(text[:6], special)
+
+    monkeypatch.setattr(renderer, "tokens", slow)
+    body = {"model": "a", "prompt": "x" * 9000}
+    asked = [post(server, path, body) for _ in range(MOST)]
+    until(lambda: host.waiting() == MOST)
+    assert server.complete("a", "The").code == "tenant_queue_full"
+    began.wait(20)
+    for at in asked:
+        at.close()
+    until(lambda: host.waiting() == TURNS)  # those that threads are at keep their tenant's turns
+    with ThreadPoolExecutor(1) as pool:
+        stays = pool.submit(server.ask, path, body | {"prompt": "stays " + body["prompt"]})
+        until(lambda: host.waiting() == TURNS + 1)
+        assert thought == ["xxxxxx"] * TURNS
+        go.set()
+        assert stays.result().status == 200
+    assert thought == ["xxxxxx"] * TURNS + ["stays "]
+    until(server.idle)
+
+
+def test_what_the_engine_got_for_nobody_ends(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.parts.host.engine
+    began, go, submit, streams = threading.Event(), threading.Event(), engine.submit, []
+
+    def slow(request: Any) -> Any:
+        began.set()
+        go.wait(20)
+        streams.append(submit(request))
+        return streams[0]
+
+    monkeypatch.setattr(engine, "submit", slow)
+    monkeypatch.setattr(server.parts.registry.plain, "tokens", lambda *_: (5, 6, 7))
+    body = {"model": "a", "prompt": "x " * 4100, "max_tokens": 400, "ignore_eos": True}
+    at = post(server, "/v1/completions", body)
+    began.wait(20)
+    at.close()
+    time.sleep(0.1)  # it is noticed while the engine is asked
+    go.set()
+    until(lambda: b'outcome="client_left"' in server.ask("/metrics").content)
+    until(server.idle)
+    assert streams[0].result().reason == "cancelled"

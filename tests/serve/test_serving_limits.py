@@ -1,0 +1,238 @@
+"""What a key allows: until when, the base, how many tokens; and who may read the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafold as lf
+from conftest import lorafold
+from lorafold.errors import LorafoldError
+from lorafold.serving.keys import Caller, Keys, TokenLimits, new_key, read_keys, until
+from lorafold.serving.refusal import Refusal
+from lorafold.serving.spent import DAY, Spent
+from serving_cases import ADMIN, Running, running, saved
+from serving_cases import until as true
+
+SCRAPE = "a key for scraping of enough letters"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("limits")
+    (folder / "scrape").write_text(SCRAPE)
+    adapters = saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2)}, folder / "adapters")
+    model, scrape = tiny_model_dir("llama"), folder / "scrape"
+    with running(model, adapters, {"acme": ["*"]}, metrics_key=scrape) as found:
+        yield found
+
+
+def made(server: Running, tenant: str, **more: object) -> str:
+    """A new key of that server."""
+    file = server.parts.settings.keys
+    assert file is not None
+    return new_key(file, tenant, ["*"], **more)
+
+
+def complete(server: Running, key: str, model: str = "a", n: int = 3) -> Any:
+    body = {"model": model, "prompt": "The", "max_tokens": n, "ignore_eos": True}
+    return server.ask("/v1/completions", body, key)
+
+
+def test_one_key_scrapes_and_another_administers(server: Running) -> None:
+    assert server.ask("/metrics", key=SCRAPE).status == 200
+    assert server.ask("/metrics", key=ADMIN).status == 200
+    for key in (None, server.keys["acme"], SCRAPE[1:]):
+        assert server.ask("/metrics", key=key).code == "invalid_api_key"
+    for path, body in (
+        ("/admin/adapters", None), ("/v1/models", None), ("/v1/load_lora_adapter", {}),
+        ("/v1/completions", {"model": "a", "prompt": "x"}), ("/tokenize", {"prompt": "x"}),
+    ):  # fmt: skip
+        assert server.ask(path, body, SCRAPE).code == "invalid_api_key"
+
+
+def test_the_metrics_are_open_only_where_nothing_closes_them(tmp_path: Path) -> None:
+    (tmp_path / "scrape").write_text(SCRAPE)
+    keys = tmp_path / "keys.json"
+    new_key(keys, "acme", ["*"])
+    Keys(None, None).check_metrics(None)
+    with pytest.raises(Refusal, match="no --metrics-key-file"):
+        Keys(keys, None).check_metrics(None)
+    for file in (None, keys):
+        with pytest.raises(Refusal, match="no key for the metrics"):
+            Keys(file, None, tmp_path / "scrape").check_metrics("Bearer x")
+        Keys(file, None, tmp_path / "scrape").check_metrics(f"Bearer {SCRAPE}")
+    with pytest.raises(LorafoldError, match="expected one of its own"):
+        Keys(None, tmp_path / "scrape", tmp_path / "scrape")
+
+
+def test_a_key_expires(server: Running) -> None:
+    now = datetime.now(UTC)
+    gone = made(server, "gone", expires=now + timedelta(seconds=0.3))
+    assert complete(server, gone).status == 200
+    true(lambda: complete(server, gone).status == 401)
+    assert complete(server, gone).code == "expired_api_key"
+    yesterday = made(server, "gone", expires=str(now.date() - timedelta(days=1)))
+    today = made(server, "gone", expires=str(now.date()))
+    assert server.ask("/v1/models", key=yesterday).code == "expired_api_key"
+    if datetime.now(UTC).date() == now.date():
+        assert server.ask("/v1/models", key=today).status == 200
+    assert server.ask("/v1/models", key=server.keys["acme"]).status == 200
+
+
+def test_how_long_a_key_holds_is_read() -> None:
+    now = datetime.now(UTC)
+    assert timedelta(days=29.9) < until("30d") - now < timedelta(days=30.1)
+    assert timedelta(hours=11.9) < until("12h") - now < timedelta(hours=12.1)
+    assert until("2999-12-31") == datetime(3000, 1, 1, tzinfo=UTC)
+    for text in ("", "0d", "30", "d", "1w", "2020-01-01", "2999-13-01", "-5d", "30d ", "99999999d"):
+        with pytest.raises(LorafoldError, match="--expires: found"):
+            until(text)
+
+
+def test_a_key_without_the_base_knows_no_base(server: Running) -> None:
+    base, key = server.parts.registry.base, made(server, "nobase", base=False)
+    assert [m["id"] for m in server.ask("/v1/models", key=key).json["data"]] == ["a"]
+    assert complete(server, key).status == 200
+    answers = [complete(server, key, name) for name in (base, "x" * len(base))]
+    assert [(a.status, a.code) for a in answers] == [(404, "model_not_found")] * 2
+    assert answers[0].content.replace(base.encode(), b"x" * len(base)) == answers[1].content
+    assert server.ask(f"/v1/models/{base}", key=key).code == "model_not_found"
+    assert server.ask("/tokenize", {"prompt": "x"}, key).code == "missing_parameter"
+    assert server.ask("/tokenize", {"prompt": "x", "model": "a"}, key).status == 200
+    assert complete(server, server.keys["acme"], base).status == 200
+
+
+@pytest.mark.parametrize("period", ["minute", "day"])
+def test_a_tenant_gets_so_many_tokens(server: Running, period: str) -> None:
+    tenant = f"small-{period}"
+    key = made(server, tenant, limits={f"tokens_per_{period}": 10})
+    free = made(server, tenant)
+    at = datetime.now(UTC)
+    answer = complete(server, key, n=9)
+    usage = answer.json["usage"]
+    assert usage["total_tokens"] >= 10
+    refused = [
+        complete(server, key),
+        server.ask("/v1/chat/completions", {"model": "a", "messages": []}, key),
+        server.ask("/v1/responses", b"not even read", key),
+    ]
+    if f"{datetime.now(UTC):%d %H:%M}" != f"{at:%d %H:%M}":
+        pytest.skip("a minute began meanwhile")
+    for one in refused:
+        assert (one.status, one.code) == (429, f"token_limit_{period}"), one.content
+        seconds = int(one.headers["retry-after"])
+        now = datetime.now(UTC)
+        left = 60 - now.second if period == "minute" else DAY - (now.timestamp() % DAY)
+        assert abs(seconds - left) <= 3
+    assert str(usage["total_tokens"]) in refused[0].json["error"]["message"]
+    assert complete(server, free).status == 200  # a key of the same tenant without a limit
+    assert complete(server, server.keys["acme"]).status == 200
+
+
+def test_counts_survive_a_restart(tiny_model_dir: Any, tmp_path: Path) -> None:
+    model, folder = tiny_model_dir("llama"), tmp_path / "adapters"
+    saved(model, {"a": lf.LoRA(rank=2)}, folder)
+    with running(model, folder, {"acme": ["*"]}) as server:
+        complete(server, server.keys["acme"])
+        kept = server.parts.registry.file.with_name("state-tokens.json")
+    assert not kept.exists()  # no key has a limit
+    key = new_key(tmp_path / "adapters-files" / "keys.json", "day", ["*"],
+                  limits={"tokens_per_day": 12})  # fmt: skip
+    with running(model, folder, {"acme": ["*"]}) as server:
+        stream = {"model": "a", "prompt": "The", "max_tokens": 20, "stream": True}
+        answer = server.ask("/v1/completions", stream | {"ignore_eos": True}, key)
+        assert answer.status == 200
+        before = complete(server, key)
+        true(kept.exists)  # while it runs, too
+        assert complete(server, server.keys["acme"]).status == 200
+    found = json.loads(kept.read_text())["tenants"]
+    assert found["day"]["day"]["tokens"] == len(server_tokens("The")) + 20
+    assert "acme" in found
+    with running(model, folder, {"acme": ["*"]}) as server:
+        after = complete(server, key)
+    assert (before.code, after.code) == ("token_limit_day", "token_limit_day")
+    kept.write_text("{")
+    told = pytest.raises(LorafoldError, match=r"state-tokens.json: .*move it away")
+    with told, running(model, folder, {"acme": ["*"]}):
+        pass
+
+
+def server_tokens(text: str) -> list[int]:
+    from conftest import make_tokenizer
+
+    return make_tokenizer()(text).input_ids
+
+
+def test_counts_begin_anew_with_the_time(tmp_path: Path) -> None:
+    now = [86400.0 * 20000 + 30]
+    spent = Spent(tmp_path / "spent.json", lambda: True, lambda: now[0])
+    caller = Caller("t", limits=TokenLimits(tokens_per_minute=10, tokens_per_day=25))
+    spent.check(caller)
+
+    def refused() -> tuple[str, int | None]:
+        with pytest.raises(Refusal) as found:
+            spent.check(caller)
+        return found.value.code, found.value.retry_after
+
+    spent.add("t", 10)
+    spent.add("other", 100)
+    assert refused() == ("token_limit_minute", 30)
+    now[0] += 29.5
+    assert refused() == ("token_limit_minute", 1)
+    now[0] += 0.5
+    spent.check(caller)
+    spent.add("t", 15)
+    assert refused() == ("token_limit_day", DAY - 60)
+    asyncio.run(spent.save())
+    again = Spent(tmp_path / "spent.json", lambda: True, lambda: now[0])
+    with pytest.raises(Refusal, match="25 tokens were used this day, the key allows 25"):
+        again.check(caller)
+    now[0] += DAY
+    again.check(caller)
+    again.add("t", 1)
+    asyncio.run(again.save())
+    assert list(json.loads((tmp_path / "spent.json").read_text())["tenants"]) == ["t"]
+
+
+def test_counts_that_cannot_be_kept_are_told_once(tmp_path: Path, caplog: Any) -> None:
+    spent = Spent(tmp_path / "nowhere" / "spent.json", lambda: True)
+    (tmp_path / "nowhere").write_text("a file")
+    for _ in range(3):
+        spent.add("t", 1)
+        asyncio.run(spent.save())
+    assert caplog.text.count("the tokens of tenants can't be kept") == 1
+
+
+def test_old_files_of_keys_stay_readable_and_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    old = {"tenant": "old", "adapters": ["a-*"], "sha256": "0" * 64}
+    file.write_text(json.dumps({"keys": [old]}))
+    done = lorafold(
+        "serve", "new-key", "new", "--keys", str(file), "--expires", "30d", "--no-base",
+        "--tokens-per-minute", "100", "--tokens-per-day", "1000",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(file.read_text())["keys"]
+    assert first == old
+    assert second["base"] is False
+    assert second["limits"] == {"tokens_per_minute": 100, "tokens_per_day": 1000}
+    caller = Keys(file, None).caller(f"Bearer {done.stdout.strip()}")
+    assert (caller.base, caller.limits.tokens_per_day) == (False, 1000)
+    assert read_keys(file).keys[1].expires == datetime.fromisoformat(second["expires"])
+    plain = lorafold("serve", "new-key", "plain", "--keys", str(file))
+    assert plain.returncode == 0
+    assert json.loads(file.read_text())["keys"][2].keys() == old.keys()
+    wrong = lorafold("serve", "new-key", "x", "--keys", str(file), "--expires", "soon")
+    assert wrong.returncode == 2
+    assert re.search(r"--expires: found 'soon', expected", wrong.stderr)
+    file.write_text(json.dumps({"keys": [old | {"expires": "2026-12-31T10:00:00"}]}))
+    with pytest.raises(LorafoldError, match=r"keys.0.expires: .*timezone"):
+        read_keys(file)

@@ -1,0 +1,125 @@
+"""The server listens at once: adapters are verified meanwhile and at first use, what is known is
+not read again, and what comes later is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafold as lf
+from lorafold.engine import Engine
+from lorafold.serving.sweep import Sweep
+from serving_cases import ADMIN, counted, running, saved, until
+
+
+@pytest.fixture
+def folder(tiny_model_dir, tmp_path) -> Path:
+    return saved(tiny_model_dir("llama"), {"a": lf.LoRA(rank=2), "b": lf.IA3()}, tmp_path / "in")
+
+
+def test_it_serves_before_anything_was_verified(folder, tiny_model_dir, monkeypatch) -> None:
+    monkeypatch.setattr(Sweep, "begin", lambda self: None)
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert server.parts.registry.found == {}
+        listed = {one["id"]: one for one in server.ask("/v1/models").json["data"]}
+        assert (listed["a"]["state"], listed["b"]["state"]) == ("unverified", "unverified")
+        assert server.text("b", "Hello")
+        assert set(server.parts.registry.found) == {"b"}
+        assert server.ask("/admin/adapters", key=ADMIN).json["unverified"] == ["a"]
+        assert server.ask("/v1/models/a").json["method"] == "lora"
+
+
+def test_what_is_known_is_not_read_again_unless_it_was_touched(
+    folder, tiny_model_dir, monkeypatch
+) -> None:
+    monkeypatch.setattr("lorafold.files.digests.FRESH", -1.0)
+    names, model = counted(monkeypatch), tiny_model_dir("llama")
+    with running(model, folder) as server:
+        texts = [server.text(name, "Hello") for name in "ab"]
+        first = {name: found.digest for name, found in server.parts.registry.found.items()}
+    assert sorted(names) == ["a", "b"]
+    with running(model, folder) as server:
+        assert [server.text(name, "Hello") for name in "ab"] == texts
+        assert {n: found.digest for n, found in server.parts.registry.found.items()} == first
+    assert sorted(names) == ["a", "b"]
+    (folder / "b" / "README.md").write_text("new")
+    with running(model, folder):
+        assert sorted(names) == ["a", "b", "b"]
+    other = tiny_model_dir("llama-wide")  # what was found for one base is not for another
+    with running(other, folder) as server:
+        assert sorted(server.parts.registry.wrong) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_files_that_were_written_just_now_are_not_taken_for_known(
+    folder, tiny_model_dir, monkeypatch
+) -> None:
+    monkeypatch.setattr("lorafold.files.digests.FRESH", 600.0)
+    names = counted(monkeypatch)
+    for _ in range(2):
+        with running(tiny_model_dir("llama"), folder):
+            pass
+    assert sorted(names) == ["a", "a", "b", "b"]
+
+
+def test_new_directories_and_mended_ones_are_seen(folder, tiny_model_dir, caplog) -> None:
+    caplog.set_level(logging.WARNING, "lorafold")
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert server.complete("c", "Hello").code == "model_not_found"
+        shutil.copytree(folder / "a", folder.parent / "c")
+        (folder.parent / "c").rename(folder / "c")
+        until(lambda: server.complete("c", "Hello").status == 200)
+        assert server.text("c", "Hello") == server.text("a", "Hello")
+        shutil.copytree(folder / "b", folder.parent / "d")
+        config = folder.parent / "d" / "adapter_config.json"
+        right = config.read_bytes()
+        config.write_text("{")
+        (folder.parent / "d").rename(folder / "d")
+        until(lambda: "d" in server.parts.registry.wrong)
+        assert server.complete("d", "Hello").code == "model_not_found"
+        (folder / "d" / "adapter_config.json").write_bytes(right)
+        until(lambda: "d" in server.parts.registry.found)
+        assert server.text("d", "Hello") == server.text("b", "Hello")
+    assert any(record.getMessage().startswith("not served: d: ") for record in caplog.records)
+
+
+def test_an_adapter_that_names_another_base_is_served_and_told(
+    folder, tiny_model_dir, caplog
+) -> None:
+    caplog.set_level(logging.WARNING, "lorafold")
+    path = folder / "a"
+    for file in ("lorafold.json", "manifest.json"):  # as PEFT's have none
+        (path / file).unlink()
+    config = json.loads((path / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": "somebody/another-base"}
+    (path / "adapter_config.json").write_text(json.dumps(named))
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert server.text("a", "Hello")
+        notes = server.ask("/admin/adapters", key=ADMIN).json["notes"]
+    assert set(notes) == {"a"}
+    assert "it names the base 'somebody/another-base'" in notes["a"]
+    assert any("somebody/another-base" in record.getMessage() for record in caplog.records)
+
+
+def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
+    folder, tiny_model_dir, monkeypatch
+) -> None:
+    for i in range(4):
+        shutil.copytree(folder / "a", folder / f"a{i}")
+    checked, verify = list[str](), Engine.verify
+
+    def count(self: Engine, entry: Any) -> None:
+        checked.append(entry.name.partition("@")[0])
+        verify(self, entry)
+
+    monkeypatch.setattr(Engine, "verify", count)
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert set(server.parts.registry.found) == {"a", "b", *(f"a{i}" for i in range(4))}
+        assert server.text("a", "Hello") == server.text("a3", "Hello")
+    assert 2 <= len(checked) <= 3  # two forms, with one of which both threads may begin

@@ -1,0 +1,256 @@
+"""Adapters that come, go and change while others are served: every answer is of one version."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+import lorafold as lf
+from engine_cases import METHODS
+from serving_cases import ADMIN, Running, running, saved, until
+
+PROMPT = "The quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swap")
+    specs = {"v1": lf.LoRA(rank=2), "v2": lf.LoRA(rank=3), "other": lf.DoRA()}
+    adapters = saved(tiny_model_dir("llama"), specs, folder / "adapters")
+    with running(tiny_model_dir("llama"), adapters) as found:
+        yield found
+
+
+def point(server: Running, name: str, **body: object) -> None:
+    answer = server.ask(f"/admin/aliases/{name}", body, ADMIN, "PUT")
+    assert answer.status == 200, answer.content
+
+
+@pytest.mark.parametrize("flips", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_an_alias_flips_under_load(server: Running, flips):
+    texts = {server.text(model, PROMPT): model for model in ("v1", "v2")}
+    assert len(texts) == 2
+    point(server, "now", target="v1")
+    done, seen = threading.Event(), Counter[str]()
+
+    def load(stream: bool) -> None:
+        while not done.is_set():
+            answer = server.complete("now", PROMPT, stream=stream)
+            assert answer.status == 200, answer.content
+            events = answer.events if stream else [answer.json]
+            seen[texts["".join(event["choices"][0]["text"] for event in events)]] += 1
+
+    with ThreadPoolExecutor(4) as pool:
+        running_loads = [pool.submit(load, i % 2 == 0) for i in range(4)]
+        for i in range(flips):
+            point(server, "now", target=("v1", "v2")[i % 2])
+        done.set()
+        for one in running_loads:
+            one.result()
+    assert min(seen["v1"], seen["v2"]) > 0
+    until(server.idle)
+    states = server.parts.host.engine.adapters
+    assert all(state.references == state.leases == 0 for state in states._states.values())
+
+
+def test_rollback_weights_and_versions(server: Running):
+    texts = {model: server.text(model, PROMPT) for model in ("v1", "v2")}
+    point(server, "it", target="v1")
+    point(server, "it", target="v2")
+    assert server.text("it", PROMPT) == texts["v2"]
+    point(server, "it", rollback=True)
+    assert server.text("it", PROMPT) == texts["v1"]
+    both = [{"adapter": "v1", "weight": 3}, {"adapter": "v2", "weight": 1}]
+    point(server, "it", targets=both)
+    random.seed(0)
+    share = Counter(server.text("it", PROMPT) for _ in range(60))
+    assert share[texts["v1"]] > share[texts["v2"]] > 0
+    digest = server.parts.registry.found["v1"].digest
+    point(server, "it", target=f"v1@{digest[:12]}")
+    shown = server.ask("/v1/models/it").json
+    assert shown["targets"] == [{"adapter": "v1", "digest": digest[:12], "weight": 1.0}]
+    for name, body in (
+        ("it", {"target": "nobody"}), ("v1", {"target": "v2"}), ("it", {"target": "v1@00000000"}),
+        ("..", {"target": "v1"}), ("it", {}), ("it", {"targets": [{"adapter": "v1", "weight": 0}]}),
+        ("new", {"rollback": True}),
+    ):  # fmt: skip
+        answer = server.ask(f"/admin/aliases/{name}", body, ADMIN, "PUT")
+        assert answer.status in (400, 404), (name, body, answer.content)
+    assert server.text("it", PROMPT) == texts["v1"]
+
+
+def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_path):
+    """Those that run finish with what they began with; no other version's keys are reused."""
+    new = saved(tiny_model_dir("llama"), {"x": lf.IA3(), "v1": lf.LoRA(rank=4)}, tmp_path / "new")
+    old = server.text("other", PROMPT, max_tokens=300)
+    with ThreadPoolExecutor(1) as pool:
+        runs = pool.submit(server.text, "other", PROMPT, max_tokens=300)
+        until(lambda: server.parts.host.engine._scheduler.running)
+        shutil.rmtree(server.folder / "other")
+        shutil.copytree(new / "v1", server.folder / "other")
+        assert server.ask("/v1/load_lora_adapter", {"lora_name": "other"}, ADMIN).status == 200
+        changed = server.text("other", PROMPT, max_tokens=300)
+        assert runs.result() == old
+    assert changed != old
+    with running(tiny_model_dir("llama"), new) as alone:
+        assert alone.text("v1", PROMPT, max_tokens=300) == changed
+    until(lambda: len(server.parts.host.engine.adapters._states) == 3)
+
+
+def test_what_was_said_holds_after_a_restart(tiny_model_dir, tmp_path):
+    folder = saved(
+        tiny_model_dir("llama"), {n: lf.LoRA(rank=2) for n in "abcd"}, tmp_path / "adapters"
+    )
+    with running(tiny_model_dir("llama"), folder) as server:
+        point(server, "now", target="a")
+        point(server, "now", target="b")
+        for act in ("/admin/adapters/a:pin", "/admin/adapters/c:quarantine"):
+            assert server.ask(act, {}, ADMIN).status == 200
+        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "d"}, ADMIN).status == 200
+        assert server.complete("d", "x").status == 404
+        text = server.text("b", PROMPT)
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert server.text("now", PROMPT) == text
+        assert server.ask("/v1/models/a").json["pinned"]
+        assert server.complete("c", "x").code == "adapter_quarantined"
+        assert server.complete("d", "x").status == 404
+        shown = server.ask("/admin/adapters", key=ADMIN).json
+        assert (shown["unloaded"], list(shown["quarantined"])) == (["d"], ["c"])
+        point(server, "now", rollback=True)
+        for name in "cd":
+            answer = server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN)
+            assert answer.status == 200, answer.content
+            assert server.complete(name, "x").status == 200
+        assert server.text("now", PROMPT) == server.text("a", PROMPT)
+
+
+@pytest.mark.slow
+def test_every_request_is_what_it_is_alone(tiny_model_dir, tmp_path):
+    """Eight methods and the base, lengths, samplers and arrivals at random, in fp32."""
+    folder = saved(tiny_model_dir("qwen2"), METHODS, tmp_path / "adapters")
+    draw = random.Random(0)
+    with running(tiny_model_dir("qwen2"), folder, slots=6) as server:
+        models = [*METHODS, server.parts.registry.base]
+        asked = [
+            {
+                "model": draw.choice(models), "prompt": PROMPT * draw.randint(1, 4),
+                "max_tokens": draw.randint(1, 30), "temperature": draw.choice([0, 0, 0.9]),
+                "seed": i, "top_p": draw.choice([1, 0.8]), "return_token_ids": True,
+                "stream": False,
+            }
+            for i in range(60)
+        ]  # fmt: skip
+
+        def one(body: dict[str, object]) -> object:
+            answer = server.complete(**body)  # type: ignore[arg-type]
+            assert answer.status == 200, answer.content
+            return answer.json["choices"][0]["token_ids"]
+
+        with ThreadPoolExecutor(16) as pool:
+            company = list(pool.map(one, asked))
+        assert company == [one(body) for body in asked]
+
+
+class Race(RuleBasedStateMachine):
+    """Any order of what clients and the administrator may do."""
+
+    server: Running
+    versions: dict[str, Path]
+    texts: dict[str, str]
+    names = st.sampled_from(["x", "y"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = {"x": "1", "y": "2"}
+        for name, version in self.now.items():
+            self.put(name, version)
+
+    def put(self, name: str, version: str) -> None:
+        shutil.rmtree(self.server.folder / name, ignore_errors=True)
+        shutil.copytree(self.versions[version], self.server.folder / name)
+        answer = self.server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN)
+        assert answer.status == 200, answer.content
+        self.now[name] = version
+
+    @rule(name=names, version=st.sampled_from("123"))
+    def load(self, name: str, version: str) -> None:
+        self.put(name, version)
+
+    @rule(name=names)
+    def unload(self, name: str) -> None:
+        status = self.server.ask("/v1/unload_lora_adapter", {"lora_name": name}, ADMIN).status
+        assert status == (200 if name in self.now else 404)
+        self.now.pop(name, None)
+
+    @rule(name=names, act=st.sampled_from(["pin", "unpin", "quarantine"]))
+    def manage(self, name: str, act: str) -> None:
+        status = self.server.ask(f"/admin/adapters/{name}:{act}", {}, ADMIN).status
+        assert status == (200 if name in self.now else 404)
+        if act == "quarantine" and name in self.now:
+            self.put(name, self.now[name])
+
+    @rule(name=names)
+    def evict(self, name: str) -> None:
+        if name in self.now:
+            adapters = self.server.parts.host.engine.adapters
+            adapters.evict(self.server.parts.registry.found[name].key)
+
+    @rule(name=names, n=st.integers(1, 3))
+    def complete(self, name: str, n: int) -> None:
+        with ThreadPoolExecutor(n) as pool:
+            answers = list(pool.map(lambda _: self.server.complete(name, PROMPT), range(n)))
+        for answer in answers:
+            if name not in self.now:
+                assert answer.status == 404
+            else:
+                assert answer.json["choices"][0]["text"] == self.texts[self.now[name]]
+
+    @rule(name=names)
+    def swap_under_a_request(self, name: str) -> None:
+        if name not in self.now:
+            return
+        before = self.now[name]
+        with ThreadPoolExecutor(1) as pool:
+            runs = pool.submit(self.server.complete, name, PROMPT)
+            self.put(name, "3" if before != "3" else "1")
+            answer = runs.result()
+        if answer.status != 200:  # it had left memory, and then its files were others
+            assert answer.code == "adapter_unavailable"
+            return
+        text = answer.json["choices"][0]["text"]
+        assert text in (self.texts[before], self.texts[self.now[name]])
+
+    @invariant()
+    def the_books_balance(self) -> None:
+        until(self.server.idle)
+        self.server.parts.host.engine.adapters.check()
+        assert set(self.server.parts.registry.found) == set(self.now)
+
+
+@pytest.mark.parametrize("steps", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_any_order_of_loads_pins_evictions_and_requests(tiny_model_dir, tmp_path, steps):
+    specs = {"1": lf.LoRA(rank=2), "2": lf.LoRA(rank=3), "3": lf.DoRA()}
+    versions = saved(tiny_model_dir("llama"), specs, tmp_path / "versions")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with running(tiny_model_dir("llama"), versions) as server:
+        texts = {version: server.text(version, PROMPT) for version in specs}
+    with running(tiny_model_dir("llama"), folder) as server:
+        Race.server, Race.texts = server, texts
+        Race.versions = {version: versions / version for version in specs}
+        run_state_machine_as_test(
+            Race,
+            settings=settings(
+                max_examples=4, stateful_step_count=steps, deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )  # fmt: skip

@@ -1,0 +1,397 @@
+"""Compositions of adapters: the laws of their arithmetic, on the weights, with PEFT and plain dense
+code as the oracles.
+"""
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import lorafold as lf
+from adapter_cases import adapted_logits, logits, make_adapter, relative
+from compose_cases import ROUNDING, Q, run, same, updates, weighted
+from lorafold.composing.arithmetic import cut, disjoint_mean, drop, inner, trim
+from lorafold.composing.rules import RULES
+from lorafold.core.rounding import generator_of
+from lorafold.errors import LorafoldError
+from lorafold.models.loading import load_model
+from lorafold.ops.svd import svd_of_product
+
+SPECS: dict[str, dict[str, Any]] = {  # of other ranks, targets and methods
+    "a": {"spec": lf.LoRA(rank=4)},
+    "b": {
+        "spec": lf.LoRA(rank=2, alpha=3, rslora=True, rank_pattern={"1.self_attn.q_proj": 5}),
+        "targets": Q,
+    },
+    "c": {"spec": lf.LoRA(rank=3), "targets": ["v_proj", "lm_head", "embed_tokens"]},
+    "vera": {"spec": lf.VeRA(rank=8), "targets": Q},
+    "adalora": {"spec": lf.AdaLoRA(rank=3), "targets": ["up_proj", "q_proj"]},
+    "loha": {"spec": lf.LoHa(rank=2), "targets": ["v_proj", "up_proj"]},
+    "lokr": {"spec": lf.LoKr(rank=2), "targets": ["v_proj", "down_proj"]},
+    "lt-sft": {"spec": lf.LTSFT(density=0.1), "targets": ["k_proj", "v_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model_dir) -> Path:
+    return tiny_model_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def made(llama: Path, tmp_path_factory) -> Callable[..., list[Path]]:
+    """Saved adapters by their names in SPECS, each of another seed."""
+    root = tmp_path_factory.mktemp("adapters")
+    paths = {
+        name: make_adapter(llama, root / name, seed=i, **given)
+        for i, (name, given) in enumerate(SPECS.items())
+    }
+    return lambda *names: [paths[name] for name in names]
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("word", RULES)
+def test_one_adapter_with_weight_one_is_itself(
+    word: str, llama: Path, made: Any, tmp_path: Path
+) -> None:
+    result = run(llama, made("b"), tmp_path / "out", word, weights=(1.0,), density=1.0)
+    assert result.truncation_error < ROUNDING
+    same(updates(llama, tmp_path / "out"), updates(llama, *made("b")))
+
+
+@pytest.mark.parametrize("word", ["linear", "task-arithmetic", "svd", "ties", "magnitude"])
+def test_an_adapter_minus_itself_is_the_base(
+    word: str, llama: Path, made: Any, tmp_path: Path
+) -> None:
+    run(llama, made("a", "a"), tmp_path / "out", word, weights=(1.0, -1.0))
+    assert (
+        relative(adapted_logits(llama, tmp_path / "out"), logits(load_model(llama, torch.float32)))
+        < ROUNDING
+    )
+    assert (
+        relative(adapted_logits(llama, *made("a")), logits(load_model(llama, torch.float32)))
+        > 100 * ROUNDING
+    )
+
+
+def test_linear_is_commutative_and_associative(llama: Path, made: Any, tmp_path: Path) -> None:
+    a, b, c = made("a", "b", "c")
+
+    def add(x: Path, y: Path, name: str) -> Path:
+        run(llama, [x, y], tmp_path / name, weights=(1.0, 1.0))
+        return tmp_path / name
+
+    left = add(add(a, b, "ab"), c, "ab-c")
+    right = add(a, add(b, c, "bc"), "a-bc")
+    same(updates(llama, add(b, a, "ba")), updates(llama, tmp_path / "ab"))
+    same(updates(llama, left), updates(llama, right))
+    same(updates(llama, left), weighted(llama, [a, b, c], [1, 1, 1]))
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
+def test_composing_then_folding_is_folding_the_sum(
+    kind: str, tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    base = tiny_model_dir(kind)
+    both = [
+        make_adapter(base, tmp_path / f"{rank}", seed=rank, spec=lf.LoRA(rank=rank))
+        for rank in (2, 5)
+    ]
+    result = run(base, both, tmp_path / "out", weights=(0.7, -0.3))
+    assert (result.weights, result.truncation_error) == ((0.7, -0.3), 0.0)
+    same(updates(base, tmp_path / "out"), weighted(base, both, [0.7, -0.3]))
+    ranks = [
+        t.shape[0]
+        for key, t in load_file(tmp_path / "out" / "adapter_model.safetensors").items()
+        if "lora_A" in key
+    ]
+    assert set(ranks) == {7}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("other", ["b", "c", "vera", "adalora", "loha", "lokr", "lt-sft"])
+def test_ranks_targets_and_methods_mix(other: str, llama: Path, made: Any, tmp_path: Path) -> None:
+    adapters = made("a", other)
+    # the smaller side: nothing is cut
+    rank = None if other in ("b", "c", "vera", "adalora") else 32
+    result = run(llama, adapters, tmp_path / "out", rank=rank, weights=(0.5, 2.0))
+    assert result.truncation_error < ROUNDING
+    same(updates(llama, tmp_path / "out"), weighted(llama, adapters, [0.5, 2.0]))
+
+
+def test_weights_where_none_are_given(llama: Path, made: Any, tmp_path: Path) -> None:
+    for word, each in {"linear": 1 / 3, "task-arithmetic": 1.0, "svd": 1 / 3}.items():
+        assert run(llama, made("a", "b", "c"), tmp_path / word, word).weights == (each,) * 3
+
+
+def theirs(
+    model: Path, adapters: Sequence[Path], weights: Sequence[float], **how: Any
+) -> dict[str, Tensor]:
+    """What PEFT composes, dW by parameter name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.PeftModel.from_pretrained(load_model(model, torch.float32), adapters[0], "0")
+        for i, path in enumerate(adapters[1:], 1):
+            wrapped.load_adapter(path, str(i))
+        torch.manual_seed(0)
+        wrapped.add_weighted_adapter(
+            [str(i) for i in range(len(adapters))], list(weights), "all", **how
+        )
+    layers = {
+        path: m
+        for path, m in wrapped.base_model.model.named_modules()
+        if hasattr(m, "lora_A") and "all" in m.lora_A
+    }
+    return {f"{path}.weight": m.get_delta_weight("all").detach() for path, m in layers.items()}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("ours", "theirs_is", "weights", "options"),
+    [
+        ("linear", {"combination_type": "cat"}, (0.4, -1.2), {}),
+        ("svd", {"combination_type": "svd"}, (0.4, -1.2), {}),
+        ("svd", {"combination_type": "svd", "svd_rank": 2}, (0.4, 0.7), {"rank": 2}),
+        (
+            "magnitude",
+            {"combination_type": "magnitude_prune_svd", "density": 0.25, "svd_rank": 6},
+            (0.4, 0.7),
+            {"density": 0.25, "rank": 6},
+        ),
+        (
+            "ties",
+            {"combination_type": "ties_svd", "density": 0.25, "svd_rank": 6},
+            (0.8, 0.8),
+            {"density": 0.25, "rank": 6},
+        ),
+    ],
+    ids=["cat", "svd", "svd-rank", "magnitude", "ties"],
+)
+def test_peft_agrees(
+    ours: str, theirs_is: Any, weights: Any, options: Any, llama: Path, tmp_path: Path
+) -> None:
+    adapters = [
+        make_adapter(llama, tmp_path / f"{i}", seed=i, spec=lf.LoRA(rank=4, alpha=i + 3))
+        for i in (0, 1)
+    ]
+    run(llama, adapters, tmp_path / "out", ours, weights=weights, **options)
+    # an SVD by subspace iteration is as good as the whole one, yet not the same where singular
+    # values lie close together
+    same(
+        updates(llama, tmp_path / "out"),
+        theirs(llama, adapters, weights, **theirs_is),
+        1e-2 if "density" in options else ROUNDING,
+    )
+
+
+def test_peft_reads_what_is_composed(llama: Path, made: Any, tmp_path: Path) -> None:
+    run(llama, made("a", "b", "c"), tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of embeddings under an adapter
+        read = peft.PeftModel.from_pretrained(
+            load_model(llama, torch.float32), tmp_path / "out"
+        ).eval()
+    assert relative(logits(read), adapted_logits(llama, tmp_path / "out")) < ROUNDING
+
+
+def elected_mean(changes: Sequence[Tensor]) -> Tensor:
+    """TIES' election and disjoint mean, entry by entry in plain Python."""
+    out = torch.zeros_like(changes[0])
+    for at in itertools.product(*map(range, out.shape)):
+        votes = [change[at].item() for change in changes]
+        sign = (sum(votes) > 0) - (sum(votes) < 0)
+        agreeing = [vote for vote in votes if vote * sign > 0]
+        out[at] = sum(agreeing) / len(agreeing) if agreeing else 0.0
+    return out
+
+
+def largest_entries(change: Tensor, density: float) -> Tensor:
+    ranked = sorted(change.flatten().tolist(), key=abs, reverse=True)
+    least = abs(ranked[round(density * change.numel()) - 1])
+    return torch.tensor([[v if abs(v) >= least else 0.0 for v in row] for row in change.tolist()])
+
+
+def dropped(change: Tensor, density: float, seed: int, name: str) -> Tensor:
+    luck = torch.rand(change.shape, generator=generator_of(seed, name)).tolist()
+    return torch.tensor([[v / density if u < density else 0.0 for v, u in zip(*rows, strict=True)]
+                         for rows in zip(change.tolist(), luck, strict=True)])  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["ties", "dare", "dare-ties", "magnitude"])
+def test_pruned_compositions_are_their_plain_formulas(
+    word: str, llama: Path, made: Any, tmp_path: Path
+) -> None:
+    adapters, weights, density, seed = made("a", "b"), (0.6, 1.3), 0.3, 5
+    result = run(
+        llama,
+        adapters,
+        tmp_path / "out",
+        word,
+        weights=weights,
+        density=density,
+        seed=seed,
+        rank=32,
+    )
+    assert result.truncation_error < ROUNDING
+    found, single = updates(llama, tmp_path / "out"), [updates(llama, path) for path in adapters]
+    for site in ("1.self_attn.q_proj", "0.self_attn.v_proj", "0.self_attn.k_proj"):
+        name = f"model.layers.{site}.weight"
+        kept = []
+        for i, (own, weight) in enumerate(zip(single, weights, strict=True)):
+            if name in own:  # b has no k_proj
+                path = f"{name.removesuffix('.weight')}/{i}"
+                kept.append(
+                    weight
+                    * (
+                        dropped(own[name], density, seed, path)
+                        if "dare" in word
+                        else largest_entries(own[name], density)
+                    )
+                )
+        expected = elected_mean(kept) if "ties" in word else sum(kept)
+        # folded fp32 weights give an update to some units in their last place, and near the
+        # threshold that may decide
+        assert ((found[name] - expected).abs() > 1e-5).float().mean() < 0.01, name
+        assert (found[name] != 0).any()
+
+
+def test_what_is_kept_of_an_update() -> None:
+    generator = torch.Generator().manual_seed(0)
+    update = torch.randn(40, 50, generator=generator)
+    assert torch.equal(trim(update, 0.3, generator), largest_entries(update, 0.3))
+    assert int((trim(update, 0.3, generator) != 0).sum()) == 600
+    kept = drop(update, 0.3, torch.Generator().manual_seed(1))
+    assert torch.allclose(kept[kept != 0], update[kept != 0] / 0.3)
+    assert 0.25 < (kept != 0).float().mean() < 0.35
+    assert torch.equal(kept, drop(update, 0.3, torch.Generator().manual_seed(1)))
+    three = [torch.randn(7, 5, generator=generator) for _ in range(3)]
+    torch.testing.assert_close(disjoint_mean(three), elected_mean(three))
+    assert not disjoint_mean([update, -update]).any()
+
+
+@pytest.mark.parametrize(("out", "rank", "inn"), [(30, 4, 20), (6, 9, 20), (20, 9, 6), (5, 40, 7)])
+def test_the_svd_of_a_product_is_that_of_the_matrix(out: int, rank: int, inn: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = (
+        torch.randn(out, rank, generator=generator),
+        torch.randn(rank, inn, generator=generator),
+    )
+    u, s, vt = svd_of_product(up, down)
+    assert len(s) == min(out, rank, inn)
+    torch.testing.assert_close((u * s) @ vt, up.double() @ down.double())
+    torch.testing.assert_close(s, torch.linalg.svdvals(up.double() @ down.double())[: len(s)])
+    for q in (u, vt.T):
+        torch.testing.assert_close(q.T @ q, torch.eye(len(s), dtype=torch.float64))
+
+
+def test_a_cut_is_the_best_one_and_says_what_is_lost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(30, 6, generator=generator), torch.randn(6, 20, generator=generator)
+    exact = up.double() @ down.double()
+    tail = torch.linalg.svdvals(exact)[2:].square().sum()
+    for change in ((up, down), up @ down):
+        b, a, lost = cut(change, 2)
+        assert (b.shape, a.shape) == ((30, 2), (2, 20))
+        assert lost == pytest.approx(
+            (b.double() @ a.double() - exact).square().sum().item(), rel=1e-4
+        )
+        assert lost == pytest.approx(tail.item(), rel=1e-3)
+    assert cut((up, down), 6) == (up, down, 0.0)
+    for x, y in itertools.product(((up, down), up @ down), repeat=2):
+        assert inner(x, y) == pytest.approx(exact.square().sum().item(), rel=1e-5)
+
+
+def test_the_stated_error_is_that_of_all_weights(llama: Path, made: Any, tmp_path: Path) -> None:
+    for word, options in {"linear": {"rank": 3}, "ties": {"rank": 2}, "svd": {}}.items():
+        cut_ = run(llama, made("a", "b"), tmp_path / word, word, **options)
+        run(llama, made("a", "b"), tmp_path / f"{word}-whole", word, rank=32)
+        found, whole = updates(llama, tmp_path / word), updates(llama, tmp_path / f"{word}-whole")
+        lost = sum((found[name] - change).square().sum() for name, change in whole.items())
+        total = sum(change.square().sum() for change in whole.values())
+        assert cut_.truncation_error == pytest.approx((lost / total).sqrt().item(), rel=1e-3)
+        assert 0.01 < cut_.truncation_error < 1
+
+
+@pytest.mark.parametrize("word", ["ties", "dare"])
+def test_the_same_seed_gives_the_same_bytes(
+    word: str, llama: Path, made: Any, tmp_path: Path
+) -> None:
+    for name, seed in {"one": 3, "two": 3, "three": 4}.items():
+        torch.rand(1)  # the state of the process does not matter
+        run(llama, made("a", "b"), tmp_path / name, word, rank=2, seed=seed)
+    one, two, three = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("one", "two", "three")
+    )
+    assert one == two
+    assert (one != three) or word == "ties"
+
+
+def test_the_record_says_what_was_done(llama: Path, made: Any, tmp_path: Path) -> None:
+    run(llama, made("a", "b"), tmp_path / "out", "ties", weights=(1.0, 2.0), seed=7)
+    said = json.loads((tmp_path / "out" / "lorafold.json").read_text())
+    assert said["composed"]["adapters"] == [str(path) for path in made("a", "b")]
+    assert {k: said["composed"][k] for k in ("how", "weights", "density", "seed")} == {
+        "how": "ties", "weights": [1.0, 2.0], "density": 0.2, "seed": 7,
+    }  # fmt: skip
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", str(llama))
+    assert said["base"]  # a fingerprint, so that another base is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"spec": lf.DoRA(lf.LoRA(rank=2)), "targets": Q}, "DoRADelta"),
+        ({"spec": lf.IA3()}, "IA3Delta"),
+        (
+            {"spec": lf.LoRA(rank=2), "targets": Q, "modules_to_save": ["lm_head"]},
+            "ReplaceDelta (at lm_head)",
+        ),
+        ({"spec": lf.LoRA(rank=2), "targets": Q, "tokens": [5]}, "EmbeddingRows"),
+        ({"spec": lf.Prompt(tokens=2)}, "PromptDelta"),
+    ],
+    ids=["dora", "ia3", "module", "tokens", "prompt"],
+)
+def test_what_is_not_additive_is_refused_by_name(
+    given: Any, kind: str, llama: Path, made: Any, tmp_path: Path
+) -> None:
+    strange = make_adapter(llama, tmp_path / "strange", **given)
+    with pytest.raises(LorafoldError) as refused:
+        run(llama, [*made("a"), strange], tmp_path / "out")
+    assert str(refused.value).startswith(f"{strange}: found ")
+    assert kind in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_is_told_before_anything_is_written(
+    llama: Path, made: Any, tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    other = make_adapter(tiny_model_dir("qwen2"), tmp_path / "other")
+
+    def refused(*adapters: Path, word: str = "linear", **options: Any) -> str:
+        with pytest.raises(LorafoldError) as error:
+            run(llama, adapters, tmp_path / "out", word, **options)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    a, b, loha = made("a", "b", "loha")
+    assert "give --rank" in refused(a, loha)
+    assert "found 1, expected one for each of the 2" in refused(a, b, weights=(1.0,))
+    assert "found nonsense, expected one of linear, task-arithmetic" in refused(a, word="nonsense")
+    assert "share above 0" in refused(a, word="ties", density=1.5)
+    assert "learns the weights" in refused(a, b, word="lorahub", weights=(1.0, 1.0))
+    assert "--examples" in refused(a, b, word="mixture")
+    assert "not the base" in refused(a, other)
+    assert "found none" in refused()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LorafoldError, match="--overwrite"):
+        run(llama, [a, b], tmp_path / "out")

@@ -1,0 +1,302 @@
+"""`lorafold inspect`, `resize` and `extract` as commands: the keys, the page, what is kept, what is
+refused.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import lorafold as lf
+from adapter_cases import make_adapter
+from conftest import lorafold
+from lorafold.cli import app
+from lorafold.errors import LorafoldError
+from lorafold.inspecting import base_svd
+from lorafold.inspecting.conclusions import of_intruders
+from lorafold.inspecting.report import MAPS
+from lorafold.inspecting.run import inspect
+from lorafold.inspecting.updates import Svd, of_dense
+from lorafold.models.loading import load_model
+from lorafold.opening import Base
+from update_cases import orthonormal
+
+KEYS = {
+    "rank",
+    "effective_rank_90",
+    "effective_rank_95",
+    "effective_rank_99",
+    "stable_rank",
+    "relative_norm",
+    "amplification",
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
+
+
+def command(*arguments) -> dict:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def numbers(value) -> list[float]:
+    if isinstance(value, dict | list):
+        return [
+            n
+            for part in (value.values() if isinstance(value, dict) else value)
+            for n in numbers(part)
+        ]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_everything_at_once(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=4))
+    make_adapter(base, tmp_path / "b", spec=lf.LoRA(rank=2), seed=1)
+    save_file({"probe": torch.randn(32)}, tmp_path / "f.safetensors")
+    (tmp_path / "d.jsonl").write_text(
+        '{"text": "Book a table for four"}\n{"text": "Remind me to call"}\n'
+    )
+    found = command(
+        "inspect",
+        tmp_path / "a",
+        "--model",
+        base,
+        "--against",
+        tmp_path / "b",
+        "--directions",
+        tmp_path / "f.safetensors",
+        "--data",
+        tmp_path / "d.jsonl",
+        "--full",
+        "--html",
+        tmp_path / "page.html",
+    )
+    assert len(found["sites"]) == 14
+    assert all(site.keys() >= KEYS for site in found["sites"].values())
+    assert all(site["rank"] == 4 for site in found["sites"].values())
+    assert [t for t, _ in found["paths"]["scaling"]] == [i / 4 for i in range(-2, 7)]
+    assert len(found["paths"]["between"]) == 11
+    assert set(found["against"]["sites"]) == set(found["sites"])
+    assert {
+        (len(g["phi_read"]), len(g["phi_read"][0])) for g in found["against"]["kinds"].values()
+    } == {(4, 2)}
+    assert {of["side"] for of in found["layers"].values()} == {"read", "written"}
+    site = found["sites"]["model.layers.0.self_attn.q_proj"]
+    assert site["reads_shares"].keys() == {"probe"}
+    assert len(site["position_read"]) == 11
+    assert sum(site["position_read"]) == pytest.approx(1, abs=1e-3)
+    page = (tmp_path / "page.html").read_text()
+    # needs nothing beside itself
+    assert not re.search(r"<(script|link|iframe|img)\b|url\((?!#)|@import|(src|href)=\"http", page)
+    assert all(
+        sentence.split(",")[0][:40] in page.replace("&#x27;", "'") for sentence in found["advice"]
+    )
+
+
+@pytest.mark.slow
+def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    make_adapter(base, tmp_path / "a")
+    found = command(
+        "inspect", tmp_path / "a", "--model", base, "--full", "--html", tmp_path / "page.html"
+    )
+    page = (tmp_path / "page.html").read_text()
+    for table, (name, (_, form)) in zip(
+        re.findall(r'<table class="map">.*?</table>', page), MAPS.items(), strict=True
+    ):
+        shown = re.findall(r"<td style=[^>]*>([^<]*)</td>", table)
+        assert sorted(shown) == sorted(f"{site[name]:{form}}" for site in found["sites"].values())
+    cosines = {
+        f"{n:+.2f}"
+        for n in numbers(
+            [site.get(v, []) for site in found["sites"].values() for v in ("reads", "writes")]
+        )
+    }
+    assert set(re.findall(r"</code> ([+-][\d.]+)", page)) == cosines
+
+
+def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
+    make_adapter(tiny_model_dir("llama"), tmp_path / "a")
+    found = inspect(Base(tiny_model_dir("llama")), tmp_path / "a")
+    assert not any("intruders" in site for site in found["sites"].values())
+    assert not (tmp_path / "cache" / "svd").exists()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [lf.LoHa(rank=2), lf.DoRA(), lf.VeRA(rank=8), lf.IA3(), lf.FishMask()],
+    ids=lambda s: type(s).__name__,
+)
+def test_any_method_that_folds(spec, tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    make_adapter(base, tmp_path / "a", spec=spec)
+    found = inspect(Base(base), tmp_path / "a")
+    assert all(
+        site["amplification"] > 0 and site["rank"] >= site["effective_rank_99"] >= 1
+        for site in found["sites"].values()
+    )
+
+
+def test_a_head_and_an_embedding_speak_in_tokens(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    make_adapter(base, tmp_path / "a", targets=["embed_tokens", "lm_head"], bias="none")
+    sites = inspect(Base(base), tmp_path / "a")["sites"]
+    assert {
+        path: [verb for verb in ("reads", "writes") if verb in site] for path, site in sites.items()
+    } == {"model.embed_tokens": ["reads", "writes"], "lm_head": ["reads", "writes"]}
+
+
+def test_what_lies_beside_is_counted_and_an_untrained_adapter_is_said_to_be_one(
+    tiny_model, tiny_model_dir, tmp_path
+):
+    base = tiny_model_dir("qwen2")
+    lf.attach(
+        tiny_model("qwen2"), lf.LoRA(rank=2), bias="lora_only", modules_to_save=["model.norm"]
+    ).save(tmp_path / "a")
+    found = command("inspect", tmp_path / "a", "--model", base, "--html", tmp_path / "page.html")
+    assert found["beside"] == {"BiasDelta": 6, "ReplaceDelta": 1}
+    assert found["advice"] == ["The update is zero everywhere: this adapter changes nothing."]
+    assert found["whole"]["norm"] == 0
+
+
+def test_positions_and_intruders_of_planted_updates():
+    base = Svd(
+        orthonormal(40, 30).float(), torch.linspace(5, 0.5, 30), orthonormal(30, 30, 1).float()
+    )
+    w = base.dense()
+    inside = Svd(base.u[:, [3, 25]], torch.tensor([2.0, 1.0]), base.v[:, [3, 25]])
+    found = base_svd.figures(w, inside, 2)
+    assert found["position_written"] == pytest.approx(
+        [0, 0.8, 0, 0, 0, 0, 0, 0, 0.2, 0, 0], abs=1e-3
+    )
+    assert found["position_read"] == pytest.approx(found["position_written"], abs=1e-3)
+    assert found["intruders"] == 0
+    assert found["top_projection"] == pytest.approx(float(base.s[:2].norm()), rel=1e-4)
+    whole = torch.linalg.qr(
+        torch.cat([base.u, torch.randn(40, 10, generator=torch.Generator().manual_seed(2))], 1)
+    )[0]
+    # written where the base writes nothing
+    outside = Svd(whole[:, 30:32], torch.tensor([20.0, 10.0]), base.v[:, [0, 1]])
+    found = base_svd.figures(w, outside, 2)
+    assert found["position_written"][-1] == pytest.approx(1, abs=1e-3)
+    assert found["intruders"] == 2
+    weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)
+    assert base_svd.intruders(of_dense(w), w, weak) == 0
+    assert f"in all): top {base_svd.TOP} singular vectors" in of_intruders([found])
+
+
+def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path))
+    w = torch.randn(12, 8)
+    first = base_svd.cached_svd(w)
+    monkeypatch.setattr(base_svd, "of_dense", None)
+    again = base_svd.cached_svd(w.clone())
+    assert torch.allclose(again.dense(), w, atol=1e-2)
+    assert torch.equal(again.s, first.s)
+
+
+def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
+    base, source = tiny_model_dir("llama"), Base(tiny_model_dir("llama"))
+    make_adapter(base, tmp_path / "prefix", spec=lf.Prefix(tokens=2))
+    with pytest.raises(LorafoldError, match="no spectrum"):
+        inspect(source, tmp_path / "prefix")
+    with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
+        inspect(source, tmp_path)
+    make_adapter(base, tmp_path / "a")
+    other = load_model(base, torch.float32)
+    for p in other.parameters():
+        p.data += 1
+    other.save_pretrained(tmp_path / "other")
+    tiny_model_dir("llama")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / file).write_bytes((base / file).read_bytes())
+    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+        inspect(Base(tmp_path / "other"), tmp_path / "a")
+    assert inspect(Base(tmp_path / "other"), tmp_path / "a", allow_other_base=True)[
+        "sites"
+    ]
+    for arguments, message in (
+        ((), "found neither, expected exactly one"),
+        (("--energy", "1.5"), "above 0, at most 1"),
+    ):
+        with pytest.raises(LorafoldError, match=message):
+            CliRunner().invoke(
+                app,
+                [
+                    "resize",
+                    str(tmp_path / "a"),
+                    "--model",
+                    str(base),
+                    "--out",
+                    str(tmp_path / "o"),
+                    *arguments,
+                ],
+                catch_exceptions=False,
+                standalone_mode=False,
+            )
+
+
+def test_resize_and_extract_as_commands(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("llama")
+    make_adapter(base, tmp_path / "a")
+    (tmp_path / "d.jsonl").write_text(
+        '{"text": "Book a table for four"}\n{"text": "Remind me to call"}\n'
+    )
+    found = command(
+        "resize",
+        tmp_path / "a",
+        "--rank",
+        4,
+        "--out",
+        tmp_path / "b",
+        "--model",
+        base,
+        "--data",
+        tmp_path / "d.jsonl",
+        "--storage",
+        "fp32",
+    )
+    assert found["error"] < 1e-6
+    assert found["loss_after"] == pytest.approx(found["loss_before"], rel=1e-5)
+    command(
+        "merge",
+        "--adapter",
+        tmp_path / "a",
+        "--out",
+        tmp_path / "m",
+        "--model",
+        base,
+        "--no-certificate",
+    )
+    assert (
+        command(
+            "extract",
+            "--model",
+            base,
+            "--tuned",
+            tmp_path / "m",
+            "--rank",
+            4,
+            "--out",
+            tmp_path / "x",
+        )["error"]
+        < 1e-3
+    )
+
+
+def test_resize_names_the_keys_that_it_ignores(tiny_model_dir, tmp_path):
+    base, data = tiny_model_dir("llama"), tmp_path / "d.jsonl"
+    make_adapter(base, tmp_path / "a")
+    data.write_text('{"text": "Book a table for four", "id": 1}\n')
+    given = ["--rank", "2", "--model", str(base), "--storage", "fp32", "--data", str(data)]
+    done = lorafold("resize", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *given)
+    assert done.returncode == 0, done.stderr
+    assert f"{data}: ignored keys: id (rows of {{text}})\n" in done.stderr

@@ -1,0 +1,109 @@
+"""The command: what it prints, the page it writes, what it refuses; and the cheatsheet in the
+docs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Done, lorafold
+from lorafold.memory import cheatsheet
+from lorafold.memory.terms import TERMS
+from lorafold.models.configuration import configuration
+from lorafold.models.sources import _embedded_gguf
+
+DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
+
+
+def run(*arguments: str) -> Done:
+    return lorafold("estimate", *arguments)
+
+
+def test_a_shape_alone() -> None:
+    found = json.loads(
+        run("--params", "7b", "--mode", "inference", "--max-length", "4096", "--json").stdout
+    )
+    assert found["total"] == sum(found[name] for name in TERMS)
+    assert found["weights"] == pytest.approx(2 * 6.738e9, rel=1e-3)
+    assert found["kv_cache"] == cheatsheet.kv_cache(32, 32, 128, 4096)
+    assert found["fits"] is None
+
+
+@pytest.mark.slow
+def test_a_verdict_and_a_page(tiny_model_dir: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    model = str(tiny_model_dir("llama"))
+    done = run(
+        "--model",
+        model,
+        "--mode",
+        "lora",
+        "--device-memory",
+        "1MB",
+        "--measure",
+        "--html",
+        str(page),
+        "--json",
+    )
+    found = json.loads(done.stdout)
+    assert found["total"] == pytest.approx(found["measured"], rel=0.05)
+    assert found["fits"] is (found["spare"] >= 0)
+    text = page.read_text()
+    assert all(f"{name.replace('_', ' ')}</td>" in text for name in TERMS if found[name])
+    assert "<script" not in text
+    assert "does not fit: " in text
+
+
+@pytest.mark.slow
+def test_a_gguf_file_by_its_header() -> None:
+    found, unpacked = configuration(str(_embedded_gguf())), configuration("smollm2")
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_key_value_heads",
+        "vocab_size",
+        "tie_word_embeddings",
+    ):
+        assert getattr(found, name) == getattr(unpacked, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--params", "6b"], "params 6b: expected one of 7b, "),
+        (["--params", "7b", "--measure"], "--measure: found --params 7b, which has no weights"),
+        (["--params", "7b", "--model", "m"], "--params: found --params 7b and --model m, expected"),
+        (["--device-memory", "lots"], "expected a size"),
+        (["--mode", "nosuch"], "unknown method 'nosuch'"),
+        (["--model", "no/such/model/here"], "no/such/model/here"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+def test_rules_of_thumb_give_what_they_say() -> None:
+    found = {what: of() for what, (_, of) in cheatsheet.WORKED.items()}
+    assert list(found.values()) == [14.0e9, 2147483648, 0.64e9, 112.0e9]
+
+
+@pytest.mark.slow
+def test_the_docs_hold_the_cheatsheet() -> None:
+    """To 1%, for another torch may hold a little more or less. The processor has no say."""
+    heading, *rows = cheatsheet.table()
+    written = [
+        tuple(cell.strip() for cell in line.strip("| \n").split("|"))
+        for line in DOCS.read_text().splitlines()
+    ]
+    start = written.index(heading)
+    for row, kept in zip(rows, written[start + 2 :], strict=False):
+        assert (*row[:4], row[6]) == (*kept[:4], kept[6])
+        assert float(kept[4].split()[0]) == pytest.approx(float(row[4].split()[0]), rel=0.01)

@@ -1,0 +1,670 @@
+"""New tokens from the command line: a format of conversation of one's own, trained, saved, read by
+PEFT, merged and spoken.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorafold as lf
+from lorafold.comparing.measure import Task
+from lorafold.comparing.run import compare
+from lorafold.errors import LorafoldError
+from lorafold.evaluation import evaluate
+from lorafold.files.atomic import MANIFEST
+from lorafold.generation import complete, end_tokens
+from lorafold.merging.config import declared
+from lorafold.merging.run import merge
+from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
+from lorafold.opening import Base
+from lorafold.step.recipe import Recipe
+from lorafold.training import loop
+from lorafold.training.preview import show
+from lorafold.training.request import Request
+from lorafold.training.run import train
+from token_cases import ROWS, lorafold, quiet, request, said
+
+ROLES = "<|user|>,<|assistant|>"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant'"
+    " %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{%"
+    " endif %}"
+)
+ROWS_KEY = "token_adapter.trainable_tokens_delta"
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "chat.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+@torch.no_grad()
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    return model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_format_of_ones_own_from_training_to_a_plain_model(
+    kind: str, template: Path, tiny_model_dir, tmp_path: Path
+) -> None:
+    base, data = tiny_model_dir(kind), tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    asked = (
+        "train",
+        "--model",
+        base,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "a",
+        "--new-tokens",
+        ROLES,
+        "--chat-template",
+        template,
+    )
+    sets = [
+        word
+        for field in ("steps=40", "batch=4", "lr=1e-2", "lr_b=2e-2", "dropout=0")
+        for word in ("--set", field)
+    ]
+    done = lorafold(*asked, *sets, "--storage", "fp32", "--json")
+    assert "new tokens: <|user|> 300, <|assistant|> 301" in done.stderr
+    trained = json.loads(done.stdout.splitlines()[-1])
+
+    # the adapter: rows for two tokens, and the tokenizer that writes them, with its template
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    rows = [t for key, t in tensors.items() if key.endswith("trainable_tokens_delta")]
+    assert [tuple(t.shape) for t in rows] == [(2, 32)] * (1 if kind == "gpt2" else 2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer.chat_template == TEMPLATE
+    conversation = tokenizer.apply_chat_template(ROWS[7]["messages"], tokenize=False)
+    ids = tokenizer(conversation, add_special_tokens=False).input_ids
+    assert (ids[0], ids.count(300), ids.count(301)) == (300, 1, 1)
+
+    model = load_model(base, torch.float32)
+    adapter = lf.load(model, tmp_path / "a")
+    expected = logits(model, ids)
+    assert len(expected[0]) == 302
+    start = load_model(base, torch.float32)
+    torch.manual_seed(0)
+    untrained = (
+        lf.attach(start, lf.LoRA(), tokens=(300, 301)).deltas[next(iter(adapter.tokens))].rows
+    )
+    assert (rows[-1] - untrained).abs().amax(1).min() > 1e-2  # both rows learned
+
+    # PEFT, on a base that its user resized
+    theirs = load_model(base, torch.float32)
+    theirs.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (
+            relative(logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "a"), ids), expected)
+            < 1e-5
+        )
+
+    # a plain model, with the adapter's tokenizer
+    merged = json.loads(
+        lorafold(
+            "merge", "--model", base, "--adapter", tmp_path / "a", "--out", tmp_path / "m", "--json"
+        ).stdout
+    )
+    assert merged["vocabulary"] == 302
+    assert merged["kl"] < 1e-9
+    assert merged["untied"] == []
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values())
+    assert plain.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "m")) == 302
+    assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == (
+        kind == "gpt2"
+    )
+    assert relative(logits(plain, ids), expected) < 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").get_vocab() == tokenizer.get_vocab()
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == TEMPLATE
+
+    # both say the same, and about as well as training ended
+    spoken, measured = [], []
+    for of in (("--model", base, "--adapter", tmp_path / "a"), ("--model", tmp_path / "m")):
+        generated = lorafold(
+            "generate",
+            *of,
+            "--prompt",
+            "Book a table for 7",
+            "--max-new-tokens",
+            12,
+            "--storage",
+            "fp32",
+            "--json",
+        )
+        spoken.append(json.loads(generated.stdout)["text"])
+        measured.append(
+            json.loads(
+                lorafold(
+                    "eval", *of, "--data", data, "--storage", "fp32", "--no-completions", "--json"
+                ).stdout
+            )["loss"]
+        )
+    assert spoken[0] == spoken[1]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-5)
+    assert measured[0] < trained["losses"][0] - 0.3
+
+
+def test_what_is_known_already_is_said_and_trained(
+    tiny_model_dir, template: Path, tmp_path: Path
+) -> None:
+    asked = request(
+        tiny_model_dir("gemma"),
+        tmp_path / "a",
+        new_tokens=("<|user|>", "<|im_end|>"),
+        chat_template=str(template),
+    )
+    notice = (
+        "new tokens: <|user|> 300; <|im_end|> is a token already (2), its embedding is trained too"
+    )
+    shown = said(show, asked)
+    assert notice in shown
+    assert "<|user|>Book a table for 0" in shown
+    assert '⟦{"people": 0}<|im_end|>⟧' in shown
+    assert notice in said(train, asked)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())[
+        "trainable_token_indices"
+    ] == [300, 2]
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert record["new_tokens"] == {"<|user|>": 300, "<|im_end|>": 2}
+    assert record["recipe"]["chat_template"] == str(template)
+
+
+def test_a_template_alone_travels_with_the_adapter(
+    tiny_model_dir, template: Path, tmp_path: Path
+) -> None:
+    train(
+        request(
+            tiny_model_dir("llama"), tmp_path / "a", new_tokens=(), chat_template=str(template)
+        ),
+        quiet(),
+    )
+    source = resolve_model(tiny_model_dir("llama"))
+    assert tokenizer_of(source, [tmp_path / "a"]).chat_template == TEMPLATE
+    train(request(tiny_model_dir("llama"), tmp_path / "b", new_tokens=()), quiet())
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
+    assert (
+        tokenizer_of(source, [tmp_path / "b"]).chat_template == load_tokenizer(source).chat_template
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma", "qwen2"])
+def test_padded_and_packed_and_accumulated_give_the_same_losses(
+    kind: str, tiny_model_dir, template: Path, tmp_path: Path
+) -> None:
+    ways = {
+        "packed": {},
+        "padded": {"packing": False},
+        "accumulated": {"accumulate": 4},
+        "checkpointed": {"gradient_checkpointing": True},
+    }
+    losses = {}
+    for name, fields in ways.items():
+        asked = request(
+            tiny_model_dir(kind),
+            tmp_path / name,
+            dropout=0.0,
+            lr=1e-2,
+            chat_template=str(template),
+            **fields,
+        )
+        losses[name] = train(asked, quiet()).losses
+        assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
+    tiny_model_dir, template: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def asked(name: str, **more: Any) -> Request:
+        return request(
+            tiny_model_dir("gpt2"),
+            tmp_path / name,
+            steps=12,
+            save_every=4,
+            chat_template=str(template),
+            **more,
+        )
+
+    step = loop.train_step
+
+    def stopped(job: Any, rows: Any, at: int) -> float:
+        if at == 6:
+            raise RuntimeError("stopped")
+        return step(job, rows, at)
+
+    train(asked("straight"), quiet())
+    monkeypatch.setattr(loop, "train_step", stopped)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(asked("stopped"), quiet())
+    monkeypatch.undo()
+    template.write_text(TEMPLATE + "\n")
+    with pytest.raises(
+        LorafoldError, match="the run to resume had another recipe: chat_template: was"
+    ):
+        train(asked("stopped", resume=True), quiet())
+    template.write_text(TEMPLATE)
+    with pytest.raises(
+        LorafoldError, match="the run to resume had another recipe: new_tokens: was"
+    ):
+        train(asked("stopped", resume=True, new_tokens=("<|user|>",)), quiet())
+    train(asked("stopped", resume=True), quiet())
+    a, b = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("stopped", "straight")
+    )
+    assert a == b
+
+
+@pytest.mark.slow
+def test_an_adapter_to_start_from_brings_its_tokens(
+    tiny_model_dir, template: Path, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("gemma")
+    first = train(
+        request(base, tmp_path / "a", chat_template=str(template), steps=40, lr=1e-2, dropout=0.0),
+        quiet(),
+    )
+    second = train(
+        request(base, tmp_path / "b", init_adapter=tmp_path / "a", new_tokens=None, lr=1e-3),
+        quiet(),
+    )
+    assert second.losses[0] < first.losses[0] - 0.1
+    a, b = ((tmp_path / name / "tokenizer.json").read_text() for name in "ab")
+    assert a == b
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == TEMPLATE
+    keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in "ab"]
+    assert keys[0] == keys[1]
+    with pytest.raises(
+        LorafoldError, match="new_tokens: the adapter of --init-adapter fixes these fields"
+    ):
+        train(request(base, tmp_path / "c", init_adapter=tmp_path / "a"), quiet())
+
+
+def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Path) -> None:
+    """A matrix that is longer than the vocabulary, as many are: the first new word has a row there,
+    the second has none.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("llama"), base)
+    model = load_model(base, torch.float32)
+    model.resize_token_embeddings(301)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[300] = 9.0
+    model.save_pretrained(base)
+    train(request(base, tmp_path / "a", steps=1, lr=1e-6), quiet())
+    rows = load_file(tmp_path / "a" / "adapter_model.safetensors")[
+        f"base_model.model.model.embed_tokens.{ROWS_KEY}"
+    ]
+    mean = model.get_input_embeddings().weight.mean(0)
+    assert torch.allclose(rows, mean.expand(2, -1), atol=1e-5)
+    merged = merge(str(base), [tmp_path / "a"], tmp_path / "m", certificate=False)
+    assert merged.folded.vocabulary == 302
+
+
+def test_a_word_without_a_row_is_named(tiny_model_dir, tmp_path: Path) -> None:
+    """A tokenizer that knows more words than the matrix has rows: its extra ones must be trained
+    too.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("llama"), base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
+    tokenizer.save_pretrained(base)
+    with pytest.raises(
+        LorafoldError,
+        match=r"tokens \[301, 302\] leave a gap: the base's last token is 299; .* from 300 on",
+    ):
+        train(request(base, tmp_path / "a"), quiet())
+    assert not (tmp_path / "a").exists()
+    train(request(base, tmp_path / "a", new_tokens=("<|extra|>", "<|user|>")), quiet())
+
+
+def test_templates_that_cannot_be_used_are_one_line(tiny_model_dir, tmp_path: Path) -> None:
+    for name, content, message in [
+        (
+            "none.jinja",
+            None,
+            r"chat template .*none.jinja: can't be read: No such file or directory",
+        ),
+        (
+            "broken.jinja",
+            "{% for m in messages %}\n{{ m.content }",
+            r"chat template .*broken.jinja: line 2: unexpected '}'",
+        ),
+        ("bytes.jinja", b"\xff\xfe", r"chat template .*bytes.jinja: can't be read: 'utf-8' codec"),
+        ("empty.jinja", " \n", r"chat template .*empty.jinja: found an empty file"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(LorafoldError, match=message) as caught:
+            show(
+                request(
+                    tiny_model_dir("llama"), tmp_path / "a", chat_template=str(tmp_path / name)
+                ),
+                quiet(),
+            )
+        assert "\n" not in str(caught.value)
+    # one that refuses some conversations is a template all the same
+    (tmp_path / "strict.jinja").write_text("{{ raise_exception('only systems') }}")
+    set_template(load_tokenizer(tiny_model_dir("llama")), tmp_path / "strict.jinja")
+
+
+def test_words_that_make_no_token_are_one_line(tiny_model_dir, tmp_path: Path) -> None:
+    cases = {
+        ("a", " "): "new_tokens: found ' ', expected words that are not blank",
+        ("<|u|>", "<|u|>"): "found '<|u|>', expected words that are not blank, each once",
+    }
+    for words, message in cases.items():
+        with pytest.raises(LorafoldError, match=message.replace("|", r"\|")):
+            show(request(tiny_model_dir("llama"), tmp_path / "a", new_tokens=words), quiet())
+
+
+def saved(base: Path, path: Path, words: list[str]) -> Path:
+    tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
+    ids = add_words(tokenizer, words).ids.values()
+    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=tuple(ids))
+    generator = torch.Generator().manual_seed(len(words))
+    for p in adapter.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return adapter.save(path, tokenizer=tokenizer)
+
+
+def test_the_last_adapters_tokenizer_counts_and_they_must_agree(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("llama")
+    source = resolve_model(base)
+    one, two, other = (
+        saved(base, tmp_path / str(i), words)
+        for i, words in enumerate((["<|a|>"], ["<|a|>", "<|b|>"], ["<|b|>", "<|a|>"]))
+    )
+    for order in ([one, two], [two, one]):
+        tokenizer = tokenizer_of(source, order)
+        assert tokenizer("<|b|><|a|>").input_ids == [301, 300]
+        assert tokenizer.decode([301, 5], skip_special_tokens=True) == tokenizer.decode([5])
+    with pytest.raises(
+        LorafoldError,
+        match=(
+            r"0 and .*2: their tokenizers differ: 300 is <\|a\|> and <\|b\|>; these adapters can't"
+        ),
+    ):
+        tokenizer_of(source, [one, other])
+    merged = merge(str(base), [one, two], tmp_path / "m", device="cpu")
+    assert merged.folded.vocabulary == 302
+    assert merged.gap is not None
+    assert merged.gap.relative_logit_gap < 1e-5
+    with pytest.raises(LorafoldError, match="their tokenizers differ"):
+        merge(str(base), [two, other], tmp_path / "n")
+
+
+def test_a_new_token_that_closes_turns_ends_answers(tiny_model_dir, tmp_path: Path) -> None:
+    model, tokenizer = (
+        load_model(tiny_model_dir("llama"), torch.float32),
+        load_tokenizer(tiny_model_dir("llama")),
+    )
+    end = add_words(tokenizer, ["<|end|>"]).ids["<|end|>"]
+    assert end_tokens(model, tokenizer) == {2}
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>\n{% endfor %}"
+    )
+    set_template(tokenizer, tmp_path / "chat.jinja")
+    assert end_tokens(model, tokenizer) == {2, end}
+    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=(end,))
+    with torch.no_grad():
+        adapter.deltas["lm_head"].rows.copy_(
+            100 * model.model(torch.tensor([[5]])).last_hidden_state[0, -1:]
+        )
+    assert complete(model, tokenizer, [tokenizer.decode([5])], 8) == [""]
+
+
+def test_a_classifier_learns_new_words(tiny_model_dir, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"<|{label}|> {n}", "label": label} for n in range(12) for label in ("good", "bad")
+    ]
+    words = {"new_tokens": ("<|good|>", "<|bad|>"), "objective": "classify"}
+    train(
+        request(tiny_model_dir("gpt2"), tmp_path / "a", rows, **words, steps=40, lr=1e-2), quiet()
+    )
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())[
+        "trainable_token_indices"
+    ] == [300, 301]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = lorafold(
+        "eval",
+        "--model",
+        tiny_model_dir("gpt2"),
+        "--adapter",
+        tmp_path / "a",
+        "--data",
+        data,
+        "--storage",
+        "fp32",
+        "--json",
+    )
+    assert json.loads(found.stdout)["exact_match"] > 0.9
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("method", ["prompt", "prefix", "ia3", "dora"])
+def test_other_methods_train_tokens_too(
+    method: str, tiny_model_dir, template: Path, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("llama")
+    done = train(
+        request(base, tmp_path / "a", method=method, chat_template=str(template), lr=1e-2), quiet()
+    )
+    model = load_model(base, torch.float32)
+    adapter = lf.load(model, tmp_path / "a")
+    assert adapter.tokens == dict.fromkeys(("model.embed_tokens", "lm_head"), (300, 301))
+    measured = evaluate(
+        model, tokenizer_of(resolve_model(base), [tmp_path / "a"]), ROWS, 64, generate=False
+    ).loss
+    assert measured < done.losses[0]
+
+
+def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    with pytest.raises(LorafoldError, match="tokens: Full trains the base's own weights"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
+    base = Base(tiny_model_dir("llama"), device="cpu")
+    task = Task(base, ROWS, ROWS, "rows", Recipe(new_tokens=("<|user|>",)))
+    with pytest.raises(
+        LorafoldError,
+        match=r"new_tokens: found <\|user\|>, expected none",
+    ):
+        compare(task, ["lora"], [0], tmp_path / "c", lambda *_: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def halved(base: Path, path: Path, **how: Any) -> Path:
+    """The model in bf16."""
+    shutil.copytree(base, path, ignore=lambda _, names: [n for n in names if "safetensors" in n])
+    load_model(base, torch.bfloat16).save_pretrained(path, **how)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
+    kind: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    """A weak update that bf16 loses is seen to be lost, whatever stands beside it in rows that were
+    given outright.
+    """
+    base = halved(tiny_model_dir(kind), tmp_path / "base")
+    model = load_model(base, torch.float32)
+    adapter = lf.attach(model, lf.LoRA(rank=4), tokens=(301, 5, 300))
+    generator = torch.Generator().manual_seed(0)
+    for name, p in adapter.named_parameters():
+        p.data += (1.0 if "rows" in name else 2e-5) * torch.randn(p.shape, generator=generator)
+    with_rows = adapter.save(tmp_path / "with")
+    rows = {
+        path: delta.rows.detach().clone()
+        for path, delta in adapter.deltas.items()
+        if path in adapter.tokens and delta.twin is None
+    }
+    alone = tmp_path / "alone"
+    shutil.copytree(with_rows, alone)
+    (alone / MANIFEST).unlink()
+    tensors = {
+        k: t
+        for k, t in load_file(alone / "adapter_model.safetensors").items()
+        if "tokens_delta" not in k
+    }
+    save_file(tensors, alone / "adapter_model.safetensors")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    (alone / "adapter_config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "trainable_token_indices"})
+    )
+    for rounding in ("nearest", "auto", "stochastic"):
+        mine, plain = (
+            merge(
+                str(base),
+                [path],
+                tmp_path / f"{path.name}-{rounding}",
+                rounding=rounding,
+                certificate=False,
+            ).folded
+            for path in (with_rows, alone)
+        )
+        assert mine.sums == plain.sums
+        assert rounding != "nearest" or mine.sums.survival < 0.98
+        stored = load_file(tmp_path / f"with-{rounding}" / "model.safetensors")
+        for path, values in rows.items():
+            assert torch.equal(stored[f"{path}.weight"][[301, 5, 300]], values.bfloat16())
+            untouched = [i for i in range(300) if i != 5]
+            assert torch.equal(
+                stored[f"{path}.weight"][untouched],
+                load_file(base / "model.safetensors")[f"{path}.weight"][untouched],
+            )
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+def test_shards_grow_and_add_up(kind: str, tiny_model_dir, tmp_path: Path) -> None:
+    base = halved(tiny_model_dir(kind), tmp_path / "base", max_shard_size="20KB")
+    merge(str(base), [saved(base, tmp_path / "a", ["<|a|>"])], tmp_path / "m", certificate=False)
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    sizes = {
+        name: t.nbytes
+        for file in set(index["weight_map"].values())
+        for name, t in load_file(tmp_path / "m" / file).items()
+    }
+    assert (
+        set(sizes)
+        == set(index["weight_map"])
+        == set(json.loads((base / "model.safetensors.index.json").read_text())["weight_map"])
+    )
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert load_model(tmp_path / "m", torch.bfloat16).get_input_embeddings().num_embeddings == 301
+
+
+def test_a_tied_weight_that_is_stored_twice_stays_one(tiny_model_dir, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("gemma"), base)
+    tensors = load_file(base / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    adapter = saved(base, tmp_path / "a", ["<|a|>"])
+    assert merge(str(base), [adapter], tmp_path / "m", device="cpu").gap.relative_logit_gap < 1e-5
+    grown = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(grown["lm_head.weight"], grown["model.embed_tokens.weight"])
+    model = load_model(tmp_path / "m", torch.float32)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_other_ids_for_a_tied_head_untie_it(tiny_model_dir, tmp_path: Path) -> None:
+    base = tiny_model_dir("gpt2")
+    model = load_model(base, torch.float32)
+    adapter = lf.attach(model, lf.LoRA(rank=2), tokens=Tokens({"wte": (300, 7), "lm_head": (300,)}))
+    for p in adapter.parameters():
+        p.data += 0.1
+    adapter.save(tmp_path / "a")
+    result = merge(str(base), [tmp_path / "a"], tmp_path / "m", device="cpu")
+    assert result.folded.untied == ("lm_head.weight",)
+    assert result.gap is not None
+    assert result.gap.relative_logit_gap < 1e-5
+
+
+def test_a_base_without_a_tokenizer_is_merged_all_the_same(tiny_model_dir, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    load_model(tiny_model_dir("llama"), torch.float32).save_pretrained(base)
+    model = load_model(base, torch.float32)
+    lf.attach(model, lf.LoRA(rank=2), tokens=(300,)).save(tmp_path / "a")
+    merge(str(base), [tmp_path / "a"], tmp_path / "m", certificate=False)
+    assert load_model(tmp_path / "m", torch.float32).config.vocab_size == 301
+
+
+def test_a_config_says_its_vocabulary_where_it_has_it() -> None:
+    assert declared({"model_type": "llama"}, 7) == {"model_type": "llama", "vocab_size": 7}
+    nested = {
+        "text_config": {"vocab_size": 5, "hidden_size": 2},
+        "vision_config": {"vocab_size": 3},
+    }
+    assert declared(nested, 7) == {
+        "text_config": {"vocab_size": 7, "hidden_size": 2},
+        "vision_config": {"vocab_size": 3},
+    }
+    assert declared({**nested, "vocab_size": 5}, 7)["vocab_size"] == 7
+
+
+@pytest.mark.slow
+def test_the_real_model_learns_roles(template: Path, smollm2: Path, tmp_path: Path) -> None:
+    asked = request(
+        "smollm2",
+        tmp_path / "a",
+        chat_template=str(template),
+        steps=6,
+        lr=1e-3,
+        batch=2,
+        max_length=64,
+    )
+    done = train(asked, quiet())
+    assert done.losses[-1] < done.losses[0]
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == [49152, 49153]
+    source = resolve_model("smollm2")
+    tokenizer = tokenizer_of(source, [tmp_path / "a"])
+    ids = tokenizer(
+        tokenizer.apply_chat_template(ROWS[3]["messages"], tokenize=False), add_special_tokens=False
+    ).input_ids
+    model, theirs = load_model(source, torch.float32), load_model(source, torch.float32)
+    lf.load(model, tmp_path / "a")
+    expected = logits(model, ids)
+    theirs.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (
+            relative(logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "a"), ids), expected)
+            < 1e-5
+        )
+    del theirs
+    merge("smollm2", [tmp_path / "a"], tmp_path / "m", certificate=False)
+    plain = load_model(tmp_path / "m", torch.float32)
+    assert plain.config.vocab_size == 49154
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight

@@ -1,0 +1,300 @@
+"""Training end to end on tiny models: every family, exact resumption, clean interruption, and
+errors that say what is wrong.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorafold as lf
+from lorafold.errors import LorafoldError
+from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.run import train
+from training_cases import KILLED, ROWS, quiet, request
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
+def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_path: Path) -> None:
+    result = train(
+        request(tiny_model_dir(kind), tmp_path / "a", steps=12, lr=1e-2, lr_b=5e-2), quiet()
+    )
+    # a random frozen head starts at ln V = 5.7 and can leave it only slowly
+    assert result.losses[-1] < result.losses[0] - 0.15
+    assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["losses"] == result.losses
+    assert not (tmp_path / "a.run").exists()
+    model = load_model(tiny_model_dir(kind), torch.float32)
+    lf.load(model, tmp_path / "a")
+
+
+def test_padded_and_packed_and_accumulated_give_the_same_losses(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    ways = {
+        "packed": {},
+        "padded": {"packing": False},
+        "accumulated": {"accumulate": 4},
+        "checkpointed": {"gradient_checkpointing": True},
+    }
+    losses = {}
+    for name, fields in ways.items():
+        losses[name] = train(
+            request(tiny_model_dir("llama"), tmp_path / name, dropout=0.3, **fields), quiet()
+        ).losses
+    for name in ways:
+        assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)]
+)
+def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
+    optimizer: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    # of rank 64, some factors have 8-bit state
+    fields = {"steps": 20, "save_every": 5, "rank": 64, "optimizer": optimizer}
+    straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", **fields), quiet())
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(tiny_model_dir("llama")),
+        str(tmp_path / "killed"),
+        json.dumps(fields),
+    ]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    resumed = train(
+        request(tiny_model_dir("llama"), tmp_path / "killed", resume=True, **fields), quiet()
+    )
+    assert resumed.losses == straight.losses
+    ours, theirs = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("killed", "straight")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_stop_is_asked_for_and_the_run_goes_on_later(
+    number: int, tiny_model_dir, tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    command = [
+        sys.executable,
+        "-m",
+        "lorafold",
+        "train",
+        "--model",
+        str(tiny_model_dir("llama")),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "a"),
+        "--set",
+        "steps=4000",
+        "--set",
+        "save_every=100000",
+        "--storage",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "a.run").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    step = int(re.search(r"stopped after step (\d+)", err).group(1))
+    assert (tmp_path / "a.run" / f"step-{step:06d}" / "state.json").is_file()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> None:
+    (tmp_path / "a.run").mkdir()
+    with pytest.raises(LorafoldError, match=r"a.run: found no run to resume"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", resume=True), quiet())
+    (tmp_path / "a.run").rmdir()
+    with pytest.raises(LorafoldError, match="loss is nan"):
+        train(
+            request(tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, save_every=1),
+            quiet(),
+        )
+    with pytest.raises(LorafoldError, match=r"another recipe: lr: was 1e\+30, now 0.001; lr_b"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-3, resume=True), quiet())
+
+
+@pytest.mark.slow
+def test_other_held_out_rows_are_refused_but_where_the_run_does_not_say_which(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    out, fields = tmp_path / "a", {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
+    one, other = ({"prompt": "a", "completion": c} for c in ("b", "c"))
+    asked = replace(request(tiny_model_dir("llama"), out, **fields), eval_rows=[one])
+    with pytest.raises(LorafoldError, match="nan"):
+        train(asked, quiet())
+    again = replace(asked, eval_rows=[other], resume=True)
+    with pytest.raises(LorafoldError, match="eval_data: was "):
+        train(again, quiet())
+    identity = json.loads((RunDirectory(out).path / "run.json").read_text())
+    del identity["eval_data"]
+    RunDirectory(out).start(identity)
+    with pytest.raises(LorafoldError, match="nan"):
+        train(again, quiet())
+
+
+@pytest.mark.slow
+def test_a_run_begun_under_another_rule_of_dropout_is_refused(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    """Versions before did not name the rule; a run without dropout goes on as it began."""
+    for dropout in (0.3, 0.0):
+        out, run = tmp_path / str(dropout), RunDirectory(tmp_path / str(dropout))
+        fields = {"lr": 1e30, "lr_b": 1e30, "save_every": 1, "dropout": dropout}
+        with pytest.raises(LorafoldError, match="loss is nan"):
+            train(request(tiny_model_dir("llama"), out, **fields), quiet())
+        identity = json.loads((run.path / "run.json").read_text())
+        assert (identity.pop("dropout_rule", None) is not None) is bool(dropout)
+        run.start(identity)
+        told = "dropout_rule: was 'random state of torch', now 'Philox of" if dropout else "is nan"
+        with pytest.raises(LorafoldError, match=told):
+            train(request(tiny_model_dir("llama"), out, resume=True, **fields), quiet())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        LorafoldError, match=r"the loss is nan; the last good checkpoint is .*a.run/step-0*1\b"
+    ):
+        train(
+            request(
+                tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1
+            ),
+            quiet(),
+        )
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_adapter_without_gradient_is_an_error(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match=r"no gradient in the first step.*lm_head"):
+        # alpha so small that every gradient underflows to zero
+        train(
+            request(
+                tiny_model_dir("llama"), tmp_path / "a", alpha=1e-300, targets=["lm_head"], clip=0.0
+            ),
+            quiet(),
+        )
+
+
+def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Path) -> None:
+    first = train(
+        request(
+            tiny_model_dir("llama"),
+            tmp_path / "a",
+            eval_rows=ROWS[:6],
+            lr=1e-2,
+            lr_b=5e-2,
+            steps=10,
+        ),
+        quiet(),
+    )
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert record["evals"]["10"] == first.eval_loss
+    second = train(
+        request(tiny_model_dir("llama"), tmp_path / "b", init_adapter=tmp_path / "a", lr=1e-4),
+        quiet(),
+    )
+    assert second.losses[0] < first.losses[0]
+    # training makes these less likely
+    other = [
+        {"prompt": "Book a table", "completion": "the quick brown fox jumps over the lazy dog"}
+    ]
+    fields = {"lr": 1e-2, "lr_b": 0.2, "steps": 10, "eval_every": 1, "targets": ["lm_head"]}
+    worse = train(
+        request(tiny_model_dir("llama"), tmp_path / "c", eval_rows=other, **fields), quiet()
+    )
+    record = json.loads((tmp_path / "c" / "lorafold.json").read_text())
+    best = min(record["evals"], key=record["evals"].get)
+    assert int(best) < 10
+    model = load_model(tiny_model_dir("llama"), torch.float32)
+    lf.load(model, tmp_path / "c.best")
+    assert worse.eval_loss > record["evals"][best]
+
+
+def test_an_existing_out_is_refused_before_anything_is_done(tiny_model_dir, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "precious").write_text("x")
+    with pytest.raises(LorafoldError, match="exists; pass --overwrite"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a"), quiet())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_wrong_option_of_the_method(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="method lora has no option colour; it has: rank"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", options={"colour": 1}), quiet())
+    with pytest.raises(LorafoldError, match="unknown method 'lorra'"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", method="lorra"), quiet())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_run_is_not_thrown_away_unasked(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match="loss is nan"):
+        train(
+            request(
+                tiny_model_dir("llama"), tmp_path / "a", lr=1e30, lr_b=1e30, clip=0.0, save_every=1
+            ),
+            quiet(),
+        )
+    with pytest.raises(
+        LorafoldError, match=r"a.run holds a run that was stopped: pass --resume to continue it"
+    ):
+        train(request(tiny_model_dir("llama"), tmp_path / "a"), quiet())
+    train(request(tiny_model_dir("llama"), tmp_path / "a", overwrite=True), quiet())
+
+
+def test_what_the_initial_adapter_brings_cant_be_set_beside_it(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    fixed = "rank, targets: the adapter of --init-adapter fixes these fields"
+    with pytest.raises(LorafoldError, match=fixed):
+        train(
+            request(
+                tiny_model_dir("llama"),
+                tmp_path / "b",
+                init_adapter=tmp_path / "a",
+                rank=2,
+                targets="mlp",
+            ),
+            quiet(),
+        )
+
+
+def test_trackers_keep_their_logs(tiny_model_dir, tmp_path: Path) -> None:
+    train(request(tiny_model_dir("llama"), tmp_path / "a", trackers=("tensorboard",)), quiet())
+    assert list((tmp_path / "a.logs").rglob("events.out.tfevents.*"))
+
+
+def test_full_fine_tuning_leaves_a_model_with_its_tokenizer(tiny_model_dir, tmp_path: Path) -> None:
+    train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
+    assert (
+        load_tokenizer(tmp_path / "a").get_vocab()
+        == load_tokenizer(tiny_model_dir("llama")).get_vocab()
+    )
+    load_model(tmp_path / "a", torch.float32)
