@@ -44,8 +44,8 @@ def command(
             help=(
                 "The weights to fold into: original (the base's own, before quantization),"
                 f" dequantized (those that the adapter was trained on), or {' or '.join(MADE)}"
-                " (original, and the result is quantized). Without it dequantized if the adapter was trained"
-                " on a quantized base, else original."
+                " (original, and the result is quantized). Without it dequantized if the adapter"
+                " was trained on a quantized base, else original."
             )
         ),
     ] = None,

@@ -2,9 +2,10 @@
 files are quantized already, in the storages of `models.storages`.
 
 Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
-norms, routers and heads stay in 16 bits: NF4 takes 0.26 of bf16's bytes, int8 0.50. Tensors are read
-from the files and not mapped, so the peak of memory is the quantized model and one tensor, or one
-block's experts. A model whose files are quantized already is loaded as it is (`models.in_files`).
+norms, routers and heads stay in 16 bits: NF4 takes 0.26 of bf16's bytes, int8 0.50. Tensors are
+read from the files and not mapped, so the peak of memory is the quantized model and one tensor, or
+one block's experts. A model whose files are quantized already is loaded as it is
+(`models.in_files`).
 """
 
 from __future__ import annotations

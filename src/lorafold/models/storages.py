@@ -1,8 +1,8 @@
 """The storages: how a base may hold its weights, one row each, and the only file that names them.
 
-A row says how large a weight is, which of its makers a storage has, and how files say that they are
-stored so. `models.storage` chooses one; `bases.LAYERS` has the layers that read their modules. A new
-storage is its layer in `bases`, its name in `StorageName`, and its row.
+A row says how large a weight is, what quantizes to the storage, and how files say that they are
+stored so. `models.storage` chooses one; `bases.LAYERS` has the layers that read their modules. A
+new storage is its layer in `bases`, its name in `StorageName`, and its row.
 """
 
 from __future__ import annotations
