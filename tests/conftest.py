@@ -184,13 +184,13 @@ def tiny_model(tiny_model_dir):
 @pytest.fixture(params=["plain", "native"])
 def each_form(request) -> Iterator[str]:
     """The form in which the operators of training are computed: in torch, or in C++."""
-    from lorafold.kernels.training import use
+    from lorafold.kernels.table import TRAINING, use
     from lorafold.ops.operators import plainly
 
     if request.param == "plain":
         with plainly():
             yield request.param
-    elif why := use():
+    elif why := use(TRAINING):
         pytest.skip(why)
     else:
         yield request.param

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import lorafold as lf
 from conftest import ALIKE
 from lorafold.bases import layer_of, parameter_count
-from lorafold.bases.bitsandbytes import PACKERS, Quantized
+from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.record import read_record
 from lorafold.merging.run import merge
@@ -27,6 +27,7 @@ from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, choose_storage, weights_of
+from lorafold.models.storages import STORAGES
 from lorafold.opening import Base
 from lorafold.ops import nf4
 from lorafold.step.fused import fused
@@ -247,7 +248,7 @@ def test_a_deep_base_is_known_by_what_is_not_packed(tiny_model_dir, tmp_path):
 
 
 def test_weights_that_bitsandbytes_repacked_are_read_all_the_same():
-    module = PACKERS["nf4"](torch.randn(64, 128)).eval()
+    module = STORAGES["nf4"].pack(torch.randn(64, 128)).eval()
     expected = layer_of(module).dense()[0]
     with torch.no_grad():
         # some CPUs get another layout, with constants in bf16

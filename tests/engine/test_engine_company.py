@@ -4,7 +4,6 @@ earlier prompts left and without, and for every operation that says so.
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,19 +14,19 @@ import torch
 
 from engine_cases import METHODS, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
-from lorafold.engine.native import Native, Unavailable, compiled
-from lorafold.engine.operations import Operations, Part, Plain
+from lorafold.engine.operations import Operations
+from lorafold.kernels.table import DECODING, use
+from lorafold.ops.decoding import STORED, Part
 from lorafold.ops.gated import ACTIVATIONS
 
 T = torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def native() -> Native:
-    try:
-        return compiled()
-    except Unavailable as error:
-        pytest.skip(str(error))
+def native() -> Operations:
+    if why := use(DECODING):
+        pytest.skip(why)
+    return Operations("cpu")
 
 
 def random_of(*shape: int, dtype: torch.dtype, seed: int = 0) -> T:
@@ -104,12 +103,10 @@ CHECKS: dict[str, Any] = {f.__name__: f for f in (low_rank, attend, write, rms_n
 
 
 def test_every_operation_says_whether_its_rows_are_independent() -> None:
-    operations = {
-        name for name, _ in inspect.getmembers(Operations, inspect.isfunction) if name[0] != "_"
-    } - {"stored"}  # which computes nothing
+    operations = {of.name for of in DECODING if of is not STORED}  # which computes nothing
     assert CHECKS.keys() == operations
-    assert Plain.independent <= operations
-    assert Native.independent == operations
+    assert Operations().independent <= operations
+    assert Operations("cpu").independent == operations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +115,7 @@ def test_every_operation_says_whether_its_rows_are_independent() -> None:
 def test_rows_that_are_said_to_be_independent_are(
     name: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    of = Plain() if kind == "plain" else request.getfixturevalue("native")
+    of = Operations() if kind == "plain" else request.getfixturevalue("native")
     if name not in of.independent:
         pytest.skip("it does not say so")
     compute = CHECKS[name](of, dtype)
@@ -208,7 +205,7 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
     ],
 )
 def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
-    kind: str, many: int, reuse: bool, native: Native, tiny_model, tmp_path
+    kind: str, many: int, reuse: bool, native: Operations, tiny_model, tmp_path
 ) -> None:
     methods = {
         k: v for k, v in METHODS.items() if kind != "gemma" or k in ("lora", "dora", "prompt")

@@ -4,25 +4,30 @@ theirs.
 
 import itertools
 import shutil
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from lorafold.engine.native import Native, Unavailable, _made, available, compiled
-from lorafold.engine.operations import Operations, Part, Plain
+from lorafold.engine.operations import Operations, available
 from lorafold.files.cache import entries
+from lorafold.kernels.table import DECODING, FORMS, _made, use
+from lorafold.ops.decoding import Part
+from lorafold.ops.operators import Operation, plainly
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module")
-def native() -> Native:
+def native() -> Operations:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    try:
-        return compiled()
-    except Unavailable as error:
-        pytest.skip(str(error))
+    if why := use(DECODING):
+        pytest.skip(why)
+    return Operations("cpu")
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor) -> None:
@@ -43,7 +48,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "rank", "width"), [(64, 16, 96), (37, 3, 51), (96, 1, 64)])
-def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: int) -> None:
+def test_low_rank(native: Operations, dtype: torch.dtype, n: int, rank: int, width: int) -> None:
     down, up = random(5, rank, n, dtype=dtype), random(5, rank, width, dtype=dtype, seed=1)
     ranks = torch.tensor([rank, 1, rank, 0, rank])
     for slot, r in enumerate(ranks.tolist()):
@@ -61,8 +66,8 @@ def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: 
         return operations.low_rank(parts, slots[rows])(x[rows].to(dtype))
 
     found = product(native, dtype, slice(None))
-    wide = product(Plain(), torch.float64, slice(None))
-    close(found, wide, product(Plain(), dtype, slice(None)))
+    wide = product(Operations(), torch.float64, slice(None))
+    close(found, wide, product(Operations(), dtype, slice(None)))
     assert not found[3, :, :width].any()
     assert not found[..., width : width + 7].any()
     for b in range(7):  # the bits are the same alone, and a token at a time
@@ -76,7 +81,7 @@ def test_low_rank(native: Native, dtype: torch.dtype, n: int, rank: int, width: 
     ("heads", "kv", "d", "dv"), [(9, 3, 64, 64), (4, 4, 24, 40), (10, 2, 33, 16)]
 )
 def test_attend(
-    native: Native, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int
+    native: Operations, dtype: torch.dtype, heads: int, kv: int, d: int, dv: int
 ) -> None:
     q = random(3, 5, heads, d, dtype=dtype).transpose(1, 2)
     buffers = random(3, kv, 50, d, dtype=dtype, seed=1), random(3, kv, 50, dv, dtype=dtype, seed=2)
@@ -85,9 +90,9 @@ def test_attend(
     for b, t in itertools.product(range(3), range(5)):
         mask[b, 0, t, 20 * b + t + 1 :] = float("-inf")
     mask[2, ..., :7], mask[1, ..., 5:9] = float("-inf"), float("-inf")
-    wide = Plain().attend(q.double(), k.double(), v.double(), mask.double(), 0.2)
+    wide = Operations().attend(q.double(), k.double(), v.double(), mask.double(), 0.2)
     found = native.attend(q, k, v, mask, 0.2)
-    close(found, wide, Plain().attend(q, k, v, mask, 0.2))
+    close(found, wide, Operations().attend(q, k, v, mask, 0.2))
     for b, t in itertools.product(range(3), range(5)):  # alone, and with keys that it can't see
         n = 20 * b + t + 1
         parts = q[b : b + 1, :, t : t + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n]
@@ -101,9 +106,9 @@ def test_attend(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_rotary_and_write(native: Native, dtype: torch.dtype) -> None:
+def test_norm_rotary_and_write(native: Operations, dtype: torch.dtype) -> None:
     x, gain = random(5, 1, 70, dtype=dtype), random(70, dtype=dtype, seed=1)
-    plain = Plain()
+    plain = Operations()
     close(
         native.rms_norm(x, gain, 1e-5),
         plain.rms_norm(x.double(), gain.double(), 1e-5),
@@ -124,7 +129,7 @@ def test_norm_rotary_and_write(native: Native, dtype: torch.dtype) -> None:
     assert torch.equal(*buffers)
 
 
-def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Native) -> None:
+def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Operations) -> None:
     x = torch.tensor([1.0, float("nan"), float("inf"), -0.0, 3.3e38, 1e-40] * 8)
     one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
     up = x.to(torch.bfloat16).view(1, 1, -1)
@@ -134,14 +139,14 @@ def test_bfloat16_is_rounded_to_even_and_keeps_nan_and_infinity(native: Native) 
     assert torch.equal(found.nan_to_num(), up.nan_to_num())
 
 
-def test_other_dtypes_and_layouts_are_computed_in_torch(native: Native) -> None:
+def test_other_dtypes_and_layouts_are_computed_in_torch(native: Operations) -> None:
     x, gain = random(5, 1, 70, dtype=torch.float64), random(70, dtype=torch.float64)
-    assert torch.equal(native.rms_norm(x, gain, 1e-5), Plain().rms_norm(x, gain, 1e-5))
+    assert torch.equal(native.rms_norm(x, gain, 1e-5), Operations().rms_norm(x, gain, 1e-5))
 
 
-def test_it_is_compiled_once_and_listed_in_the_cache(native: Native) -> None:
-    assert compiled() is native
-    assert available() is native
+def test_it_is_compiled_once_and_listed_in_the_cache(native: Operations) -> None:
+    assert use(DECODING) == ""
+    assert available("cpu").name == native.name == "cpu"
     assert any(entry.kind == "native" for entry in entries())
 
 
@@ -154,13 +159,37 @@ def test_it_is_compiled_once_and_listed_in_the_cache(native: Native) -> None:
     ],
 )
 def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
-    monkeypatch: pytest.MonkeyPatch, native: Native, variable: str, value: str, says: str
+    monkeypatch: pytest.MonkeyPatch, native: Operations, variable: str, value: str, says: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     _made.cache_clear()
     try:
-        with pytest.raises(Unavailable, match=says):
-            compiled()
-        assert isinstance(available(), Plain)
+        assert says in use(DECODING)
+        assert available("cpu").name == "plain"
     finally:
         _made.cache_clear()
+
+
+def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forms:
+        """Takes vectors alone."""
+
+        def doubled(self, x: torch.Tensor) -> Any:
+            return x * 2 if x.dim() == 1 else NotImplemented
+
+    of = Operation("doubled", lambda x: x + x + 0.5)
+    monkeypatch.setitem(sys.modules, "lorafold.kernels.other", SimpleNamespace(forms=Forms))
+    monkeypatch.setitem(FORMS, of, {"cpu": "other"})
+    one = torch.ones(1)
+    assert of(one) == 2.5
+    assert use([of], "cuda") == "" == use([of])
+    assert of(one) == of.on("cpu")(one) == 2
+    assert of(one[None]) == of.on("cuda")(one) == 2.5
+    with plainly():
+        assert of(one) == 2.5
+
+
+def test_each_row_names_a_file_that_has_the_form(native: Operations) -> None:
+    for of, row in FORMS.items():
+        for file in row.values():
+            assert callable(getattr(import_module(f"lorafold.kernels.{file}").forms(), of.name))

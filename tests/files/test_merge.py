@@ -22,11 +22,15 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.fold.plan import changes
+from lorafold.merging.execute import execute
 from lorafold.merging.folding import before_and_after
+from lorafold.merging.plan import plan
 from lorafold.merging.run import merge
 from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
+from lorafold.models.container import read_tensors
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.sources import resolve_model
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
@@ -318,6 +322,28 @@ def test_the_command_prints_json_and_refuses_an_existing_out(tiny_model_dir, tmp
     )
     assert "survives" in again.stdout
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["kl"] is None
+
+
+def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
+    base, found, sizes = tiny_model_dir("llama"), {}, []
+    adapter = make_adapter(base, tmp_path / "a")
+
+    def write(planned, values, written):
+        for file in planned.checkpoint.files:
+            for name, entry in planned.layout(file):
+                own = values(name)
+                found[name] = read_tensors(entry.file, [name])[name] if own is None else own
+                written(name, entry.size)
+
+    planned = plan(resolve_model(base), [adapter])
+    folded = execute(planned, write, progress=lambda done, total: sizes.append((done, total)))
+    merge(str(base), adapter, tmp_path / "merged", certificate=False)
+    (file,) = (tmp_path / "merged").glob("*.safetensors")
+    expected = load_file(file)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert sum(folded.rounded.values()) > 0
+    assert sizes[-1] == (planned.weight_bytes,) * 2
 
 
 def test_the_summary_counts_in_words(tiny_model_dir, tmp_path):

@@ -332,7 +332,7 @@ def with_settings(source, path, change):
     [
         ("gptq", "quantized by gptq, which the package gptqmodel reads"),
         ("awq", "quantized by awq, which the package gptqmodel reads"),
-        ("hqq", "unsupported quantization hqq; supported: compressed-tensors (fp8, int8, int4)"),
+        ("hqq", "unsupported quantization hqq; supported: compressed-tensors (int8, fp8, int4)"),
         ("quanto", "unsupported quantization quanto"),
     ],
 )
@@ -459,7 +459,7 @@ def test_every_fp8_code_has_torch_s_value():
 
 @pytest.mark.parametrize(
     "codes",
-    [Codes("fp8", 24, 20), Codes("int8", 24, 20, symmetric=False)],
+    [Codes("float", 24, 20), Codes("int", 24, 20, symmetric=False)],
     ids=["fp8", "int8-asymmetric"],
 )
 def test_blocks_may_be_cut_short_at_both_edges(codes):

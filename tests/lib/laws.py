@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
+from lorafold.bases.bitsandbytes import set_compute_dtype
 from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.core.spec import Spec
-from lorafold.models.quantizing import QUANTIZED
+from lorafold.models.storages import QUANTIZED, STORAGES
 
 METHODS: dict[str, Spec] = {
     "lora": lf.LoRA(rank=3, dropout=0.0),
@@ -49,7 +49,7 @@ METHODS: dict[str, Spec] = {
 
 def packed(kind: str) -> nn.Module:
     plain = nn.Linear(16, 32)
-    module = PACKERS[kind](plain.weight)
+    module = STORAGES[kind].pack(plain.weight)
     module.bias = plain.bias
     return module
 
@@ -99,11 +99,11 @@ BASES = {
     "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "fp8": (
-        lambda: compressed(Codes("fp8", 8, 8)),
+        lambda: compressed(Codes("float", 8, 8)),
         lambda g: torch.randn(3, 5, 16, generator=g),
     ),
     "int4": (
-        lambda: compressed(Codes("int4", 1, 8, bits=4, packed=True)),
+        lambda: compressed(Codes("int", 1, 8, bits=4, packed=True)),
         lambda g: torch.randn(3, 5, 16, generator=g),
     ),
 }

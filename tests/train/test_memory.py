@@ -19,7 +19,7 @@ import mixtures
 from architectures import MULTIMODAL
 from conftest import fast_only
 from lorafold.bases import LAYERS
-from lorafold.bases.bitsandbytes import PACKERS, Quantized
+from lorafold.bases.bitsandbytes import Quantized
 from lorafold.cli.estimate import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
@@ -34,6 +34,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
 from lorafold.models.storage import Storage
+from lorafold.models.storages import MADE, STORAGES, StorageRow
 from lorafold.ops import attention
 from lorafold.step.recipe import Recipe
 from memory_cases import BF16, COMMON, CONFIGS, LORA, close
@@ -86,7 +87,7 @@ def test_architectures(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "method"),
-    fast_only([("nf4", "loha"), ("int8", "lora")], product(PACKERS, ["lora", "loha"])),
+    fast_only([("nf4", "loha"), ("int8", "lora")], product(MADE, ["lora", "loha"])),
 )
 def test_storages(quantization: str, method: str) -> None:
     close(
@@ -199,7 +200,8 @@ class Gain(Spec):
 def test_a_storage_and_a_method_that_no_one_here_has_heard_of(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    monkeypatch.setitem(PACKERS, "halves", Halves)
+    row = StorageRow(8, packer=f"{__name__}:Halves")
+    monkeypatch.setitem(STORAGES, "halves", row)
     monkeypatch.setitem(LAYERS, f"{Halves.__module__}.{Halves.__qualname__}", HalvesLayer)
     own = replace(
         LORA, base=Storage(torch.bfloat16, "halves"), spec=Gain(), checkpointing=checkpointing
@@ -280,7 +282,7 @@ def test_towers(name: str, spec: str | None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", PACKERS)
+@pytest.mark.parametrize("quantization", MADE)
 def test_inference_on_a_quantized_base(quantization: str) -> None:
     """bitsandbytes' own forward runs there, over fake tensors as over real ones."""
     close(CONFIGS["llama"], Setting(Storage(torch.bfloat16, quantization), rows=(200, 200)))

@@ -18,7 +18,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
-from lorafold.kernels.training import use
+from lorafold.kernels.table import TRAINING, use
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.provenance import known
@@ -119,7 +119,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapter:
     if trainable and any(p.is_cpu for p in model.parameters()):
-        use()  # before the first step, so that compiling is no part of it
+        use(TRAINING)  # before the first step, so that compiling is no part of it
     selection = selection_of(model)
     for path, delta in built.deltas().items():
         module = module_at(model, path)

@@ -204,9 +204,7 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
     functional = bitsandbytes().functional
     with unset_fake_temporarily():
         functional.quantize_blockwise(torch.zeros(1))  # makes its table, which needs real values
-    codes, state = functional.quantize_4bit(
-        w.bfloat16(), quant_type="nf4", compress_statistics=True
-    )
+    codes, state = functional.quantize_nf4(w.bfloat16(), compress_statistics=True)
     return _with(module, codes, quant_state=state)
 
 
@@ -240,10 +238,6 @@ def _with(module: nn.Module, codes: Tensor, **attributes: Any) -> nn.Module:
     vars(weight).update(attributes)
     module._parameters["weight"] = weight
     return module
-
-
-# storage -> the function that quantizes a weight to it
-PACKERS: dict[str, Callable[[Tensor], nn.Module]] = {"nf4": nf4, "int8": int8}
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:

@@ -38,7 +38,7 @@ WORD = 32  # bits of an int32
 class Codes:
     """How a matrix is stored.
 
-    storage: The name of the storage: fp8, int8 or int4.
+    kind: The type of codes: float or int.
     rows, columns: The block of the matrix that shares a scale; 0 stands for all of them.
     bits: The bits of a code.
     packed: Whether codes are packed into int32.
@@ -46,7 +46,7 @@ class Codes:
     scale: The name of the scales' parameter.
     """
 
-    storage: str
+    kind: str
     rows: int
     columns: int
     bits: int = 8
@@ -73,7 +73,7 @@ class Codes:
             found["weight_packed"] = torch.empty(out, words(inn, self.bits), dtype=torch.int32)
             found["weight_shape"] = torch.empty(2, dtype=torch.int64)
         else:
-            dtype = torch.float8_e4m3fn if self.storage == "fp8" else torch.int8
+            dtype = torch.float8_e4m3fn if self.kind == "float" else torch.int8
             found["weight"] = torch.empty(out, inn, dtype=dtype)
         if not self.symmetric:
             found["weight_zero_point"] = (
@@ -156,7 +156,7 @@ class CompressedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and storage, for `print`."""
-        return f"in={self.in_features}, out={self.out_features}, {self.codes.storage}"
+        return f"in={self.in_features}, out={self.out_features}, {self.codes.kind}{self.codes.bits}"
 
 
 class Compressed(Quantized):
@@ -173,7 +173,7 @@ class Compressed(Quantized):
         if codes.packed:
             numbers = unpacked(module.weight_packed, codes.bits, self.shape[1])
         else:
-            numbers = values(module.weight) if codes.storage == "fp8" else module.weight
+            numbers = values(module.weight) if codes.kind == "float" else module.weight
         w = numbers.to(scale.dtype)
         if not codes.symmetric:
             w = _by_block(w, self._zero_points().to(scale.dtype), codes, torch.sub)

@@ -12,13 +12,6 @@ from lorafold.bases.compressed import CompressedLinear
 from lorafold.bases.expert_matrices import held
 from lorafold.core.matrices import Matrices, matrices_of, module_at
 
-# quant_method -> the setting that lists the modules whose weights are plain
-EXCEPT = {
-    "compressed-tensors": "ignore",
-    "fp8": "modules_to_not_convert",
-    "mxfp4": "modules_to_not_convert",
-}
-
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
     """Record in the config of a transformers model that the sites at these paths are quantized no
@@ -28,7 +21,9 @@ def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
     settings: Any = getattr(config, "quantization_config", None)
     if isinstance(settings, dict):
         if any(map(_quantized, model.modules())):
-            name = EXCEPT[settings["quant_method"]]
+            # what lists the modules whose weights are plain
+            own = settings["quant_method"] == "compressed-tensors"
+            name = "ignore" if own else "modules_to_not_convert"
             sites = ((path, module_at(model, path)) for path in paths)
             plain = [
                 p.rpartition(".")[0] if isinstance(m, Matrices) else p

@@ -12,13 +12,13 @@ A matrix of quantized codes is dequantized alone, for each use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.matrices import Matrices
 from lorafold.ops.mxfp4 import dequantize
 from lorafold.ops.nf4 import BLOCK_OF_CONSTANTS
@@ -214,13 +214,13 @@ def mxfp4_parameters(matrices: Matrices) -> dict[str, nn.Parameter]:
     }
 
 
-def quantized(w: Tensor, quantization: str) -> nn.Parameter:
-    """The parameter that stores w, in bf16, as nf4 or int8: that of a linear (E a, b).
+def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
+    """The parameter that stores w, in bf16, in codes: that of a linear (E a, b).
 
     Args:
         w: the matrices as they are stored, (E, a, b).
-        quantization: nf4 or int8.
+        pack: makes a linear of a matrix.
     """
-    linear: Any = PACKERS[quantization](w.flatten(0, 1))
+    linear: Any = pack(w.flatten(0, 1))
     parameter: nn.Parameter = linear.weight
     return parameter

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafold.errors import LorafoldError
+from lorafold.models.storages import LISTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from lorafold.opening import Base
 
 BASE = "Base model"
-STORAGES = "nf4 (4 bits), int8, bf16, fp32, fp8, int4 or mxfp4 (only as its files are stored)"
 
 ModelOption = Annotated[
     str,
@@ -159,7 +159,7 @@ class Opening(Computing):
         typer.Option(
             rich_help_panel=BASE,
             help=(
-                f"How the base stores its weights: {STORAGES} or auto. auto takes the storage that"
+                f"How the base stores its weights: {LISTED} or auto. auto takes the storage that"
                 " the adapter was trained on if that was quantized, else bf16 or fp32, whichever"
                 " the device is faster with."
             ),

@@ -7,7 +7,6 @@ import typer
 
 from lorafold.cli.common import (
     BASE,
-    STORAGES,
     Adapters,
     AllowOtherOption,
     Computing,
@@ -18,6 +17,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
+from lorafold.models.storages import LISTED, MADE
 
 
 class Rounding(StrEnum):
@@ -38,9 +38,9 @@ def command(
         typer.Option(
             help=(
                 "The weights to fold into: original (the base's own, before quantization),"
-                " dequantized (those that the adapter was trained on), or nf4 or int8 (original,"
-                " and the result is quantized). Without it dequantized if the adapter was trained"
-                " on a quantized base, else original."
+                f" dequantized (those that the adapter was trained on), or {' or '.join(MADE)}"
+                " (original, and the result is quantized). Without it dequantized if the adapter"
+                " was trained on a quantized base, else original."
             )
         ),
     ] = None,
@@ -49,7 +49,7 @@ def command(
         typer.Option(
             rich_help_panel=BASE,
             help=(
-                f"How the base stored its weights in training: {STORAGES} or auto, which takes it"
+                f"How the base stored its weights in training: {LISTED} or auto, which takes it"
                 " from the adapters' records."
             ),
         ),

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import BASE, STORAGES, DeviceOption, messages
+from lorafold.cli.common import BASE, DeviceOption, messages
 from lorafold.errors import LorafoldError
+from lorafold.models.storages import LISTED
 
 
 def command(
@@ -45,7 +46,7 @@ def command(
     storage: Annotated[
         str,
         typer.Option(
-            rich_help_panel=BASE, help=f"How the base stores its weights: {STORAGES} or auto."
+            rich_help_panel=BASE, help=f"How the base stores its weights: {LISTED} or auto."
         ),
     ] = "auto",
     revision: Annotated[

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from lorafold.diagnosis.finding import gigabytes
 from lorafold.diagnosis.hardware import Hardware
+from lorafold.models.storages import MADE
 
 FEW_CORES = 4
 BUSY = 0.5  # cores
@@ -47,7 +48,8 @@ def slow(
         )
     if h.kernels is False:
         yield (
-            "bitsandbytes has no native library for this machine, so the storages nf4 and int8 are"
+            "bitsandbytes has no native library for this machine, so the storages"
+            f" {' and '.join(MADE)} are"
             " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
             " bitsandbytes), or take --storage bf16 or fp32."
         )

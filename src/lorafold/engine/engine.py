@@ -29,8 +29,7 @@ from lorafold.engine.admission import check, sized
 from lorafold.engine.fast import fast as faster
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
-from lorafold.engine.native import available
-from lorafold.engine.operations import Plain
+from lorafold.engine.operations import Operations, available
 from lorafold.engine.request import Request, Stream
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
@@ -112,7 +111,7 @@ class Engine:
             self._reader = Reader(model, self.structure, dtype)
             if self.slotted:
                 fast = fast and not invariant
-                operations = available() if fast else Plain()
+                operations = available(model.device.type) if fast else Operations()
                 stack.enter_context(slotted(model, operations))
                 self._runner: Runner = SlotRunner(
                     model, self.structure, operations, slots, self.length, chunk, invariant,

@@ -1,90 +1,43 @@
-"""The operations of a pass that torch has no single kernel for.
-
-    low_rank    y_b = [up_s(b) down_s(b) x_b, ...]      x (B, T, in), parts of down (slots, r, in)
-                                                        and up (slots, r, out) -> (B, T, out + ...)
-    attend      o = softmax(scale q k^T + m) v          q (B, H, T, D), k (B, Hk, K, D), v (B, Hk,
-                                                        K, Dv), m (B, 1, T, K) -> (B, T, H, Dv)
-    write       buffer_s(b), start_b + t = x_bt         x (B, Hk, T, D) -> buffer (slots, Hk, L, D)
-
-`Plain` is the specification, in torch on any device. `lorafold.engine.native` has the same in C++.
+"""The operations of a pass: those of `ops.decoding`, and norms, rotations and gates without
+gradients, by their forms on one kind of device (`kernels.table`).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+import logging
 
-import torch
 from torch import Tensor
 
-from lorafold.ops.arithmetic import arithmetic
-from lorafold.ops.gated import ACTIVATIONS
-from lorafold.ops.norm import rms_norm
-from lorafold.ops.rotary import rotary
+from lorafold.kernels.table import DECODING, use
+from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
+from lorafold.ops.gated import GATED
+from lorafold.ops.norm import NORM
+from lorafold.ops.rotary import ROTARY
+
+log = logging.getLogger(__name__)
+
+# by device, the operations whose numbers for a row are the same bits whatever rows and tokens are
+# beside it, which is what a request's answer rests on
+INDEPENDENT = {
+    "": frozenset({"write", "rotary"}),
+    "cpu": frozenset(operation.name for operation in DECODING if operation is not STORED),
+}
 
 
-class Part(NamedTuple):
-    """Factors in slots, down (slots, r, in) and up (slots, r, width), of which ranks (slots,) are
-    not zero, int64 on the CPU; None where no slot has any.
+class Operations:
+    """Final: the operations by name. Each has the parameters of its plain form.
+
+    Args:
+        device: the kind of device, whose forms are in use; without it the plain forms.
     """
 
-    down: Tensor | None
-    up: Tensor | None
-    ranks: Tensor
-    width: int
+    def __init__(self, device: str = "") -> None:
+        self.name = device or "plain"
+        self.independent = INDEPENDENT.get(device, INDEPENDENT[""])
+        self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
+        self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
+        self._norm, self._turned = NORM.on(device), ROTARY.on(device)
 
-
-Product = Callable[[Tensor], Tensor]  # (B, T, in) -> (B, T, out)
-
-
-class Operations(ABC):
-    """Abstract. `independent` names those of its operations whose numbers for a row are the same
-    bits whatever rows and tokens are beside it, which is what a request's answer rests on.
-    """
-
-    independent: ClassVar[frozenset[str]]
-
-    @abstractmethod
-    def stored(self, factors: Tensor) -> torch.dtype:
-        """The dtype in which `low_rank` wants stacks of factors like these (n, r, in)."""
-
-    @abstractmethod
-    def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
-        """A function of x that multiplies the tokens of each of B rows with the factors in its
-        slot, and lays the outputs of all parts side by side.
-
-        Args:
-            parts: the factors of matrices that read the same x.
-            slots: the slot of each row, int64 (B,), on the CPU.
-        """
-
-    @abstractmethod
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
-    ) -> Tensor:  # (B, T, H, Dv)
-        """Attention of T queries a row.
-
-        Args:
-            q: (B, H, T, D).
-            k: (B, Hk, K, D), of which H / Hk query heads share one.
-            v: (B, Hk, K, Dv).
-            mask: what is added to the scores, (B, 1, T, K).
-            scale: the factor of the scores.
-        """
-
-    @abstractmethod
-    def write(self, buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
-        """Write the tokens of each row to its slot.
-
-        Args:
-            buffer: (slots, Hk, L, D).
-            x: (B, Hk, T, D).
-            slots: the slot of each row, int64 (B,).
-            starts: the position of its first token, int64 (B,).
-        """
-
-    @abstractmethod
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         """`lorafold.ops.norm.rms_norm`: x (..., d) normalized, times the gain (d,).
 
@@ -93,8 +46,9 @@ class Operations(ABC):
             gain: the gain (d,).
             eps: what is added to the mean square.
         """
+        y: Tensor = self._norm(x.contiguous(), gain, eps)
+        return y
 
-    @abstractmethod
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`lorafold.ops.rotary.rotary`: x (..., D) rotated by halves.
 
@@ -102,78 +56,14 @@ class Operations(ABC):
             x: the input (B, H, T, D).
             cos, sin: constants that broadcast to x.
         """
-
-    def gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:
-        """`lorafold.ops.gated.gated` without gradients: act(gate) * up (..., k).
-
-        Args:
-            gate, up: the inputs (..., k).
-            act: the name of one of ACTIVATIONS.
-        """
-        return ACTIVATIONS[act].forward(gate).mul_(up)
+        y: Tensor = self._turned(x, cos, sin, False)
+        return y
 
 
-class Plain(Operations):
-    """In torch. A single query is the smaller factor, on the right: for 16 rows and 128 keys of
-    SmolLM2 in bf16, 63 us instead of 139, where torch's own attention takes 386 for all. Stacks are
-    fp32 on a CPU, whose batched product with one row takes 11 us for 16 x (576, 16) in fp32, and 34
-    in bf16 (two cores of an AMD EPYC, beside other work). Torch has other orders of summation for
-    other shapes, and other functions at the ends of a range.
+def available(device: str) -> Operations:
+    """The operations in their forms for a kind of device; the plain ones where there are none or,
+    which the log says, where they can't be compiled.
     """
-
-    independent = frozenset({"write", "rotary"})
-
-    def stored(self, factors: Tensor) -> torch.dtype:
-        return torch.float32 if factors.device.type == "cpu" else factors.dtype
-
-    def low_rank(self, parts: Sequence[Part], slots: Tensor) -> Product:
-        products = [self._low_rank(part, slots) for part in parts]
-
-        def product(x: Tensor) -> Tensor:
-            return torch.cat([part(x) for part in products], -1)
-
-        return product if len(parts) > 1 else products[0]
-
-    def _low_rank(self, part: Part, slots: Tensor) -> Product:
-        down, up, _, width = part
-        if down is None or up is None:
-            return lambda x: x.new_zeros(*x.shape[:2], width)
-        first, n = int(slots[0]), len(slots)
-        if torch.equal(slots, torch.full_like(slots, first)):
-            down, up = down[first], up[first]
-        elif torch.equal(slots, torch.arange(first, first + n)):
-            down, up = down[first : first + n], up[first : first + n]
-        else:
-            down, up = down[slots], up[slots]
-
-        def product(x: Tensor) -> Tensor:
-            # the factors' values are those of x's dtype; with one token the stored one is faster
-            dtype = down.dtype if x.shape[1] == 1 else arithmetic(x)
-            u = torch.matmul(x.to(dtype), down.to(dtype).mT)
-            return torch.matmul(u, up.to(dtype)).to(x.dtype)
-
-        return product
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        (b, heads, t, d), kv, width = q.shape, k.shape[1], k.shape[2]
-        groups = heads // kv
-        m = mask[:, :, None].expand(b, kv, groups if t > 1 else 1, t, width)
-        m = m.reshape(b * kv, -1, width)
-        q, k, v = q.reshape(b * kv, groups * t, d), k.flatten(0, 1), v.flatten(0, 1)
-        if t == 1:
-            wide = m.to(torch.promote_types(m.dtype, torch.float32))
-            scores = torch.add(wide, torch.bmm(k, q.mT).mT, alpha=scale)
-        else:
-            scores = torch.baddbmm(m, q, k.mT, alpha=scale)
-        o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
-        return o.view(b, heads, t, -1).transpose(1, 2)
-
-    def write(self, buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
-        at = starts[:, None] + torch.arange(x.shape[2], device=starts.device)
-        buffer[slots[:, None], :, at] = x.transpose(1, 2)
-
-    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, gain, eps)
-
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotary(x, cos, sin)
+    if why := use(DECODING, device):
+        log.info("the engine's operations run in torch: %s", why)
+    return Operations("" if why else device)

@@ -22,10 +22,11 @@ from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.engine.adapters import Factors, Held
-from lorafold.engine.operations import Operations, Part, Product
+from lorafold.engine.operations import Operations
 from lorafold.engine.steady import FEW, plain_products
 from lorafold.engine.structure import Shape, Structure
 from lorafold.ops.arithmetic import HALF
+from lorafold.ops.decoding import Part, Product
 
 log = logging.getLogger(__name__)
 

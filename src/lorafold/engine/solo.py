@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.laid import Laid
-from lorafold.engine.operations import Plain
+from lorafold.engine.operations import Operations
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner
@@ -31,7 +31,7 @@ class SoloRunner(Runner):
 
     def __init__(self, model: Any, structure: Structure) -> None:
         self.model = model
-        self.laid = Laid(model, Products(structure, 1, Plain()))
+        self.laid = Laid(model, Products(structure, 1, Operations()))
 
     def admit(self, row: Row) -> None:
         row.slot = 0

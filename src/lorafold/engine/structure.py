@@ -29,7 +29,7 @@ from lorafold.core.attach import deltas_on, selection_of
 from lorafold.core.evaluating import evaluating
 from lorafold.core.matrices import expert_parameters
 from lorafold.engine.attention import slot_attention, slot_mask
-from lorafold.engine.operations import Operations, Plain
+from lorafold.engine.operations import Operations
 from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.step.documents import attending
 
@@ -98,7 +98,7 @@ def slotted(model: Any, operations: Operations) -> Any:
         model: a causal language model.
         operations: those that it computes with.
     """
-    name = f"{NAME}_{type(operations).__name__.lower()}"
+    name = f"{NAME}_{operations.name}"
     return attending(model, slot_mask, partial(slot_attention, operations), name)
 
 
@@ -137,7 +137,7 @@ def probe(model: Any) -> Structure:
             ]
         ).float()
         try:
-            with _inputs_seen(model) as seen, slotted(model, Plain()):
+            with _inputs_seen(model) as seen, slotted(model, Operations()):
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(
@@ -167,7 +167,7 @@ def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     at a time; short prompts repeat their last token, as rows do that have nothing to compute.
     """
     rows, device = len(prompts), model.device
-    view = SlotView(SlotCache(rows, max(LENGTHS) + CHUNK, Plain()))
+    view = SlotView(SlotCache(rows, max(LENGTHS) + CHUNK, Operations()))
     done, out = [0] * rows, {}
     while any(done[b] < len(p) for b, p in enumerate(prompts)):
         left = [len(p) - n for p, n in zip(prompts, done, strict=True)]

@@ -6,7 +6,8 @@ the meta device.
 
 The plan has the parameters that change and their new shapes, the tied weights that stay tied and
 those that can't, the config's switches for added biases, the size of the vocabulary, and all
-problems. It is carried out in memory (`fold.in_memory`) or shard by shard (`merging.shards`).
+problems. It is carried out in memory (`fold.in_memory`) or tensor by tensor for a writer
+(`merging.execute`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ cores of an AMD EPYC, Zen 5).
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,29 @@ import torch
 from torch import Tensor
 
 from lorafold.core.fake import is_fake
-from lorafold.kernels.compiling import loaded
+from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
 from lorafold.ops.documents import Documents
 
-SOURCE = Path(__file__).with_name("attention.cpp")
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIZES = [P, N, N, N, N, N, P, F, F, F, INT]  # from the table of documents on
+SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}
 # With matrix units (AMX), products of longer documents are faster in 16 bits. This follows from
 # their rates; it was not measured.
 SHORT = 512
 
 
-class Attention:
-    """Both directions. Raises Unavailable where they can't be compiled."""
+def forms() -> Any:
+    """The operations by their names, with the parameters of their plain forms. Raises Unavailable
+    where they can't be compiled.
+    """
+    return _Forms()
 
+
+class _Forms:
     def __init__(self) -> None:
-        library = loaded(SOURCE)
-        self._functions: dict[tuple[str, torch.dtype], Any] = {}
-        for name, pointers in {"attend": 4, "attend_backward": 9}.items():
-            for dtype, suffix in DTYPES.items():
-                function = getattr(library, f"{name}_{suffix}")
-                function.restype, function.argtypes = None, [P] * pointers + SIZES
-                self._functions[name, dtype] = function
+        self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
         self._longest = SHORT if torch.cpu._is_amx_tile_supported() else None
 
-    def forward(
+    def document_attention(
         self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
     ) -> Any:
         """The output (T, H, Dv) of causal attention in each document, or NotImplemented.
@@ -58,10 +54,10 @@ class Attention:
         if not self._takes(docs, q, k, v):
             return NotImplemented
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        self._call("attend", (q, k, v), (q, k, v, out), docs, scale, cap)
+        self._attend("attend", (q, k, v), (q, k, v, out), docs, scale, cap)
         return out
 
-    def backward(
+    def document_attention_backward(
         self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float,
         cap: float | None,
     ) -> Any:  # fmt: skip
@@ -81,17 +77,14 @@ class Attention:
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))
         heads = [x.new_empty(len(x), q.shape[1], x.shape[2], dtype=torch.float32) for x in (k, v)]
         pointers = (g.contiguous(), q, k, v, *found, *heads)
-        self._call("attend_backward", (q, k, v), pointers, docs, scale, cap)
+        self._attend("attend_backward", (q, k, v), pointers, docs, scale, cap)
         return found
 
     def _takes(self, docs: Documents, *tensors: Tensor) -> bool:
-        dtype = tensors[0].dtype
         short = self._longest is None or max(docs.lens) <= self._longest
-        return short and dtype in DTYPES and all(
-            t.is_cpu and t.dtype is dtype and t.stride(-1) == 1 for t in tensors
-        )
+        return short and taken(*tensors) and all(t.stride(-1) == 1 for t in tensors)
 
-    def _call(
+    def _attend(
         self, name: str, qkv: tuple[Tensor, ...], pointers: tuple[Tensor, ...], docs: Documents,
         scale: float, cap: float | None,
     ) -> None:  # fmt: skip
@@ -100,8 +93,7 @@ class Attention:
             return
         strides = torch.tensor([s for x in qkv for s in x.stride()[:2]])
         window = float("inf") if docs.window is None else docs.window
-        self._functions[name, q.dtype](
-            *(t.data_ptr() for t in pointers), docs.table.data_ptr(), len(docs.table), q.shape[1],
-            k.shape[1], q.shape[2], v.shape[2], strides.data_ptr(), window, scale, cap or 0.0,
-            torch.get_num_threads(),
+        self._call(
+            name, q.dtype, *pointers, docs.table, len(docs.table), q.shape[1], k.shape[1],
+            q.shape[2], v.shape[2], strides, window, scale, cap or 0.0, torch.get_num_threads(),
         )  # fmt: skip

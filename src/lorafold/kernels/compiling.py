@@ -1,6 +1,7 @@
 """Compiles a file of C++ for this processor and loads it; the library is kept in the cache.
 
-    functions = loaded(SOURCE)          ctypes functions, by the names that the file exports
+    call = Functions(SOURCE, {"rotary": [P, P, N, INT]})
+    call("rotary", x.dtype, x, out, n, threads)         its rotary_float32 or rotary_bfloat16
 
 That takes a second or two, once for each processor, compiler and version of the file.
 """
@@ -14,7 +15,12 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import cached
@@ -25,10 +31,46 @@ HEADERS = Path(__file__).parent
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
 SECONDS = 120  # to compile
+P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class Unavailable(LorafoldError):
     """Operations can't be compiled or loaded here."""
+
+
+class Functions:
+    """The functions of a file of C++ that end on the name of a dtype. Raises Unavailable where it
+    can't be compiled.
+
+    Args:
+        source: the file.
+        signatures: the types of their parameters, by name.
+        half: those that there are in bfloat16 alone.
+    """
+
+    def __init__(
+        self, source: Path, signatures: Mapping[str, Sequence[Any]], half: Sequence[str] = ()
+    ) -> None:
+        self.library = loaded(source)
+        self._found: dict[tuple[str, torch.dtype], Any] = {}
+        for name, parameters in signatures.items():
+            for dtype in [torch.bfloat16] if name in half else DTYPES:
+                function = getattr(self.library, f"{name}_{DTYPES[dtype]}")
+                function.restype, function.argtypes = None, parameters
+                self._found[name, dtype] = function
+
+    def __call__(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
+        """Call a function with numbers and with the addresses of tensors."""
+        self._found[name, dtype](
+            *[part.data_ptr() if isinstance(part, Tensor) else part for part in parts]
+        )
+
+
+def taken(*tensors: Tensor) -> bool:
+    """Whether all are on the CPU and of one of DTYPES."""
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(t.dtype is dtype and t.is_cpu for t in tensors)
 
 
 def loaded(source: Path) -> ctypes.PyDLL:

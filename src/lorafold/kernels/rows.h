@@ -1,5 +1,5 @@
-// Passes over rows that training and the engine share. The numbers of a row follow from that row
-// alone, in an order that depends neither on the number of rows nor on that of threads.
+// Passes over rows, of training and of the engine. The numbers of a row follow from that row alone,
+// in an order that depends neither on the number of rows nor on that of threads.
 
 #pragma once
 

@@ -334,9 +334,10 @@ extern "C" void scale_backward_bfloat16(const bf16* z, const bf16* y, const floa
                                                   T* to_gate, T* to_up, long n, int threads) {     \
     gated_backward<gelu_tanh>(g, gate, up, to_gate, to_up, n, threads);                            \
   }                                                                                                \
-  extern "C" void rms_norm_##NAME(const T* x, const float* gain, T* out, long rows, long n,        \
-                                  float eps, int threads) {                                        \
-    rms_norm(x, gain, out, rows, n, eps, threads);                                                 \
+  extern "C" void rms_norm_##NAME(const T* x, const void* gain, int wide, T* out, long rows,       \
+                                  long n, float eps, int threads) {                                \
+    if (wide) rms_norm(x, static_cast<const float*>(gain), out, rows, n, eps, threads);            \
+    else rms_norm(x, static_cast<const T*>(gain), out, rows, n, eps, threads);                     \
   }                                                                                                \
   extern "C" void rms_norm_backward_##NAME(const T* g, const T* x, const float* gain, T* out,      \
                                            long rows, long n, float eps, int threads) {            \

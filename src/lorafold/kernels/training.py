@@ -1,6 +1,5 @@
 """The operators of a training step in C++ (`training.cpp`), for float32 and bfloat16 on the CPU.
-
-    said = use()                        from now on torch's dispatcher calls them
+The engine computes norms, rotations and gates with them too.
 
 Each does one pass over memory where torch takes several. For another dtype or layout it returns
 NotImplemented, and the plain form computes it, which is also the specification.
@@ -9,101 +8,56 @@ NotImplemented, and the plain form computes it, which is also the specification.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafold.errors import LorafoldError
-from lorafold.kernels.attention import Attention
-from lorafold.kernels.compiling import loaded
+from lorafold.kernels.compiling import DTYPES, INT, F, Functions, N, P, taken
 from lorafold.kernels.rows import gated_parts, rotary_parts
-from lorafold.ops import attention, dropout, gated, logits, norm, rotary, scale
-from lorafold.ops.operators import implement
+from lorafold.ops.dropout import source, threshold
 
-SOURCE = Path(__file__).with_name("training.cpp")
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 U32, U64 = ctypes.c_uint32, ctypes.c_uint64
 SIGNATURES = {
     "gated_silu": [P, P, P, N, N, N, N, INT],
     "gated_gelu_tanh": [P, P, P, N, N, N, N, INT],
     "gated_silu_backward": [P, P, P, P, P, N, INT],
     "gated_gelu_tanh_backward": [P, P, P, P, P, N, INT],
-    "rms_norm": [P, P, P, N, N, F, INT],
+    "rms_norm": [P, P, INT, P, N, N, F, INT],
     "rms_norm_backward": [P, P, P, P, N, N, F, INT],
     "rotary": [*[P] * 4, *[N] * 11, F, INT],
     "softmax": [P, P, N, N, N, N, F, INT],
     "softmax_backward": [P, P, N, N, F, INT],
     "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
     "empty": [P, P, N],
-}
-OF_BFLOAT16 = {
     "scale": [P, P, P, P, N, N, INT],
     "scale_backward": [P, P, P, P, P, P, N, N, INT],
 }
 threads = torch.get_num_threads
 
 
-@cache
-def use() -> str:
-    """Compile the operators, unless they are in the cache, and let torch's dispatcher call them.
-
-    Returns why they can't be had, or nothing.
+def forms() -> Any:
+    """The operations by their names, with the parameters of their plain forms. Raises Unavailable
+    where they can't be compiled.
     """
-    try:
-        library, whole = loaded(SOURCE), Attention()
-    except LorafoldError as error:
-        return str(error)
-    functions: dict[str, Any] = {}
-    names = {f"{name}_{dtype}": p for name, p in SIGNATURES.items() for dtype in DTYPES.values()}
-    names |= {f"{name}_bfloat16": parameters for name, parameters in OF_BFLOAT16.items()}
-    for name, parameters in names.items():
-        functions[name] = function = getattr(library, name)
-        function.restype, function.argtypes = None, parameters
-    places = library.dropped_places
-    places.restype, places.argtypes = N, [P, P, N, N, U32, U64, U32, INT]
-    own = _Forms(functions, places)
-    forms: dict[Any, Callable[..., Any]] = {
-        norm.NORM: own.rms_norm,
-        norm.BACKWARD: own.rms_norm_backward,
-        gated.GATED: own.gated,
-        gated.BACKWARD: own.gated_backward,
-        rotary.ROTARY: own.rotary,
-        attention.SOFTMAX: own.softmax_,
-        attention.BACKWARD: own.softmax_backward_,
-        dropout.PLACES: own.dropped_places,
-        dropout.EMPTY: own.empty_,
-        logits.LOSSES: own.cross_entropy_,
-        scale.SCALE: own.scale,
-        scale.BACKWARD: own.scale_backward,
-    }
-    attention.FORWARD.fast, attention.GRADIENTS.fast = whole.forward, whole.backward
-    for operator, form in forms.items():
-        implement(operator, form, "CPU")
-    return ""
+    return _Forms()
 
 
 class _Forms:
-    """The operators by their names, with the parameters of their schemas.
-
-    Args:
-        functions: those of the library, by name and dtype.
-        places: that which draws places.
-    """
-
-    def __init__(self, functions: dict[str, Any], places: Any) -> None:
-        self._functions = functions
-        self._places = places
+    def __init__(self) -> None:
+        half = "scale", "scale_backward"
+        self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES, half)
+        self._places = self._call.library.dropped_places
+        self._places.restype, self._places.argtypes = N, [P, P, N, N, U32, U64, U32, INT]
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Any:
         if not _taken(x):
             return NotImplemented
-        out, n, gain = torch.empty_like(x), len(gain), gain.float()
-        self._call("rms_norm", x.dtype, x, gain, out, x.numel() // n, n, eps, threads())
+        out, n, wide = torch.empty_like(x), len(gain), gain.dtype is not x.dtype
+        gain = gain.float() if wide else gain
+        rows = x.numel() // n
+        self._call("rms_norm", x.dtype, x, gain.contiguous(), wide, out, rows, n, eps, threads())
         return out
 
     def rms_norm_backward(self, gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Any:
@@ -116,7 +70,7 @@ class _Forms:
         return out
 
     def gated(self, gate: Tensor, up: Tensor, act: str) -> Any:
-        if act == "gelu" or gate.dtype not in DTYPES or up.dtype is not gate.dtype:
+        if act == "gelu" or not taken(gate, up):
             return NotImplemented
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         self._call(f"gated_{act}", gate.dtype, *gated_parts(gate, up, out), threads())
@@ -134,7 +88,7 @@ class _Forms:
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
         out = torch.empty_like(x)
         parts = rotary_parts(x, cos, sin, out)
-        if parts is None or x.dtype not in DTYPES or not x.dtype == cos.dtype == sin.dtype:
+        if parts is None or not taken(x, cos, sin):
             return NotImplemented
         self._call("rotary", x.dtype, *parts, -1.0 if back else 1.0, threads())
         return out
@@ -183,10 +137,10 @@ class _Forms:
     def dropped_places(
         self, x: Tensor, p: float, names: Tensor | None, key: int, site: int
     ) -> Any:
-        n, width, limit = x.numel(), x.shape[-1], dropout.threshold(p)
+        n, width, limit = x.numel(), x.shape[-1], threshold(p)
         if n >= 2**31 or not limit:
             return NotImplemented
-        names, key = dropout.source(x, names, key)
+        names, key = source(x, names, key)
         found, names = torch.empty(n, dtype=torch.int32), names.contiguous()
         sizes = (n // width, width, limit)
         many = self._places(found.data_ptr(), names.data_ptr(), *sizes, key, site, threads())
@@ -197,13 +151,7 @@ class _Forms:
             return NotImplemented
         return self._call("empty", x.dtype, x, where, len(where))
 
-    def _call(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
-        self._functions[f"{name}_{DTYPES[dtype]}"](
-            *(part.data_ptr() if isinstance(part, Tensor) else part for part in parts)
-        )
-
 
 def _taken(*tensors: Tensor) -> bool:
-    """Whether all are contiguous and have one of the dtypes."""
-    dtype = tensors[0].dtype
-    return dtype in DTYPES and all(t.dtype is dtype and t.is_contiguous() for t in tensors)
+    """Whether all are contiguous too."""
+    return taken(*tensors) and all(t.is_contiguous() for t in tensors)

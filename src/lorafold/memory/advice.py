@@ -14,6 +14,7 @@ import torch
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.storage import Storage
+from lorafold.models.storages import DEFAULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -109,9 +110,9 @@ def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def quantized(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Yield the setting on a base in NF4, unless its base is quantized already."""
+    """Yield the setting on the least base that is made, unless its own is quantized already."""
     if setting.base.quantization is None:
-        yield "storage nf4", replace(setting, base=Storage(torch.bfloat16, "nf4"))
+        yield f"storage {DEFAULT}", replace(setting, base=Storage(torch.bfloat16, DEFAULT))
 
 
 def largest(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:

@@ -12,17 +12,16 @@ from typing import Any
 
 from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.terms import estimate
+from lorafold.models.storages import STORAGES
 from lorafold.step.adamw import in_words
 from lorafold.step.recipe import Recipe
-
-BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}  # of a parameter, by storage
 
 
 def weights(parameters: float, base: str) -> float:
     """Return the bytes of the weights by the rule: parameters times bytes. It leaves out the
     constants of quantized weights, and counts all weights as quantized.
     """
-    return parameters * BYTES[base]
+    return parameters * STORAGES[base].bits / 8
 
 
 def kv_cache(blocks: int, heads: int, width: int, tokens: int, size: int = 2) -> float:

@@ -20,8 +20,9 @@ import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
-from lorafold.models.quantizing import IN_FILES, QUANTIZED, quantization_of
+from lorafold.models.quantizing import quantization_of
 from lorafold.models.storage import Storage
+from lorafold.models.storages import DEFAULT, IN_FILES, QUANTIZED
 from lorafold.step.adamw import check_rounding
 from lorafold.step.fitting import spec_of, trainable_storage
 from lorafold.step.recipe import OF_MEMORY, Recipe
@@ -33,7 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "inference": {"storage": "bf16"},
     "full": {"method": "full"},
     "lora": {"method": "lora", "storage": "bf16"},
-    "qlora": {"method": "lora", "storage": "nf4"},
+    "qlora": {"method": "lora", "storage": DEFAULT},
 }
 
 

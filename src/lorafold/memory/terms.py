@@ -1,7 +1,6 @@
 """Estimates the bytes of each term at the peak of memory, from a model's configuration alone.
 
-    found = estimate(config, Setting(Storage(torch.bfloat16, "nf4"), LoRA(rank=16), rows=(2048,) *
-    4))
+    found = estimate(config, Setting(Storage(torch.bfloat16), LoRA(rank=16), rows=(2048,) * 4))
     found.total, found.terms["activations"]
 
 The terms are a table of small functions of what was traced (`memory.trace`), and they add up to the

@@ -1,1 +1,1 @@
-"""`lorafold merge`: the weights to fold into, the plan, the folding by shards, the certificate."""
+"""`lorafold merge`: the weights to fold into, the plan, folding, the writers, the certificate."""

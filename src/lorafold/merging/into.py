@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_class, layer_of
-from lorafold.bases.bitsandbytes import PACKERS
 from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
-from lorafold.models.quantizing import QUANTIZATIONS, packable
+from lorafold.models.quantizing import packable
+from lorafold.models.storages import MADE, STORAGES
 
 ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
-TARGETS = ("original", "dequantized", *QUANTIZATIONS)
+TARGETS = ("original", "dequantized", *MADE)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Into:
     @property
     def quantized(self) -> str | None:
         """The quantization of the merged model."""
-        return self.target if self.target in QUANTIZATIONS else None
+        return self.target if self.target in MADE else None
 
     def __str__(self) -> str:
         base = (
@@ -103,7 +103,7 @@ def choose_into(
                 " ones; expected dequantized, or as --model the model that it was quantized from"
             )
         return Into("dequantized", in_files, in_files=True)
-    trained_on = storage if storage in QUANTIZATIONS else None
+    trained_on = storage if storage in MADE else None
     if asked is not None and asked not in TARGETS:
         raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
     if asked == "dequantized" and trained_on is None:
@@ -114,7 +114,7 @@ def choose_into(
         )
         raise LorafoldError(
             f"into dequantized: {known}, expected a quantized base; fold into original, or name the"
-            f" quantization with --storage {' or '.join(QUANTIZATIONS)}"
+            f" quantization with --storage {' or '.join(MADE)}"
         )
     return Into(asked or ("dequantized" if trained_on else "original"), trained_on)
 
@@ -143,7 +143,7 @@ class RoundTrip(Delta):
             return torch.empty_like(w, dtype=wide), b
         stored = w.mT if self.turned else w
         # the matrices of experts are quantized as one
-        q = layer_of(PACKERS[self.quantization](stored.flatten(0, -2))).dense()[0]
+        q = layer_of(STORAGES[self.quantization].pack(stored.flatten(0, -2))).dense()[0]
         q = q.view(stored.shape).to(wide)
         return q.mT if self.turned else q, b
 

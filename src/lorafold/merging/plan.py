@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafold.adapter import load
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.fold.plan import WHOLE, module_of, plan_fold
+from lorafold.fold.plan import WHOLE, FoldPlan, module_of, plan_fold
 from lorafold.merging.config import declared, untied_config, with_biases
 from lorafold.merging.into import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
@@ -28,6 +29,7 @@ from lorafold.models.plain_files import as_plain
 from lorafold.models.provenance import remember
 from lorafold.models.sources import HUB_FILES, ModelSource
 
+Problems = dict[str, list[str]]  # paths by reason
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -91,57 +93,25 @@ def plan(
     Raises LorafoldError for a model or adapter that can't be loaded, and NotMergeable with every
     reason for which the merge can't be done.
     """
-    checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
-    mapped = mapped_model(checkpoint, trust_remote_code)
-    checkpoint, mapped, dequantized = as_plain(checkpoint, mapped)
-    remember(mapped.model, source, trust_remote_code)
-    if round_trip is not None:
-        attach_round_trip(mapped.model, round_trip)
+    checkpoint, mapped, dequantized = _opened(source, round_trip, trust_remote_code)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
     for name, path in zip(names, adapters, strict=True):
         load(mapped.model, path, name, allow_other_base=allow_other_base)
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
-    problems: dict[str, list[str]] = defaultdict(list)
+    problems: Problems = defaultdict(list)
     for path, reason in planned.problems:
         problems[reason].append(path)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     biases: dict[str, Entry] = {}
-    try:
+    with _among(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
-    except NotMergeable as e:
-        problems[str(e)].append("added biases")
-    changed: dict[str, str] = {}
-    converted: dict[str, Conversion] = {}
-    sources: dict[str, Entry] = {}
-    known = {*mapped.entries, *mapped.tied, *mapped.converted}
-    for parameter in planned.shapes:
-        if parameter in planned.together and parameter not in mapped.entries:
-            continue  # the files have this shared weight under the name of another parameter
-        if parameter not in known:
-            continue  # a bias that the architecture can't have, which is among the problems
-        try:
-            if (conversion := mapped.converted.get(parameter)) is not None:
-                _check_converted(conversion, parameter, planned.shapes[parameter])
-                converted |= {entry.name: conversion for entry in conversion.entries}
-                continue
-            name, entry = _entry(mapped, parameter)
-            changed[name], sources[name] = parameter, entry
-        except NotMergeable as e:
-            problems[str(e)].append(module_of(parameter) or WHOLE)
+    changed, sources, converted = _tensors(mapped, planned, problems)
     if any(parameter in planned.apart for parameter in changed.values()):
-        try:
+        with _among(problems, "tied weights"):
             config = untied_config(config, mapped, trust_remote_code)
-        except LorafoldError as e:
-            problems[str(e)].append("tied weights")
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
-    # of the parameters that are converted alike, the first shows whether that can be reversed
-    for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
-        try:
-            conversion.check_reversible()
-        except LorafoldError as e:
-            problems[str(e)].append(conversion.name)
     if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
@@ -168,6 +138,59 @@ def plan(
         {name: planned.shapes[parameter] for name, parameter in changed.items()},
         planned.vocabulary,
     )
+
+
+def _opened(
+    source: ModelSource, round_trip: str | None, trust_remote_code: bool
+) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
+    """The files and the model over them as those of a plain model, with the round trip attached;
+    and the sites of dequantized tensors.
+    """
+    checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
+    found = as_plain(checkpoint, mapped_model(checkpoint, trust_remote_code))
+    model = found[1].model
+    remember(model, source, trust_remote_code)
+    if round_trip is not None:
+        attach_round_trip(model, round_trip)
+    return found
+
+
+def _tensors(
+    mapped: MappedModel, planned: FoldPlan, problems: Problems
+) -> tuple[dict[str, str], dict[str, Entry], dict[str, Conversion]]:
+    """The parameters of the tensors that change, and their entries, by name; and the conversions by
+    the names of their tensors. What can't be written goes to the problems.
+    """
+    changed: dict[str, str] = {}
+    sources: dict[str, Entry] = {}
+    converted: dict[str, Conversion] = {}
+    known = {*mapped.entries, *mapped.tied, *mapped.converted}
+    for parameter, shape in planned.shapes.items():
+        if parameter in planned.together and parameter not in mapped.entries:
+            continue  # the files have this shared weight under the name of another parameter
+        if parameter not in known:
+            continue  # a bias that the architecture can't have, which is among the problems
+        with _among(problems, module_of(parameter) or WHOLE):
+            if (conversion := mapped.converted.get(parameter)) is not None:
+                _check_converted(conversion, parameter, shape)
+                converted |= {entry.name: conversion for entry in conversion.entries}
+                continue
+            name, entry = _entry(mapped, parameter)
+            changed[name], sources[name] = parameter, entry
+    # of the parameters that are converted alike, the first shows whether that can be reversed
+    for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
+        with _among(problems, conversion.name):
+            conversion.check_reversible()
+    return changed, sources, converted
+
+
+@contextmanager
+def _among(problems: Problems, path: str) -> Iterator[None]:
+    """Add a refusal of what is inside the `with` block to the problems, as one of this path."""
+    try:
+        yield
+    except LorafoldError as error:
+        problems[str(error)].append(path)
 
 
 def _stored(model: nn.Module, name: str) -> Tensor:

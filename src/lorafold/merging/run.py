@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.fold.rounding import Rounding
 from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import Gap, compare
+from lorafold.merging.execute import Folded, execute
 from lorafold.merging.into import Into, check_saved, choose_into
-from lorafold.merging.plan import plan
-from lorafold.merging.shards import Folded, execute
+from lorafold.merging.plan import Plan, plan
+from lorafold.merging.shards import write_shards
 from lorafold.models.classifier import check_language_model
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model
-from lorafold.models.sources import resolve_model
+from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, stored_in_files, weights_of
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
 
@@ -174,54 +176,68 @@ def merge(
         if console is not None and target.trained_on is not None:
             console.print(f"merging into {target}", highlight=False)
         check_language_model(source, adapters, INSTEAD)
+        parts = _Parts(source, adapters, target, allow_other_base, trust_remote_code)
         own = any(map(has_tokenizer, adapters))
         tokenizer = (
             tokenizer_of(source, adapters, trust_remote_code) if own or certificate else None
         )
         texts = probe_ids(tokenizer, probe) if tokenizer is not None and certificate else []
-        planned = plan(
-            source,
-            adapters,
-            round_trip=target.round_trip,
-            allow_other_base=allow_other_base,
-            trust_remote_code=trust_remote_code,
+        folded = execute(
+            parts.planned(), partial(write_shards, tmp), rounding, seed, bar("folding")
         )
-        if target.quantized is not None:
-            check_saved(planned.model, target.quantized)
-        folded = execute(planned, tmp, rounding=rounding, seed=seed, progress=bar("folding"))
         if own and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
-        del planned
         if target.quantized is not None:
             quantize(tmp, target.quantized, trust_remote_code)
-        trained = Storage(torch.float32, target.trained_on)
-
-        def adapted() -> PreTrainedModel:
-            base = load_model(source, trained, where, trust_remote_code=trust_remote_code)
-            for i, path in enumerate(adapters):
-                load(
-                    base,
-                    path,
-                    f"adapter{i}",
-                    allow_other_base=allow_other_base,
-                    base=weights_of(source, trained),
-                )
-            return base
-
-        def merged() -> PreTrainedModel:
-            return load_model(
-                tmp,
-                Storage(torch.float32, target.quantized),
-                where,
-                trust_remote_code=trust_remote_code,
-            )
-
+        adapted, merged = partial(parts.adapted, where), partial(parts.merged, tmp, where)
         gap = compare(adapted, merged, texts, tmp, bar("comparing")) if certificate else None
         result = Merged(
             gap, folded, target, rounding, seed, source.name, tuple(map(str, adapters)), str(out)
         )
         write_json(tmp / CERTIFICATE, result.as_json())
     return result
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is merged, and into what."""
+
+    source: ModelSource
+    adapters: list[str | Path]
+    into: Into
+    allow_other_base: bool
+    trust_remote_code: bool
+
+    def planned(self) -> Plan:
+        found = plan(
+            self.source,
+            self.adapters,
+            round_trip=self.into.round_trip,
+            allow_other_base=self.allow_other_base,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if self.into.quantized is not None:
+            check_saved(found.model, self.into.quantized)
+        return found
+
+    def adapted(self, device: torch.device) -> PreTrainedModel:
+        """The base as it was trained on, with the adapters, on the device."""
+        trained = Storage(torch.float32, self.into.trained_on)
+        base = load_model(
+            self.source, trained, device, trust_remote_code=self.trust_remote_code
+        )
+        weights = weights_of(self.source, trained)
+        for i, path in enumerate(self.adapters):
+            name = f"adapter{i}"
+            load(base, path, name, allow_other_base=self.allow_other_base, base=weights)
+        return base
+
+    def merged(self, directory: Path, device: torch.device) -> PreTrainedModel:
+        """The merged model in the directory, on the device."""
+        storage = Storage(torch.float32, self.into.quantized)
+        return load_model(
+            directory, storage, device, trust_remote_code=self.trust_remote_code
+        )
 
 
 def quantize(directory: Path, quantization: str, trust_remote_code: bool) -> None:

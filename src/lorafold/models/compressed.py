@@ -23,18 +23,10 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
 from lorafold.models.load_errors import one_line
+from lorafold.models.storages import IN_CODES, STORAGES, of_codes, of_method
 from lorafold.ops.float8 import is_nan
 
-COMPRESSED, FINE_GRAINED = "compressed-tensors", "fp8"  # values of quant_method
-# format, type and bits of weights -> storage, whether codes are packed
-FORMATS: dict[tuple[str, str, int], tuple[str, bool]] = {
-    ("float-quantized", "float", 8): ("fp8", False),
-    ("naive-quantized", "float", 8): ("fp8", False),
-    ("int-quantized", "int", 8): ("int8", False),
-    ("naive-quantized", "int", 8): ("int8", False),
-    ("pack-quantized", "int", 8): ("int8", True),
-    ("pack-quantized", "int", 4): ("int4", True),
-}
+COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"  # a quant_method, and a format of it
 DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
@@ -48,7 +40,12 @@ PARTS = ("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point
 
 def stored_compressed(settings: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` is one of those that this module reads."""
-    return settings.get("quant_method") in (COMPRESSED, FINE_GRAINED)
+    return settings.get("quant_method") == COMPRESSED or _fine_grained(settings)
+
+
+def _fine_grained(settings: Mapping[str, Any]) -> bool:
+    name = of_method(settings.get("quant_method"))
+    return name is not None and STORAGES[name].codes[0] == "float"
 
 
 def storage_of(settings: Mapping[str, Any], what: str) -> str:
@@ -57,11 +54,11 @@ def storage_of(settings: Mapping[str, Any], what: str) -> str:
     Raises LorafoldError, in messages that begin with `what`, if it is none of them, or mixed, or if
     compressed-tensors is not installed.
     """
-    found = sorted({codes.storage for codes, _ in _groups(settings, what)})
+    found = sorted({str(of_codes(c.kind, c.bits)) for c, _ in _groups(settings, what)})
     if len(found) != 1:
         raise LorafoldError(
             f"{what}: its weights are stored in {len(found)} ways ({', '.join(found)}), expected"
-            " one of fp8, int8, int4"
+            f" one of {', '.join(IN_CODES)}"
         )
     return found[0]
 
@@ -153,7 +150,7 @@ def check_values(model: nn.Module, what: str) -> None:
                 " expected finite numbers other than 0"
             )
         codes: Any = module._parameters.get("weight")
-        if module.codes.storage == "fp8" and (lost := int(is_nan(codes).sum())):
+        if module.codes.kind == "float" and (lost := int(is_nan(codes).sum())):
             raise LorafoldError(
                 f"{what}: {path}.weight: found {lost} values that are not numbers, expected none"
             )
@@ -197,7 +194,7 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
 
 
 def _activations(settings: Mapping[str, Any]) -> bool:
-    if settings["quant_method"] == FINE_GRAINED:
+    if _fine_grained(settings):
         return True
     groups = settings.get("config_groups") or {}
     asked = ("input_activations", "output_activations")
@@ -206,9 +203,9 @@ def _activations(settings: Mapping[str, Any]) -> bool:
 
 def _groups(settings: Mapping[str, Any], what: str) -> list[tuple[Codes, list[str]]]:
     """How the weights are stored, and patterns of modules for which that is so."""
-    if settings["quant_method"] == FINE_GRAINED:
+    if _fine_grained(settings):
         rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
-        return [(Codes("fp8", rows, columns, scale="weight_scale_inv"), [])]
+        return [(Codes("float", rows, columns, scale="weight_scale_inv"), [])]
     config = _configuration(settings, what)
     for field, value in (
         ("transform_config", settings.get("transform_config")),
@@ -234,19 +231,19 @@ def _codes(group: Any, form: str, what: str) -> Codes:
         "group": (1, weights.group_size),
         "block": tuple(weights.block_structure or ()),
     }
-    stored = FORMATS.get((form, weights.type, weights.num_bits))
+    stored = of_codes(weights.type, weights.num_bits)
     strategy = str(weights.strategy)
     apart = not weights.symmetric and (weights.type == "float" or strategy == "tensor")
-    if stored is None or strategy not in blocks or apart:
+    if stored is None or form not in STORAGES[stored].codes[1] or strategy not in blocks or apart:
         raise LorafoldError(
             f"{what}: found weights in the format {form} ({weights.num_bits}-bit {weights.type}, a"
             f" scale for each {strategy}{', zero points' * (not weights.symmetric)}), expected"
             " float-quantized, int-quantized or pack-quantized ones of 8 or 4 bits, a scale for"
             f" each {', '.join(blocks)}"
         )
-    storage, packed = stored
     rows, columns = blocks[strategy]
-    return Codes(storage, rows, columns, weights.num_bits, packed, weights.symmetric)
+    packed = form == PACKED
+    return Codes(weights.type, rows, columns, weights.num_bits, packed, weights.symmetric)
 
 
 def _configuration(settings: Mapping[str, Any], what: str) -> Any:
@@ -264,7 +261,7 @@ def _configuration(settings: Mapping[str, Any], what: str) -> Any:
 
 
 def _matched(model: Any, settings: Mapping[str, Any], targets: list[str]) -> list[str]:
-    if settings["quant_method"] == FINE_GRAINED:
+    if _fine_grained(settings):
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 

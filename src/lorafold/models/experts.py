@@ -13,6 +13,7 @@ from lorafold.bases.expert_matrices import held, quantized
 from lorafold.bases.experts import route
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.matrices import expert_parameters, matrices_of
+from lorafold.models.storages import STORAGES
 from lorafold.ops.nf4 import BLOCK
 
 
@@ -22,12 +23,14 @@ def experts_quantized(quantization: str) -> Iterator[None]:
     that is being loaded never has more than one of them in 16 bits.
     """
 
+    pack = STORAGES[quantization].pack
+
     def quantize(module: Any, name: str, parameter: Any) -> Any:
         if name not in expert_parameters(module) or parameter.is_meta or parameter.dim() != 3:
             return None
         if parameter.shape[1 if module.is_transposed else 2] % BLOCK:
             return None
-        made: Any = quantized(parameter, quantization)
+        made: Any = quantized(parameter, pack)
         made._is_hf_initialized = True  # else transformers fills it with random numbers
         return made
 

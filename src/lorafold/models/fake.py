@@ -2,7 +2,7 @@
 values and without memory for them.
 
     with without_values():
-        model = fake_model(config, Storage(torch.bfloat16, "nf4"), blocks=2)
+        model = fake_model(config, Storage(torch.bfloat16), blocks=2)
 
 A fake model is of transformers' own class, so code that runs on a model also runs on its fake
 model, unless it asks for values (`core.fake`).
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from lorafold.bases import layer_of
-from lorafold.bases.bitsandbytes import PACKERS, set_compute_dtype
+from lorafold.bases.bitsandbytes import set_compute_dtype
 from lorafold.bases.expert_matrices import quantized
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
@@ -29,8 +29,9 @@ from lorafold.models.classifier import widen_heads
 from lorafold.models.experts import route_quantized
 from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
-from lorafold.models.quantizing import IN_FILES, packable
+from lorafold.models.quantizing import packable
 from lorafold.models.storage import Storage
+from lorafold.models.storages import IN_FILES, STORAGES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -118,16 +119,17 @@ def fake_model(
             " not quantized, expected one whose files are stored so"
         )
     elif storage.quantization is not None:
+        pack = STORAGES[storage.quantization].pack
         for path in packable(model):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             if name in expert_parameters(owner):
                 own: Any = owner._parameters[name]
-                owner._parameters[name] = quantized(own, storage.quantization)
+                owner._parameters[name] = quantized(own, pack)
                 continue
             w, b = layer_of(owner.get_submodule(name)).dense()
-            linear = PACKERS[storage.quantization](w)
-            linear.bias = b  # type: ignore[assignment]
+            linear: Any = pack(w)
+            linear.bias = b
             setattr(owner, name, linear)
         route_quantized(model)
     return model

@@ -20,7 +20,8 @@ from lorafold.models.compressed import (
 )
 from lorafold.models.compressed import misfits as compressed_misfits
 from lorafold.models.container import Entry
-from lorafold.models.mxfp4 import MXFP4, check_scales, make_mxfp4, misfits, stored_mxfp4
+from lorafold.models.mxfp4 import check_scales, make_mxfp4, misfits, stored_mxfp4
+from lorafold.models.storages import of_method
 
 
 def readable(settings: Mapping[str, Any]) -> bool:
@@ -29,11 +30,13 @@ def readable(settings: Mapping[str, Any]) -> bool:
 
 
 def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
-    """Return the storage of a readable `quantization_config`: fp8, int8, int4 or mxfp4.
+    """Return the storage of a readable `quantization_config`.
 
     Raises LorafoldError, in messages that begin with `what`, as `compressed.storage_of` does.
     """
-    return MXFP4 if stored_mxfp4(settings) else storage_of(settings, what)
+    if stored_mxfp4(settings):
+        return str(of_method(settings["quant_method"]))
+    return storage_of(settings, what)
 
 
 def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:

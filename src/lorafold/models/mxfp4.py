@@ -21,14 +21,14 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.matrices import expert_parameters, matrices_of
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
+from lorafold.models.storages import STORAGES, of_method
 from lorafold.ops.mxfp4 import NAN
-
-MXFP4 = "mxfp4"  # the value of quant_method, and the storage
 
 
 def stored_mxfp4(settings: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` is one that this module reads."""
-    return settings.get("quant_method") == MXFP4
+    name = of_method(settings.get("quant_method"))
+    return name is not None and not STORAGES[name].codes[0]
 
 
 def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:

@@ -1,18 +1,11 @@
 """Loads models while bitsandbytes quantizes their linears, one tensor at a time, and models whose
-files are quantized already.
-
-    nf4      4-bit NormalFloat, constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
-             0.26 of bf16's bytes
-    int8     8 bits, a scale for each output (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339)
-             0.50
+files are quantized already, in the storages of `models.storages`.
 
 Every linear of the blocks is quantized, from bf16, and so are the matrices of experts; embeddings,
-norms, routers and heads stay in 16 bits. Tensors are read from the files and not mapped, so the
-peak of memory is the quantized model and one tensor, or one block's experts. A model whose files
-are quantized already is loaded as it is, which adds three storages:
-
-    fp8, int4    of files that compressed-tensors wrote, or fine-grained FP8 (`models.compressed`)
-    mxfp4        of gpt-oss's files, for the matrices of experts alone (`models.mxfp4`)
+norms, routers and heads stay in 16 bits: NF4 takes 0.26 of bf16's bytes, int8 0.50. Tensors are
+read from the files and not mapped, so the peak of memory is the quantized model and one tensor, or
+one block's experts. A model whose files are quantized already is loaded as it is
+(`models.in_files`).
 """
 
 from __future__ import annotations
@@ -43,6 +36,7 @@ from lorafold.models.in_files import (
     storage_in_files,
 )
 from lorafold.models.mxfp4 import make_mxfp4, stored_mxfp4
+from lorafold.models.storages import IN_CODES, IN_FILES, MADE, STORAGES, made_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
 
@@ -53,26 +47,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUANTIZATIONS: dict[str, dict[str, Any]] = {
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-    "int8": {"load_in_8bit": True},
-}
-
-
-IN_FILES = ("fp8", "int4", "mxfp4")  # what files may be stored as, and lorafold does not make
-QUANTIZED = (*QUANTIZATIONS, *IN_FILES)
 # quant_method -> the package that transformers reads it with
 READ_BY = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_round"}
 
 
 def quantization_of(settings: Mapping[str, Any], what: str) -> str:
-    """Return the storage of a checkpoint by its `quantization_config`: nf4, fp4, int8, fp8, int4
-    or mxfp4.
+    """Return the storage of a checkpoint by its `quantization_config`: a row of STORAGES, or fp4.
 
     Raises LorafoldError, in a message that begins with `what`, if it is none of them, or if the
     package that reads it is not installed.
@@ -80,16 +60,18 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     if settings.get("load_in_8bit"):
-        return "int8"
+        return str(made_of(8))
     if readable(settings):
         return storage_in_files(settings, what)
     method = str(settings.get("quant_method", "unknown"))
     instead = "train on the model that it was quantized from instead"
     package = READ_BY.get(method)
     if package is None:
+        methods = (row.method for row in STORAGES.values())
         raise LorafoldError(
-            f"{what}: unsupported quantization {method}; supported: compressed-tensors (fp8, int8,"
-            f" int4), fp8, mxfp4, bitsandbytes (nf4, int8); {instead}"
+            f"{what}: unsupported quantization {method}; supported: compressed-tensors"
+            f" ({', '.join(IN_CODES)}), {', '.join(filter(None, methods))}, bitsandbytes"
+            f" ({', '.join(MADE)}); {instead}"
         )
     absent = importlib.util.find_spec(package) is None
     raise LorafoldError(
@@ -130,7 +112,7 @@ def read_quantized(
         auto: One of transformers' auto classes.
         path: The directory of the model.
         name: The name of the model in messages.
-        quantization: One of QUANTIZED.
+        quantization: One of `storages.QUANTIZED`.
         dtype: What is computed in.
         device: Where to load the model.
         trust_remote_code: Run the code in the model's directory.
@@ -147,7 +129,7 @@ def read_quantized(
     if stored is None and quantization in IN_FILES:
         raise LorafoldError(
             f"{what}: found files that are not quantized, of which lorafold makes"
-            f" {' or '.join(QUANTIZATIONS)}, not {quantization}"
+            f" {' or '.join(MADE)}, not {quantization}"
         )
     if stored not in (None, quantization):
         raise LorafoldError(
@@ -197,7 +179,7 @@ def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
 
     quantized = set(packable(model))
     others = [p for p, m in bare_modules(model) if is_linear(m) and p not in quantized]
-    return BitsAndBytesConfig(**QUANTIZATIONS[quantization], llm_int8_skip_modules=others)
+    return BitsAndBytesConfig(**STORAGES[quantization].made, llm_int8_skip_modules=others)
 
 
 def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:

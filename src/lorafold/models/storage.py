@@ -1,5 +1,5 @@
-"""Chooses how a base stores its weights (fp32, bf16, nf4, int8, fp8, int4, mxfp4): as was asked, or
-else by its files, its adapters and the device; with the reason for the choice.
+"""Chooses how a base stores its weights, among the rows of `models.storages`: as was asked, or else
+by its files, its adapters and the device; with the reason for the choice.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
 from lorafold.models.in_files import readable, storage_in_files
-from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED, quantization_of
+from lorafold.models.quantizing import quantization_of
 from lorafold.models.sources import ModelSource
+from lorafold.models.storages import IN_FILES, MADE, PLAIN, QUANTIZED, STORAGES
 from lorafold.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -24,29 +25,31 @@ class Storage(NamedTuple):
     """
 
     dtype: "torch.dtype"
-    quantization: str | None = None  # one of `quantizing.QUANTIZED`
+    quantization: str | None = None  # one of `storages.QUANTIZED`
     why: str = ""
 
     @property
     def name(self) -> str:
         """The storage as `choose_storage` takes it."""
-        return self.quantization or {"bfloat16": "bf16"}.get(str(self.dtype)[6:], "fp32")
+        dtype = str(self.dtype).removeprefix("torch.")
+        plain = next((name for name in PLAIN if STORAGES[name].dtype == dtype), PLAIN[-1])
+        return self.quantization or plain
 
 
 def choose_storage(base: str, device: "torch.device | str") -> Storage:
-    """Return the storage for a base of auto, fp32, bf16, nf4, int8, fp8, int4 or mxfp4 on this
-    device, with the reason as a line to print. Raises LorafoldError for other names.
+    """Return the storage for a base of auto or a row of STORAGES on this device, with the reason as
+    a line to print. Raises LorafoldError for other names.
 
     auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
     fp32. Quantized weights are dequantized to the dtype that auto would choose.
     """
     import torch
 
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtypes = {name: getattr(torch, STORAGES[name].dtype) for name in PLAIN}
     if base not in ("auto", *dtypes, *QUANTIZED):
         raise LorafoldError(
             f"storage {base}: unknown; expected auto, {', '.join(dtypes)},"
-            f" {' or '.join(QUANTIZATIONS)}, or {' or '.join(IN_FILES)} where its files are"
+            f" {' or '.join(MADE)}, or {' or '.join(IN_FILES)} where its files are"
             " stored so"
         )
     native, why = native_bf16(torch.device(device))
@@ -69,7 +72,7 @@ def default_storage(source: ModelSource, adapters: Sequence[str | Path] = ()) ->
         name = quantization_of(in_files, f"model {source.name}")
         return name if name in QUANTIZED else "auto"
     trained_on = base_trained_on(adapters)
-    return trained_on if trained_on in QUANTIZATIONS else "auto"
+    return trained_on if trained_on in MADE else "auto"
 
 
 def stored_in_files(source: ModelSource) -> str | None:

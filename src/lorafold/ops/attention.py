@@ -23,7 +23,6 @@ tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact, lower
 from lorafold.ops.documents import Documents
 from lorafold.ops.kept import kept
-from lorafold.ops.operators import Whole, operator
+from lorafold.ops.operators import Operation, operator
 
 # From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
 # than a block's input, while its time grows with their square.
@@ -49,7 +48,6 @@ def _gradient(gp: Tensor, p: Tensor, scale: float) -> None:
     gp.copy_(torch.ops.aten._softmax_backward_data(gp, p, -1, p.dtype)).mul_(scale)
 
 
-FORWARD, GRADIENTS = Whole(), Whole()
 # both overwrite their first argument
 SOFTMAX = operator(
     "softmax_(Tensor(a!) scores, Tensor mask, float scale) -> ()", _softmax, lambda *args: None
@@ -78,10 +76,8 @@ def _probabilities(
 def _attended(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
 ) -> Tensor:
-    dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
-    if (found := FORWARD(q, k, v, docs, scale, cap)) is not NotImplemented:
-        whole: Tensor = found
-        return whole
+    """The output (T, H, Dv) for queries (T, H, D), keys (S, Hk, D) and values (S, Hk, Dv)."""
+    dtype = arithmetic(q)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for tiles in docs.groups():
@@ -93,48 +89,61 @@ def _attended(
     return out
 
 
+def _attended_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of the output, (T, H, Dv)."""
+    dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
+    # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
+    # sum would be rounded
+    wide = torch.promote_types(k.dtype, torch.float32)
+    gq, (gk, gv) = torch.empty_like(q), (docs.gradient_like(x) for x in (k, v))
+    for tiles in docs.groups():
+        ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
+        gks, gvs = (x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
+        for tile in tiles:
+            qi, gi = (tile.queries(x, kv_heads, dtype) for x in (q, g))
+            ki, vi = ks[:, tile.seen], vs[:, tile.seen]
+            p, t = _probabilities(qi, ki, docs.mask(tile, groups, ks), scale, cap)
+            gvs[:, tile.seen] += torch.bmm(p.mT, gi)
+            gs = torch.bmm(gi, vi.mT)
+            BACKWARD(gs, p, scale)
+            if t is not None:
+                gs.mul_(1 - t * t)
+            tile.put_queries(gq, torch.bmm(gs, ki))
+            gks[:, tile.seen] += torch.bmm(gs.mT, qi)
+        tiles[0].put_keys(gk, gks)
+        tiles[0].put_keys(gv, gvs)
+    return gq, gk, gv
+
+
+# of keys and values as `Documents.gathered` gives them
+FORWARD = Operation("document_attention", _attended)
+GRADIENTS = Operation("document_attention_backward", _attended_backward)
+
+
 class _DocumentAttention(Exact):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.docs, ctx.scale, ctx.cap, ctx.dtype = docs, scale, cap, arithmetic(q)
-        make = partial(_attended, q, k, v, docs, scale, cap)
-        return kept(make) if max(docs.lens) >= LONG else make()
+        ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
+
+        def attended() -> Tensor:
+            y: Tensor = FORWARD(q, docs.gathered(k), docs.gathered(v), docs, scale, cap)
+            return y
+
+        return kept(attended) if max(docs.lens) >= LONG else attended()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
-        docs, dtype = ctx.docs, ctx.dtype
-        k, v = docs.gathered(k), docs.gathered(v)
-        found = GRADIENTS(g, q, k, v, docs, ctx.scale, ctx.cap)
-        if found is not NotImplemented:
-            gq, *both = found
-            return gq, *(docs.scattered(x, len(q)) for x in both), None, None, None
-        kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-        # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
-        # sum would be rounded
-        wide = torch.promote_types(k.dtype, torch.float32)
-        gq, (gk, gv) = torch.empty_like(q), (docs.gradient_like(x) for x in (k, v))
-        for tiles in docs.groups():
-            ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
-            gks, gvs = (x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
-            for tile in tiles:
-                qi, gi = (tile.queries(x, kv_heads, dtype) for x in (q, g))
-                ki, vi = ks[:, tile.seen], vs[:, tile.seen]
-                p, t = _probabilities(qi, ki, docs.mask(tile, groups, ks), ctx.scale, ctx.cap)
-                gvs[:, tile.seen] += torch.bmm(p.mT, gi)
-                gs = torch.bmm(gi, vi.mT)
-                BACKWARD(gs, p, ctx.scale)
-                if t is not None:
-                    gs.mul_(1 - t * t)
-                tile.put_queries(gq, torch.bmm(gs, ki))
-                gks[:, tile.seen] += torch.bmm(gs.mT, qi)
-            tiles[0].put_keys(gk, gks)
-            tiles[0].put_keys(gv, gvs)
-        gk, gv = (docs.scattered(x, len(q)).to(k.dtype) for x in (gk, gv))
+        docs = ctx.docs
+        gathered = docs.gathered(k), docs.gathered(v)
+        gq, *both = GRADIENTS(g, q, *gathered, docs, ctx.scale, ctx.cap)
+        gk, gv = (docs.scattered(x, len(q)).to(k.dtype) for x in both)
         return gq, gk, gv, None, None, None
 
 

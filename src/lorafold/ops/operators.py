@@ -1,12 +1,13 @@
-"""The operators of lorafold in torch's dispatcher, `torch.ops.lorafold.NAME`.
+"""Operations, each with a plain form in torch, which is the specification, and faster forms by kind
+of device. `lorafold.kernels.table` has the rows of the faster ones.
 
-An operator has a plain form, in torch, on every device. Its fake form says what it returns to a
-step on fake tensors, so that an estimate counts as much memory as a real step takes. A faster form
-for one kind of device, registered by `implement`, goes before the plain one; `lorafold.kernels`
-has these for the CPU. torch.library.custom_op would be shorter, and takes 23 us a call where this
-takes 3.
-
+    NORM = operator("rms_norm(...) -> Tensor", plain, fake)     of tensors
+    FORWARD = Operation("document_attention", plain)            of anything
     with plainly(): ...             computes the plain forms, as the oracle of the faster ones
+
+One of tensors is an operator in torch's dispatcher, `torch.ops.lorafold.NAME`. Its fake form says
+what it returns to a step on fake tensors, so that an estimate counts as much memory as a real step
+takes. torch.library.custom_op would be shorter, and takes 23 us a call where this takes 3.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from typing import Any
 import torch
 
 _plainly: ContextVar[bool] = ContextVar("plainly", default=False)
-_PLAIN: dict[Any, Callable[..., Any]] = {}
 _LIBRARY = torch.library.Library("lorafold", "FRAGMENT")
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Compute every operator by its plain form until the `with` block ends, in this thread."""
+    """Compute every operation by its plain form until the `with` block ends, in this thread."""
     token = _plainly.set(True)
     try:
         yield
@@ -33,21 +33,52 @@ def plainly() -> Iterator[None]:
         _plainly.reset(token)
 
 
-class Whole:
-    """An operation that plain code computes step by step, and a faster form as a whole."""
+class Operation:
+    """Final: called, it computes its form for the device of its first input, a tensor.
 
-    def __init__(self) -> None:
-        self.fast: Callable[..., Any] | None = None
+    Args:
+        name: its name.
+        plain: computes it on any device.
+        dispatched: the operator of torch that stands for it, or None.
+    """
+
+    def __init__(
+        self, name: str, plain: Callable[..., Any], dispatched: Callable[..., Any] | None = None
+    ) -> None:
+        self.name, self.plain, self._dispatched = name, plain, dispatched
+        self._forms: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        """The output of the faster form, which takes fake tensors as well; NotImplemented if there
-        is none for these inputs, or within `plainly`.
+        if self._dispatched is not None:
+            return self._dispatched(*inputs)
+        return self.on(inputs[0].device.type)(*inputs)
+
+    def on(self, device: str) -> Callable[..., Any]:
+        """What computes it on a kind of device, without torch's dispatcher."""
+        return self._forms.get(device, self.plain)
+
+    def implement(self, device: str, fast: Callable[..., Any]) -> None:
+        """Have it computed by this form on a kind of device from now on, if none does so yet.
+
+        Args:
+            device: torch's name of the kind of device, such as cpu.
+            fast: computes it, or returns NotImplemented for inputs that the plain form has to take.
         """
-        return NotImplemented if self.fast is None or _plainly.get() else self.fast(*inputs)
+        if device in self._forms:
+            return
+        plain = self.plain
+
+        def form(*inputs: Any) -> Any:
+            found = NotImplemented if _plainly.get() else fast(*inputs)
+            return plain(*inputs) if found is NotImplemented else found
+
+        self._forms[device] = form
+        if self._dispatched is not None:
+            _LIBRARY.impl(self.name, form, device.upper())
 
 
-def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator and return it.
+def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
+    """Define an operator in torch's dispatcher and return the operation.
 
     Args:
         schema: its name, parameters and outputs, as torch writes them.
@@ -58,23 +89,4 @@ def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafold::{name}", fake, lib=_LIBRARY)
-    found = getattr(torch.ops.lorafold, name).default
-    _PLAIN[found] = plain
-    return found
-
-
-def implement(of: Any, fast: Callable[..., Any], device: str) -> None:
-    """Register the form of an operator that is computed on one kind of device from now on.
-
-    Args:
-        of: the operator, as `operator` returned it.
-        fast: computes it, or returns NotImplemented for inputs that the plain form has to take.
-        device: torch's name of the kind of device, such as CPU.
-    """
-    plain = _PLAIN[of]
-
-    def form(*inputs: Any) -> Any:
-        found = NotImplemented if _plainly.get() else fast(*inputs)
-        return plain(*inputs) if found is NotImplemented else found
-
-    _LIBRARY.impl(of.name().partition("::")[2], form, device)
+    return Operation(name, plain, getattr(torch.ops.lorafold, name).default)

@@ -15,9 +15,9 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.record import base_trained_on
 from lorafold.methods import known_options, make_spec
-from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
+from lorafold.models.storages import IN_FILES, MADE, QUANTIZED
 from lorafold.step.recipe import Recipe
 
 
@@ -98,7 +98,7 @@ def settled_base(
             storage = in_files
         elif trained_on is not None and trained_on not in IN_FILES:
             storage = trained_on
-    if storage in QUANTIZATIONS and importlib.util.find_spec("bitsandbytes") is None:
+    if storage in MADE and importlib.util.find_spec("bitsandbytes") is None:
         if asked:
             raise LorafoldError(
                 f"storage {storage}: needs bitsandbytes, which is not installed; pip install"

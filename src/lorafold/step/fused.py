@@ -30,7 +30,7 @@ from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
 from lorafold.core.presets import own_blocks
-from lorafold.kernels.training import use
+from lorafold.kernels.table import TRAINING, use
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
 from lorafold.ops.rotary import rotary
@@ -78,7 +78,7 @@ def fused(
         "norms": partial(_fused_norm, norm),
         "MLP": partial(_fused_mlp, gate),
     }
-    why = use() if any(p.is_cpu for p in model.parameters()) else ""
+    why = use(TRAINING) if any(p.is_cpu for p in model.parameters()) else ""
     paths, own = blocks(model), own_blocks(model)
     inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in paths]
     with ExitStack() as stack:

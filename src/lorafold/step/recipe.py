@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from lorafold.files.renamed import RENAMED
 from lorafold.methods import METHODS
+from lorafold.models.storages import DEFAULT, LISTED, StorageName
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -127,12 +128,11 @@ class Recipe(BaseModel):
         {},
         description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
     )
-    storage: Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "auto"] = Field(
-        "nf4",
+    storage: StorageName = Field(
+        DEFAULT,
         description=(
-            "How the base stores its weights while the adapter is trained: in 4 bits (nf4), 8, 16"
-            " or 32; fp8, int4 and mxfp4 only where its files are stored so. auto is bf16 where the"
-            " device multiplies it natively, else fp32."
+            f"How the base stores its weights while the adapter is trained: {LISTED}. auto is bf16"
+            " where the device multiplies it natively, else fp32."
         ),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.models.storages import made_of
 from lorafold.translating import trainer
 from lorafold.translating.axolotl_preferences import objective_of, starts_afresh
 from lorafold.translating.convert import boolean, choice, integer, names, number
@@ -89,11 +90,11 @@ def target_parameters(value: Any, settings: Settings) -> Outcome:
     return trainer.target_parameters(modules, names(value))
 
 
-def quantized(storage: str) -> Reader:
-    """The reader of `load_in_4bit` or `load_in_8bit`, which become this quantized base."""
+def quantized(bits: int) -> Reader:
+    """The reader of `load_in_4bit` or `load_in_8bit`, which become a base quantized to so many."""
 
     def read(value: Any, settings: Settings) -> Outcome:
-        return taken(storage=storage) if boolean(value) else taken("it is off")
+        return taken(storage=made_of(bits)) if boolean(value) else taken("it is off")
 
     return read
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.models.storages import DEFAULT, MADE, STORAGES, made_of
 from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, choice, integer, names, number
 from lorafold.translating.llamafactory_preferences import objective_of, of_supervised
@@ -98,14 +99,16 @@ def lora_target(value: Any, settings: Settings) -> Outcome:
 
 
 def quantization_bit(value: Any, settings: Settings) -> Outcome:
-    """`quantization_bit` becomes a quantized base: nf4 or int8, whichever is nearest."""
+    """`quantization_bit` becomes a quantized base, the nearest of those that lorafold makes."""
     by, kind = settings["quantization_method"], settings["quantization_type"]
-    found = {4: "nf4", 8: "int8"}.get(integer(value))
-    if found and by in ("bnb", "bitsandbytes") and (found == "int8" or kind == "nf4"):
+    found = made_of(integer(value))
+    nearest = found or DEFAULT
+    same = STORAGES[nearest].made.get("bnb_4bit_quant_type", kind) == kind
+    if found and same and by in ("bnb", "bitsandbytes"):
         return taken(storage=found)
-    nearest = found or "nf4"
     return changed(
-        f"lorafold quantizes with bitsandbytes, as nf4 or int8, of which {nearest} is nearest",
+        f"lorafold quantizes with bitsandbytes, as {' or '.join(MADE)}, of which {nearest} is"
+        " nearest",
         storage=nearest,
     )
 

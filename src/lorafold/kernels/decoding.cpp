@@ -1,4 +1,4 @@
-// The operations of a pass; `operations.py` has their equations and shapes.
+// The operations of a pass of the engine; `ops/decoding.py` has their equations and shapes.
 //
 // The numbers of a token follow from its row alone, in an order that depends on nothing else. Inputs
 // and outputs are float or bfloat16 (raw 16 bits); sums are in fp32.
@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "rows.h"
+#include "numbers.h"
 
 namespace {
 
@@ -222,25 +222,6 @@ void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, l
                                 float scale, int threads) {                                        \
     attend(q, k, v, mask, out, rows, heads, tokens, kv, keys, d, dv, q_row, q_head, q_token,       \
            k_row, k_head, v_row, v_head, m_row, m_token, scale, threads);                          \
-  }                                                                                                \
-  extern "C" void rms_norm_##NAME(const T* x, const T* gain, T* out, long rows, long n, float eps, \
-                                  int threads) {                                                   \
-    rms_norm(x, gain, out, rows, n, eps, threads);                                                 \
-  }                                                                                                \
-  extern "C" void rotary_##NAME(const T* x, const T* cos, const T* sin, T* out, long rows,         \
-                                long heads, long tokens, long d, long x_row, long x_head,          \
-                                long x_token, long to_row, long to_head, long to_token, long turn, \
-                                int threads) {                                                     \
-    rotary(x, cos, sin, out, rows, heads, tokens, d, places{x_row, x_head, x_token},               \
-           places{to_row, to_head, to_token}, turn, 1.0f, threads);                                \
-  }                                                                                                \
-  extern "C" void gated_silu_##NAME(const T* gate, const T* up, T* out, long rows,                 \
-                                    long n, long to_gate, long to_up, int threads) {               \
-    gated<silu>(gate, up, out, rows, n, to_gate, to_up, threads);                                  \
-  }                                                                                                \
-  extern "C" void gated_gelu_tanh_##NAME(const T* gate, const T* up, T* out, long rows,            \
-                                         long n, long to_gate, long to_up, int threads) {          \
-    gated<gelu_tanh>(gate, up, out, rows, n, to_gate, to_up, threads);                             \
   }                                                                                                \
   extern "C" void write_##NAME(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, \
                                long rows, long heads, long tokens, long d, long to_slot,           \
