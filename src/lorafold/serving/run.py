@@ -24,10 +24,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from lorafold.core.anatomy import bare_modules
-from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_code, of_model
-from lorafold.machine.room import free_bytes
 from lorafold.models.sources import ModelSource
 from lorafold.screening.screen import Screen
 from lorafold.serving import kept, logs
@@ -36,6 +34,7 @@ from lorafold.serving.desk import Desk
 from lorafold.serving.directory import Directory
 from lorafold.serving.gauges import Gauges
 from lorafold.serving.host import Host
+from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
@@ -136,28 +135,16 @@ def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) 
     files = of_model(source)
     model, tokenizer = base.load(source)
     identity = joined([files, _storage(model)])
-    room = settings.adapter_bytes or free_bytes(model.device) // 2
-    most = settings.limits.tenant_running
-    if most is None and settings.keys is not None:
-        most = max(1, settings.slots * 3 // 4)
-
-    def engine() -> Engine:
-        return Engine(
-            model, tokenizer, slots=settings.slots, length=settings.length, adapter_bytes=room,
-            budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
-            weights=settings.weights, prefix_reuse=settings.prefix_reuse,
-        )  # fmt: skip
-
     state = settings.state or directory.beside / kept.FILE
     screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
     renderers = Renderers(model, tokenizer, screen)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES)])
     seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
-    verifier = Verifier(directory, screen, renderers, seen, base.name)
-    registry = Registry(base.name, identity, directory, state, renderers.base, verifier)
-    metrics, first = Metrics(), engine()
-    registry.open(first)
-    host = Host(first, engine, registry, settings, metrics)
+    metrics = Metrics()
+    backend = InProcess(model, tokenizer, settings, metrics.restarts.inc)
+    verifier = Verifier(directory, screen, renderers, seen, base.name, backend)
+    registry = Registry(base.name, identity, directory, state, renderers.base, verifier, backend)
+    host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
     _show_gauges(metrics, host)
     metrics.registry.register(Gauges(metrics, host, registry))
@@ -224,7 +211,7 @@ def _is_here(host: str) -> bool:
 
 def _show_gauges(metrics: Metrics, host: Host) -> None:
     def adapters(name: str) -> float:
-        return float(getattr(host.engine.adapters, name))
+        return float(getattr(host.backend.states(), name))
 
     metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
     metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
@@ -238,7 +225,7 @@ def _show_gauges(metrics: Metrics, host: Host) -> None:
 
 def _tell(server: Server, address: str, console: Console) -> None:
     """Say what is served, what is not and why, and how to use it."""
-    registry, engine = server.registry, server.host.engine
+    registry, backend = server.registry, server.host.backend
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -255,11 +242,11 @@ def _tell(server: Server, address: str, console: Console) -> None:
         say(f"in quarantine: {name}: {why}")
     if unknown := sorted(server.settings.weights.keys() - set(server.keys.tenants)):
         say(f"weights: no tenant has a key yet: {', '.join(unknown)}")
-    if not engine.slotted:
-        say(f"requests run one at a time: {engine.structure.why}")
+    if why := backend.states().alone:
+        say(f"requests run one at a time: {why}")
     tenants = server.keys.tenants
     who = f"{len(tenants)} tenants with keys" if server.keys.file else "no keys, for this machine"
-    say(f"{server.settings.slots} slots of {engine.length:,} tokens, {who}")
+    say(f"{server.settings.slots} slots of {backend.length:,} tokens, {who}")
     say(f"listening at http://{address}; Ctrl-C ends it")
     model = names[0] if names else registry.base
     key = "$KEY" if server.keys.file else "none"

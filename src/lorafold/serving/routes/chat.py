@@ -7,12 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.engine import Ended, Token
+from lorafold.serving.backend import Ended, Token
 from lorafold.serving.job import Reply
 from lorafold.serving.refusal import naming
-from lorafold.serving.server import Server
+from lorafold.serving.server import Dialect, Server
 from lorafold.serving.speech import CONTENT
-from lorafold.serving.turn import Message, Turn, Written
+from lorafold.serving.turn import Message, Turn
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.chat import Chat
 
@@ -32,7 +32,7 @@ def routes(server: Server) -> APIRouter:
     return router
 
 
-class Answer(Written):
+class Answer(Dialect):
     """A turn as chat completions have it.
 
     Args:
@@ -41,8 +41,8 @@ class Answer(Written):
     """
 
     def __init__(self, server: Server, body: Chat) -> None:
-        super().__init__(Turn(server, body), body.stream)
-        self.body = body
+        self.turn, self.body = Turn(server, body), body
+        super().__init__(self.turn, body.stream)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
@@ -100,7 +100,7 @@ class Answer(Written):
         return choice | ids
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> dict[str, Any] | None:
-        top, shown = self.body.top_logprobs or 0, reply.chosen.renderer.shown
+        top, shown = self.body.top_logprobs or 0, reply.prompted.chosen.renderer.shown
         return shown.chat(tokens, top) if self.body.logprobs else None
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Answer(Written):
             "object": kind,
             "created": reply.created,
             "model": self.body.model,
-            "system_fingerprint": reply.chosen.fingerprint,
+            "system_fingerprint": reply.prompted.chosen.fingerprint,
         }
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorafold.data.messages import without_nulls
-from lorafold.engine import Token
+from lorafold.serving.backend import Token
 from lorafold.serving.job import Reply
 from lorafold.serving.refusal import naming
-from lorafold.serving.server import Server, answer
+from lorafold.serving.server import Dialect, Server, answer
 from lorafold.serving.speech import CONTENT, REASONING
-from lorafold.serving.turn import Message, Turn, Written
+from lorafold.serving.turn import Message, Turn
 from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.response import Count, Respond
@@ -44,14 +44,14 @@ def routes(server: Server) -> APIRouter:
         body = await server.body(request, Count)
         chat, names = body.chat()
         with naming(names):
-            asked = Turn(server, chat, "input", shorten=body.truncation == "auto").asked()
-            found = await server.desk.count(caller, asked)
+            turn = Turn(server, chat, "input", shorten=body.truncation == "auto")
+            found = await server.desk.count(caller, turn)
         return answer({"object": "response.input_tokens", "input_tokens": found})
 
     return router
 
 
-class Answer(Written):
+class Answer(Dialect):
     """A turn as responses have it.
 
     Args:
@@ -61,8 +61,8 @@ class Answer(Written):
     """
 
     def __init__(self, server: Server, body: Respond, chat: Chat) -> None:
-        turn = Turn(server, chat, "input", shorten=body.truncation == "auto")
-        super().__init__(turn, body.stream)
+        self.turn = Turn(server, chat, "input", shorten=body.truncation == "auto")
+        super().__init__(self.turn, body.stream)
         self.body, self._number = body, 0
         self._unsaid: list[Token] = []  # of a message, whose text is not yet there
 
@@ -132,7 +132,7 @@ class Answer(Written):
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
         if not self.body.logprobs:
             return []
-        found = reply.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
+        found = reply.prompted.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
         return list(found)
 
     def _closed(self, reply: Reply, items: list[Item]) -> Iterator[bytes]:

@@ -44,7 +44,7 @@ def routes(server: Server) -> APIRouter:
 
         renderer, found = await unless_left(request, server.host.think(tokens, caller.tenant))
         told: dict[str, Any] = {
-            "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
+            "count": len(found), "max_model_len": server.host.backend.length, "tokens": found,
         }  # fmt: skip
         if body.return_token_strs:
             told["token_strs"] = [renderer.shown.text(token) for token in found]
