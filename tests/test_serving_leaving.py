@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from lorafold.serving.desk import LEAVING
+from lorafold.serving.admission import LEAVING
 from lorafold.serving.host import TURNS
 from serving_cases import Running, running, saved
 from test_serving_faults import stream_of, until

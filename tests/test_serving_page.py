@@ -19,7 +19,7 @@ from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
 from lorafold.serving import feed
 from lorafold.serving.aliases import Aliases
-from lorafold.serving.kept import Target
+from lorafold.serving.state_file import Target
 from serving_cases import Running, running, saved
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}

@@ -169,7 +169,7 @@ class Gate:
             # a flood is refused before its bodies are read
             caller = self.server.keys.caller(authorization(headers))
             record.tenant = caller.tenant
-            self.server.desk.check_room(caller.tenant, 1)
+            self.server.admission.check_room(caller.tenant, 1)
             self.server.spent.check(caller)
 
     def _too_large(self) -> Refusal:

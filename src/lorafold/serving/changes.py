@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lorafold.serving.backend import States
-from lorafold.serving.kept import Kept
 from lorafold.serving.seen import Found
 from lorafold.serving.server import Server
+from lorafold.serving.state_file import Kept
 
 K = TypeVar("K")
 

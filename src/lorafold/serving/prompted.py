@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from lorafold.serving.backend import Sampling
+from lorafold.serving.parts import PartReader
 from lorafold.serving.rendering import Chosen, Renderer
-from lorafold.serving.speech import Speech
 from lorafold.serving.wire.body import Completing
 
 Prompts = tuple[tuple[int, ...], ...]
@@ -25,14 +25,14 @@ class Prompted:
     text: The prompt in words, or all of them, for the log.
     prompts: The tokens of each prompt.
     sampling: The settings of all completions, but for the seed.
-    speech: Tells the parts of a completion apart; each has a copy. None for plain text.
+    reader: Tells the parts of a completion apart; each has a copy. None for plain text.
     """
 
     chosen: Chosen
     text: object
     prompts: Prompts
     sampling: Sampling
-    speech: Speech | None = None
+    reader: PartReader | None = None
 
 
 class Asked(ABC):

@@ -22,11 +22,11 @@ from lorafold.errors import LorafoldError, cut, printable
 from lorafold.serving.backend import Backend
 from lorafold.serving.digests import Digests
 from lorafold.serving.directory import NAME, Directory
-from lorafold.serving.kept import Kept, read_kept, write_kept
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.seen import Found
+from lorafold.serving.state_file import Kept, read_kept, write_kept
 from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier
 

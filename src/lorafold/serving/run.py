@@ -28,9 +28,9 @@ from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_code, of_model
 from lorafold.models.sources import ModelSource
 from lorafold.screening.screen import Screen
-from lorafold.serving import kept, logs
+from lorafold.serving import logs
+from lorafold.serving.admission import Admission
 from lorafold.serving.app import application
-from lorafold.serving.desk import Desk
 from lorafold.serving.directory import Directory
 from lorafold.serving.gauges import Gauges
 from lorafold.serving.host import Host
@@ -44,6 +44,7 @@ from lorafold.serving.seen import Seen
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent, beside
+from lorafold.serving.state_file import STATE
 from lorafold.serving.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) 
     files = of_model(source)
     model, tokenizer = base.load(source)
     identity = joined([files, _storage(model)])
-    state = settings.state or directory.beside / kept.FILE
+    state = settings.state or directory.beside / STATE
     screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
     renderers = Renderers(model, tokenizer, screen)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES)])
@@ -149,7 +150,7 @@ def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) 
     _show_gauges(metrics, host)
     metrics.registry.register(Gauges(metrics, host, registry))
     return Server(
-        settings, keys, registry, host, Desk(host, registry, spent), metrics, spent
+        settings, keys, registry, host, Admission(host, registry, spent), metrics, spent
     )
 
 

@@ -18,7 +18,7 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
-from lorafold.serving.desk import Desk
+from lorafold.serving.admission import Admission
 from lorafold.serving.host import Host
 from lorafold.serving.job import Reply
 from lorafold.serving.keys import Caller, Keys
@@ -84,7 +84,7 @@ class Server:
     keys: Keys
     registry: Registry
     host: Host
-    desk: Desk
+    admission: Admission
     metrics: Metrics
     spent: Spent
 
@@ -127,7 +127,7 @@ class Server:
             dialect: what is asked, and how it is answered.
         """
         record = record_of(request)
-        admitted = self.desk.admit(caller, id, record.started, dialect.asked)
+        admitted = self.admission.admit(caller, id, record.started, dialect.asked)
         reply = await unless_left(request, admitted)
         chosen = reply.prompted.chosen
         record.reply, record.adapter, record.version = reply, chosen.name, chosen.key or chosen.name
@@ -150,7 +150,7 @@ class Server:
         try:
             return await unless_left(request, answer)
         finally:
-            self.desk.drop(reply)
+            self.admission.drop(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
         """A response of events. If the client leaves, or reads too slowly, its completions end.
@@ -182,7 +182,7 @@ class Server:
                 whys = [job.failed or job.why for job in reply.jobs]
                 if record.outcome in ("ok", "client_left"):
                     record.outcome = next((why.code for why in whys if why), record.outcome)
-                self.desk.drop(reply)
+                self.admission.drop(reply)
                 complete = True
 
         async def left(_: object) -> None:  # perhaps before the first event, or after the last one
@@ -190,7 +190,7 @@ class Server:
             gone = True
             if not complete and any(job.events or job.end is None for job in reply.jobs):
                 record.outcome = "client_left"
-            self.desk.drop(reply)
+            self.admission.drop(reply)
 
         return EventSourceResponse(
             guarded(),

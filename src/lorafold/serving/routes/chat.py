@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 
 from lorafold.serving.backend import Ended, Token
 from lorafold.serving.job import Reply
+from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.parts import CONTENT
 from lorafold.serving.refusal import naming
 from lorafold.serving.server import Dialect, Server
-from lorafold.serving.speech import CONTENT
-from lorafold.serving.turn import Message, Turn
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.chat import Chat
 
@@ -41,12 +41,12 @@ class Answer(Dialect):
     """
 
     def __init__(self, server: Server, body: Chat) -> None:
-        self.turn, self.body = Turn(server, body), body
+        self.turn, self.body = NextTurn(server, body), body
         super().__init__(self.turn, body.stream)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        messages = [Message() for _ in reply.jobs]
+        messages = [AllSaid() for _ in reply.jobs]
         async for said in self.turn.said(reply):
             messages[said.index].take(said)
         choices = [self._choice(reply, i, message) for i, message in enumerate(messages)]
@@ -83,7 +83,7 @@ class Answer(Dialect):
             yield event(head | {"choices": [], "usage": reply.usage})
         yield DONE
 
-    def _choice(self, reply: Reply, i: int, message: Message) -> dict[str, Any]:
+    def _choice(self, reply: Reply, i: int, message: AllSaid) -> dict[str, Any]:
         assert message.end is not None
         content = message.texts.get(CONTENT, None if message.calls else "")
         told: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}

@@ -30,7 +30,7 @@ def routes(server: Server) -> APIRouter:
     return router
 
 
-class Plain(Asked):
+class PlainPrompts(Asked):
     """Plain prompts.
 
     Args:
@@ -42,7 +42,7 @@ class Plain(Asked):
 
     def __init__(self, server: Server, body: Completion) -> None:
         super().__init__(body, "prompt", body.max_tokens)
-        server.desk.check(body)
+        server.admission.check(body)
         self._given = body.prompts(server.settings.limits.choices)
         self._sampling = body.sampling(logprobs=body.logprobs)
 
@@ -66,7 +66,7 @@ class Answer(Dialect):
     """
 
     def __init__(self, server: Server, body: Completion) -> None:
-        super().__init__(Plain(server, body), body.stream)
+        super().__init__(PlainPrompts(server, body), body.stream)
         self.body = body
 
     async def whole(self, reply: Reply) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request, Response
 
 from lorafold.serving.backend import Ended
 from lorafold.serving.job import Reply
+from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.parts import REASONING
 from lorafold.serving.refusal import naming
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.speech import REASONING
-from lorafold.serving.turn import Message, Turn
 from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.messages import PATH, Ask, Count
@@ -49,8 +49,8 @@ def routes(server: Server) -> APIRouter:
         body = await server.body(request, Count)
         chat, names = body.chat()
         with naming(names):
-            turn = Turn(server, chat, wishes=body.wishes)
-            return answer({"input_tokens": await server.desk.count(caller, turn)})
+            turn = NextTurn(server, chat, wishes=body.wishes)
+            return answer({"input_tokens": await server.admission.count(caller, turn)})
 
     return router
 
@@ -65,12 +65,12 @@ class Answer(Dialect):
     """
 
     def __init__(self, server: Server, body: Ask, chat: Chat) -> None:
-        self.turn, self.body = Turn(server, chat, wishes=body.wishes), body
+        self.turn, self.body = NextTurn(server, chat, wishes=body.wishes), body
         super().__init__(self.turn, body.stream)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        message = Message()
+        message = AllSaid()
         async for said in self.turn.said(reply):
             message.take(said)
         content = [_spoken(name, text) for name, text in message.texts.items()]
@@ -82,7 +82,7 @@ class Answer(Dialect):
         tokens = len(reply.jobs[0].request.prompt)
         begun = self._message(reply, []) | {"usage": _usage(tokens, 0, 0)}
         yield _event("message_start", message=begun)
-        message, at, open = Message(), -1, ""
+        message, at, open = AllSaid(), -1, ""
         async for said in self.turn.said(reply):
             message.take(said)
             for name, text in said.parts:
@@ -115,7 +115,7 @@ class Answer(Dialect):
             "stop_sequence": None,
         }
 
-    def _end(self, reply: Reply, message: Message) -> dict[str, Any]:
+    def _end(self, reply: Reply, message: AllSaid) -> dict[str, Any]:
         assert message.end is not None
         end, prompt = message.end, len(reply.jobs[0].request.prompt)
         return {

@@ -28,7 +28,7 @@ LEAVING = 4  # times as many may be about to end as may wait: they end with the 
 RETRIES = 3  # an adapter's version may be replaced between its choice and its use
 
 
-class Desk:
+class Admission:
     """Where requests are admitted.
 
     Args:

@@ -15,12 +15,12 @@ from typing import Any
 
 from lorafold.serving.backend import Ended, Token
 from lorafold.serving.job import Reply
+from lorafold.serving.parts import Part, PartReader
 from lorafold.serving.prompted import Asked, Prompted, Prompts
 from lorafold.serving.refusal import wrong
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Server
 from lorafold.serving.shortened import shortened
-from lorafold.serving.speech import Part, Speech
 from lorafold.serving.wire.answers import new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.schema import check_founded
@@ -40,7 +40,7 @@ class Said:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Message:
+class AllSaid:
     """All that was said in a completion."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Message:
         self.end, self.calls = said.end, said.calls
 
 
-class Turn(Asked):
+class NextTurn(Asked):
     """One turn. Raises Refusal for a conversation that can't have one.
 
     Args:
@@ -82,7 +82,7 @@ class Turn(Asked):
         super().__init__(body, field, body.max_new_tokens)
         self._wishes, self._shorten = {**body.wishes, **wishes}, shorten
         self._length, limits = server.host.backend.length, server.settings.limits
-        server.desk.check(body)
+        server.admission.check(body)
         self.messages, self.tools = body.conversation(limits), body.offered(limits)
         self._schema, self._forced = body.json_schema(), body.forced()
         self._mixed = self._schema is not None and bool(self.tools)
@@ -113,21 +113,21 @@ class Turn(Asked):
         lark = self._grammar(renderer)
         sampling = self._sampling if lark is None else replace(self._sampling, lark=lark)
         # what it needs to know of the template is found out here, beside the event loop
-        speech = Speech(renderer.tokenizer, text, self.tools)
-        return Prompted(chosen, text, prompts, sampling, speech)
+        reader = PartReader(renderer.tokenizer, text, self.tools)
+        return Prompted(chosen, text, prompts, sampling, reader)
 
     async def said(self, reply: Reply) -> AsyncIterator[Said]:
         """What is said, as it comes. Raises Refusal for a completion that fails."""
-        speech = reply.prompted.speech
-        assert speech is not None
-        speeches = [copy(speech) for _ in reply.jobs]
+        reader = reply.prompted.reader
+        assert reader is not None
+        readers = [copy(reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
-                parts = speeches[i].add(event.text)
-                yield Said(i, parts, speeches[i].field, event)
+                parts = readers[i].add(event.text)
+                yield Said(i, parts, readers[i].field, event)
                 continue
-            parts = speeches[i].add(event.text[speeches[i].length :])
-            rest, calls = await asyncio.to_thread(speeches[i].finish)
+            parts = readers[i].add(event.text[readers[i].length :])
+            rest, calls = await asyncio.to_thread(readers[i].finish)
             yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
 
     def _grammar(self, renderer: Renderer) -> str | None:
