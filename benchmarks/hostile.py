@@ -65,7 +65,7 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     import faulthandler
     import logging
 
-    from lorafold.machine.collection import imports_set_aside
+    from lorafold.machine.collection import imports_set_aside, set_aside
     from serving_cases import running
 
     logging.basicConfig(filename=folder.parent / "server.log", level=logging.INFO)
@@ -89,10 +89,13 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     with imports_set_aside(), running(base, folder, waits=False) as server:  # as the command does
         on = server.parts.host._loop
         watching = asyncio.run_coroutine_threadsafe(watch(), on)
-        threading.Thread(target=watch_thread, daemon=True).start()
+        watcher = threading.Thread(target=watch_thread, daemon=True)
+        watcher.start()
+        set_aside()
         pipe.send(server.port)
         pipe.recv()
         ended.set()
+        watcher.join()
         watching.cancel()
         faulthandler.cancel_dump_traceback_later()
         pipe.send((loop, thread))

@@ -76,8 +76,8 @@ SIGNATURES = {
         " trust_remote_code allow_other_base console"
     ),
     "serve": (
-        "adapters *model config settings storage device revision trust_remote_code open_page"
-        " console"
+        "adapters *model config settings storage device revision trust_remote_code"
+        " allow_other_base open_page console"
     ),
     "train": (
         "recipe *data out model eval_data columns init_adapter over device revision"

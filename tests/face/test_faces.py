@@ -24,7 +24,7 @@ VERBS = {
     "score": ("score", LOADS),
     "generate": ("generate", LOADS),
     "chat": ("chat", LOADS),
-    "serve": ("serve", {*COMPUTES, "storage"}),
+    "serve": ("serve", LOADS),
     "merge": ("merge", LOADS),
     "estimate": ("estimate", COMPUTES),
     "compose": ("compose", LOADS),

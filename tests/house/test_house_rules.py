@@ -224,6 +224,20 @@ def test_core_and_ops_know_torch_alone(path):
     assert roots & {"transformers", "bitsandbytes", "accelerate", "peft", "datasets"} == set()
 
 
+def test_what_serves_knows_of_the_engine_what_its_backend_says() -> None:
+    """So that another engine behind the server is another file beside `serving/in_process.py`."""
+    serving = [path for path in FILES if room(path) == "serving"]
+    knowing = {name_of(p) for p in serving if any("lorafold.engine" in n for n in imports(p))}
+    assert knowing == {"serving.backend", "serving.in_process"}
+    reaching = {
+        name_of(path)
+        for path in serving
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "engine"
+    }
+    assert reaching == {"serving.in_process"}
+
+
 def modules(*rooms: str) -> list:
     names = [name_of(path) for path in FILES if room(path) in rooms]
     return [importlib.import_module(f"lorafold.{name}") for name in names]

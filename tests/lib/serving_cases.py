@@ -2,7 +2,7 @@
 
     with running(model_dir, {"a": lf.LoRA(rank=2)}, tmp_path) as server:
         server.ask("/v1/completions", {"model": "a", "prompt": "Hello"})
-        server.parts.host.engine        what runs behind it
+        server.engine                   what runs behind it
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,15 @@ import uvicorn
 
 from engine_cases import save_adapters
 from lorafold.api.opened import opened
+from lorafold.engine import Engine
 from lorafold.models.loading import load_model
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.screening.screen import Screen
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
+from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys, new_key
-from lorafold.serving.run import Base, listening, server_of
+from lorafold.serving.run import listening, server_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 
@@ -112,9 +113,15 @@ class Running:
         assert answer.status == 200, answer.content
         return answer.json["choices"][0]["text"]
 
+    @property
+    def engine(self) -> Engine:
+        """What computes."""
+        assert isinstance(self.parts.host.backend, InProcess)
+        return self.parts.host.backend.engine
+
     def idle(self) -> bool:
         """Whether nothing waits or runs, in the server and in its engine."""
-        return not self.parts.host.jobs and not self.parts.host.engine._rows
+        return not self.parts.host.jobs and not self.engine._rows
 
 
 def saved(model_dir: Path, specs: Mapping[str, Any], folder: Path) -> Path:
@@ -154,14 +161,11 @@ def running(
         | ({"keys": files / "keys.json"} if keys is not None else {})
         | settings
     )
-    load = partial(opened, storage=storage)
-    base = Base(model_dir.name, partial(resolve_model, model_dir), load)
+    base = Base(model_dir, storage=storage)
     with listening(chosen) as at:
         port = at.getsockname()[1]
-        parts = server_of(
-            base, Directory(folder), Keys(chosen.keys, chosen.admin_key, chosen.metrics_key),
-            chosen,
-        )
+        known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
+        parts = server_of(base, opened, Directory(folder), known, chosen)
         app = application(parts)
         http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
@@ -169,9 +173,7 @@ def running(
         while not http.started:
             time.sleep(0.01)
         assert not waits or parts.registry.sweep.settled(60)
-        found = list(parts.registry.found.values())
-        states = parts.registry.engine.adapters
-        while any(states.status(one.key) == "loading" for one in found):
+        while any(state == "loading" for state, _ in parts.host.backend.states().adapters.values()):
             time.sleep(0.01)
         try:
             yield Running(f"http://127.0.0.1:{port}", port, parts, folder, made)

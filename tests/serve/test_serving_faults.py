@@ -52,7 +52,7 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     models = ["a", "b", "c", server.parts.registry.base]
     clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=40)]
     key = server.parts.registry.found["a"].key
-    states = server.parts.host.engine.adapters
+    states = server.engine.adapters
     held = states._states[states.entry(key)].held
     assert held is not None
     for factors in held.factors.values():
@@ -145,7 +145,7 @@ def test_clients_that_leave_leave_nothing(server: Running):
                 at.recv(draw.choice((1, 500, 5000)))
             at.close()
     until(server.idle)
-    states = server.parts.host.engine.adapters
+    states = server.engine.adapters
     assert all(state.references == state.leases == 0 for state in states._states.values())
     assert threading.active_count() <= before + 8
     assert server.complete("a", "The").status == 200
@@ -198,7 +198,7 @@ def test_files_that_change_under_the_server(server: Running, damage, name):
     DAMAGES[damage](server.folder / "a" / name)
     assert server.text("a", "The") == text  # it is in memory
     key = server.parts.registry.found["a"].key
-    assert server.parts.host.engine.adapters.evict(key)
+    assert server.engine.adapters.evict(key)
     cold = server.complete("a", "The")
     assert (cold.status, cold.code) == (503, "adapter_unavailable")
     assert str(server.folder) not in cold.content.decode()
@@ -212,7 +212,7 @@ def test_files_that_change_under_the_server(server: Running, damage, name):
 
 def kill(server: Running) -> None:
     """End the engine's thread wherever it is."""
-    thread = server.parts.host.engine._thread
+    thread = server.engine._thread
     assert thread is not None
     assert thread.ident is not None
     dead = ctypes.py_object(SystemExit)
@@ -223,7 +223,7 @@ def kill(server: Running) -> None:
 def test_an_engine_that_dies_is_started_again(server: Running, times):
     text = server.text("a", "The", max_tokens=30)
     server.ask("/admin/aliases/now", {"target": "a"}, ADMIN, "PUT")
-    assert server.parts.host.engine.adapters.evict(server.parts.registry.found["c"].key)
+    assert server.engine.adapters.evict(server.parts.registry.found["c"].key)
     time.sleep(0.6)  # what is in memory is noted twice a second
     for _ in range(times):
         with ThreadPoolExecutor(6) as pool:
@@ -249,8 +249,9 @@ def test_an_engine_that_dies_is_started_again(server: Running, times):
 
 def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch):
     opened = threading.Event()
-    reopen = server.parts.host._reopen
-    monkeypatch.setattr(server.parts.host, "_reopen", lambda: opened.wait(30) and reopen())
+    backend = server.parts.host.backend
+    reopen = backend._open
+    monkeypatch.setattr(backend, "_open", lambda: opened.wait(30) and reopen())
     kill(server)
     until(lambda: server.ask("/readyz").status == 503)
     answer = server.complete("a", "The")
@@ -271,7 +272,7 @@ def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch
 def test_deadlines_end_what_takes_too_long(base_dir, tmp_path, limit, code):
     folder = saved(base_dir, SPECS, tmp_path / "adapters")
     with running(base_dir, folder, slots=1, limits={limit: 0.2}) as server:
-        engine = server.parts.host.engine
+        engine = server.engine
         step = engine._loop.step
         engine._loop.step = lambda cancelled: time.sleep(0.1) or step(cancelled)
         with ThreadPoolExecutor(2) as pool:

@@ -51,7 +51,7 @@ def sampled(server: Running, name: str) -> Samples:
 
 def test_every_adapter_has_its_state_time_and_tokens(server: Running) -> None:
     found = server.parts.registry.found
-    assert server.parts.host.engine.adapters.evict(found["b"].key)
+    assert server.engine.adapters.evict(found["b"].key)
     server.ask("/admin/adapters/c:quarantine", {}, ADMIN)
     server.text("a", "The")
     assert sampled(server, "lorafold_adapter_state") == {
@@ -76,7 +76,7 @@ def test_many_adapters_share_a_label(server: Running, monkeypatch: pytest.Monkey
 
 def test_routers_read_which_adapters_have_requests(server: Running) -> None:
     assert list(sampled(server, "vllm:lora_requests_info")) == [("2", "", "")]
-    base, loop = server.parts.registry.base, server.parts.host.engine._loop
+    base, loop = server.parts.registry.base, server.engine._loop
     step = loop.step
     loop.step = lambda cancelled: time.sleep(0.01) or step(cancelled)  # type: ignore[method-assign]
     with ThreadPoolExecutor(4) as pool:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from lorafold.serving.desk import LEAVING
+from lorafold.serving.admission import LEAVING
 from lorafold.serving.host import TURNS
 from serving_cases import Running, running, saved, stream_of, until
 
@@ -30,7 +30,7 @@ def server(tiny_model_dir: Any, tmp_path: Any) -> Iterator[Running]:
 @pytest.fixture
 def go(server: Running) -> Iterator[threading.Event]:
     """Until it is set, the engine makes no step."""
-    event, loop = threading.Event(), server.parts.host.engine._loop
+    event, loop = threading.Event(), server.engine._loop
     step = loop.step
     loop.step = lambda cancelled: event.wait(20) and step(cancelled)  # type: ignore[method-assign]
     yield event
@@ -113,7 +113,7 @@ def test_what_was_not_thought_about_yet_is_left_out(
 def test_what_the_engine_got_for_nobody_ends(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = server.parts.host.engine
+    engine = server.engine
     began, go, submit, streams = threading.Event(), threading.Event(), engine.submit, []
 
     def slow(request: Any) -> Any:

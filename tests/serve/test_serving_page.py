@@ -19,7 +19,7 @@ from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
 from lorafold.serving import feed
 from lorafold.serving.aliases import Aliases
-from lorafold.serving.kept import Target
+from lorafold.serving.state_file import Target
 from serving_cases import Running, running, saved
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
@@ -163,7 +163,7 @@ def test_a_system_message_and_the_choice_of_models_count(visit: Any, site: Runni
 def test_stop_ends_both_answers_here_and_in_the_server(
     visit: Any, site: Running, monkeypatch: Any
 ) -> None:
-    engine = site.parts.host.engine
+    engine = site.engine
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or step())
     for press in ("#stop", "Escape"):

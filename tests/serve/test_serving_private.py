@@ -171,7 +171,7 @@ def test_defects_are_told_without_their_messages(
         of_code = [name for *_, name in places].count(code)
         assert counted(after, code) == counted(before, code) + 2 * of_code
     until(server.idle)
-    states = server.parts.host.engine.adapters
+    states = server.engine.adapters
     assert all(state.references == 0 for state in states._states.values())
     assert server.ask(PLAIN, asked | {"stream": False}, key).status == 200
 
@@ -197,10 +197,10 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
 
     host._loop.call_soon_threadsafe(lambda: host._loop.create_task(lost()) and None)
     until(lambda: "on the event loop" in written.getvalue())
-    engine = host.engine
+    engine = server.engine
     monkeypatch.setattr(engine._loop, "step", boom)
     engine.wake()
-    until(lambda: host.engine is not engine and not host.ready)
+    until(lambda: server.engine is not engine and not host.ready)
     text = check_private(written)
     assert "the thread lorafold-engine ended" in text
     assert "ValueError" in text

@@ -58,7 +58,7 @@ def test_an_alias_flips_under_load(server: Running, flips):
             one.result()
     assert min(seen["v1"], seen["v2"]) > 0
     until(server.idle)
-    states = server.parts.host.engine.adapters
+    states = server.engine.adapters
     assert all(state.references == state.leases == 0 for state in states._states.values())
 
 
@@ -94,7 +94,7 @@ def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_pa
     old = server.text("other", PROMPT, max_tokens=300)
     with ThreadPoolExecutor(1) as pool:
         runs = pool.submit(server.text, "other", PROMPT, max_tokens=300)
-        until(lambda: server.parts.host.engine._scheduler.running)
+        until(lambda: server.engine._scheduler.running)
         shutil.rmtree(server.folder / "other")
         shutil.copytree(new / "v1", server.folder / "other")
         assert server.ask("/v1/load_lora_adapter", {"lora_name": "other"}, ADMIN).status == 200
@@ -103,7 +103,7 @@ def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_pa
     assert changed != old
     with running(tiny_model_dir("llama"), new) as alone:
         assert alone.text("v1", PROMPT, max_tokens=300) == changed
-    until(lambda: len(server.parts.host.engine.adapters._states) == 3)
+    until(lambda: len(server.engine.adapters._states) == 3)
 
 
 def test_what_was_said_holds_after_a_restart(tiny_model_dir, tmp_path):
@@ -201,7 +201,7 @@ class Race(RuleBasedStateMachine):
     @rule(name=names)
     def evict(self, name: str) -> None:
         if name in self.now:
-            adapters = self.server.parts.host.engine.adapters
+            adapters = self.server.engine.adapters
             adapters.evict(self.server.parts.registry.found[name].key)
 
     @rule(name=names, n=st.integers(1, 3))
@@ -232,7 +232,7 @@ class Race(RuleBasedStateMachine):
     @invariant()
     def the_books_balance(self) -> None:
         until(self.server.idle)
-        self.server.parts.host.engine.adapters.check()
+        self.server.engine.adapters.check()
         assert set(self.server.parts.registry.found) == set(self.now)
 
 

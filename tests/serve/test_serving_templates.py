@@ -15,10 +15,10 @@ from conftest import make_model_dir
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
 from lorafold.serving.aliases import Aliases
-from lorafold.serving.kept import Target
+from lorafold.serving.parts import CONTENT, REASONING, PartReader
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Renderer
-from lorafold.serving.speech import CONTENT, REASONING, Speech
+from lorafold.serving.state_file import Target
 from serving_cases import Running, running, saved
 
 END = "<|ends|>"
@@ -212,12 +212,12 @@ def test_a_schema_holds_for_an_adapter_with_new_tokens(server):
 
 def test_reasoning_is_told_apart(server):
     """The prompt opens it, and what the model says is reasoning until it closes it."""
-    speech = Speech(renderer_of(server, "thinks").tokenizer, "[assistant] <think>", ())
-    said = [speech.add(piece) for piece in ("Let me", " see</th", "ink>\n\nIt ", "is.")]
+    reader = PartReader(renderer_of(server, "thinks").tokenizer, "[assistant] <think>", ())
+    said = [reader.add(piece) for piece in ("Let me", " see</th", "ink>\n\nIt ", "is.")]
     assert said == [
         [(REASONING, "Let me")], [(REASONING, " see")], [(CONTENT, "It ")], [(CONTENT, "is.")],
     ]  # fmt: skip
-    assert speech.finish() == ([], [])
+    assert reader.finish() == ([], [])
     asked = {"model": "thinks", "messages": ASK, "max_tokens": 6, "temperature": 0}
     asked |= {"ignore_eos": True}
     message = server.ask("/v1/chat/completions", asked).json["choices"][0]["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ def serve(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     open_page: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -43,6 +45,7 @@ def serve(
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
+        allow_other_base: Serve adapters that were trained on another base too.
         open_page: Open the page in a browser once the server listens.
         console: A rich console for what the user has to know; None is quiet.
 
@@ -56,13 +59,12 @@ def serve(
 
     found = read_settings(None if config is None else Path(config), settings or {})
     console = or_quiet(console)
-    name = Path(model).resolve().name if Path(model).exists() else str(model)
     base = Base(
         model,
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
     )
-    served = run.Base(name, lambda: base.source, lambda _: opened(base, console=console))
-    run.serve(served, Path(adapters), found, console, open_page)
+    run.serve(base, partial(opened, console=console), Path(adapters), found, console, open_page)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import BASE, DeviceOption, messages
+from lorafold.cli.common import BASE, AllowOtherOption, DeviceOption, messages
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import LISTED
 
@@ -61,6 +61,7 @@ def command(
             help="Run Python code that comes with the model. It gets all the rights you have.",
         ),
     ] = False,
+    allow_other_base: AllowOtherOption = False,
     device: DeviceOption = None,
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="Write the log as one JSON object a line.")
@@ -96,6 +97,7 @@ def command(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
         open_page=open_page,
         console=messages(),
     )

@@ -147,8 +147,10 @@ class Reader:
         dtype: the dtype of the factors.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, dtype: torch.dtype) -> None:
-        self.structure, self.dtype = structure, dtype
+    def __init__(
+        self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False
+    ) -> None:
+        self.structure, self.dtype, self.allowed = structure, dtype, allowed
         tensors = [*model.parameters(), *model.buffers()]
         self.shadow = copy.deepcopy(model, {id(t): t for t in tensors})
         self.base = ModelWeights(self.shadow)
@@ -194,7 +196,10 @@ class Reader:
         parts: dict[str, list[Delta]] = {}
         with torch.random.fork_rng(devices=[]):
             for n, each in enumerate([*below, contents]):
-                built = read(self.shadow, each, base=self.base, below=(*active, *needed[:n]))
+                under = (*active, *needed[:n])
+                built = read(
+                    self.shadow, each, allow_other_base=self.allowed, base=self.base, below=under
+                )
                 for path, own in built.parts.items():
                     parts.setdefault(path, []).extend(own)
         if needed and any(isinstance(part, TokenRows) for own in parts.values() for part in own):

@@ -73,6 +73,7 @@ class Engine:
         strikes: requests that fail by logits that are not finite before an adapter is refused.
         tenant_slots: how many requests of a tenant run at a time, as `Scheduler` has it.
         weights: the shares of tenants in what is computed; 1 for one that is not named.
+        allow_other_base: accept adapters that were trained on another base.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Engine:
         strikes: int = 3,
         tenant_slots: int | None = None,
         weights: Mapping[str, float] | None = None,
+        allow_other_base: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
@@ -108,7 +110,7 @@ class Engine:
                 stack.enter_context(own)
             self.structure: Structure = structure_of(model)
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-            self._reader = Reader(model, self.structure, dtype)
+            self._reader = Reader(model, self.structure, dtype, allow_other_base)
             if self.slotted:
                 fast = fast and not invariant
                 operations = available(model.device.type) if fast else Operations()

@@ -8,15 +8,20 @@
     keys.py          who calls, and which adapters they may use
     digests.py       which digests stand for which version
     directory.py     which files may be read as adapters
-    registry.py      which names stand for which adapters; kept.py is what outlives the process
+    registry.py      which names stand for which adapters
+    state_file.py    what outlives the process: aliases, pins, quarantines
     renderers.py     requests as tokens, by the tokenizer of the base or the adapter (rendering.py)
-    desk.py          admission: limits, the queue, the request to the engine
-    host.py          the engine's thread: events to the event loop, deadlines, restart
-    job.py           a completion as the event loop sees it
-    turn.py          the next turn of a conversation; speech.py tells its parts apart, shortened.py
-                     leaves the oldest out
+    prompted.py      a request between its dialect and the engine, as a value
+    admission.py     limits, the queue; choose, render and submit
+    backend.py       what computes: nine calls; in_process.py is the engine in a thread of its own
+    host.py          what is computed, as the event loop has it: jobs, deadlines, threads beside it
+    job.py           a completion as the event loop sees it, and a reply of several
+    next_turn.py     the next turn of a conversation; parts.py tells reasoning, content and calls
+                     apart, shortened.py leaves the oldest out
     refusal.py, metrics.py, logs.py, settings.py, page/
 
-A request goes from a route through the desk to the host's engine, as `lorafold.engine.Request`; its
+    choose -> render -> Prompted -> admit -> Reply
+
+A request goes from a route through admission to the backend as a `Request` for each completion; its
 events come back as `Token` and `Ended`. No other words pass between HTTP and the engine.
 """

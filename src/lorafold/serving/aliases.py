@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lorafold.serving.directory import NAME
-from lorafold.serving.kept import Alias, Target
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import Registry
+from lorafold.serving.state_file import Alias, Target
 
 
 class Aliases:

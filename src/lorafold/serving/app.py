@@ -61,13 +61,14 @@ def application(server: Server) -> FastAPI:
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(logs.unhandled)
-        await server.host.start()
-        keeping = asyncio.create_task(server.spent.keep())
         try:
-            yield
+            async with server.host.computing():
+                keeping = asyncio.create_task(server.spent.keep())
+                try:
+                    yield
+                finally:
+                    keeping.cancel()
         finally:
-            keeping.cancel()
-            await server.host.stop()
             await server.spent.save()
 
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
@@ -168,7 +169,7 @@ class Gate:
             # a flood is refused before its bodies are read
             caller = self.server.keys.caller(authorization(headers))
             record.tenant = caller.tenant
-            self.server.desk.check_room(caller.tenant, 1)
+            self.server.admission.check_room(caller.tenant, 1)
             self.server.spent.check(caller)
 
     def _too_large(self) -> Refusal:

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lorafold.serving.gauges import Warm
-from lorafold.serving.kept import Kept
+from lorafold.serving.backend import States
 from lorafold.serving.seen import Found
 from lorafold.serving.server import Server
+from lorafold.serving.state_file import Kept
 
 K = TypeVar("K")
 
@@ -25,15 +25,15 @@ K = TypeVar("K")
 @dataclass(frozen=True)
 class Look:
     """What is known at one moment, by names: the adapters that were verified, those still to be,
-    those that are wrong and why, what administrators decided, which adapters are not cold (and
-    their bytes), how many completions run and wait, and how many ran.
+    those that are wrong and why, what administrators decided, where the adapters are, how many
+    completions run and wait, and how many ran.
     """
 
     found: Mapping[str, Found]
     listed: frozenset[str]
     wrong: Mapping[str, str]
     kept: Kept
-    warm: Warm
+    states: States
     load: Mapping[tuple[str, bool], int]
     uses: Mapping[str, tuple[int, int]]
 
@@ -44,7 +44,7 @@ def look(server: Server) -> Look:
     uses = list(server.metrics.uses.items())
     return Look(
         dict(registry.found), frozenset(registry.listed), dict(registry.wrong), registry.kept,
-        registry.engine.adapters.warm(), loads(server),
+        server.host.backend.states(), loads(server),
         {name: (use.requests, use.tokens) for name, use in uses},
     )  # fmt: skip
 
@@ -60,7 +60,8 @@ def changed(before: Look, now: Look) -> set[str]:
     old = before.found
     found = {name for name, one in now.found.items() if old.get(name) is not one}
     found |= old.keys() - now.found.keys()
-    versions = {key.partition("@")[0] for key in _differing(before.warm, now.warm)}
+    moved = _differing(before.states.adapters, now.states.adapters)
+    versions = {key.partition("@")[0] for key in moved}
     loaded = {name for name, _ in _differing(before.load, now.load)}
     names = found | versions | loaded | (before.listed ^ now.listed)
     names |= _differing(before.wrong, now.wrong) | _differing(before.uses, now.uses)

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lorafold.serving.backend import States
 from lorafold.serving.host import Host
 from lorafold.serving.metrics import MOST, Metrics
 from lorafold.serving.registry import Registry
 from lorafold.serving.seen import Found
-
-Warm = Mapping[str, tuple[str, int]]
 
 
 class Gauges(Collector):
@@ -47,13 +46,13 @@ class Gauges(Collector):
 
     def _adapters(self) -> Iterator[Metric]:
         states, seconds = Counter[tuple[str, str]](), dict[str, float]()
-        read, warm = self._host.engine.adapters.seconds, self._host.engine.adapters.warm()
+        now = self._host.backend.states()
         all_found = sorted(self._registry.found.values(), key=lambda found: found.name)
         labels = self._metrics.labels("adapter", [found.name for found in all_found])
         for found in all_found:
             name = labels[found.name]
-            states[name, state_of(self._registry, found, warm)[0]] += 1
-            if (took := read.get(found.key)) is not None:
+            states[name, state_of(self._registry, found, now)[0]] += 1
+            if (took := now.seconds.get(found.key)) is not None:
                 seconds[name] = max(took, seconds.get(name, 0.0))
         told = "Adapters in this state, one where the adapter has a label of its own"
         state = GaugeMetricFamily("lorafold_adapter_state", told, labels=("adapter", "state"))
@@ -68,14 +67,14 @@ class Gauges(Collector):
 
     def _router(self) -> Iterator[Metric]:
         host = self._host
-        jobs = [job for job in list(host.jobs.values()) if job.stream]
-        slots = host.settings.slots if host.engine.slotted else 1
-        held = sum(len(job.request.prompt) + job.passed_on for job in jobs if job.began)
+        jobs = list(host.jobs.values())
+        slots = 1 if host.backend.states().alone else host.settings.slots
+        held = sum(len(job.request.prompt) + job.tokens for job in jobs if job.began)
         for name, told, value in (
             ("num_requests_waiting", "Completions that wait for a slot", host.waiting()),
             ("num_requests_running", "Completions that run", host.running()),
             ("kv_cache_usage_perc", "The part of all slots' positions that running completions"
-             " take, 0 to 1", min(1.0, held / (slots * host.engine.length))),
+             " take, 0 to 1", min(1.0, held / (slots * host.backend.length))),
         ):  # fmt: skip
             yield GaugeMetricFamily(f"vllm:{name}", told, value=value)
         base = {self._registry.base}
@@ -92,13 +91,13 @@ class Gauges(Collector):
         yield info
 
 
-def state_of(registry: Registry, found: Found, warm: Warm) -> tuple[str, int]:
+def state_of(registry: Registry, found: Found, now: States) -> tuple[str, int]:
     """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
 
     Args:
         registry: the registry.
         found: the adapter.
-        warm: where those are that are not cold, by the engine's names of them.
+        now: where those are that are not cold.
     """
-    state, nbytes = warm.get(found.key, ("cold", 0))
+    state, nbytes = now.adapters.get(found.key, ("cold", 0))
     return ("quarantined" if found.name in registry.kept.quarantined else state), nbytes

@@ -7,15 +7,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from lorafold.engine import Ended, Request, Stream, Token
-from lorafold.engine.sampler import NOT_FINITE
+from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Token
+from lorafold.serving.prompted import Prompted
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
-from lorafold.serving.rendering import Chosen
 from lorafold.serving.settings import Limits
 
 
 class Job:
-    """One completion: what was asked of the engine, and what came back so far. All times are by
+    """One completion: what was asked of the backend, and what came back so far. All times are by
     time.monotonic.
 
     Args:
@@ -36,40 +35,29 @@ class Job:
     ) -> None:
         self.request, self.adapter, self.asked = request, adapter, asked
         self._arrived, self._count = arrived, count
-        self.stream: Stream | None = None  # once the engine has it
+        self.began: float | None = None  # when it got a slot
         self.admitted = False  # until then its request is one that is thought about
-        self.passed_on = 0  # events of the stream that were handed over
+        self.tokens = 0  # that arrived
         self.events: deque[Token | Ended] = deque()
         self.end: Ended | None = None
         self.why: Refusal | None = None  # the server's reason to end it
         self.before: float | None = None  # when events arrived before the last ones
         self.times: list[float] = []  # of the first token and the last
 
-    @property
-    def began(self) -> float | None:
-        """When it got a slot."""
-        return self.stream.began if self.stream else None
-
     def put(self, events: Sequence[Token | Ended]) -> None:
-        """Take what the engine handed over."""
-        now = time.monotonic()
+        """Take what arrived."""
+        now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
         self.events.extend(events)
-        self._count(sum(isinstance(event, Token) for event in events))
+        self.tokens += new
+        self._count(new)
         last = events[-1]
         self.end = last if isinstance(last, Ended) else None
+        if self.end is not None and self.end.message == LOST:
+            self.why = Refusal(503, "engine_restarted", f"{LOST}; try again", retry_after=1)
         self.before = self.times[-1] if self.times else None
         if isinstance(events[0], Token):
             self.times = [*self.times[:1], now]
         self._arrived.set()
-
-    def lost(self, why: Refusal) -> list[Token | Ended]:
-        """End it without the engine, with the tokens that were handed over; returns its end."""
-        self.why = why
-        seen = self.stream.so_far()[: self.passed_on] if self.stream else []
-        tokens = tuple(event.token for event in seen if isinstance(event, Token))
-        ended: list[Token | Ended] = [Ended(self.request.id, "failed", tokens)]
-        self.put(ended)
-        return ended
 
     def late(self, now: float, limits: Limits) -> Refusal | None:
         """Why it should end now, if it took longer than it may."""
@@ -119,17 +107,8 @@ class Reply:
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
-        self.texts, self.jobs = 0, list[Job]()
-
-    def runs(self, chosen: Chosen, texts: int, jobs: list[Job]) -> None:
-        """Set what it runs under, and its completions, of which each prompt has as many.
-
-        Args:
-            chosen: what it runs under.
-            texts: how many prompts there are.
-            jobs: the completions.
-        """
-        self.chosen, self.texts, self.jobs = chosen, texts, jobs
+        self.prompted: Prompted  # once it is admitted
+        self.jobs: list[Job] = []  # as many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
         """Every event with the number of its completion. Raises Refusal for one that fails."""
@@ -149,13 +128,13 @@ class Reply:
     @property
     def usage(self) -> dict[str, object]:
         """The tokens of prompts and completions."""
-        per_text = len(self.jobs) // self.texts
-        prompts = sum(len(job.request.prompt) for job in self.jobs[::per_text])
+        each = len(self.jobs) // len(self.prompted.prompts)
+        prompts = sum(map(len, self.prompted.prompts))
         ends = [job.end for job in self.jobs if job.end]
         new = sum(len(end.tokens) for end in ends)
         return {
             "prompt_tokens": prompts,
             "completion_tokens": new,
             "total_tokens": prompts + new,
-            "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::per_text])},
+            "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::each])},
         }

@@ -73,7 +73,7 @@ def base(server: Server, now: Look) -> dict[str, Any]:
         now: what is known.
     """
     name = server.registry.base
-    length = {"parent": None, "state": "resident", "max_model_len": server.host.engine.length}
+    length = {"parent": None, "state": "resident", "max_model_len": server.host.backend.length}
     return _model(server, name) | length | _use(server, name, now)
 
 
@@ -86,7 +86,7 @@ def adapter(server: Server, found: Found, now: Look) -> dict[str, Any]:
         now: what is known.
     """
     registry = server.registry
-    state, nbytes = state_of(registry, found, now.warm)
+    state, nbytes = state_of(registry, found, now.states)
     about = {
         "parent": registry.base,
         "digest": found.digest,

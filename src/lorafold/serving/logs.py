@@ -137,7 +137,7 @@ def write(record: Record) -> None:
         "seconds": round(time.monotonic() - record.started, 4),
     }
     if reply is not None and jobs:
-        new = sum(len(job.end.tokens) if job.end else job.passed_on for job in jobs)
+        new = sum(len(job.end.tokens) if job.end else job.tokens for job in jobs)
         fields |= {"prompt_tokens": reply.usage["prompt_tokens"], "tokens": new}
         firsts = [job.times[0] - job.asked for job in jobs if job.times]
         waits = [job.began - job.asked for job in jobs if job.began is not None]

@@ -14,7 +14,7 @@ from statistics import median
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as Count
 
-from lorafold.engine import Ended, Token
+from lorafold.serving.backend import Ended, Token
 from lorafold.serving.job import Job
 
 MOST = 200
@@ -75,7 +75,7 @@ class Metrics:
         Gauge(f"lorafold_{name}", about, registry=self.registry).set_function(value)
 
     def arrived(self, job: Job, events: Sequence[Token | Ended]) -> None:
-        """Count what the engine handed over of a job, after `Job.put`."""
+        """Count what arrived of a job, after `Job.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)

@@ -1,12 +1,11 @@
 """Which names stand for which adapters.
 
-    registry.open(engine)                       every name of the directory; none is read yet
-    registry.begin()                            they are verified, one after the other
+    registry.begin()                            the directory's are verified, one after the other
     chosen = registry.choose(caller, "sql")     an adapter's version, verified by then, or the base
 
 A name is the base, an adapter, `adapter@digest`, or an alias, whose requests go to its targets by
-their weights. The engine knows every version under a name of its own, `adapter@digest`: other files
-under the same name are another version, and requests that run finish with what they have.
+their weights. The backend knows every version under a name of its own, `adapter@digest`: other
+files under the same name are another version, and requests that run finish with what they have.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-from lorafold.engine import Engine
 from lorafold.errors import LorafoldError, cut, printable
+from lorafold.serving.backend import Backend
 from lorafold.serving.digests import Digests
 from lorafold.serving.directory import NAME, Directory
-from lorafold.serving.kept import Kept, read_kept, write_kept
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.seen import Found
+from lorafold.serving.state_file import Kept, read_kept, write_kept
 from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier
 
@@ -46,14 +45,16 @@ class Registry:
         file: what is kept between runs.
         plain: what renders the base's requests.
         verifier: verifies adapters.
+        backend: computes under them.
     """
 
     def __init__(
         self, base: str, identity: str, directory: Directory, file: Path, plain: Renderer,
-        verifier: Verifier,
+        verifier: Verifier, backend: Backend,
     ) -> None:  # fmt: skip
         self.base, self.identity, self.directory, self.file = base, identity, directory, file
         self.plain, self.verifier, self.digests = plain, verifier, Digests()
+        self._backend = backend
         self.kept: Kept = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
@@ -63,12 +64,6 @@ class Registry:
         self._named: set[str] = set()  # that were handed out to be verified
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
-        self._engine: Engine | None = None
-        self._resident: set[str] = set()
-
-    def open(self, engine: Engine) -> None:
-        """Serve the directory's adapters on an engine, each once it was verified."""
-        self._engine = engine
 
     def begin(self) -> None:
         """Begin to verify what there is, and what comes."""
@@ -117,29 +112,6 @@ class Registry:
                 log.warning("not served: %s: %s", printable(name), self.wrong[name])
                 return None
 
-    def reopen(self, engine: Engine) -> None:
-        """Make what was known to an engine that ended known to a new one; what was in memory is
-        read again.
-        """
-        with self.lock:
-            self._engine = engine
-            for found in self.found.values():
-                engine.adapters.know(found.key, found.path, found.stack)
-                engine.adapters.pin(found.key, found.name in self.kept.pinned)
-                if found.key in self._resident:
-                    engine.load(found.key, found.path, stack=found.stack, wait=False)
-
-    def remember(self) -> None:
-        """Note which adapters are in memory, for `reopen`."""
-        warm = self.engine.adapters.warm()
-        self._resident = {k for k, (state, _) in warm.items() if state in ("resident", "loading")}
-
-    @property
-    def engine(self) -> Engine:
-        """The engine that computes now."""
-        assert self._engine is not None
-        return self._engine
-
     def choose(self, caller: Caller, model: str) -> Chosen:
         """What a request for this model runs under. Raises Refusal for one that does not exist, or
         that the caller may not use: the answer is the same, so that nobody learns a name.
@@ -177,6 +149,11 @@ class Registry:
             raise Refusal(404, "model_not_found", told, "model")
         return found
 
+    def serves(self, chosen: Chosen) -> bool:
+        """Whether what was chosen is what its name stands for still."""
+        found = self.found.get(chosen.name)
+        return chosen.key is None or (found is not None and found.key == chosen.key)
+
     def load(self, name: str) -> Found:
         """Read the files of an adapter, new or changed, and lift its quarantine. Raises
         LorafoldError if they are wrong; then everything is as it was.
@@ -184,9 +161,9 @@ class Registry:
         with self._turns[name]:
             found = self._verified(name, afresh=True)
             with self.lock:
-                if name in self.kept.quarantined:  # what the engine counted begins anew
-                    self.engine.adapters.know(found.key, found.path, found.stack)
-            self.engine.load(found.key, found.path, stack=found.stack)
+                if name in self.kept.quarantined:  # what was counted begins anew
+                    self._backend.load(found, "known")
+            self._backend.load(found, "resident")
             with self.lock:
                 self._take(found, loaded=True)
                 self.wrong.pop(name, None)
@@ -215,9 +192,9 @@ class Registry:
             found = self.served(name)
             others = tuple(n for n in self.kept.pinned if n != name)
             self.keep(pinned=(*others, name) if pinned else others)
-            self.engine.adapters.pin(found.key, pinned)
+            self._backend.pin(found.key, pinned)
             if pinned:
-                self.engine.load(found.key, found.path, stack=found.stack, wait=False)
+                self._backend.load(found, "begun")
 
     def quarantine(self, name: str, why: str) -> None:
         """Refuse an adapter's requests, until `load`."""
@@ -251,20 +228,19 @@ class Registry:
     def _verified(self, name: str, afresh: bool = False) -> Found:
         if name == self.base or name in self.kept.aliases:
             raise LorafoldError(f"found {name!r}, the name of the base or an alias")
-        return self.verifier.find(name, self.engine, afresh)
+        return self.verifier.find(name, afresh)
 
     def _take(self, found: Found, loaded: bool = False) -> Found:
-        """Serve a version from now on, which the engine may have loaded, instead of the one before.
-        """
+        """Serve a version from now on, which may have been loaded, instead of the one before."""
         name = found.name
         with self.lock:
             before = self.found.get(name)
             if not loaded:
-                self.engine.adapters.know(found.key, found.path, found.stack)
+                self._backend.load(found, "known")
             pinned = name in self.kept.pinned
-            self.engine.adapters.pin(found.key, pinned)
+            self._backend.pin(found.key, pinned)
             if pinned or len(self.found) < WARM:
-                self.engine.load(found.key, found.path, stack=found.stack, wait=False)
+                self._backend.load(found, "begun")
             self.found[name] = found
             if before is not None and before.key != found.key:
                 self._forget(before)
@@ -282,7 +258,7 @@ class Registry:
 
     def _forget(self, found: Found) -> None:
         with suppress(LorafoldError):
-            self.engine.unload(found.key)
+            self._backend.unload(found.key)
 
     def keep(self, **changes: object) -> None:
         """Change what is kept between runs. Raises LorafoldError if it can't be written."""

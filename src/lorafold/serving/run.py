@@ -15,7 +15,6 @@ import signal
 import socket
 import webbrowser
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
@@ -24,18 +23,18 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from lorafold.core.anatomy import bare_modules
-from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
-from lorafold.identity import joined, of_code, of_model
-from lorafold.machine.room import free_bytes
-from lorafold.models.sources import ModelSource
+from lorafold.identity import joined, of_code
+from lorafold.machine.collection import set_aside
+from lorafold.opening import Base
 from lorafold.screening.screen import Screen
-from lorafold.serving import kept, logs
+from lorafold.serving import logs
+from lorafold.serving.admission import Admission
 from lorafold.serving.app import application
-from lorafold.serving.desk import Desk
 from lorafold.serving.directory import Directory
 from lorafold.serving.gauges import Gauges
 from lorafold.serving.host import Host
+from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
@@ -45,6 +44,7 @@ from lorafold.serving.seen import Seen
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent, beside
+from lorafold.serving.state_file import STATE
 from lorafold.serving.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -59,15 +59,8 @@ ROOMS = (
 PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
 
-@dataclass(frozen=True)
-class Base:
-    """The model: the name by which requests ask for it, what finds it on this machine, and what
-    loads it and its tokenizer.
-    """
-
-    name: str
-    find: Callable[[], ModelSource]
-    load: Callable[[ModelSource], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+# what loads a base and its tokenizer
+Load = Callable[[Base], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -93,6 +86,7 @@ def listening(settings: Settings) -> socket.socket:
 
 def serve(
     base: Base,
+    load: Load,
     adapters: Path,
     settings: Settings,
     console: Console,
@@ -102,6 +96,7 @@ def serve(
 
     Args:
         base: the model.
+        load: loads it.
         adapters: the directory of adapters.
         settings: everything else.
         console: for what the user has to know.
@@ -113,56 +108,48 @@ def serve(
         settings.keys, settings.admin_key, settings.metrics_key
     )
     with listening(settings) as at:
-        server = server_of(base, directory, keys, settings)
+        server = server_of(base, load, directory, keys, settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
         logs.set_up(settings.json_logs, settings.log_texts)
+        set_aside()
         if open_page:
             webbrowser.open(f"http://{address}/")  # the socket listens already
         asyncio.run(_run(server, at))
 
 
-def server_of(base: Base, directory: Directory, keys: Keys, settings: Settings) -> Server:
+def server_of(
+    base: Base, load: Load, directory: Directory, keys: Keys, settings: Settings
+) -> Server:
     """A server that is ready to start: the model is loaded, and adapters are verified once it runs.
 
     Args:
-        base: the model.
+        base: the model, which requests ask for by the last part of its path, or by its name.
+        load: loads it.
         directory: the adapters.
         keys: who may call.
         settings: everything else.
     """
-    source = base.find()
-    files = of_model(source)
-    model, tokenizer = base.load(source)
+    files, at, allowed = base.identity, Path(base.name), base.allow_other_base
+    name = at.resolve().name if at.exists() else base.name
+    model, tokenizer = load(base)
     identity = joined([files, _storage(model)])
-    room = settings.adapter_bytes or free_bytes(model.device) // 2
-    most = settings.limits.tenant_running
-    if most is None and settings.keys is not None:
-        most = max(1, settings.slots * 3 // 4)
-
-    def engine() -> Engine:
-        return Engine(
-            model, tokenizer, slots=settings.slots, length=settings.length, adapter_bytes=room,
-            budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
-            weights=settings.weights, prefix_reuse=settings.prefix_reuse,
-        )  # fmt: skip
-
-    state = settings.state or directory.beside / kept.FILE
+    state = settings.state or directory.beside / STATE
     screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
     renderers = Renderers(model, tokenizer, screen)
-    known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES)])
+    known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])
     seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
-    verifier = Verifier(directory, screen, renderers, seen, base.name)
-    registry = Registry(base.name, identity, directory, state, renderers.base, verifier)
-    metrics, first = Metrics(), engine()
-    registry.open(first)
-    host = Host(first, engine, registry, settings, metrics)
+    metrics = Metrics()
+    backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
+    verifier = Verifier(directory, screen, renderers, seen, name, backend)
+    registry = Registry(name, identity, directory, state, renderers.base, verifier, backend)
+    host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
     _show_gauges(metrics, host)
     metrics.registry.register(Gauges(metrics, host, registry))
     return Server(
-        settings, keys, registry, host, Desk(host, registry, spent), metrics, spent
+        settings, keys, registry, host, Admission(host, registry, spent), metrics, spent
     )
 
 
@@ -224,7 +211,7 @@ def _is_here(host: str) -> bool:
 
 def _show_gauges(metrics: Metrics, host: Host) -> None:
     def adapters(name: str) -> float:
-        return float(getattr(host.engine.adapters, name))
+        return float(getattr(host.backend.states(), name))
 
     metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
     metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
@@ -238,7 +225,7 @@ def _show_gauges(metrics: Metrics, host: Host) -> None:
 
 def _tell(server: Server, address: str, console: Console) -> None:
     """Say what is served, what is not and why, and how to use it."""
-    registry, engine = server.registry, server.host.engine
+    registry, backend = server.registry, server.host.backend
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -255,11 +242,11 @@ def _tell(server: Server, address: str, console: Console) -> None:
         say(f"in quarantine: {name}: {why}")
     if unknown := sorted(server.settings.weights.keys() - set(server.keys.tenants)):
         say(f"weights: no tenant has a key yet: {', '.join(unknown)}")
-    if not engine.slotted:
-        say(f"requests run one at a time: {engine.structure.why}")
+    if why := backend.states().alone:
+        say(f"requests run one at a time: {why}")
     tenants = server.keys.tenants
     who = f"{len(tenants)} tenants with keys" if server.keys.file else "no keys, for this machine"
-    say(f"{server.settings.slots} slots of {engine.length:,} tokens, {who}")
+    say(f"{server.settings.slots} slots of {backend.length:,} tokens, {who}")
     say(f"listening at http://{address}; Ctrl-C ends it")
     model = names[0] if names else registry.base
     key = "$KEY" if server.keys.file else "none"

@@ -57,7 +57,7 @@ class Found(BaseModel):
         return f"{self.name}@{self.digest[:12]}"
 
 
-class Entry(BaseModel):
+class SeenAdapter(BaseModel):
     """An adapter, and the marks that its files had, and those of the adapters below."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,13 +66,13 @@ class Entry(BaseModel):
     marks: dict[str, Marks]
 
 
-class Content(BaseModel):
+class SeenFile(BaseModel):
     """The content of the file; `identity` is that of the base and of the code."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     identity: str
-    adapters: dict[str, Entry] = {}
+    adapters: dict[str, SeenAdapter] = {}
 
 
 class Seen:
@@ -86,11 +86,11 @@ class Seen:
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
         self._lock, self._changed = threading.Lock(), False
-        self._adapters: dict[str, Entry] = {}
+        self._adapters: dict[str, SeenAdapter] = {}
         self.digests: dict[str, str] = {}  # that adapters had when they were last seen
         if os.path.lexists(file):
             try:
-                content = read(file, Content, "it is written anew")
+                content = read(file, SeenFile, "it is written anew")
             except LorafoldError as error:
                 log.warning("adapters are verified again: %s", error)
                 return
@@ -98,7 +98,7 @@ class Seen:
             if content.identity == identity:
                 self._adapters = dict(content.adapters)
 
-    def find(self, name: str) -> Entry | None:
+    def find(self, name: str) -> SeenAdapter | None:
         """What was found of the adapter of that name, and the marks that its files had."""
         return self._adapters.get(name)
 
@@ -108,7 +108,7 @@ class Seen:
         """
         if all(mark.settled for mark in marks.values()):
             with self._lock:
-                self._adapters[found.name] = Entry(found=found, marks=dict(marks))
+                self._adapters[found.name] = SeenAdapter(found=found, marks=dict(marks))
                 self._changed = True
 
     def forms(self) -> set[str]:
@@ -121,7 +121,7 @@ class Seen:
             if not self._changed:
                 return
             self._changed = False
-            content = Content(identity=self.identity, adapters=dict(self._adapters))
+            content = SeenFile(identity=self.identity, adapters=dict(self._adapters))
         try:
             write_text(self.file, content.model_dump_json())
         except LorafoldError as error:

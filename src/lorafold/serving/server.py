@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import Response as Plain
@@ -17,11 +18,12 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
-from lorafold.serving.desk import Asked, Desk
+from lorafold.serving.admission import Admission
 from lorafold.serving.host import Host
 from lorafold.serving.job import Reply
 from lorafold.serving.keys import Caller, Keys
 from lorafold.serving.metrics import Metrics
+from lorafold.serving.prompted import Asked
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
@@ -53,23 +55,23 @@ class Record:
     texts: dict[str, object] = field(default_factory=dict)
 
 
-class Dialect(Protocol):
-    """A request for completions in one of the API's dialects: what is asked of the engine, and how
-    the answer is written: whole, or as events if it is streamed. `prompt` is for the log.
+class Dialect(ABC):
+    """Abstract: a request for completions in one of the API's dialects, which says how the answer
+    is written.
+
+    Args:
+        asked: what is asked.
+        streamed: whether the client wants events.
     """
 
-    streamed: bool
+    def __init__(self, asked: Asked, streamed: bool) -> None:
+        self.asked, self.streamed = asked, streamed
 
-    @property
-    def prompt(self) -> object:
-        """The prompt, once it was made."""
-
-    def asked(self) -> Asked:
-        """What is asked of the engine."""
-
+    @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
 
+    @abstractmethod
     def events(self, reply: Reply) -> AsyncIterator[bytes]:
         """The answer as it comes."""
 
@@ -82,7 +84,7 @@ class Server:
     keys: Keys
     registry: Registry
     host: Host
-    desk: Desk
+    admission: Admission
     metrics: Metrics
     spent: Spent
 
@@ -124,13 +126,13 @@ class Server:
             id: the name of the reply.
             dialect: what is asked, and how it is answered.
         """
-        record, asked = record_of(request), dialect.asked()
-        admitted = self.desk.admit(caller, id, record.started, asked)
+        record = record_of(request)
+        admitted = self.admission.admit(caller, id, record.started, dialect.asked)
         reply = await unless_left(request, admitted)
-        record.reply, record.adapter = reply, reply.chosen.name
-        record.version = reply.chosen.key or reply.chosen.name
+        chosen = reply.prompted.chosen
+        record.reply, record.adapter, record.version = reply, chosen.name, chosen.key or chosen.name
         if self.settings.log_texts:
-            record.texts["prompt"] = dialect.prompt
+            record.texts["prompt"] = reply.prompted.text
         if dialect.streamed:
             return self._stream(request, reply, dialect.events(reply))
         return answer(await self._whole(request, reply, dialect.whole(reply)))
@@ -148,7 +150,7 @@ class Server:
         try:
             return await unless_left(request, answer)
         finally:
-            self.desk.drop(reply)
+            self.admission.drop(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
         """A response of events. If the client leaves, or reads too slowly, its completions end.
@@ -180,7 +182,7 @@ class Server:
                 whys = [job.failed or job.why for job in reply.jobs]
                 if record.outcome in ("ok", "client_left"):
                     record.outcome = next((why.code for why in whys if why), record.outcome)
-                self.desk.drop(reply)
+                self.admission.drop(reply)
                 complete = True
 
         async def left(_: object) -> None:  # perhaps before the first event, or after the last one
@@ -188,7 +190,7 @@ class Server:
             gone = True
             if not complete and any(job.events or job.end is None for job in reply.jobs):
                 record.outcome = "client_left"
-            self.desk.drop(reply)
+            self.admission.drop(reply)
 
         return EventSourceResponse(
             guarded(),

@@ -28,7 +28,7 @@ EVERY = 1.0  # seconds between two times that the file is written
 MINUTE, DAY = 60, 86400
 
 
-class Count(BaseModel):
+class Tally(BaseModel):
     """Tokens in one minute or on one day, which is numbered from 1970 on."""
 
     model_config = ConfigDict(extra="forbid")
@@ -37,7 +37,7 @@ class Count(BaseModel):
     tokens: NonNegativeInt = 0
 
     def add(self, tokens: int, at: int) -> None:
-        """Count tokens of the time with that number."""
+        """Tally tokens of the time with that number."""
         self.at, self.tokens = at, tokens + (self.tokens if at == self.at else 0)
 
 
@@ -46,8 +46,8 @@ class Tenant(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    minute: Count = Count()
-    day: Count = Count()
+    minute: Tally = Tally()
+    day: Tally = Tally()
 
 
 class SpentFile(BaseModel):
@@ -77,7 +77,7 @@ class Spent:
         self._changed = self._told = False
 
     def add(self, tenant: str, tokens: int) -> None:
-        """Count tokens that a tenant was given now."""
+        """Tally tokens that a tenant was given now."""
         if tokens:
             found, now = self._found.tenants.setdefault(tenant, Tenant()), int(self._now())
             found.minute.add(tokens, now // MINUTE)

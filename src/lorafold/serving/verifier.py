@@ -13,8 +13,6 @@ import logging
 from pathlib import Path
 
 from lorafold.core.spec import Spec
-from lorafold.engine import Engine
-from lorafold.engine.adapters import Entry as Files
 from lorafold.errors import STOPS, LorafoldError, cut, place
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
@@ -29,6 +27,7 @@ from lorafold.peft.directory import FILES
 from lorafold.peft.form import DROPOUT
 from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
+from lorafold.serving.backend import Backend
 from lorafold.serving.directory import Directory
 from lorafold.serving.renderers import Renderers
 from lorafold.serving.rendering import Renderer
@@ -49,40 +48,41 @@ class Verifier:
         renderers: opens their tokenizers.
         seen: what was verified before.
         base: the name of the base.
+        backend: what they have to fit.
     """
 
     def __init__(
-        self, directory: Directory, screen: Screen, renderers: Renderers, seen: Seen, base: str
-    ) -> None:
-        self.directory, self.seen = directory, seen
+        self, directory: Directory, screen: Screen, renderers: Renderers, seen: Seen, base: str,
+        backend: Backend,
+    ) -> None:  # fmt: skip
+        self.directory, self.seen, self._backend = directory, seen, backend
         self._screen, self._renderers, self._base = screen, renderers, base
         self._forms = seen.forms()
 
-    def find(self, name: str, engine: Engine, afresh: bool = False) -> Found:
+    def find(self, name: str, afresh: bool = False) -> Found:
         """The adapter of a name, verified. Raises LorafoldError for one that can't be served, and
         nothing else, whatever reading it raises.
 
         Args:
             name: its name.
-            engine: what it has to fit.
             afresh: read it even if nothing was touched since it was read last.
         """
         try:
-            return self._found(name, engine, afresh)
+            return self._found(name, afresh)
         except (LorafoldError, *STOPS):
             raise
         except BaseException as error:  # a panic in a library is no Exception
             log.exception("%s can't be read", name)
             raise LorafoldError(f"it can't be read ({place(error)})") from None
 
-    def _found(self, name: str, engine: Engine, afresh: bool) -> Found:
+    def _found(self, name: str, afresh: bool) -> Found:
         path, marks = self.directory.locate(name), dict[str, Marks]()
         known = None if afresh else self.seen.find(name)
         if known is not None and self._marks(path, *known.found.over) == known.marks:
             return self._noted(known.found)
         found = self._read(name, path, marks)
         if afresh or found.form not in self._forms:
-            engine.verify(Files(found.key, path, found.stack, 0))
+            self._backend.load(found, "checked")
             self._forms.add(found.form)
         self.seen.put(found, marks)
         return self._noted(found)

@@ -15,13 +15,13 @@ from pydantic import Field
 from lorafold.errors import LorafoldError, cut
 from lorafold.serving.aliases import Aliases
 from lorafold.serving.changes import look
-from lorafold.serving.kept import Alias, Target
 from lorafold.serving.keys import ADMIN
 from lorafold.serving.listing import adapter
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import REASON, Registry
 from lorafold.serving.seen import Found
 from lorafold.serving.server import Server, answer
+from lorafold.serving.state_file import Alias, Target
 from lorafold.serving.wire.body import Body
 
 ACTS = ("pin", "unpin", "quarantine")

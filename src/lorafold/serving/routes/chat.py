@@ -7,12 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.engine import Ended, Token
+from lorafold.serving.backend import Ended, Token
 from lorafold.serving.job import Reply
+from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.parts import CONTENT
 from lorafold.serving.refusal import naming
-from lorafold.serving.server import Server
-from lorafold.serving.speech import CONTENT
-from lorafold.serving.turn import Message, Turn, Written
+from lorafold.serving.server import Dialect, Server
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.chat import Chat
 
@@ -32,7 +32,7 @@ def routes(server: Server) -> APIRouter:
     return router
 
 
-class Answer(Written):
+class Answer(Dialect):
     """A turn as chat completions have it.
 
     Args:
@@ -41,12 +41,12 @@ class Answer(Written):
     """
 
     def __init__(self, server: Server, body: Chat) -> None:
-        super().__init__(Turn(server, body), body.stream)
-        self.body = body
+        self.turn, self.body = NextTurn(server, body), body
+        super().__init__(self.turn, body.stream)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        messages = [Message() for _ in reply.jobs]
+        messages = [AllSaid() for _ in reply.jobs]
         async for said in self.turn.said(reply):
             messages[said.index].take(said)
         choices = [self._choice(reply, i, message) for i, message in enumerate(messages)]
@@ -83,7 +83,7 @@ class Answer(Written):
             yield event(head | {"choices": [], "usage": reply.usage})
         yield DONE
 
-    def _choice(self, reply: Reply, i: int, message: Message) -> dict[str, Any]:
+    def _choice(self, reply: Reply, i: int, message: AllSaid) -> dict[str, Any]:
         assert message.end is not None
         content = message.texts.get(CONTENT, None if message.calls else "")
         told: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -100,7 +100,7 @@ class Answer(Written):
         return choice | ids
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> dict[str, Any] | None:
-        top, shown = self.body.top_logprobs or 0, reply.chosen.renderer.shown
+        top, shown = self.body.top_logprobs or 0, reply.prompted.chosen.renderer.shown
         return shown.chat(tokens, top) if self.body.logprobs else None
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Answer(Written):
             "object": kind,
             "created": reply.created,
             "model": self.body.model,
-            "system_fingerprint": reply.chosen.fingerprint,
+            "system_fingerprint": reply.prompted.chosen.fingerprint,
         }
 
 

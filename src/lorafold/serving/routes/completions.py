@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.engine import Token
-from lorafold.serving.desk import Asked
+from lorafold.serving.backend import Token
 from lorafold.serving.job import Reply
-from lorafold.serving.rendering import Renderer
-from lorafold.serving.server import Server
+from lorafold.serving.prompted import Asked, Prompted, Prompts
+from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.server import Dialect, Server
 from lorafold.serving.wire.answers import DONE, event, finish, new_id
 from lorafold.serving.wire.completion import Completion
 
@@ -25,13 +25,40 @@ def routes(server: Server) -> APIRouter:
         """What follows a prompt, given as text or as tokens, or several."""
         caller = server.caller(request)
         body = await server.body(request, Completion)
-        return await server.complete(request, caller, new_id("cmpl"), Plain(server, body))
+        return await server.complete(request, caller, new_id("cmpl"), Answer(server, body))
 
     return router
 
 
-class Plain:
-    """One request for completions of plain prompts.
+class PlainPrompts(Asked):
+    """Plain prompts.
+
+    Args:
+        server: the server.
+        body: the request.
+    """
+
+    body: Completion
+
+    def __init__(self, server: Server, body: Completion) -> None:
+        super().__init__(body, "prompt", body.max_tokens)
+        server.admission.check(body)
+        self._given = body.prompts(server.settings.limits.choices)
+        self._sampling = body.sampling(logprobs=body.logprobs)
+
+    def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
+        special = self.body.add_special_tokens
+        return self.body.prompt, tuple(
+            renderer.tokens(one, special) if isinstance(one, str) else tuple(one)
+            for one in self._given
+        )
+
+    def prompted(self, chosen: Chosen) -> Prompted:
+        return Prompted(chosen, *self.rendered(chosen.renderer), self._sampling)
+
+
+class Answer(Dialect):
+    """Completions of plain prompts, as OpenAI's older clients have them.
 
     Args:
         server: the server.
@@ -39,22 +66,8 @@ class Plain:
     """
 
     def __init__(self, server: Server, body: Completion) -> None:
-        self.body, self.streamed = body, body.stream
-        server.desk.check(body)
-        self._given = body.prompts(server.settings.limits.choices)
-
-    @property
-    def prompt(self) -> object:
-        """The prompts as they were given."""
-        return self.body.prompt
-
-    def asked(self) -> Asked:
-        """What is asked of the engine."""
-        body = self.body
-        return Asked(
-            body.model, self._prompts, "prompt", body.sampling(logprobs=body.logprobs), body.n,
-            body.seed, body.max_tokens, not body.ignore_eos,
-        )  # fmt: skip
+        super().__init__(PlainPrompts(server, body), body.stream)
+        self.body = body
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
@@ -99,15 +112,8 @@ class Plain:
             yield event(head | {"choices": [], "usage": reply.usage})
         yield DONE
 
-    def _prompts(self, renderer: Renderer) -> list[tuple[int, ...]]:
-        special = self.body.add_special_tokens
-        return [
-            renderer.tokens(one, special) if isinstance(one, str) else tuple(one)
-            for one in self._given
-        ]
-
     def _logprobs(self, reply: Reply, tokens: list[Token], offset: int) -> dict[str, Any] | None:
-        top, shown = self.body.logprobs, reply.chosen.renderer.shown
+        top, shown = self.body.logprobs, reply.prompted.chosen.renderer.shown
         return None if top is None else shown.legacy(tokens, top, offset)
 
     def _head(self, reply: Reply) -> dict[str, Any]:
@@ -116,5 +122,5 @@ class Plain:
             "object": "text_completion",
             "created": reply.created,
             "model": self.body.model,
-            "system_fingerprint": reply.chosen.fingerprint,
+            "system_fingerprint": reply.prompted.chosen.fingerprint,
         }

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.engine import Ended
+from lorafold.serving.backend import Ended
 from lorafold.serving.job import Reply
+from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.parts import REASONING
 from lorafold.serving.refusal import naming
-from lorafold.serving.server import Server, answer
-from lorafold.serving.speech import REASONING
-from lorafold.serving.turn import Message, Turn, Written
+from lorafold.serving.server import Dialect, Server, answer
 from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.messages import PATH, Ask, Count
@@ -49,13 +49,13 @@ def routes(server: Server) -> APIRouter:
         body = await server.body(request, Count)
         chat, names = body.chat()
         with naming(names):
-            asked = Turn(server, chat, wishes=body.wishes).asked()
-            return answer({"input_tokens": await server.desk.count(caller, asked)})
+            turn = NextTurn(server, chat, wishes=body.wishes)
+            return answer({"input_tokens": await server.admission.count(caller, turn)})
 
     return router
 
 
-class Answer(Written):
+class Answer(Dialect):
     """A turn as messages have it.
 
     Args:
@@ -65,12 +65,12 @@ class Answer(Written):
     """
 
     def __init__(self, server: Server, body: Ask, chat: Chat) -> None:
-        super().__init__(Turn(server, chat, wishes=body.wishes), body.stream)
-        self.body = body
+        self.turn, self.body = NextTurn(server, chat, wishes=body.wishes), body
+        super().__init__(self.turn, body.stream)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        message = Message()
+        message = AllSaid()
         async for said in self.turn.said(reply):
             message.take(said)
         content = [_spoken(name, text) for name, text in message.texts.items()]
@@ -82,7 +82,7 @@ class Answer(Written):
         tokens = len(reply.jobs[0].request.prompt)
         begun = self._message(reply, []) | {"usage": _usage(tokens, 0, 0)}
         yield _event("message_start", message=begun)
-        message, at, open = Message(), -1, ""
+        message, at, open = AllSaid(), -1, ""
         async for said in self.turn.said(reply):
             message.take(said)
             for name, text in said.parts:
@@ -115,7 +115,7 @@ class Answer(Written):
             "stop_sequence": None,
         }
 
-    def _end(self, reply: Reply, message: Message) -> dict[str, Any]:
+    def _end(self, reply: Reply, message: AllSaid) -> dict[str, Any]:
         assert message.end is not None
         end, prompt = message.end, len(reply.jobs[0].request.prompt)
         return {
@@ -128,7 +128,7 @@ class Answer(Written):
         """The stop text that ended the completion: the one that follows its text."""
         if end.reason != "stop":
             return None
-        after = reply.chosen.renderer.text(end.tokens)[len(end.text) :]
+        after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
         return next((stop for stop in self.body.stop_sequences if after.startswith(stop)), None)
 
 

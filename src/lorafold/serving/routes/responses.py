@@ -8,12 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorafold.data.messages import without_nulls
-from lorafold.engine import Token
+from lorafold.serving.backend import Token
 from lorafold.serving.job import Reply
+from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.parts import CONTENT, REASONING
 from lorafold.serving.refusal import naming
-from lorafold.serving.server import Server, answer
-from lorafold.serving.speech import CONTENT, REASONING
-from lorafold.serving.turn import Message, Turn, Written
+from lorafold.serving.server import Dialect, Server, answer
 from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.response import Count, Respond
@@ -44,14 +44,14 @@ def routes(server: Server) -> APIRouter:
         body = await server.body(request, Count)
         chat, names = body.chat()
         with naming(names):
-            asked = Turn(server, chat, "input", shorten=body.truncation == "auto").asked()
-            found = await server.desk.count(caller, asked)
+            turn = NextTurn(server, chat, "input", shorten=body.truncation == "auto")
+            found = await server.admission.count(caller, turn)
         return answer({"object": "response.input_tokens", "input_tokens": found})
 
     return router
 
 
-class Answer(Written):
+class Answer(Dialect):
     """A turn as responses have it.
 
     Args:
@@ -61,14 +61,14 @@ class Answer(Written):
     """
 
     def __init__(self, server: Server, body: Respond, chat: Chat) -> None:
-        turn = Turn(server, chat, "input", shorten=body.truncation == "auto")
-        super().__init__(turn, body.stream)
+        self.turn = NextTurn(server, chat, "input", shorten=body.truncation == "auto")
+        super().__init__(self.turn, body.stream)
         self.body, self._number = body, 0
         self._unsaid: list[Token] = []  # of a message, whose text is not yet there
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        message = Message()
+        message = AllSaid()
         async for said in self.turn.said(reply):
             message.take(said)
         return self._ended(reply, message, self._items(reply, message))
@@ -78,7 +78,7 @@ class Answer(Written):
         begun = self._response(reply, "in_progress", [])
         yield self._event("response.created", response=begun)
         yield self._event("response.in_progress", response=begun)
-        message, spoken = Message(), list[Item]()
+        message, spoken = AllSaid(), list[Item]()
         async for said in self.turn.said(reply):
             message.take(said)
             if said.token is not None and said.where == CONTENT:
@@ -132,7 +132,7 @@ class Answer(Written):
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
         if not self.body.logprobs:
             return []
-        found = reply.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
+        found = reply.prompted.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
         return list(found)
 
     def _closed(self, reply: Reply, items: list[Item]) -> Iterator[bytes]:
@@ -163,7 +163,7 @@ class Answer(Written):
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1} | fields, kind)
 
-    def _items(self, reply: Reply, message: Message) -> list[Item]:
+    def _items(self, reply: Reply, message: AllSaid) -> list[Item]:
         spoken = [_spoken(KINDS[name], text) for name, text in message.texts.items()]
         for item in spoken:
             if item["type"] == "message":
@@ -171,7 +171,7 @@ class Answer(Written):
                 item["content"][0]["logprobs"] = self._logprobs(reply, said)
         return [*spoken, *map(_called, message.calls)] or [_spoken("message", "")]
 
-    def _ended(self, reply: Reply, message: Message, items: list[Item]) -> dict[str, Any]:
+    def _ended(self, reply: Reply, message: AllSaid, items: list[Item]) -> dict[str, Any]:
         assert message.end is not None
         cut = message.end.reason == "length"
         found = self._response(reply, "incomplete" if cut else "completed", items)

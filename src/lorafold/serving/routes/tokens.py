@@ -29,7 +29,7 @@ def routes(server: Server) -> APIRouter:
         """The tokens of a text, or of a conversation as the prompt for its next turn."""
         caller = server.caller(request)
         body = await server.body(request, Tokenize)
-        server.desk.check_room(caller.tenant, 1)
+        server.admission.check_room(caller.tenant, 1)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("prompt", "expected either prompt or messages")
 
@@ -44,7 +44,7 @@ def routes(server: Server) -> APIRouter:
 
         renderer, found = await unless_left(request, server.host.think(tokens, caller.tenant))
         told: dict[str, Any] = {
-            "count": len(found), "max_model_len": server.host.engine.length, "tokens": found,
+            "count": len(found), "max_model_len": server.host.backend.length, "tokens": found,
         }  # fmt: skip
         if body.return_token_strs:
             told["token_strs"] = [renderer.shown.text(token) for token in found]
@@ -55,7 +55,7 @@ def routes(server: Server) -> APIRouter:
         """The text of tokens."""
         caller = server.caller(request)
         body = await server.body(request, Detokenize)
-        server.desk.check_room(caller.tenant, 1)
+        server.admission.check_room(caller.tenant, 1)
 
         def text() -> str:
             return renderer_of(caller, body.model).text(body.tokens)

@@ -11,10 +11,10 @@ from pydantic_core import to_json
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorafold.engine import Ended, Token
-from lorafold.engine.text import INCOMPLETE
+from lorafold.serving.backend import Ended, Token
 
 DONE = b"data: [DONE]\n\n"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level BPE
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
+from lorafold.serving.backend import Sampling
 from lorafold.serving.refusal import Refusal, wrong
 
 HARMLESS = {

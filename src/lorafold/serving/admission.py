@@ -8,57 +8,27 @@ engine's, so that neither the engine nor the event loop waits for them.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
-from lorafold.engine import Request, Sampling
 from lorafold.errors import LorafoldError
+from lorafold.serving.backend import Request
 from lorafold.serving.host import Host
 from lorafold.serving.job import Job, Reply
 from lorafold.serving.keys import Caller
+from lorafold.serving.prompted import Asked, Prompted
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.registry import Registry
-from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.rendering import Chosen
 from lorafold.serving.spent import Spent
 from lorafold.serving.wire.body import Completing
 
 LEAVING = 4  # times as many may be about to end as may wait: they end with the engine's next step
 RETRIES = 3  # an adapter's version may be replaced between its choice and its use
-Prompts = Callable[[Renderer], Sequence[tuple[int, ...]]]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request, whatever its dialect.
-
-    model, n: As asked for.
-    prompts: Gives the tokens of each prompt; it may take its time.
-    field: The field with the prompts.
-    sampling: The settings of all completions, but for the seed and the grammar.
-    seed: That of the first one, or None.
-    max_new_tokens: None: what is left of the length.
-    ends: Whether the model may end a completion.
-    grammar: Gives the grammar that a completion has to fit, or None.
-    """
-
-    model: str
-    prompts: Prompts
-    field: str
-    sampling: Sampling
-    n: int = 1
-    seed: int | None = None
-    max_new_tokens: int | None = None
-    ends: bool = True
-    grammar: Callable[[Renderer], str | None] = lambda renderer: None
-
-    def rendered(self, renderer: Renderer) -> tuple[Sequence[tuple[int, ...]], Sampling]:
-        """The tokens of each prompt, and the settings with the grammar. Raises Refusal."""
-        prompts, lark = self.prompts(renderer), self.grammar(renderer)
-        return prompts, self.sampling if lark is None else replace(self.sampling, lark=lark)
-
-
-class Desk:
+class Admission:
     """Where requests are admitted.
 
     Args:
@@ -92,71 +62,73 @@ class Desk:
             since: when the request came, by time.monotonic.
             asked: what is asked.
         """
-        self.check_room(caller.tenant, asked.n)
+        self.check_room(caller.tenant, asked.body.n)
         self.spent.check(caller)
         reply = Reply(id)
+        submit = partial(self._submit, caller, since, asked, reply)
         try:
-            await self.host.think(partial(self._submit, caller, since, asked, reply), caller.tenant)
+            reply.prompted = await self.host.think(submit, caller.tenant)
         except BaseException:
             self.drop(reply)
             raise
         for job in reply.jobs:
             job.admitted = True
-        prompts = sum(len(job.request.prompt) for job in reply.jobs[:: asked.n])
-        self.spent.add(caller.tenant, prompts)
+        self.spent.add(caller.tenant, sum(map(len, reply.prompted.prompts)))
         return reply
 
-    def _submit(self, caller: Caller, since: float, asked: Asked, reply: Reply) -> None:
+    def _submit(self, caller: Caller, since: float, asked: Asked, reply: Reply) -> Prompted:
         """Choose, render and submit. It takes its time, and calls nothing of the event loop."""
         count = partial(self.spent.add, caller.tenant)
-        seed = secrets.randbits(48) if asked.seed is None else asked.seed
         for _ in range(RETRIES):
-            chosen = self.registry.choose(caller, asked.model)
-            renderer = chosen.renderer
-            prompts, sampling = asked.rendered(renderer)
-            if asked.n * len(prompts) > self.limits.choices:
-                told = f"found {len(prompts)} prompts and n {asked.n}, expected at most"
-                raise wrong(asked.field, f"{told} {self.limits.choices} completions")
-            # this request is counted as one that is thought about
-            self.check_room(caller.tenant, asked.n * len(prompts) - 1)
-            jobs: list[Job] = []
+            chosen = self.registry.choose(caller, asked.body.model)
+            prompted = asked.prompted(chosen)
+            n = asked.body.n * len(prompted.prompts)
+            if n > self.limits.choices:
+                told = f"found {len(prompted.prompts)} prompts and n {asked.body.n}"
+                told = f"{told}, expected at most {self.limits.choices} completions"
+                raise wrong(asked.field, told)
+            self.check_room(caller.tenant, n - 1)  # it is counted as one that is thought about
             try:
-                for i, prompt in enumerate(p for p in prompts for _ in range(asked.n)):
-                    request = Request(
-                        f"{reply.id}.{i}", prompt, self._new_tokens(asked, prompt), chosen.key,
-                        replace(sampling, seed=(seed + i) % (1 << 63)),
-                        renderer.ends if asked.ends else frozenset(), caller.tenant,
-                        renderer.tokenizer,
-                    )  # fmt: skip
+                for request in self._requests(reply.id, caller.tenant, asked, prompted):
                     job = Job(request, chosen.name, since, reply.arrived, count)
                     self.host.submit(job)
-                    jobs.append(job)
-                reply.runs(chosen, len(prompts), jobs)
-                return
+                    reply.jobs.append(job)
+                return prompted
             except LorafoldError as error:
-                self._drop(jobs)
-                if chosen.key is None or chosen.key in self.host.engine.adapters.names():
+                self.drop(reply)
+                reply.jobs.clear()
+                if self.registry.serves(chosen):
                     raise self._refusal(error, asked, chosen) from None
-            except BaseException:
-                self._drop(jobs)
-                raise
-        raise Refusal(503, "adapter_changed", f"{asked.model} is being replaced", retry_after=1)
+        told = f"{asked.body.model} is being replaced"
+        raise Refusal(503, "adapter_changed", told, retry_after=1)
+
+    def _requests(
+        self, id: str, tenant: str, asked: Asked, prompted: Prompted
+    ) -> Iterator[Request]:
+        """The requests to the engine. Raises Refusal for a prompt that leaves no room."""
+        body, renderer = asked.body, prompted.chosen.renderer
+        seed = secrets.randbits(48) if body.seed is None else body.seed
+        ends = frozenset[int]() if body.ignore_eos else renderer.ends
+        for i, prompt in enumerate(p for p in prompted.prompts for _ in range(body.n)):
+            sampling = replace(prompted.sampling, seed=(seed + i) % (1 << 63))
+            yield Request(
+                f"{id}.{i}", prompt, self._new_tokens(asked, prompt), prompted.chosen.key,
+                sampling, ends, tenant, renderer.tokenizer,
+            )  # fmt: skip
 
     async def count(self, caller: Caller, asked: Asked) -> int:
-        """The tokens of a request's prompt. Raises Refusal as `admit` does."""
+        """The tokens of a request's prompts. Raises Refusal as `admit` does."""
         self.check_room(caller.tenant, 1)
 
         def counted() -> int:
-            return len(asked.prompts(self.registry.choose(caller, asked.model).renderer)[0])
+            renderer = self.registry.choose(caller, asked.body.model).renderer
+            return sum(map(len, asked.rendered(renderer)[1]))
 
         return await self.host.think(counted, caller.tenant)
 
     def drop(self, reply: Reply) -> None:
         """End the completions of a reply that nobody waits for any more."""
-        self._drop(reply.jobs)
-
-    def _drop(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
+        for job in reply.jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))
 
@@ -180,7 +152,7 @@ class Desk:
                 raise Refusal(429, code, told, retry_after=host.seconds_to_wait)
 
     def _new_tokens(self, asked: Asked, prompt: Sequence[int]) -> int:
-        length = self.host.engine.length
+        length = self.host.backend.length
         if not prompt:
             raise wrong(asked.field, "found no tokens, expected at least one")
         left = length - len(prompt)
@@ -201,7 +173,7 @@ class Desk:
         if why := self.host.ready:
             return Refusal(503, "not_ready", why, retry_after=1)
         told = str(error).partition(": ")[2]  # without the request's name
-        if chosen.key and self.host.engine.adapters.status(chosen.key) == "quarantined":
+        if chosen.key and self.host.backend.states().refuses(chosen.key):
             return Refusal(423, "adapter_quarantined", told, "model")
         field = told.partition(":")[0]
         named = FIELDS | {"prompt": asked.field}

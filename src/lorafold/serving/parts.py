@@ -1,8 +1,8 @@
 """What a completion says, told apart as it comes: reasoning, content, calls of tools.
 
-    speech = Speech(tokenizer, prompt, tools)
-    speech.add("Let me see. <tool_")        [("content", "Let me see.")]
-    speech.finish()                         the rest, and the calls
+    reader = PartReader(tokenizer, prompt, tools)
+    reader.add("Let me see. <tool_")        [("content", "Let me see.")]
+    reader.finish()                         the rest, and the calls
 
 Text is held back while it may be the beginning of a mark, and from the first call on, so that
 nothing is ever taken back. A call that can't be read is content.
@@ -25,7 +25,7 @@ REASONING, CONTENT = "reasoning_content", "content"
 Part = tuple[str, str]  # the field of a message, and what is added to it
 
 
-class Speech:
+class PartReader:
     """One completion.
 
     Args:

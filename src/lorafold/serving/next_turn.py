@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from lorafold.engine import Ended, Token
-from lorafold.serving.desk import Asked
+from lorafold.serving.backend import Ended, Token
 from lorafold.serving.job import Reply
+from lorafold.serving.parts import Part, PartReader
+from lorafold.serving.prompted import Asked, Prompted, Prompts
 from lorafold.serving.refusal import wrong
-from lorafold.serving.rendering import Renderer
+from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Server
 from lorafold.serving.shortened import shortened
-from lorafold.serving.speech import Part, Speech
 from lorafold.serving.wire.answers import new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.schema import check_founded
@@ -41,7 +40,7 @@ class Said:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Message:
+class AllSaid:
     """All that was said in a completion."""
 
     def __init__(self) -> None:
@@ -59,7 +58,7 @@ class Message:
         self.end, self.calls = said.end, said.calls
 
 
-class Turn:
+class NextTurn(Asked):
     """One turn. Raises Refusal for a conversation that can't have one.
 
     Args:
@@ -70,6 +69,8 @@ class Turn:
         shorten: whether the oldest messages may be left out.
     """
 
+    body: Chat
+
     def __init__(
         self,
         server: Server,
@@ -78,37 +79,55 @@ class Turn:
         wishes: Mapping[str, Any] = MappingProxyType({}),
         shorten: bool = False,
     ) -> None:
-        self.server, self.body, self.prompt = server, body, ""
-        self._field, self._wishes, self._shorten = field, {**body.wishes, **wishes}, shorten
-        limits = server.settings.limits
-        server.desk.check(body)
+        super().__init__(body, field, body.max_new_tokens)
+        self._wishes, self._shorten = {**body.wishes, **wishes}, shorten
+        self._length, limits = server.host.backend.length, server.settings.limits
+        server.admission.check(body)
         self.messages, self.tools = body.conversation(limits), body.offered(limits)
         self._schema, self._forced = body.json_schema(), body.forced()
         self._mixed = self._schema is not None and bool(self.tools)
         if body.top_logprobs is not None and not body.logprobs:
             raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")
-
-    def asked(self) -> Asked:
-        """What is asked of the engine."""
-        body = self.body
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         free = self._forced is None and not self._mixed
-        return Asked(
-            body.model, self._prompts, self._field,
-            body.sampling(logprobs=logprobs, schema=self._schema if free else None),
-            body.n, body.seed, body.max_new_tokens, not body.ignore_eos, self._grammar,
-        )  # fmt: skip
+        self._sampling = body.sampling(logprobs=logprobs, schema=self._schema if free else None)
+
+    def rendered(self, renderer: Renderer) -> tuple[str, Prompts]:
+        wishes = {k: v for k, v in self._wishes.items() if k in renderer.variables}
+        variables = wishes | self.body.variables
+
+        def render(messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...]]:
+            text = renderer.chat(messages, self.tools, variables)
+            return text, renderer.tokens(text, special=False)
+
+        messages = self.messages
+        if self._shorten:
+            room = self._length - (self.max_new_tokens or self._length // 4)
+            messages = shortened(messages, lambda some: len(render(some)[1]) <= room)
+        text, tokens = render(messages)
+        return text, (tokens,)
+
+    def prompted(self, chosen: Chosen) -> Prompted:
+        renderer = chosen.renderer
+        text, prompts = self.rendered(renderer)
+        lark = self._grammar(renderer)
+        sampling = self._sampling if lark is None else replace(self._sampling, lark=lark)
+        # what it needs to know of the template is found out here, beside the event loop
+        reader = PartReader(renderer.tokenizer, text, self.tools)
+        return Prompted(chosen, text, prompts, sampling, reader)
 
     async def said(self, reply: Reply) -> AsyncIterator[Said]:
         """What is said, as it comes. Raises Refusal for a completion that fails."""
-        speeches = [copy(self._speech) for _ in reply.jobs]
+        reader = reply.prompted.reader
+        assert reader is not None
+        readers = [copy(reader) for _ in reply.jobs]
         async for i, event in reply.events():
             if isinstance(event, Token):
-                parts = speeches[i].add(event.text)
-                yield Said(i, parts, speeches[i].field, event)
+                parts = readers[i].add(event.text)
+                yield Said(i, parts, readers[i].field, event)
                 continue
-            parts = speeches[i].add(event.text[speeches[i].length :])
-            rest, calls = await asyncio.to_thread(speeches[i].finish)
+            parts = readers[i].add(event.text[readers[i].length :])
+            rest, calls = await asyncio.to_thread(readers[i].finish)
             yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
 
     def _grammar(self, renderer: Renderer) -> str | None:
@@ -120,24 +139,6 @@ class Turn:
             return None
         names = [tool["function"]["name"] for tool in self.tools]
         return renderer.call_grammar(self.tools, names, self._schema)
-
-    def _prompts(self, renderer: Renderer) -> list[tuple[int, ...]]:
-        wishes = {k: v for k, v in self._wishes.items() if k in renderer.variables}
-        variables = wishes | self.body.variables
-
-        def tokens(messages: list[dict[str, Any]]) -> tuple[int, ...]:
-            self.prompt = renderer.chat(messages, self.tools, variables)
-            return renderer.tokens(self.prompt, special=False)
-
-        messages = self.messages
-        if self._shorten:
-            length = self.server.host.engine.length
-            room = length - (self.body.max_new_tokens or length // 4)
-            messages = shortened(messages, lambda some: len(tokens(some)) <= room)
-        found = tokens(messages)
-        # what it needs to know of the template is found out here, beside the event loop
-        self._speech = Speech(renderer.tokenizer, self.prompt, self.tools)
-        return [found]
 
     def _called(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Calls as OpenAI has them, one if the request wants no more at a time."""
@@ -153,35 +154,6 @@ class Turn:
             }
             for function in (functions if self.body.parallel_tool_calls else functions[:1])
         ]
-
-
-class Written(ABC):
-    """Abstract: a turn as a dialect of the API writes it down, a `server.Dialect`.
-
-    Args:
-        turn: the turn.
-        streamed: whether the client wants events.
-    """
-
-    def __init__(self, turn: Turn, streamed: bool) -> None:
-        self.turn, self.streamed = turn, streamed
-
-    @property
-    def prompt(self) -> str:
-        """The rendered conversation."""
-        return self.turn.prompt
-
-    def asked(self) -> Asked:
-        """What is asked of the engine."""
-        return self.turn.asked()
-
-    @abstractmethod
-    async def whole(self, reply: Reply) -> dict[str, Any]:
-        """The whole answer."""
-
-    @abstractmethod
-    def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes."""
 
 
 def joined(parts: list[Part]) -> list[Part]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorafold.files.atomic import write_text
 from lorafold.serving.json_file import read
 
-FILE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
+STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
 
 
 class Target(BaseModel):

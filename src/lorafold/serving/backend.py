@@ -1,0 +1,126 @@
+"""What computes, as the server knows it: nine calls, and the words that pass through them.
+
+    async with backend.events(take):            it computes, and tells what is new after every step
+        backend.load(found, "known")
+        backend.submit(Request("1", prompt, 64, found.key))
+        backend.cancel("1")
+
+`lorafold.serving.in_process` is the one implementation, over `lorafold.engine`; nothing else here
+knows more of an engine than this file says. Any thread may call; `length`, `ready` and `states`
+answer at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+from lorafold.engine import Ended, Request, Sampling, Token
+from lorafold.engine.sampler import NOT_FINITE
+from lorafold.serving.seen import Found
+
+__all__ = [
+    "LOST", "NOT_FINITE", "Backend", "Ended", "News", "Request", "Sampling", "States", "Token",
+    "Until",
+]  # fmt: skip
+
+LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one
+Until = Literal["checked", "known", "begun", "resident"]
+
+
+@dataclass(frozen=True)
+class News:
+    """What is new of one request: its events since the last news, and when it got a slot, by
+    time.monotonic, None while it waits.
+    """
+
+    id: str
+    events: Sequence[Token | Ended]
+    began: float | None
+
+
+@dataclass(frozen=True)
+class States:
+    """Where the adapters are, and what was done with them.
+
+    adapters: By name, of those that are not only files: `loading`, `resident` or `quarantined`, and
+        the bytes in memory.
+    seconds: How long it took to read them the last time, by name.
+    nbytes, reads, evictions, damaged: The bytes of all, and how many adapters were read, made room,
+        and changed in memory.
+    alone: Why requests run one at a time, empty where they share what is computed.
+    """
+
+    adapters: Mapping[str, tuple[str, int]]
+    seconds: Mapping[str, float]
+    nbytes: int
+    reads: int
+    evictions: int
+    damaged: int
+    alone: str
+
+    def refuses(self, name: str) -> bool:
+        """Whether an adapter is in quarantine."""
+        return self.adapters.get(name, ("", 0))[0] == "quarantined"
+
+
+class Backend(ABC):
+    """Abstract: computes completions of one base under its adapters."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """The most tokens of a request, with its completion."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> str:
+        """Why nothing is computed now, empty if it is."""
+
+    @abstractmethod
+    def events(
+        self, take: Callable[[Sequence[News]], None]
+    ) -> AbstractAsyncContextManager[None]:
+        """Compute for as long as the context is open, and end all requests with it.
+
+        Args:
+            take: called in the event loop, with the news of all requests since the last call. Every
+                request that was submitted has one `Ended`; those that a failure of the backend
+                ended have LOST as its message.
+        """
+
+    @abstractmethod
+    def submit(self, request: Request) -> None:
+        """Queue a request. It may take its time. Raises LorafoldError if it is refused."""
+
+    @abstractmethod
+    def cancel(self, id: str) -> None:
+        """End a request within a step, if there is one of that name."""
+
+    @abstractmethod
+    def load(self, found: Found, until: Until) -> None:
+        """Make an adapter known under its key, so that requests may name it, whatever becomes of
+        the process that computes. Requests that run go on with what they have.
+
+        Args:
+            found: the adapter's files, which have to be these whenever they are read.
+            until: `known`: they are read once a request needs them, and what was counted of the
+                adapter begins anew; `begun`: reading has begun; `resident`: it is in memory;
+                `checked`: they are read and fit, and the adapter is not known by that. Raises
+                LorafoldError for files that are wrong, of the last two.
+        """
+
+    @abstractmethod
+    def unload(self, key: str) -> None:
+        """Forget an adapter. Raises LorafoldError for an unknown one."""
+
+    @abstractmethod
+    def pin(self, key: str, pinned: bool) -> None:
+        """Keep an adapter in memory once it is there, or no longer. Raises as `unload`."""
+
+    @abstractmethod
+    def states(self) -> States:
+        """Where the adapters are now."""
