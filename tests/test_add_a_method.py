@@ -29,7 +29,7 @@ from lorafold.files.atomic import MANIFEST
 from lorafold.merging.run import merge
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

@@ -29,8 +29,8 @@ from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.loading import load_tokenizer
 from lorafold.ops import attention
 from lorafold.ops.kept import keeping, kept
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.activations import recompute
-from lorafold.step.recipe import Recipe
 from lorafold.training.loop import penalty
 from lorafold.training.objectives import Sft
 from lorafold.training.request import Request

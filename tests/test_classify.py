@@ -29,8 +29,8 @@ from lorafold.merging.run import merge
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Classification
-from lorafold.step.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES
 from lorafold.training.preview import show
 from lorafold.training.request import Request

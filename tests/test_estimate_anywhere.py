@@ -26,7 +26,7 @@ from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import multiplying
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 CONFIG = tf.LlamaConfig(
     hidden_size=64,

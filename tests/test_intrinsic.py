@@ -19,7 +19,7 @@ from lorafold.inspecting.intrinsic import Point, bare_loss, search
 from lorafold.models.classifier import load_classifier
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
 ROWS = [

@@ -37,7 +37,7 @@ from lorafold.models.fake import fake_model, period
 from lorafold.models.storage import Storage
 from lorafold.ops import attention
 from lorafold.ops.arithmetic import widens
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 COMMON = {
     "hidden_size": 128,

@@ -21,7 +21,7 @@ from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.storage import Storage
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from browser_cases import open_browser
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.preview import show
 from lorafold.training.request import Request
 from test_templates import ROWS, said, user

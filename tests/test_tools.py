@@ -33,8 +33,8 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import set_template
 from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
 from test_templates import RESULT, ROME, ROWS, SYSTEM, WEATHER, called, said, starting_points, user
 
 TOOLS = [

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import Request
 from lorafold.training.run import train

@@ -13,9 +13,9 @@ from rich.console import Console
 from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.peft.config import CONFIG, read_config
-from lorafold.step.fitting import spec_of
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import spec_of
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.translating import axolotl, llamafactory

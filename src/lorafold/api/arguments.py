@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafold.data.stream import Stream
-    from lorafold.step.recipe import Recipe
+    from lorafold.recipe.recipe import Recipe
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
 Data = str | Path | Sequence[str] | Sequence[Row]  # one source, several, or the rows

@@ -14,8 +14,8 @@ from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
 from lorafold.quickstart.story import RECIPE
-from lorafold.step.fitting import without
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import without
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

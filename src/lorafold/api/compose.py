@@ -15,7 +15,7 @@ from lorafold.composing.run import Composition
 from lorafold.composing.updates import names
 from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

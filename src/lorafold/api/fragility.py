@@ -44,7 +44,7 @@ from lorafold.undoing.task import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.step.recipe import Recipe
+    from lorafold.recipe.recipe import Recipe
 
 
 def fragility(

@@ -10,7 +10,7 @@ from lorafold.data.batches import split
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.quickstart.task import rows as quickstart_rows
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

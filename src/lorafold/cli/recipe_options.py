@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 
 from lorafold.methods import METHODS
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import GROUPS, Recipe
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import GROUPS, Recipe
 
 CONFIG = Annotated[
     Path | None,

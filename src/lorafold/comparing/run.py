@@ -22,7 +22,7 @@ from lorafold.files.atomic import write_json
 from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.step.fitting import fitting, settled_base, spec_of
+from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.training.grounds import grounds
 
 

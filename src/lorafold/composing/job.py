@@ -18,7 +18,7 @@ from lorafold.models.architecture import opened_by_name
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.peft.form import peft_reads
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

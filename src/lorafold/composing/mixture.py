@@ -22,7 +22,7 @@ from lorafold.errors import Interrupted
 from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
 from lorafold.models.storage import default_storage
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training import run
 
 RECIPE = Recipe(steps=50)  # there are few gates to learn

@@ -28,8 +28,8 @@ from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage
-from lorafold.step.fitting import fitting
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import fitting
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.grounds import FILES, grounds
 from lorafold.training.objectives import ModelRequest

@@ -31,8 +31,8 @@ from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import CPU, widens
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
-from lorafold.step.recipe import Recipe
 
 SHARE = 0.9  # of the free memory: the rest is for the process, kernels and the allocator's gaps
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.terms import estimate
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
-from lorafold.step.recipe import Recipe
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5}  # of a parameter, by storage
 

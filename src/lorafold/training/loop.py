@@ -29,9 +29,9 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.machine.waiting import considerate
 from lorafold.ops.philox import key_of
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
-from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest

@@ -23,7 +23,7 @@ from lorafold.identity import of_adapter, of_model
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.objectives import OBJECTIVES, Data, Objective
 
 if TYPE_CHECKING:

@@ -33,10 +33,10 @@ from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import mismatch, same
+from lorafold.recipe.fitting import settled_base, spec_of, without
+from lorafold.recipe.recipe import OF_ADAPTER
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
-from lorafold.step.fitting import settled_base, spec_of, without
 from lorafold.step.positions import positions_of
-from lorafold.step.recipe import OF_ADAPTER
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
 from lorafold.training.objectives import Data, ModelRequest, Objective

@@ -15,10 +15,10 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
 from lorafold.files.record import read_object
 from lorafold.peft.config import CONFIG
-from lorafold.step.fitting import left_out, spec_of, trainable_storage
+from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
+from lorafold.recipe.reading import parse_yaml
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.preference_laws import LAWS, law_of
-from lorafold.step.reading import parse_yaml
-from lorafold.step.recipe import Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config
 from lorafold.translating.rules import Entry, by_rules, left
 from lorafold.translating.translation import Translation

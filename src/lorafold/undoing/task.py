@@ -27,7 +27,7 @@ from lorafold.files.figures import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.grounds import grounds
 from lorafold.undoing.defences import DEFENCES
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from lorafold.data.sources import Row
 from lorafold.models.sources import ModelSource
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.preference_laws import LAWS
-from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.classify import Classify, classify
 from lorafold.training.objectives.objective import Data, ModelRequest, Objective
 from lorafold.training.objectives.preference import preference

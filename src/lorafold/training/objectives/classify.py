@@ -27,8 +27,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id
 from lorafold.models.sources import ModelSource
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Classification, Loss
-from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.objective import ModelRequest, Objective, no_options
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from lorafold.evaluation import Measured, held_out_loss
 from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch

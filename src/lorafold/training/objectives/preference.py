@@ -17,9 +17,9 @@ from lorafold.data.stored import Rows
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.models.sources import ModelSource
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.preference_laws import law_of
 from lorafold.step.preferences import Preferences
-from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.comparing import Comparing
 from lorafold.training.objectives.objective import Data
 from lorafold.training.objectives.reference import moves, referenced

@@ -33,9 +33,9 @@ from lorafold.models.classifier import (
     padding_id,
 )
 from lorafold.models.sources import ModelSource
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.preference_laws import Scored, law_of
 from lorafold.step.preferences import Preferences
-from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.classify import head_to_save
 from lorafold.training.objectives.comparing import Comparing
 from lorafold.training.objectives.objective import ModelRequest

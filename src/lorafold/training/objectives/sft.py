@@ -13,10 +13,10 @@ from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.sources import Row
 from lorafold.data.tokenizing import Encoder
 from lorafold.models.sources import ModelSource
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.documents import packed
 from lorafold.step.losses import Completions as CompletionLoss
 from lorafold.step.losses import Loss
-from lorafold.step.recipe import Recipe
 from lorafold.training.objectives.objective import Objective, no_options
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from lorafold.methods import known_options, make_spec
 from lorafold.models.quantizing import IN_FILES, QUANTIZATIONS, QUANTIZED
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 
 def left_out(recipe: Recipe) -> list[str]:

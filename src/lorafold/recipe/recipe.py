@@ -1,7 +1,7 @@
 """The recipe: every choice of a training run in one frozen record.
 
 A field that is None asks for the method's own default, so that this file knows no method. Use
-`Recipe(...)` from Python; `step.reading` makes one of a YAML file, `--set` and flags.
+`Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
 """
 
 from math import ceil
