@@ -36,6 +36,7 @@ FLOORS = [
     "memory",
     "translating",
     "recipe",
+    "objectives",
     "evaluation",
     "conversation",
     "generation",

@@ -15,8 +15,11 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import ModelSource, resolved
 from lorafold.models.storage import choose_storage, default_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of
+from lorafold.objectives.classify import Classify
+from lorafold.objectives.objective import ModelRequest, Objective
+from lorafold.objectives.reward import RewardModel
+from lorafold.objectives.sft import Sft
 from lorafold.step.preference_laws import Reward
-from lorafold.training.objectives import Classify, ModelRequest, Objective, RewardModel, Sft
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -35,9 +35,9 @@ from lorafold.merging.certificate import probe_ids
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import tokenizer_of
+from lorafold.objectives.objective import ModelRequest
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.objectives import ModelRequest
 from lorafold.training.request import Request, objective_of
 from lorafold.training.run import train
 

@@ -12,7 +12,8 @@ SOURCES = (".py", ".cpp", ".h")
 # The rooms that train a model or measure one, with all that they import.
 TRAINING = (
     *("adapter", "bases", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
-    *("machine", "memory", "methods", "models", "ops", "peft", "recipe", "step", "training"),
+    *("machine", "memory", "methods", "models", "objectives", "ops", "peft", "recipe", "step"),
+    "training",
 )
 COMPUTED_WITH = ("torch", "transformers")
 

@@ -28,11 +28,11 @@ from lorafold.machine.devices import choose_device
 from lorafold.methods.fastfood import Fastfood
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import choose_storage
+from lorafold.objectives.objective import ModelRequest
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.grounds import FILES, grounds
-from lorafold.training.objectives import ModelRequest
 from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from lorafold.methods import METHODS
+from lorafold.objectives import DEFAULT, OBJECTIVES, in_words, named
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -105,16 +106,7 @@ class Recipe(BaseModel):
         False, description="Leave the reasoning of the assistant's turns out of the loss."
     )
 
-    objective: Literal[
-        "sft", "classify", "dpo", "ipo", "hinge", "kto", "orpo", "simpo", "reward"
-    ] = Field(
-        "sft",
-        description=(
-            "sft: predict the next token of completions. classify: predict the label of a text."
-            " dpo, ipo, hinge, orpo, simpo: prefer chosen completions to rejected ones. kto: the"
-            " same for completions that are judged one by one. reward: score completions."
-        ),
-    )
+    objective: str = Field(DEFAULT, description=in_words())
     beta: Positive | None = Field(
         None,
         description=(
@@ -227,6 +219,14 @@ class Recipe(BaseModel):
         (), description="Trackers of the accelerate library to report to, as in tensorboard."
     )
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known_objective(cls, value: Any) -> Any:
+        if value not in list(OBJECTIVES):
+            *others, last = map(repr, OBJECTIVES)
+            raise ValueError(f"{', '.join(others)} or {last}")
+        return value
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -253,8 +253,9 @@ class Recipe(BaseModel):
             raise ValueError(
                 "eval_fraction: with streaming no rows can be held out; give held-out rows"
             )
-        if self.streaming and self.objective != "sft":
-            raise ValueError("streaming: expected the objective sft")
+        if self.streaming and not OBJECTIVES[self.objective].streams:
+            streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
+            raise ValueError(f"streaming: expected the objective {streamed}")
         return self
 
     def for_method(self) -> dict[str, Any]:

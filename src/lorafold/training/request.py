@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorafold.data.batches import epoch_size, split
-from lorafold.data.checking import check_objective
 from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
@@ -23,8 +22,9 @@ from lorafold.identity import of_adapter, of_model
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template, tokenizer_of
+from lorafold.objectives import OBJECTIVES, check_shapes
+from lorafold.objectives.objective import Asked, Data, Objective
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.objectives import OBJECTIVES, Data, Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ class Request:
         if not isinstance(self.rows, Stream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
-        return [row for _, row in islice(rows, n)]
+        return [row for _, row, _ in islice(rows, n)]
 
 
 def rendering_of(recipe: Recipe) -> Rendering:
@@ -86,12 +86,21 @@ def rendering_of(recipe: Recipe) -> Rendering:
 def objective_of(request: Request) -> tuple[ModelSource, Objective]:
     """The model's directory, and the run's objective for it.
 
-    Raises LorafoldError for a model that is not found, and labels that are not the model's.
+    Raises LorafoldError for a model that is not found, for rows of other shapes than the objective
+    takes, for options that it does not have, and for labels that are not the model's.
     """
-    source = resolve_model(request.model, request.revision)
+    source, recipe = resolve_model(request.model, request.revision), request.recipe
     rows = () if isinstance(request.rows, Stream) else request.rows
-    objective = OBJECTIVES[request.recipe.objective]
-    return source, objective(request.recipe, rows, source, request.adapters)
+    check_shapes(request.data.shapes, recipe.objective)
+    asked = Asked(
+        recipe.objective,
+        rows,
+        source,
+        request.adapters,
+        recipe.beta,
+        recipe.objective_options,
+    )
+    return source, OBJECTIVES[recipe.objective].made(asked)
 
 
 def files_of(request: Request, source: ModelSource) -> dict[str, dict[str, str]]:
@@ -154,7 +163,6 @@ def tokenized(
         return found
 
     if isinstance(rows, Stream):
-        check_objective(rows.firsts(), recipe.objective)
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
             rows,

@@ -31,6 +31,7 @@ from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
+from lorafold.objectives.objective import Data, ModelRequest, Objective
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fitting import settled_base, spec_of, without
@@ -39,7 +40,6 @@ from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.step.positions import positions_of
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
-from lorafold.training.objectives import Data, ModelRequest, Objective
 from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
 
 if TYPE_CHECKING:
@@ -193,12 +193,10 @@ def adapted_model(
         setup.storage,
         setup.feed,
         extra,
-        setup.objective.outputs,
-        recipe.packing and setup.objective.packs,
+        setup.objective,
         setup.accelerator.num_processes,
         setup.device,
         below,
-        setup.objective.trained,
     )
     config = configuration(str(setup.source.path), trust_remote_code=request.trust_remote_code)
     free = free_everywhere(setup.accelerator)
