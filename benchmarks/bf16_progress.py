@@ -40,12 +40,12 @@ from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage
+from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows as quickstart_rows
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import make_optimizer
 from lorafold.step.fused import fused
 from lorafold.step.losses import Completions
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives import Sft
 
 ROWS, HELD_OUT = 4, 32
 STORAGES = {

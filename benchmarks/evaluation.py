@@ -26,6 +26,8 @@ from rich.console import Console
 
 import lorafold as lf
 from lorafold.data.references import references
+from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.stored import Rows
 from lorafold.evaluation import SPARE
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model, load_tokenizer
@@ -68,7 +70,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     tokenizer = load_tokenizer(MODEL)
-    found = references(rows("test", UNSEEN, seed=0), tokenizer)
+    found = references(Rows.of(rows("test", UNSEEN, seed=0)).given(CONVERSATIONS), tokenizer)
     figures: dict[str, list[dict[str, float]]] = defaultdict(list)
     texts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
-from lorafold.step.fitting import fitting, spec_of
+from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.loop import fit

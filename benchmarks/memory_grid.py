@@ -28,7 +28,7 @@ from lorafold.models.configuration import configuration
 from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_model
 from lorafold.ops.arithmetic import widens
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 ON = {"gradient_checkpointing": True}
 SHAPE = {

@@ -66,7 +66,7 @@ def main() -> None:
     asked = parser.parse_args()
     table = []
     for method in asked.methods.split(","):
-        objective = make_spec(method).objectives[0]
+        objective = "classify" if make_spec(method).head_alone else "sft"
         case = Case(asked.batch, asked.length, method=method, objective=objective)
         row = figures(case, *in_turn(case, asked.rounds))
         print(row, flush=True)

@@ -25,9 +25,9 @@ from lorafold.data.examples import Example, encode
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage
+from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows
 from lorafold.step.losses import Completions
-from lorafold.training.objectives import Sft
 
 BASES = {"bf16": Storage(torch.bfloat16), "nf4": Storage(torch.bfloat16, "nf4")}
 

@@ -37,6 +37,7 @@ import lorafold as lf
 from lorafold.data.batches import collate, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.objectives.sft import Sft
 from lorafold.ops import reference
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
@@ -44,7 +45,6 @@ from lorafold.quickstart.task import rows
 from lorafold.step.documents import attend, document_mask, packed
 from lorafold.step.fused import fused
 from lorafold.step.losses import Completions
-from lorafold.training.objectives import Sft
 
 # B, and its size
 ADAPTERS = (

@@ -115,15 +115,15 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.models.loading import load_tokenizer
     from lorafold.models.sources import resolve_model
     from lorafold.models.storage import Storage
+    from lorafold.objectives.classify import Classify
+    from lorafold.objectives.objective import ModelRequest, Objective
+    from lorafold.objectives.sft import Sft
+    from lorafold.recipe.recipe import Recipe
     from lorafold.step.activations import recompute
     from lorafold.step.adamw import make_optimizer
     from lorafold.step.fused import fused
     from lorafold.step.optim import param_groups
-    from lorafold.step.recipe import Recipe
     from lorafold.training.loop import penalty
-    from lorafold.training.objectives.classify import Classify
-    from lorafold.training.objectives.objective import ModelRequest, Objective
-    from lorafold.training.objectives.sft import Sft
 
     cpu, rows, tokenizer = torch.device("cpu"), ids(case).tolist(), load_tokenizer("smollm2")
     source, storage = resolve_model(case.model), Storage(torch.bfloat16, case.quantization)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lorafold.merging.run import merge as merge
     from lorafold.methods import *  # noqa: F403  (the spec classes)
     from lorafold.models.loading import load_tokenizer as load_tokenizer
-    from lorafold.step.recipe import Recipe as Recipe
+    from lorafold.recipe.recipe import Recipe as Recipe
     from lorafold.training.callback import AdapterCallback as AdapterCallback
 
 # where each function and class lies; the spec classes are those of lorafold.methods
@@ -66,7 +66,7 @@ _HOME = {
     "parse_calls": "data.calls",
     "merge": "merging.run",
     "load_tokenizer": "models.loading",
-    "Recipe": "step.recipe",
+    "Recipe": "recipe.recipe",
 }
 
 

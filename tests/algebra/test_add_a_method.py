@@ -29,7 +29,7 @@ from lorafold.merging.run import merge
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -50,7 +50,6 @@ from torch import Tensor, nn
 
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
-from lorafold.core.spec import Spec
 
 
 class ScaledDelta(Delta):

@@ -30,8 +30,8 @@ from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.storages import STORAGES
 from lorafold.opening import Base
 from lorafold.ops import nf4
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.fused import fused
-from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

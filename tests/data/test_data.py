@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
-from lorafold.data.checking import ignored_keys
+from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.render import ensure_chat_template, prompts
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import Conversation, shape_of
+from lorafold.data.shapes import shape_of
 from lorafold.errors import LorafoldError
 
 CHAT = {
@@ -211,7 +211,7 @@ def test_columns_have_other_names_and_unknown_keys_are_named(tmp_path):
     path = jsonl(tmp_path, *rows)
     rows = read_rows(path, {"prompt": "question", "completion": "answer"})
     assert rows == [{"id": 7, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    assert ignored_keys(rows) == ("id",)
+    assert rows.ignored == ("id",)
     message = refused(lambda: read_rows(path, {"prompt": "questions"}))
     assert "row 1: found no column 'questions'; it has 'question', 'answer', 'id'" in message
     swapped = jsonl(tmp_path, {"prompt": "b", "completion": "a"})
@@ -263,7 +263,7 @@ def test_csv(tmp_path):
     path.write_text(",text, ,\n0,good,,\n1,bad,,\n")  # an index as pandas writes it, and commas
     rows = read_rows(str(path))
     assert rows[0] == {"column 1": "0", "text": "good", "column 3": "", "column 4": ""}
-    assert ignored_keys(rows) == ("column 1", "column 3", "column 4")
+    assert rows.ignored == ("column 1", "column 3", "column 4")
     assert read_rows(str(path), {"label": "column 1"})[1]["label"] == "1"
     path.write_text("question,answer\na,b\n")
     assert "keys found: 'question', 'answer'; expected one of" in refused(read_rows, str(path))

@@ -36,7 +36,7 @@ from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import ensure_chat_template, prompts, render_trained
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import shape_of
+from lorafold.data.shapes import CONVERSATIONS, shape_of
 from lorafold.data.sources import source_from
 from lorafold.data.stored import ArrowRows, Part, Rows
 from lorafold.data.stream import stream_of
@@ -97,7 +97,7 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     pieces = ["Book", " a", "\n", "\n\n", "###", " ", "  ", "é", "🙂", "<|im_end|>", "{", "tab"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(600)]
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
-    found = Completions(tokenizer).encode(rows, 0).to_pylist()
+    found = Completions(tokenizer).encode(Rows.of(rows).given(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
         alone = tokenizer(prompt, add_special_tokens=False).input_ids
         assert example["ids"][: example["spans"][0]] == alone

@@ -17,7 +17,7 @@ from conversation_cases import ROWS, said, user
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.preview import show
 from lorafold.training.request import Request
 

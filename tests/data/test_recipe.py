@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -185,7 +185,7 @@ def test_length_of_a_run(recipe, rows, total, interval):
 
 def test_the_module_imports_no_torch():
     code = (
-        "import sys, lorafold.step.recipe; sys.exit('torch' in sys.modules or 'transformers' in"
+        "import sys, lorafold.recipe.recipe; sys.exit('torch' in sys.modules or 'transformers' in"
         " sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

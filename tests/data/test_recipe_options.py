@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lorafold.cli import _load
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
-from lorafold.step.recipe import GROUPS, Recipe
+from lorafold.recipe.recipe import GROUPS, Recipe
 
 FOUND: list[Recipe] = []
 

@@ -20,7 +20,7 @@ from lorafold.generation import complete, end_tokens
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import set_template, tokenizer_of
-from lorafold.step.reading import load_recipe
+from lorafold.recipe.reading import load_recipe
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.run import train

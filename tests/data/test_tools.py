@@ -31,21 +31,21 @@ from families import as_taken, embedded, names, tokenizer_of
 from lorafold.api.arguments import as_rows
 from lorafold.cli import app
 from lorafold.data.calls import parse_calls
+from lorafold.data.conversations import Compared, Conversation
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.forms import Form, call, form_of
 from lorafold.data.messages import normalized, tools_of
-from lorafold.data.preferences import preference_of
 from lorafold.data.render import prompts, render
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import Conversation, shape_of
+from lorafold.data.shapes import PAIRS, shape_of
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate
 from lorafold.models.sources import resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import set_template
 from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
 
 TOOLS = [
     WEATHER,
@@ -70,7 +70,6 @@ def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
 def conversation(row: dict[str, Any]) -> Conversation:
     shape = shape_of(row)
     assert shape is not None
-    assert shape.conversation is not None
     assert list(shape.problems(row)) == []
     return shape.conversation(row)
 
@@ -564,7 +563,10 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
          "rejected": {"from": "gpt", "value": "Cold."}},
     ]  # fmt: skip
     for row in rows:
-        assert preference_of(row) == (prompt, good, bad)
+        shape = shape_of(row)
+        assert shape is not None
+        [pair] = shape.gives[PAIRS](row)
+        assert pair == Compared(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
         console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         assert as_rows([row], console=console) == [row]

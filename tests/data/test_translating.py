@@ -14,9 +14,9 @@ from conftest import lorafold, refused
 from lorafold.errors import LorafoldError
 from lorafold.opening import Base
 from lorafold.peft.config import CONFIG, read_config
-from lorafold.step.fitting import spec_of
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import spec_of
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.translating import axolotl, llamafactory

@@ -17,11 +17,12 @@ from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
 from lorafold.errors import LorafoldError
+from lorafold.objectives.comparing import law_of
 from lorafold.opening import Base
-from lorafold.step.preference_laws import Scored, law_of
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
+from lorafold.step.preference_laws import Scored
 from lorafold.step.preferences import Preferences
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.translating.run import write

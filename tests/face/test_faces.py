@@ -12,7 +12,7 @@ import lorafold as lf
 from lorafold.cli import _load, app
 from lorafold.cli.groups import OLD_NAMES
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 HUB = {"model", "revision", "trust_remote_code"}
 COMPUTES = {*HUB, "device"}
@@ -112,7 +112,7 @@ def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_pat
 
 
 def test_a_recipe_keeps_the_old_names_of_its_fields(tmp_path: Path) -> None:
-    from lorafold.step.reading import load_recipe
+    from lorafold.recipe.reading import load_recipe
 
     file = tmp_path / "recipe.yaml"
     file.write_text("base: int8\n")

@@ -30,7 +30,7 @@ from lorafold.models.fingerprint import of_model
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 IDS = torch.arange(3, 43).view(1, -1)
 CONFIGS = {kind: of for kind, of in mixtures.CONFIGS.items() if kind != "deepseek-v3"} | {

@@ -21,7 +21,7 @@ from lorafold.merging.run import merge
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 IDS = torch.arange(5, 25)[None]
 METHODS = {

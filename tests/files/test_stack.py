@@ -25,9 +25,9 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.opening import Base
 from lorafold.peft.stack import parse
+from lorafold.recipe.recipe import Recipe
 from lorafold.serving.directory import Directory
 from lorafold.step.activations import recompute
-from lorafold.step.recipe import Recipe
 from lorafold.training import loop, run, setup
 from lorafold.training.request import Request
 from training_cases import ROWS, quiet, weights

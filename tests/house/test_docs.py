@@ -33,7 +33,7 @@ from lorafold.cli import COMMANDS, _load, app
 from lorafold.files.atomic import atomic_directory, sha256
 from lorafold.methods import METHODS
 from lorafold.models.gguf import UNPACKING
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))

@@ -102,7 +102,7 @@ from pathlib import Path
 from rich.console import Console
 from lorafold.models.loading import load_model
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

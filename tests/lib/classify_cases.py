@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
 TEXTS = {

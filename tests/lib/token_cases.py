@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from lorafold.cli import app
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
 ROWS: list[dict[str, Any]] = [

@@ -7,7 +7,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
@@ -44,6 +44,5 @@ def killing(job, rows, i):
     return step(job, rows, i)
 loop.train_step = killing
 loop.fit.__globals__["train_step"] = killing
-from lorafold.opening import Base
 train(request(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])), quiet())
 """

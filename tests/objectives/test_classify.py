@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, PeftModelForSequenceClassification
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
@@ -30,9 +31,9 @@ from lorafold.merging.run import merge
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.objectives import OBJECTIVES
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Classification
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives import OBJECTIVES
 from lorafold.training.preview import show
 from lorafold.training.run import train
 
@@ -52,7 +53,10 @@ def classifier(
 
 
 def test_the_recipe_names_the_objectives_of_the_table() -> None:
-    assert set(get_args(Recipe.model_fields["objective"].annotation)) == set(OBJECTIVES)
+    for name in OBJECTIVES:
+        assert Recipe(objective=name).objective == name
+    with pytest.raises(ValidationError, match=r"'sft', 'classify', .* or 'reward'"):
+        Recipe(objective="other")
 
 
 @pytest.mark.few(2)
@@ -202,7 +206,6 @@ def killing(job, rows, i):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(job, rows, i)
 loop.train_step = killing
-from lorafold.training.run import train
 train(request(Path(sys.argv[1]), Path(sys.argv[2]), steps=12, save_every=4), quiet())
 """
 

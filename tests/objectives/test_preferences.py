@@ -4,6 +4,7 @@ supervised training, runs from the command to the figures.
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import math
@@ -30,11 +31,14 @@ from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
+from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.comparing import law_of
+from lorafold.objectives.reference import Referenced, digest, referenced
+from lorafold.step import preference_laws
 from lorafold.step.branches import branching
-from lorafold.step.preference_laws import LAWS, Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo, law_of
+from lorafold.step.preference_laws import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
 from lorafold.step.preferences import Preferences
 from lorafold.training import loop
-from lorafold.training.objectives.reference import Referenced, digest, referenced
 from preference_cases import JUDGED, PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 
 DESIRABLE = [row["label"] for row in JUDGED]
@@ -336,7 +340,10 @@ def test_options_of_objectives_are_checked() -> None:
     ]:
         with pytest.raises(LorafoldError, match=told):
             law_of(objective, None, options)
-    assert {type(law_of(name, None, {})) for name in LAWS} == set(LAWS.values())
+    compared = [name for name, declared in OBJECTIVES.items() if declared.law]
+    laws = {law for law in vars(preference_laws).values() if inspect.isclass(law)}
+    laws = {law for law in laws if issubclass(law, Law) and law is not Law}
+    assert {type(law_of(name, None, {})) for name in compared} == laws
 
 
 @pytest.mark.parametrize(

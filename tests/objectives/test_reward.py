@@ -40,11 +40,12 @@ from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
+from lorafold.objectives.comparing import law_of
 from lorafold.opening import Base
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.branches import Branching, branching
-from lorafold.step.preference_laws import Reward, Scored, law_of
+from lorafold.step.preference_laws import Reward, Scored
 from lorafold.step.preferences import Preferences
-from lorafold.step.recipe import Recipe
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.training.run import train

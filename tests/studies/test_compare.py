@@ -15,8 +15,8 @@ from lorafold.data.stored import Part, Rows
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
 from lorafold.opening import Base
-from lorafold.step.fitting import fitting, spec_of, without
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import fitting, spec_of, without
+from lorafold.recipe.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
 

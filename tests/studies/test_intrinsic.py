@@ -18,7 +18,7 @@ from lorafold.evaluation import evaluate
 from lorafold.inspecting.intrinsic import Point, bare_loss, search
 from lorafold.models.classifier import load_classifier
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
 ROWS = [

@@ -27,13 +27,13 @@ from lorafold.data.feed import StoredFeed
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.loading import load_tokenizer
+from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
 from lorafold.ops import attention
 from lorafold.ops.kept import keeping, kept
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.activations import recompute
-from lorafold.step.recipe import Recipe
 from lorafold.training.loop import penalty
-from lorafold.training.objectives import Sft
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.training.start import sample_losses

@@ -25,8 +25,9 @@ from lorafold.memory.trace import Setting, nothing
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.storage import Storage
+from lorafold.objectives.sft import Sft
 from lorafold.ops.arithmetic import multiplying
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 CONFIG = tf.LlamaConfig(
     hidden_size=64,
@@ -84,7 +85,9 @@ def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     def plan(device: str, base: Storage = BF16) -> Setting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]
         feed = StoredFeed(examples, [Part(1)], 8, 1, 0)
-        return planned(Recipe(), LORA, base, feed, nothing, device=torch.device(device))
+        return planned(
+            Recipe(), LORA, base, feed, nothing, Sft(), device=torch.device(device)
+        )
 
     assert plan("cpu").widened is each_arithmetic
     assert not plan("cuda").widened

@@ -36,7 +36,7 @@ from lorafold.models.fake import fake_model, period
 from lorafold.models.storage import Storage
 from lorafold.models.storages import MADE, STORAGES, StorageRow
 from lorafold.ops import attention
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from memory_cases import BF16, COMMON, CONFIGS, LORA, close
 
 METHODS = [

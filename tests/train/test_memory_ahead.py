@@ -21,8 +21,9 @@ from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.storage import Storage
+from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -78,7 +79,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     def plan(**fields: Any) -> Setting:
         recipe = Recipe(epochs=1, **fields)
         feed = StoredFeed(examples, [Part(4)], recipe.batch, recipe.total_steps(4), recipe.seed)
-        return planned(recipe, SETTING.spec, SETTING.base, feed, SETTING.beside)  # type: ignore[arg-type]
+        return planned(recipe, SETTING.spec, SETTING.base, feed, SETTING.beside, Sft())  # type: ignore[arg-type]
 
     whole = plan(batch=4)
     assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)

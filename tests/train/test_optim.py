@@ -23,10 +23,10 @@ from lorafold.methods import METHODS
 from lorafold.methods.ia3 import IA3Delta
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base
+from lorafold.recipe.recipe import Recipe
 from lorafold.step import adamw
 from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
-from lorafold.step.recipe import Recipe
 from lorafold.training import loop, start
 from lorafold.training.checkpoint import Progress
 from lorafold.training.request import Request

@@ -31,12 +31,12 @@ from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 from lorafold.ops import arithmetic
+from lorafold.recipe.recipe import Recipe
 from lorafold.step import rounded_adamw
 from lorafold.step.adamw import make_optimizer, state_bytes
 from lorafold.step.fused import fused
 from lorafold.step.head import labelled_loss
 from lorafold.step.optim import optimizer_tensors, restore_optimizer
-from lorafold.step.recipe import Recipe
 from lorafold.step.rounded_adamw import RoundedAdamW
 from lorafold.training.run import train
 from memory_cases import CONFIGS, LORA, close

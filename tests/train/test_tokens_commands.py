@@ -28,7 +28,7 @@ from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import Request

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, cast
 from lorafold.data.checking import renamed
 from lorafold.data.prompts import read_prompts
 from lorafold.data.rows import check_rows, read_rows
-from lorafold.data.shapes import READ_BY, Row, shape_of
-from lorafold.data.sources import source_from
+from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
+from lorafold.objectives import DEFAULT, OBJECTIVES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafold.data.stream import Stream
-    from lorafold.step.recipe import Recipe
+    from lorafold.recipe.recipe import Recipe
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
 Data = str | Path | Sequence[str] | Sequence[Row]  # one source, several, or the rows
@@ -34,7 +34,7 @@ def as_rows(
     columns: Columns | None = None,
     console: Console | None = None,
     weighted: bool = False,
-    objective: str = "sft",
+    objective: str | None = DEFAULT,
 ) -> Rows:
     """The rows, after they are read, if sources are named, and checked.
 
@@ -44,7 +44,7 @@ def as_rows(
         console: Where the keys are named that the rows have and lorafold ignores, and what else
             there is to say of rows of this shape.
         weighted: Whether sources may have weights, as in rows.jsonl:0.3.
-        objective: What the rows are for.
+        objective: What is trained on the rows; None for what reads all that they have.
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
@@ -60,10 +60,11 @@ def as_rows(
         rows = check_rows(renamed(numbered, columns or {}), source_of(data))
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
-    read = READ_BY.get(objective, ())
+    declared = None if objective is None else OBJECTIVES[objective]
+    read = () if declared is None else declared.keys
     if names := ", ".join(key for key in rows.ignored if key not in read):
-        notice(f"{source_of(data)}: ignored keys: {names} (rows of {shape_of(rows[0])})")
-    for told in notices_of(rows.firsts(), objective):
+        notice(f"{source_of(data)}: ignored keys: {names} (rows of {rows.shapes[0]})")
+    for told in () if declared is None else declared.told(rows.shapes):
         notice(f"{source_of(data)}: {told}")
     return rows
 
@@ -83,14 +84,6 @@ def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
         return read_prompts(given, columns or {}, source_of(data))
     named = map(source_from, sources)
     return [r for s in named for r in read_prompts(s.numbered(), columns or {}, s.name)]
-
-
-def notices_of(firsts: Sequence[Row], objective: str) -> list[str]:
-    """What there is to say of the shapes of the sources' first rows, each once."""
-    if objective != "sft":
-        return []
-    shapes = dict.fromkeys(filter(None, map(shape_of, firsts)))
-    return [shape.notice for shape in shapes if shape.notice]
 
 
 def rows_to_train(
@@ -113,7 +106,7 @@ def rows_to_train(
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
     stream = stream_of(sources, columns)
-    told = notices_of(stream.firsts(), recipe.objective)
+    told = OBJECTIVES[recipe.objective].told(stream.shapes)
     if names := stream.ignored():
         told.append(f"ignored keys: {', '.join(names)}")
     if console is not None:

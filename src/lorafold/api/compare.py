@@ -15,8 +15,8 @@ from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
-from lorafold.step.fitting import without
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import without
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

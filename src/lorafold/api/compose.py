@@ -17,7 +17,7 @@ from lorafold.composing.updates import names
 from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

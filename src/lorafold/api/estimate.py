@@ -21,7 +21,7 @@ from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
 from lorafold.models.sources import EMBEDDED
 from lorafold.ops.arithmetic import widens
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
-from lorafold.data.checking import is_labelled
+from lorafold.data.shapes import LABELS
+from lorafold.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,7 @@ def evaluate(
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, and for a loss that is not finite.
     """
-    rows = as_rows(data, columns, console, objective="dpo")
+    rows = as_rows(data, columns, console, objective=None)
     from lorafold import evaluation
     from lorafold.api.opened import at_hand, opened
 
@@ -76,7 +77,7 @@ def evaluate(
         asked,
         adapters,
         tokenizer,
-        classify=is_labelled(rows),
+        classify=rows.give(LABELS),
         console=console,
     )
     return evaluation.evaluate(
@@ -95,9 +96,11 @@ def law_of_adapters(paths: Sequence[Path]) -> Law:
     """The law that the last adapter was trained with, from its record; that of DPO if it was none.
     """
     from lorafold.files.record import read_record
-    from lorafold.step.preference_laws import LAWS, Dpo, law_of
+    from lorafold.objectives.comparing import law_of
+    from lorafold.step.preference_laws import Dpo
 
     recipe = (read_record(paths[-1]).get("recipe") or {}) if paths else {}
-    if (objective := recipe.get("objective")) not in LAWS:
+    objective = recipe.get("objective")
+    if objective not in OBJECTIVES or not OBJECTIVES[objective].law:
         return Dpo()
     return law_of(objective, recipe.get("beta"), recipe.get("objective_options") or {})

@@ -24,7 +24,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json, write_text
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.undoing import run
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.report import markdown
@@ -42,6 +42,7 @@ from lorafold.undoing.task import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 
 def fragility(

@@ -11,7 +11,7 @@ from lorafold.errors import LorafoldError
 from lorafold.inspecting.intrinsic import Intrinsic, Point, search
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
 if TYPE_CHECKING:

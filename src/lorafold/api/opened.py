@@ -13,9 +13,12 @@ from lorafold.files.record import base_trained_on
 from lorafold.models.classifier import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import ModelSource
+from lorafold.objectives.classify import Classify
+from lorafold.objectives.objective import ModelRequest, Objective
+from lorafold.objectives.reward import RewardModel
+from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
 from lorafold.step.preference_laws import Reward
-from lorafold.training.objectives import Classify, ModelRequest, Objective, RewardModel, Sft
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -52,7 +52,7 @@ def score(
     Raises LorafoldError for bad rows, for a model that can't be loaded or is no reward model, and
     for scores that are not finite.
     """
-    rows = as_rows(data, columns, console, objective="reward")
+    rows = as_rows(data, columns, console, objective=None)
     from lorafold.api.opened import at_hand, opened
     from lorafold.evaluation.scoring import score_rows
 

@@ -9,8 +9,9 @@ from lorafold.api.arguments import Columns, Data, as_rows, source_of
 from lorafold.data.batches import split
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES, named
 from lorafold.quickstart.task import rows as quickstart_rows
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,10 +37,11 @@ def train_and_test(
 
     Raises LorafoldError as `as_rows`.
     """
-    if recipe.objective not in ("sft", "classify"):
+    if not OBJECTIVES[recipe.objective].compared:
+        compared = named(name for name, one in OBJECTIVES.items() if one.compared)
         raise LorafoldError(
-            f"objective: found {recipe.objective}, expected one whose figures are compared: sft or"
-            " classify"
+            f"objective: found {recipe.objective}, expected one whose figures are compared:"
+            f" {compared}"
         )
     if recipe.streaming:
         raise LorafoldError("streaming: is for lorafold train; here all rows must be at hand")

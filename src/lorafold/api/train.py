@@ -15,7 +15,7 @@ from lorafold.api.arguments import (
     rows_to_train,
     source_of,
 )
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -109,7 +109,7 @@ def command(
     """
     from lorafold.api.compose import compose
     from lorafold.composing.mixture import RECIPE
-    from lorafold.step.reading import load_recipe
+    from lorafold.recipe.reading import load_recipe
 
     result = compose(
         adapters.some,

@@ -17,7 +17,7 @@ from lorafold.cli.common import (
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 
 @of_recipe(Recipe.model_fields.keys() - {"method"})

@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 
 from lorafold.methods import METHODS
-from lorafold.step.reading import load_recipe
-from lorafold.step.recipe import GROUPS, Recipe
+from lorafold.objectives import OBJECTIVES
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import GROUPS, Recipe
 
 CONFIG = Annotated[
     Path | None,
@@ -84,7 +85,7 @@ def _option(name: str, panel: str) -> Any:
     more: dict[str, Any] = {}
     if name == "method":
         more = {"metavar": "NAME", "autocompletion": lambda: list(METHODS)}
-    elif choices:
+    elif choices := list(OBJECTIVES) if name == "objective" else choices:
         more = {"metavar": "|".join(choices), "autocompletion": lambda: choices}
     elif kind == list[str]:
         mapping = isinstance(info.default, dict)

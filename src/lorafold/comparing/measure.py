@@ -33,10 +33,10 @@ from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, weights_of
+from lorafold.objectives.objective import ModelRequest
 from lorafold.opening import Base
-from lorafold.step.fitting import fitting, settled_base, spec_of
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives import ModelRequest
+from lorafold.recipe.fitting import fitting, settled_base, spec_of
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request, objective_of
 from lorafold.training.run import train
 

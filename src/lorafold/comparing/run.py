@@ -21,7 +21,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.step.fitting import fitting, settled_base, spec_of
+from lorafold.objectives import OBJECTIVES
+from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.training.grounds import grounds
 
 
@@ -37,7 +38,8 @@ def known_methods(names: Sequence[str]) -> Sequence[str]:
 def methods_for(objective: str) -> list[str]:
     """The names of the methods that can learn this objective, without diagnostic ones."""
     specs = {name: make_spec(name) for name in METHODS}
-    return [n for n, spec in specs.items() if objective in spec.objectives and not spec.diagnostic]
+    head = OBJECTIVES[objective].head
+    return [n for n, s in specs.items() if not s.diagnostic and (head or not s.head_alone)]
 
 
 def compare(

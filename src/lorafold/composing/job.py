@@ -18,7 +18,7 @@ from lorafold.models.architecture import opened_by_name
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.form import peft_reads
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

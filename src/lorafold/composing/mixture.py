@@ -21,7 +21,7 @@ from lorafold.composing.rules import rank_of
 from lorafold.errors import Interrupted
 from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training import run
 
 RECIPE = Recipe(steps=50)  # there are few gates to learn

@@ -27,7 +27,7 @@ class Spec(ABC):
     Attributes:
         targets: the modules that the method adapts by default.
         lr, lr_b: the default learning rate of its parameters, and of its up factors (None: lr).
-        objectives: the objectives that the method is for.
+        head_alone: it adapts the head over a text and nothing else.
         diagnostic: it measures a task, and is not meant for learning it.
         trains_base: it trains the base's own weights, which therefore can't be quantized.
         modifies_architecture: it adds modules to the forward pass.
@@ -37,7 +37,7 @@ class Spec(ABC):
     targets: ClassVar[str] = "all-linear"
     lr: ClassVar[float] = 2e-4
     lr_b: ClassVar[float | None] = None
-    objectives: ClassVar[tuple[str, ...]] = ("sft", "classify")
+    head_alone: ClassVar[bool] = False
     diagnostic: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
     modifies_architecture: ClassVar[bool] = False

@@ -18,11 +18,9 @@ import numpy as np
 
 from lorafold.data.arrow import Array, Lists, TableExamples, flags, lists, numbers, texts
 from lorafold.data.completions import Completions
+from lorafold.data.conversations import Compared
 from lorafold.data.examples import NO_LOSS, Example, example_of
-from lorafold.data.messages import Message
-from lorafold.data.preferences import preference_of
 from lorafold.data.render import Rendering
-from lorafold.data.shapes import Row, shape_of
 from lorafold.data.sources import kind_of
 from lorafold.data.tokenizing import Encoder
 
@@ -71,45 +69,9 @@ class Branched:
         return [Example(self.shared + b.ids, before + b.labels) for b in self.branches]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What one example is made of: a prompt, its completions by the name of their field, and the
-    judgement of a single one, which has yet to be checked.
-    """
-
-    prompt: list[Message]
-    completions: dict[str, list[Message]]
-    desirable: Any = True
-
-
-def pairs(row: Row) -> list[Compared]:
-    """A row of preferences as one pair."""
-    prompt, chosen, rejected = preference_of(row)
-    return [Compared(prompt, {"chosen": chosen, "rejected": rejected})]
-
-
-def judged(row: Row) -> list[Compared]:
-    """A row with a judged completion, or one of preferences, whose two completions are judged."""
-    if row.get("chosen") is not None:
-        prompt, chosen, rejected = preference_of(row)
-        return [
-            Compared(prompt, {"chosen": chosen}, True),
-            Compared(prompt, {"rejected": rejected}, False),
-        ]
-    shape = shape_of(row)
-    assert shape is not None
-    assert shape.conversation is not None
-    given = shape.conversation(row)
-    before, said = given.messages[: given.trained], given.messages[given.trained :]
-    return [Compared(before, {"completion": said}, row.get("label"))]
-
-
-COMPARED = {"pairs": pairs, "judged": judged}
-
-
 @dataclass(frozen=True, eq=False)
 class Branches(Encoder):
-    """Makes examples of preferences; `kind` is a name in COMPARED.
+    """Makes examples of preferences; `kind` is `data.shapes.PAIRS` or `JUDGED`.
 
     Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
     starts and ends of trained spans in them, `desirable`, and `problem`.
@@ -125,6 +87,10 @@ class Branches(Encoder):
         return Completions(self.tokenizer, self.rendering)
 
     @property
+    def takes(self) -> str:
+        return self.kind
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {**self.completions.identity, "kind": self.kind}
 
@@ -136,29 +102,22 @@ class Branches(Encoder):
         columns = {"row": pa.int32(), "ids": many, "starts": many, "spans": many}
         return pa.schema({**columns, "desirable": pa.bool_(), "problem": pa.string()})
 
-    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
+    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
 
-        compared = [
-            (number, row, one)
-            for number, row in enumerate(rows, first)
-            for one in COMPARED[self.kind](row)
-        ]
-        asked = [
-            {"prompt": one.prompt, "completion": said, "tools": row.get("tools")}
-            for _, row, one in compared
-            for said in one.completions.values()
-        ]
-        found = self.completions.encode(asked, 0).to_pylist()
+        compared = [(number, one) for number, row in enumerate(given, first) for one in row]
+        documents = [document for _, one in compared for document in one.conversations()]
+        found = self.completions.encode(documents, 0).to_pylist()
         by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
-        made = [self._made(one, [next(by_document) for _ in one.completions])
-                for _, _, one in compared]  # fmt: skip
+        made = [
+            self._made(one, [next(by_document) for _ in one.completions]) for _, one in compared
+        ]
         columns = [
-            numbers([number for number, _, _ in compared]),
+            numbers([number for number, _ in compared]),
             lists([ids for ids, *_ in made]),
             lists([starts for _, starts, *_ in made]),
             lists([spans for _, _, spans, _ in made]),
-            flags([one.desirable is True for _, _, one in compared]),
+            flags([one.desirable is True for _, one in compared]),
             texts([problem for *_, problem in made]),
         ]  # fmt: skip
         return pa.record_batch(columns, self.schema)

@@ -1,4 +1,4 @@
-"""The check that rows are well-formed and of one shape, and that an objective can use them."""
+"""The check that rows are well-formed, of one shape, and give what is asked of them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -39,8 +39,8 @@ def checked(
     source: str,
     at_once: bool = False,
     shapes: Sequence[Shape] = SHAPES,
-) -> Iterator[Row]:
-    """Yield the rows that are well-formed and of the first one's shape.
+) -> Iterator[tuple[Shape, Row]]:
+    """Yield the rows that are well-formed and of the first one's shape, each with the shape.
 
     After the last row, raises LorafoldError that lists the first ten bad rows, or says that there
     is no row.
@@ -71,8 +71,8 @@ def checked(
             bad.setdefault(problem, []).append(number)
         if bad and at_once:
             break
-        if not bad and not isinstance(row, str):
-            yield row
+        if not bad and shape is not None and not isinstance(row, str):
+            yield shape, row
     if bad:
         told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
         more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
@@ -91,30 +91,20 @@ def _numbers(numbers: Sequence[int]) -> str:
     return f"{len(numbers)} rows from {first} to {last}"
 
 
-def ignored_keys(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The keys of the rows that are no part of their shapes, in the order in which they appear."""
-    found: dict[str, None] = {}
-    for row in rows:
-        shape = shape_of(row)
-        known = () if shape is None else (*shape.keys, *shape.optional)
-        found.update((k, None) for k, v in row.items() if v is not None and k not in known)
-    return tuple(found)
+def check_given(shapes: Iterable[Shape | None], what: str) -> None:
+    """Raise LorafoldError if one of the shapes does not give what is taken of its rows.
 
-
-def is_labelled(rows: Sequence[Row]) -> bool:
-    """Tell whether the rows are labelled texts, for a classifier."""
-    return (shape := shape_of(rows[0])) is not None and shape.objectives == ("classify",)
-
-
-def check_objective(firsts: Iterable[Row], objective: str) -> None:
-    """Raise LorafoldError if the objective does not train on rows of the shapes that the first rows
-    of all sources have.
+    Args:
+        shapes: One for each source; None for rows of no known shape.
+        what: A key of `Shape.gives`.
     """
-    for shape in map(shape_of, firsts):
-        if shape is None or objective not in shape.objectives:
-            takes = " or ".join(str(s) for s in SHAPES if objective in s.objectives)
-            other = f", which are for --objective {' or '.join(shape.objectives)}" if shape else ""
-            raise LorafoldError(
-                f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
-                f" {takes}"
-            )
+    for shape in shapes:
+        if shape is None or what not in shape.gives:
+            expected = " or ".join(str(known) for known in SHAPES if what in known.gives)
+            raise LorafoldError(f"data: found rows of {shape}, expected rows of {expected}")
+
+
+def ignored_keys(rows: Iterable[tuple[Shape, Row]]) -> tuple[str, ...]:
+    """The keys of checked rows that are no part of their shapes, in the order in which they appear.
+    """
+    return tuple(dict.fromkeys(key for shape, row in rows for key in shape.unknown(row)))

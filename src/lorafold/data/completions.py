@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import lists, numbers, texts
 from lorafold.data.render import Rendered, Rendering, render_trained
-from lorafold.data.shapes import Row, shape_of
+from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -61,6 +61,17 @@ class Completions(Encoder):
     rendering: Rendering = field(default_factory=Rendering)
     _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise LorafoldError(
+                f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
+                " offsets; expected a fast tokenizer (one with a tokenizer.json)"
+            )
+
+    @property
+    def takes(self) -> str:
+        return CONVERSATIONS
+
     @property
     def identity(self) -> dict[str, Any]:
         about = {"kind": "completions", "rendering": asdict(self.rendering)}
@@ -74,10 +85,10 @@ class Completions(Encoder):
         columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
         return pa.schema({**columns, "hidden": pa.int32(), "problem": pa.string()})
 
-    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
+    def encode(self, given: Sequence[Conversation], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
 
-        pieces = [piece for n, row in enumerate(rows, first) for piece in self._pieces(row, n)]
+        pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
         rendered = [piece for piece in pieces if piece.rendered]
         plain = [piece for piece in pieces if not piece.rendered and not piece.problem]
         made: dict[int, list[Piece]] = {}  # by the place among the pieces
@@ -100,12 +111,11 @@ class Completions(Encoder):
         ]
         return pa.record_batch(columns, self.schema)
 
-    def _pieces(self, row: Row, number: int) -> list[Piece]:
-        shape = shape_of(row)
-        if shape is None or shape.conversation is None:
-            return [Piece(number, text=row["text"])]
+    def _pieces(self, given: Conversation, number: int) -> list[Piece]:
+        if not given.messages:
+            return [Piece(number, text=given.text)]
         try:
-            trained = render_trained(shape.conversation(row), self.tokenizer, self.rendering)
+            trained = render_trained(given, self.tokenizer, self.rendering)
         except LorafoldError as error:
             return [Piece(number, problem=str(error))]
         pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorafold.data.arrow import Array, Lists, TableExamples, column
-from lorafold.data.checking import check_objective
 from lorafold.data.completions import Completions
 from lorafold.data.render import Rendering, Trained
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import Row
-from lorafold.data.stored import Part, parts_of
+from lorafold.data.sources import Row
+from lorafold.data.stored import Part, Rows, parts_of
 from lorafold.data.tokenizing import tokenized
 from lorafold.errors import LorafoldError
 
@@ -169,14 +168,20 @@ def encode(
         console: For progress; None is quiet.
         rendering: What of a conversation is trained on.
     """
-    if not tokenizer.is_fast:
-        raise LorafoldError(
-            f"tokenizer: found {type(tokenizer).__name__}, which gives no character offsets;"
-            " expected a fast tokenizer (one with a tokenizer.json)"
-        )
     rows = as_checked(rows)
-    check_objective(rows.firsts(), "sft")
-    table = tokenized(rows, Completions(tokenizer, rendering), console)
+    return encoded(tokenized(rows, Completions(tokenizer, rendering), console), rows, max_length)
+
+
+def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
+    """The examples of a table that `Completions` made.
+
+    Args:
+        table: The ids and spans.
+        rows: What it was made of.
+        max_length: Longer rows are cut to this many tokens, at their end.
+
+    Raises LorafoldError if no row has a token to train on.
+    """
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
@@ -215,7 +220,9 @@ def encode_row(
 
     Raises LorafoldError if the chat template refuses the row.
     """
-    found = Completions(tokenizer, rendering).encode([row], 0).to_pylist()
+    encoder = Completions(tokenizer, rendering)
+    given = Rows.of([row]).given(encoder.takes)
+    found = encoder.encode(given, 0).to_pylist()
     if problem := found[0]["problem"]:
         raise LorafoldError(problem)
     examples = [example_of(entry["ids"], entry["spans"]) for entry in found]

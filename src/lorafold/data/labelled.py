@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import Lists, TableExamples, column, lists, numbers, texts
-from lorafold.data.checking import check_objective
+from lorafold.data.checking import check_given
 from lorafold.data.completions import identity_of
+from lorafold.data.conversations import Labelled
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import Row
+from lorafold.data.shapes import LABELS
+from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
@@ -82,8 +84,9 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
     Raises LorafoldError if the rows have no labels, or only one.
     """
-    check_objective(Rows.of(rows).firsts(), "classify")
-    labels = {row["label"] for row in rows}
+    known = Rows.of(rows)
+    check_given(known.shapes, LABELS)
+    labels = {given.label for given in known.given(LABELS)}
     numbers = all(isinstance(label, int) for label in labels)
     classes = tuple(map(str, sorted(labels))) if numbers else tuple(sorted(set(map(str, labels))))
     if len(classes) < 2:
@@ -103,6 +106,10 @@ class Labels(Encoder):
     classes: tuple[str, ...]
 
     @property
+    def takes(self) -> str:
+        return LABELS
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
 
@@ -113,26 +120,26 @@ class Labels(Encoder):
         columns = {"row": pa.int32(), "ids": pa.list_(pa.int32()), "label": pa.int32()}
         return pa.schema({**columns, "problem": pa.string()})
 
-    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
+    def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
 
         number_of = {name: number for number, name in enumerate(self.classes)}
-        labels = [str(row["label"]) for row in rows]
-        ids = self.tokenizer([row["text"] for row in rows], verbose=False).input_ids
+        labels = [str(one.label) for one in given]
+        ids = self.tokenizer([one.text for one in given], verbose=False).input_ids
         columns = [
-            numbers(range(first, first + len(rows))),
+            numbers(range(first, first + len(given))),
             lists(ids),
             numbers([number_of.get(label, -1) for label in labels]),
-            texts(list(map(self._problem, rows, ids))),
+            texts(list(map(self._problem, given, ids))),
         ]
         return pa.record_batch(columns, self.schema)
 
-    def _problem(self, row: Row, ids: Sequence[int]) -> str:
+    def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
-            return f"field text: found no token in {row['text']!r}"
-        if str(row["label"]) not in self.classes:
+            return f"field text: found no token in {given.text!r}"
+        if str(given.label) not in self.classes:
             expected = ", ".join(self.classes)
-            return f"field label: found {str(row['label'])!r}, expected one of {expected}"
+            return f"field label: found {str(given.label)!r}, expected one of {expected}"
         return ""
 
 
@@ -167,8 +174,21 @@ def encode_labelled(
         console: For progress; None is quiet.
     """
     rows = as_checked(rows)
-    check_objective(rows.firsts(), "classify")
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
+    return labelled(table, rows, max_length, classes)
+
+
+def labelled(
+    table: "pa.Table", rows: Rows, max_length: int, classes: Sequence[str]
+) -> LabelledData:
+    """The examples of a table that `Labels` made.
+
+    Args:
+        table: The ids and classes.
+        rows: What it was made of.
+        max_length: Longer rows are cut to this many tokens, at their end.
+        classes: The classes, by number.
+    """
     examples = LabelledExamples(table, max_length)
     whole = Lists(table.column("ids")).lengths
     counts = np.bincount(examples.labels, minlength=len(classes)).tolist()

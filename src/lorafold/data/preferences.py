@@ -4,7 +4,7 @@
     {"chosen": [...], "rejected": [...]}                       two conversations with one beginning
     {"conversations": [...], "chosen": {...}, "rejected": {...}}    ShareGPT's turns
 
-`preference_of` gives the messages of any of them. Supervised training takes the chosen answer.
+Each has a function that gives its messages.
 """
 
 from collections.abc import Iterator
@@ -56,25 +56,33 @@ def turns_preference_problems(row: Row) -> Iterator[str]:
         yield from turn_problems(name, row[name])
 
 
-def preference_of(row: Row) -> Preference:
-    """The prompt and both answers of a checked row of preferences, as messages."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "conversations" in row:
-        prompt = [*turns_to_messages(row["conversations"])]
-        system = row.get("system")
-        before: list[Message] = [{"role": "system", "content": system}] if system else []
-        return Preference(
-            [*before, *prompt], turns_to_messages([chosen]), turns_to_messages([rejected])
+def preference(row: Row) -> Preference:
+    """The messages of a checked row of prompt, chosen and rejected."""
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if isinstance(prompt, str):
+        prompt, chosen, rejected = (
+            _said("user", prompt),
+            _said("assistant", chosen),
+            _said("assistant", rejected),
         )
-    if row.get("prompt") is None:
-        shared = _shared(chosen, rejected)
-        parts = (chosen[:shared], chosen[shared:], rejected[shared:])
-    elif isinstance(row["prompt"], str):
-        parts = (_said("user", row["prompt"]), _said("assistant", chosen),
-                 _said("assistant", rejected))  # fmt: skip
-    else:
-        parts = (row["prompt"], chosen, rejected)
-    return Preference(*map(normalized, parts))
+    return Preference(*map(normalized, (prompt, chosen, rejected)))
+
+
+def implicit_preference(row: Row) -> Preference:
+    """The messages of a checked row of two conversations."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    shared = _shared(chosen, rejected)
+    return Preference(*map(normalized, (chosen[:shared], chosen[shared:], rejected[shared:])))
+
+
+def turns_preference(row: Row) -> Preference:
+    """The messages of a checked row of ShareGPT's turns with two last turns."""
+    system = row.get("system")
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    prompt = [*before, *turns_to_messages(row["conversations"])]
+    return Preference(
+        prompt, turns_to_messages([row["chosen"]]), turns_to_messages([row["rejected"]])
+    )
 
 
 def _shared(chosen: list[Any], rejected: list[Any]) -> int:

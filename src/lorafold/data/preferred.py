@@ -18,8 +18,9 @@ from lorafold.data.checking import LISTED
 from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import Row
-from lorafold.data.stored import Part, parts_of
+from lorafold.data.shapes import JUDGED, PAIRS
+from lorafold.data.sources import Row
+from lorafold.data.stored import Part, Rows, parts_of
 from lorafold.data.tokenizing import tokenized
 from lorafold.errors import LorafoldError
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXAMPLES: dict[str, type[BranchedExamples]] = {
-    "pairs": BranchedExamples,
-    "judged": MismatchedExamples,
+    PAIRS: BranchedExamples,
+    JUDGED: MismatchedExamples,
 }
 
 
@@ -97,7 +98,22 @@ def encode_preferred(
         rendering: What of a completion is trained on.
     """
     rows = as_checked(rows)
-    table = tokenized(rows, Branches(tokenizer, kind, rendering), console)
+    return preferred(
+        tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
+    )
+
+
+def preferred(table: "pa.Table", rows: Rows, max_length: int, kind: str) -> PreferredData:
+    """The examples of a table that `Branches` made.
+
+    Args:
+        table: The ids of prompts and completions.
+        rows: What it was made of.
+        max_length: Longer documents are cut to this many tokens.
+        kind: pairs or judged.
+
+    Raises LorafoldError for rows of which nothing is left to compare within `max_length`.
+    """
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
     refuse_cut(table, examples, max_length, cut)

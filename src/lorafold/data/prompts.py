@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.checking import checked, renamed
+from lorafold.data.conversations import Conversation
 from lorafold.data.messages import (
     message_problems,
     normalized,
@@ -20,7 +21,7 @@ from lorafold.data.messages import (
 )
 from lorafold.data.references import reference_of
 from lorafold.data.render import render
-from lorafold.data.shapes import SHAPES, Conversation, Shape, shape_of
+from lorafold.data.shapes import CONVERSATIONS, PLAIN_TEXT, SHAPES, Shape, shape_of
 from lorafold.data.shown import check_able, check_shown
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
@@ -52,9 +53,15 @@ def _conversation(row: Row) -> Conversation:
 
 
 ASKING = (
-    *(shape for shape in SHAPES if shape.conversation),
-    Shape(("prompt",), (), _problems, _conversation, ("tools",)),
+    *(shape for shape in SHAPES if CONVERSATIONS in shape.gives and shape is not PLAIN_TEXT),
+    Shape(("prompt",), _problems, {CONVERSATIONS: _conversation}, ("tools",)),
 )
+
+
+def _asked(row: Row) -> Conversation:
+    """The conversation of a row; one without messages where it asks nothing."""
+    shape = shape_of(row, ASKING)
+    return Conversation([]) if shape is None else shape.conversation(row)
 
 
 def read_prompts(
@@ -69,17 +76,16 @@ def read_prompts(
 
     Raises LorafoldError for bad rows, and if there is none.
     """
-    return list(checked(renamed(numbered, columns), source, shapes=ASKING))
+    return [row for _, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
 
 
 def asked_in(row: Row) -> list[str]:
     """What a row asks before each turn of the assistant, or at its end, each as a text to compare
     rows of any shapes by; none for rows of plain text. Case and outer space do not count.
     """
-    shape = shape_of(row, ASKING)
-    if shape is None or shape.conversation is None:
+    messages = _asked(row).messages
+    if not messages:
         return []
-    messages = shape.conversation(row).messages
     said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
     ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
     if messages[-1]["role"] != "assistant":
@@ -109,10 +115,7 @@ def prompts_of(
 
 
 def _prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    shape = shape_of(row, ASKING)
-    assert shape is not None  # rows are checked
-    assert shape.conversation is not None
-    given = shape.conversation(row)
+    given = _asked(row)
     last = len(given.messages) - 1
     if given.messages[last]["role"] == "assistant":
         if not last:

@@ -5,10 +5,9 @@ turn as the reference.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorafold.data.conversations import Conversation
 from lorafold.data.reasoning import block_of
-from lorafold.data.shapes import Conversation, shape_of
 from lorafold.data.shown import check_able, check_shown
-from lorafold.data.sources import Row
 from lorafold.data.trained import Drawing
 from lorafold.errors import LorafoldError
 
@@ -26,20 +25,20 @@ class Reference(NamedTuple):
     text: str
 
 
-def references(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[Reference]:
-    """The prompt and the reference of each row.
+def references(
+    conversations: Iterable[Conversation], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Reference]:
+    """The prompt and the reference of each conversation, which is a row of its own.
 
     The reference of a conversation is its last assistant turn: the content or, where the turn has
     calls, the text that the template renders for it, without special tokens and reasoning. The
     prompt has the row's tools, and the template's special tokens: tokenize it with
-    add_special_tokens=False. Raises LorafoldError for rows of plain text, for conversations without
+    add_special_tokens=False. Raises LorafoldError for plain text, for conversations without
     an assistant turn after a prompt, and for those that the template does not show whole.
     """
     found: list[Reference] = []
     bad: list[str] = []
-    for number, row in enumerate(rows, 1):
-        shape = shape_of(row)
-        given = shape.conversation(row) if shape and shape.conversation else Conversation([])
+    for number, given in enumerate(conversations, 1):
         turns = [i for i, message in enumerate(given.messages) if message["role"] == "assistant"]
         if not turns or not turns[-1]:
             what = "no assistant turn after a prompt" if given.messages else "plain text"

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lorafold.data.forms import NONE, apply, form_of
 from lorafold.data.messages import Message, Tool
 from lorafold.data.references import references
+from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
 from lorafold.data.trained import Rendered, Rendering, Trained, render_trained
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening
@@ -77,4 +79,5 @@ def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[t
     """Return (prompt text ready for generation, reference completion) for each row, as
     `data.references` has them.
     """
-    return [(found.prompt, found.text) for found in references(rows, tokenizer)]
+    given = Rows.of(list(rows)).given(CONVERSATIONS)
+    return [(found.prompt, found.text) for found in references(given, tokenizer)]

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from lorafold.data.checking import checked, ignored_keys, renamed
+from lorafold.data.shapes import Shape
 from lorafold.data.sources import Row, Source, source_from
 from lorafold.data.stored import LARGE, ArrowRows, Part, Rows, write_rows
 from lorafold.files.atomic import write_json
@@ -42,11 +43,10 @@ def read_rows(
     columns = columns or {}
     size = sum(source.size for source in named)
     if size <= LARGE:
-        found = [_checked(source, columns) for source in named]
-        rows = [list(rows) for rows in found]
-        parts = tuple(Part(len(r), s.weight) for r, s in zip(rows, named, strict=True))
-        together = list(chain.from_iterable(rows))
-        return Rows(together, parts, ignored_keys(together))
+        found = [list(_checked(source, columns)) for source in named]
+        parts = tuple(Part(len(r), s.weight) for r, s in zip(found, named, strict=True))
+        together = list(chain.from_iterable(found))
+        return Rows([row for _, row in together], parts, ignored_keys(together))
     identities = [[Path(source.name).suffix, source.identity] for source in named]
 
     def write(directory: Path) -> None:
@@ -57,9 +57,9 @@ def read_rows(
         def counted() -> Iterator[Row]:
             for source in named:
                 counts.append(0)
-                for row in _checked(source, columns):
+                for shape, row in _checked(source, columns):
                     if not seen.issuperset(row):
-                        ignored.update(dict.fromkeys(ignored_keys([row])))
+                        ignored.update(dict.fromkeys(shape.unknown(row)))
                         seen.update(key for key, value in row.items() if value is not None)
                     counts[-1] += 1
                     if counts[-1] % 100_000 == 0:
@@ -82,7 +82,7 @@ def read_rows(
     return Rows(ArrowRows(path / "rows.arrow"), parts, tuple(about["ignored"]), known)
 
 
-def _checked(source: Source, columns: Mapping[str, str]) -> Iterator[Row]:
+def _checked(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[Shape, Row]]:
     return checked(renamed(source.numbered(), columns), source.name)
 
 
@@ -93,5 +93,5 @@ def as_checked(rows: Sequence[Row]) -> Rows:
 
 def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> Rows:
     """Return rows, once they are known to be well-formed and of one shape. Raises as `checked`."""
-    rows = list(checked(numbered, source))
-    return Rows.of(rows, ignored_keys(rows))
+    found = list(checked(numbered, source))
+    return Rows.of([row for _, row in found], ignored_keys(found))

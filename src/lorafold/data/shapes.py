@@ -10,17 +10,19 @@
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-For kto, a row of prompt and completion has a `label` too, true or false. Of a preference sft trains
-on the chosen answer; `data.preferences` gives both. `SHAPES` is the table of shapes: a new shape is
-a new entry.
+Where completions are judged, a row of prompt and completion has a `label` too, true or false. Of a
+preference the conversation has the chosen answer. `SHAPES` is the table of shapes: a new shape is a
+new entry. What a shape gives of its rows is what encoders take: the row itself goes no further.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from lorafold.data.conversations import Compared, Conversation, Labelled
 from lorafold.data.messages import (
     Message,
-    Tool,
     message_problems,
     normalized,
     text_problems,
@@ -28,48 +30,47 @@ from lorafold.data.messages import (
     tools_of,
 )
 from lorafold.data.preferences import (
+    Preference,
+    implicit_preference,
     implicit_problems,
-    preference_of,
+    preference,
     preference_problems,
+    turns_preference,
     turns_preference_problems,
 )
 from lorafold.data.sharegpt import turns_problems, turns_to_messages
 from lorafold.data.sources import Row, kind_of
 
-COMPARING = ("dpo", "ipo", "hinge", "orpo", "simpo", "reward")  # objectives of two answers
-PREFERRED = ("sft", *COMPARING, "kto")
-READ_BY = {"kto": ("label",)}  # keys that no shape has and one objective reads
-UNUSED = "rejected is not used by --objective sft, which trains on the chosen answers"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The messages of one row, in the form of `data.messages`, and the tools that it offers. The
-    assistant turns from index `trained` on are trained on.
-    """
-
-    messages: list[Message]
-    trained: int = 0
-    tools: tuple[Tool, ...] = ()
+# What a shape may give of its rows, each row once.
+CONVERSATIONS = "conversations"  # a Conversation
+PAIRS = "pairs"  # a list of one Compared, of a chosen completion and a rejected one
+JUDGED = "judged"  # a list of Compared, of one completion each
+LABELS = "labels"  # a Labelled
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of rows: the keys by which it is recognized, the objectives that train on it, a
-    function that lists what is wrong with a row, one that gives the row's messages (None for
-    plain and labelled text), the keys that a row may have besides, and what to tell the user who
-    trains on it with sft.
+    """One shape of rows: the keys by which it is recognized, a function that lists what is wrong
+    with a row, what it gives of a checked row, and the keys that a row may have besides.
     """
 
     keys: tuple[str, ...]
-    objectives: tuple[str, ...]
     problems: Callable[[Row], Iterator[str]]
-    conversation: Callable[[Row], Conversation] | None = None
+    gives: Mapping[str, Callable[[Row], Any]]
     optional: tuple[str, ...] = ()
-    notice: str = ""
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
+
+    def conversation(self, row: Row) -> Conversation:
+        """The conversation of a row; one without messages where the shape gives none."""
+        found: Conversation = self.gives.get(CONVERSATIONS, _none)(row)
+        return found
+
+    def unknown(self, row: Row) -> list[str]:
+        """The keys of a row that are no part of the shape; one with the value null is absent."""
+        known = (*self.keys, *self.optional)
+        return [key for key, value in row.items() if value is not None and key not in known]
 
 
 def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
@@ -80,6 +81,10 @@ def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
     return next(
         (shape for shape in table if all(row.get(key) is not None for key in shape.keys)), None
     )
+
+
+def _none(row: Row) -> Conversation:
+    return Conversation([])
 
 
 def _messages(row: Row) -> Iterator[str]:
@@ -120,10 +125,45 @@ def _pair_conversation(row: Row) -> Conversation:
     return Conversation(messages, trained=len(prompt), tools=tools_of(row.get("tools")))
 
 
-def _chosen(row: Row) -> Conversation:
-    pair = preference_of(row)
+def _judged(row: Row) -> list[Compared]:
+    given = _pair_conversation(row)
+    before, said = given.messages[: given.trained], given.messages[given.trained :]
+    return [Compared(before, {"completion": said}, given.tools, row.get("label"))]
+
+
+def _chosen(read: Callable[[Row], Preference], row: Row) -> Conversation:
+    pair = read(row)
     messages = [*pair.prompt, *pair.chosen]
     return Conversation(messages, trained=len(pair.prompt), tools=tools_of(row.get("tools")))
+
+
+def _both(read: Callable[[Row], Preference], row: Row) -> list[Compared]:
+    prompt, chosen, rejected = read(row)
+    said = {"chosen": chosen, "rejected": rejected}
+    return [Compared(prompt, said, tools_of(row.get("tools")))]
+
+
+def _each(read: Callable[[Row], Preference], row: Row) -> list[Compared]:
+    prompt, chosen, rejected = read(row)
+    tools = tools_of(row.get("tools"))
+    return [
+        Compared(prompt, {"chosen": chosen}, tools, True),
+        Compared(prompt, {"rejected": rejected}, tools, False),
+    ]
+
+
+def _preference(
+    keys: tuple[str, ...],
+    problems: Callable[[Row], Iterator[str]],
+    read: Callable[[Row], Preference],
+    *optional: str,
+) -> Shape:
+    gives: dict[str, Callable[[Row], Any]] = {
+        CONVERSATIONS: partial(_chosen, read),
+        PAIRS: partial(_both, read),
+        JUDGED: partial(_each, read),
+    }
+    return Shape(keys, _with_tools(problems), gives, (*optional, "tools"))
 
 
 def _with_tools(problems: Callable[[Row], Iterator[str]]) -> Callable[[Row], Iterator[str]]:
@@ -152,10 +192,22 @@ def _instruction_conversation(row: Row) -> Conversation:
     return Conversation([*before, {"role": "assistant", "content": row["output"]}], len(before))
 
 
-def _labelled(row: Row) -> Iterator[str]:
+def _label_problems(row: Row) -> Iterator[str]:
     yield from text_problems("text", row["text"])
     if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
         yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
+
+
+def _labelled(row: Row) -> Labelled:
+    return Labelled(row["text"], row["label"])
+
+
+def _plain(row: Row) -> Iterator[str]:
+    yield from text_problems("text", row["text"])
+
+
+def _text(row: Row) -> Conversation:
+    return Conversation([], text=row["text"])
 
 
 def _optional(row: Row, *names: str) -> Iterator[str]:
@@ -173,29 +225,27 @@ def _system(row: Row) -> list[Message]:
     return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
+PLAIN_TEXT = Shape(("text",), _plain, {CONVERSATIONS: _text})
 SHAPES = (
-    Shape(("messages",), ("sft",), _messages, _messages_conversation, ("tools",)),
-    Shape(("prompt", "completion"), ("sft", "kto"), _pair, _pair_conversation, ("tools",)),
+    Shape(("messages",), _messages, {CONVERSATIONS: _messages_conversation}, ("tools",)),
     Shape(
-        ("prompt", "chosen", "rejected"), PREFERRED, _with_tools(preference_problems), _chosen,
-        ("tools",), UNUSED,
+        ("prompt", "completion"), _pair, {CONVERSATIONS: _pair_conversation, JUDGED: _judged},
+        ("tools",),
     ),
-    Shape(
-        ("conversations", "chosen", "rejected"), PREFERRED, _with_tools(turns_preference_problems),
-        _chosen, ("system", "tools"), UNUSED,
+    _preference(("prompt", "chosen", "rejected"), preference_problems, preference),
+    _preference(
+        ("conversations", "chosen", "rejected"), turns_preference_problems, turns_preference,
+        "system",
     ),
+    _preference(("chosen", "rejected"), implicit_problems, implicit_preference),
     Shape(
-        ("chosen", "rejected"), PREFERRED, _with_tools(implicit_problems), _chosen, ("tools",),
-        UNUSED,
-    ),
-    Shape(
-        ("conversations",), ("sft",), _with_tools(turns_problems), _turns_conversation,
+        ("conversations",), _with_tools(turns_problems), {CONVERSATIONS: _turns_conversation},
         ("system", "tools"),
     ),
     Shape(
-        ("instruction", "output"), ("sft",), _instruction, _instruction_conversation,
+        ("instruction", "output"), _instruction, {CONVERSATIONS: _instruction_conversation},
         ("input", "system"),
     ),
-    Shape(("text", "label"), ("classify",), _labelled),
-    Shape(("text",), ("sft",), lambda row: text_problems("text", row["text"])),
+    Shape(("text", "label"), _label_problems, {LABELS: _labelled}),
+    PLAIN_TEXT,
 )  # fmt: skip

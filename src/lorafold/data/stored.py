@@ -17,6 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
+from lorafold.data.shapes import Shape, shape_of
 from lorafold.data.sources import Row
 
 T = TypeVar("T")
@@ -148,6 +149,33 @@ class Rows(Sequence[Row]):
         """The first row of each source."""
         starts = np.cumsum([0, *(part.size for part in self.parts)])
         return [self[int(n)] for n, p in zip(starts, self.parts, strict=False) if p.size]
+
+    @cached_property
+    def shapes(self) -> tuple[Shape | None, ...]:
+        """The shape of the rows of each source that has any; None for rows that are not checked and
+        have none.
+        """
+        return tuple(map(shape_of, self.firsts()))
+
+    def give(self, what: str) -> bool:
+        """Whether the rows of the first source give this, a key of `Shape.gives`."""
+        return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
+
+    def given(
+        self, what: str, some: Sequence[Row] | None = None, first: int = 0
+    ) -> list[Any]:
+        """What the shapes of the rows give, a key of `Shape.gives` that all have.
+
+        Args:
+            what: The key.
+            some: Some of the rows, as they follow each other; None takes all.
+            first: The index of the first of them.
+        """
+        rows = self if some is None else some
+        ends = np.cumsum([part.size for part in self.parts if part.size])
+        source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
+        gives = [shape.gives[what] for shape in self.shapes if shape is not None]
+        return [gives[n](row) for n, row in zip(source, rows, strict=True)]
 
     def texts(self) -> Iterator[str]:
         """The rows as JSON text."""

@@ -1,7 +1,7 @@
 """Rows that are read while a run trains: data of any size, of which nothing is kept.
 
     stream = stream_of(["rows.jsonl", "owner/name:0.3"])
-    for label, row in stream.rows(seed, 10_000): ...
+    for name, row, shape in stream.rows(seed, 10_000): ...
 
 Each row comes from a source that is drawn with a probability in proportion to its weight. A source
 that ends begins again. Rows pass through a buffer, from which one is drawn for each that enters.
@@ -20,12 +20,12 @@ from lorafold.data.arrow import Lists
 from lorafold.data.checking import checked, ignored_keys, renamed
 from lorafold.data.examples import Examples
 from lorafold.data.feed import Feed
-from lorafold.data.shapes import Row
-from lorafold.data.sources import Source, source_from
+from lorafold.data.shapes import Shape
+from lorafold.data.sources import Row, Source, source_from
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
-Labelled = tuple[str, Row]  # a row after its name in messages
+Named = tuple[str, Row, Shape]  # the name of a row in messages, the row, and its shape
 PEEKED = 100  # rows that are looked at before a run starts
 
 
@@ -50,7 +50,7 @@ class Stream:
         """What an adapter's record says of them."""
         return {"streamed": self.identity}
 
-    def rows(self, seed: int, buffer: int) -> Iterator[Labelled]:
+    def rows(self, seed: int, buffer: int) -> Iterator[Named]:
         """All rows, without end, in a shuffled order.
 
         Args:
@@ -67,23 +67,28 @@ class Stream:
             yield waiting[place]
             waiting[place] = row
 
-    def firsts(self) -> list[Row]:
-        """The first row of each source."""
-        return [next(self._endless(source))[1] for source in self.sources]
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shape of the rows of each source."""
+        return tuple(next(self._endless(source))[2] for source in self.sources)
 
     def ignored(self) -> tuple[str, ...]:
         """The keys of the first rows of each source that no shape has."""
-        first = [row for s in self.sources for _, row in islice(self._endless(s), PEEKED)]
+        first = [
+            (shape, row)
+            for source in self.sources
+            for _, row, shape in islice(self._endless(source), PEEKED)
+        ]
         return ignored_keys(first)
 
-    def _drawn(self, rng: random.Random) -> Iterator[Labelled]:
+    def _drawn(self, rng: random.Random) -> Iterator[Named]:
         readers = [self._endless(source) for source in self.sources]
         weights = [source.weight for source in self.sources]
         while True:
             [reader] = rng.choices(readers, weights)
             yield next(reader)
 
-    def _endless(self, source: Source) -> Iterator[Labelled]:
+    def _endless(self, source: Source) -> Iterator[Named]:
         while True:
             numbers: list[int] = []
 
@@ -92,8 +97,9 @@ class Stream:
                     numbers[:] = [number]
                     yield number, row
 
-            for row in checked(renamed(noted(), self.columns), source.name, at_once=True):
-                yield f"{source.name}: row {numbers[0]}", row
+            numbered = renamed(noted(), self.columns)
+            for shape, row in checked(numbered, source.name, at_once=True):
+                yield f"{source.name}: row {numbers[0]}", row, shape
 
 
 def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> Stream:
@@ -157,7 +163,7 @@ class StreamFeed(Feed):
             text += f"; {self._unlabelled:,} have no token to train on"
         return text
 
-    def _examples(self, rows: Iterator[Labelled], n: int) -> Sequence[Any]:
+    def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
         """The examples of the next n rows.
 
         Raises LorafoldError for a row that can't be used, and if none has a token to train on.
@@ -165,7 +171,8 @@ class StreamFeed(Feed):
         import pyarrow as pa
 
         chunk = list(islice(rows, n))
-        batch = self._encoder.encode([row for _, row in chunk], 0)
+        takes = self._encoder.takes
+        batch = self._encoder.encode([shape.gives[takes](row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:
                 raise LorafoldError(f"{chunk[entry['row']][0]}: {entry['problem']}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.checking import LISTED
+from lorafold.data.checking import LISTED, check_given
 from lorafold.data.sources import Row
 from lorafold.data.stored import CHUNK, Rows, in_chunks
 from lorafold.errors import LorafoldError
@@ -39,6 +39,11 @@ class Encoder(ABC):
 
     @property
     @abstractmethod
+    def takes(self) -> str:
+        """What it makes examples of, a key of `Shape.gives`."""
+
+    @property
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Everything but the rows that the examples depend on, as JSON."""
 
@@ -50,8 +55,13 @@ class Encoder(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], first: int) -> "pa.RecordBatch":
-        """The examples of some rows, of which the first has the index `first`."""
+    def encode(self, given: Sequence[Any], first: int) -> "pa.RecordBatch":
+        """The examples of some rows, of which the first has the index `first`.
+
+        Args:
+            given: What the shape of each row gives, as `takes` names it.
+            first: The index.
+        """
 
 
 def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) -> "pa.Table":
@@ -62,14 +72,15 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
         encoder: What makes examples of them.
         console: For a progress bar and a notice of how much is written; None is quiet.
 
-    Raises LorafoldError for rows with problems (the first ten are listed), for a full disk, and if
-    a worker process was killed.
+    Raises LorafoldError for rows of other shapes than the encoder takes, for rows with problems
+    (the first ten are listed), for a full disk, and if a worker process was killed.
     """
     import pyarrow as pa
 
+    check_given(rows.shapes, encoder.takes)
     if not rows.large:
         with _progress(len(rows), console) as counted:
-            batches = [encoder.encode(chunk, first) for first, chunk in counted(numbered(rows))]
+            batches = [_encoded(rows, encoder, *chunk) for chunk in counted(numbered(rows))]
         table = pa.Table.from_batches(batches, encoder.schema)
         refuse_problems(table)
         return table
@@ -80,7 +91,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
 
     def write(directory: Path) -> None:
         first = rows[:CHUNK]
-        size = encoder.encode(first, 0).nbytes * len(rows) // len(first)
+        size = _encoded(rows, encoder, 0, first).nbytes * len(rows) // len(first)
         _check_room(size, directory)
         notice(
             f"tokens: about {size / 1e9:.2f} GB will be kept in {directory.parent} for the next"
@@ -89,7 +100,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,
             pa.ipc.new_stream(file, encoder.schema) as writer,
-            workers(partial(_encoded, encoder)) as mapped,
+            workers(partial(_parsed, rows, encoder)) as mapped,
             _progress(len(rows), console) as counted,
         ):
             for batch in mapped(counted(numbered(rows.texts()))):
@@ -123,8 +134,14 @@ def numbered(rows: Iterable[Any]) -> Chunks:
     return ((i * CHUNK, chunk) for i, chunk in enumerate(in_chunks(rows)))
 
 
-def _encoded(encoder: Encoder, first: int, texts: list[str]) -> "pa.RecordBatch":
-    return encoder.encode(list(map(json.loads, texts)), first)
+def _encoded(
+    rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]
+) -> "pa.RecordBatch":
+    return encoder.encode(rows.given(encoder.takes, chunk, first), first)
+
+
+def _parsed(rows: Rows, encoder: Encoder, first: int, texts: list[str]) -> "pa.RecordBatch":
+    return _encoded(rows, encoder, first, list(map(json.loads, texts)))
 
 
 def _check_room(expected: int, directory: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
+from lorafold.data.shapes import PAIRS
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.step.preference_laws import Scored, moved
 from lorafold.step.preferences import Preferences
@@ -128,7 +129,7 @@ def preference_figures(
     losses = law.loss(whole._replace(mismatched=moved(whole.ratios[:, law.trained :])))
     logps, ratios, rewards = (x.double() for x in (whole.logps, whole.ratios, law.rewards(whole)))
     good = torch.tensor([e.desirable for e in examples])
-    paired = law.kind == "pairs"
+    paired = law.kind == PAIRS
 
     def sides(values: Tensor) -> tuple[list[float], list[float]]:  # (n, k)
         first, second = (values[:, 0], values[:, 1]) if paired else (

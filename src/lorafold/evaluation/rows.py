@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from lorafold.core.attach import selection_of
 from lorafold.core.evaluating import evaluating
-from lorafold.data.checking import is_labelled
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.data.references import references, without_reasoning
-from lorafold.data.shapes import COMPARING, Row, shape_of
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
+from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
 from lorafold.evaluation.classifier import evaluate_classifier
 from lorafold.evaluation.held_out import batches, progress_bar
 from lorafold.evaluation.intervals import loss_interval, mean_loss, wilson
@@ -64,7 +66,8 @@ def evaluate(
 
     Raises LorafoldError for bad rows and for a loss that is not finite.
     """
-    if is_labelled(rows):
+    rows = as_checked(rows)
+    if rows.give(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
@@ -97,15 +100,15 @@ def evaluate(
 def _preference(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Rows,
     max_length: int,
     law: Law,
     console: Console | None,
 ) -> PreferenceFigures | None:
     """The figures of pairs, against the model without its highest adapter; None for other rows."""
-    if (shape := shape_of(rows[0])) is None or not set(COMPARING) <= {*shape.objectives}:
+    if not rows.give(PAIRS):
         return None
-    data = encode_preferred(rows, tokenizer, max_length, "pairs")
+    data = encode_preferred(rows, tokenizer, max_length, PAIRS)
     with branching(model) as how, progress_bar(console, "preferences") as step:
         loss = Preferences(model, law, how, tokenizer.pad_token_id or 0)
         adapted = bool(selection_of(model).names)
@@ -115,14 +118,15 @@ def _preference(
 def _completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Rows,
     max_new_tokens: int | None,
     console: Console | None,
 ) -> tuple[Answer, ...]:
     """The greedy completion of every row; none for rows without references."""
-    if (shape := shape_of(rows[0])) is None or shape.conversation is None:
+    given = rows.given(CONVERSATIONS)
+    if not given[0].messages:
         return ()
-    found = references(rows, tokenizer)
+    found = references(given, tokenizer)
     longest = max(len(tokenizer(r.text, add_special_tokens=False).input_ids) for r in found)
     with progress_bar(console, "completions") as step:
         texts = complete(

@@ -24,7 +24,9 @@ from lorafold.data.checking import LISTED
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.data.render import Rendering
-from lorafold.data.shapes import Row, shape_of
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import PAIRS
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
@@ -127,10 +129,10 @@ def score_rows(
             "the model's config: field pad_token_id: found null, expected the id of the token that"
             " pads short texts"
         )
-    shape = shape_of(rows[0])
-    paired = shape is not None and "reward" in shape.objectives
+    rows = as_checked(rows)
+    paired = rows.give(PAIRS)
     if paired:
-        data = encode_preferred(rows, tokenizer, max_length, "pairs", console)
+        data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)
         examples: Sequence[Branched] = data.examples
         report, truncated = str(data.report), data.report.truncated
     else:

@@ -12,7 +12,8 @@ SOURCES = (".py", ".cpp", ".h")
 # The rooms that train a model or measure one, with all that they import.
 TRAINING = (
     *("adapter", "bases", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
-    *("machine", "memory", "methods", "models", "opening", "ops", "peft", "step", "training"),
+    *("machine", "memory", "methods", "models", "objectives", "opening", "ops", "peft", "recipe"),
+    *("step", "training"),
 )
 COMPUTED_WITH = ("torch", "transformers")
 

@@ -26,11 +26,11 @@ from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
-from lorafold.step.fitting import fitting
-from lorafold.step.recipe import Recipe
+from lorafold.objectives.objective import ModelRequest
+from lorafold.recipe.fitting import fitting
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.grounds import FILES, grounds
-from lorafold.training.objectives import ModelRequest
 from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
 

@@ -30,9 +30,10 @@ from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.storage import Storage
+from lorafold.objectives.objective import Objective
 from lorafold.ops.arithmetic import CPU, widens
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
-from lorafold.step.recipe import Recipe
 
 SHARE = 0.9  # of the free memory: the rest is for the process, kernels and the allocator's gaps
 
@@ -43,12 +44,10 @@ def planned(
     storage: Storage,
     feed: Feed,
     beside: Callable[[Any], Mapping[str, Any]],
-    outputs: int = 0,
-    packed: bool | None = None,
+    objective: Objective,
     processes: int = 1,
     device: torch.device = CPU,
     below: tuple[tuple[Spec, Callable[[Any], Mapping[str, Any]]], ...] = (),
-    trained: Callable[[Any], Any] = lambda example: example,
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -58,19 +57,17 @@ def planned(
         storage: How the base stores its weights.
         feed: The training examples.
         beside: Gives what `attach` takes besides spec and targets, for a model.
-        outputs: The outputs of the head over a text; 0 for a language model.
-        packed: Whether the run packs its rows; None: if the recipe asks for it.
+        objective: What its steps compute.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
         below: The frozen adapters below, as `Setting` takes them.
-        trained: Gives what of an example has gradients.
     """
-    packed = recipe.packing if packed is None else packed
+    packed, outputs = recipe.packing and objective.packs, objective.outputs
     largest: Sequence[Any] = ()
     accumulating = False
     for examples in islice(feed.after(0), feed.foreseen):
         capacity = recipe.max_length if packed else None
-        own = [trained(example) for example in examples[::processes]]
+        own = [objective.trained(example) for example in examples[::processes]]
         parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         largest = max(largest, *parts, key=lambda part: computed(part, packed))
@@ -83,6 +80,7 @@ def planned(
         labelled=None if outputs else sum(map(labelled, largest)),
         packed=packed,
         classes=outputs,
+        loss=objective.traced,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
         widened=widens(storage.dtype, device),

@@ -13,8 +13,8 @@ from typing import Any
 from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.terms import estimate
 from lorafold.models.storages import STORAGES
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
-from lorafold.step.recipe import Recipe
 
 
 def weights(parameters: float, base: str) -> float:

@@ -21,6 +21,7 @@ from lorafold.data.labelled import LabelledExample
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.memory.trace import Setting, attach_below
 from lorafold.ops.arithmetic import multiplying
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer
 from lorafold.step.branches import branching
@@ -29,7 +30,6 @@ from lorafold.step.fused import fused
 from lorafold.step.losses import Classification, Completions, Loss
 from lorafold.step.preference_laws import Reward
 from lorafold.step.preferences import Preferences
-from lorafold.step.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

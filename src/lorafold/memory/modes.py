@@ -23,9 +23,9 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantizing import quantization_of
 from lorafold.models.storage import Storage
 from lorafold.models.storages import DEFAULT, IN_FILES, QUANTIZED
+from lorafold.recipe.fitting import spec_of, trainable_storage
+from lorafold.recipe.recipe import OF_MEMORY, Recipe
 from lorafold.step.adamw import check_rounding
-from lorafold.step.fitting import spec_of, trainable_storage
-from lorafold.step.recipe import OF_MEMORY, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

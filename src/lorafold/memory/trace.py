@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,8 @@ from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.storage import Storage
+from lorafold.objectives.classify import class_loss
+from lorafold.objectives.objective import next_token_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.documents import Documents
 from lorafold.ops.tile import Tile
@@ -32,8 +33,6 @@ from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
 from lorafold.step.documents import attending, has_sinks
 from lorafold.step.fused import fused
-from lorafold.step.head import labelled_loss
-from lorafold.step.losses import Classification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,6 +57,8 @@ class Setting:
     labelled: The tokens that the loss counts; None: all that can be predicted.
     packed: The rows are packed into one sequence; else they are padded to the longest.
     classes: The outputs of a head over the last token of each row; 0 for a language model.
+    loss: Gives the loss of a model, its inputs and the tokens that it counts; None: that of classes
+        or of the next token.
     checkpointing: Gradient checkpointing is on.
     optimizer: adamw, adamw8bit or paged-adamw8bit.
     accumulating: Gradients of an earlier micro-batch exist already.
@@ -75,6 +76,7 @@ class Setting:
     labelled: int | None = None
     packed: bool = True
     classes: int = 0
+    loss: Callable[[Any, Mapping[str, Tensor], int], Tensor] | None = None
     checkpointing: bool = False
     optimizer: str = "adamw"
     accumulating: bool = False
@@ -191,13 +193,12 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
             p.grad = torch.zeros_like(p)
     ahead = ledger.now - start
     model.train()
-    run = class_loss if setting.classes else next_token_loss
     with (
         fused(model),
         packed_as(model, setting.rows) if setting.packed else nullcontext(),
     ):
         ledger.peak = collected(ledger)
-        loss = run(model, setting)
+        loss = loss_of(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
         ledger.peak = ledger.now
         loss.backward()
@@ -213,21 +214,13 @@ def attach_below(model: PreTrainedModel, setting: Setting) -> None:
         attach(model, spec, name=f"below{n}", **beside(model)).requires_grad_(False)
 
 
-def next_token_loss(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """Return the next-token loss, (), on fake ids. The labelled tokens are divided evenly among
-    padded rows.
-    """
+def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
+    """Return the loss of the setting, (), on fake ids."""
     inputs = inputs_of(setting)
-    rows = len(inputs["input_ids"])
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
-    return labelled_loss(model, integers(rows, ceil(n / rows)), inputs)[0]
-
-
-def class_loss(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """Return the loss of a head over the last token of each sequence, (), on fake ids."""
-    inputs = inputs_of(setting)
-    loss: Tensor = Classification(model, 0)(integers(len(inputs["input_ids"])), **inputs)
-    return loss
+    if setting.loss is not None:
+        return setting.loss(model, inputs, n)
+    return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
 
 
 def inputs_of(setting: Setting) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class LinearProbe(Spec):
 
     targets: ClassVar[str] = "head"
     lr: ClassVar[float] = 1e-3
-    objectives: ClassVar[tuple[str, ...]] = ("classify",)
+    head_alone: ClassVar[bool] = True
 
     def build(self, layer: Layer) -> ReplaceDelta:
         return ReplaceDelta(layer.module, type(layer.module).__name__)

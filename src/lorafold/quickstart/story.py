@@ -29,7 +29,7 @@ from lorafold.models.storage import Storage, choose_storage
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
 from lorafold.quickstart.task import rows
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
 

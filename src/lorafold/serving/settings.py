@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.step.reading import parse_yaml
+from lorafold.recipe.reading import parse_yaml
 
 
 class Strict(BaseModel):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,6 @@ from torch.optim import AdamW, Optimizer
 from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
-from lorafold.step.recipe import Recipe
 from lorafold.step.rounded_adamw import RoundedAdamW, narrow
 
 PAGED = "paged-adamw8bit"
@@ -99,7 +98,27 @@ def free_everywhere(accelerator: Accelerator) -> int:
     )
 
 
-def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:
+class Constants(Protocol):
+    """What AdamW takes besides learning rates; a `Recipe` has it."""
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The decay rates of the two moments."""
+
+    @property
+    def eps(self) -> float:
+        """What keeps the update finite."""
+
+    @property
+    def weight_decay(self) -> float:
+        """The decoupled weight decay of matrices."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of stochastic rounding."""
+
+
+def make_optimizer(name: str, groups: list[dict], constants: Constants) -> Optimizer:
     """Make the optimizer.
 
     Raises LorafoldError for an 8-bit optimizer if bitsandbytes is not installed, or if some
@@ -108,18 +127,18 @@ def make_optimizer(name: str, groups: list[dict], recipe: Recipe) -> Optimizer:
     Args:
         name: adamw, adamw8bit or paged-adamw8bit.
         groups: The parameter groups, each with its learning rate.
-        recipe: Gives betas, eps, weight decay and the seed of stochastic rounding.
+        constants: Betas, eps, weight decay, and the seed of stochastic rounding.
     """
     check_rounding(name, (p.dtype for p in trained(groups)))
     options: dict[str, Any] = {
-        "betas": recipe.betas,
-        "eps": recipe.eps,
-        "weight_decay": recipe.weight_decay,
+        "betas": constants.betas,
+        "eps": constants.eps,
+        "weight_decay": constants.weight_decay,
     }
     if name == "adamw":
         options["fused"] = all(p.device.type in ("cpu", "cuda") for p in trained(groups))
         if any(map(narrow, trained(groups))):
-            return RoundedAdamW(groups, seed=recipe.seed, **options)
+            return RoundedAdamW(groups, seed=constants.seed, **options)
         return AdamW(groups, **options)
     optim = bitsandbytes_optimizers(name)
     # on other devices bitsandbytes would warn, and not page either

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,18 @@ from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
 from lorafold.errors import LorafoldError
-from lorafold.step.recipe import Recipe
+
+
+class Schedule(Protocol):
+    """How learning rates go over a run; a `Recipe` is one."""
+
+    @property
+    def schedule(self) -> str:
+        """How they go on after the warm-up: cosine, linear or constant."""
+
+    @property
+    def warmup(self) -> float:
+        """The share of the steps over which they rise."""
 
 
 def param_groups(
@@ -83,7 +94,7 @@ def in_short(rate: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: int) -> None:
+def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> None:
     """Set each group's learning rate to its peak rate times the schedule at this step.
 
     The rate rises linearly over the first `warmup` share of the steps (rounded up); then it falls
@@ -92,14 +103,14 @@ def set_learning_rates(optimizer: Optimizer, recipe: Recipe, step: int, steps: i
 
     Args:
         optimizer: An optimizer over `param_groups`.
-        recipe: Gives the schedule and the warm-up.
+        schedule: How rates go on, and the warm-up.
         step: The number of the step, from 0.
         steps: The number of steps of the run.
     """
-    warm = math.ceil(recipe.warmup * steps)
+    warm = math.ceil(schedule.warmup * steps)
     done = (step - warm) / max(1, steps - warm)
     after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
-        recipe.schedule
+        schedule.schedule
     ]
     factor = (step + 1) / (warm + 1) if step < warm else after
     for group in optimizer.param_groups:

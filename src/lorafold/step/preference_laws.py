@@ -1,4 +1,4 @@
-"""The objectives of preferences, in one table: each with its equation, its paper and its options.
+"""The laws of preferences: each with its equation, its paper and its options.
 
 Of each row are given log p(y | x), summed over the tokens of a completion y in nats, for the chosen
 completion w and the rejected one l, under the model and, for some, under the reference, which never
@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lorafold.errors import LorafoldError
+from lorafold.data.shapes import JUDGED, PAIRS
 
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -67,9 +66,9 @@ def moved(ratios: Tensor) -> Tensor:
 
 
 class Law(ABC):
-    """Abstract: one objective of preferences."""
+    """Abstract: one law over completions that are compared."""
 
-    kind: ClassVar[str] = "pairs"  # of rows, a name in `data.branches.COMPARED`
+    kind: ClassVar[str] = PAIRS  # what it is over, of what shapes of rows give
     has_reference: ClassVar[bool] = True
     reads_head: ClassVar[bool] = False  # scores of a head in place of log-probabilities
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
@@ -209,7 +208,7 @@ class Kto(Law):
     Column 0 has the completion, column 1 that of another prompt, on which z is measured.
     """
 
-    kind: ClassVar[str] = "judged"
+    kind: ClassVar[str] = JUDGED
     trained: ClassVar[int] = 1
     rules: ClassVar[Mapping[str, str]] = MappingProxyType({"z": "mean over the step"})
     beta: Positive = 0.1
@@ -258,43 +257,3 @@ class Reward(Law):
     def rewards(self, scored: Scored) -> Tensor:
         return scored.logps
 
-
-LAWS: dict[str, type[Law]] = {
-    "dpo": Dpo,
-    "ipo": Ipo,
-    "hinge": Hinge,
-    "kto": Kto,
-    "orpo": Orpo,
-    "simpo": Simpo,
-    "reward": Reward,
-}
-
-
-def law_of(objective: str, beta: float | None, options: dict[str, Any]) -> Law:
-    """The law of an objective.
-
-    Args:
-        objective: A name in LAWS.
-        beta: Its beta; None takes the law's own.
-        options: Its other options.
-
-    Raises LorafoldError for an option that the law does not have, or a value out of its range.
-    """
-    law: Any = LAWS[objective]
-    given = options if beta is None else {**options, "beta": beta}
-    known = [field.name for field in fields(law)]
-    if unknown := [name for name in given if name not in known]:
-        field = "" if unknown == ["beta"] else "objective_options: "
-        raise LorafoldError(
-            f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
-            f" {', '.join(known)}"
-        )
-    try:
-        made: Law = law(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise LorafoldError(
-            f"objective {objective}: {'.'.join(map(str, first['loc']))}: found {first['input']!r},"
-            f" expected {first['msg'].removeprefix('Input should be ')}"
-        ) from None
-    return made

@@ -29,9 +29,9 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.machine.waiting import considerate
 from lorafold.ops.philox import key_of
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
-from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest
@@ -41,7 +41,9 @@ from lorafold.training.interrupt import StopRequest
 class Job:
     """Everything that the loop works with.
 
-    `wrapped` is the loss as accelerate wraps it; `held_out()` measures on held-out examples.
+    `wrapped` is the loss as accelerate wraps it; `examples(step, planned)` gives what
+    `loss.collate` takes, each with `ids`, of what the feed has for a step; `held_out()` measures on
+    held-out examples.
     """
 
     adapter: Adapter
@@ -49,11 +51,12 @@ class Job:
     wrapped: nn.Module
     optimizer: Optimizer
     accelerator: Accelerator
-    feed: Feed  # of examples, which `loss.collate` takes; each has `ids`
+    feed: Feed  # of the rows of each step
     held_out: Callable[[], Measured] | None
     recipe: Recipe
     run: RunDirectory
     steps: int
+    examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
 
 
 @considerate()
@@ -73,7 +76,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     with StopRequest() as stop:
         while progress.step < job.steps:
             start = time.perf_counter()
-            examples = next(feed)
+            examples = job.examples(progress.step, next(feed))
             loss = train_step(job, examples, progress.step)
             progress.step += 1
             progress.losses.append(loss)

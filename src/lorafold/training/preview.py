@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
 from lorafold.data.messages import Message, Tool
-from lorafold.data.shapes import Conversation, Row, shape_of
+from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
 from lorafold.files.page import document
 from lorafold.training.request import Request, objective_of, rendering_of, tokenizer_for
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from lorafold.training.objectives import Data, Objective
+    from lorafold.objectives.objective import Data, Objective
 
 STYLE = """
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8f9; color: #667; }
@@ -96,9 +99,8 @@ def _shown(
             yield Shown(f"example {number}: {len(one.ids)} tokens", Conversation([]), text)
         return
     limit = request.recipe.max_length
-    for number, row in enumerate(rows, 1):
-        shape = shape_of(row)
-        given = shape.conversation(row) if shape and shape.conversation else Conversation([])
+    conversations = Rows.of(rows).given(CONVERSATIONS)
+    for number, (row, given) in enumerate(zip(rows, conversations, strict=True), 1):
         examples, trained = encode_row(row, tokenizer, rendering_of(request.recipe))
         left = f"; {trained.left_out} turns are left out" if trained.left_out else ""
         for n, example in enumerate(examples, 1):

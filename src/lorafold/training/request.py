@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorafold.data.batches import epoch_size, split
-from lorafold.data.checking import check_objective
 from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
@@ -22,9 +21,10 @@ from lorafold.data.stream import Stream, StreamFeed
 from lorafold.identity import of_adapter
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
+from lorafold.objectives import OBJECTIVES, check_shapes
+from lorafold.objectives.objective import Asked, Data, Objective
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives import OBJECTIVES, Data, Objective
+from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class Request:
         if not isinstance(self.rows, Stream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
-        return [row for _, row in islice(rows, n)]
+        return [row for _, row, _ in islice(rows, n)]
 
 
 def rendering_of(recipe: Recipe) -> Rendering:
@@ -81,11 +81,23 @@ def rendering_of(recipe: Recipe) -> Rendering:
 
 
 def objective_of(request: Request) -> Objective:
-    """The run's objective for its model. Raises LorafoldError for labels that are not the model's.
+    """The run's objective for its model.
+
+    Raises LorafoldError for rows of other shapes than the objective takes, for options that it does
+    not have, and for labels that are not the model's.
     """
+    recipe = request.recipe
     rows = () if isinstance(request.rows, Stream) else request.rows
-    objective = OBJECTIVES[request.recipe.objective]
-    return objective(request.recipe, rows, request.base.source, request.adapters)
+    check_shapes(request.data.shapes, recipe.objective)
+    asked = Asked(
+        recipe.objective,
+        rows,
+        request.base.source,
+        request.adapters,
+        recipe.beta,
+        recipe.objective_options,
+    )
+    return OBJECTIVES[recipe.objective].made(asked)
 
 
 def files_of(request: Request) -> dict[str, dict[str, str]]:
@@ -144,7 +156,6 @@ def tokenized(
         return found
 
     if isinstance(rows, Stream):
-        check_objective(rows.firsts(), recipe.objective)
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
             rows,

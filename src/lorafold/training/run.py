@@ -67,6 +67,7 @@ def train(request: Request, console: Console) -> Trained:
             tokenizer,
             console,
         )
+        job.examples = partial(setup.objective.examples, loss=loss)
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)

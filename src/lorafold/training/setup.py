@@ -27,15 +27,15 @@ from lorafold.memory.before_run import planned, settle
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
+from lorafold.objectives.objective import Data, ModelRequest, Objective
 from lorafold.peft import directory as peft
 from lorafold.peft.stack import mismatch, same
+from lorafold.recipe.fitting import settled_base, spec_of, without
+from lorafold.recipe.recipe import OF_ADAPTER
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
-from lorafold.step.fitting import settled_base, spec_of, without
 from lorafold.step.positions import positions_of
-from lorafold.step.recipe import OF_ADAPTER
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
-from lorafold.training.objectives import Data, ModelRequest, Objective
 from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
 
 if TYPE_CHECKING:
@@ -187,12 +187,10 @@ def adapted_model(
         base.held,
         setup.feed,
         extra,
-        setup.objective.outputs,
-        recipe.packing and setup.objective.packs,
+        setup.objective,
         setup.accelerator.num_processes,
         base.where,
         below,
-        setup.objective.trained,
     )
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)

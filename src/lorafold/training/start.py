@@ -16,10 +16,10 @@ from lorafold.adapter import Adapter
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
 from lorafold.evaluation import Measured
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
-from lorafold.step.recipe import Recipe
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Job
 from lorafold.training.request import Request

@@ -24,7 +24,7 @@ from lorafold.peft.config import (
     read_config,
 )
 from lorafold.peft.format import Field, Method
-from lorafold.step.recipe import OF_METHOD
+from lorafold.recipe.recipe import OF_METHOD
 from lorafold.translating.rules import NOT_KNOWN, Entry, Outcome, changed, flagged, left, taken
 from lorafold.translating.trainer import kind_of_lora, target_parameters
 

@@ -1,17 +1,18 @@
 """What the files of axolotl and LLaMA-Factory share where they train on preferences: options of an
 objective, and the rows that it takes.
 
-Which options an objective has stands in `step.preference_laws` alone.
+Which options an objective has stands in `objectives` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorafold.data.shapes import JUDGED
 from lorafold.errors import LorafoldError
-from lorafold.step.preference_laws import LAWS
+from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.comparing import class_of
 from lorafold.translating.convert import number
 from lorafold.translating.rules import Outcome, Reader, Settings, changed, taken
 
@@ -26,13 +27,13 @@ ObjectiveOf = Callable[[Settings], str | None]
 
 def has_reference(objective: str | None) -> bool:
     """Whether the objective compares with a reference."""
-    return objective in LAWS and LAWS[objective].has_reference
+    law = class_of(OBJECTIVES[objective]) if objective is not None else None
+    return law is not None and law.has_reference
 
 
-def options_of(objective: str | None) -> dict[str, Any]:
+def options_of(objective: str | None) -> Mapping[str, Any]:
     """The options of the objective with their defaults; none where it is not one of preferences."""
-    law: Any = LAWS.get(str(objective))
-    return {} if law is None else {field.name: field.default for field in fields(law)}
+    return {} if objective is None else OBJECTIVES[objective].options()
 
 
 def beta(objective_of: ObjectiveOf) -> Reader:
@@ -40,7 +41,7 @@ def beta(objective_of: ObjectiveOf) -> Reader:
 
     def read(value: Any, settings: Settings) -> Outcome | None:
         objective = objective_of(settings)
-        return None if objective in (None, "reward") else taken(beta=number(value))
+        return taken(beta=number(value)) if "beta" in options_of(objective) else None
 
     return read
 
@@ -87,6 +88,6 @@ def rows_wanted(objective: str | None) -> str:
     """The rows to give as --data, in words."""
     if objective is None:
         return "pass rows of messages, of prompt and completion, or of text as --data"
-    if objective == "kto":
+    if OBJECTIVES[objective].takes == JUDGED:
         return "pass rows of prompt, completion and label (true or false) as --data"
     return "pass rows of prompt, chosen and rejected as --data"

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
 from lorafold.files.record import read_object
+from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.comparing import law_of
 from lorafold.peft.config import CONFIG
-from lorafold.step.fitting import left_out, spec_of, trainable_storage
-from lorafold.step.preference_laws import LAWS, law_of
-from lorafold.step.reading import parse_yaml
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
+from lorafold.recipe.reading import parse_yaml
+from lorafold.recipe.recipe import Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config
 from lorafold.translating.rules import Entry, by_rules, left
 from lorafold.translating.translation import Translation
@@ -154,7 +155,7 @@ def _recipe(entries: Sequence[Entry]) -> Recipe:
                 f" {problem['msg'].removeprefix('Value error, ').lower()}"
             )
         raise LorafoldError("; ".join(problems.values())) from None
-    if recipe.objective in LAWS:
+    if OBJECTIVES[recipe.objective].law:
         try:
             law_of(recipe.objective, recipe.beta, recipe.objective_options)
         except LorafoldError as error:

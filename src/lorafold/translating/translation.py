@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.translating.rules import Entry
 
 WIDTH = 100

@@ -26,8 +26,9 @@ from lorafold.errors import LorafoldError
 from lorafold.files.figures import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
+from lorafold.objectives import DEFAULT
 from lorafold.opening import Base
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.training.grounds import grounds
 from lorafold.undoing.defences import DEFENCES
 
@@ -222,8 +223,10 @@ def check(task: Task) -> None:
             f"recipe: found {', '.join(fixed)}, expected none of them: the tuning is LoRA, with"
             " --rank, --lr and --seeds"
         )
-    if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != "sft":
-        problems.append("recipe: expected the objective sft, without streaming and new_tokens")
+    if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != DEFAULT:
+        problems.append(
+            f"recipe: expected the objective {DEFAULT}, without streaming and new_tokens"
+        )
     if problems:
         raise LorafoldError("; ".join(problems))
 

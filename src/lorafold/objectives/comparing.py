@@ -4,23 +4,30 @@ pairs or of judged completions, each prompt once, and a law over them as the los
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import ValidationError
 
 from lorafold.data.branches import Branched, Branches
 from lorafold.data.examples import WHOLE, preview
-from lorafold.data.preferred import PreferredData, encode_preferred
+from lorafold.data.preferred import PreferredData, preferred
 from lorafold.data.render import Rendering, ensure_chat_template
-from lorafold.data.sources import Row
+from lorafold.data.shapes import PAIRS
+from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
+from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.objectives.objective import Asked, Objective, given_options
+from lorafold.step import preference_laws
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Law
 from lorafold.step.preferences import Preferences
-from lorafold.training.objectives.objective import Objective
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,23 +39,26 @@ class Comparing(Objective):
 
     law: Law
 
+    @classmethod
+    def of(cls, asked: Asked) -> Self:
+        """The objective with the law that its row of the table names, and its options."""
+        return cls(law_of(asked.name, asked.beta, asked.options))
+
+    @classmethod
+    def options(cls, declared: Declared) -> Mapping[str, Any]:
+        law: Any = class_of(declared)
+        return {field.name: field.default for field in fields(law)}
+
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
-
-    def encode(
-        self,
-        rows: Sequence[Row],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        console: Console,
-        rendering: Rendering = WHOLE,
-    ) -> PreferredData:
-        return encode_preferred(rows, tokenizer, max_length, self.law.kind, console, rendering)
 
     def encoder(
         self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
     ) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)
+
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> PreferredData:
+        return preferred(table, rows, max_length, self.law.kind)
 
     def trained(self, example: Branched) -> Branched:
         return example.some(slice(self.law.trained))
@@ -57,7 +67,7 @@ class Comparing(Objective):
         from rich.text import Text
 
         judged = "desirable" if example.desirable else "undesirable"
-        names = ("chosen", "rejected") if self.law.kind == "pairs" else (judged, "mismatched")
+        names = ("chosen", "rejected") if self.law.kind == PAIRS else (judged, "mismatched")
         shown = zip(names, example.documents(), strict=True)
         parts = [Text(f"{name}:\n").append(preview(of, tokenizer)) for name, of in shown]
         return Text("\n").join(parts)
@@ -97,3 +107,41 @@ class Comparing(Objective):
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The token that fills short sequences, which the mask hides."""
         return tokenizer.pad_token_id or 0
+
+
+def class_of(declared: Declared) -> type[Law]:
+    """The class of the law that a row of the table names."""
+    if not isinstance(declared.law, str):
+        return declared.law
+    found: type[Law] = getattr(preference_laws, declared.law)
+    return found
+
+
+def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
+    """The law of an objective.
+
+    Args:
+        objective: A name in OBJECTIVES, of one that has a law.
+        beta: Its beta; None takes the law's own.
+        options: Its other options.
+
+    Raises LorafoldError for an option that the law does not have, or a value out of its range.
+    """
+    law: Any = class_of(OBJECTIVES[objective])
+    given = given_options(beta, options)
+    known = [field.name for field in fields(law)]
+    if unknown := [name for name in given if name not in known]:
+        field = "" if unknown == ["beta"] else "objective_options: "
+        raise LorafoldError(
+            f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
+            f" {', '.join(known)}"
+        )
+    try:
+        made: Law = law(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise LorafoldError(
+            f"objective {objective}: {'.'.join(map(str, first['loc']))}: found {first['input']!r},"
+            f" expected {first['msg'].removeprefix('Input should be ')}"
+        ) from None
+    return made

@@ -9,17 +9,13 @@ loss is the law `Reward` (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from lorafold.core.spec import Spec
-from lorafold.data.checking import check_objective
-from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.rewards import reward_figures, scores_of
@@ -32,21 +28,30 @@ from lorafold.models.classifier import (
     load_reward_model,
     padding_id,
 )
-from lorafold.models.sources import ModelSource
-from lorafold.step.preference_laws import Scored, law_of
+from lorafold.objectives.classify import class_loss, head_to_save
+from lorafold.objectives.comparing import Comparing
+from lorafold.objectives.objective import Asked, ModelRequest
+from lorafold.step.preference_laws import Scored
 from lorafold.step.preferences import Preferences
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives.classify import head_to_save
-from lorafold.training.objectives.comparing import Comparing
-from lorafold.training.objectives.objective import ModelRequest
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class RewardModel(Comparing):
     """A head that scores texts; every method trains the whole head too."""
+
+    @classmethod
+    def of(cls, asked: Asked) -> Self:
+        made = super().of(asked)
+        if known_classes(asked.source, asked.adapters):
+            raise LorafoldError(
+                f"{asked.start}: found {kind_of(asked.source, asked.adapters)}, expected"
+                f" {REWARD_MODEL}, or {LANGUAGE_MODEL}, to start from"
+            )
+        return made
 
     @property
     def outputs(self) -> int:
@@ -61,6 +66,9 @@ class RewardModel(Comparing):
             seed=request.seed,
             trust_remote_code=request.trust_remote_code,
         )
+
+    def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+        return class_loss(model, inputs)
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         return head_to_save(model, spec, targets)
@@ -77,27 +85,3 @@ class RewardModel(Comparing):
         found, own = reward_figures(scores, tokens), loss.law.loss(pairs)
         return Measured(float(own.mean()), found.as_json(), f", {found.told}")
 
-
-def reward(
-    recipe: Recipe, rows: Sequence[Row], source: ModelSource, adapters: Sequence[Path]
-) -> RewardModel:
-    """The objective, with its options.
-
-    Args:
-        recipe: Has the options.
-        rows: Rows of preferences.
-        source: The model.
-        adapters: Saved adapters that will be loaded on it.
-
-    Raises LorafoldError for options that the objective does not have, rows of other shapes, and
-    a classifier.
-    """
-    law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
-    check_objective(Rows.of(rows).firsts(), recipe.objective)
-    if known_classes(source, adapters):
-        start = ", ".join(map(str, adapters)) or source.name
-        raise LorafoldError(
-            f"{start}: found {kind_of(source, adapters)}, expected {REWARD_MODEL}, or"
-            f" {LANGUAGE_MODEL}, to start from"
-        )
-    return RewardModel(law)

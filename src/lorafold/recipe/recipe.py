@@ -1,7 +1,7 @@
 """The recipe: every choice of a training run in one frozen record.
 
 A field that is None asks for the method's own default, so that this file knows no method. Use
-`Recipe(...)` from Python; `step.reading` makes one of a YAML file, `--set` and flags.
+`Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
 """
 
 from math import ceil
@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from lorafold.files.renamed import RENAMED
 from lorafold.methods import METHODS
-from lorafold.models.storages import DEFAULT, LISTED, StorageName
+from lorafold.models import storages
+from lorafold.objectives import DEFAULT, OBJECTIVES, in_words, named
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -107,16 +108,7 @@ class Recipe(BaseModel):
         False, description="Leave the reasoning of the assistant's turns out of the loss."
     )
 
-    objective: Literal[
-        "sft", "classify", "dpo", "ipo", "hinge", "kto", "orpo", "simpo", "reward"
-    ] = Field(
-        "sft",
-        description=(
-            "sft: predict the next token of completions. classify: predict the label of a text."
-            " dpo, ipo, hinge, orpo, simpo: prefer chosen completions to rejected ones. kto: the"
-            " same for completions that are judged one by one. reward: score completions."
-        ),
-    )
+    objective: str = Field(DEFAULT, description=in_words())
     beta: Positive | None = Field(
         None,
         description=(
@@ -128,11 +120,11 @@ class Recipe(BaseModel):
         {},
         description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
     )
-    storage: StorageName = Field(
-        DEFAULT,
+    storage: storages.StorageName = Field(
+        storages.DEFAULT,
         description=(
-            f"How the base stores its weights while the adapter is trained: {LISTED}. auto is bf16"
-            " where the device multiplies it natively, else fp32."
+            "How the base stores its weights while the adapter is trained:"
+            f" {storages.LISTED}. auto is bf16 where the device multiplies it natively, else fp32."
         ),
     )
 
@@ -237,6 +229,14 @@ class Recipe(BaseModel):
                     given = {name if key == old else key: v for key, v in given.items()}
         return given
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known_objective(cls, value: Any) -> Any:
+        if value not in list(OBJECTIVES):
+            *others, last = map(repr, OBJECTIVES)
+            raise ValueError(f"{', '.join(others)} or {last}")
+        return value
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -263,8 +263,9 @@ class Recipe(BaseModel):
             raise ValueError(
                 "eval_fraction: with streaming no rows can be held out; give held-out rows"
             )
-        if self.streaming and self.objective != "sft":
-            raise ValueError("streaming: expected the objective sft")
+        if self.streaming and not OBJECTIVES[self.objective].streams:
+            streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
+            raise ValueError(f"streaming: expected the objective {streamed}")
         return self
 
     @property

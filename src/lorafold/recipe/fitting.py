@@ -18,7 +18,7 @@ from lorafold.methods import known_options, make_spec
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
 from lorafold.models.storages import IN_FILES, MADE, QUANTIZED
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 
 def left_out(recipe: Recipe) -> list[str]:

@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lorafold.data.branches import BranchedExamples
-from lorafold.data.checking import check_objective
 from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.preferred import PreferredData
-from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
-from lorafold.models.sources import ModelSource
-from lorafold.step.preference_laws import law_of
+from lorafold.objectives.comparing import Comparing
+from lorafold.objectives.reference import moves, referenced
 from lorafold.step.preferences import Preferences
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives.comparing import Comparing
-from lorafold.training.objectives.objective import Data
-from lorafold.training.objectives.reference import moves, referenced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,10 +30,10 @@ class Preference(Comparing):
         self,
         loss: Preferences,
         feed: Feed,
-        held_out: Data | None,
+        held_out: Any,
         below: Sequence[str],
         console: Console,
-    ) -> tuple[Feed, Data | None]:
+    ) -> tuple[Feed, Any]:
         if not self.law.has_reference:
             return feed, held_out
         if isinstance(feed, StoredFeed) and (moves(loss.model) or feed.passes >= 1):
@@ -59,20 +51,3 @@ class Preference(Comparing):
         found = preference_figures(loss, held_out.examples, reference)
         return Measured(found.preference_loss, found.as_json(), f", {found}")
 
-
-def preference(
-    recipe: Recipe, rows: Sequence[Row], source: ModelSource, adapters: Sequence[Path]
-) -> Preference:
-    """The objective that the recipe names, with its options.
-
-    Args:
-        recipe: Names the objective.
-        rows: Rows of preferences, or of judged completions.
-        source: The model.
-        adapters: Saved adapters that will be loaded on it.
-
-    Raises LorafoldError for options that the objective does not have, and rows of other shapes.
-    """
-    law = law_of(recipe.objective, recipe.beta, recipe.objective_options)
-    check_objective(Rows.of(rows).firsts(), recipe.objective)
-    return Preference(law)

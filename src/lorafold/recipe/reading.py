@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
 from lorafold.files.renamed import RENAMED, named_as_now
-from lorafold.step.recipe import Recipe
+from lorafold.recipe.recipe import Recipe
 
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.data.completions import Completions
-from lorafold.data.examples import WHOLE, Encoded, Example, encode, preview
+from lorafold.data.examples import WHOLE, Encoded, Example, encoded, preview
 from lorafold.data.render import Rendering, ensure_chat_template
-from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
-from lorafold.models.sources import ModelSource
+from lorafold.objectives.objective import Objective
 from lorafold.step.documents import packed
 from lorafold.step.losses import Completions as CompletionLoss
 from lorafold.step.losses import Loss
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives.objective import Objective, no_options
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,20 +29,13 @@ class Sft(Objective):
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
 
-    def encode(
-        self,
-        rows: Sequence[Row],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        console: Console,
-        rendering: Rendering = WHOLE,
-    ) -> Encoded:
-        return encode(rows, tokenizer, max_length, console, rendering)
-
     def encoder(
         self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
     ) -> Encoder:
         return Completions(tokenizer, rendering)
+
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
+        return encoded(table, rows, max_length)
 
     def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview(example, tokenizer)
@@ -68,18 +59,3 @@ class Sft(Objective):
                     highlight=False,
                 )
             yield CompletionLoss(model, apart, tokenizer.pad_token_id or 0)
-
-
-def sft(
-    recipe: Recipe, rows: Sequence[Row], source: ModelSource, adapters: Sequence[Path]
-) -> Sft:
-    """The objective, which has no choices of its own; arguments as in `OBJECTIVES`.
-
-    Args:
-        recipe: Has no option of this objective.
-        rows: Conversations, completions or text.
-        source: The model.
-        adapters: Saved adapters that will be loaded on it.
-    """
-    no_options(recipe)
-    return Sft()

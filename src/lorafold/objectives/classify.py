@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
 
 from lorafold.bases import is_linear
 from lorafold.core.spec import Spec
@@ -17,23 +18,23 @@ from lorafold.data.labelled import (
     LabelledExample,
     Labels,
     classes_of,
-    encode_labelled,
+    labelled,
     preview_labelled,
 )
 from lorafold.data.render import Rendering
-from lorafold.data.sources import Row
+from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id
-from lorafold.models.sources import ModelSource
+from lorafold.objectives.objective import Asked, ModelRequest, Objective, no_options
 from lorafold.step.losses import Classification, Loss
-from lorafold.step.recipe import Recipe
-from lorafold.training.objectives.objective import ModelRequest, Objective, no_options
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.console import Console
     from rich.text import Text
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -44,24 +45,30 @@ class Classify(Objective):
     packs: ClassVar[bool] = False
     classes: tuple[str, ...]
 
+    @classmethod
+    def of(cls, asked: Asked) -> Self:
+        """That of the classes that the model or an adapter knows, else of those of the rows."""
+        no_options(asked)
+        found = classes_of(asked.rows)
+        classes = known_classes(asked.source, asked.adapters) or found
+        if strange := [name for name in found if name not in classes]:
+            raise LorafoldError(
+                f"data: found labels {', '.join(strange)}, expected the classes of {asked.start}:"
+                f" {', '.join(classes)}"
+            )
+        return cls(classes)
+
     @property
     def outputs(self) -> int:
         return len(self.classes)
-
-    def encode(
-        self,
-        rows: Sequence[Row],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        console: Console,
-        rendering: Rendering = WHOLE,
-    ) -> LabelledData:
-        return encode_labelled(rows, tokenizer, max_length, self.classes, console)
 
     def encoder(
         self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
     ) -> Encoder:
         return Labels(tokenizer, self.classes)
+
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> LabelledData:
+        return labelled(table, rows, max_length, self.classes)
 
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)
@@ -87,6 +94,9 @@ class Classify(Objective):
     ) -> Iterator[Loss]:
         yield Classification(model, padding_id(tokenizer))
 
+    def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+        return class_loss(model, inputs)
+
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         return head_to_save(model, spec, targets)
 
@@ -109,26 +119,13 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
     return () if trained else head_paths(model)
 
 
-def classify(
-    recipe: Recipe, rows: Sequence[Row], source: ModelSource, adapters: Sequence[Path]
-) -> Classify:
-    """The classifier for the classes that the model or an adapter knows, else those of the rows.
+def class_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a head over the last token of each sequence, (), on tensors without values.
 
     Args:
-        recipe: Has no option of this objective.
-        rows: Texts with labels.
-        source: The model.
-        adapters: Saved adapters that will be loaded on it.
-
-    Raises LorafoldError for labels that are not among the known classes.
+        model: A classifier without values.
+        inputs: input_ids with positions (1, T), or with a mask (B, T).
     """
-    no_options(recipe)
-    found = classes_of(rows)
-    classes = known_classes(source, adapters) or found
-    if strange := [name for name in found if name not in classes]:
-        owner = ", ".join(map(str, adapters)) or source.name
-        raise LorafoldError(
-            f"data: found labels {', '.join(strange)}, expected the classes of {owner}:"
-            f" {', '.join(classes)}"
-        )
-    return Classify(classes)
+    labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
+    loss: Tensor = Classification(model, 0)(labels, **inputs)
+    return loss

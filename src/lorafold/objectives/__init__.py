@@ -1,0 +1,136 @@
+"""The objectives: one a file, one table from an objective's name to what is known of it without
+torch.
+
+    objective = OBJECTIVES["classify"].made(asked)          of `objectives.objective.Objective`
+
+A new objective is its file and a row of `OBJECTIVES`; recipes, options, help, runs, estimates and
+measuring follow from them, and name none.
+"""
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, SHAPES, Shape
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from lorafold.objectives.objective import Asked, Objective
+    from lorafold.step.preference_laws import Law
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One row of the table.
+
+    maker: `module.Class` in this package, imported when it is first used, or a subclass of
+        `Objective` itself.
+    about: What it does, as help says it.
+    takes: What it reads in rows, of what shapes give.
+    law: For an objective over completions that are compared, its class in `step.preference_laws`,
+        by name or itself.
+    keys: Further keys that it reads in rows.
+    unread: What a user is told who gives it pairs, if it leaves one of their completions out.
+    streams: Its rows can be read while it trains.
+    head: It puts a head over a text in place of that of a language model.
+    compared: Its figures are those that methods are compared by.
+    """
+
+    maker: "str | type[Objective]"
+    about: str
+    takes: str
+    law: "str | type[Law]" = field(default="", kw_only=True)
+    keys: tuple[str, ...] = field(default=(), kw_only=True)
+    unread: str = field(default="", kw_only=True)
+    streams: bool = field(default=False, kw_only=True)
+    head: bool = field(default=False, kw_only=True)
+    compared: bool = field(default=False, kw_only=True)
+
+    @property
+    def kind(self) -> "type[Objective]":
+        """The class."""
+        if not isinstance(self.maker, str):
+            return self.maker
+        module, _, name = self.maker.partition(".")
+        found: type[Objective] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return found
+
+    def made(self, asked: "Asked") -> "Objective":
+        """The objective of a run. Raises LorafoldError for options that it does not have, and for
+        rows, a model or adapters that do not suit it.
+        """
+        return self.kind.of(asked)
+
+    def options(self) -> Mapping[str, Any]:
+        """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
+        return self.kind.options(self)
+
+    def told(self, shapes: Iterable[Shape | None]) -> list[str]:
+        """What a user is told who gives it rows of these shapes."""
+        pairs = any(shape is not None and PAIRS in shape.gives for shape in shapes)
+        return [self.unread] if self.unread and pairs else []
+
+
+COMPLETIONS_COMPARED = "prefer chosen completions to rejected ones"
+DEFAULT = "sft"
+OBJECTIVES: dict[str, Declared] = {
+    DEFAULT: Declared(
+        "sft.Sft",
+        "predict the next token of completions",
+        CONVERSATIONS,
+        unread="rejected is not used by --objective sft, which trains on the chosen answers",
+        streams=True,
+        compared=True,
+    ),
+    "classify": Declared(
+        "classify.Classify", "predict the label of a text", LABELS, head=True, compared=True
+    ),
+    "dpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Dpo"),
+    "ipo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Ipo"),
+    "hinge": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Hinge"),
+    "kto": Declared(
+        "preference.Preference",
+        "the same for completions that are judged one by one",
+        JUDGED,
+        law="Kto",
+        keys=("label",),
+    ),
+    "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
+    "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
+    "reward": Declared(
+        "reward.RewardModel", "score completions", PAIRS, law="Reward", head=True
+    ),
+}
+
+
+def named(wanted: Iterable[str]) -> str:
+    """Names of objectives as a message lists them."""
+    return " or ".join(wanted)
+
+
+def in_words() -> str:
+    """What all objectives do, those that do the same together, as help says it."""
+    names: dict[str, list[str]] = {}
+    for name, declared in OBJECTIVES.items():
+        names.setdefault(declared.about, []).append(name)
+    return " ".join(f"{', '.join(of)}: {about}." for about, of in names.items())
+
+
+def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
+    """Raise LorafoldError if the objective does not train on rows of one of these shapes.
+
+    Args:
+        shapes: One for each source; None for rows of no known shape.
+        objective: A name in OBJECTIVES.
+    """
+    takes = OBJECTIVES[objective].takes
+    for shape in shapes:
+        if shape is None or takes not in shape.gives:
+            expected = " or ".join(str(known) for known in SHAPES if takes in known.gives)
+            others = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
+            other = f", which are for --objective {named(others)}" if others else ""
+            raise LorafoldError(
+                f"data: found rows of {shape}{other}; --objective {objective} expects rows of"
+                f" {expected}"
+            )

@@ -1,0 +1,282 @@
+"""What a run asks of an objective: examples of rows, a model, a loss, and what is measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+
+from lorafold.core.spec import Spec
+from lorafold.data.examples import WHOLE
+from lorafold.data.feed import Feed
+from lorafold.data.render import Rendering
+from lorafold.data.rows import as_checked
+from lorafold.data.sources import Row
+from lorafold.data.stored import Part, Rows
+from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.errors import LorafoldError
+from lorafold.evaluation import Measured, held_out_loss
+from lorafold.models.loading import load_model
+from lorafold.models.sources import ModelSource
+from lorafold.models.storage import Storage
+from lorafold.objectives import Declared
+from lorafold.step.head import labelled_loss
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.console import Console
+    from rich.text import Text
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Data(Protocol):
+    """Tokenized rows."""
+
+    @property
+    def examples(self) -> Sequence[Any]:
+        """What a loss takes, in the order of their rows; each has `ids`."""
+
+    @property
+    def report(self) -> Any:
+        """What became of the rows; `str` gives it as lines of text."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How many examples are from each source."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run asks for: an objective by its name, for rows, a model and the saved adapters that
+    will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    source: ModelSource
+    adapters: Sequence[Path] = ()
+    beta: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """What the run starts from, in messages: the adapters, or the model."""
+        return ", ".join(map(str, self.adapters)) or self.source.name
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """The model that an objective is asked to load. `seed` draws the parts that are new in it."""
+
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    storage: Storage
+    device: torch.device
+    seed: int
+    trust_remote_code: bool
+
+
+class Objective(ABC):
+    """Abstract: one objective, from rows to a loss."""
+
+    packs: ClassVar[bool] = True  # where the recipe asks for it and the model allows it
+
+    @classmethod
+    def of(cls, asked: Asked) -> Self:
+        """The objective of a run.
+
+        Raises LorafoldError for options that it does not have, and for rows, a model or adapters
+        that do not suit it.
+        """
+        no_options(asked)
+        return cls()
+
+    @classmethod
+    def options(cls, declared: Declared) -> Mapping[str, Any]:
+        """The options by name, with their defaults."""
+        return {}
+
+    @property
+    def outputs(self) -> int:
+        """The outputs of the head over a text; 0 for that of a language model."""
+        return 0
+
+    @abstractmethod
+    def encoder(
+        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
+    ) -> Encoder:
+        """What makes tables of tokens of what the shapes of rows give.
+
+        Args:
+            tokenizer: After `set_up`.
+            rendering: What of a conversation is trained on.
+        """
+
+    @abstractmethod
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> Data:
+        """The examples of a table that the encoder made, with a report.
+
+        Args:
+            table: The tokens.
+            rows: What it was made of.
+            max_length: Longer examples are cut to this many tokens.
+
+        Raises LorafoldError for rows of which nothing is left to train on.
+        """
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        console: Console | None = None,
+        rendering: Rendering = WHOLE,
+    ) -> Data:
+        """Tokenized rows, with a report.
+
+        Args:
+            rows: Rows of the user's data.
+            tokenizer: After `set_up`.
+            max_length: Longer examples are cut to this many tokens.
+            console: For progress; None is quiet.
+            rendering: What of a conversation is trained on.
+
+        Raises LorafoldError for rows that this objective can't use.
+        """
+        rows = as_checked(rows)
+        table = tokenized(rows, self.encoder(tokenizer, rendering), console)
+        return self.data(table, rows, max_length)
+
+    def examples(self, step: int, planned: Sequence[Any], loss: Any) -> Sequence[Any]:
+        """The examples that a step computes: the planned ones, unless they depend on the weights,
+        which are those of the steps before. In every process they are the same.
+
+        Args:
+            step: The number of the step, from 0.
+            planned: Examples of the rows that the run has for this step.
+            loss: As `loss` yields it, with the model.
+        """
+        return planned
+
+    def trained(self, example: Any) -> Any:
+        """What of an example a step computes with gradients."""
+        return example
+
+    @abstractmethod
+    def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """An example as the model sees it, with the tokens that count in the loss marked."""
+
+    def load(self, request: ModelRequest) -> PreTrainedModel:
+        """The model with the head that this objective needs, and without adapters: a language
+        model, unless it needs another head.
+        """
+        return load_model(
+            request.source,
+            request.storage,
+            request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
+
+    @abstractmethod
+    def loss(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        packing: bool,
+        console: Console,
+    ) -> Any:
+        """A context manager that yields the `Loss` of this model.
+
+        Args:
+            model: As `load` gives it, with adapters attached.
+            tokenizer: Names the token that pads.
+            packing: Lay the examples of a micro-batch end to end, where the model allows it.
+            console: For a notice if it does not.
+        """
+
+    def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+        """The loss (), on tensors without values, from which the memory of a step is estimated:
+        that of the next token, unless the step keeps more.
+
+        Args:
+            model: As `load` gives it, without values.
+            inputs: input_ids with positions (1, T), or with a mask (B, T).
+            labelled: The tokens that the loss counts, divided evenly among padded rows.
+        """
+        return next_token_loss(model, inputs, labelled)
+
+    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Add what the tokenizer lacks for this objective. Returns a notice of what was added."""
+        return None
+
+    def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
+        """Paths of the modules that must be trained whole, whatever the method adapts.
+
+        Args:
+            model: As `load` gives it.
+            spec: The method.
+            targets: The recipe's; None takes the method's own.
+        """
+        return ()
+
+    def record(self) -> dict[str, Any]:
+        """Fields of `lorafold.json` without which the adapter could not be used."""
+        return {}
+
+    def refer(
+        self,
+        loss: Any,
+        feed: Feed,
+        held_out: Any,
+        below: Sequence[str],
+        console: Console,
+    ) -> tuple[Feed, Any]:
+        """The same examples with what the objective has to know of them under the model before
+        anything is trained.
+
+        Args:
+            loss: As `loss` yields it.
+            feed: The examples to train on.
+            held_out: The `Data` to measure on, or None.
+            below: What the model before anything is trained depends on besides its tensors, as
+                identities.
+            console: For progress.
+        """
+        return feed, held_out
+
+    def measure(self, loss: Any, held_out: Any) -> Measured:
+        """The figures of held-out examples."""
+        return Measured(held_out_loss(loss, held_out.examples))
+
+
+def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an objective that a recipe gives, `beta` among them."""
+    own = {} if beta is None else {"beta": beta}
+    return {**own, **options, **own}
+
+
+def no_options(asked: Asked) -> None:
+    """Raise LorafoldError if options are given for an objective that has none."""
+    if given := given_options(asked.beta, asked.options):
+        raise LorafoldError(
+            f"{', '.join(given)}: the objective {asked.name} has no such option"
+        )
+
+
+def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+    """The loss of the next token, (), on tensors without values.
+
+    Args:
+        model: A language model without values.
+        inputs: input_ids with positions (1, T), or with a mask (B, T).
+        labelled: The tokens that the loss counts, divided evenly among padded rows.
+    """
+    rows = len(inputs["input_ids"])
+    labels = torch.zeros((rows, ceil(labelled / rows)), dtype=torch.long)
+    return labelled_loss(model, labels, inputs)[0]

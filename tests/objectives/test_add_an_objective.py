@@ -1,0 +1,298 @@
+"""A new objective is one file and one row of OBJECTIVES: all else follows from them.
+
+Two are written into a temporary directory and registered: one whose examples depend on the weights,
+and a law over pairs. They are trained, resumed, measured and estimated, from Python and by the
+command, and no other file names them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import lorafold as lf
+from conftest import make_tokenizer
+from lorafold.cli import app
+from lorafold.data.feed import StoredFeed
+from lorafold.data.shapes import CONVERSATIONS, PAIRS
+from lorafold.data.stored import Part
+from lorafold.errors import LorafoldError
+from lorafold.memory.before_run import planned
+from lorafold.memory.trace import nothing, trace
+from lorafold.models.configuration import configuration
+from lorafold.models.storage import Storage
+from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.training import loop
+from lorafold.training.preview import show
+from lorafold.training.request import Request
+from lorafold.training.run import train
+
+ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
+CHOICES = [
+    {"prompt": f"Book a table for {n}", "chosen": f"yes {n}", "rejected": f"no {n} {n}"}
+    for n in range(8)
+]
+TEXTS = [{"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"}]
+
+HARDEST = '''"""Hardest: of the rows of a step, those that the model finds hardest as it is then."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from statistics import fmean
+
+import torch
+
+from lorafold.core.evaluating import evaluating
+from lorafold.data.completions import Completions
+from lorafold.data.examples import WHOLE, encoded, preview
+from lorafold.evaluation import Measured
+from lorafold.objectives.objective import Objective, given_options
+from lorafold.step.documents import packed
+from lorafold.step.losses import Completions as CompletionLoss
+
+
+@dataclass(frozen=True)
+class Hardest(Objective):
+    """The share of rows with the greatest mean loss."""
+
+    share: float = 0.5
+
+    @classmethod
+    def of(cls, asked):
+        given = given_options(asked.beta, asked.options)
+        if strange := ", ".join(given.keys() - {"share"}):
+            raise LorafoldError(f"{strange}: the objective {asked.name} has no such option")
+        return cls(**given)
+
+    @classmethod
+    def options(cls, declared):
+        return {"share": cls.share}
+
+    def encoder(self, tokenizer, rendering=WHOLE):
+        return Completions(tokenizer, rendering)
+
+    def data(self, table, rows, max_length):
+        return encoded(table, rows, max_length)
+
+    def preview(self, example, tokenizer):
+        return preview(example, tokenizer)
+
+    @contextmanager
+    def loss(self, model, tokenizer, packing, console):
+        with packed(model) as apart:
+            yield CompletionLoss(model, packing and apart, tokenizer.pad_token_id or 0)
+
+    def means(self, examples, loss):
+        alone = CompletionLoss(loss.model, False, loss.pad_id)
+        with evaluating(alone):
+            found = alone.by_row(**alone.collate(examples, alone.device)).tolist()
+        return [x / alone.count(e) for x, e in zip(found, examples, strict=True)]
+
+    def examples(self, step, planned, loss):
+        means = self.means(planned, loss)
+        kept = sorted(range(len(planned)), key=lambda i: -means[i])
+        return [planned[i] for i in sorted(kept[: ceil(self.share * len(planned))])]
+
+    def traced(self, model, inputs, labelled):
+        once = super().traced(model, inputs, labelled)
+        return once + super().traced(model, inputs, labelled)  # as if both passes were kept
+
+    def record(self):
+        return {"hardest": self.share}
+
+    def measure(self, loss, held_out):
+        means = self.means(list(held_out.examples), loss)
+        return Measured(fmean(means), {"hardest": max(means)}, f", hardest {max(means):.2f}")
+'''
+
+SQUARED = '''"""Squared: the truncated quadratic of Tang et al. 2024 (arXiv 2402.05749).
+
+    loss = max(0, 1 - beta d)^2,      d = r(w) - r(l)
+"""
+
+from pydantic.dataclasses import dataclass
+
+from lorafold.step.preference_laws import STRICT, Law, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class Squared(Law):
+    """The square of the hinge."""
+
+    beta: Positive = 0.2
+
+    def loss(self, scored):
+        return (1 - self.beta * (scored.ratios[:, 0] - scored.ratios[:, 1])).relu().square()
+
+    def rewards(self, scored):
+        return self.beta * scored.ratios
+'''
+
+
+def written(name: str, text: str, at: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = at / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hardest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = written("hardest_objective", HARDEST, tmp_path, monkeypatch)
+    row = Declared(module.Hardest, "learn the hardest completions", CONVERSATIONS, keys=("id",))
+    monkeypatch.setitem(OBJECTIVES, "hardest", row)
+    return module.Hardest
+
+
+@pytest.fixture
+def squared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = written("squared_objective", SQUARED, tmp_path, monkeypatch)
+    row = Declared("preference.Preference", "prefer", PAIRS, law=module.Squared)
+    monkeypatch.setitem(OBJECTIVES, "squared", row)
+    return module.Squared
+
+
+def request(model: Path, out: Path, objective: str, rows: list[dict], **fields: Any) -> Request:
+    given = {"batch": 4, "steps": 4, "rank": 2, "lr": 1e-2, "storage": "fp32", "save_every": 2}
+    recipe = lf.Recipe(**(given | {"objective": objective} | fields))
+    return Request(Base(model, device="cpu"), out, recipe, rows, "rows", eval_rows=rows)
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "lorafold.json").read_text())
+
+
+def test_its_examples_are_those_of_the_weights(hardest, tiny_model) -> None:
+    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    objective = hardest(share=0.25)
+    planned_ = list(objective.encode(ROWS[:8], tokenizer, 64).examples)
+    with objective.loss(model, tokenizer, True, Console(quiet=True)) as loss:
+        means = objective.means(planned_, loss)
+        found = objective.examples(0, planned_, loss)
+        assert found == [e for e, m in zip(planned_, means, strict=True) if m in sorted(means)[-2:]]
+        with torch.no_grad():
+            model.get_output_embeddings().weight.neg_()
+        assert objective.examples(1, planned_, loss) != found
+
+
+def test_it_trains_resumes_and_is_measured_from_python(
+    hardest, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, model = io.StringIO(), tiny_model_dir("llama")
+    asked = request(model, tmp_path / "a", "hardest", ROWS, objective_options={"share": 0.5})
+    steps: list[int] = []
+    one = loop.train_step
+
+    def counted(job: Any, examples: Any, step: int) -> float:
+        steps.append(len(examples))
+        return one(job, examples, step)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    done = train(asked, Console(file=said, width=200))
+    assert steps == [2, 2, 2, 2]
+    assert done.losses[-1] < done.losses[0]
+    assert "memory: " in said.getvalue()
+    assert "no estimate" not in said.getvalue()
+    assert done.figures["hardest"] >= (done.eval_loss or 0)
+    assert record(tmp_path / "a")["hardest"] == 0.5
+    assert record(tmp_path / "a")["recipe"]["objective"] == "hardest"
+
+    def stopped(job: Any, examples: Any, step: int) -> float:
+        if step == 3:
+            raise KeyboardInterrupt
+        return one(job, examples, step)
+
+    again = replace(asked, out=tmp_path / "b")
+    monkeypatch.setattr(loop, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(again, Console(quiet=True))
+    monkeypatch.setattr(loop, "train_step", one)
+    train(replace(again, resume=True), Console(quiet=True))
+    straight, resumed = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_what_it_does_not_take_is_refused(hardest, tiny_model_dir, tmp_path: Path) -> None:
+    model, out, quiet = tiny_model_dir("llama"), tmp_path / "a", Console(quiet=True)
+    with pytest.raises(LorafoldError, match="beta: the objective hardest has no such option"):
+        train(request(model, out, "hardest", ROWS, beta=0.1), quiet)
+    told = r"rows of \{text, label\}, which are for --objective classify; --objective hardest"
+    with pytest.raises(LorafoldError, match=told):
+        train(request(model, out, "hardest", TEXTS), quiet)
+    with pytest.raises(ValidationError, match="streaming: expected the objective sft"):
+        lf.Recipe(objective="hardest", streaming=True, steps=1)
+    with pytest.raises(LorafoldError, match="objective: found hardest, expected one whose figures"):
+        lf.compare(out, model=model, data=ROWS, recipe=lf.Recipe(objective="hardest"))
+
+
+def test_its_rows_are_shown_and_its_memory_estimated(
+    hardest, tiny_model_dir, tmp_path: Path
+) -> None:
+    said, model = io.StringIO(), tiny_model_dir("llama")
+    asked = request(model, tmp_path / "a", "hardest", ROWS)
+    show(asked, Console(file=said, width=200), rows=1)
+    assert '⟦{"people": 0}' in said.getvalue()
+    example = SimpleNamespace(ids=range(32), labels=range(32))
+    feed = StoredFeed([example] * 4, [Part(4)], 4, 1, 0)
+    fields = (asked.recipe, lf.LoRA(rank=2), Storage(torch.float32), feed, nothing)
+    config = configuration(str(model))
+    own = trace(config, planned(*fields, hardest()), 2)
+    plain = trace(config, planned(*fields, OBJECTIVES["sft"].kind()), 2)
+    assert own.kept > 1.5 * plain.kept  # its loss is another
+    assert own.weights == plain.weights
+
+
+def command(*arguments: object) -> dict[str, Any]:
+    given = [*map(str, arguments), "--json"]
+    done = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"), [("hardest", ROWS), ("squared", CHOICES)], ids=str
+)
+def test_it_trains_resumes_and_is_evaluated_by_the_command(
+    objective: str, rows: list[dict], hardest, squared, tiny_model_dir, tmp_path: Path
+) -> None:
+    data, model, out = tmp_path / "rows.jsonl", tiny_model_dir("llama"), tmp_path / "a"
+    data.write_text("".join(json.dumps(row | {"id": 1}) + "\n" for row in rows))
+    options = ("--base", "fp32", "--steps", 4, "--lr", 0.02, "--batch", 4, "--device", "cpu")
+    asked = ("--model", model, "--data", data, "--out", out, "--objective", objective, *options)
+    done = command("train", *asked, "--eval-data", data, "--resume")
+    assert done["figures"] if objective == "squared" else done["figures"]["hardest"] > 0
+    found = command("eval", "--model", model, "--data", data, "--adapter", out, "--base", "fp32")
+    assert found["loss"] > 0
+    if objective == "squared":  # rewards are those of its own law
+        assert found["preference_loss"] == pytest.approx(
+            done["figures"]["preference_loss"], rel=1e-3
+        )
+        assert OBJECTIVES["squared"].options() == {"beta": 0.2}
+        with pytest.raises(LorafoldError, match=r"gamma: the objective squared has no such option"):
+            train(request(model, tmp_path / "b", "squared", rows, objective_options={"gamma": 1}),
+                  Console(quiet=True))  # fmt: skip
