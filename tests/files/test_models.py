@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from gguf_cases import write_gguf
 from lorafold.errors import LorafoldError
 from lorafold.machine.devices import choose_device
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.quantizing import quantization_of
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import choose_storage
+from lorafold.models.storages import MADE, STORAGES, StorageName
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 
@@ -218,3 +221,10 @@ def test_the_embedded_tokenizer_sees_every_digit_alone(smollm2):
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("at:  12").input_ids)
     # "Ġ", "Ġ" under GPT-2's rule: never seen in training
     assert tokens == ["at", ":", "ĠĠ", "1", "2"]
+
+
+def test_each_storage_has_a_name_and_a_row_and_each_maker_is_there():
+    assert {*get_args(StorageName)} == {*STORAGES, "auto"}
+    for name in MADE:
+        assert callable(STORAGES[name].pack)
+        assert quantization_of(STORAGES[name].made, "model m") == name

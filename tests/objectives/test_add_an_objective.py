@@ -35,6 +35,7 @@ from lorafold.memory.trace import nothing, trace
 from lorafold.models.configuration import configuration
 from lorafold.models.storage import Storage
 from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.opening import Base
 from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.request import Request

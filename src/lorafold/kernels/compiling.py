@@ -53,24 +53,32 @@ class Functions:
         self, source: Path, signatures: Mapping[str, Sequence[Any]], half: Sequence[str] = ()
     ) -> None:
         self.library = loaded(source)
-        self._found: dict[tuple[str, torch.dtype], Any] = {}
+        self._found: dict[tuple[str, torch.dtype], tuple[Any, list[int]]] = {}
         for name, parameters in signatures.items():
+            pointers = [i for i, kind in enumerate(parameters) if kind is P]
             for dtype in [torch.bfloat16] if name in half else DTYPES:
                 function = getattr(self.library, f"{name}_{DTYPES[dtype]}")
                 function.restype, function.argtypes = None, parameters
-                self._found[name, dtype] = function
+                self._found[name, dtype] = function, pointers
 
     def __call__(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
         """Call a function with numbers and with the addresses of tensors."""
-        self._found[name, dtype](
-            *[part.data_ptr() if isinstance(part, Tensor) else part for part in parts]
-        )
+        function, pointers = self._found[name, dtype]
+        given = [*parts]
+        for i in pointers:
+            given[i] = parts[i].data_ptr()
+        function(*given)
 
 
 def taken(*tensors: Tensor) -> bool:
     """Whether all are on the CPU and of one of DTYPES."""
     dtype = tensors[0].dtype
-    return dtype in DTYPES and all(t.dtype is dtype and t.is_cpu for t in tensors)
+    if dtype not in DTYPES:
+        return False
+    for t in tensors:  # noqa: SIM110 - faster than all()
+        if t.dtype is not dtype or not t.is_cpu:
+            return False
+    return True
 
 
 def loaded(source: Path) -> ctypes.PyDLL:

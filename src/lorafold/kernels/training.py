@@ -57,7 +57,7 @@ class _Forms:
         out, n, wide = torch.empty_like(x), len(gain), gain.dtype is not x.dtype
         gain = gain.float() if wide else gain
         rows = x.numel() // n
-        self._call("rms_norm", x.dtype, x, gain.contiguous(), wide, out, rows, n, eps, threads())
+        self._call("rms_norm", x.dtype, x, gain, wide, out, rows, n, eps, threads())
         return out
 
     def rms_norm_backward(self, gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Any:
