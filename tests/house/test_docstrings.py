@@ -1,9 +1,8 @@
 """Every public function, method and class says what it does; tensors come with their shapes, and
-more than two parameters with an `Args:` section.
+an `Args:` section says what names and types do not: a unit, a range, a meaning, what None is.
 
-`pytest tests/test_docstrings.py -k bases` is for one package. A method that overrides one of ours
-is documented by the one that it overrides. A Typer `command` needs no `Args:`: its options have
-help.
+`pytest tests/house/test_docstrings.py -k bases` is for one package. A method that overrides one of
+ours is documented by the one that it overrides.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Public(NamedTuple):
     name: str
     docs: str
     signature: str
-    parameters: list[str]
+    kinds: dict[str, str]  # the annotation of each parameter
     tensors: bool
     overrides: bool
 
@@ -67,13 +66,18 @@ def described(node: Function, text: str, inherited: str, overrides: bool) -> Pub
     lines = text.splitlines()[node.lineno - 1 : node.body[0].lineno]
     body = node.body[0].lineno - node.lineno
     given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    every = [*given, *filter(None, (node.args.vararg, node.args.kwarg))]
     types = [ast.unparse(a.annotation) for a in given if a.annotation]
     types += [ast.unparse(node.returns)] if node.returns else []
     return Public(
         node.name,
         ast.get_docstring(node) or inherited,
         "\n".join(lines[:body]) or lines[0],
-        [a.arg for a in given if a.arg not in ("self", "cls")],
+        {
+            a.arg: ast.unparse(a.annotation) if a.annotation else ""
+            for a in every
+            if a.arg not in ("self", "cls")
+        },
         any(re.search(r"\bTensor\b", kind) for kind in types),
         overrides,
     )
@@ -107,22 +111,49 @@ def test_tensors_come_with_shapes(package: str) -> None:
 def shapes_in(function: Public) -> str:
     """Where a shape may stand: comments of the signature, names in it, and the docstring."""
     comments = re.findall(r"#.*", function.signature)
-    return "\n".join([*comments, *function.parameters, function.docs])
+    return "\n".join([*comments, *function.kinds, function.docs])
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_more_than_two_parameters_are_described_one_by_one(package: str) -> None:
-    # the help of its options describes the parameters of a command
-    options = {"command"} if package == "cli" else set()
+def test_what_is_said_of_a_parameter_is_more_than_its_name_and_type(package: str) -> None:
     for path in PACKAGES[package]:
-        found = [f for f in functions(path) if f.name not in options]
-        many = [f for f in found if len(f.parameters) > 2 and not f.overrides]
-        lacking = {f.name: [p for p in f.parameters if p not in described_in(f.docs)] for f in many}
-        assert {name: missing for name, missing in lacking.items() if missing} == {}, path
+        noise = [
+            (f.name, names)
+            for f in functions(path)
+            for names, text in entries_in(f.docs).items()
+            if words(text) <= words(names, *map(f.kinds.get, names.split(", ")))
+        ]
+        assert noise == [], path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_said_is_of_parameters_that_there_are(package: str) -> None:
+    for path in PACKAGES[package]:
+        found = [f for f in functions(path) if not f.overrides]
+        gone = {f.name: described_in(f.docs) - {*f.kinds} for f in found}
+        assert {name: names for name, names in gone.items() if names} == {}, path
+
+
+IDLE = {"the", "a", "an", "its", "of", "to", "this", "that", "their", "these", "those", "one"}
+
+
+def words(*texts: str | None) -> set[str]:
+    """The words that say something, without a plural's s."""
+    text = re.sub(r"([a-z])([A-Z])", r"\1 \2", " ".join(t or "" for t in texts))
+    spaced = text.lower().replace("_", " ")
+    found = re.findall(r"[a-z0-9]+", spaced)
+    return {w[:-1] if w.endswith("s") and len(w) > 3 else w for w in found} - IDLE
+
+
+def entries_in(docs: str) -> dict[str, str]:
+    """What an `Args:` section says, by the names; several may share an entry, as in `batch, length:
+    ...`.
+    """
+    section = docs.partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    ([\w*][\w, *]*):(.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return {", ".join(n.strip("* ") for n in names.split(",")): text for names, text in found}
 
 
 def described_in(docs: str) -> set[str]:
-    """The names in an `Args:` section; several may share a line, as in `batch, length: ...`."""
-    section = docs.partition("Args:\n")[2].partition("\n\n")[0]
-    found = re.findall(r"^\s*([\w, *]+):", section, re.MULTILINE)
-    return {name.strip("* ") for names in found for name in names.split(",")}
+    """The names in an `Args:` section."""
+    return {name for names in entries_in(docs) for name in names.split(", ")}

@@ -46,7 +46,6 @@ def attach(
     module that can't be adapted, or a name that is in use.
 
     Args:
-        model: the model.
         spec: the method with its hyperparameters.
         targets: the modules to adapt: a preset (`lorafold.core.presets`), names or path ends, a
             regular expression over whole paths, or matches (None: the method's own targets).
@@ -78,7 +77,6 @@ def load(
     over exactly these, which must be the active ones, in their order.
 
     Args:
-        model: the model.
         path: the adapter's directory, or what was read of it already.
         name: the adapter's name on this model.
         allow_other_base: accept a base with another fingerprint, and other adapters below.

@@ -76,7 +76,6 @@ def build(
     """Build a new adapter. Raises LorafoldError as `attach` does, whose arguments these are.
 
     Args:
-        model: the model.
         spec: the method with its hyperparameters.
         targets: the modules to adapt.
         bias: which biases train too.
@@ -156,7 +155,6 @@ def read(
     """Read a saved adapter. Raises LorafoldError as `load` does, whose arguments these are.
 
     Args:
-        model: the model.
         path: the adapter's directory, or what was read of it already.
         allow_other_base: accept a base with another fingerprint, and other adapters below.
         base: the base's own weights, if the model does not have them or they are at hand.

@@ -92,7 +92,6 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
     """The number of sites in words, parameters of experts apart.
 
     Args:
-        model: the model.
         paths: the sites.
     """
     found = [m for m in (module_at(model, path) for path in paths) if isinstance(m, Matrices)]
@@ -108,7 +107,6 @@ def in_towers(model: nn.Module, matches: Matches) -> dict[str, tuple[str, ...]]:
     """The matched module paths that are in a tower, by pattern, without patterns that match none.
 
     Args:
-        model: the model.
         matches: the matches of an adapter's targets.
     """
     inside = beneath(towers(model))
@@ -120,7 +118,6 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     """One line about targets that are in a tower and do not name it; None if there are none.
 
     Args:
-        model: the model.
         matches: the matches of an adapter's targets.
     """
     roots, language = towers(model), language_model(model)
@@ -158,7 +155,6 @@ def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
 
     Args:
         path: the module's path.
-        module: the module.
         sites: the paths of modules or parameters that carry a delta.
     """
     own = {f"{path}.{n}": (n, p) for n, p in module._parameters.items() if p is not None}
@@ -174,8 +170,6 @@ def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
     """The kind of a module with parameters of its own.
 
     Args:
-        path: its path.
-        module: the module.
         route: the paths of routers.
     """
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()

@@ -185,7 +185,6 @@ def possible(stacks: Sequence[Stack], mix: bool, tuned: bool) -> tuple[str, ...]
     """The defences that can be measured with what is given.
 
     Args:
-        stacks: The stacks.
         mix: Whether there are rows that refuse.
         tuned: Whether a finished adapter is measured.
     """

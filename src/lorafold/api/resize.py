@@ -44,7 +44,6 @@ def resize(
     at each site of the smallest rank that keeps a share of the energy.
 
     Args:
-        adapter: The adapter.
         out: The directory to write.
         model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
         over: The adapters that it was trained over, lowest first; the result lies over the same.

@@ -64,7 +64,6 @@ class Codes:
         Args:
             out: The number of rows.
             inn: The number of columns.
-            scales: The dtype of the scales.
         """
         high, wide = self.blocks(out, inn)
         shape = (1,) if (self.rows, self.columns) == (0, 0) else (high, wide)
@@ -116,7 +115,6 @@ class CompressedLinear(nn.Module):
         Args:
             linear: The linear as the architecture has it.
             codes: How the weight is stored.
-            scales: The dtype of the scales.
         """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features

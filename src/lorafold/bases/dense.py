@@ -35,7 +35,6 @@ def store(module: nn.Module, name: str, value: Tensor) -> None:
     same shape; otherwise the module gets a new parameter.
 
     Args:
-        module: the module.
         name: the name of its parameter, "weight" or "bias".
         value: the new values, of any shape.
     """
@@ -57,7 +56,6 @@ def store_all(layer: Base, w: Tensor, b: Tensor | None) -> None:
     """Encode W and b as the layer's module stores them, and `store` them.
 
     Args:
-        layer: the layer.
         w: the weight (out, in).
         b: the bias (out,), or None.
     """

@@ -146,7 +146,6 @@ def scatter(
     """A plot of the held-out loss over another figure, with the methods' names.
 
     Args:
-        title: The title.
         across: The label of the other figure.
         x: The other figure of each method.
         loss: The held-out loss of each method.
@@ -206,7 +205,6 @@ def bars(
     """A bar chart of the attached and the merged model, relative to the base.
 
     Args:
-        title: The title.
         names: The names of the methods.
         attached, merged: The ratios of each method; None has no bar.
     """

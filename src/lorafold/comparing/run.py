@@ -54,7 +54,6 @@ def compare(
     Args:
         task: Model, data and recipe.
         methods: The names of the methods.
-        seeds: The seeds of each.
         out: The directory of the figures.
         tell: Called as tell(measurement, done, total) after each.
 

@@ -37,7 +37,6 @@ def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -
     """Apply a rule at every site and write the adapter.
 
     Args:
-        by: The rule.
         way: The name of the way of composing, for the record.
         weights: One for each adapter.
         job: The adapters, and the request for rank, density and seed.

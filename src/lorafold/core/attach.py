@@ -207,7 +207,6 @@ def lay(
         module: the module; its class is swapped if it has no delta yet.
         layer_class: the layer that reads the module's storage.
         name: the name of the adapter that the delta belongs to.
-        delta: the delta.
         selection: the selection of the model.
         site: the module path, which error messages name.
     """

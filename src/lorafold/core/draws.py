@@ -75,7 +75,6 @@ def site_of(
     module computes are not the tokens of the batch, as under a head that sees some of them alone.
 
     Args:
-        module: the module.
         tokens: how many tokens it computes.
         of: makes of the tokens' names (T,) those of the rows of its input (S,).
     """

@@ -61,7 +61,6 @@ def match(
     Raises LorafoldError with every pattern that matches no module, and similar names.
 
     Args:
-        model: the model.
         targets: a preset, a regular expression, or names; matches are returned as they are.
         is_linear: whether a module is linear.
     """
@@ -96,7 +95,6 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
     """The error message for a pattern that matches no module.
 
     Args:
-        pattern: the pattern.
         model: the model, whose linears, embeddings and convolutions with similar names are listed.
         is_linear: whether a module is linear.
     """

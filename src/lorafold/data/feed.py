@@ -52,7 +52,6 @@ class StoredFeed(Feed):
         """Plan the steps.
 
         Args:
-            examples: All examples.
             parts: How many of them are from each source.
             batch: Examples of an optimizer step.
             steps: The number of optimizer steps.

@@ -89,7 +89,6 @@ def apply(
     """The text of messages that are in the template's form.
 
     Args:
-        messages: The messages.
         tokenizer: A tokenizer with a chat template.
         tools: The tools that the conversation offers.
         for_generation: Append the generation prompt, which opens the assistant's next turn.
@@ -148,7 +147,6 @@ def attempt(
     """As `apply`, with an empty text where the template refuses the messages.
 
     Args:
-        messages: The messages.
         tokenizer: A tokenizer with a chat template.
         tools: The tools that the conversation offers.
         for_generation: Append the generation prompt.

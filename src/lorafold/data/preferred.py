@@ -138,7 +138,6 @@ def refuse_cut(
 
     Args:
         table: As `Branches` made it.
-        examples: Its examples.
         max_length: To which they are cut.
         cut: Which of them are cut, (n,).
     """

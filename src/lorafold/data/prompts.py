@@ -99,7 +99,6 @@ def prompts_of(
     """The rendered prompts of rows that `read_prompts` checked.
 
     Args:
-        rows: The rows.
         tokenizer: With the chat template.
         name: What messages call the rows.
 

@@ -39,7 +39,6 @@ def check_shown(
     """Raise LorafoldError if the text lacks a part of the conversation.
 
     Args:
-        conversation: The conversation.
         text: Its rendering.
         tokenizer: The tokenizer whose chat template rendered it.
     """

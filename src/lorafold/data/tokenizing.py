@@ -68,7 +68,6 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
     """Return the table of all examples, in the order of the rows.
 
     Args:
-        rows: The rows.
         encoder: What makes examples of them.
         console: For a progress bar and a notice of how much is written; None is quiet.
 

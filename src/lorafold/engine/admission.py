@@ -14,7 +14,6 @@ def check(
     """Raise LorafoldError for a request that can't be computed.
 
     Args:
-        request: the request.
         length: the most tokens of prompt and completion.
         vocabulary: the number of tokens that the model knows.
         running: the ids of the requests that wait or run.

@@ -35,7 +35,6 @@ class Stacks:
     """The factors of the adapter in each slot, for the matrices of one shape.
 
     Args:
-        shape: the shape.
         slots: how many.
         operations: what multiplies with them.
     """

@@ -19,7 +19,6 @@ class Row:
     """One request: its tokens, how many of them the cache holds, its adapter and its slot.
 
     Args:
-        request: the request.
         entry: its adapter, or None for the base.
         tokenizer: the engine's, for texts; None: events have no text, unless the request has one.
         allowed: which tokens may follow; None: any.

@@ -43,7 +43,6 @@ class Contents:
     hashes them while the caller interprets them. Raises LorafoldError if a file can't be read.
 
     Args:
-        directory: the directory.
         names: the files.
     """
 

@@ -29,7 +29,6 @@ def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
     was unpacked, over the GGUF file, since transformers writes its copy in other bytes by version.
 
     Args:
-        source: The model.
         trust_remote_code: Its own Python files run, so they count too.
     """
     if source.gguf is not None:

@@ -44,7 +44,6 @@ def heat(title: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
     """A heat map of values from 0 to 1.
 
     Args:
-        title: The title.
         grid: The values, line by line.
         down, across: The labels of the axes.
         first: The number of the first line and of the first column.
@@ -68,7 +67,6 @@ def line(
     """The loss along a line in weight space.
 
     Args:
-        title: The title.
         points: Pairs of t and the loss in nats a token.
         across: The label of the axis of t.
         marked: Names to write at some values of t.
@@ -98,7 +96,6 @@ def position(
     an even distribution.
 
     Args:
-        title: The title.
         read, written: Shares as `base_svd.binned` gives them.
         shape: (out, in) of the weight.
     """

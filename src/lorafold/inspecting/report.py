@@ -180,7 +180,6 @@ def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
     it shows the mean.
 
     Args:
-        sites: The figures of each site.
         name: The name of the figure.
         form: Its format.
     """

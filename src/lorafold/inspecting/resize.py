@@ -123,7 +123,6 @@ def resize(
     that keeps a share of the energy.
 
     Args:
-        base: The base.
         path: The adapter.
         out: The directory to write.
         over: The adapters that it was trained over, lowest first; the result lies over the same.
@@ -175,7 +174,6 @@ def extract(
     layers of the blocks. One tensor at a time is in memory.
 
     Args:
-        base: The base.
         tuned: The fine-tuned model.
         out: The directory to write.
         rank: The rank of every site.
@@ -229,7 +227,6 @@ def _difference(errors: Errors, name: str, w: Tensor, tuned: Tensor, rank: int) 
         errors: Gets the error, if anything changed.
         name: The name of the matrix.
         w, tuned: The matrix (out, in) before and after.
-        rank: The rank.
     """
     dw = tuned.float() - w.float()
     if not (whole := _squares(dw)):

@@ -63,7 +63,6 @@ def inspect(
     """Measure a saved adapter of any method that folds.
 
     Args:
-        base: The base.
         path: The adapter.
         over: Those that it was trained over, lowest first; they are part of its base here.
         against: A second adapter to compare with: over the same ones, or one of them.
@@ -132,7 +131,6 @@ def of_matrix(site: Site, svd: Svd, w: torch.Tensor, full: bool) -> Figures:
     """The figures of a matrix.
 
     Args:
-        site: Its site.
         svd: The SVD of its update.
         w: W0, (out, in), in fp32.
         full: Those that need the spectrum of W0 too.

@@ -69,7 +69,6 @@ def pooled_loss(energies: Tensor, rank: int) -> float:  # (k,)
 
     Args:
         energies: The energy of each direction, summed over the sites, (k,) in fp64.
-        rank: The rank.
     """
     total = float(energies.sum())
     return float(energies[rank:].sum()) / total if total else 0.0

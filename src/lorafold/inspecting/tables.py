@@ -79,7 +79,6 @@ def tokens(
     """The section on the tokens and vectors nearest to the strongest directions.
 
     Args:
-        sites: The figures of each site.
         chance: The cosine of a random direction, for reading and for writing.
         left_out: Why there are no tokens, or None.
         experts: Which experts have tokens, or None.
@@ -126,7 +125,6 @@ def line(block: str, i: int, site: Figures, ends: Figures) -> str:
     Args:
         block: The block, as `place` names it.
         i: The index of the direction.
-        site: The figures of the site.
         ends: The names and cosines at both ends of the direction.
     """
 

@@ -130,7 +130,6 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
     Raises LorafoldError where the method does not change matrices.
 
     Args:
-        adapter: The adapter.
         below: The names of the adapters that it lies over, lowest first.
     """
     modules = adapter.sites

@@ -47,7 +47,6 @@ class _Forms:
             q: the queries (T, H, D).
             k: the keys (S, Hk, D).
             v: the values (S, Hk, Dv).
-            docs: the documents.
             scale: the factor of the scores.
             cap: the cap of the scores, or None.
         """
@@ -68,7 +67,6 @@ class _Forms:
             q: the queries (T, H, D).
             k: the keys (S, Hk, D).
             v: the values (S, Hk, Dv).
-            docs: the documents.
             scale: the factor of the scores.
             cap: the cap of the scores, or None.
         """

@@ -86,7 +86,6 @@ def page(
     """Write an HTML page with the terms as a stacked bar and as a table that explains them.
 
     Args:
-        found: The estimate.
         title: The title of the page.
         path: The file to write.
         said: Lines to show below the bar.

@@ -166,7 +166,6 @@ def check_saved(model: nn.Module, quantization: str) -> None:
     quantized experts in files.
 
     Args:
-        model: The model.
         quantization: nf4 or int8.
     """
     found = [

@@ -233,7 +233,6 @@ def conversions(
     of others.
 
     Args:
-        model: The model.
         parts: What each parameter is computed from.
         tensors: The values of the files' tensors, of any shape, by name.
     """

@@ -260,7 +260,6 @@ def check_language_model(
     """Raise LorafoldError unless the adapters are those of a language model.
 
     Args:
-        source: The model.
         adapters: The adapters' directories.
         advice: What to do instead, for the message.
     """

@@ -86,7 +86,6 @@ def compress(model: Any, settings: Mapping[str, Any], what: str, scales: torch.d
         model: The model as its architecture has it.
         settings: The `quantization_config` of its files.
         what: What messages begin with.
-        scales: The dtype of the scales.
     """
     for path, codes in codes_of(model, settings, what).items():
         parent, _, name = path.rpartition(".")

@@ -86,7 +86,6 @@ def read_weights(
 
     Args:
         auto: One of transformers' auto classes.
-        source: The model.
         storage: How the base stores its weights; a dtype for weights that are not quantized.
         device: Where to load the model.
         trust_remote_code: Run the code in the model's directory.

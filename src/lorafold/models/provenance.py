@@ -20,7 +20,6 @@ def remember(model: nn.Module, source: ModelSource, trust_remote_code: bool) -> 
     """Note the files of a model that was just read.
 
     Args:
-        model: The model.
         source: Its files.
         trust_remote_code: Its own Python files run.
     """

@@ -190,7 +190,6 @@ class Documents:
         kept, for all layers of a model, and the others are its last columns.
 
         Args:
-            tile: the tile.
             groups: the number G of heads that share a key head.
             like: a tensor, of any shape, with the mask's dtype and device.
         """

@@ -37,7 +37,6 @@ class Operation:
     """Final: called, it computes its form for the device of its first input, a tensor.
 
     Args:
-        name: its name.
         plain: computes it on any device.
         dispatched: the operator of torch that stands for it, or None.
     """

@@ -22,7 +22,6 @@ def misfit(
 
     Args:
         key: Its key in the file.
-        tensor: The tensor.
         saved: The adapter's own tensor of this key.
         file: All tensors of the file that belong to the adapter.
     """
@@ -53,7 +52,6 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
     Args:
         key: Its key in the file.
         stored: The tensors of the file.
-        base: The base's weights.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):

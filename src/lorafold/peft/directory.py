@@ -81,7 +81,6 @@ def write(
         parts: The adapter's deltas by module path.
         bias: Which biases are trained.
         modules_to_save: The names with which the user selected modules to train whole.
-        base: The base's weights.
         tokenizer: The adapter's tokenizer; None if it has none of its own.
         overwrite: Replace a directory that exists.
         card: The text of the model card; None for a short one.
@@ -231,7 +230,6 @@ def fill(
         parts: The deltas by module path.
         targets: The paths of the adapted modules.
         stored: The saved adapter.
-        base: The base's weights.
         problems: Lines to begin the list of errors with.
     """
     expected = saved_tensors(model, parts, targets, base)

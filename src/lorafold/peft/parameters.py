@@ -55,7 +55,6 @@ def as_parameters(model: nn.Module, targets: Iterable[str], renamed: bool) -> di
     """The paths of the parameters by site, for the targets that PEFT adapts as such.
 
     Args:
-        model: The model.
         targets: The sites that the method adapts.
         renamed: Whether PEFT renames target modules of this method in this model.
     """

@@ -131,7 +131,6 @@ def describe(
     Raises LorafoldError if, by PEFT's rule, names of the modules to save match other modules too.
 
     Args:
-        model: The model.
         targets: The paths of the modules to adapt.
         patterns: The patterns with which the user selected them.
         saved: The paths of the leaf modules to train whole.

@@ -75,10 +75,8 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
     """Return every delta of the adapter with its module.
 
     Args:
-        model: The model.
         parts: The adapter's deltas by module path.
         targets: The paths of the modules that the method adapts.
-        base: The base's weights.
     """
     found, aimed, above = [], set(targets), wrappers_over(model, targets)
     for path, deltas in parts.items():

@@ -109,7 +109,6 @@ def completed(
         model: The model that the adapter is loaded into.
         ids: The config's ids by module path.
         file: The tensors of the file.
-        base: The base's weights.
     """
     if not ids:
         return {}, file

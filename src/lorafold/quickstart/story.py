@@ -172,7 +172,6 @@ def measure(
         test_rows: The rows to measure on.
         adapter: A saved adapter to load on it, or None.
         storage: How the base stores its weights.
-        where: The device.
         console: For progress and the result.
     """
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)

@@ -80,7 +80,6 @@ class Opened:
         that refuse one.
 
         Args:
-            messages: the messages.
             tools: the tools, or None.
             tokenize: False; texts alone are made.
             add_generation_prompt: whether the assistant's next turn is opened.

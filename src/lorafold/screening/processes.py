@@ -56,7 +56,6 @@ class Process:
         """The answer to a message. Raises Refused, and then the process is dead.
 
         Args:
-            message: the message.
             seconds: how long the answer may take.
         """
         base, self._base = self._base, b""

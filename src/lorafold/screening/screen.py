@@ -63,7 +63,6 @@ class Screen:
 
         Args:
             path: its directory.
-            files: its files.
             config, record: the two of them that are JSON.
             told: the fields of the record that say how to read the rest.
         """

@@ -41,7 +41,6 @@ class Templates:
 
         Args:
             path: the directory.
-            files: its files.
             digest: what they have to have.
         """
         tokenizer = self._tokenizer(path, files, digest)
@@ -115,7 +114,6 @@ class Templates:
 
         Args:
             path, files, digest: the tokenizer's, as for `open`.
-            text: the text.
             special: whether it gets the tokens with which a text begins.
         """
         tokenizer = self._tokenizer(path, files, digest)

@@ -136,7 +136,6 @@ class Admission:
         """Raise Refusal unless a tenant's completions may wait, or nothing is computed now.
 
         Args:
-            tenant: the tenant.
             n: how many completions there are.
         """
         if why := self.host.ready:

@@ -92,7 +92,6 @@ class Gate:
 
     Args:
         app: the routes.
-        server: the server.
     """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:

@@ -51,9 +51,6 @@ class View:
 
 class Feed:
     """The changes of one server's models.
-
-    Args:
-        server: the server.
     """
 
     def __init__(self, server: Server) -> None:

@@ -95,7 +95,6 @@ def state_of(registry: Registry, found: Found, now: States) -> tuple[str, int]:
     """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
 
     Args:
-        registry: the registry.
         found: the adapter.
         now: where those are that are not cold.
     """

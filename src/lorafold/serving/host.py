@@ -92,7 +92,6 @@ class Host:
 
         Args:
             do: the function.
-            tenant: the tenant.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         self._thinking[tenant] += 1

@@ -63,7 +63,6 @@ class InProcess(Backend):
 
     Args:
         model: the base.
-        tokenizer: the base's.
         settings: the limits.
         restarted: called when the engine is about to be opened anew.
         allow_other_base: accept adapters that were trained on another base.

@@ -16,8 +16,6 @@ def read(file: Path, kind: type[M], hint: str) -> M:
     """The content of a file. Raises LorafoldError, in one line, if it can't be read or is none.
 
     Args:
-        file: the file.
-        kind: its type.
         hint: what to do about a wrong one.
     """
     try:

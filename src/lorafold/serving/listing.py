@@ -15,8 +15,6 @@ def listed(server: Server, caller: Caller, now: Look, admin: bool = False) -> li
     """The models that a caller may name, the base first and aliases last.
 
     Args:
-        server: the server.
-        caller: the caller.
         now: what is known.
         admin: list what is not served too, and why.
     """
@@ -31,8 +29,6 @@ def sees(server: Server, caller: Caller, name: str) -> bool:
     """Whether a caller may see a model.
 
     Args:
-        server: the server.
-        caller: the caller.
         name: the model's name.
     """
     return caller.base if name == server.registry.base else caller.may(name)
@@ -42,7 +38,6 @@ def described(server: Server, name: str, now: Look, admin: bool) -> dict[str, An
     """A model, as the list has it, None if there is none.
 
     Args:
-        server: the server.
         name: the model's name.
         now: what is known.
         admin: describe what is not served too, and why.
@@ -69,7 +64,6 @@ def base(server: Server, now: Look) -> dict[str, Any]:
     """The base, as the list has it.
 
     Args:
-        server: the server.
         now: what is known.
     """
     name = server.registry.base
@@ -81,7 +75,6 @@ def adapter(server: Server, found: Found, now: Look) -> dict[str, Any]:
     """An adapter, as the list has it.
 
     Args:
-        server: the server.
         found: its files.
         now: what is known.
     """
@@ -104,7 +97,6 @@ def alias(server: Server, name: str, now: Look) -> dict[str, Any]:
     """An alias, as the list has it.
 
     Args:
-        server: the server.
         name: the alias.
         now: what is known.
     """

@@ -68,7 +68,6 @@ class Metrics:
         """Show a value as it is when it is asked for.
 
         Args:
-            name: its name.
             about: what it is.
             value: gives it.
         """
@@ -123,7 +122,6 @@ class Metrics:
 
         Args:
             kind: what they are names of.
-            names: the names.
         """
         taken = self._names[kind]
         free = [name for name in names if name not in taken][: max(0, MOST - len(taken))]

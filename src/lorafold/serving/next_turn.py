@@ -62,7 +62,6 @@ class NextTurn(Asked):
     """One turn. Raises Refusal for a conversation that can't have one.
 
     Args:
-        server: the server.
         body: the request.
         field: the field that has the messages.
         wishes: variables of the chat template, for one that knows them.

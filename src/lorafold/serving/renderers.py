@@ -30,7 +30,6 @@ class Renderers:
 
     Args:
         model: the base, whose generation config names tokens that end completions.
-        tokenizer: the base's.
         screen: opens tokenizers that adapters bring.
     """
 

@@ -64,7 +64,6 @@ class Renderer:
 
         Args:
             messages: the messages, in the form of `data.messages`.
-            tools: the tools.
             variables: further variables of the template, which it must know.
         """
         for name in variables:
@@ -85,7 +84,6 @@ class Renderer:
         """The tokens of a text.
 
         Args:
-            text: the text.
             special: add the tokens with which the tokenizer begins a text.
         """
         found: Any = self.tokenizer(text, add_special_tokens=special, verbose=False)
@@ -106,7 +104,6 @@ class Renderer:
         else of JSON. Raises Refusal for a template that writes them otherwise than as JSON.
 
         Args:
-            tools: the tools.
             names: those of which one has to be called.
             schema: what may be there instead of a call, None for nothing.
         """

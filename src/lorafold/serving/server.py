@@ -92,7 +92,6 @@ class Server:
         """Who sent a request. Raises Refusal for a key that is not known.
 
         Args:
-            request: the request.
             sent: what counts instead of its headers.
         """
         found = self.keys.caller(sent or authorization(request.headers))
@@ -121,7 +120,6 @@ class Server:
         """Have completions computed, and answer with them.
 
         Args:
-            request: the request.
             caller: who asks.
             id: the name of the reply.
             dialect: what is asked, and how it is answered.
@@ -143,7 +141,6 @@ class Server:
         """What an answer is once it is complete; if the client leaves before, its completions end.
 
         Args:
-            request: the request.
             reply: its completions.
             answer: gives the answer.
         """
@@ -156,7 +153,6 @@ class Server:
         """A response of events. If the client leaves, or reads too slowly, its completions end.
 
         Args:
-            request: the request.
             reply: its completions.
             events: the events, as bytes.
         """
@@ -239,7 +235,6 @@ def defect(record: Record, error: BaseException) -> Refusal:
 
     Args:
         record: the request that it was raised for.
-        error: the error.
     """
     log.error("%s failed", record.id, exc_info=error)
     told = f"the server failed; its log says why under {record.id}"

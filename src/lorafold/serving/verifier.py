@@ -64,7 +64,6 @@ class Verifier:
         nothing else, whatever reading it raises.
 
         Args:
-            name: its name.
             afresh: read it even if nothing was touched since it was read last.
         """
         try:

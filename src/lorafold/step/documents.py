@@ -98,7 +98,6 @@ def packed_logits(model: PreTrainedModel, ids: Tensor, docs: Documents) -> Tenso
     that its head is over. Raises LorafoldError where it is not over those of positions.
 
     Args:
-        model: The model.
         ids: The token ids, (T,).
         docs: The documents, which say the position of each token.
     """
@@ -117,7 +116,6 @@ def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) ->
     differently, even if no document influences another.
 
     Args:
-        model: The model.
         found, expected: The logits (T, V).
         units: The number of units.
     """
@@ -135,7 +133,6 @@ def attending(
     """Set the model's attention function until the `with` block ends.
 
     Args:
-        model: the model.
         mask: makes the masks, a function of transformers' mask protocol.
         attention: a function of transformers' attention protocol; None: `attend`.
         name: the name of both in transformers' registries.

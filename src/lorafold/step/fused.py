@@ -68,7 +68,6 @@ def fused(
     """Replace all parts that can be fused until the `with` block ends.
 
     Args:
-        model: the model.
         linears: whether frozen linears and a trained head are among the parts.
         norm: what computes `lorafold.ops.norm.rms_norm` (..., d).
         rotate: what computes `lorafold.ops.rotary.rotary` (B, H, T, D).
@@ -123,7 +122,6 @@ def _fuse(
 
     Args:
         stack: undoes it.
-        module: the module.
         make: what makes the fused forward of each part.
     """
     return (part for part, fuse in make.items() if _put(stack, module, "forward", fuse(module)))

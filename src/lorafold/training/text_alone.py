@@ -21,7 +21,6 @@ def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
     Raises LorafoldError if everything that an adapter changes is in them or in the connectors.
 
     Args:
-        model: the model.
         sites: the module paths that carry a delta of the adapter.
     """
     kinds = list(dict.fromkeys(towers(model).values()))

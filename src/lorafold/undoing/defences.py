@@ -76,7 +76,6 @@ def laid(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
     """A context in which updates lie over the active adapters, as LoRA.
 
     Args:
-        model: The model.
         factors: up (out, r) and down (r, in) by module path, or by the names of all matrices of
             experts; r = 0 changes nothing.
     """

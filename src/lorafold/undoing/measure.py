@@ -90,7 +90,6 @@ def probe_of(
     """The probe; controls without a completion get the model's own, greedy.
 
     Args:
-        refuse, controls: The prompts.
         refusal, compliance: The beginnings of either.
         tokenizer: The model's.
         model: In the state before the tuning.

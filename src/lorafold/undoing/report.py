@@ -165,7 +165,6 @@ def plot(
     """One figure over the number of examples.
 
     Args:
-        title: The title.
         label: The label of the figure's axis.
         curves: One for each defence.
         value: The figure, and its interval.

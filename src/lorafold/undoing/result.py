@@ -156,7 +156,6 @@ def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
 
     Args:
         points: (k, value), with ascending k.
-        level: The level.
     """
     for (k, above), (more, below) in pairwise(points):
         if above > level >= below:

@@ -113,7 +113,6 @@ def files(run: Run, out: Path) -> dict[str, Path]:
     """The file of each point of a run, by its defence.
 
     Args:
-        run: The run.
         out: The directory of figures and tunings.
     """
     probe = digest_of(run.task.probe_identity)
@@ -130,7 +129,6 @@ def tune(run: Run, out: Path) -> None:
     """Train a run, unless its adapter is there; one that was stopped goes on.
 
     Args:
-        run: The run.
         out: The directory of figures and tunings.
     """
     task, path = run.task, tuned(run, out)

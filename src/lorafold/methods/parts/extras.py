@@ -31,7 +31,6 @@ def add_biases(
     """Add a delta for every bias that is to be trained, but those of experts and their routers.
 
     Args:
-        model: the model.
         matches: the modules that the method adapts.
         bias: train the biases of these modules ("lora_only"), of all ("all") or of none ("none").
         deltas: the adapter's deltas by module path, to which they are added.
@@ -53,7 +52,6 @@ def add_token_rows(
     Raises LorafoldError if another delta of the same module excludes them.
 
     Args:
-        model: the model.
         spec: the spec of the method.
         tokens: the tokens whose rows train.
         active: the names of the active adapters, lowest first.

@@ -51,7 +51,6 @@ def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
     R, in), fp32, and owner (R,) int64, the index of the adapter that a column of up belongs to.
 
     Args:
-        delta: the delta.
         layer: its layer, whose device the buffers share.
     """
     (out, inn), device = layer.shape, layer.device

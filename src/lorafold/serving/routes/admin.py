@@ -168,7 +168,6 @@ def told(name: str, alias: Alias) -> dict[str, Any]:
     """An alias, as the answer has it.
 
     Args:
-        name: its name.
         alias: what it stands for.
     """
     return {"id": name} | alias.model_dump(exclude_none=True)

@@ -36,7 +36,6 @@ class Answer(Dialect):
     """A turn as chat completions have it.
 
     Args:
-        server: the server.
         body: the request.
     """
 

@@ -34,7 +34,6 @@ class PlainPrompts(Asked):
     """Plain prompts.
 
     Args:
-        server: the server.
         body: the request.
     """
 
@@ -61,7 +60,6 @@ class Answer(Dialect):
     """Completions of plain prompts, as OpenAI's older clients have them.
 
     Args:
-        server: the server.
         body: the request.
     """
 

@@ -59,7 +59,6 @@ class Answer(Dialect):
     """A turn as messages have it.
 
     Args:
-        server: the server.
         body: the request.
         chat: the same as a chat completion.
     """

@@ -71,7 +71,6 @@ class Tokens:
         """Log probabilities as chat completions have them.
 
         Args:
-            tokens: the tokens.
             top: how many of the most likely ones are listed beside each.
         """
 
@@ -91,7 +90,6 @@ class Tokens:
         """Log probabilities as completions have them.
 
         Args:
-            tokens: the tokens.
             top: how many of the most likely ones are listed beside each.
             offset: where in the completion's text the first one begins.
         """

@@ -94,7 +94,6 @@ def read_body(kind: type[B], content: bytes) -> B:
     """The body of a request. Raises Refusal, which names the first field that is wrong.
 
     Args:
-        kind: its type.
         content: JSON of at most 200 levels.
     """
     try:

@@ -135,7 +135,6 @@ def error(refusal: Refusal, id: str) -> dict[str, Any]:
     """A refusal in Anthropic's shape.
 
     Args:
-        refusal: the refusal.
         id: the server's name of the request.
     """
     told, long = refusal.message, refusal.code == "context_length_exceeded"
