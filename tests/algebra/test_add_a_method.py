@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
 
 
 class ScaledDelta(Delta):

@@ -276,8 +276,8 @@ def test_full_fine_tuning_refuses_a_packed_base(tiny_model_dir, tmp_path):
     with pytest.raises(
         LorafoldError,
         match=(
-            "base nf4: full trains the base's own weights, which can't be quantized; expected fp32"
-            " or bf16"
+            "storage nf4: full trains the base's own weights, which can't be quantized; expected"
+            " fp32 or bf16"
         ),
     ):
         train(request, Console(quiet=True))

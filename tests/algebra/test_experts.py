@@ -302,7 +302,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
 def test_estimate_of_a_mixture_is_what_a_step_takes(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path / "model")
     for base in ("bf16", "nf4"):
-        recipe = lf.Recipe(base=base, rank=4)
+        recipe = lf.Recipe(storage=base, rank=4)
         found = lf.estimate(folder, "lora", batch=2, max_length=64, recipe=recipe, measure=True)
         assert found.measured == pytest.approx(found.total, rel=0.05)
 

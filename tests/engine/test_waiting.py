@@ -67,6 +67,7 @@ def test_a_team_is_gathered_and_disbanded() -> None:
 PROGRAM = """
 import sys, time
 import torch
+from lorafold.machine import waiting
 from psutil import Process
 
 waiting.PAUSE, waiting.usable_cores = 0.2, lambda: 2

@@ -64,6 +64,7 @@ except SystemExit as end:
 def test_no_help_imports_anything_heavy(arguments):
     code = f"""
 import sys
+from lorafold.cli import main
 sys.argv = ["lorafold", *{arguments!r}]
 try:
     main()

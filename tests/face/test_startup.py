@@ -45,6 +45,7 @@ print("torch._inductor.compile_fx" in sys.modules, torch.compile is before)
 def test_what_bitsandbytes_would_compile_is_compiled_by_its_first_call():
     assert said("""
 import torch
+from lorafold.bases.bitsandbytes import bitsandbytes
 made, real = [], torch.compile
 def compiler(function, **options):
     made.append((function.__name__, options))

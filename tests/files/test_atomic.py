@@ -151,6 +151,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 def test_tensors_that_find_no_room_are_one_line(tmp_path):
     code = f"""
 import resource, numpy, safetensors.numpy
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -174,6 +175,7 @@ def test_a_killed_process_leaves_nothing_at_the_path_and_its_leftover_goes_with_
     out = tmp_path / "out"
     code = f"""
 import time
+from lorafold.files.atomic import atomic_directory
 with atomic_directory({str(out)!r}) as tmp:
     (tmp / "weights").write_text("half")
     print("writing", flush=True)

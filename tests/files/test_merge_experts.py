@@ -255,7 +255,7 @@ def altered(base: Path, out: Path, part: str) -> Path:
 @pytest.mark.parametrize("storage", ["fp32", "nf4"])
 def test_a_trained_adapter_knows_its_base_and_no_other(storage, moe, probe, tmp_path) -> None:
     base = moe("mixtral")
-    recipe = Recipe(epochs=1, batch=4, base=storage, rank=2)
+    recipe = Recipe(epochs=1, batch=4, storage=storage, rank=2)
     lf.train(recipe, data=rows(), out=tmp_path / "a", model=str(base))
     fingerprint = json.loads((tmp_path / "a" / "lorafold.json").read_text())["base"]
     assert any(name.endswith("experts.gate_up_proj") for name in fingerprint)

@@ -134,7 +134,7 @@ def test_precision_follows_the_hardware_and_says_why():
     for packed in ("nf4", "int8"):
         assert choose_storage(packed, "cpu")[:2] == (dtype, packed)
     with pytest.raises(
-        LorafoldError, match="base fp4: unknown; expected auto, bf16, fp32, nf4 or int8, or fp8"
+        LorafoldError, match="storage fp4: unknown; expected auto, bf16, fp32, nf4 or int8, or fp8"
     ):
         choose_storage("fp4", "cpu")
 

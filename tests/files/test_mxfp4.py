@@ -309,7 +309,7 @@ def test_targets_that_the_files_do_not_have_are_refused(released, tmp_path):
         ({"into": "original"}, "into original: the model's files have mxfp4 weights, and no orig"),
         ({"into": "nf4"}, "into nf4: the model's files have mxfp4 weights, and no original"),
         ({"into": "int8"}, "into int8: .* expected dequantized, or as --model the model"),
-        ({"storage": "nf4"}, "base nf4: the model's files are stored as mxfp4; expected mxfp4"),
+        ({"storage": "nf4"}, "storage nf4: the model's files are stored as mxfp4; expected mxfp4"),
     ]:
         with pytest.raises(LorafoldError, match=said):
             merge(released, [tmp_path / "a"], tmp_path / "out", **asked)

@@ -180,7 +180,7 @@ def test_targets_in_which_the_update_would_be_lost_are_refused(base, quantized, 
         ({"into": "fp8"}, "into fp8: the model's files have fp8 weights, in which the update"),
         ({"into": "original"}, "into original: the model's files have fp8 weights, and no orig"),
         ({"into": "nf4"}, "into nf4: .* expected dequantized, or as --model the model that it was"),
-        ({"storage": "nf4"}, "base nf4: the model's files are stored as fp8; expected fp8"),
+        ({"storage": "nf4"}, "storage nf4: the model's files are stored as fp8; expected fp8"),
     ]:
         with pytest.raises(LorafoldError, match=said):
             merge(quantized("fp8"), [tmp_path / "a"], tmp_path / "out", **asked)

@@ -44,5 +44,6 @@ def killing(job, rows, i):
     return step(job, rows, i)
 loop.train_step = killing
 loop.fit.__globals__["train_step"] = killing
+from lorafold.training.run import train
 train(request(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])), quiet())
 """

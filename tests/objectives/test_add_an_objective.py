@@ -62,6 +62,7 @@ import torch
 from lorafold.core.evaluating import evaluating
 from lorafold.data.completions import Completions
 from lorafold.data.examples import WHOLE, encoded, preview
+from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.objectives.objective import Objective, given_options
 from lorafold.step.documents import packed

@@ -206,6 +206,7 @@ def killing(job, rows, i):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(job, rows, i)
 loop.train_step = killing
+from lorafold.training.run import train
 train(request(Path(sys.argv[1]), Path(sys.argv[2]), steps=12, save_every=4), quiet())
 """
 

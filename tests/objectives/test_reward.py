@@ -410,7 +410,7 @@ def test_a_quantized_base_scores_as_it_was_trained(
     storage: str, tiny_model_dir, tmp_path: Path
 ) -> None:
     directory = tiny_model_dir("llama")
-    asked = request(directory, tmp_path / "a", base=storage, lr=1e-2, steps=30, eval_rows=ROWS)
+    asked = request(directory, tmp_path / "a", storage=storage, lr=1e-2, steps=30, eval_rows=ROWS)
     result = train(asked, quiet())
     found = lf.score(str(directory), ROWS, adapters=tmp_path / "a", storage=storage, device="cpu")
     assert found.figures is not None

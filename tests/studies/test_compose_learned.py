@@ -32,7 +32,6 @@ from lorafold.evaluation import evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
 from lorafold.opening import Base
 
 GATINGS = ["global", "layer", "token"]
@@ -72,10 +71,9 @@ def tasks(tmp_path_factory) -> list[Path]:
 
 
 def job(model: Path, adapters: list[Path], **options: Any) -> Job:
-    source = resolve_model(model)
     request = Request(Base(model), tuple(adapters), ("mixture",), Path("unused"), **options)
     opened = (load_model(model, torch.float32), load_tokenizer(model))
-    return Job(request, source, read(source, adapters), lambda: opened, Console(quiet=True))
+    return Job(request, read(Base(model), adapters), lambda: opened, Console(quiet=True))
 
 
 @pytest.fixture
@@ -278,7 +276,7 @@ def dense(model: Path, a: Path, b: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) -> None:
-    (found,) = meetings(read(resolve_model(llama), pair), Console(quiet=True))
+    (found,) = meetings(read(Base(llama), pair), Console(quiet=True))
     both = dense(llama, *pair)
     assert found.sites.keys() == both.keys()
     assert (found.a, found.b) == ("a", "b")
@@ -313,7 +311,7 @@ def test_an_adapter_meets_itself_and_its_negative(
 ) -> None:
     run(llama, pair[:1], tmp_path / "minus", "task-arithmetic", weights=(-1.0,))
     three = meetings(
-        read(resolve_model(llama), [pair[0], pair[0], tmp_path / "minus"]), Console(quiet=True)
+        read(Base(llama), [pair[0], pair[0], tmp_path / "minus"]), Console(quiet=True)
     )
     for found, sign in zip(three, (1, -1, -1), strict=True):
         assert found.overall is not None

@@ -220,7 +220,7 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
         (tmp_path / "other" / file).write_bytes((base / file).read_bytes())
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
         inspect(Base(tmp_path / "other"), tmp_path / "a")
-    assert inspect(Base(tmp_path / "other"), tmp_path / "a", allow_other_base=True)[
+    assert inspect(Base(tmp_path / "other", allow_other_base=True), tmp_path / "a")[
         "sites"
     ]
     for arguments, message in (

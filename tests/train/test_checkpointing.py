@@ -181,8 +181,8 @@ def test_attention_over_long_documents_runs_once(
     kind: str, tiny_model, tiny_model_dir, monkeypatch: pytest.MonkeyPatch, each_form: None
 ) -> None:
     runs = []
-    attended = attention._attended
-    monkeypatch.setattr(attention, "_attended", lambda *args: runs.append(1) or attended(*args))
+    attended = attention.FORWARD
+    monkeypatch.setattr(attention, "FORWARD", lambda *args: runs.append(1) or attended(*args))
 
     def step(on: bool, long: int) -> tuple[Step, int]:
         monkeypatch.setattr(attention, "LONG", long)

@@ -307,7 +307,7 @@ def test_the_estimate_of_full_fine_tuning_on_bf16_is_what_a_step_holds() -> None
 
 def test_no_8_bit_optimizer_is_advised_or_taken_for_16_bit_weights() -> None:
     in_fp32 = replace(FULL_IN_BF16, base=Storage(torch.float32))
-    eight, sixteen = "optimizer adamw8bit", "base bf16"
+    eight, sixteen = "optimizer adamw8bit", "storage bf16"
     advised = [dict(changes_of(setting)) for setting in (FULL_IN_BF16, in_fp32, LORA)]
     assert [eight in words for words in advised] == [False, True, True]
     assert [sixteen in words for words in advised] == [False, True, False]

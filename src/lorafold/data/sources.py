@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.digests import of_file
 
 Row = dict[str, Any]
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
@@ -44,6 +43,8 @@ class Source:
         """What tells whether its rows are still the same: the digest of a file, or the fingerprint
         of a dataset.
         """
+        from lorafold.files.digests import of_file  # not needed by `--help`, which reads this file
+
         return of_file(self._path)[1] if self._read else str(self._dataset._fingerprint)
 
     def numbered(self) -> Iterable[tuple[int, Found]]:

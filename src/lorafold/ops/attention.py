@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import arithmetic, multiplying
 from lorafold.ops.autocast import Exact, lower
 from lorafold.ops.documents import Documents
 from lorafold.ops.kept import kept
@@ -129,6 +129,7 @@ class _DocumentAttention(Exact):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
+        ctx.widened = arithmetic(q) != q.dtype
 
         def attended() -> Tensor:
             y: Tensor = FORWARD(q, docs.gathered(k), docs.gathered(v), docs, scale, cap)
@@ -142,7 +143,8 @@ class _DocumentAttention(Exact):
         q, k, v = ctx.saved_tensors
         docs = ctx.docs
         gathered = docs.gathered(k), docs.gathered(v)
-        gq, *both = GRADIENTS(g, q, *gathered, docs, ctx.scale, ctx.cap)
+        with multiplying(widened=ctx.widened, rows=1):  # as the forward did
+            gq, *both = GRADIENTS(g, q, *gathered, docs, ctx.scale, ctx.cap)
         gk, gv = (docs.scattered(x, len(q)).to(k.dtype) for x in both)
         return gq, gk, gv, None, None, None
 
