@@ -139,6 +139,7 @@ def running(
     keys: Mapping[str, list[str]] | None = None,
     storage: str = "fp32",
     waits: bool = True,
+    allow_other_base: bool = False,
     **settings: Any,
 ) -> Iterator[Running]:
     """A server of the adapters in a directory.
@@ -149,6 +150,7 @@ def running(
         keys: for each tenant the adapters that it may use; None: no keys.
         storage: the base's.
         waits: whether to wait until all adapters were verified.
+        allow_other_base: whether adapters of another base are served.
         settings: settings that differ from the defaults.
     """
     files, made = folder.parent / f"{folder.name}-files", {}
@@ -161,7 +163,7 @@ def running(
         | ({"keys": files / "keys.json"} if keys is not None else {})
         | settings
     )
-    base = Base(model_dir, storage=storage)
+    base = Base(model_dir, storage=storage, allow_other_base=allow_other_base)
     with listening(chosen) as at:
         port = at.getsockname()[1]
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
