@@ -65,7 +65,7 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     import faulthandler
     import logging
 
-    from lorafold.machine.collection import imports_set_aside, set_aside
+    from lorafold.machine.collection import all_set_aside, imports_set_aside
     from serving_cases import running
 
     logging.basicConfig(filename=folder.parent / "server.log", level=logging.INFO)
@@ -86,12 +86,12 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
     def watch_thread() -> None:
         thread.extend(wakings(ended.is_set))
 
-    with imports_set_aside(), running(base, folder, waits=False) as server:  # as the command does
+    # as the command does
+    with imports_set_aside(), running(base, folder, waits=False) as server, all_set_aside():
         on = server.parts.host._loop
         watching = asyncio.run_coroutine_threadsafe(watch(), on)
         watcher = threading.Thread(target=watch_thread, daemon=True)
         watcher.start()
-        set_aside()
         pipe.send(server.port)
         pipe.recv()
         ended.set()

@@ -33,12 +33,12 @@ IDS = [[1, 77, 42, 260, 298, 133]]
 NEW_IDS = [[300, 77, 42, 301, 298, 301]]  # of an adapter with tokens of its own
 
 ON_BASE = ("--model", "base", "--device", "cpu")
-PLAIN = ("--set", "steps=10", "--set", "batch=4", "--base", "fp32")
+PLAIN = ("--set", "steps=10", "--set", "batch=4", "--storage", "fp32")
 # the commands that the test gives again
 RUNS = {
     "lora": (*ON_BASE, "--data", "rows.jsonl", "--config", "recipe.yaml"),
     "adalora": (
-        *(*ON_BASE, "--data", "rows.jsonl", "--method", "adalora", "--base", "fp32"),
+        *(*ON_BASE, "--data", "rows.jsonl", "--method", "adalora", "--storage", "fp32"),
         *("--set", "rank=2", "--set", "options.init_rank=3", "--set", "options.tfinal=0.2"),
         *("--set", "steps=40", "--set", "batch=4", "--set", "save_every=10", "--set", "keep=1"),
     ),
@@ -132,8 +132,8 @@ def lorafold(*arguments: str) -> str:
 
 def evaluation(data: str, of: tuple[str, ...]) -> tuple[str, ...]:
     return (
-        *("eval", *of, "--data", f"{data}.jsonl", "--base", "fp32", "--device", "cpu"),
-        *("--no-answers", "--json"),
+        *("eval", *of, "--data", f"{data}.jsonl", "--storage", "fp32", "--device", "cpu"),
+        *("--no-completions", "--json"),
     )
 
 
@@ -155,7 +155,7 @@ def write_inputs() -> None:
         alpha_pattern={"v_proj": 2.0},
         options={"init": "gaussian"},
         targets=("q_proj", "v_proj", "o_proj", "down_proj"),
-        base="fp32",
+        storage="fp32",
         lr=3e-3,
         lr_b=1e-2,
         schedule="linear",
@@ -223,13 +223,13 @@ def main() -> None:
         lorafold("train", *about, *sets)
     for gates in ("global", "token"):
         lorafold(
-            *("compose", *ON_BASE, "--how", "mixture", "--gates", gates, "--base", "fp32"),
+            *("compose", *ON_BASE, "--how", "mixture", "--gates", gates, "--storage", "fp32"),
             *("--adapter", "adapters/lora", "--adapter", "adapters/rslora"),
             *("--examples", "rows.jsonl", "--set", "steps=10", "--set", "lr=0.1"),
             *("--out", f"adapters/mixture-{gates}"),
         )
     lorafold(
-        *("compose", *ON_BASE, "--how", "ties", "--rank", "2", "--base", "fp32"),
+        *("compose", *ON_BASE, "--how", "ties", "--rank", "2", "--storage", "fp32"),
         *("--adapter", "adapters/lora", "--adapter", "adapters/loha", "--out", "adapters/ties"),
     )
     lorafold(

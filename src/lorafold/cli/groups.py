@@ -85,7 +85,8 @@ class Panels:
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments, options under their old names too, which stderr says."""
         names = {name for p in self.params for name in (*p.opts, *p.secondary_opts)}
-        return super().parse_args(ctx, [_as_now(text, names) for text in args])  # type: ignore[misc]
+        now = [_as_now(text, names) for text in args]
+        return super().parse_args(ctx, now)  # type: ignore[misc]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the options of each panel."""

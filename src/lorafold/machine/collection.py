@@ -2,7 +2,7 @@
 
     with imports_set_aside(): ...       for a command: modules are set aside as they come
     with existing_set_aside(): ...      for a block that collects often: all that exists before it
-    set_aside()                         for a server: all that exists once it listens
+    with all_set_aside(): ...           for a server: all that exists once it listens
 
 torch and transformers are a million objects in 3300 modules, none of which is ever garbage. A full
 collection goes through all of them, and the process makes 13 of those while it imports, others
@@ -10,8 +10,8 @@ while it works, and one when it ends. Here the objects are set aside (`gc.freeze
 full collection that follows on many new modules, and at the end. Whatever else is made is collected
 as ever. Of `lorafold train` this takes 1.5 s of CPU time away.
 
-The first and the last are for a process that does one thing, since what is garbage when it is set
-aside stays until the process ends.
+The first is for a process that does one thing, since what is garbage when it is set aside stays
+until the process ends.
 """
 
 import gc
@@ -43,12 +43,17 @@ def imports_set_aside() -> Iterator[None]:
         gc.freeze()
 
 
-def set_aside() -> None:
-    """Collect once, and set what is left aside for good: all that a process works with from now on,
-    such as a server with its model. A full collection would stop all of its threads for 0.3 s.
+@contextmanager
+def all_set_aside() -> Iterator[None]:
+    """Collect once, and set what is left aside until the block ends: a full collection of all that
+    a server works with would stop its threads for 0.3 s.
     """
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

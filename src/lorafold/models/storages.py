@@ -78,7 +78,7 @@ IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # an
 QUANTIZED = (*MADE, *IN_FILES)
 IN_CODES = tuple(name for name, row in STORAGES.items() if row.codes[0])  # of compressed-tensors
 DEFAULT: StorageName = "nf4"  # QLoRA's, and the least of those that are made
-LISTED = f"{', '.join((*MADE, *PLAIN))}, {' or '.join(IN_FILES)} (only as its files are stored)"
+LISTED = f"{', '.join((*MADE, *PLAIN))} (only as its files are stored: {', '.join(IN_FILES)})"
 
 
 def made_of(bits: int) -> str | None:

@@ -25,7 +25,7 @@ import uvicorn
 from lorafold.core.anatomy import bare_modules
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_code
-from lorafold.machine.collection import set_aside
+from lorafold.machine.collection import all_set_aside
 from lorafold.opening import Base
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
@@ -113,10 +113,10 @@ def serve(
         address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
         logs.set_up(settings.json_logs, settings.log_texts)
-        set_aside()
         if open_page:
             webbrowser.open(f"http://{address}/")  # the socket listens already
-        asyncio.run(_run(server, at))
+        with all_set_aside():
+            asyncio.run(_run(server, at))
 
 
 def server_of(
