@@ -1,0 +1,42 @@
+"""From how many rows on a product has the bits that it has with more: each number is tried, since
+a kernel that works in blocks sums the rows that are left over in an order of their own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafold.engine.steady import FEW, ROWS, plain_products, random_rows, steady
+from lorafold.ops.arithmetic import multiplying
+
+
+@pytest.mark.parametrize("odd", [*range(1, FEW + 1)])
+def test_one_number_of_rows_that_is_summed_otherwise_is_found(odd: int) -> None:
+    def kernel(x: Tensor) -> Tensor:
+        a, b, c = x.unbind(-1)
+        return a + (b + c) if len(x) == odd else (a + b) + c
+
+    assert steady(kernel, random_rows(3, torch.float32)) == odd + 1
+
+
+def test_a_kernel_that_never_settles_has_the_last_number() -> None:
+    assert steady(lambda x: x / len(x), random_rows(64, torch.float32)) == ROWS[-1]
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_products_of_this_processor_keep_their_bits_from_there_on(widened: bool) -> None:
+    shapes = [(96, 576), (576, 96)]
+    with multiplying(widened=widened, rows=1):
+        least = plain_products(shapes, torch.bfloat16)
+    assert 1 <= least <= ROWS[-1]
+    for out, inn in shapes if least <= FEW else ():
+        x = random_rows(inn, torch.float32 if widened else torch.bfloat16)
+        m = x.repeat(-(-out // len(x)), 1)[:out]
+        whole = F.linear(x, m)
+        for n in range(least, 4 * FEW):
+            for start in (0, 1, len(x) - n):
+                own = F.linear(x[start : start + n], m)
+                assert torch.equal(own, whole[start : start + n]), (out, inn, n, start)
