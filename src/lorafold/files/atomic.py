@@ -127,7 +127,7 @@ def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
 
 
 def compare(
-    manifest: bytes, patterns: Sequence[str], found: Callable[[str], Found | None]
+    manifest: bytes | bytearray, patterns: Sequence[str], found: Callable[[str], Found | None]
 ) -> list[str]:
     """Compare files with a manifest, as `verify` does.
 

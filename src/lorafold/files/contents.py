@@ -30,12 +30,16 @@ def digest(files: Iterable[tuple[str, int, str]]) -> str:
     return sha256("".join(lines).encode()).hexdigest()
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path) -> bytearray:
     """The content of a file; OSError for anything else, such as a pipe, which is not waited for."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        return file.read()
+        content = bytearray(about.st_size)
+        del content[file.readinto(content) :]
+        content += file.read()  # what was written to it meanwhile
+        return content
 
 
 class Contents:
@@ -48,7 +52,7 @@ class Contents:
 
     def __init__(self, directory: str | Path, names: Sequence[str]) -> None:
         self.path, self.names = Path(directory), tuple(names)
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytearray] = {}
         for name in (*names, MANIFEST):
             try:
                 self.files[name] = _bytes(self.path / name)

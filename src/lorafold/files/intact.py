@@ -39,7 +39,7 @@ def check(directory: str | Path, problems: Sequence[str]) -> None:
         )
 
 
-def is_ours(manifest: bytes) -> bool:
+def is_ours(manifest: bytes | bytearray) -> bool:
     """Whether lorafold wrote this manifest, readable or not; other programs' have no "files"."""
     try:
         found = json.loads(manifest)

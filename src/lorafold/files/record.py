@@ -23,7 +23,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return as_object(path.read_bytes(), path)
 
 
-def as_object(content: bytes, path: Path) -> dict[str, Any]:
+def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
     """The content of a JSON file, as `read_object`; `path` is for the message."""
     try:
         value = json.loads(content.decode("utf-8"))

@@ -10,17 +10,25 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError
+from lorafold.files.header import places
 
+# by their names in safetensors
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # the files of a model, except those of its tokenizer
@@ -124,19 +132,28 @@ class ModelWeights(InMemory):
 
 
 class LoadedWeights(InMemory):
-    """The tensors of a safetensors file that was read into memory. Raises LorafoldError for one
-    that can't be read.
+    """The tensors of a safetensors file that was read into memory, which they share: `load` of
+    safetensors copies it all, and no other thread runs meanwhile. They must not be written to.
+    Raises LorafoldError for one that can't be read.
 
     Args:
         content: the bytes of the file.
         path: where they are from, for the message.
     """
 
-    def __init__(self, content: bytes, path: Path) -> None:
+    def __init__(self, content: bytearray, path: Path) -> None:
         try:
-            self._tensors = load(content)
-        except (SafetensorError, KeyError) as e:
+            found = places(content)
+        except LorafoldError as e:
             raise unreadable(path, e) from None
+        self._tensors = {
+            name: torch.frombuffer(
+                content, dtype=DTYPES[place.dtype], count=prod(place.shape), offset=place.start
+            ).view(place.shape)
+            if place.stop > place.start
+            else torch.empty(place.shape, dtype=DTYPES[place.dtype])
+            for name, place in found.items()
+        }
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

@@ -23,6 +23,7 @@ import numpy as np
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
+from lorafold.files.header import places
 
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
 DEPTH, VALUES = 64, 1 << 18  # of JSON, keys and all: nine for each tensor of a header
@@ -39,7 +40,6 @@ FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
-OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # of tokens' numbers, masks and codes
 PIECE = 1 << 20  # numbers that are looked at at a time
 
 
@@ -82,7 +82,7 @@ def verified(
     }
 
 
-def _json(name: str, content: bytes, most: int) -> dict[str, Any]:
+def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
     """The object in a file, of so many values at most. Raises LorafoldError for anything that
     somebody else could read in another way, or not at all.
     """
@@ -190,49 +190,29 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((field, p) for p in (value if isinstance(value, dict) else {}))
 
 
-def _header(content: bytes) -> tuple[str, int]:
+def _header(content: bytearray) -> tuple[str, int]:
     """The digest of the header of a safetensors file, which says where its tensors are, and their
     largest dimension. Raises LorafoldError for a header that does not fit the file exactly, and for
     values that are not finite.
     """
     size = int.from_bytes(content[:8], "little")
-    if not 0 < size <= min(TEXT, len(content) - 8):
-        raise LorafoldError(
-            f"{WEIGHTS}: not readable as safetensors: found a header of {size:,} bytes in"
-            f" {len(content):,}, expected at most {TEXT:,} that are there"
-        )
-    header = _json(WEIGHTS, content[8 : 8 + size], VALUES)
-    header.pop("__metadata__", None)
-    data, at = memoryview(content)[8 + size :], 0
-    for name, start, stop, about in sorted(_places(header), key=lambda one: one[1:3]):
-        if start != at or stop > len(data):
-            raise LorafoldError(
-                f"{WEIGHTS}: {name!r:.200}: found its data at {start:,} to {stop:,}, expected"
-                f" {at:,} and on, within {len(data):,} bytes"
-            )
-        at = stop
-        if about in FLOATS and not _finite(data[start:stop], *FLOATS[about]):
+    if size > TEXT:
+        told = f"found a header of {size:,} bytes, expected {TEXT:,} at most"
+        raise LorafoldError(f"{WEIGHTS}: {told}")
+    try:
+        found = places(content, lambda header: _json("header", header, VALUES))
+    except LorafoldError as error:
+        raise LorafoldError(f"{WEIGHTS}: not readable as safetensors: {error}") from None
+    data = memoryview(content)
+    for name, place in found.items():
+        if place.dtype in ("F8_E4M3", "F8_E5M2"):
+            told = f"dtype: found {place.dtype}, expected one of {', '.join(FLOATS)}, or integers"
+            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: {told}")
+        numbers = data[place.start : place.stop]
+        if place.dtype in FLOATS and not _finite(numbers, *FLOATS[place.dtype]):
             raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found NaN or infinity")
-    if at != len(data):
-        raise LorafoldError(f"{WEIGHTS}: found {len(data) - at:,} bytes after the last tensor")
-    shapes = [about.get("shape") for about in header.values()]
-    if not all(isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in shapes):
-        raise LorafoldError(f"{WEIGHTS}: found a shape that is none, expected whole numbers")
-    widest = max((n for shape in shapes for n in shape), default=0)
+    widest = max((n for place in found.values() for n in place.shape), default=0)
     return sha256(content[: 8 + size]).hexdigest(), widest
-
-
-def _places(header: Mapping[str, Any]) -> Iterator[tuple[str, int, int, str]]:
-    """The name of every tensor, where its data begins and ends, and its type."""
-    for name, about in header.items():
-        kind = about.get("dtype") if isinstance(about, dict) else None
-        if not isinstance(kind, str) or kind not in (*FLOATS, *OTHERS):
-            told = f"found {kind!r:.80}, expected one of {', '.join((*FLOATS, *OTHERS))}"
-            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: dtype: {told}")
-        places: Any = about.get("data_offsets")
-        if not isinstance(places, list) or [type(place) for place in places] != [int, int]:
-            raise LorafoldError(f"{WEIGHTS}: {name!r:.200}: found no data_offsets of two numbers")
-        yield name, places[0], max(places), kind
 
 
 def _finite(data: memoryview, kind: Any, exponent: int) -> bool:

@@ -1,0 +1,92 @@
+"""The header of a safetensors file: what its tensors are and where, without their data.
+
+8 bytes: h | h bytes of JSON: name -> dtype, shape, data_offsets | the data, without gaps
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from lorafold.errors import LorafoldError
+
+# bytes of an element by dtype, as safetensors names those that PyTorch has
+SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a file: its dtype as safetensors names it, and where its data begins and ends,
+    in bytes from the beginning of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def places(
+    content: bytearray, read: Callable[[bytes], Any] = json.loads
+) -> dict[str, Place]:
+    """The tensors of a file by name, in the order of their data. Raises LorafoldError, without the
+    file's name, for a header that does not fit the file exactly.
+
+    Args:
+        content: the whole file.
+        read: reads the JSON.
+    """
+    size = int.from_bytes(content[:8], "little")
+    if not 0 < size <= len(content) - 8:
+        raise LorafoldError(
+            f"found a header of {size:,} bytes in {len(content):,}, expected one that is there"
+        )
+    try:
+        header = read(bytes(content[8 : 8 + size]))
+    except (ValueError, RecursionError) as error:
+        raise LorafoldError(f"the header is no JSON ({error})") from None
+    if not isinstance(header, Mapping):
+        raise LorafoldError("the header is no JSON object")
+    tensors = {name: about for name, about in header.items() if name != "__metadata__"}
+    found = {name: _place(name, about, 8 + size) for name, about in tensors.items()}
+    at, end = 8 + size, len(content)
+    for name, place in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if place.start != at or place.stop > end:
+            raise LorafoldError(
+                f"{name!r:.200}: found its data at {place.start:,} to {place.stop:,}, expected"
+                f" {at:,} and on, in {end:,} bytes"
+            )
+        at = place.stop
+    if at != end:
+        raise LorafoldError(f"found {end - at:,} bytes after the last tensor")
+    return found
+
+
+def _place(name: str, about: Any, begin: int) -> Place:
+    about = about if isinstance(about, dict) else {}
+    dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in (*SIZES,):
+        told = f"found {dtype!r:.80}, expected one of {', '.join(SIZES)}"
+        raise LorafoldError(f"{name!r:.200}: dtype: {told}")
+    if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
+        raise LorafoldError(
+            f"{name!r:.200}: found shape {shape!r:.80} and data_offsets {offsets!r:.80}, expected"
+            " whole numbers, and two of the latter"
+        )
+    size = prod(shape) * SIZES[dtype]
+    if offsets[1] - offsets[0] != size:
+        raise LorafoldError(
+            f"{name!r:.200}: found {offsets[1] - offsets[0]:,} bytes, expected {size:,} for"
+            f" dtype {dtype} and shape {shape!r:.80}"
+        )
+    return Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
