@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from lorafold.methods.full import write_model
+from lorafold.step.optim import matrices_in
+from mixtures import mixture
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
 
@@ -112,3 +114,13 @@ def test_a_state_is_loaded_into_the_models_own_weights(tiny_model) -> None:
     fresh.detach()
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_weight_decay_leaves_the_biases_of_experts_as_they_are() -> None:
+    model = mixture("gpt-oss")
+    full = lf.attach(model, lf.Full())
+    shrunk = {id(p) for _, delta in full.parts() for p in matrices_in(delta)}
+    for name, p in model.named_parameters():
+        vectors = name.endswith("bias") or p.ndim == 1
+        assert (id(p) in shrunk) != vectors, name
+    assert any(p.ndim == 2 for name, p in model.named_parameters() if name.endswith("_bias"))

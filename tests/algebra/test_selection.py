@@ -232,3 +232,18 @@ def test_a_copy_made_inside_is_not_inside() -> None:
             assert torch.equal(twin(X), model(X))
             with lf.only(twin, "two"):
                 assert not torch.equal(twin(X), model(X))
+
+
+def test_what_is_attached_or_detached_inside_is_so_afterwards() -> None:
+    model = net()
+    selection = selection_of(model)
+    with lf.only(model, "one"):
+        with lf.only(model, "two"):
+            third = lf.attach(model, lf.LoRA(rank=2), ["0"], name="three")
+            assert selection.names == ("two", "three")
+        assert selection.names == ("one", "three")
+    assert selection.names == ("one", "two", "three")
+    with lf.only(model, "one"):
+        third.detach()
+    assert selection.names == ("one", "two")
+    assert [origin.name for origin in selection.active] == ["one", "two"]

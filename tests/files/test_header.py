@@ -44,17 +44,25 @@ def rewritten(**changed: Any) -> bytes:
 
 
 DAMAGED = {
-    "nothing": b"", "half a length": b"\1\0\0", "a header that is not there": b"\xff" * 16,
-    "no JSON": (2).to_bytes(8, "little") + b"{:", "a list": (2).to_bytes(8, "little") + b"[]",
-    "an unknown dtype": rewritten(dtype="F33"), "a dtype of another size": rewritten(dtype="F16"),
-    "a shape of another size": rewritten(shape=[2, 4]), "a shape below 0": rewritten(shape=[-2, -3]),
-    "a shape of no numbers": rewritten(shape="ab"), "offsets past the end": rewritten(
-        shape=[2, 4], data_offsets=[0, 32]), "a gap": rewritten(shape=[5], data_offsets=[4, 24]),
+    "nothing": b"",
+    "half a length": b"\1\0\0",
+    "a header that is not there": b"\xff" * 16,
+    "no JSON": (2).to_bytes(8, "little") + b"{:",
+    "a list": (2).to_bytes(8, "little") + b"[]",
+    "an unknown dtype": rewritten(dtype="F33"),
+    "a dtype of another size": rewritten(dtype="F16"),
+    "a shape of another size": rewritten(shape=[2, 4]),
+    "a shape below 0": rewritten(shape=[-2, -3]),
+    "a shape of no numbers": rewritten(shape="ab"),
+    "offsets past the end": rewritten(shape=[2, 4], data_offsets=[0, 32]),
+    "a gap": rewritten(shape=[5], data_offsets=[4, 24]),
     "an end before its beginning": rewritten(data_offsets=[24, 0]),
     "bytes that no tensor has": rewritten(shape=[2], data_offsets=[0, 8]),
-    "three offsets": rewritten(data_offsets=[0, 12, 24]), "no offsets": rewritten(data_offsets=None),
-    "a cut tail": rewritten()[:-1], "a longer tail": rewritten() + b"\0",
-}  # fmt: skip
+    "three offsets": rewritten(data_offsets=[0, 12, 24]),
+    "no offsets": rewritten(data_offsets=None),
+    "a cut tail": rewritten()[:-1],
+    "a longer tail": rewritten() + b"\0",
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGED)

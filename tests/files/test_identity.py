@@ -92,6 +92,29 @@ def test_a_model_is_another_with_another_byte(name: str, tiny_model_dir, cache, 
     assert of_model(source) != before
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_counts_where_it_runs(
+    file: str, tiny_model_dir, cache, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hub = tmp_path / "model", tmp_path / "hub"
+    shutil.copytree(tiny_model_dir("llama"), model)
+    there = json.loads((model / file).read_text()) if (model / file).is_file() else {}
+    there["auto_map"] = {"AutoModelForCausalLM": "them/code--modeling_own.OwnForCausalLM"}
+    (model / file).write_text(json.dumps(there))
+    code = hub / "models--them--code"
+    (code / "snapshots" / "5d1c").mkdir(parents=True)
+    (code / "refs").mkdir()
+    (code / "refs" / "main").write_text("5d1c")
+    (code / "snapshots" / "5d1c" / "modeling_own.py").write_text("from .parts import a")
+    (code / "snapshots" / "5d1c" / "parts.py").write_text("a = 1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    source = ModelSource(model, "model")
+    before, trusted = of_model(source), of_model(source, trust_remote_code=True)
+    (code / "snapshots" / "5d1c" / "parts.py").write_text("a = 2")
+    assert of_model(source) == before
+    assert of_model(source, trust_remote_code=True) != trusted
+
+
 def test_a_shard_that_lies_elsewhere_counts(tiny_model_dir, cache, tmp_path) -> None:
     copy, shard = tmp_path / "copy", tmp_path / "shared" / "model.safetensors"
     shutil.copytree(tiny_model_dir("llama"), copy)

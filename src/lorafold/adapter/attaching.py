@@ -123,7 +123,7 @@ def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapte
         module = module_at(model, path)
         lay(module, layer_class(module), name, delta, selection, path)
     freeze(model, selection)
-    selection.names += (name,)
+    selection.add(name)
     selection.origins[name] = Origin(name, *built.files)
     beside = (built.spec, built.matches, built.bias, built.modules_to_save)
     return Adapter(model, name, *beside, built.over)

@@ -192,8 +192,7 @@ class Adapter:
         selection = selection_of(self.model)
         for m in self.sites.values():
             lift(m, self.name)
-        selection.names = tuple(n for n in selection.names if n != self.name)
-        selection.origins.pop(self.name, None)
+        selection.remove(self.name)
         if any(adapted_modules(self.model)):
             freeze(self.model, selection)
         else:

@@ -168,6 +168,21 @@ class Selection:
             del self._entries[at]
         _inside.set(_inside.get() - {entry})
 
+    def add(self, name: str) -> None:
+        """Make an adapter active above those that are, here and where entries lead back to."""
+        with self._lock:
+            self.names += (name,)
+            for entry in self._entries:
+                entry.before += (name,)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter that left the model."""
+        with self._lock:
+            self.names = tuple(n for n in self.names if n != name)
+            for entry in self._entries:
+                entry.before = tuple(n for n in entry.before if n != name)
+            self.origins.pop(name, None)
+
     def running(self, training: bool) -> Names:
         """The names of the adapters that a module runs under now: the active ones, and in the
         replay of a checkpointed segment those of its forward.

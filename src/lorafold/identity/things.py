@@ -6,9 +6,12 @@ of a thing, such as a card, is left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
 
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import digest
@@ -36,7 +39,22 @@ def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
     own = (CODE,) if trust_remote_code else ()
     here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
     indexed = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
-    return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path)])
+    beside = _code_elsewhere(source.path) if trust_remote_code else []
+    return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path), *beside])
+
+
+def _code_elsewhere(path: Path) -> list[str]:
+    """The identities of the Python files of other repositories that a model's `auto_map` names, as
+    "owner/name--module.Class", where the hub's cache has them: the folders of their modules.
+    """
+    found = set[Path]()
+    for name in ("config.json", "tokenizer_config.json"):
+        text = (path / name).read_text(encoding="utf-8") if (path / name).is_file() else ""
+        for repo, module in re.findall(r'"([\w.-]+/[\w.-]+)--([\w.]+)\.\w+"', text):
+            at = try_to_load_from_cache(repo, f"{module.replace('.', '/')}.py")
+            if isinstance(at, str):
+                found.add(Path(at).parent)
+    return sorted(of_files(folder, (CODE,)) for folder in found)
 
 
 def of_adapter(path: str | Path, words: bool = True) -> str:
@@ -45,11 +63,12 @@ def of_adapter(path: str | Path, words: bool = True) -> str:
 
     Args:
         path: The directory.
-        words: Count its tokenizer, which not everything reads that reads an adapter.
+        words: Count its tokenizer and that one's code, which not everything reads that reads an
+            adapter.
     """
     if not (Path(path) / CONFIG).is_file():
         raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
-    return of_files(Path(path), (*FILES, *(WORDS if words else ())))
+    return of_files(Path(path), (*FILES, *((*WORDS, CODE) if words else ())))
 
 
 def of_stack(base: str, adapters: Sequence[str | Path]) -> str:

@@ -33,6 +33,8 @@ class FullDelta(Delta):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        # those of experts are (experts, out)
+        self.vector_names = tuple(name for name in module._parameters if name.endswith("bias"))
         for name, p in module._parameters.items():
             self.register_parameter(name, p)
 
