@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
-from lorafold.data.render import render
+from lorafold.data.endings import ending_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
@@ -189,27 +189,10 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The tokens that end a completion: those of the generation config and the tokenizer, and the
-    special token with which the chat template ends a turn.
+    """The tokens that end a completion: those of the generation config and the tokenizer, and
+    those with which the chat template ends a turn.
     """
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]
-    found = (*ends, tokenizer.eos_token_id, _turn_end(tokenizer))
-    return frozenset(end for end in found if end is not None)
-
-
-def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The special token with which the chat template ends a turn, or None."""
-    if tokenizer.chat_template is None:
-        return None
-    word = "answer"
-    try:
-        text = render(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}],
-            tokenizer,
-        )
-    except LorafoldError:  # the template does not accept such a conversation
-        return None
-    after = tokenizer(text.rpartition(word)[2], add_special_tokens=False).input_ids[:1]
-    added = tokenizer.added_tokens_decoder
-    return next((int(i) for i in after if i in added and added[i].special), None)
+    turn = () if tokenizer.chat_template is None else ending_of(tokenizer).tokens
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id, *turn) if end is not None)

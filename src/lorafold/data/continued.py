@@ -9,14 +9,26 @@ rewrite earlier messages when the turn is there. The text found begins with the 
 """
 
 import re
+from typing import NamedTuple
 
-from lorafold.data.reasoning import OPENED
+from lorafold.data.forms import common
+from lorafold.data.reasoning import OPENED, Block
 
 CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
 SEEN = 24  # characters of the message before the turn by which it is found again
 
 
-def after_block(prompt: str, after: str, reasoning: str, content: str) -> str | None:
+class Begun(NamedTuple):
+    """The block at a prompt's end: where it begins, and whether the prompt closes it too."""
+
+    at: int
+    closed: bool
+    block: Block
+
+
+def after_block(
+    prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
+) -> str | None:
     """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it
     leaves to the model. None where no such form is found.
 
@@ -26,27 +38,60 @@ def after_block(prompt: str, after: str, reasoning: str, content: str) -> str | 
     Args:
         prompt: The rendering of the messages before the turn, with the generation prompt.
         after: The rendering up to and including the turn.
-        reasoning: The turn's reasoning, or an empty text.
-        content: The turn's content, which may begin with a block of reasoning.
+        said: The turn's reasoning, or an empty text, and its content, which may begin with a block.
+        block: How the template encloses reasoning.
+        specials: Matches the tokenizer's special tokens.
     """
-    found = CLOSED.search(prompt) or OPENED.search(prompt)
-    if found is None:
+    begun = _begun(prompt, after, block, specials)
+    if begun is None or not after.startswith(prompt[: begun.at]):
         return None
-    header, tags = prompt[: found.start()], found.groups()
-    if not after.startswith(header) or not after[len(header) :].strip():
+    answer, (reasoning, content) = after[begun.at :], said
+    opening, closing = begun.block.opening, begun.block.closing
+    bare = answer.lstrip()
+    if not bare:
         return None
-    left, name, right = tags
-    opening, closing = f"{left}{name}{right}", f"{left}/{name}{right}"
-    answer = after[len(header) :]
-    if answer.lstrip().startswith(opening) and closing in answer:
-        inner, _, answer = answer.partition(closing)
-        reasoning = reasoning or inner.lstrip().removeprefix(opening)
+    if bare.startswith(opening) and closing in bare:
+        inner, _, answer = bare.removeprefix(opening).partition(closing)
+        reasoning = reasoning or inner
+    elif bare.startswith(closing):
+        if not begun.closed and not reasoning.strip():
+            return prompt + bare  # an empty block, as the template writes it
+        answer = bare.removeprefix(closing)
     elif closing in content:
         reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
-    if CLOSED.search(prompt):
+    if begun.closed:
         return prompt + answer.lstrip("\n")
-    thought = reasoning.strip("\n")
-    return f"{prompt}{thought}\n{closing}\n\n{answer.lstrip()}"
+    lead, between = begun.block.lead, begun.block.between
+    left = prompt[begun.at + len(opening) :]
+    first = lead.removeprefix(left) if lead.startswith(left) else ""
+    spaced = between != between.rstrip()
+    return f"{prompt}{first}{reasoning.strip()}{between}{answer.lstrip() if spaced else answer}"
+
+
+def _begun(
+    prompt: str, after: str, block: Block, specials: re.Pattern[str]
+) -> Begun | None:
+    bare = prompt.rstrip()
+    if bare.endswith(block.opening):
+        return Begun(len(bare) - len(block.opening), False, block)
+    inside = bare.removesuffix(block.closing).rstrip()
+    if inside != bare and inside.endswith(block.opening):
+        return Begun(len(inside) - len(block.opening), True, block)
+    for pattern, closed in ((CLOSED, True), (OPENED, False)):
+        if found := pattern.search(prompt):
+            left, name, right = found.groups()
+            tagged = Block.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
+            return Begun(found.start(), closed, tagged)
+    at = len(common(prompt, after))
+    at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
+    # one token opens it, a word may name it, and another token closes it
+    marks = [m.span() for m in specials.finditer(prompt, at)]
+    if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
+        (_, opened), (closing, end) = marks
+        if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
+            empty = Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
+            return Begun(at, True, empty)
+    return None
 
 
 def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
@@ -57,7 +102,6 @@ def after_rewriting(prompt: str, after: str, before: str, content: str) -> str |
         prompt: The rendering of the messages before the turn, with the generation prompt.
         after: The rendering up to and including the turn.
         before: The rendering of the messages before the turn, without the generation prompt.
-        content: The turn's content.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None
