@@ -82,10 +82,10 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")
         request = Request(Base("smollm2"), out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
-        source, objective = objective_of(request)
-        tokenizer, _ = tokenizer_for(request, source, objective, QUIET)
+        objective = objective_of(request)
+        tokenizer, _ = tokenizer_for(request, objective, QUIET)
         data, held_out = tokenized(request, tokenizer, objective, QUIET)
-        model = load_model(source, torch.float32)
+        model = request.base.stored("fp32").load()
         torch.manual_seed(recipe.seed)
         adapter = lf.attach(model, spec_of(recipe))
 
@@ -101,7 +101,7 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
         cpu = Accelerator(cpu=True)
-        files = files_of(request, source)
+        files = files_of(request, ())
         made = prepare(request, files, adapter, loss, cpu, data, None, tokenizer, QUIET)
         fit(*made, Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)

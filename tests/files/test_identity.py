@@ -79,13 +79,13 @@ def test_a_model_is_another_with_another_byte(name: str, tiny_model_dir, cache, 
     shutil.copytree(tiny_model_dir("llama"), copy)
     (copy / "chat_template.jinja").touch()
     (copy / "own.py").write_text("a = 1")
-    source = ModelSource(copy, "copy")
-    before, trusted = of_model(source), of_model(source, trust_remote_code=True)
+    source, with_code = ModelSource(copy, "copy"), ModelSource(copy, "", trust_remote_code=True)
+    before, trusted = of_model(source), of_model(with_code)
     assert of_model(ModelSource(copy, "by another name")) == before != trusted
     (copy / "README.md").write_text("a card")
     (copy / "own.py").write_text("a = 2")
     assert of_model(source) == before
-    assert of_model(source, trust_remote_code=True) != trusted
+    assert of_model(with_code) != trusted
     with (copy / name).open("r+b") as file:
         file.seek(-1 if (copy / name).stat().st_size else 0, os.SEEK_END)
         file.write(b" ")

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative, resaved
 from conftest import fast_only
+from lorafold.api.merge import merge
 from lorafold.bases import layer_of
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
@@ -25,7 +26,6 @@ from lorafold.fold.plan import changes
 from lorafold.merging.execute import execute
 from lorafold.merging.folding import before_and_after
 from lorafold.merging.plan import plan
-from lorafold.merging.run import merge
 from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
 from lorafold.models.container import read_tensors

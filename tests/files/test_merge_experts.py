@@ -18,11 +18,12 @@ from transformers.core_model_loading import Chunk, ConversionOps, MergeModulelis
 import lorafold as lf
 import mixtures
 from conftest import fast_only, make_tokenizer
+from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.merging import folding
 from lorafold.merging.plan import plan
-from lorafold.merging.run import Merged, merge
+from lorafold.merging.run import Merged
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.container import read_container, write_container
 from lorafold.models.converted import Conversion, OnDemand, Source

@@ -26,6 +26,7 @@ from lorafold.data.stored import Rows
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from lorafold.undoing import bench as bench_module
 from lorafold.undoing.bench import Bench
 from lorafold.undoing.defences import DEFENCES, laid
@@ -61,7 +62,7 @@ def policy(model_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def task(model_dir, policy) -> Task:
     return Task(
-        Base(model_dir, storage="fp32"), stacks_of([policy]), REFUSE, CONTROLS,
+        Base(model_dir, storage="fp32"), stacks_of(open_all([policy])), REFUSE, CONTROLS,
         Rows.of(BENIGN), "benign",
         ("I can't", "No"), ("Sure",), (1, 3), (2,), (1e-3,), (0,), ("none",),
         recipe=RECIPE.model_copy(update={"storage": "fp32", "epochs": 2}), max_new_tokens=6,
@@ -301,7 +302,7 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
 
 def test_an_adapter_that_is_no_sum_has_no_subspace(model_dir, tmp_path: Path, task: Task) -> None:
     make_adapter(model_dir, tmp_path / "dora", spec=lf.DoRA(lf.LoRA(rank=2)))
-    asked = replace(task, stacks=stacks_of([tmp_path / "dora"]), defences=("projected",))
+    asked = replace(task, stacks=stacks_of(open_all([tmp_path / "dora"])), defences=("projected",))
     bench = bench_of(asked)
     assert bench.alignment is None
     with pytest.raises(lf.LorafoldError, match="expected an update that has a subspace"):
@@ -425,8 +426,9 @@ def test_the_same_call_continues(swept, model_dir, policy, tmp_path: Path) -> No
     assert found.as_json() == swept[1].as_json()
 
 
-def test_stacks_are_named_apart(tmp_path: Path) -> None:
-    a, b, sft = tmp_path / "a" / "policy", tmp_path / "b" / "policy", tmp_path / "sft"
+def test_stacks_are_named_apart(model_dir: Path, tmp_path: Path) -> None:
+    paths = (tmp_path / "a" / "policy", tmp_path / "b" / "policy", tmp_path / "sft")
+    a, b, sft = open_all([make_adapter(model_dir, path) for path in paths])
     assert [stack.name for stack in stacks_of([sft, a], [])] == ["sft + policy", "base"]
     assert [stack.name for stack in stacks_of([a], [b])] == [str(a), str(b)]
 

@@ -23,7 +23,7 @@ from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.provenance import known
 from lorafold.models.weights import Weights
-from lorafold.peft.directory import Stored
+from lorafold.peft.saved import Saved
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path | Stored, name: str = "default",
+    model: nn.Module, path: str | Path | Saved, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Attach a saved adapter to a model. Every key must be used and every shape right.
@@ -99,10 +99,10 @@ def _other_files(model: nn.Module, built: Built) -> str | None:
     trained on, was read from other files; None if it was not, or if that is not known.
     """
     read_from = known(model)
-    if read_from is None or built.base_identity in ("", of_model(*read_from)):
+    if read_from is None or built.base_identity in ("", of_model(read_from)):
         return None
     return (
-        f"{built.files[0]}: the base {read_from[0].name} has other files than the one that it was"
+        f"{built.files[0]}: the base {read_from.name} has other files than the one that it was"
         " trained on: the same weights stored otherwise, or changed ones"
     )
 

@@ -4,7 +4,7 @@ Face hub. `resolve_model` returns a directory in Hugging Face's format for each 
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: its directory, the name that was asked for, and the GGUF file that
-    the directory was unpacked from, if there is one.
+    """A model on this machine: its directory, the name that was asked for, the GGUF file that the
+    directory was unpacked from, if there is one, and whether its own Python files run.
     """
 
     path: Path
     name: str
     gguf: Path | None = field(default=None, compare=False)
+    trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
         """Check that files which match the patterns were not damaged since they were written, and
@@ -124,6 +125,10 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
-def resolved(source: ModelSource | str | Path, revision: str | None) -> ModelSource:
+def resolved(
+    source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
     """Return the source itself, or that of a name as `resolve_model` finds it."""
-    return source if isinstance(source, ModelSource) else resolve_model(source, revision)
+    if isinstance(source, ModelSource):
+        return source
+    return replace(resolve_model(source, revision), trust_remote_code=trust_remote_code)
