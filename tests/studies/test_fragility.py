@@ -30,7 +30,7 @@ from lorafold.peft.saved import open_all
 from lorafold.undoing import bench as bench_module
 from lorafold.undoing.bench import Bench
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Probe, begins, distributions, measure, probe_of
+from lorafold.undoing.measure import Probe, begins, completed, distributions, measure, probe_of
 from lorafold.undoing.report import markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
 from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
@@ -128,7 +128,8 @@ def log_probability(model, tokenizer, prompt: str, text: str) -> float:
 
 def probed(model, tokenizer, *refusal: str) -> Probe:
     refuse, controls = (prompts_of(rows, tokenizer, "rows") for rows in (REFUSE, CONTROLS))
-    return probe_of(refuse, controls, refusal, ["Sure"], tokenizer, model, 6)
+    asked = completed(controls, model, tokenizer, 6)
+    return probe_of(refuse, asked, refusal, ["Sure"], tokenizer)
 
 
 def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
@@ -203,7 +204,8 @@ def test_the_controls_completions_are_the_stack_s(task: Task, model_dir, tmp_pat
 def test_references_are_the_completions_of_controls(model_dir) -> None:
     model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
     controls = [Prompt("Book", " a table"), Prompt("Call", " me")]
-    probe = probe_of([Prompt("x", None)], controls, ["No"], ["Yes"], tokenizer, model, 6)
+    asked = completed(controls, model, tokenizer, 6)
+    probe = probe_of([Prompt("x", None)], asked, ["No"], ["Yes"], tokenizer)
     for example, (prompt, text) in zip(probe.controls, controls, strict=True):
         labelled = [label for label in example.labels if label >= 0]
         assert tokenizer.decode(labelled) == text

@@ -125,5 +125,4 @@ def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapte
     freeze(model, selection)
     selection.names += (name,)
     selection.origins[name] = Origin(name, *built.files)
-    beside = (built.spec, built.matches, built.bias, built.modules_to_save)
-    return Adapter(model, name, *beside, built.over)
+    return Adapter(model, name, built.chosen, built.over)

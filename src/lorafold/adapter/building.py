@@ -32,6 +32,7 @@ from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
+from lorafold.peft.directory import Chosen
 from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
@@ -40,16 +41,13 @@ ROOM = 1 << 26  # numbers that every adapter may have
 
 @dataclass(frozen=True)
 class Built:
-    """An adapter for one model: its method, the modules that were selected, and by module path the
-    parts of its deltas, the lowest first. `over` are the adapters that it lies over, and `files`
+    """An adapter for one model: what was chosen, and by module path the parts of its deltas, the
+    lowest first. `over` are the adapters that it lies over, and `files`
     the directory that it was read from and its digest. `base_identity` is that of the files of the
     base that it was trained on, if its record has it.
     """
 
-    spec: Spec
-    matches: Matches
-    bias: Bias
-    modules_to_save: tuple[str, ...]
+    chosen: Chosen
     parts: Mapping[str, list[Delta]]
     over: tuple[Origin, ...]
     files: tuple[str, str] = ("", "")
@@ -112,7 +110,8 @@ def build(
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     add_token_rows(model, spec, rows, names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
-    return Built(spec, matches, bias, tuple(saved.by_pattern), deltas, selection.active)
+    chosen = Chosen(spec, matches, bias, tuple(saved.by_pattern))
+    return Built(chosen, deltas, selection.active)
 
 
 def _of_router(model: nn.Module, path: str) -> str | None:
@@ -175,7 +174,7 @@ def read(
             built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
         raise LorafoldError(f"{saved}: {'; '.join([*problems, str(e)])}") from None
-    saved.fill(model, built.parts, built.matches.paths, base, problems)
+    saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
     over = below if saved.over and fits else saved.over
     files, trained_on = (str(saved), saved.sha256), saved.base_identity
     return replace(built, over=over, files=files, base_identity=trained_on)

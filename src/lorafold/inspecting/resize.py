@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,15 +248,8 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
             put(delta, "A", a)
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
-    return Adapter(
-        adapter.model,
-        adapter.name,
-        spec,
-        adapter.matches,
-        adapter.bias,
-        adapter.modules_to_save,
-        adapter.over,
-    )
+    chosen = replace(adapter.chosen, spec=spec)
+    return Adapter(adapter.model, adapter.name, chosen, adapter.over)
 
 
 def _shape(p: Tensor | None) -> list[int] | None:

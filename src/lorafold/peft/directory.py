@@ -12,10 +12,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
@@ -24,7 +23,7 @@ from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.card import CARD, OVER, VOCABULARY, training_card
+from lorafold.files.card import CARD, OVER, VOCABULARY, Beside, training_card
 from lorafold.files.record import RECORD
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
@@ -38,39 +37,38 @@ from lorafold.peft.selection import describe
 from lorafold.peft.tensors import Parts, saved_tensors, sites
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What of a model an adapter changes, and how: its method, the adapted modules by the pattern
+    with which the user selected them, the biases that train too, and the names with which the user
+    selected modules to train whole.
+    """
+
+    spec: Spec
+    matches: Matches
+    bias: Bias = "none"
+    modules_to_save: tuple[str, ...] = ()
+
+
 def write(
     path: str | Path,
     model: nn.Module,
-    spec: Spec,
-    matches: Matches,
+    chosen: Chosen,
     parts: Parts,
-    bias: Bias,
-    modules_to_save: Sequence[str],
     base: Weights,
-    tokenizer: Any,
-    *,
-    overwrite: bool,
-    card: str | None,
-    record: Mapping[str, Any],
+    beside: Beside,
 ) -> Path:
     """Write the directory, completely or not at all.
 
-    Raises LorafoldError if the path exists and `overwrite` is off, if PEFT's format can't express
+    Raises LorafoldError if the path exists and may not be replaced, if PEFT's format can't express
     the adapter, or if a value is not finite.
 
     Args:
         path: The directory to write.
         model: The model that the adapter is attached to.
-        spec: The adapter's method.
-        matches: The adapted modules, by the pattern with which the user selected them.
         parts: The adapter's deltas by module path.
-        bias: Which biases are trained.
-        modules_to_save: The names with which the user selected modules to train whole.
-        tokenizer: The adapter's tokenizer; None if it has none of its own.
-        overwrite: Replace a directory that exists.
-        card: The text of the model card; None for a short one.
-        record: How the adapter was made, for lorafold.json.
     """
+    spec, matches = chosen.spec, chosen.matches
     targets = matches.paths
     replaced = [
         p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)
@@ -78,16 +76,18 @@ def write(
     saved = [p for p in replaced if p not in targets]
     form = form_of(model, spec, targets)
     selection = describe(
-        model, [p for p in targets if p], tuple(matches.by_pattern), saved, modules_to_save, form
-    )
-    config = write_config(model, spec, sites(model, parts, targets, base), selection, bias, form)
+        model, [p for p in targets if p], tuple(matches.by_pattern),
+        saved, chosen.modules_to_save, form,
+    )  # fmt: skip
+    found = sites(model, parts, targets, base)
+    config = write_config(model, spec, found, selection, chosen.bias, form)
     tensors = {
         key: saved.encoded().contiguous().cpu()
         for key, saved in saved_tensors(model, parts, targets, base).items()
     }
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
-    record = {k: v for k, v in record.items() if k != DROPOUT} | form.record
+    record = {k: v for k, v in beside.record.items() if k != DROPOUT} | form.record
     about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
     shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}
@@ -99,12 +99,12 @@ def write(
         opened_by=opened_by_name(model),
         in_peft=form.method.of_peft,
     )
-    with atomic_directory(path, overwrite) as directory:
+    with atomic_directory(path, beside.overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         write_json(directory / CONFIG, config)
         write_json(directory / RECORD, about)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
-        (directory / CARD).write_text(card or own_card, encoding="utf-8")
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(directory)
+        (directory / CARD).write_text(beside.card or own_card, encoding="utf-8")
     tell(form, path)
     return Path(path)

@@ -55,17 +55,8 @@ def train(request: Request, console: Console) -> Trained:
         feed, held_out = setup.objective.refer(
             loss, setup.feed, setup.held_out, setup.below, console
         )
-        job, progress = prepare(
-            setup.request,
-            setup.files,
-            adapter,
-            loss,
-            setup.accelerator,
-            feed,
-            partial(setup.objective.measure, loss, held_out) if held_out else None,
-            tokenizer,
-            console,
-        )
+        measure = partial(setup.objective.measure, loss, held_out) if held_out else None
+        job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)
         with Display(console, job.steps, progress.step) as display:
             try:

@@ -24,6 +24,7 @@ from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
 from lorafold.memory.before_run import planned, settle
+from lorafold.memory.trace import Setting
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
@@ -181,17 +182,9 @@ def adapted_model(
         stored = setup.saved[-1]
     below = tuple((s.spec, s.beside) for s in over)
     extra = stored.beside if stored else partial(extras, setup)
-    heaviest = planned(
-        recipe,
-        stored.spec if stored else setup.spec,
-        base.held,
-        setup.feed,
-        extra,
-        setup.objective,
-        setup.accelerator.num_processes,
-        base.where,
-        below,
-    )
+    spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
+    asked = Setting(base.held, spec, recipe.targets, extra, below=below)
+    heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)

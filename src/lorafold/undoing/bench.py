@@ -24,7 +24,7 @@ from lorafold.inspecting.updates import of_factors
 from lorafold.peft.saved import Saved
 from lorafold.training.request import rendering_of
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Probe, State, distributions, measure, probe_of
+from lorafold.undoing.measure import Probe, State, completed, distributions, measure, probe_of
 from lorafold.undoing.subspaces import Updates, overlap, updates_of
 from lorafold.undoing.task import Stack, Task
 
@@ -62,10 +62,10 @@ class Bench:
             for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
         )
         with only(self.model, *self.names):  # whatever lies over the stack meanwhile
-            return probe_of(
-                refuse, controls, task.refusal, task.compliance, self.tokenizer, self.model,
-                task.max_new_tokens, benign,
-            )  # fmt: skip
+            asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
+        return probe_of(
+            refuse, asked, task.refusal, task.compliance, self.tokenizer, benign
+        )
 
     @cached_property
     def alignment(self) -> Updates | None:
