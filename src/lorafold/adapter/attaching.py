@@ -21,7 +21,7 @@ from lorafold.identity import of_model
 from lorafold.kernels.table import TRAINING, use
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.provenance import known
+from lorafold.models.sources import known
 from lorafold.models.weights import Weights
 from lorafold.peft.saved import Saved
 

@@ -20,7 +20,7 @@ from lorafold.fold.plan import plan_fold
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
-from lorafold.models.provenance import forget
+from lorafold.models.sources import forget
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen, write
 from lorafold.peft.stack import digest_written, listed, recorded

@@ -7,12 +7,14 @@ Directories that PEFT wrote have none.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
 
 RECORD = "lorafold.json"
+RENAMED = {"base": "storage"}  # fields of recipes; files are read under the old names for good
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -29,3 +31,8 @@ def as_object(content: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LorafoldError(f"{path}: found {type(value).__name__}, expected an object")
     return value
+
+
+def named_as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that any version wrote, under the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in recipe.items()}

@@ -25,8 +25,7 @@ from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, op
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion
 from lorafold.models.plain_files import as_plain
-from lorafold.models.provenance import remember
-from lorafold.models.sources import HUB_FILES, ModelSource
+from lorafold.models.sources import HUB_FILES, ModelSource, remember
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 

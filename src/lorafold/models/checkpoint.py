@@ -35,8 +35,7 @@ from lorafold.models.container import Container, Entry, read_container, read_ten
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.provenance import remember
-from lorafold.models.sources import ModelSource
+from lorafold.models.sources import ModelSource, remember
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
 WEIGHTS = (

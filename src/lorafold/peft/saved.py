@@ -25,8 +25,7 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES, REWARD
 from lorafold.files.contents import Contents
-from lorafold.files.record import RECORD
-from lorafold.files.renamed import named_as_now
+from lorafold.files.record import RECORD, named_as_now
 from lorafold.methods.parts.extras import Bias
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint

@@ -14,7 +14,7 @@ from functools import partial
 
 from rich.console import Console
 
-from lorafold.adapter.reach import strays
+from lorafold.adapter.reach import strays, text_alone
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.peft.saved import BASE_IDENTITY
 from lorafold.step.activations import recompute
@@ -25,7 +25,6 @@ from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import adapted_model, set_up
 from lorafold.training.start import prepare
-from lorafold.training.text_alone import text_alone
 
 
 def train(request: Request, console: Console) -> Trained:
