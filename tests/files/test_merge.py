@@ -30,7 +30,8 @@ from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
 from lorafold.models.container import read_tensors
 from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
@@ -335,7 +336,7 @@ def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
                 found[name] = read_tensors(entry.file, [name])[name] if own is None else own
                 written(name, entry.size)
 
-    planned = plan(resolve_model(base), [adapter])
+    planned = plan(Base(base), [Saved.open(adapter)])
     folded = execute(planned, write, progress=lambda done, total: sizes.append((done, total)))
     merge(str(base), adapter, tmp_path / "merged", certificate=False)
     (file,) = (tmp_path / "merged").glob("*.safetensors")
