@@ -8,6 +8,7 @@ import logging
 import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
 from lorafold.opening import Base
 from lorafold.opening.kinds import known_classes
-from lorafold.peft.saved import Saved, open_all
+from lorafold.peft.saved import FILES, Saved, open_all
 from lorafold.training.checkpoint import RunDirectory
 
 WEIGHTS = "adapter_model.safetensors"
@@ -173,6 +174,37 @@ def test_a_bit_of_an_adapter_s_tokenizer(
     assert says_damaged(line, file)
     # the weights are read without it
     lf.load(load_model(base, torch.float32), adapter)
+
+
+ROWS = [{"prompt": f"Book {n}", "completion": "a table"} for n in range(4)]
+READING = {
+    "evaluate": lambda base, adapter, out: lf.evaluate(
+        base, ROWS, adapters=adapter, completions=False, device="cpu"
+    ),
+    "merge": lambda base, adapter, out: lf.merge(base, adapter, out, device="cpu"),
+    "compose": lambda base, adapter, out: lf.compose([adapter], out, model=base),
+    "resize": lambda base, adapter, out: lf.resize(adapter, out, model=base, rank=2),
+    "train": lambda base, adapter, out: lf.train(
+        lf.Recipe(steps=1, storage="fp32"), data=ROWS, out=out, model=base, over=adapter
+    ),
+}
+looked_at: Counter[str] | None = None  # files by path, while a test counts
+
+
+@sys.addaudithook
+def _counted(event: str, given: tuple[Any, ...]) -> None:
+    if looked_at is not None and event == "open" and isinstance(given[0], str):
+        looked_at[given[0]] += 1
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_an_adapter_is_opened_once(
+    verb: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "looked_at", Counter())
+    READING[verb](base, adapter, tmp_path / "out")
+    found = {name: looked_at[str(adapter / name)] for name in FILES}  # type: ignore[index]
+    assert found == dict.fromkeys(FILES, 1)
 
 
 def test_what_is_gone_is_not_overlooked(base: Path, adapter: Path) -> None:

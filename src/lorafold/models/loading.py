@@ -11,7 +11,7 @@ from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading
 from lorafold.models.quantizing import compute_in, read_quantized
-from lorafold.models.sources import ModelSource, remember, resolved
+from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
 from lorafold.models.weights import MODEL_FILES
 
@@ -53,7 +53,7 @@ def load_model(
         storage: How the base stores its weights; a dtype for weights that are not quantized.
         device: Where to load the model.
     """
-    source = resolved(source)
+    source = resolve_model(source)
     with loading(f"model {source.name}"):
         from transformers import AutoConfig
 
@@ -133,7 +133,7 @@ def load_tokenizer(
         revision: A branch, tag or commit of a hub model.
         trust_remote_code: Run the code in the model's directory.
     """
-    source = resolved(source, revision, trust_remote_code)
+    source = resolve_model(source, revision, trust_remote_code)
     return read_tokenizer(source, f"model {source.name}")
 
 

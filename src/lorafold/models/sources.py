@@ -4,7 +4,8 @@ Face hub. `resolve_model` returns a directory in Hugging Face's format for each 
 
 import importlib.util
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -62,12 +63,17 @@ class ModelSource:
 _READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
-def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
-    """Find a model on this machine, or download it from the hub.
+def resolve_model(
+    name: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
+    """Find a model on this machine, or download it from the hub; one that was found stays as it is.
 
     `revision` is a branch, tag or commit of a hub model. Raises LorafoldError if there is no such
     model, or if its weights are not safetensors.
     """
+    if isinstance(name, ModelSource):
+        return name
+    found = partial(ModelSource, trust_remote_code=trust_remote_code)
     text, path = str(name), Path(name).expanduser()
     local = text == EMBEDDED or path.exists()
     if local and revision is not None:
@@ -77,17 +83,17 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
         )
     if text == EMBEDDED:
         gguf = _embedded_gguf()
-        return ModelSource(unpacked(gguf), text, gguf)
+        return found(unpacked(gguf), text, gguf)
     if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(unpacked(path.resolve()), text, path.resolve())
+        return found(unpacked(path.resolve()), text, path.resolve())
     if path.is_dir():
-        return ModelSource(_checked(path, text), text)
+        return found(_checked(path, text), text)
     if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
         raise LorafoldError(
             f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
             f" {ACCEPTED}"
         )
-    return ModelSource(_checked(_from_hub(text, revision), text), text)
+    return found(_checked(_from_hub(text, revision), text), text)
 
 
 def _embedded_gguf() -> Path:
@@ -131,15 +137,6 @@ def _checked(path: Path, name: str) -> Path:
             " read, so convert them to safetensors"
         )
     return path
-
-
-def resolved(
-    source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
-) -> ModelSource:
-    """Return the source itself, or that of a name as `resolve_model` finds it."""
-    if isinstance(source, ModelSource):
-        return source
-    return replace(resolve_model(source, revision), trust_remote_code=trust_remote_code)
 
 
 def remember(model: "nn.Module", source: ModelSource) -> None:

@@ -14,7 +14,7 @@ from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
-from lorafold.models.sources import ModelSource, resolved
+from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage, default_storage, weights_of
 from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import tokenizer_of
@@ -52,7 +52,7 @@ class Base:
     @cached_property
     def source(self) -> ModelSource:
         """Its files. Raises LorafoldError as `resolve_model`."""
-        return resolved(self.model, self.revision, self.trust_remote_code)
+        return resolve_model(self.model, self.revision, self.trust_remote_code)
 
     @property
     def name(self) -> str:

@@ -92,7 +92,7 @@ def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
     check_shapes(request.data.shapes, recipe.objective)
     options = recipe.beta, recipe.objective_options
     asked = Asked(recipe.objective, rows, request.base, saved, *options)
-    return OBJECTIVES[recipe.objective].made(asked)
+    return OBJECTIVES[recipe.objective].kind.of(asked)
 
 
 def files_of(request: Request, saved: Sequence[Saved]) -> dict[str, dict[str, str]]:
