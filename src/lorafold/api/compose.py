@@ -77,14 +77,7 @@ def compose(
     adapter or rows.
     """
     saved, console = open_all(as_paths(adapters)), or_quiet(console)
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     request = Request(
         base,
         saved,

@@ -118,14 +118,7 @@ def fragility(
     second = [open_all(as_paths(against))] if against else []
     stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     used = [one for stack in stacks for one in stack.adapters]
     base, recipe = settled(base, recipe or RECIPE, used)
     task = Task(

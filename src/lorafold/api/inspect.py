@@ -105,14 +105,7 @@ def inspect(
             " measured over the bare base only"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*below, Path(adapter)])
     other = None if against is None else Saved.open(against)
     with console.status("sites") as status:

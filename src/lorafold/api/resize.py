@@ -70,14 +70,7 @@ def resize(
     if energy is not None and not 0 < energy <= 1:
         raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
     rows = None if data is None else as_rows(data, columns, console)
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*as_paths(over), Path(adapter)])
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
