@@ -14,6 +14,7 @@ from lorafold.files import digests
 from lorafold.files.atomic import sha256
 from lorafold.identity import joined, of_adapter, of_code, of_model, of_stack
 from lorafold.models.sources import ModelSource
+from lorafold.peft.saved import Saved
 
 
 @pytest.fixture
@@ -115,6 +116,7 @@ def test_an_adapter_is_another_with_another_word_and_a_stack_with_another_order(
     (two / "chat_template.jinja").write_text("{{ messages }}")
     assert of_adapter(one) != of_adapter(two)
     assert of_adapter(one, words=False) == of_adapter(two, words=False)
+    assert of_adapter(Saved.open(two)) == of_adapter(two)
     assert of_stack("base", [one, two]) != of_stack("base", [two, one])
     assert of_stack("base", [one]) != of_stack("other", [one])
     assert of_stack("base", [one]) == joined(["base", of_adapter(one)])
