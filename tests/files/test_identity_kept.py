@@ -307,8 +307,9 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
 
     with pytest.raises(GoesOn):
         train(asked, Console(quiet=True))
+    other = replace(asked.base, revision="other")
     with pytest.raises(LorafoldError, match="model: owner/name had other files when the run began"):
-        train(replace(asked, revision="other", resume=True), Console(quiet=True))
+        train(replace(asked, base=other, resume=True), Console(quiet=True))
     with pytest.raises(GoesOn):
         train(replace(asked, resume=True), Console(quiet=True))
 
