@@ -17,7 +17,8 @@ from lorafold.core.attach import adapted_modules
 from lorafold.core.unfilled import unfilled
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
-from lorafold.peft.directory import FILES, WEIGHTS
+from lorafold.peft.config import WEIGHTS
+from lorafold.peft.saved import FILES
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import opened
 from lorafold.conversation import Chat, unique_names
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,16 +50,9 @@ def chat(
 
     Raises LorafoldError for a model or adapter that can't be loaded.
     """
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     paths = as_paths(adapters)
-    loaded, tokenizer = opened(base, paths, console=console)
+    loaded, tokenizer = opened(base, open_all(paths), console=console)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
     return Chat(
         loaded,

@@ -37,10 +37,11 @@ def command(
     from lorafold.data.calls import parse_calls, read_tools
     from lorafold.data.messages import tools_of
     from lorafold.generation import stream
+    from lorafold.peft.saved import open_all
 
     console = messages()
     offered = read_tools(tools) if tools else []
-    model, tokenizer = opened(opening.base, adapters.paths, console=console)
+    model, tokenizer = opened(opening.base, open_all(adapters.paths), console=console)
     text = rendered(prompt, sampling.system, tokenizer, offered)
     pieces: list[str] = []
     start = time.perf_counter()

@@ -84,8 +84,8 @@ class Report:
             )
         if self.reasoning_hidden:
             text += (
-                f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning, or"
-                " without what they say beside a call: the chat template leaves it out"
+                f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
+                " or without what they say beside a call: the chat template leaves it out"
             )
         return text
 

@@ -35,7 +35,7 @@ from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import ModelWeights
 from lorafold.peft.config import CONFIG
-from lorafold.peft.directory import FILES
+from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad

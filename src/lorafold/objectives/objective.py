@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
@@ -21,10 +20,9 @@ from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, held_out_loss
-from lorafold.models.loading import load_model
-from lorafold.models.sources import ModelSource
-from lorafold.models.storage import Storage
 from lorafold.objectives import Declared
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.step.head import labelled_loss
 
 if TYPE_CHECKING:
@@ -59,27 +57,15 @@ class Asked:
 
     name: str
     rows: Sequence[Row]
-    source: ModelSource
-    adapters: Sequence[Path] = ()
+    base: Base
+    adapters: Sequence[Saved] = ()
     beta: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def start(self) -> str:
         """What the run starts from, in messages: the adapters, or the model."""
-        return ", ".join(map(str, self.adapters)) or self.source.name
-
-
-@dataclass(frozen=True)
-class ModelRequest:
-    """The model that an objective is asked to load. `seed` draws the parts that are new in it."""
-
-    source: ModelSource
-    tokenizer: PreTrainedTokenizerBase
-    storage: Storage
-    device: torch.device
-    seed: int
-    trust_remote_code: bool
+        return ", ".join(map(str, self.adapters)) or self.base.name
 
 
 class Objective(ABC):
@@ -172,16 +158,17 @@ class Objective(ABC):
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
         """An example as the model sees it, with the tokens that count in the loss marked."""
 
-    def load(self, request: ModelRequest) -> PreTrainedModel:
+    def load(
+        self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    ) -> PreTrainedModel:
         """The model with the head that this objective needs, and without adapters: a language
         model, unless it needs another head.
+
+        Args:
+            tokenizer: Names the token that pads.
+            seed: Draws the parts that are new in it.
         """
-        return load_model(
-            request.source,
-            request.storage,
-            request.device,
-            trust_remote_code=request.trust_remote_code,
-        )
+        return base.load()
 
     @abstractmethod
     def loss(

@@ -23,11 +23,12 @@ from lorafold.files.atomic import check_out
 from lorafold.inspecting.report import page
 from lorafold.inspecting.run import inspect
 from lorafold.machine.devices import choose_device
-from lorafold.merging.run import merge
+from lorafold.merging.run import Wanted, merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage, choose_storage
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
+from lorafold.peft.saved import open_all
 from lorafold.quickstart.task import rows
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
@@ -118,13 +119,14 @@ def quickstart(
     after = measure(test_rows, out / "adapter", storage, where, console)
     side_by_side(before, after, console)
     console.rule("4  inspect: what the adapter changed")
-    found = inspect(Base(MODEL), out / "adapter")
+    adapters = open_all([out / "adapter"])
+    found = inspect(Base(MODEL), adapters)
     page(found, out / "adapter.html")
     for sentence in found["advice"]:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"all figures: {out / 'adapter.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
-    merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
+    merged = merge(Base(MODEL), adapters, out / "merged", Wanted(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
 
     adapter_bytes, model_bytes = (

@@ -24,7 +24,7 @@ from lorafold.identity.things import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
-from lorafold.peft.directory import FILES
+from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")

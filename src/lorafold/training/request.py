@@ -24,6 +24,7 @@ from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Asked, Data, Objective
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def rendering_of(recipe: Recipe) -> Rendering:
     return Rendering(recipe.train_on, recipe.mask_reasoning)
 
 
-def objective_of(request: Request) -> Objective:
-    """The run's objective for its model.
+def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
+    """The run's objective for its model and the adapters that it loads.
 
     Raises LorafoldError for rows of other shapes than the objective takes, for options that it does
     not have, and for labels that are not the model's.
@@ -89,39 +90,35 @@ def objective_of(request: Request) -> Objective:
     recipe = request.recipe
     rows = () if isinstance(request.rows, Stream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
-    asked = Asked(
-        recipe.objective,
-        rows,
-        request.base.source,
-        request.adapters,
-        recipe.beta,
-        recipe.objective_options,
-    )
-    return OBJECTIVES[recipe.objective].made(asked)
+    options = recipe.beta, recipe.objective_options
+    asked = Asked(recipe.objective, rows, request.base, saved, *options)
+    return OBJECTIVES[recipe.objective].kind.of(asked)
 
 
-def files_of(request: Request) -> dict[str, dict[str, str]]:
+def files_of(request: Request, saved: Sequence[Saved]) -> dict[str, dict[str, str]]:
     """What the run reads from files, each with its tokenizer: the `model`, the adapters below, as
     `Request.below` names them, and that of `init_adapter`; by name and identity.
     """
     names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
-    adapters = zip(names, request.adapters, strict=True)
     found = {"model": {"name": request.base.name, "sha256": request.base.identity}}
-    return found | {n: {"name": str(path), "sha256": of_adapter(path)} for n, path in adapters}
+    for name, one in zip(names, saved, strict=True):
+        found[name] = {"name": str(one), "sha256": of_adapter(one)}
+    return found
 
 
 def tokenizer_for(
-    request: Request, objective: Objective, console: Console
+    request: Request, objective: Objective, console: Console, saved: Sequence[Saved] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
     template and new tokens, and the ids of these tokens.
 
     Args:
-        request: Names the chat template, the new tokens and the adapters to load.
+        request: Names the chat template and the new tokens.
         objective: Adds what the tokenizer lacks for it, such as a chat template.
         console: For notices of what was added.
+        saved: The adapters that the run loads.
     """
-    tokenizer = request.base.tokenizer(request.adapters)
+    tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
     set_variables(tokenizer, request.recipe.template_kwargs)
