@@ -50,23 +50,16 @@ class AdaLoRADelta(LowRank):
     run_names = ("kept", *(f"{name}_{part}" for part in PARTS for name in AVERAGES))
     kept: Tensor
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        init_rank: int,
-        alpha: float,
-        dropout: float,
-        orth_reg: float,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__(dropout)
-        self.init_rank = init_rank
-        scale = alpha / (init_rank + 1e-5)  # it keeps the rank at start
+    def __init__(self, layer: Layer, spec: AdaLoRA) -> None:
+        super().__init__(spec.dropout)
+        first: Any = spec.init_rank
+        alpha: Any = spec.alpha
+        rank = next(iter(spec.rank_pattern.values()), first)
+        (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
+        self.init_rank, self.orth_reg = first, spec.orth_reg
+        self.scale = alpha / (first + 1e-5)  # it keeps the rank at start
         # the mean over this delta's norms; `join` sets it for all norms of the adapter
-        self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5 / prod(matrices)
+        self.share = 0.5 / prod(matrices)
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)
@@ -184,12 +177,7 @@ class AdaLoRA(Spec):
         )
 
     def build(self, layer: Layer) -> AdaLoRADelta:
-        out, inn = layer.shape
-        first: Any = self.init_rank
-        alpha: Any = self.alpha
-        rank = next(iter(self.rank_pattern.values()), first)
-        options = (alpha, self.dropout, self.orth_reg, layer.device)
-        return AdaLoRADelta(out, inn, rank, first, *options, layer.matrices)
+        return AdaLoRADelta(layer, self)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         share = 1 / (2 * sum(map(number_of_matrices, deltas.values())))

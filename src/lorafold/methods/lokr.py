@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorafold.core.delta import Additive
@@ -47,13 +46,12 @@ class LoKrDelta(Additive):
 
     def __init__(
         self,
+        layer: Layer,
         outs: tuple[int, int],
         ins: tuple[int, int],
         rank: int,
         scale: float,
         split: tuple[bool, bool],
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -61,7 +59,7 @@ class LoKrDelta(Additive):
         for name, o, i, low in zip(("w1", "w2"), outs, ins, split, strict=True):
             shapes |= {f"{name}_a": (o, rank), f"{name}_b": (rank, i)} if low else {name: (o, i)}
         for name, shape in shapes.items():
-            setattr(self, name, p := zeros((*matrices, *shape), device))
+            setattr(self, name, p := zeros((*layer.matrices, *shape), layer.device))
             if name not in ("w1", "w1_a"):
                 kaiming(p)
 
@@ -127,12 +125,6 @@ class LoKr(Spec):
         out, inn, window = *layer.shape, layer.window
         outs, ins = (factorization(n, self.decompose_factor) for n in (out, inn // window))
         low = [self.rank < max(o, i) / 2 for o, i in zip(outs, ins, strict=True)]
-        return LoKrDelta(
-            outs,
-            (ins[0], ins[1] * window),
-            self.rank,
-            self.alpha / self.rank,  # type: ignore[operator]
-            (low[0] and self.decompose_both, low[1]),
-            layer.device,
-            layer.matrices,
-        )
+        split = low[0] and self.decompose_both, low[1]
+        scale = self.alpha / self.rank  # type: ignore[operator]
+        return LoKrDelta(layer, outs, (ins[0], ins[1] * window), self.rank, scale, split)

@@ -41,19 +41,10 @@ class LoRADelta(LowRank):
 
     up_names = ("B",)
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        scale: float,
-        dropout: float,
-        init: Init,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, init: Init) -> None:
         super().__init__(dropout)
         self.scale = scale
+        (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         shape = (*matrices, rank, inn)
         self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
         self.B = zeros((*matrices, out, rank), device)
@@ -125,19 +116,16 @@ class LoRA(Spec):
         return replace(self, rank=rank, alpha=alpha)
 
     def build(self, layer: Layer) -> LoRADelta:
-        out, inn = layer.shape
-        device = layer.device
-        own = (self.rank, self.scale, self.dropout, self.init)
-        delta = LoRADelta(out, inn, *own, device, layer.matrices)
+        delta = LoRADelta(layer, self.rank, self.scale, self.dropout, self.init)
         if self.init == "loftq":
-            if self.rank > min(out, inn):
+            if self.rank > min(layer.shape):
                 raise LorafoldError(
                     f"init loftq: found rank {self.rank} for a matrix {layer.shape}, expected at"
-                    f" most {min(out, inn)}"
+                    f" most {min(layer.shape)}"
                 )
             with torch.no_grad():
                 b, a = best_of_rank(
-                    layer.original().to(device).float() - layer.dense()[0].float(),
+                    layer.original().to(layer.device).float() - layer.dense()[0].float(),
                     self.rank,
                     self.scale,
                 )

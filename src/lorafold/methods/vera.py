@@ -59,21 +59,12 @@ class VeRADelta(LowRank):
     vector_names = ("d", "b")
     projections: Projections
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        d_initial: float,
-        dropout: float,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, layer: Layer, rank: int, d_initial: float, dropout: float) -> None:
         super().__init__(dropout)
-        self.shape = (out, inn)
+        self.shape, matrices, device = layer.shape, layer.matrices, layer.device
         d = torch.full((*matrices, rank), d_initial, device=device, dtype=torch.float32)
         self.d = nn.Parameter(d)
-        self.b = zeros((*matrices, out), device)
+        self.b = zeros((*matrices, self.shape[0]), device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         out, inn = self.shape
@@ -122,9 +113,7 @@ class VeRA(Spec):
             raise LorafoldError(f"VeRA: {'; '.join(wrong)}")
 
     def build(self, layer: Layer) -> VeRADelta:
-        out, inn = layer.shape
-        own = (self.rank, self.d_initial, self.dropout)
-        return VeRADelta(out, inn, *own, layer.device, layer.matrices)
+        return VeRADelta(layer, self.rank, self.d_initial, self.dropout)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]
