@@ -34,6 +34,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, refuse, whole
 from lorafold.methods.parts.start import zeros
 
 PARTS = ("P", "E", "Q")
@@ -147,26 +148,24 @@ class AdaLoRA(Spec):
         object.__setattr__(self, "init_rank", first)
         object.__setattr__(self, "alpha", float(2 * first if self.alpha is None else self.alpha))
         checks = {
-            f"rank: found {self.rank!r}, expected a whole number from 1": (
-                isinstance(self.rank, int) and self.rank >= 1
-            ),
             f"init_rank: found {self.init_rank!r}, expected at least rank, {self.rank}": (
                 self.init_rank >= self.rank  # type: ignore[operator]
             ),
-            f"dropout: found {self.dropout!r}, expected 0 or more, below 1": 0 <= self.dropout < 1,
             f"tinit and tfinal: found {self.tinit!r} and {self.tfinal!r}, expected 0 or more": (
                 self.tinit >= 0 and self.tfinal >= 0
-            ),
-            f"delta_t: found {self.delta_t!r}, expected a whole number from 1": (
-                isinstance(self.delta_t, int) and self.delta_t >= 1
             ),
             f"beta1 and beta2: found {self.beta1!r} and {self.beta2!r}, expected between 0 and 1": (
                 0 < self.beta1 < 1 and 0 < self.beta2 < 1
             ),
             f"orth_reg: found {self.orth_reg!r}, expected 0 or more": self.orth_reg >= 0,
         }
-        if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError(f"AdaLoRA: {'; '.join(wrong)}")
+        refuse(
+            self,
+            whole("rank", self.rank),
+            below_one("dropout", self.dropout),
+            whole("delta_t", self.delta_t),
+            [what for what, right in checks.items() if not right],
+        )
 
     def at(self, path: str) -> Self:
         return replace(

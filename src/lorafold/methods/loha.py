@@ -23,7 +23,7 @@ from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
 from lorafold.core.replay import replayed
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
 from lorafold.ops.hadamard import hadamard
 
@@ -76,8 +76,7 @@ class LoHa(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.rank, int) and self.rank >= 1):
-            raise LorafoldError(f"LoHa: rank: found {self.rank!r}, expected a whole number from 1")
+        refuse(self, whole("rank", self.rank))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoHaDelta:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorafold.core.delta import Additive
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
 
 
@@ -109,16 +109,9 @@ class LoKr(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
-            not (isinstance(self.rank, int) and self.rank >= 1)
-        )
-        if not (self.decompose_factor == -1 or self.decompose_factor >= 1):
-            wrong.append(
-                f"decompose_factor: found {self.decompose_factor!r}, expected a whole number from"
-                " 1, or -1"
-            )
-        if wrong:
-            raise LorafoldError(f"LoKr: {'; '.join(wrong)}")
+        factor = self.decompose_factor
+        told = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
+        refuse(self, whole("rank", self.rank), [] if factor == -1 or factor >= 1 else [told])
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoKrDelta:

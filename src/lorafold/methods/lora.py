@@ -28,6 +28,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, one_of, refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
 from lorafold.ops.svd import best_of_rank
 
@@ -86,18 +87,9 @@ class LoRA(Spec):
         object.__setattr__(
             self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha)
         )
-        ranks = (self.rank, *self.rank_pattern.values())
-        wrong = [
-            f"rank: found {r!r}, expected a whole number from 1"
-            for r in ranks
-            if not (isinstance(r, int) and r >= 1)
-        ]
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
-        if self.init not in get_args(Init):
-            wrong.append(f"init: found {self.init!r}, expected {' or '.join(get_args(Init))}")
-        if wrong:
-            raise LorafoldError(f"LoRA: {'; '.join(wrong)}")
+        ranks = [whole("rank", rank) for rank in (self.rank, *self.rank_pattern.values())]
+        init = one_of("init", self.init, get_args(Init))
+        refuse(self, *ranks, below_one("dropout", self.dropout), init)
 
     @property
     def scale(self) -> float:

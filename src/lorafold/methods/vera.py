@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorafold.core.delta import Delta, LowRank
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, refuse, whole
 from lorafold.methods.parts.start import zeros
 from lorafold.ops.framed import framed
 
@@ -104,13 +104,7 @@ class VeRA(Spec):
     lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
-        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
-            not (isinstance(self.rank, int) and self.rank >= 1)
-        )
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
-        if wrong:
-            raise LorafoldError(f"VeRA: {'; '.join(wrong)}")
+        refuse(self, whole("rank", self.rank), below_one("dropout", self.dropout))
 
     def build(self, layer: Layer) -> VeRADelta:
         return VeRADelta(layer, self.rank, self.d_initial, self.dropout)
