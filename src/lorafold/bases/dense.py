@@ -22,7 +22,7 @@ from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.autocast import autocasting, lowered
-from lorafold.ops.dropout import dropout, keep_scale, shared
+from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
 from lorafold.ops.once import once
@@ -158,7 +158,7 @@ class Matrix(Vectors):
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module), self.site(x)) if p else None
-        return self.biased(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)))
+        return self.biased(low_rank_linear(x, self.read, down, up, drop))
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen:

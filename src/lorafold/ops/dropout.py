@@ -153,12 +153,14 @@ class _Emptied(Function):
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped elements; which these are (see `dropped`); and the version of
-    the input, the checkpointed segment and the readers that they are for.
+    """An input (..., in) with dropped elements; which these are (see `dropped`); the factor that
+    makes up for them; and the version of the input, the checkpointed segment and the readers that
+    they are for.
     """
 
     x: Tensor
     where: Tensor
+    scale: float
     version: int | None
     segment: ReferenceType[Any] | None
     readers: set[int]
@@ -198,7 +200,8 @@ def shared(x: Tensor, p: float, reader: int, site: Site | None = None) -> Droppe
         or reader in found.readers
     ):
         where = dropped(x, p, site)
-        known[p] = found = Dropped(emptied(x.detach(), where), where, version, segment, set())
+        kept, k = emptied(x.detach(), where), keep_scale(p)
+        known[p] = found = Dropped(kept, where, k, version, segment, set())
     found.readers.add(reader)
     return found
 
