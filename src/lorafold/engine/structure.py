@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def slotted(model: Any, operations: Operations) -> Any:
         operations: those that it computes with.
     """
     name = f"{NAME}_{operations.name}"
-    return attending(model, slot_mask, partial(slot_attention, operations), name)
+    return attending(model, slot_mask, slot_attention(operations), name)
 
 
 def run(
