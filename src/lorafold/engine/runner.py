@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lorafold.engine.adapters import Held
 from lorafold.engine.laid import Laid
-from lorafold.engine.operations import Operations
 from lorafold.engine.prefix import Kept
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
+from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import multiplies_bf16, multiplying
@@ -77,35 +77,19 @@ class SlotRunner(Runner):
     Args:
         model: a causal language model inside `structure.slotted`.
         structure: what is known of it.
-        operations: what it computes with.
-        slots: how many requests run at a time.
-        length: the most tokens of a request.
-        chunk: the most tokens of a row in a pass.
-        each: keep all shapes the same.
-        reuse: start rows from what free slots still hold.
-        steady: give passes as many tokens as the processor's products need for the same bits in any
-            company.
+        cache: the slots.
+        settings: the engine's. Where it is fast, passes get as many tokens as the processor's
+            products need for the same bits in any company.
     """
 
     def __init__(
-        self,
-        model: Any,
-        structure: Structure,
-        operations: Operations,
-        slots: int,
-        length: int,
-        chunk: int,
-        each: bool,
-        reuse: bool,
-        steady: bool,
+        self, model: Any, structure: Structure, cache: SlotCache, settings: EngineSettings
     ) -> None:
-        self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
-        self.reuse, self.kept, self.steady = reuse and not each, Kept(), steady
-        self.single = each and structure.routed
-        # padding is written too
-        self.cache = SlotCache(slots, length + chunk, operations, whole=each)
-        self.structure = structure
-        self.products = Products(structure, slots, operations)
+        self.model, self.structure, self.cache, slots = model, structure, cache, cache.slots
+        self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
+        self.reuse, self.kept, self.steady = settings.prefix_reuse, Kept(), settings.fast
+        self.single = self.each and structure.routed
+        self.products = Products(structure, slots, cache.operations)
         self.laid = Laid(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}

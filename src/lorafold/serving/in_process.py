@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorafold.engine import Ended, Engine, Request, Stream, Token
+from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
 from lorafold.engine.adapters import Entry
 from lorafold.machine.room import free_bytes
 from lorafold.serving.backend import LOST, Backend, News, States, Until
@@ -79,13 +79,13 @@ class InProcess(Backend):
         most = settings.limits.tenant_running
         if most is None and settings.keys is not None:
             most = max(1, settings.slots * 3 // 4)
-        self._open = partial(
-            Engine, model, tokenizer, slots=settings.slots, length=settings.length,
+        own = EngineSettings(
+            slots=settings.slots, length=settings.length, budget=settings.prompt_budget,
             adapter_bytes=settings.adapter_bytes or free_bytes(model.device) // 2,
-            budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
-            weights=settings.weights, prefix_reuse=settings.prefix_reuse,
-            allow_other_base=allow_other_base,
+            prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=most,
+            weights=settings.weights, allow_other_base=allow_other_base,
         )  # fmt: skip
+        self._open = partial(Engine, model, tokenizer, own)
         self.engine, self._restarted = self._open(), restarted
         self._late = settings.heartbeat_seconds
         self._lock = threading.Lock()
