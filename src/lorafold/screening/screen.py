@@ -114,4 +114,4 @@ class Screen:
         return path
 
     def _call(self, own: Mapping[str, Any], do: str, **arguments: Any) -> Any:
-        return self._rendering.call(do, SECONDS[do], BYTES[do], **own, **arguments)
+        return self._rendering.call(do, SECONDS[do], BYTES[do], own=own, **arguments)

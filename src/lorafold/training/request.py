@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,13 +159,12 @@ def tokenized(
     if isinstance(rows, Stream):
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
-            rows,
+            partial(rows.rows, buffer=recipe.shuffle_buffer),
             encoder,
             recipe.max_length,
             recipe.batch,
             recipe.total_steps(0),
             recipe.seed,
-            recipe.shuffle_buffer,
         )
         return feed, held_out_data()
     if held_out is None and recipe.eval_fraction:
