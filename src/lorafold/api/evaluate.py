@@ -85,10 +85,10 @@ def evaluate(
         tokenizer,
         rows,
         max_length,
-        generate=completions,
-        max_new_tokens=max_new_tokens,
-        law=law_of_adapters(as_paths(adapters)),
-        console=console,
+        evaluation.EvaluationSettings(
+            completions, max_new_tokens, law_of_adapters(as_paths(adapters))
+        ),
+        console,
     )
 
 

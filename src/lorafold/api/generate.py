@@ -12,6 +12,7 @@ from lorafold.data.messages import tool_problems, tools_of
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
 from lorafold.data.shown import check_able, check_shown
+from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete
 
@@ -82,7 +83,8 @@ def generate(
     )
     asked = [prompts] if isinstance(prompts, str) else prompts
     texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
-    found = complete(loaded, tokenizer, texts, max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    found = complete(loaded, tokenizer, texts, max_new_tokens, sampling)
     return found[0] if isinstance(prompts, str) else found
 
 

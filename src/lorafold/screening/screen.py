@@ -79,8 +79,8 @@ class Screen:
         can't be read or used.
         """
         path = self._copied(contents)
-        own = {"path": str(path), "files": list(contents.names), "digest": contents.named}
-        call, base = partial(self._call, own), self._tokenizer
+        files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
+        call, base = partial(self._call, files), self._tokenizer
         try:
             about = call("open")
             same = (
@@ -113,5 +113,5 @@ class Screen:
                 (path / name).write_bytes(content)
         return path
 
-    def _call(self, own: Mapping[str, Any], do: str, **arguments: Any) -> Any:
-        return self._rendering.call(do, SECONDS[do], BYTES[do], own=own, **arguments)
+    def _call(self, files: Mapping[str, Any], do: str, **arguments: Any) -> Any:
+        return self._rendering.call(do, SECONDS[do], BYTES[do], files=files, **arguments)

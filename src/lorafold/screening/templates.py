@@ -28,7 +28,7 @@ class Files(TypedDict):
     """The files of a tokenizer, and the digest that they have to have, as `Contents` has it."""
 
     path: str
-    files: list[str]
+    names: list[str]
     digest: str
 
 
@@ -43,11 +43,11 @@ class Templates:
         self._words = {number: word for word, number in vocabulary.items()}
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
-    def open(self, own: Files) -> dict[str, Any]:
+    def open(self, files: Files) -> dict[str, Any]:
         """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
         read, or gives a token of the base another number.
         """
-        tokenizer = self._tokenizer(own)
+        tokenizer = self._tokenizer(files)
         vocabulary = tokenizer.get_vocab()
         own = {number: word for word, number in vocabulary.items()}
         for number, word in self._words.items():
@@ -83,7 +83,7 @@ class Templates:
         }
 
     def render(
-        self, own: Files, messages: list[Any], tools: Any, add_generation_prompt: bool,
+        self, files: Files, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
         """A conversation, as the template writes it. Raises as the template does.
@@ -96,7 +96,7 @@ class Templates:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        tokenizer = self._tokenizer(own)
+        tokenizer = self._tokenizer(files)
         special: Any = tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(
             [messages],
@@ -110,24 +110,24 @@ class Templates:
             raise LorafoldError(f"found {len(text):,} letters, expected at most {LETTERS:,}")
         return text
 
-    def tokens(self, own: Files, text: str, special: bool) -> list[int]:
+    def tokens(self, files: Files, text: str, special: bool) -> list[int]:
         """The tokens of a text.
 
         Args:
             special: whether it gets the tokens with which a text begins.
         """
-        tokenizer = self._tokenizer(own)
+        tokenizer = self._tokenizer(files)
         found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         if len(found) > TOKENS:
             raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
 
-    def _tokenizer(self, own: Files) -> Any:
-        digest = own["digest"]
+    def _tokenizer(self, files: Files) -> Any:
+        digest = files["digest"]
         if digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest]
-        contents = Contents(own["path"], own["files"])
+        contents = Contents(files["path"], files["names"])
         contents.check_intact()
         if contents.named != digest:
             raise LorafoldError("the files of its tokenizer changed; load it again")
