@@ -199,7 +199,6 @@ def _by_block(w: Tensor, by: Tensor, codes: Codes, operation: Any) -> Tensor:
     """w (out, in) with the number of its block applied to each element; w may be overwritten.
 
     Args:
-        w: The matrix.
         by: A number for each block, (blocks down, blocks across), or one for the matrix, (1,).
         codes: The size of a block.
         operation: torch.mul or torch.sub.

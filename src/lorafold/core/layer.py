@@ -180,7 +180,6 @@ class Layer(ABC):
             x: the input (..., in).
             down: the down factor (r, in).
             up: the up factor (out, r), with every scale in it.
-            p: the probability of dropout.
         """
         u = self.op(self.drop(x, p), down)
         return F.linear(u, up.to(u.dtype))

@@ -37,7 +37,6 @@ class Batches(Sequence[list[int]]):
             parts: The number of examples, or that of each source with its weight.
             batch: Examples of an optimizer step.
             steps: The number of optimizer steps.
-            seed: The seed of the shuffles.
         """
         self._parts = [Part(parts)] if isinstance(parts, int) else list(parts)
         self._taken = [epoch_size([part]) for part in self._parts]
@@ -103,7 +102,6 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     Args:
         rows: The user's rows.
         fraction: The share of the rows to hold out, from 0 to 1.
-        seed: The seed of the choice.
     """
     rows = Rows.of(rows)
     if not fraction:

@@ -188,7 +188,6 @@ def first_token(encoding: "Encoding", character: int, text: str) -> int:
     Args:
         encoding: Of the text.
         character: Its number, from 0.
-        text: What was tokenized.
     """
     if character >= len(text):
         return len(encoding)
@@ -224,7 +223,6 @@ def tokens_of(
     """(token ids, the character at which each starts).
 
     Args:
-        text: What to tokenize.
         tokenizer: A fast tokenizer.
         at: The number of the text's first character.
     """

@@ -57,7 +57,6 @@ def after_rewriting(prompt: str, after: str, before: str, content: str) -> str |
         prompt: The rendering of the messages before the turn, with the generation prompt.
         after: The rendering up to and including the turn.
         before: The rendering of the messages before the turn, without the generation prompt.
-        content: The turn's content.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None

@@ -214,7 +214,6 @@ def encode_row(
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
 
     Args:
-        row: A checked row.
         tokenizer: A fast tokenizer with a chat template.
         rendering: What of a conversation is trained on.
 

@@ -168,7 +168,6 @@ def encode_labelled(
 
     Args:
         rows: Rows of text and label.
-        tokenizer: The model's tokenizer.
         max_length: Longer rows are cut to this many tokens, at their end.
         classes: The classes; a class's number is its index.
         console: For progress; None is quiet.
@@ -208,7 +207,6 @@ def preview_labelled(
     """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict.
 
     Args:
-        example: The tokenized row.
         tokenizer: The tokenizer that made it.
         classes: The classes, by number.
     """

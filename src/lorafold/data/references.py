@@ -61,7 +61,6 @@ def without_reasoning(text: str, prompt: str, tokenizer: "PreTrainedTokenizerBas
     """A completion without the block of reasoning that it begins with, if it has one.
 
     Args:
-        text: The completion.
         prompt: The prompt that it completes, which may open the block.
         tokenizer: Its chat template says how reasoning is enclosed.
     """
@@ -76,7 +75,6 @@ def reference_of(
     """The prompt of one assistant turn, and the turn.
 
     Args:
-        conversation: Has the turn.
         last: The turn's index, from 1.
         tokenizer: With the chat template.
 

@@ -146,7 +146,6 @@ def hidden(messages: list[Message], index: int, turn: str) -> bool:
     """Whether the turn's text lacks the reasoning that its message has.
 
     Args:
-        messages: The conversation.
         index: The turn's message.
         turn: The turn's text.
     """

@@ -167,7 +167,6 @@ class Rows(Sequence[Row]):
         """What the shapes of the rows give, a key of `Shape.gives` that all have.
 
         Args:
-            what: The key.
             some: Some of the rows, as they follow each other; None takes all.
             first: The index of the first of them.
         """

@@ -131,7 +131,6 @@ class StreamFeed(Feed):
 
         Args:
             rows: All rows without end, in the order of a seed, as `Stream.rows` gives them.
-            encoder: Makes examples of them.
             max_length: Longer examples are cut to this many tokens, at their end.
             batch: Rows of an optimizer step.
             steps: The number of optimizer steps.

@@ -214,7 +214,6 @@ class Reader:
         """An adapter as the engine holds it.
 
         Args:
-            entry: what it is known as.
             deltas: its deltas by module path.
             vocabulary: the size of the vocabulary with its new tokens, or None.
         """

@@ -61,9 +61,6 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
     (B, H, T, D), key (B, Hk, K, D) and value (B, Hk, K, Dv), under a mask (B, 1, T, K) that is
     added to the scores, a boolean one, or none. The general attention computes what has a softcap,
     sinks or a position bias. Nothing trains here, so that nothing is dropped.
-
-    Args:
-        operations: what computes it.
     """
 
     def attention(

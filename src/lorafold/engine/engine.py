@@ -58,7 +58,6 @@ class Engine:
     the model belong to the base, others can be adopted.
 
     Args:
-        model: a causal language model.
         tokenizer: for the texts of events and for stop texts; None: tokens only.
         settings: what it holds, how it computes, and what it refuses.
         changes: settings by name, in place of those.
@@ -121,8 +120,6 @@ class Engine:
         what they have. Raises LorafoldError if it can't be read (if it waits).
 
         Args:
-            name: the name for requests.
-            path: the adapter's directory.
             stack: what is read for it has to be this, where that is known, as `Entry` has it.
             wait: return when it is in memory, or at once.
         """
@@ -139,7 +136,6 @@ class Engine:
         Raises LorafoldError for one that is not there, or is active and belongs to the base.
 
         Args:
-            name: the name for requests.
             on_model: their names on the model, the lowest first.
         """
         only(self.model, *on_model)  # they are there

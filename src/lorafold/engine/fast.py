@@ -43,8 +43,6 @@ def fast(
 
     Args:
         model: the model, frozen, in evaluation mode.
-        structure: what is known of it.
-        laid: the engine's deltas on it.
         operations: those of its norms and rotary embeddings.
         rows: how many rows a pass usually has.
     """
@@ -93,7 +91,6 @@ class Packed:
     computes the outputs of all.
 
     Args:
-        modules: the modules by path.
         laid: the engine's deltas on the model.
         rows: how many rows a pass usually has.
         known: from how many rows on kernels of a shape are steady, which is found out once.

@@ -79,7 +79,6 @@ class Plan:
 
     Args:
         held: the adapter of each of the B rows, or None.
-        slots: the slots of the rows.
         each: compute each row on its own, so that shapes never depend on the others.
     """
 
@@ -169,7 +168,6 @@ class Products:
         Args:
             paths: the modules' paths, at least one of them among the plan's products.
             x: what they read (B, T, in).
-            layers: the modules as layers.
         """
         plan = self.plan
         if plan.each:
@@ -185,10 +183,7 @@ class Products:
         """The output (B, T, out) of a module after those of the plan's deltas that are no products.
 
         Args:
-            path: the module's path.
-            layer: the module as a layer.
             x: its input (B, T, in).
-            y: its output.
         """
         for delta, rows in self.plan.deltas_at(path) if path in self.plan.others else ():
             rows = rows.to(y.device)

@@ -60,8 +60,6 @@ class Residency:
         and then the name is what it was.
 
         Args:
-            name: the name for requests.
-            path: the adapter's directory.
             stack: what is read for it must be this, as `Entry` has it; empty: what there is now.
         """
         if not name:
@@ -82,8 +80,6 @@ class Residency:
         """Make an adapter known without reading it, which a request will.
 
         Args:
-            name: the name for requests.
-            path: the adapter's directory.
             stack: what is read for it must be this, as `Entry` has it.
         """
         with self._lock:

@@ -81,8 +81,6 @@ class Row:
         """Put the last event.
 
         Args:
-            reason: why it ends.
-            message: what failed.
             fault: the same in words that have nothing of the request's texts.
             setting: the setting that it follows from.
         """

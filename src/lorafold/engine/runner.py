@@ -76,8 +76,6 @@ class SlotRunner(Runner):
 
     Args:
         model: a causal language model inside `structure.slotted`.
-        structure: what is known of it.
-        cache: the slots.
         settings: the engine's. Where it is fast, passes get as many tokens as the processor's
             products need for the same bits in any company.
     """

@@ -32,7 +32,6 @@ class SlotCache:
     Args:
         slots: how many requests run at a time.
         length: the tokens that a slot holds.
-        operations: what writes to it.
         whole: always read whole slots, so that shapes never change.
     """
 
@@ -50,7 +49,6 @@ class SlotCache:
         """The keys and the values (slots, Hk, columns, D) of a layer.
 
         Args:
-            layer: the layer's index.
             key, value: what the layer computed, (B, Hk, T, D), for the shapes.
             width: the least number of columns.
         """
@@ -149,8 +147,6 @@ class SlotView(Cache):
         (B, Hk, width, D).
 
         Args:
-            key_states, value_states: what the layer computed.
-            layer_idx: the layer's index.
             *args, **kwargs: what transformers passes to other caches.
         """
         found = []

@@ -24,7 +24,6 @@ class SoloRunner(Runner):
 
     Args:
         model: a causal language model whose generation config is greedy.
-        structure: what is known of it.
     """
 
     slots = 1

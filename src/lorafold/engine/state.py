@@ -25,11 +25,7 @@ Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class State:
-    """One entry: what is in memory, who needs it, and what went wrong with it.
-
-    Args:
-        references: how many need it already.
-    """
+    """One entry: what is in memory, who needs it, and what went wrong with it."""
 
     def __init__(self, references: int = 0) -> None:
         self.held: Held | None = None
@@ -77,7 +73,6 @@ def warm(
 
     Args:
         names: the entries that names stand for now.
-        states: what is known of all.
         strikes: as `State.status` takes them.
     """
     found = [(e, s) for e, s in states.items() if s.held or s.future or s.strikes]

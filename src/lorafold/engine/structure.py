@@ -92,12 +92,7 @@ def structure_of(model: Any) -> Structure:
 
 
 def slotted(model: Any, operations: Operations) -> Any:
-    """A context in which the model's attention takes rows at different positions.
-
-    Args:
-        model: a causal language model.
-        operations: those that it computes with.
-    """
+    """A context in which the model's attention takes rows at different positions."""
     name = f"{NAME}_{operations.name}"
     return attending(model, slot_mask, slot_attention(operations), name)
 

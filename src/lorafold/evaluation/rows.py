@@ -72,7 +72,6 @@ def evaluate(
     Args:
         model: A causal language model or, for rows of text and label, a sequence classifier whose
             config names the classes (`id2label`).
-        tokenizer: The model's.
         rows: Rows of one form. Plain text has no exact match.
         max_length: Longer examples are cut to this many tokens for the loss.
         settings: What is measured beside the loss.

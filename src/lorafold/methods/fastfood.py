@@ -86,7 +86,6 @@ class FastfoodDelta(Dense):
 
         Args:
             first: the adapter's first delta.
-            generator: the random generator of G.
             device: the device of G.
         """
         self._first = (first,)  # in a tuple, so that it is no submodule of every delta

@@ -90,7 +90,6 @@ class VeRA(Spec):
         rank: the rank r of the projections.
         dropout: the probability of dropout on the branch.
         d_initial: the value of d at start.
-        projection_prng_key: the seed of the projections.
         save_projection: save the projections with the adapter, so that its files do not depend on
             torch's random generator.
     """

@@ -109,7 +109,6 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
 
     Args:
         model: A classifier without adapters.
-        spec: The method.
         targets: The recipe's; None takes the method's own.
     """
     heads = set(head_paths(model))

@@ -123,7 +123,6 @@ def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> La
     Args:
         objective: A name in OBJECTIVES, of one that has a law.
         beta: Its beta; None takes the law's own.
-        options: Its other options.
 
     Raises LorafoldError for an option that the law does not have, or a value out of its range.
     """

@@ -123,7 +123,6 @@ class Objective(ABC):
         """The examples of a table that the encoder made, with a report.
 
         Args:
-            table: The tokens.
             rows: What it was made of.
             max_length: Longer examples are cut to this many tokens.
 
@@ -141,7 +140,6 @@ class Objective(ABC):
         """Tokenized rows, with a report.
 
         Args:
-            rows: Rows of the user's data.
             tokenizer: After `set_up`.
             max_length: Longer examples are cut to this many tokens.
             console: For progress; None is quiet.
@@ -220,7 +218,6 @@ class Objective(ABC):
 
         Args:
             model: As `load` gives it.
-            spec: The method.
             targets: The recipe's; None takes the method's own.
         """
         return ()
@@ -242,11 +239,9 @@ class Objective(ABC):
 
         Args:
             loss: As `loss` yields it.
-            feed: The examples to train on.
             held_out: The `Data` to measure on, or None.
             below: What the model before anything is trained depends on besides its tensors, as
                 identities.
-            console: For progress.
         """
         return feed, held_out
 

@@ -249,7 +249,6 @@ def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor
     Args:
         h: the hidden states (n, d).
         targets: the target tokens (n,).
-        head: the frozen head.
     """
     losses: Tensor = _LinearCrossEntropy.apply(h, targets, head)
     return losses

@@ -215,7 +215,6 @@ class Documents:
         with n tokens in front.
 
         Args:
-            batch: the number of sequences.
             device: where the mask is made.
         """
         if self.behind is not None:

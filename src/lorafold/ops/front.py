@@ -22,7 +22,6 @@ def behind(docs: Documents, n: int, batch: int, device: torch.device) -> Documen
     Args:
         docs: the documents, which have no window.
         n: the number of tokens in front.
-        batch: the number of sequences.
         device: where `keys` is made.
     """
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens, device=device)

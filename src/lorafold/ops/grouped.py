@@ -69,12 +69,7 @@ class FrozenMatrices(NamedTuple):
 
 
 def step_of(rows: int, number: int) -> int:
-    """What the sizes of groups are rounded up to: a quarter of their mean, as a power of two.
-
-    Args:
-        rows: the number of rows.
-        number: the number of groups.
-    """
+    """What the sizes of groups are rounded up to: a quarter of their mean, as a power of two."""
     return 1 << max(0, (rows // (4 * number)).bit_length() - 1)
 
 
@@ -87,7 +82,6 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
 
     Args:
         of_row: the group of each row (S,).
-        number: the number of groups.
     """
     step = step_of(len(of_row), number)
     # so many tiles that their number is rarely another: half a tile a group, and a quarter of these

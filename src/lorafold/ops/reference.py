@@ -108,6 +108,5 @@ def gated(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
 
     Args:
         gate, up: the inputs (..., k).
-        act: an elementwise function.
     """
     return act(gate) * up

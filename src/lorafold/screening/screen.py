@@ -45,7 +45,6 @@ class Screen:
 
     Args:
         modules: gives the paths of the base's modules.
-        tokenizer: the base's.
     """
 
     def __init__(self, modules: Callable[[], Sequence[str]], tokenizer: Any) -> None:
@@ -62,7 +61,6 @@ class Screen:
         """What the files of an adapter are. Raises LorafoldError for those that are wrong.
 
         Args:
-            path: its directory.
             config, record: the two of them that are JSON.
             told: the fields of the record that say how to read the rest.
         """

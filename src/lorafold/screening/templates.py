@@ -90,7 +90,6 @@ class Templates:
 
         Args:
             messages: the messages, in the form that the template takes.
-            tools: the tools, or None.
             add_generation_prompt: whether the assistant's next turn is opened.
             variables: further variables of the template.
         """

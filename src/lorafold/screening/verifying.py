@@ -53,7 +53,6 @@ def verified(
 
     Args:
         modules: the paths of the base's modules.
-        path: the adapter's directory.
         files: the files that belong to it; those of its tokenizer are digested and no more.
         config, record: the two among them that are JSON.
         told: the fields of the record that say how to read the rest.

@@ -69,8 +69,6 @@ class Words:
         """The text of tokens, as the library makes it of a tokenizer that has them all.
 
         Args:
-            ids: the tokens.
-            skip_special_tokens: leave special tokens out.
             clean_up_tokenization_spaces: False; the text is left as it is.
         """
         if self._texts.keys().isdisjoint(ids):

@@ -32,8 +32,6 @@ class Admission:
     """Where requests are admitted.
 
     Args:
-        host: computes them.
-        registry: knows the adapters.
         spent: the tokens that tenants were given.
     """
 
@@ -57,10 +55,8 @@ class Admission:
         nothing is computed.
 
         Args:
-            caller: who asks.
             id: the name of the reply.
             since: when the request came, by time.monotonic.
-            asked: what is asked.
         """
         self.check_room(caller.tenant, asked.body.n)
         self.spent.check(caller)

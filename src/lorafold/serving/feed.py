@@ -65,7 +65,6 @@ class Feed:
         """The whole list, then what changes, until the server ends.
 
         Args:
-            caller: who listens.
             admin: tell what is not served too, and why.
         """
         key = (caller.adapters, caller.base, admin)

@@ -33,14 +33,7 @@ WATCH = 0.25  # seconds between two looks at deadlines
 
 
 class Host:
-    """Keeps what is computed.
-
-    Args:
-        backend: computes.
-        registry: puts adapters in quarantine.
-        settings: the limits.
-        metrics: what is counted.
-    """
+    """Keeps what is computed."""
 
     def __init__(
         self, backend: Backend, registry: Registry, settings: Settings, metrics: Metrics
@@ -89,9 +82,6 @@ class Host:
     async def think(self, do: Callable[[], T], tenant: str) -> T:
         """What a function gives that takes its time, computed beside the event loop; of a tenant
         TURNS at a time, so that none waits for more than as many of each other's.
-
-        Args:
-            do: the function.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         self._thinking[tenant] += 1

@@ -62,8 +62,6 @@ class InProcess(Backend):
     """An engine that computes.
 
     Args:
-        model: the base.
-        settings: the limits.
         restarted: called when the engine is about to be opened anew.
         allow_other_base: accept adapters that were trained on another base.
     """

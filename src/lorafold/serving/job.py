@@ -18,7 +18,6 @@ class Job:
     time.monotonic.
 
     Args:
-        request: what is asked.
         adapter: the name of the adapter, or of the base.
         asked: when its request came.
         arrived: set whenever events arrive.

@@ -188,8 +188,6 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     """Add a key to the file, which is made if there is none, and return it: it is kept nowhere.
 
     Args:
-        file: the keys.
-        tenant: whose it is.
         adapters: the names of adapters that it may use, as globs.
         more: what else its entry has.
     """

@@ -65,12 +65,7 @@ class Metrics:
         self.whole = self._seconds("request", "From a request's arrival to its end")
 
     def gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """Show a value as it is when it is asked for.
-
-        Args:
-            about: what it is.
-            value: gives it.
-        """
+        """Show a value as it is when it is asked for."""
         Gauge(f"lorafold_{name}", about, registry=self.registry).set_function(value)
 
     def arrived(self, job: Job, events: Sequence[Token | Ended]) -> None:
@@ -103,8 +98,6 @@ class Metrics:
         """Count a request.
 
         Args:
-            tenant: whose it was.
-            adapter: under which adapter.
             outcome: ok, or the code of a refusal.
         """
         labels = self.label("tenant", tenant), self.label("adapter", adapter)

@@ -62,7 +62,6 @@ class NextTurn(Asked):
     """One turn. Raises Refusal for a conversation that can't have one.
 
     Args:
-        body: the request.
         field: the field that has the messages.
         wishes: variables of the chat template, for one that knows them.
         shorten: whether the oldest messages may be left out.

@@ -40,10 +40,7 @@ class Registry:
 
     Args:
         plain: what the base's own requests run under.
-        directory: the adapters.
         file: what is kept between runs.
-        verifier: verifies adapters.
-        backend: computes under them.
     """
 
     def __init__(

@@ -96,10 +96,6 @@ def serve(
     """Serve until a signal ends it.
 
     Args:
-        base: the model.
-        load: loads it.
-        adapters: the directory of adapters.
-        settings: everything else.
         console: for what the user has to know.
         open_page: open the page in a browser.
 
@@ -127,10 +123,6 @@ def server_of(
 
     Args:
         base: the model, which requests ask for by the last part of its path, or by its name.
-        load: loads it.
-        directory: the adapters.
-        keys: who may call.
-        settings: everything else.
     """
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name

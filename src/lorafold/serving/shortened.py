@@ -19,7 +19,6 @@ def shortened(
     that is not enough.
 
     Args:
-        messages: the conversation.
         fits: whether some of its messages, in their order, are few enough.
     """
     units = _units(messages)

@@ -117,7 +117,6 @@ def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) ->
 
     Args:
         found, expected: The logits (T, V).
-        units: The number of units.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((found - expected).norm() <= allowed * expected.norm())

@@ -85,8 +85,6 @@ def document_scores(
         labels: (B, T), the target of each position, or -100.
         inputs: Keyword arguments of the model, among them input_ids (B, T), padded at the right.
         document: (B, T), the document from 0 to n - 1 that each position belongs to.
-        n: The number of documents.
-        pad_id: The padding token.
     """
     of, ids = document.flatten(), inputs["input_ids"].flatten()
     counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))

@@ -49,7 +49,6 @@ class Loss(nn.Module, ABC):
         """Divide the examples of an optimizer step into micro-batches.
 
         Args:
-            examples: The examples of one step.
             n: The number of micro-batches; there are more if packed ones would exceed `tokens`.
             tokens: The most tokens of a packed sequence.
         """
@@ -73,7 +72,6 @@ class Loss(nn.Module, ABC):
         """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
 
         Args:
-            examples: The examples of the micro-batch.
             rows: Their places in the whole batch of the step.
             inputs: As `collate` gives them.
         """

@@ -207,7 +207,6 @@ class Preferences(Loss):
 
         Args:
             labels, document, lens, inputs: As `tensors` gives them.
-            n: The number of rows.
         """
         with self.over(labels, lens):
             k = int(document.max()) + 1

@@ -88,7 +88,6 @@ def write(translation: Translation, out: str | Path, overwrite: bool = False) ->
 
     Args:
         translation: The recipe and what became of each key.
-        out: The file to write.
         overwrite: Whether a file that exists is replaced.
 
     Raises:

@@ -65,7 +65,6 @@ class Virtual:
 
         Args:
             mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
-            n: the number of virtual tokens.
             x: the input (B, T, d) of the attention.
         """
         if not isinstance(mask, Documents):
@@ -143,7 +142,6 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
 
     Args:
         mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
-        n: the number of virtual tokens.
         x: the input (B, T, d) of the attention.
     """
     if isinstance(mask, Documents):
@@ -199,10 +197,7 @@ class Sender(Opaque):
         Raises LorafoldError if they do not reach the attention of every layer.
 
         Args:
-            run: the decoder's forward.
-            inputs: its arguments by name.
             virtual: keys (1, Hk, n, D) and values (1, Hk, n, Dv) by `layer_idx`, or None.
-            n: the number of virtual tokens.
             seen: a dictionary in which each layer's own keys and values are recorded, or None.
         """
         above: Virtual | None = inputs.get(_KEYWORD)

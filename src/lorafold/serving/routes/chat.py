@@ -33,11 +33,7 @@ def routes(server: Server) -> APIRouter:
 
 
 class Answer(Dialect):
-    """A turn as chat completions have it.
-
-    Args:
-        body: the request.
-    """
+    """A turn as chat completions have it."""
 
     def __init__(self, server: Server, body: Chat) -> None:
         self.turn, self.body = NextTurn(server, body), body

@@ -59,7 +59,6 @@ class Answer(Dialect):
     """A turn as messages have it.
 
     Args:
-        body: the request.
         chat: the same as a chat completion.
     """
 

@@ -55,7 +55,6 @@ class Answer(Dialect):
     """A turn as responses have it.
 
     Args:
-        body: the request.
         chat: the same as a chat completion.
     """
 

@@ -22,7 +22,6 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
     """The schema that a format asks for, None for text. Raises Refusal for any other format.
 
     Args:
-        form: the format.
         field: where it stands.
     """
     kind = form.get("type")
