@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorafold.api.arguments import Paths
 from lorafold.api.opened import at_hand, opened
 from lorafold.data.messages import tool_problems, tools_of
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import check_able, check_shown
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete

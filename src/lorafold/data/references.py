@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.conversations import Conversation
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.reasoning import block_of
-from lorafold.data.shown import check_able, check_shown
 from lorafold.data.trained import Drawing
 from lorafold.errors import LorafoldError
 

@@ -22,9 +22,9 @@ from jinja2.exceptions import TemplateError
 from lorafold.data.continued import after_block, after_rewriting
 from lorafold.data.forms import KNOWN, apply, attempt, form_of, template_of
 from lorafold.data.messages import Message
+from lorafold.data.omissions import check_able, check_shown, hidden
 from lorafold.data.reasoning import block_of
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import check_able, check_shown, hidden
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
