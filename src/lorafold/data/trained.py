@@ -7,9 +7,9 @@
 the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
 `after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
 (drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
-with the prompt, `data.continued` looks for the form that generation has; a turn without one is left
-out and counted. If the template marks its own spans with {% generation %}, what lies outside
-them is not trained on.
+with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
+is left out and counted. If the template marks its own spans with {% generation %}, what lies
+outside them is not trained on.
 """
 
 import re
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from lorafold.data.continued import after_block, after_rewriting
 from lorafold.data.forms import KNOWN, apply, attempt, form_of, template_of
 from lorafold.data.messages import Message
 from lorafold.data.omissions import check_able, check_shown, hidden
+from lorafold.data.prompt_mismatch import after_block, after_rewriting
 from lorafold.data.reasoning import block_of
 from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError
