@@ -1,12 +1,12 @@
 """The encoder of conversations, prompts with completions, and plain text: token ids, and the spans
 of tokens to train on.
 
-A row has one example, or several (`data.trained`). A text is tokenized once. If a token would span
-the border between a prompt and its turn, the turn has an example of its own, which is tokenized in
-two pieces, so that the ids before the turn are the ones that generation sees. To tell, the end of
-the prompt is tokenized alone, from its last added token on: tokenizers split a text at added tokens
-before all else, so what comes before has the same ids in both. That end is mostly the opening of an
-assistant turn, and is tokenized once for all rows.
+A row has one example, or several (`data.trained_spans`). A text is tokenized once. If a token would
+span the border between a prompt and its turn, the turn has an example of its own, which is
+tokenized in two pieces, so that the ids before the turn are the ones that generation sees. To tell,
+the end of the prompt is tokenized alone, from its last added token on: tokenizers split a text at
+added tokens before all else, so what comes before has the same ids in both. That end is mostly the
+opening of an assistant turn, and is tokenized once for all rows.
 """
 
 from bisect import bisect_left

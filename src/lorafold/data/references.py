@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorafold.data.conversations import Conversation
 from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.reasoning import block_of
-from lorafold.data.trained import Drawing
+from lorafold.data.trained_spans import Drawing
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
