@@ -33,11 +33,11 @@ from lorafold.cli import app
 from lorafold.data.calls import parse_calls
 from lorafold.data.conversations import Compared, Conversation
 from lorafold.data.examples import NO_LOSS, encode, encode_row
-from lorafold.data.forms import Form, call, form_of
 from lorafold.data.messages import normalized, tools_of
 from lorafold.data.render import prompts, render
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PAIRS, shape_of
+from lorafold.data.template_forms import Form, call, form_of
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.models.sources import resolve_model

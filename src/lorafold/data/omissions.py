@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import (
+from lorafold.data.messages import Message
+from lorafold.data.shapes import Conversation
+from lorafold.data.template_forms import (
     ASKED,
     KEY,
     KNOWN,
@@ -23,8 +25,6 @@ from lorafold.data.forms import (
     form_of,
     template_of,
 )
-from lorafold.data.messages import Message
-from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:

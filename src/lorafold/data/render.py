@@ -9,12 +9,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import NONE, apply, form_of
 from lorafold.data.messages import Message, Tool
 from lorafold.data.references import references
 from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
+from lorafold.data.template_forms import NONE, apply, form_of
 from lorafold.data.trained_spans import Rendered, Rendering, Trained, render_trained
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from lorafold.data.forms import KNOWN, apply, attempt, form_of, template_of
 from lorafold.data.messages import Message
 from lorafold.data.omissions import check_able, check_shown, hidden
 from lorafold.data.prompt_mismatch import after_block, after_rewriting
 from lorafold.data.reasoning import block_of
 from lorafold.data.shapes import Conversation
+from lorafold.data.template_forms import KNOWN, apply, attempt, form_of, template_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
