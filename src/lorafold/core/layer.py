@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.replay import replayed
+from lorafold.core.recomputing import recomputed
 from lorafold.core.rounding import rounded
 from lorafold.core.scattered import scattered
 from lorafold.errors import LorafoldError
@@ -205,7 +205,7 @@ class Layer(ABC):
             y = add(self.op(x, m), onto)
             return y if b is None else y + self.each(b).to(y.dtype)
 
-        return replayed(run, x, onto)
+        return recomputed(run, x, onto)
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
         """The output (..., out) with values added at some entries of W.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
-from lorafold.core.replay import replayed
+from lorafold.core.recomputing import recomputed
 from lorafold.core.spec import Spec
 from lorafold.methods.parts.options import refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
@@ -49,7 +49,7 @@ class LoHaDelta(Dense):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if not self.small:
             return super().forward(layer, x, onto)
-        small = replayed(partial(self.branch, layer), x)
+        small = recomputed(partial(self.branch, layer), x)
         return layer(x, onto=add(small, onto))
 
     def branch(self, layer: Layer, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def replayed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     """run(*args), a tensor of any shape. `run` draws no random numbers.
 
     Args:
