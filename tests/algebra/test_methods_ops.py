@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.core.scattered import scattered
+from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
 from lorafold.ops.framed import frame, framed
@@ -58,7 +58,7 @@ def test_sparse_linear_has_its_gradients(k: int) -> None:
     assert gradcheck(run, (x, values))
     dense = w.flatten().index_put((at,), values, accumulate=True).view_as(w)
     assert torch.allclose(run(x, values), x @ dense.t())
-    assert gradcheck(lambda w, values: scattered(w, values, at), (wide(16, 24), values))
+    assert gradcheck(lambda w, values: scatter_added(w, values, at), (wide(16, 24), values))
 
 
 @pytest.mark.usefixtures("each_arithmetic")
@@ -77,11 +77,11 @@ def test_a_value_in_16_bits_is_rounded_once_and_the_others_stay() -> None:
     torch.manual_seed(0)
     w, at = torch.randn(64, 64).bfloat16(), positions(64 * 64, 100)
     values = 1e-4 * torch.randn(100)
-    changed = scattered(w, values, at)
+    changed = scatter_added(w, values, at)
     others = w.flatten().index_put((at,), changed.flatten()[at])
     assert torch.equal(changed.flatten(), others)
     assert (changed != w).any()
-    assert torch.equal(scattered(w, torch.zeros(100), at), w)
+    assert torch.equal(scatter_added(w, torch.zeros(100), at), w)
 
 
 def adapted(spec: lf.VeRA) -> tuple[nn.ModuleDict, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lorafold.core.recomputing import recomputed
 from lorafold.core.rounding import rounded
-from lorafold.core.scattered import scattered
+from lorafold.core.scatter_add import scatter_added
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Layer(ABC):
             at: the ascending positions (k,) in the flattened W.
             onto: a tensor (..., out) that is added before a bias, or None.
         """
-        return self.built(x, lambda w: scattered(w, values, at), onto)
+        return self.built(x, lambda w: scatter_added(w, values, at), onto)
 
 
 class Upon(Layer):
