@@ -18,7 +18,7 @@ from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
 from lorafold.ops.framed import frame, framed
 from lorafold.ops.front import behind
-from lorafold.ops.once import once
+from lorafold.ops.memo import once
 from lorafold.ops.sparse import FEW, product_at, sparse_linear
 
 

@@ -25,7 +25,7 @@ from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
-from lorafold.ops.once import once
+from lorafold.ops.memo import once
 from lorafold.ops.scale import scale
 from lorafold.ops.sparse import sparse_linear
 
