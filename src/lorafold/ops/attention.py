@@ -32,8 +32,8 @@ from torch.autograd.function import once_differentiable
 from lorafold.ops.arithmetic import arithmetic, multiplying
 from lorafold.ops.autocast import Exact, lower
 from lorafold.ops.documents import Documents
-from lorafold.ops.kept import kept
 from lorafold.ops.operators import Operation, operator
+from lorafold.ops.selective_checkpoint import kept
 
 # From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
 # than a block's input, while its time grows with their square.
