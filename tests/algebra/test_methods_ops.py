@@ -17,8 +17,8 @@ from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
 from lorafold.ops.framed import frame, framed
-from lorafold.ops.front import behind
 from lorafold.ops.memo import once
+from lorafold.ops.prefixed_documents import prefixed
 from lorafold.ops.sparse import FEW, product_at, sparse_linear
 
 
@@ -182,7 +182,7 @@ def test_documents_behind_tokens_in_front(batch: int, shared: bool) -> None:
     if shared:
         docs = Documents.branching([4, 0], [[3, 5], [6]], cpu)
     tokens = sum(docs.own)
-    fronted = behind(docs, n, batch, cpu)
+    fronted = prefixed(docs, n, batch, cpu)
     mask = docs.dense(batch, cpu)
     seen = fronted.dense(batch, cpu)
     assert seen.shape == (batch, 1, tokens // batch, n + tokens // batch)

@@ -33,7 +33,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.options import one_of, refuse, whole
 from lorafold.ops.documents import Documents
-from lorafold.ops.front import behind
+from lorafold.ops.prefixed_documents import prefixed
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
@@ -146,7 +146,7 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
     """
     if isinstance(mask, Documents):
         if mask.window is None:
-            return behind(mask, n, len(x), x.device)
+            return prefixed(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys

@@ -16,7 +16,7 @@ import torch
 from lorafold.ops.documents import Documents
 
 
-def behind(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
     """The documents behind n tokens each, those at the front of its sequence.
 
     Args:
