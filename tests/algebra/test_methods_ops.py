@@ -16,10 +16,10 @@ from lorafold.bases import layer_of
 from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
-from lorafold.ops.framed import frame, framed
 from lorafold.ops.memo import once
 from lorafold.ops.prefixed_documents import prefixed
 from lorafold.ops.sparse import FEW, product_at, sparse_linear
+from lorafold.ops.two_sided_scaling import scaled_matrix, scaled_product
 
 
 def positions(n: int, k: int) -> Tensor:
@@ -38,10 +38,10 @@ def near(found: Tensor, plain: Tensor, exact: Tensor) -> bool:
 def test_framed_has_its_gradients() -> None:
     torch.manual_seed(0)
     m = torch.randn(7, 4, dtype=torch.float64)
-    assert gradcheck(lambda u, b, d: framed(u, m, b, d), (wide(2, 3, 4), wide(7), wide(4)))
+    assert gradcheck(lambda u, b, d: scaled_product(u, m, b, d), (wide(2, 3, 4), wide(7), wide(4)))
     u, b, d = wide(5, 4), wide(7), wide(4)
-    assert torch.allclose(framed(u, m, b, d), u @ torch.diag(d) @ m.t() @ torch.diag(b))
-    assert torch.allclose(frame(m, b, d), torch.diag(b) @ m @ torch.diag(d))
+    assert torch.allclose(scaled_product(u, m, b, d), u @ torch.diag(d) @ m.t() @ torch.diag(b))
+    assert torch.allclose(scaled_matrix(m, b, d), torch.diag(b) @ m @ torch.diag(d))
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])

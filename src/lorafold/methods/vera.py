@@ -25,7 +25,7 @@ from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.methods.parts.options import below_one, refuse, whole
 from lorafold.methods.parts.start import zeros
-from lorafold.ops.framed import framed
+from lorafold.ops.two_sided_scaling import scaled_product
 
 
 class Projections(nn.Module):
@@ -78,7 +78,7 @@ class VeRADelta(LowRank):
         if dropped or layer.matrices or not layer.takes_vectors:
             return super().forward(layer, x, onto)
         u = layer.op_once(x, self.projections.A)  # the same for all matrices that read x
-        small = framed(u, self.projections.B[: self.shape[0]], self.b, self.d)
+        small = scaled_product(u, self.projections.B[: self.shape[0]], self.b, self.d)
         return layer(x, onto=add(small, onto))
 
 
