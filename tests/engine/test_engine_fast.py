@@ -15,7 +15,7 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
 from lorafold.bases import layer_of
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.fast import Packed, packable
+from lorafold.engine.fast_path import Packed, packable
 from lorafold.engine.laid import Laid
 from lorafold.engine.operations import Operations
 from lorafold.engine.products import Products

@@ -27,7 +27,7 @@ from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
 from lorafold.engine.adapters import Entry, Reader, attached, parts_of
 from lorafold.engine.admission import check
-from lorafold.engine.fast import fast as faster
+from lorafold.engine.fast_path import fast_path
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
 from lorafold.engine.model_state import greedy, taken, untrained
@@ -88,7 +88,7 @@ class Engine:
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
                 if settings.fast:
                     laid = self._runner.laid
-                    stack.enter_context(faster(model, self.structure, laid, operations, slots))
+                    stack.enter_context(fast_path(model, self.structure, laid, operations, slots))
             else:
                 stack.enter_context(greedy(model))
                 self._runner = SoloRunner(model, self.structure)

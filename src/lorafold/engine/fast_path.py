@@ -1,6 +1,6 @@
 """The fast path: the model's own classes with faster parts, recognized by what they compute.
 
-    with fast(model, structure, laid, operations, rows=16): ...
+    with fast_path(model, structure, laid, operations, rows=16): ...
 
 Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices of
 16 bits on a CPU are kept once more in the order that oneDNN's kernel wants, in bf16 where the
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def fast(
+def fast_path(
     model: Any, structure: Structure, laid: Laid, operations: Operations, rows: int
 ) -> Iterator[None]:
     """Replace what can be replaced until the `with` block ends.
