@@ -87,14 +87,14 @@ class Engine:
                 cache = SlotCache(slots, columns, operations, whole=settings.invariant)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
                 if settings.fast:
-                    laid = self._runner.laid
-                    stack.enter_context(fast_path(model, self.structure, laid, operations, slots))
+                    deltas = self._runner.deltas
+                    stack.enter_context(fast_path(model, self.structure, deltas, operations, slots))
             else:
                 stack.enter_context(greedy(model))
                 self._runner = SoloRunner(model, self.structure)
                 settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
-        below = vocabulary(model, parts_of(attached(model, self._runner.laid.base)))
+        below = vocabulary(model, parts_of(attached(model, self._runner.deltas.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
@@ -139,7 +139,7 @@ class Engine:
             on_model: their names on the model, the lowest first.
         """
         only(self.model, *on_model)  # they are there
-        if both := ", ".join(sorted(set(on_model) & set(self._runner.laid.base))):
+        if both := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
                 f"adapter {both}: found it active, so it belongs to the base, expected an engine"
                 " that was opened inside lf.only(model)"
@@ -244,7 +244,7 @@ class Engine:
             for row in list(self._rows.values()):
                 self._loop.end(row, "cancelled")
             self.adapters.close()
-            self._runner.laid.close()
+            self._runner.deltas.close()
 
     def __enter__(self) -> Self:
         return self

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.adapters import Held
-from lorafold.engine.laid import Laid
 from lorafold.engine.prefix import Kept
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
@@ -34,7 +34,7 @@ class Runner(ABC):
     """Abstract: computes the logits of rows."""
 
     slots: int
-    laid: Laid
+    deltas: ActiveDeltas
 
     @abstractmethod
     def admit(self, row: Row) -> None:
@@ -88,7 +88,7 @@ class SlotRunner(Runner):
         self.reuse, self.kept, self.steady = settings.prefix_reuse, Kept(), settings.fast
         self.single = self.each and structure.routed
         self.products = Products(structure, slots, cache.operations)
-        self.laid = Laid(model, self.products)
+        self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}
         self._plan: tuple[Any, Plan] = (None, Plan([], ()))
@@ -105,7 +105,7 @@ class SlotRunner(Runner):
         self.cache.zero(row.slot, n)
         self.kept.slots.pop(row.slot, None)
         if row.held is not None:
-            self.laid.hold(row.held)
+            self.deltas.hold(row.held)
             if not row.held.apart:
                 self.products.place(row.slot, row.held)
             elif row.held not in self._views:
@@ -121,7 +121,7 @@ class SlotRunner(Runner):
         if kept:
             self.kept.keep(row.slot, row.prefix, row.tokens[:kept])
         if row.held is not None:
-            self.laid.drop(row.held)
+            self.deltas.drop(row.held)
             if row.held not in {r.held for r in self.rows if r is not None}:
                 self._views.pop(row.held, None)
         row.slot = -1
@@ -207,7 +207,7 @@ class SlotRunner(Runner):
 
     def _least(self, held: Held | None) -> int:
         """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
-        if not self.steady or (held is None and self.structure.where.keys() <= self.laid.aware):
+        if not self.steady or (held is None and self.structure.where.keys() <= self.deltas.aware):
             return 1
         return self.products.least(self.model.dtype, self.model.device)
 
@@ -229,7 +229,7 @@ class SlotRunner(Runner):
         view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
         lasts = sorted({n - 1 for n in ns})
         keep = torch.tensor(lasts, device=device)
-        context = self.laid.alone(held) if held else self.laid.mixed(self._planned(taken, at))
+        context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken, at))
         ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)

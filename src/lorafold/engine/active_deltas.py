@@ -25,7 +25,7 @@ from lorafold.engine.products import Plan, Products, Site
 OWN = "lorafold-engine"
 
 
-class Laid:
+class ActiveDeltas:
     """The engine's deltas on one model.
 
     Args:
