@@ -97,8 +97,11 @@ class Packed:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], deltas: ActiveDeltas, rows: int, known: dict[Any,
-        int]
+        self,
+        modules: Mapping[str, nn.Module],
+        deltas: ActiveDeltas,
+        rows: int,
+        known: dict[Any, int],
     ) -> None:
         self.modules, self.paths, self.deltas = dict(modules), tuple(modules), deltas
         self.layers = [layer_of(module) for module in modules.values()]

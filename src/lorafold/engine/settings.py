@@ -22,9 +22,8 @@ class EngineSettings:
         chunk: the most tokens of a prompt that are read in one pass.
         budget: the most tokens of prompts that are read in a step.
         adapter_bytes: the most bytes of adapters in memory, or None.
-        fast: replace parts of the model by faster ones that compute the same (`engine.fast_path`);
-        the
-            matrices then take their memory twice.
+        fast: replace parts of the model by faster ones that compute the same, as
+            `engine.fast_path` does; the matrices then take their memory twice.
         beyond: accept a length beyond the positions that the model was made for.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts (experts: one at a time).
