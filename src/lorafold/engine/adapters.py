@@ -1,6 +1,6 @@
 """An adapter's files, verified, and the adapter as the engine holds it.
 
-    entry = Entry("sft", path, Reader(model).identities(path), generation)
+    entry = KnownAdapter("sft", path, Reader(model).identities(path), generation)
     held = Reader(model).read(entry)        # Held: factors of products, and deltas of other kinds
 
 What is read is what was verified: each file is read once, into memory, and its bytes are digested
@@ -43,7 +43,7 @@ RANK = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class KnownAdapter:
     """An adapter that the engine knows: its name, its directory, the identities of what is read
     for it, which are those of the adapters below, the lowest first, and its own, and the number of
     the call that made it known. Others under the same name are another entry. One that is attached
@@ -86,7 +86,7 @@ class Held:
     are all others, by path. If `apart` is set, rows of this adapter can't share a pass with others.
     """
 
-    entry: Entry
+    entry: KnownAdapter
     factors: Mapping[int, Factors]
     products: frozenset[str]
     deltas: Mapping[str, Delta]
@@ -156,7 +156,7 @@ class Reader:
         self.base = ModelWeights(self.shadow)
         self._one = threading.Lock()  # random numbers are the process's
 
-    def read(self, entry: Entry) -> Held:
+    def read(self, entry: KnownAdapter) -> Held:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
         or do not fit the model.
         """
@@ -210,7 +210,9 @@ class Reader:
         return {path: own[0] if len(own) == 1 else Stack(own) for path, own in parts.items()}
 
     @torch.no_grad()
-    def held(self, entry: Entry, deltas: Mapping[str, Delta], vocabulary: int | None) -> Held:
+    def held(
+        self, entry: KnownAdapter, deltas: Mapping[str, Delta], vocabulary: int | None
+    ) -> Held:
         """An adapter as the engine holds it.
 
         Args:

@@ -25,7 +25,7 @@ import torch
 
 from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
-from lorafold.engine.adapters import Entry, Reader, attached, parts_of
+from lorafold.engine.adapters import KnownAdapter, Reader, attached, parts_of
 from lorafold.engine.admission import check
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.grammar import Grammars
@@ -120,14 +120,15 @@ class Engine:
         what they have. Raises LorafoldError if it can't be read (if it waits).
 
         Args:
-            stack: what is read for it has to be this, where that is known, as `Entry` has it.
+            stack: what is read for it has to be this, where that is known, as `KnownAdapter` has
+                it.
             wait: return when it is in memory, or at once.
         """
         future = self.adapters.load(name, path, stack)
         if wait:
             future.result()
 
-    def verify(self, entry: Entry) -> None:
+    def verify(self, entry: KnownAdapter) -> None:
         """Read and check an adapter as `load` does, and keep nothing. Any thread may call it."""
         self._reader.read(entry)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.adapters import Held, KnownAdapter
 from lorafold.engine.prefix import Prefix
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import Allowed, Choice, Sampler
@@ -28,7 +28,7 @@ class Row:
     def __init__(
         self,
         request: Request,
-        entry: Entry | None,
+        entry: KnownAdapter | None,
         tokenizer: PreTrainedTokenizerBase | None,
         allowed: Allowed | None,
         ends: frozenset[int],

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.adapters import Held, KnownAdapter
 from lorafold.errors import LorafoldError
 
 Status = Literal["cold", "loading", "resident", "quarantined"]
@@ -66,7 +66,7 @@ class State:
 
 
 def warm(
-    names: Mapping[str, Entry], states: Mapping[Entry, State], strikes: int
+    names: Mapping[str, KnownAdapter], states: Mapping[KnownAdapter, State], strikes: int
 ) -> dict[str, tuple[Status, int]]:
     """Where the entries are that are not cold, by name, and their bytes in memory. Most of many
     adapters are cold, and nothing is computed for those.
@@ -95,7 +95,7 @@ def evict(states: Iterable[State], nbytes: int) -> int | None:
     return left
 
 
-def balanced(states: Mapping[Entry, State], names: Mapping[str, Entry]) -> None:
+def balanced(states: Mapping[KnownAdapter, State], names: Mapping[str, KnownAdapter]) -> None:
     """Raise AssertionError if the books of these entries do not balance."""
     for entry, state in states.items():
         assert 0 <= state.leases <= state.references, entry

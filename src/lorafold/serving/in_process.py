@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
-from lorafold.engine.adapters import Entry
+from lorafold.engine.adapters import KnownAdapter
 from lorafold.machine.room import free_bytes
 from lorafold.serving.backend import LOST, Backend, News, States, Until
 from lorafold.serving.seen import Found
@@ -136,7 +136,7 @@ class InProcess(Backend):
 
     def load(self, found: Found, until: Until) -> None:
         if until == "checked":
-            self.engine.verify(Entry(found.key, found.path, found.stack, 0))
+            self.engine.verify(KnownAdapter(found.key, found.path, found.stack, 0))
             return
         with self._lock:
             engine, known = self.engine, self._known.get(found.key)
