@@ -1,7 +1,8 @@
 """An adapter's files, verified, and the adapter as the engine holds it.
 
     entry = KnownAdapter("sft", path, Reader(model).identities(path), generation)
-    held = Reader(model).read(entry)        # Held: factors of products, and deltas of other kinds
+    # LoadedAdapter: factors of products, and deltas of other kinds
+    held = Reader(model).read(entry)      
 
 What is read is what was verified: each file is read once, into memory, and its bytes are digested
 and interpreted, with all the checks of `lorafold.adapter.load`. That happens for a shadow of the
@@ -79,7 +80,7 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class LoadedAdapter:
     """An adapter in memory.
 
     `factors` are by the index of the shape, and `products` are the paths that they change. `deltas`
@@ -156,7 +157,7 @@ class Reader:
         self.base = ModelWeights(self.shadow)
         self._one = threading.Lock()  # random numbers are the process's
 
-    def read(self, entry: KnownAdapter) -> Held:
+    def read(self, entry: KnownAdapter) -> LoadedAdapter:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
         or do not fit the model.
         """
@@ -212,7 +213,7 @@ class Reader:
     @torch.no_grad()
     def held(
         self, entry: KnownAdapter, deltas: Mapping[str, Delta], vocabulary: int | None
-    ) -> Held:
+    ) -> LoadedAdapter:
         """An adapter as the engine holds it.
 
         Args:
@@ -233,7 +234,7 @@ class Reader:
         }
         kept = {id(t): t.nbytes for d in others.values() for t in (*d.parameters(), *d.buffers())}
         nbytes = sum(f.down.nbytes + f.up.nbytes for f in factors.values()) + sum(kept.values())
-        return Held(entry, factors, frozenset(pairs), others, apart, vocabulary, nbytes)
+        return LoadedAdapter(entry, factors, frozenset(pairs), others, apart, vocabulary, nbytes)
 
     def _low_rank(self, path: str, delta: Delta) -> tuple[Tensor, Tensor] | None:
         found = delta.factors() if path in self.structure.where else None

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
-from lorafold.engine.adapters import Factors, Held
+from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.operations import Operations
 from lorafold.engine.steady import FEW, plain_products
 from lorafold.engine.structure import Shape, Structure
@@ -83,7 +83,7 @@ class Plan:
     """
 
     def __init__(
-        self, held: Sequence[Held | None], slots: slice | Sequence[int], each: bool = False
+        self, held: Sequence[LoadedAdapter | None], slots: slice | Sequence[int], each: bool = False
     ) -> None:
         self.held = tuple(held)
         self.slots = slots if isinstance(slots, slice) else torch.tensor(slots)
@@ -145,10 +145,10 @@ class Products:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, slots, operations) for shape in structure.shapes]
         self.plan = Plan([], ())
-        self.placed: dict[int, Held] = {}
+        self.placed: dict[int, LoadedAdapter] = {}
         self._least: dict[torch.dtype, int] = {}
 
-    def place(self, slot: int, held: Held) -> None:
+    def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
         assert slot not in self.placed
         self.placed[slot] = held

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lorafold.engine.adapters import Held, KnownAdapter, Reader
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader
 from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
@@ -90,7 +90,7 @@ class Residency:
                 KnownAdapter(name, Path(path), tuple(stack), next(self._generations)), State()
             )
 
-    def adopt(self, name: str, make: Callable[[KnownAdapter], Held]) -> None:
+    def adopt(self, name: str, make: Callable[[KnownAdapter], LoadedAdapter]) -> None:
         """Make an adapter without files known under a name; it stays in memory until `unload`."""
         with self._lock:
             entry, state = KnownAdapter(name, None, (), next(self._generations)), State()
@@ -152,7 +152,7 @@ class Residency:
                 self._blocked.clear()
                 self._forget(entry)
 
-    def lease(self, entry: KnownAdapter) -> Held | None:
+    def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
         """The adapter, kept in memory until `release`; None if it is being read. Raises
         LorafoldError if that failed, there is no room for it, or it is in quarantine.
         """

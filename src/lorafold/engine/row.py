@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorafold.engine.adapters import Held, KnownAdapter
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.prefix import Prefix
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import Allowed, Choice, Sampler
@@ -41,7 +41,7 @@ class Row:
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
         self.cached = 0  # tokens of the prompt that a slot held already
-        self.held: Held | None = None
+        self.held: LoadedAdapter | None = None
         self.slot = -1
         self.state: Any = None  # a cache of its own, where the model has no slots
         self.cancelled = False

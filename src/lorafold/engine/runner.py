@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.active_deltas import ActiveDeltas
-from lorafold.engine.adapters import Held
+from lorafold.engine.adapters import LoadedAdapter
 from lorafold.engine.prefix import Kept
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
@@ -66,7 +66,7 @@ class Runner(ABC):
         return None
 
 
-def together(row: Row) -> Held | None:
+def together(row: Row) -> LoadedAdapter | None:
     """What rows that share a pass have in common: None for all that can be mixed."""
     return row.held if row.held is not None and row.held.apart else None
 
@@ -90,7 +90,7 @@ class SlotRunner(Runner):
         self.products = Products(structure, slots, cache.operations)
         self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
-        self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}
+        self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
         self._plan: tuple[Any, Plan] = (None, Plan([], ()))
 
     def admit(self, row: Row) -> None:
@@ -205,7 +205,7 @@ class SlotRunner(Runner):
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return logits[[index[id(row)] for row in rows]]
 
-    def _least(self, held: Held | None) -> int:
+    def _least(self, held: LoadedAdapter | None) -> int:
         """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
         if not self.steady or (held is None and self.structure.where.keys() <= self.deltas.aware):
             return 1
@@ -213,7 +213,7 @@ class SlotRunner(Runner):
 
     def _pass(
         self,
-        held: Held | None,
+        held: LoadedAdapter | None,
         taken: Sequence[Row | None],
         ns: Sequence[int],
         at: Any,

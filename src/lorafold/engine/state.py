@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafold.engine.adapters import Held, KnownAdapter
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.errors import LorafoldError
 
 Status = Literal["cold", "loading", "resident", "quarantined"]
@@ -28,7 +28,7 @@ class State:
     """One entry: what is in memory, who needs it, and what went wrong with it."""
 
     def __init__(self, references: int = 0) -> None:
-        self.held: Held | None = None
+        self.held: LoadedAdapter | None = None
         self.future: Future[None] | None = None
         self.error: LorafoldError | None = None
         self.references = references
@@ -36,7 +36,7 @@ class State:
         self.reserved = False  # read for a request that has not run yet
         self.sum = self.looked = self.strikes = 0
 
-    def hold(self, held: Held, used: int) -> None:
+    def hold(self, held: LoadedAdapter, used: int) -> None:
         """Keep an adapter that was just read."""
         self.held, self.used, self.looked, self.sum = held, used, used, checksum(held)
         self.vocabulary = held.vocabulary or 0
@@ -119,7 +119,7 @@ def look(states: Iterable[State], now: int) -> bool:
     return intact
 
 
-def checksum(held: Held) -> int:
+def checksum(held: LoadedAdapter) -> int:
     """A sum over the bytes of all tensors."""
     tensors = [t for factors in held.factors.values() for t in (factors.down, factors.up)]
     for delta in held.deltas.values():
