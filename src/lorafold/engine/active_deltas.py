@@ -20,7 +20,7 @@ from lorafold.core.attach import Adapted, lay, lift, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import module_at
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.products import Plan, Products, Site
+from lorafold.engine.products import EngineDelta, Plan, Products
 
 OWN = "lorafold-engine"
 
@@ -52,7 +52,7 @@ class ActiveDeltas:
                     self._lay(path, held.entry.key, delta)
             return
         for path in sorted(held.paths - self._sites):
-            self._lay(path, OWN, Site(self.products, path))
+            self._lay(path, OWN, EngineDelta(self.products, path))
             self._sites.add(path)
 
     def drop(self, held: LoadedAdapter) -> None:

@@ -117,7 +117,7 @@ class Plan:
         return self._by_path[path]
 
 
-class Site(Opaque):
+class EngineDelta(Opaque):
     """The delta that the engine lays on a module: for each row of the pass, that of its adapter."""
 
     def __init__(self, products: Products, path: str) -> None:
