@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.prefix import Kept
+from lorafold.engine.prefix import KeptPrefixes
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
@@ -85,7 +85,7 @@ class SlotRunner(Runner):
     ) -> None:
         self.model, self.structure, self.cache, slots = model, structure, cache, cache.slots
         self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
-        self.reuse, self.kept, self.steady = settings.prefix_reuse, Kept(), settings.fast
+        self.reuse, self.kept, self.steady = settings.prefix_reuse, KeptPrefixes(), settings.fast
         self.single = self.each and structure.routed
         self.products = Products(structure, slots, cache.operations)
         self.deltas = ActiveDeltas(model, self.products)
@@ -141,7 +141,7 @@ class SlotRunner(Runner):
         return self.reuse and together(row) is None
 
     def rebuild(self) -> None:
-        self.kept = Kept()
+        self.kept = KeptPrefixes()
         self.cache = SlotCache(
             self.slots, self.cache.length, self.cache.operations, self.cache.whole
         )
