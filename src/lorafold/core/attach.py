@@ -21,7 +21,7 @@ from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, Over
 from lorafold.core.reading import NAMES
-from lorafold.core.selection import Entry, Loading, Selection
+from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin
 from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError
@@ -266,7 +266,7 @@ class only:
                 f" {', '.join(sorted(carried)) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
-        self._entries: list[Entry] = []
+        self._entries: list[OnlyBlock] = []
 
     def __enter__(self) -> None:
         self._entries.append(self.selection.enter(self.names))
