@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.base import Base, bare
-from lorafold.core.draws import Site, site_of
+from lorafold.core.draws import DrawSite, site_of
 from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
@@ -76,7 +76,7 @@ class Vectors(Base):
     ) -> Tensor:
         return scale(y, g, c, onto)
 
-    def site(self, x: Tensor) -> Site | None:
+    def site(self, x: Tensor) -> DrawSite | None:
         """What dropout of x (..., k) follows from; None where torch's generator gives it."""
         return site_of(self.module, x.shape[:-1].numel())
 

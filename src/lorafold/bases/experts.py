@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafold.bases.expert_matrices import Held, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
-from lorafold.core.draws import Site, site_of, slots
+from lorafold.core.draws import DrawSite, site_of, slots
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import STORED, Matrices, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
@@ -131,7 +131,7 @@ class Experts(Base):
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p, self.site()) if p else x
 
-    def site(self) -> Site | None:
+    def site(self) -> DrawSite | None:
         """What dropout of its rows follows from; None where torch's generator gives it."""
         (tokens, k), at = self.experts, self.at
         if at is None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.core.draws import Site
+from lorafold.core.draws import DrawSite
 from lorafold.ops.operators import operator
 from lorafold.ops.philox import WORD, halves, philox
 
@@ -54,7 +54,7 @@ def threshold(p: float) -> int:
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
-def dropped(x: Tensor, p: float, site: Site | None = None) -> Tensor:
+def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """Draw the elements to drop: their ascending indices (m,), int32, in the flattened x (..., in);
     or a boolean mask in x's shape, True for them.
 
@@ -174,7 +174,7 @@ def running_segment() -> ReferenceType[Any] | None:
     return None if hooks is None else ref(hooks[0])
 
 
-def shared(x: Tensor, p: float, reader: int, site: Site | None = None) -> Dropped:
+def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
     """x with dropped elements, drawn once for all layers that read this tensor: q, k and v, or gate
     and up, which know nothing of each other.
 
@@ -206,7 +206,7 @@ def shared(x: Tensor, p: float, reader: int, site: Site | None = None) -> Droppe
     return found
 
 
-def dropout(x: Tensor, p: float, site: Site | None = None) -> Tensor:
+def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """Dropout of x, of any shape, in its dtype; for the backward the indices are kept and not x.
 
     Raises ValueError for p outside [0, 1).
