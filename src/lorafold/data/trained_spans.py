@@ -68,7 +68,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Turn:
+class TrainedTurn:
     """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
     spans that the template marks, or None if it marks none anywhere.
     """
@@ -104,7 +104,7 @@ class Drawing:
         """The text that the generation of turn i starts from."""
         return apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
 
-    def turn(self, i: int) -> Turn | None:
+    def turn(self, i: int) -> TrainedTurn | None:
         """Turn i as generation would have it, or None where the template has no such form."""
         if i == 0:
             return None  # the first message has no prompt before it
@@ -199,13 +199,13 @@ def render_trained(
     return Trained(tuple(renderings[::-1]) or (Rendered(whole, ()),), left_out, lost)
 
 
-def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> Turn:
+def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> TrainedTurn:
     # whitespace after the token that ends a turn is the template's
-    return Turn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
+    return TrainedTurn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
 
 
 def _spans(
-    turn: Turn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
+    turn: TrainedTurn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Span]:
     """The trained spans of a turn."""
     start, end = turn.start, turn.end
