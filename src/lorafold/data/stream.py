@@ -30,7 +30,7 @@ PEEKED = 100  # rows that are looked at before a run starts
 
 
 @dataclass(frozen=True)
-class Stream:
+class RowStream:
     """Sources that are read row by row, and the names that keys have in them."""
 
     sources: tuple[Source, ...]
@@ -102,13 +102,13 @@ class Stream:
                 yield f"{source.name}: row {numbers[0]}", row, shape
 
 
-def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> Stream:
+def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> RowStream:
     """The stream of one or several sources, as `read_rows` names them.
 
     Raises LorafoldError if the first rows of a source can't be read.
     """
     named = [sources] if isinstance(sources, str) else sources
-    stream = Stream(tuple(map(source_from, named)), columns or {})
+    stream = RowStream(tuple(map(source_from, named)), columns or {})
     stream.ignored()
     return stream
 
