@@ -26,7 +26,7 @@ from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Chosen
 from lorafold.serving.seen import Found
-from lorafold.serving.state_file import Kept, read_kept, write_kept
+from lorafold.serving.state_file import ServerState, read_kept, write_kept
 from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier
 
@@ -48,7 +48,7 @@ class Registry:
     ) -> None:
         self.plain, self.directory, self.file = plain, directory, file
         self.verifier, self.digests, self._backend = verifier, Digests(), backend
-        self.kept: Kept = read_kept(file)
+        self.kept: ServerState = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
         self.wrong: dict[str, str] = {}
