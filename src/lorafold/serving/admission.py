@@ -15,7 +15,7 @@ from functools import partial
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import Request
 from lorafold.serving.host import Host
-from lorafold.serving.job import Job, Reply
+from lorafold.serving.job import CompletionJob, Reply
 from lorafold.serving.keys import Caller
 from lorafold.serving.prompted import Asked, Prompted
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
@@ -86,7 +86,7 @@ class Admission:
             self.check_room(caller.tenant, n - 1)  # it is counted as one that is thought about
             try:
                 for request in self._requests(reply.id, caller.tenant, asked, prompted):
-                    job = Job(request, chosen.name, since, reply.arrived, count)
+                    job = CompletionJob(request, chosen.name, since, reply.arrived, count)
                     self.host.submit(job)
                     reply.jobs.append(job)
                 return prompted

@@ -13,7 +13,7 @@ from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.settings import Limits
 
 
-class Job:
+class CompletionJob:
     """One completion: what was asked of the backend, and what came back so far. All times are by
     time.monotonic.
 
@@ -107,7 +107,7 @@ class Reply:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
         self.prompted: Prompted  # once it is admitted
-        self.jobs: list[Job] = []  # as many for each prompt
+        self.jobs: list[CompletionJob] = []  # as many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
         """Every event with the number of its completion. Raises Refusal for one that fails."""

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 from prometheus_client import Counter as Count
 
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.job import Job
+from lorafold.serving.job import CompletionJob
 
 MOST = 200
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -68,7 +68,7 @@ class Metrics:
         """Show a value as it is when it is asked for."""
         Gauge(f"lorafold_{name}", about, registry=self.registry).set_function(value)
 
-    def arrived(self, job: Job, events: Sequence[Token | Ended]) -> None:
+    def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
         """Count what arrived of a job, after `Job.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
