@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.expert_matrices import Held, held
+from lorafold.bases.expert_matrices import ExpertMatrices, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.draws import DrawSite, site_of, slots
@@ -52,7 +52,7 @@ class Experts(Base):
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
-        self.held: Held = held(module)
+        self.held: ExpertMatrices = held(module)
         self.quantized = self.held.quantized
 
     @classmethod
