@@ -1,8 +1,7 @@
 """An adapter's files, verified, and the adapter as the engine holds it.
 
     entry = KnownAdapter("sft", path, Reader(model).identities(path), generation)
-    # LoadedAdapter: factors of products, and deltas of other kinds
-    held = Reader(model).read(entry)      
+    held = Reader(model).read(entry)        # factors of products, and deltas of other kinds
 
 What is read is what was verified: each file is read once, into memory, and its bytes are digested
 and interpreted, with all the checks of `lorafold.adapter.load`. That happens for a shadow of the

@@ -51,9 +51,8 @@ class Residency:
         self._names: dict[str, KnownAdapter] = {}
         self._states: dict[KnownAdapter, State] = {}
         self._pinned: set[str] = set()
-        self._blocked: set[KnownAdapter] = (
-            set()
-        )  # read in vain: there was no room until something leaves
+        # read in vain: there was no room until something leaves
+        self._blocked: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 

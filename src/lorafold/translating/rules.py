@@ -1,9 +1,10 @@
 """What a table of rules is made of, and how a configuration is read with one.
 
-    Rule        one key of another tool: what becomes of it, and what that tool assumes without it
-    Outcome     taken, taken differently (changed), or left, with recipe fields and a remark
-    TranslatedKey       a key with its value and its outcome
-    Settings    the file's values, and behind them the tool's defaults
+    Rule            one key of another tool: what becomes of it, and what that tool assumes
+                    without it
+    Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
+    TranslatedKey   a key with its value and its outcome
+    Settings        the file's values, and behind them the tool's defaults
 
 Each tool's table stands in a file of its own; `by_rules` reads a configuration with it. A rule's
 reader raises LorafoldError for a value that the other tool would refuse, and for one that lorafold
