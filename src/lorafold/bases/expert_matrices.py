@@ -108,9 +108,7 @@ class Codes(ExpertMatrices):
         return self.compute_dtype or torch.bfloat16
 
     def dense(self) -> Tensor:
-        w = torch.empty(
-            self.number, *self.sides, dtype=self.dtype, device=self.parameter.device
-        )
+        w = torch.empty(self.number, *self.sides, dtype=self.dtype, device=self.parameter.device)
         for e in range(self.number):
             w[e] = self.stored(e)
         return self.turned(w)

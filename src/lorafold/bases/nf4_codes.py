@@ -56,9 +56,7 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return packed[:, None], constants
 
 
-def _quantize(
-    w: Tensor, block: int, kind: str, stored_as: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
     """The operation of bitsandbytes for the CPU: codes and constants of w, of any shape.
 
     Args:

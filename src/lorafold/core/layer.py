@@ -184,7 +184,6 @@ class Layer(ABC):
         u = self.op(self.drop(x, p), down)
         return F.linear(u, up.to(u.dtype))
 
-
     def built(
         self, x: Tensor, build: Callable[[Tensor], Tensor], onto: Tensor | None = None
     ) -> Tensor:

@@ -64,9 +64,7 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def generator_of(
-    seed: int, name: str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """The random generator of one tensor, which does not depend on the file it is stored in.
 
     Args:

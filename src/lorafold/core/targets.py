@@ -52,9 +52,7 @@ def pattern_matches(pattern: str, path: str) -> bool:
 
 
 def match(
-    model: nn.Module,
-    targets: str | Sequence[str] | Matches,
-    is_linear: Callable[[nn.Module], bool],
+    model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: Callable[[nn.Module], bool]
 ) -> Matches:
     """Resolve targets to module paths.
 

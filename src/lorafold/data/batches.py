@@ -58,9 +58,7 @@ class Batches(Sequence[list[int]]):
         if not 0 <= index < self._steps:
             raise IndexError(index)
         size, start = sum(self._taken), index * self._batch
-        return [
-            int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)
-        ]
+        return [int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)]
 
     def _epoch(self, epoch: int) -> Array:
         """The indices of an epoch's examples in the order of training, (size,)."""

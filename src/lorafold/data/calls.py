@@ -102,9 +102,7 @@ def _json(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
     return found, end
 
 
-def _pairs(
-    text: str, at: int, pairs: Pairs, types: dict[str, str]
-) -> tuple[dict[str, Any], int]:
+def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
     found: dict[str, Any] = {}
     opening, ending = (re.escape(quote) for quote in pairs.quotes)

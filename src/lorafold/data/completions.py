@@ -206,9 +206,7 @@ def start_of(encoding: "Encoding", token: int) -> int:
     return characters[0]
 
 
-def in_pieces(
-    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], Spans]:
+def in_pieces(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], Spans]:
     """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
     [border] = rendered.turns
     ids, starts = tokens_of(rendered.text[:border], tokenizer)

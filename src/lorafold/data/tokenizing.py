@@ -131,9 +131,7 @@ def numbered(rows: Iterable[Any]) -> Chunks:
     return ((i * CHUNK, chunk) for i, chunk in enumerate(in_chunks(rows)))
 
 
-def _encoded(
-    rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]
-) -> "pa.RecordBatch":
+def _encoded(rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]) -> "pa.RecordBatch":
     return encoder.encode(rows.given(encoder.takes, chunk, first), first)
 
 

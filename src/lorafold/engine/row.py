@@ -75,9 +75,7 @@ class Row:
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
         return "length" if full else None
 
-    def end(
-        self, reason: Reason, message: str = "", fault: str = "", setting: str = ""
-    ) -> None:
+    def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
         """Put the last event.
 
         Args:

@@ -105,8 +105,6 @@ class Scheduler:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            key: object = (
-                (alone, row.request.id) if self.single or (self.each and alone) else alone
-            )
+            key: object = (alone, row.request.id) if self.single or (self.each and alone) else alone
             groups.setdefault(key, []).append(row)
         return list(groups.values())

@@ -43,9 +43,7 @@ class SlotCache:
         self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, columns, D)
         self.values: dict[int, Tensor] = {}
 
-    def buffers(
-        self, layer: int, key: Tensor, value: Tensor, width: int
-    ) -> tuple[Tensor, Tensor]:
+    def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The keys and the values (slots, Hk, columns, D) of a layer.
 
         Args:

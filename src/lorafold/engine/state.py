@@ -76,9 +76,7 @@ def warm(
         strikes: as `State.status` takes them.
     """
     found = [(e, s) for e, s in states.items() if s.held or s.future or s.strikes]
-    return {
-        e.name: (s.status(strikes), s.nbytes) for e, s in found if names.get(e.name) == e
-    }
+    return {e.name: (s.status(strikes), s.nbytes) for e, s in found if names.get(e.name) == e}
 
 
 def evict(states: Iterable[State], nbytes: int) -> int | None:

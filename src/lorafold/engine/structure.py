@@ -135,9 +135,7 @@ def probe(model: Any) -> Structure:
             with _inputs_seen(model) as seen, slotted(model, Operations()):
                 together = _in_slots(model, prompts).float()
         except Exception as error:
-            return Structure(
-                f"it can't run in slots ({type(error).__name__}: {error})"
-            )
+            return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
     eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
     if not (together - alone).norm() <= eps * alone.norm():
         return Structure("in slots it computes other logits than alone")

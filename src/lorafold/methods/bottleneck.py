@@ -87,6 +87,4 @@ class Bottleneck(Spec):
         return "sublayers" if self.after == "both" else "mlp-sublayers"
 
     def build(self, layer: Layer) -> BottleneckDelta:
-        return BottleneckDelta(
-            output_width(layer.module), self.size, self.activation, layer.device
-        )
+        return BottleneckDelta(output_width(layer.module), self.size, self.activation, layer.device)

@@ -62,9 +62,7 @@ class Classify(Objective):
     def outputs(self) -> int:
         return len(self.classes)
 
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Labels(tokenizer, self.classes)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> LabelledData:

@@ -52,9 +52,7 @@ class Comparing(Objective):
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
 
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PreferredData:

@@ -108,9 +108,7 @@ class Objective(ABC):
         return 0
 
     @abstractmethod
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         """What makes tables of tokens of what the shapes of rows give.
 
         Args:
@@ -227,12 +225,7 @@ class Objective(ABC):
         return {}
 
     def refer(
-        self,
-        loss: Any,
-        feed: Feed,
-        held_out: Any,
-        below: Sequence[str],
-        console: Console,
+        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console
     ) -> tuple[Feed, Any]:
         """The same examples with what the objective has to know of them under the model before
         anything is trained.
@@ -259,9 +252,7 @@ def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, A
 def no_options(asked: Asked) -> None:
     """Raise LorafoldError if options are given for an objective that has none."""
     if given := given_options(asked.beta, asked.options):
-        raise LorafoldError(
-            f"{', '.join(given)}: the objective {asked.name} has no such option"
-        )
+        raise LorafoldError(f"{', '.join(given)}: the objective {asked.name} has no such option")
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:

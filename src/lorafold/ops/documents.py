@@ -199,9 +199,7 @@ class Documents:
             (tile.hi - tile.lo, groups, like.dtype, like.device),
         )
         if key not in self._masks or self._masks[key].shape[1] < columns:
-            widest = (
-                tile.length if self.window is None else min(tile.length, t + self.window - 1)
-            )
+            widest = tile.length if self.window is None else min(tile.length, t + self.window - 1)
             i = torch.arange(widest - t, widest, device=like.device)[:, None]
             j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)

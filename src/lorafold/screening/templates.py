@@ -60,9 +60,7 @@ class Templates:
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
         if (size := sum(len(own[n]) for n in new)) > LONG:
-            raise LorafoldError(
-                f"found new tokens of {size:,} letters, expected at most {LONG:,}"
-            )
+            raise LorafoldError(f"found new tokens of {size:,} letters, expected at most {LONG:,}")
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
         each = texts.values() if isinstance(texts, dict) else (texts,)

@@ -74,11 +74,7 @@ def verified(
         header, widest = _header(contents.files[WEIGHTS])
     about = {name: read.get(record, {}).get(name) for name in told}
     form = json.dumps([read[config], header, about], sort_keys=True)
-    return {
-        "files": contents.entries,
-        "form": sha256(form.encode()).hexdigest(),
-        "widest": widest,
-    }
+    return {"files": contents.entries, "form": sha256(form.encode()).hexdigest(), "widest": widest}
 
 
 def _json(name: str, content: bytes, most: int) -> dict[str, Any]:
@@ -96,9 +92,7 @@ def _json(name: str, content: bytes, most: int) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(
-            content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once
-        )
+        value = json.loads(content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once)
     except ValueError as error:
         raise LorafoldError(f"{name}: not readable as JSON ({error})") from None
     except RecursionError:

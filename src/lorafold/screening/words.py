@@ -22,9 +22,7 @@ class Words:
             LorafoldError unless the numbers follow the base's.
     """
 
-    def __init__(
-        self, base: Any, known: Mapping[int, Any], new: Sequence[Sequence[Any]]
-    ) -> None:
+    def __init__(self, base: Any, known: Mapping[int, Any], new: Sequence[Sequence[Any]]) -> None:
         from transformers import AddedToken
 
         self._base, self._texts = base, {number: text for number, text, _ in new}

@@ -50,8 +50,7 @@ class View:
 
 
 class Feed:
-    """The changes of one server's models.
-    """
+    """The changes of one server's models."""
 
     def __init__(self, server: Server) -> None:
         self._server = server

@@ -105,9 +105,7 @@ class Keys:
         metrics: a file with the key that reads the metrics and nothing else; None: there is none.
     """
 
-    def __init__(
-        self, file: Path | None, admin: Path | None, metrics: Path | None = None
-    ) -> None:
+    def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
         self.file, self._seen, self._keys = file, 0, tuple[Key, ...]()
         if file is not None:
             self._seen, self._keys = _changed(file), read_keys(file).keys

@@ -129,11 +129,7 @@ class Metrics:
         return Count(f"lorafold_{name}", about, labels, registry=self.registry)
 
     def _seconds(
-        self,
-        name: str,
-        about: str,
-        buckets: Sequence[float] = SECONDS,
-        labels: Sequence[str] = (),
+        self, name: str, about: str, buckets: Sequence[float] = SECONDS, labels: Sequence[str] = ()
     ) -> Histogram:
         named = f"lorafold_{name}_seconds"
         return Histogram(named, about, labels, registry=self.registry, buckets=tuple(buckets))

@@ -31,9 +31,7 @@ class Renderer:
         variables: the variables of the template that a caller may set.
     """
 
-    def __init__(
-        self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]
-    ) -> None:
+    def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.shown = tokenizer, ends, Tokens(tokenizer)
         self.variables = variables
 

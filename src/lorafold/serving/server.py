@@ -133,9 +133,7 @@ class Server:
             return self._stream(request, reply, dialect.events(reply))
         return answer(await self._whole(request, reply, dialect.whole(reply)))
 
-    async def _whole(
-        self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]
-    ) -> T:
+    async def _whole(self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]) -> T:
         """What an answer is once it is complete; if the client leaves before, its completions end.
         """
         try:

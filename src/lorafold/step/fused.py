@@ -283,4 +283,3 @@ def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
     except RuntimeError:  # its cos and sin have another size
         agree = False
     return forward if agree else None
-

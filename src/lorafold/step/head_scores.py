@@ -70,12 +70,7 @@ def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
 
 
 def document_scores(
-    model: Any,
-    labels: Tensor,
-    inputs: Mapping[str, Tensor],
-    document: Tensor,
-    n: int,
-    pad_id: int,
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Return the score of each document, in fp32, and the number of its labelled positions: (n,)
     and (n,).

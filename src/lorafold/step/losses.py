@@ -66,6 +66,7 @@ class Loss(nn.Module, ABC):
         unless the loss of an example depends on the others.
         """
         return {}
+
     def names(
         self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
     ) -> Tensor:
@@ -160,5 +161,3 @@ class Classification(Loss):
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
-
-

@@ -38,15 +38,9 @@ class Tool:
 
 
 TOOLS: dict[str, Tool] = {
-    "axolotl": Tool(
-        "axolotl",
-        axolotl.TYPICAL_KEYS,
-        partial(by_rules, axolotl.RULES),
-    ),
+    "axolotl": Tool("axolotl", axolotl.TYPICAL_KEYS, partial(by_rules, axolotl.RULES)),
     "llamafactory": Tool(
-        "LLaMA-Factory",
-        llamafactory.TYPICAL_KEYS,
-        partial(by_rules, llamafactory.RULES),
+        "LLaMA-Factory", llamafactory.TYPICAL_KEYS, partial(by_rules, llamafactory.RULES)
     ),
     "peft": Tool(
         "PEFT",

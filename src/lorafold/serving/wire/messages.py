@@ -148,9 +148,7 @@ def error(refusal: Refusal, id: str) -> dict[str, Any]:
     return {"type": "error", "error": about, "request_id": id}
 
 
-def _turn(
-    role: str, content: Any, where: str, names: dict[str, str]
-) -> Iterator[dict[str, Any]]:
+def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The messages of one turn; `names` has those of the calls so far, by id."""
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
