@@ -42,13 +42,6 @@ class _Forms:
     def document_attention(
         self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        """The output (T, H, Dv) of causal attention in each document, or NotImplemented.
-
-        Args:
-            q: the queries (T, H, D).
-            k: the keys (S, Hk, D).
-            v: the values (S, Hk, Dv).
-        """
         if not self._takes(docs, q, k, v):
             return NotImplemented
         out = q.new_empty(*q.shape[:2], v.shape[-1])
@@ -58,14 +51,6 @@ class _Forms:
     def document_attention_backward(
         self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        """The gradients of q, k and v, or NotImplemented.
-
-        Args:
-            g: the gradient of the output (T, H, Dv).
-            q: the queries (T, H, D).
-            k: the keys (S, Hk, D).
-            v: the values (S, Hk, Dv).
-        """
         if not self._takes(docs, q, k, v, g):
             return NotImplemented
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))

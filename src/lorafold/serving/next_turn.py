@@ -128,6 +128,13 @@ class NextTurn(Asked):
             rest, calls = await asyncio.to_thread(readers[i].finish)
             yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
 
+    async def all_said(self, reply: Reply) -> list[AllSaid]:
+        """All that is said in each completion. Raises Refusal for one that fails."""
+        found = [AllSaid() for _ in reply.jobs]
+        async for said in self.said(reply):
+            found[said.index].take(said)
+        return found
+
     def _grammar(self, renderer: Renderer) -> str | None:
         if self._forced is not None:
             return renderer.call_grammar(self.tools, self._forced)

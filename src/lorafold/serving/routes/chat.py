@@ -41,9 +41,7 @@ class Answer(Dialect):
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        messages = [AllSaid() for _ in reply.jobs]
-        async for said in self.turn.said(reply):
-            messages[said.index].take(said)
+        messages = await self.turn.all_said(reply)
         choices = [self._choice(reply, i, message) for i, message in enumerate(messages)]
         found = self._head(reply, "chat.completion") | {"choices": choices, "usage": reply.usage}
         if self.body.return_token_ids:
