@@ -117,7 +117,6 @@ def engine_of(
     """An engine, and the name under which it knows what is active on the model (None: nothing is).
 
     Args:
-        model: A causal language model, with any adapters.
         tokenizer: The model's, for texts as they come, or None.
         slots: How many requests run at a time.
         length: The most tokens of a request.

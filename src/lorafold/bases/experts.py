@@ -242,7 +242,6 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
     Args:
         self: the module of the experts.
-        hidden: the tokens (T, hidden).
         *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
     """
     own = matrices_of(self)

@@ -63,7 +63,6 @@ def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
     Args:
         names: of the tokens (T,).
         at: of each row its index (S,) in the tokens' experts (T, k).
-        k: the number of a token's experts.
     """
     return names[at // k] + (at % k << SLOT)
 
@@ -75,7 +74,6 @@ def site_of(
     module computes are not the tokens of the batch, as under a head that sees some of them alone.
 
     Args:
-        tokens: how many tokens it computes.
         of: makes of the tokens' names (T,) those of the rows of its input (S,).
     """
     if not isinstance(module, Adapted) or (draws := module.selection.draws) is None:

@@ -78,7 +78,6 @@ def parameter_path(module: nn.Module, path: str, name: str) -> str:
     """The path of a parameter in the model.
 
     Args:
-        path: the site.
         name: the parameter's name, "weight" or "bias".
     """
     if isinstance(module, Matrices):

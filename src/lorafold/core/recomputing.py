@@ -18,7 +18,6 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
     Args:
         run: the function; it may use other tensors as well, whose gradients it gives.
-        *args: its arguments, of any shapes.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*args)

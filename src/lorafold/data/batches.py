@@ -98,7 +98,6 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     than two rows to split.
 
     Args:
-        rows: The user's rows.
         fraction: The share of the rows to hold out, from 0 to 1.
     """
     rows = Rows.of(rows)

@@ -176,7 +176,6 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
     """The examples of a table that `Completions` made.
 
     Args:
-        table: The ids and spans.
         rows: What it was made of.
         max_length: Longer rows are cut to this many tokens, at their end.
 

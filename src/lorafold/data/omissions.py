@@ -147,7 +147,6 @@ def hidden(messages: list[Message], index: int, turn: str) -> bool:
 
     Args:
         index: The turn's message.
-        turn: The turn's text.
     """
     thought = messages[index].get("reasoning_content", "").strip()
     return bool(thought) and thought not in turn

@@ -32,12 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Stacks:
-    """The factors of the adapter in each slot, for the matrices of one shape.
-
-    Args:
-        slots: how many.
-        operations: what multiplies with them.
-    """
+    """The factors of the adapter in each slot, for the matrices of one shape."""
 
     def __init__(self, shape: Shape, slots: int, operations: Operations) -> None:
         self.shape, self.slots, self.operations = shape, slots, operations
@@ -138,7 +133,6 @@ class Products:
     Args:
         structure: what is known of the model.
         slots: how many requests run at a time.
-        operations: what multiplies with them.
     """
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:

@@ -31,7 +31,6 @@ class SlotCache:
 
     Args:
         slots: how many requests run at a time.
-        length: the tokens that a slot holds.
         whole: always read whole slots, so that shapes never change.
     """
 
@@ -72,12 +71,7 @@ class SlotCache:
             buffer[slot, :, after:].zero_()
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of a slot to another one.
-
-        Args:
-            source, target: the slots.
-            tokens: how many tokens are copied.
-        """
+        """Copy the first tokens of a slot to another one."""
         for buffer in self._buffers():
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
@@ -85,7 +79,6 @@ class SlotCache:
         """Exchange the first tokens of two slots.
 
         Args:
-            a, b: the slots.
             tokens: how many tokens the fuller one holds.
         """
         for buffer in self._buffers():

@@ -32,7 +32,6 @@ def gated_parts(gate: Tensor, up: Tensor, out: Tensor) -> tuple[object, ...]:
     copied.
 
     Args:
-        gate, up: the inputs (..., k).
         out: the output, contiguous, of their shape.
     """
     n = out.shape[-1]

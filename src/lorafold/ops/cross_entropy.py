@@ -125,7 +125,6 @@ def head_cross_entropy(
         h: the hidden states (n, d).
         targets: the target tokens (n,).
         head: a function from hidden states (m, d) to logits (m, V).
-        leaves: the trained tensors that the head reads.
         runs: the positions that are computed at a time, as `chunks` gives them.
     """
     loss: Tensor = _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)

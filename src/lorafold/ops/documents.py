@@ -123,7 +123,6 @@ class Documents:
 
         Args:
             x_SHD: what is at the keys.
-            tokens: the number of the documents' own tokens.
         """
         if self.keys is None:
             return x_SHD

@@ -243,8 +243,6 @@ def _summed(parts: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype)
     Args:
         parts: what each tile contributes (n, r, k).
         tiles: the group of each tile (n,).
-        shape: (E, r, k).
-        dtype: of the sums.
     """
     return parts.new_zeros(shape, dtype=dtype).index_add_(0, tiles, parts.to(dtype))
 

@@ -21,7 +21,6 @@ def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Docum
 
     Args:
         docs: the documents, which have no window.
-        n: the number of tokens in front.
         device: where `keys` is made.
     """
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens, device=device)

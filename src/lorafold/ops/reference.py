@@ -71,7 +71,6 @@ def low_rank_linear(
         down: the down factor (r, in).
         up: the up factor (out, r).
         keep: a mask of 0 and 1 in x's shape, or None.
-        scale: the factor of the branch.
     """
     seen = x if keep is None else x * keep
     u = F.linear(seen, down.to(x.dtype))
@@ -104,9 +103,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """act(gate) * up, (..., k).
-
-    Args:
-        gate, up: the inputs (..., k).
-    """
+    """act(gate) * up, (..., k)."""
     return act(gate) * up

@@ -179,11 +179,7 @@ def measure(
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
-    """Print completions before and after training as a table.
-
-    Args:
-        before, after: The evaluations, of the same rows.
-    """
+    """Print completions before and after training as a table."""
     table = Table(
         *(Column(name, overflow="fold") for name in ("prompt", "before", "after")), show_lines=True
     )

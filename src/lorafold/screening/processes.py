@@ -126,7 +126,6 @@ class Processes:
 
     Args:
         base: gives the first message of each.
-        most: how many there may be.
     """
 
     def __init__(self, base: Callable[[], Any], most: int) -> None:

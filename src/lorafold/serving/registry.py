@@ -40,7 +40,6 @@ class Registry:
 
     Args:
         plain: what the base's own requests run under.
-        file: what is kept between runs.
     """
 
     def __init__(

@@ -44,7 +44,6 @@ class Verifier:
 
     Args:
         seen: what was verified before.
-        backend: what they have to fit.
     """
 
     def __init__(

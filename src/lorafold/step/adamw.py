@@ -178,7 +178,6 @@ def described(choice: Choice, groups: list[dict], seed: int) -> str:
     choice, and stochastic rounding if there is any.
 
     Args:
-        choice: The optimizer and why it was chosen.
         seed: The seed of stochastic rounding.
     """
     parameters = trained(groups)

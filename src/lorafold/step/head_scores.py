@@ -39,7 +39,6 @@ def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
     where hidden states are pooled before it.
 
     Args:
-        model: A sequence classifier of transformers.
         inputs: Its keyword arguments, among them input_ids (B, T).
     """
     paths, shape = head_paths(model), inputs["input_ids"].shape

@@ -37,7 +37,6 @@ class Preferences(Loss):
 
     Args:
         model: The model with its adapters, of which the highest trains.
-        law: What is made of the log-probabilities.
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         tokens: The most tokens that are computed at a time where nothing is trained.

@@ -50,7 +50,6 @@ def check_founded(schema: str, field: str) -> None:
     """Raise Refusal for a schema that is its own condition. A large one takes its time.
 
     Args:
-        schema: the schema, as text.
         field: where it stands.
     """
     whole = json.loads(schema)
@@ -66,7 +65,6 @@ def check(schema: str, field: str) -> None:
     """Raise Refusal for a schema that can't be read. A large one takes its time.
 
     Args:
-        schema: the schema, as text.
         field: where it stands.
     """
     from llguidance import LLMatcher
