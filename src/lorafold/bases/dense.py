@@ -36,6 +36,7 @@ def store(module: nn.Module, name: str, value: Tensor) -> None:
 
     Args:
         name: the name of its parameter, "weight" or "bias".
+        value: the new values, of any shape.
     """
     own = bare(module)
     old: Tensor | None = getattr(own, name, None)

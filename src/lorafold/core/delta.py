@@ -186,6 +186,7 @@ def put(delta: Delta, name: str, value: Tensor) -> None:
 
     Args:
         name: the dotted name of the tensor in the delta.
+        value: the new values, of any shape.
     """
     owner, _, leaf = name.rpartition(".")
     module = delta.get_submodule(owner)

@@ -32,6 +32,7 @@ def gated_parts(gate: Tensor, up: Tensor, out: Tensor) -> tuple[object, ...]:
     copied.
 
     Args:
+        gate, up: the inputs (..., k).
         out: the output, contiguous, of their shape.
     """
     n = out.shape[-1]
