@@ -29,7 +29,7 @@ from lorafold.composing.lorahub import BOUND, minimized
 from lorafold.composing.updates import names, read
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.evaluation import evaluate
+from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.opening import Base
@@ -409,7 +409,11 @@ def test_interference_is_what_evaluation_finds(
             for i, adapter in enumerate(adapters):
                 lf.load(model, adapter, f"x{i}")
             alone = evaluate(
-                model, load_tokenizer(llama), read_rows(str(path)), 1024, generate=False
+                model,
+                load_tokenizer(llama),
+                read_rows(str(path)),
+                1024,
+                EvaluationSettings(completions=False),
             )
             assert found[path.name][name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
             assert found[path.name][name]["n"] == 8

@@ -19,7 +19,7 @@ from lorafold.api.merge import merge
 from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import evaluate
+from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.config import declared
@@ -480,7 +480,11 @@ def test_other_methods_train_tokens_too(
     adapter = lf.load(model, tmp_path / "a")
     assert adapter.tokens == dict.fromkeys(("model.embed_tokens", "lm_head"), (300, 301))
     measured = evaluate(
-        model, tokenizer_of(resolve_model(base), [tmp_path / "a"]), ROWS, 64, generate=False
+        model,
+        tokenizer_of(resolve_model(base), [tmp_path / "a"]),
+        ROWS,
+        64,
+        EvaluationSettings(completions=False),
     ).loss
     assert measured < done.losses[0]
 

@@ -23,9 +23,9 @@ from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.core.unfilled import unfilled
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
@@ -170,7 +170,7 @@ def read(
         problems += saved.base_problems(base)
     try:
         tokens, saved = saved.token_rows(model, base)
-        with unfilled(_most(model, saved.weights)):
+        with skip_init(_most(model, saved.weights)):
             built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
         raise LorafoldError(f"{saved}: {'; '.join([*problems, str(e)])}") from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import opened
 from lorafold.conversation import Chat, unique_names
+from lorafold.engine import Sampling
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 
@@ -60,6 +61,5 @@ def chat(
         dict(zip(unique_names(paths), attached, strict=True)),
         system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        sampling=Sampling(temperature=temperature, seed=seed),
     )

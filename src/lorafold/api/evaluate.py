@@ -83,10 +83,8 @@ def evaluate(
         tokenizer,
         rows,
         max_length,
-        generate=completions,
-        max_new_tokens=max_new_tokens,
-        law=law_of_adapters(found),
-        console=console,
+        evaluation.EvaluationSettings(completions, max_new_tokens, law_of_adapters(found)),
+        console,
     )
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import at_hand, opened
 from lorafold.data.messages import tool_problems, tools_of
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import check_able, check_shown
+from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete
 from lorafold.peft.saved import open_all
@@ -79,7 +80,8 @@ def generate(
     loaded, tokenizer = opened(chosen, found, tokenizer, console=console)
     asked = [prompts] if isinstance(prompts, str) else prompts
     texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
-    made = complete(loaded, tokenizer, texts, max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    made = complete(loaded, tokenizer, texts, max_new_tokens, sampling)
     return made[0] if isinstance(prompts, str) else made
 
 

@@ -1,12 +1,12 @@
 """The encoder of conversations, prompts with completions, and plain text: token ids, and the spans
 of tokens to train on.
 
-A row has one example, or several (`data.trained`). A text is tokenized once. If a token would span
-the border between a prompt and its turn, the turn has an example of its own, which is tokenized in
-two pieces, so that the ids before the turn are the ones that generation sees. To tell, the end of
-the prompt is tokenized alone, from its last added token on: tokenizers split a text at added tokens
-before all else, so what comes before has the same ids in both. That end is mostly the opening of an
-assistant turn, and is tokenized once for all rows.
+A row has one example, or several (`data.trained_spans`). A text is tokenized once. If a token would
+span the border between a prompt and its turn, the turn has an example of its own, which is
+tokenized in two pieces, so that the ids before the turn are the ones that generation sees. To tell,
+the end of the prompt is tokenized alone, from its last added token on: tokenizers split a text at
+added tokens before all else, so what comes before has the same ids in both. That end is mostly the
+opening of an assistant turn, and is tokenized once for all rows.
 """
 
 from bisect import bisect_left
@@ -191,7 +191,6 @@ def first_token(encoding: "Encoding", character: int, text: str, spaced: bool = 
     Args:
         encoding: Of the text.
         character: Its number, from 0.
-        text: What was tokenized.
         spaced: A token with the character counts that has nothing but white space before it.
     """
     if character >= len(text):
@@ -213,9 +212,7 @@ def start_of(encoding: "Encoding", token: int) -> int:
     return characters[0]
 
 
-def in_pieces(
-    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], Spans]:
+def in_pieces(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], Spans]:
     """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
     [border] = rendered.turns
     ids, starts = tokens_of(rendered.text[:border], tokenizer)
@@ -236,7 +233,6 @@ def tokens_of(
     """(token ids, the character at which each starts).
 
     Args:
-        text: What to tokenize.
         tokenizer: A fast tokenizer.
         at: The number of the text's first character.
     """

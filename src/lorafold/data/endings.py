@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
-from lorafold.data.forms import (
+from lorafold.data.messages import Message, Tool
+from lorafold.data.template_forms import (
     ASKED,
     KEY,
     KNOWN,
@@ -28,7 +29,6 @@ from lorafold.data.forms import (
     form_of,
     template_of,
 )
-from lorafold.data.messages import Message, Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -176,7 +176,6 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
     """The examples of a table that `Completions` made.
 
     Args:
-        table: The ids and spans.
         rows: What it was made of.
         max_length: Longer rows are cut to this many tokens, at their end.
 
@@ -214,7 +213,6 @@ def encode_row(
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
 
     Args:
-        row: A checked row.
         tokenizer: A fast tokenizer with a chat template.
         rendering: What of a conversation is trained on.
 

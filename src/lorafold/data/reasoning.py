@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lorafold.data.forms import ASKED, KNOWN, Form, attempt, common, form_of, template_of
+from lorafold.data.template_forms import ASKED, KNOWN, Form, attempt, common, form_of, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

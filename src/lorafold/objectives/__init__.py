@@ -92,9 +92,7 @@ OBJECTIVES: dict[str, Declared] = {
     ),
     "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
     "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
-    "reward": Declared(
-        "reward.RewardModel", "score completions", PAIRS, law="Reward", head=True
-    ),
+    "reward": Declared("reward.RewardModel", "score completions", PAIRS, law="Reward", head=True),
 }
 
 

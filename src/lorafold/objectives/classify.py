@@ -64,9 +64,7 @@ class Classify(Objective):
     def outputs(self) -> int:
         return len(self.classes)
 
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Labels(tokenizer, self.classes)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> LabelledData:
@@ -106,7 +104,6 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
 
     Args:
         model: A classifier without adapters.
-        spec: The method.
         targets: The recipe's; None takes the method's own.
     """
     heads = set(head_paths(model))

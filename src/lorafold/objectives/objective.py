@@ -94,9 +94,7 @@ class Objective(ABC):
         return 0
 
     @abstractmethod
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         """What makes tables of tokens of what the shapes of rows give.
 
         Args:
@@ -109,7 +107,6 @@ class Objective(ABC):
         """The examples of a table that the encoder made, with a report.
 
         Args:
-            table: The tokens.
             rows: What it was made of.
             max_length: Longer examples are cut to this many tokens.
 
@@ -127,7 +124,6 @@ class Objective(ABC):
         """Tokenized rows, with a report.
 
         Args:
-            rows: Rows of the user's data.
             tokenizer: After `set_up`.
             max_length: Longer examples are cut to this many tokens.
             console: For progress; None is quiet.
@@ -207,7 +203,6 @@ class Objective(ABC):
 
         Args:
             model: As `load` gives it.
-            spec: The method.
             targets: The recipe's; None takes the method's own.
         """
         return ()
@@ -217,23 +212,16 @@ class Objective(ABC):
         return {}
 
     def refer(
-        self,
-        loss: Any,
-        feed: Feed,
-        held_out: Any,
-        below: Sequence[str],
-        console: Console,
+        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console
     ) -> tuple[Feed, Any]:
         """The same examples with what the objective has to know of them under the model before
         anything is trained.
 
         Args:
             loss: As `loss` yields it.
-            feed: The examples to train on.
             held_out: The `Data` to measure on, or None.
             below: What the model before anything is trained depends on besides its tensors, as
                 identities.
-            console: For progress.
         """
         return feed, held_out
 
@@ -251,9 +239,7 @@ def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, A
 def no_options(asked: Asked) -> None:
     """Raise LorafoldError if options are given for an objective that has none."""
     if given := given_options(asked.beta, asked.options):
-        raise LorafoldError(
-            f"{', '.join(given)}: the objective {asked.name} has no such option"
-        )
+        raise LorafoldError(f"{', '.join(given)}: the objective {asked.name} has no such option")
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:

@@ -75,4 +75,3 @@ class RewardModel(Comparing):
         pairs = Scored(torch.from_numpy(scores), None, torch.from_numpy(tokens))
         found, own = reward_figures(scores, tokens), loss.law.loss(pairs)
         return Measured(float(own.mean()), found.as_json(), f", {found.told}")
-

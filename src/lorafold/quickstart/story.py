@@ -77,8 +77,6 @@ def quickstart(
     `merged/`.
 
     Args:
-        out: The directory to write to.
-        console: For everything that is shown.
         overwrite: Replace what an earlier quickstart wrote to `out`.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
 
@@ -171,10 +169,8 @@ def measure(
     """Evaluate the embedded model.
 
     Args:
-        test_rows: The rows to measure on.
         adapter: A saved adapter to load on it, or None.
         storage: How the base stores its weights.
-        console: For progress and the result.
     """
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
@@ -185,13 +181,7 @@ def measure(
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
-    """Print completions before and after training as a table.
-
-    Args:
-        before, after: The evaluations, of the same rows.
-        console: Where it is printed.
-        shown: How many rows.
-    """
+    """Print completions before and after training as a table."""
     table = Table(
         *(Column(name, overflow="fold") for name in ("prompt", "before", "after")), show_lines=True
     )

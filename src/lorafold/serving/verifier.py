@@ -43,12 +43,7 @@ class Verifier:
     """Verifies the adapters of one server. Any thread may call it.
 
     Args:
-        directory: the adapters.
-        screen: reads what came with them.
-        renderers: opens their tokenizers.
         seen: what was verified before.
-        base: the name of the base.
-        backend: what they have to fit.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.data.stream import Stream, StreamFeed
+from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.identity import of_adapter
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
@@ -43,7 +44,7 @@ class Request:
     base: Base
     out: Path
     recipe: Recipe
-    rows: Sequence[Row] | Stream
+    rows: Sequence[Row] | RowStream
     source: str  # where the rows came from, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
@@ -64,13 +65,13 @@ class Request:
         return (*self.over, *([self.init_adapter] if self.init_adapter else []))
 
     @property
-    def data(self) -> Rows | Stream:
+    def data(self) -> Rows | RowStream:
         """The rows as one of the two that know their identity."""
-        return self.rows if isinstance(self.rows, Stream) else Rows.of(self.rows)
+        return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
     def first_rows(self, n: int) -> Sequence[Row]:
         """The rows that training begins with, if they are streamed, else the first ones."""
-        if not isinstance(self.rows, Stream):
+        if not isinstance(self.rows, RowStream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
         return [row for _, row, _ in islice(rows, n)]
@@ -88,7 +89,7 @@ def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
     not have, and for labels that are not the model's.
     """
     recipe = request.recipe
-    rows = () if isinstance(request.rows, Stream) else request.rows
+    rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
     options = recipe.beta, recipe.objective_options
     asked = Asked(recipe.objective, rows, request.base, saved, *options)
@@ -152,16 +153,15 @@ def tokenized(
         console.print(f"held out: {found.report}", highlight=False)
         return found
 
-    if isinstance(rows, Stream):
+    if isinstance(rows, RowStream):
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
-            rows,
+            partial(rows.rows, buffer=recipe.shuffle_buffer),
             encoder,
             recipe.max_length,
             recipe.batch,
             recipe.total_steps(0),
             recipe.seed,
-            recipe.shuffle_buffer,
         )
         return feed, held_out_data()
     if held_out is None and recipe.eval_fraction:

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import (
+from lorafold.data.messages import Message
+from lorafold.data.shapes import Conversation
+from lorafold.data.template_forms import (
     ASKED,
     KEY,
     KNOWN,
@@ -23,8 +25,6 @@ from lorafold.data.forms import (
     form_of,
     template_of,
 )
-from lorafold.data.messages import Message
-from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def hidden(messages: list[Message], index: int, turn: str) -> bool:
     calls.
 
     Args:
-        messages: The conversation.
         index: The turn's message.
-        turn: The turn's text.
     """
     message = messages[index]
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))

@@ -7,9 +7,9 @@
 the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
 `after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
 (drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
-with the prompt, `data.continued` looks for the form that generation has; a turn without one is left
-out and counted. If the template marks its own spans with {% generation %}, what lies outside
-them is not trained on.
+with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
+is left out and counted. If the template marks its own spans with {% generation %}, what lies
+outside them is not trained on.
 
 A turn ends with a token at which generation stops (`data.endings`). Where the template writes it
 with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from lorafold.data.continued import after_block, after_rewriting
 from lorafold.data.endings import WITH_NEXT, WITH_TURN, ending_of, specials_of, through_special
-from lorafold.data.forms import ASKED, KNOWN, apply, attempt, form_of, template_of
 from lorafold.data.messages import Message
+from lorafold.data.omissions import check_able, check_shown, hidden
+from lorafold.data.prompt_mismatch import after_block, after_rewriting
 from lorafold.data.reasoning import block_of
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import check_able, check_shown, hidden
+from lorafold.data.template_forms import ASKED, KNOWN, apply, attempt, form_of, template_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Turn:
+class TrainedTurn:
     """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
     spans that the template marks, or None if it marks none anywhere.
     """
@@ -117,7 +117,7 @@ class Drawing:
         """The text that the generation of turn i starts from."""
         return apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
 
-    def turn(self, i: int) -> Turn | None:
+    def turn(self, i: int) -> TrainedTurn | None:
         """Turn i as generation would have it, or None where the template has no such form."""
         if i == 0:
             return None  # the first message has no prompt before it
@@ -141,7 +141,7 @@ class Drawing:
             return None
         return _turn(joined, prompt, None if marks is None else ((len(prompt), len(joined)),))
 
-    def ended(self, i: int, turn: Turn) -> Turn:
+    def ended(self, i: int, turn: TrainedTurn) -> TrainedTurn:
         """Turn i with its end."""
         text, ending = turn.text[: turn.end], ending_of(self.tokenizer, self.tools)
         if ending.written == WITH_TURN:
@@ -153,7 +153,7 @@ class Drawing:
             if longer.startswith(text):
                 end = through_special(longer[len(text) :], self.tokenizer) or end
         marks = turn.marks and (*turn.marks, (len(text), len(text) + len(end)))
-        return Turn(text + end, turn.start, len(text) + len(end), marks)
+        return TrainedTurn(text + end, turn.start, len(text) + len(end), marks)
 
     def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
         if not self.marks_own:
@@ -233,13 +233,13 @@ def render_trained(
     return Trained(tuple(renderings[::-1]) or (Rendered(whole, ()),), left_out, lost)
 
 
-def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> Turn:
+def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> TrainedTurn:
     # whitespace after the token that ends a turn is the template's
-    return Turn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
+    return TrainedTurn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
 
 
 def _spans(
-    turn: Turn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
+    turn: TrainedTurn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Span]:
     """The trained spans of a turn."""
     start, end = turn.start, turn.end
