@@ -12,6 +12,7 @@ opening of an assistant turn, and is tokenized once for all rows.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.data.arrow import lists, numbers, texts
 from lorafold.data.render import Rendered, Rendering, render_trained
 from lorafold.data.shapes import CONVERSATIONS, Conversation
+from lorafold.data.template_forms import is_dated
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -177,8 +179,11 @@ class Completions(Encoder):
 
 
 def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What the ids of a text depend on: the tokenizer and its template."""
+    """What the ids of a text depend on: the tokenizer and its template, and the day where that one
+    asks for it.
+    """
     return {
+        "day": date.today().isoformat() if is_dated(tokenizer) else "",
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "template": str(tokenizer.chat_template),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

@@ -66,14 +66,14 @@ def check_able(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase")
     if not conversation.tools and not called:
         return
     template = template_of(tokenizer, conversation.tools)
-    if conversation.tools and not _shows_tools(template, tokenizer):
+    if conversation.tools and not shows_tools(template, tokenizer):
         raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
-    if called and not _shows_calls(template, tokenizer):
+    if called and not shows_calls(template, tokenizer):
         raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
 
 
 @lru_cache(maxsize=KNOWN)
-def _shows_tools(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+def shows_tools(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template shows a probe tool, with a system message or without."""
     form, system = form_of(tokenizer, [PROBE_TOOL]), {"role": "system", "content": VALUE}
     asked = (form.of([ASKED]), form.of([system, ASKED]))
@@ -81,7 +81,7 @@ def _shows_tools(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 @lru_cache(maxsize=KNOWN)
-def _shows_calls(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+def shows_calls(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template shows a probe call, as the last message or in an earlier one."""
     said: list[Message] = [
         {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]},

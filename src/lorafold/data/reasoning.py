@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 THOUGHT, WORD = "probe thought", "probe answer"
 OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation prompt leaves open
 
+CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others have in common
+
 
 @dataclass(frozen=True)
 class Block:
@@ -77,7 +79,7 @@ def _block_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Block:
     prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
     if THOUGHT not in texts[0] or WORD not in texts[0]:
         return usual
-    header = common(*texts, prompt)
+    header = CUT.sub("", common(*texts, prompt))
     # a tag that the prompt leaves open is part of the block
     if opened := OPENED.search(header):
         header = header[: opened.start()]

@@ -5,9 +5,12 @@ content, others with an empty one; some content as text, others as a list of par
 is taken whose rendering has the arguments, and not as Python prints them or quoted twice.
 """
 
+import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 KNOWN = 16  # templates whose form is remembered
+DATE = "strftime_now"  # what transformers gives templates to ask with
+ASKING = re.compile(rf"""{DATE}\(\s*(["'])(.*?)\1\s*\)""")
 NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
 PROBE_TOOL: Tool = {
     "type": "function",
@@ -151,6 +156,29 @@ def attempt(
         return apply(messages, tokenizer, tools, for_generation)
     except LorafoldError:
         return ""
+
+
+def is_dated(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
+    return DATE in str(tokenizer.chat_template)
+
+
+def on_day(tokenizer: "PreTrainedTokenizerBase", day: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer with a chat template that writes one date.
+
+    Args:
+        tokenizer: It stays as it is.
+        day: The date, as 2026-11-28.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        return json.dumps(datetime.fromisoformat(day).strftime(found[2]))
+
+    fixed, template = copy.copy(tokenizer), tokenizer.chat_template
+    named = template if isinstance(template, dict) else {"": template}
+    texts = {name: ASKING.sub(written, text) for name, text in named.items()}
+    fixed.chat_template = texts if isinstance(template, dict) else texts[""]
+    return fixed
 
 
 def form_of(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool] = ()) -> Form:

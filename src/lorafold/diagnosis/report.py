@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,13 @@ class Report:
         return f"{what} marked with ! above; {works}."
 
 
-def diagnose() -> Report:
-    """Look at everything: some ten seconds, most of them for importing each package."""
+def diagnose(model: str = "smollm2", **how: Any) -> Report:
+    """Look at everything: some ten seconds, most of them for importing each package.
+
+    Args:
+        model: Whose chat template is looked at.
+        how: How it is opened, as fields of `opening.base.Base`.
+    """
     packages, extras = looked_at("packages", _packages), looked_at("extras", _extras)
     machine, sentences = _machine()
     return Report(
@@ -67,6 +72,7 @@ def diagnose() -> Report:
             Group("models", "Models and caches", looked_at("models", _storage)),
             Group("training", "Processes that train", looked_at("tuning", _tuning)),
             Group("generating", "Completions on the processor", looked_at("engine", _generating)),
+            Group("template", f"The chat template of {model}", _template(model, how)),
         ),
         sentences,
     )
@@ -111,6 +117,16 @@ def _tuning() -> Iterable[Finding]:
     from lorafold.diagnosis.tuning import findings
 
     return findings()
+
+
+def _template(model: str, how: Mapping[str, Any]) -> tuple[Finding, ...]:
+    def look() -> Iterable[Finding]:
+        from lorafold.diagnosis.template import findings
+        from lorafold.opening.base import Base
+
+        return findings(Base(model, **how))
+
+    return looked_at("template", look)
 
 
 def _generating() -> Iterable[Finding]:

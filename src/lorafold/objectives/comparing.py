@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError
 
+from lorafold.data.account import account_of
 from lorafold.data.branches import Branched, Branches
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.preferred import PreferredData, preferred
@@ -50,7 +51,7 @@ class Comparing(Objective):
         return {field.name: field.default for field in fields(law)}
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return ensure_chat_template(tokenizer)
+        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lorafold.data.account import account_of
 from lorafold.data.completions import Completions
 from lorafold.data.examples import WHOLE, Encoded, Example, encoded, preview
 from lorafold.data.render import Rendering, ensure_chat_template
@@ -27,7 +28,7 @@ class Sft(Objective):
     """Supervised fine-tuning: the next token of completions."""
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return ensure_chat_template(tokenizer)
+        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Completions(tokenizer, rendering)

@@ -107,6 +107,13 @@ class Recipe(BaseModel):
     mask_reasoning: bool = Field(
         False, description="Leave the reasoning of the assistant's turns out of the loss."
     )
+    end_of_turn: Literal["auto", "none"] = Field(
+        "auto",
+        description=(
+            "Where the chat template writes no end with a turn: auto trains the token that opens"
+            " the next message, or the tokenizer's end token; none trains turns without an end."
+        ),
+    )
 
     objective: str = Field(DEFAULT, description=in_words())
     beta: Positive | None = Field(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lorafold.data.account import account_of
 from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
 from lorafold.data.messages import Message, Tool
@@ -73,6 +74,9 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     train = objective.encode(few, tokenizer, request.recipe.max_length, console, rendering)
     console.print(f"the first rows: {train.report}", highlight=False)
     found = list(_shown(request, few, train, objective, tokenizer))
+    told = [] if tokenizer.chat_template is None else account_of(tokenizer).lines
+    for line in told:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for one in found:
         console.rule()
         console.print(one.heading, highlight=False, markup=False, soft_wrap=True)
@@ -82,7 +86,9 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
             console.print(f"  {_said(turn)}", highlight=False, markup=False, soft_wrap=True)
         console.print(one.text)
     if html is not None:
-        body = LEGEND + "".join(map(_section, found))
+        of_template = "".join(f"<li>{markup.escape(line)}</li>" for line in told)
+        body = f"<p>The chat template:</p><ul>{of_template}</ul>" * bool(told)
+        body += LEGEND + "".join(map(_section, found))
         document(f"Preview of {request.source}", body, html, STYLE)
         console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
 

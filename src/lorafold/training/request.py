@@ -79,7 +79,7 @@ class Request:
 
 def rendering_of(recipe: Recipe) -> Rendering:
     """What of a conversation is trained on."""
-    return Rendering(recipe.train_on, recipe.mask_reasoning)
+    return Rendering(recipe.train_on, recipe.mask_reasoning, recipe.end_of_turn)
 
 
 def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:

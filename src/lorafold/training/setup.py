@@ -7,6 +7,7 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
+from lorafold.data.template_forms import is_dated, on_day
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
 from lorafold.memory.before_run import planned, settle
@@ -58,6 +60,7 @@ class Setup:
     feed: Feed
     held_out: Data | None
     accelerator: Accelerator
+    day: str = ""  # what the chat template writes as the date; empty where it asks for none
 
     @property
     def below(self) -> list[str]:
@@ -151,7 +154,13 @@ def set_up(request: Request, console: Console) -> Setup:
     tokenizer, words = tokenizer_for(request, objective, console, saved)
     inherited = request.init_adapter is not None and saved[-1].own_tokenizer
     own = bool(words.ids or recipe.chat_template or recipe.template_kwargs or inherited)
-    feed, held_out = tokenized(request, tokenizer, objective, console)
+    day, dated = "", tokenizer
+    if is_dated(tokenizer):
+        began = RunDirectory(request.out).day if request.resume else ""
+        day = began or date.today().isoformat()
+        dated = on_day(tokenizer, day)
+        console.print(f"the chat template writes the date: {day} throughout this run")
+    feed, held_out = tokenized(request, dated, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
     # the logs of trackers stay when the checkpoints are removed
     logs = str(request.out.with_name(request.out.name + ".logs"))
@@ -164,7 +173,8 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out, accelerator
+        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out,
+        accelerator, day,
     )
 
 

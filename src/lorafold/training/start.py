@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import Adapter
+from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
 from lorafold.evaluation import Measured
@@ -62,7 +63,8 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT]}
+        unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT], "day": setup.day}
+        unnamed |= _ends_before(setup)
         before = Recipe().model_dump(mode="json") | unnamed
         if unknown := run.check(identity, before):
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
@@ -117,9 +119,18 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
         identity["chat_template"] = str(setup.tokenizer.chat_template)
+    if setup.day:
+        identity["day"] = setup.day
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity
+
+
+def _ends_before(setup: Setup) -> dict[str, str]:
+    """How turns ended in runs of earlier versions: as the template writes it, or not at all."""
+    tokenizer, recipe = setup.tokenizer, setup.request.recipe
+    written = tokenizer.chat_template is None or ending_of(tokenizer).written == WITH_TURN
+    return {"end_of_turn": recipe.end_of_turn if written else "none"}
 
 
 def sample_losses(

@@ -1,0 +1,158 @@
+"""What a chat template does unseen is said: what it leaves out of a turn, what it writes by itself,
+the date that it asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conversation_cases import WEATHER
+from families import embedded
+from families import tokenizer_of as family
+from lorafold.data.account import account_of
+from lorafold.data.completions import identity_of
+from lorafold.data.examples import encode, encode_row
+from lorafold.data.template_forms import on_day
+from lorafold.diagnosis.template import findings
+from lorafold.errors import LorafoldError
+from lorafold.opening.base import Base
+from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.setup import set_up
+from template_cases import CASES, tokenizer_of
+from training_cases import quiet, request
+
+ASKED = {"role": "user", "content": "Rome and Oslo?"}
+RESULT = {"role": "tool", "content": "Oslo: 3", "tool_call_id": "call0002"}
+
+
+def call(city: str, number: int = 1, name: str = "get_weather") -> dict[str, Any]:
+    function = {"name": name, "arguments": {"city": city}}
+    return {"id": f"call000{number}", "type": "function", "function": function}
+
+
+def template(shown: str) -> Any:
+    """A tokenizer whose template shows of a turn with calls what the expression gives."""
+    made = copy.deepcopy(embedded())
+    made.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.tool_calls %}" + shown + "{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return made
+
+
+FIRST = "{{ m.tool_calls[0].function | tojson }}"
+EACH = "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+BY_ID = "{% for c in m.tool_calls %}{{ c.id + (c.function.arguments | tojson) }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "part"),
+    [(FIRST, r"messages\[1\].tool_calls\[1\]: its name"), (BY_ID, "does not show calls")],
+)
+def test_what_is_lost_of_a_call_is_not_found_in_another_turn(shown: str, part: str) -> None:
+    """The result and the answer have the name and the town that the second call lacks."""
+    calls = [call("Rome"), call("Oslo", 2)]
+    row = {
+        "messages": [
+            ASKED, {"role": "assistant", "content": None, "tool_calls": calls}, RESULT,
+            {"role": "assistant", "content": "get_weather says Oslo has 3 degrees in the city."},
+        ],
+        "tools": [WEATHER],
+    }  # fmt: skip
+    with pytest.raises(LorafoldError, match=part):
+        encode_row(row, template(shown))
+    encode_row(row, template(EACH))
+
+
+def test_what_is_said_beside_a_call_is_counted_where_it_is_left_out() -> None:
+    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [call("Oslo", 2)]}
+    said = {"role": "assistant", "content": "Let me look. It has 3."}
+    row = {"messages": [ASKED, turn, RESULT, said], "tools": [WEATHER]}
+    assert encode([row], template(EACH), 512).report.reasoning_hidden == 1
+    assert encode([row], template("{{ m.content }}" + EACH), 512).report.reasoning_hidden == 0
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "parts"),
+    [
+        (lambda: family("qwen3"), ["a turn ends with <|im_end|>"]),
+        (lambda: family("deepseek_r1_distill"), ["opens a block of reasoning (<think>)"]),
+        (lambda: family("qwen3_5_nothink"), ["has an empty block of reasoning (<think></think>)"]),
+        (lambda: family("qwen2_5"), ["without a system message it writes 'You are Qwen"]),
+        (lambda: family("llama3"), ["does not show tools, calls, reasoning"]),
+        (lambda: family("llama3_1"), ["what is said beside a call", "a second call"]),
+        (lambda: tokenizer_of(CASES["glm"]), ["<|user|>, which it writes before the next"]),
+        (lambda: tokenizer_of(CASES["minicpm"]), ["ends no turn: <|im_end|> is trained after"]),
+    ],
+)
+def test_one_line_says_what_a_template_does(tokenizer: Any, parts: list[str]) -> None:
+    line = account_of(tokenizer()).line
+    print(line)
+    assert "\n" not in line
+    assert all(part in line for part in parts), line
+
+
+DATED = (
+    "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' +"
+    " m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> None:
+    tokenizer = copy.deepcopy(embedded())
+    assert identity_of(tokenizer)["day"] == ""
+    tokenizer.chat_template = DATED
+    assert "it writes the date of the day" in account_of(tokenizer).line
+    row = {"prompt": "How?", "completion": "So."}
+    fixed = on_day(tokenizer, "2024-02-03")
+    [[example], _] = encode_row(row, fixed)
+    assert tokenizer.decode(example.ids).startswith("03 February 2024")
+    assert identity_of(fixed)["day"] == ""
+    [[example], _] = encode_row(row, tokenizer)
+    assert tokenizer.decode(example.ids).startswith(date.today().strftime("%d %B %Y"))
+    assert identity_of(tokenizer)["day"] == date.today().isoformat()
+
+
+class Day(date):
+    """A day long ago."""
+
+    @classmethod
+    def today(cls) -> date:
+        return date(2024, 2, 3)
+
+
+def test_a_run_keeps_the_day_on_which_it_began(
+    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, model = tmp_path / "dated.jinja", tiny_model_dir("llama")
+    file.write_text(DATED)
+    recipe: dict[str, Any] = {"chat_template": str(file)}
+
+
+    monkeypatch.setattr("lorafold.training.setup.date", Day)
+    setup = set_up(request(model, tmp_path / "a", **recipe), quiet())
+    began = RunDirectory(tmp_path / "a")
+    began.start({"day": setup.day})
+    monkeypatch.setattr("lorafold.training.setup.date", date)
+    again = set_up(request(model, tmp_path / "a", resume=True, **recipe), quiet())
+    assert setup.day == again.day == "2024-02-03"
+    for run in (setup, again):
+        example = next(iter(run.feed.after(0)))[0]
+        assert run.tokenizer.decode(example.ids).startswith("03 February 2024")
+    other = set_up(request(model, tmp_path / "b", **recipe), quiet())
+    assert other.day == date.today().isoformat()
+
+
+def test_doctor_says_it_of_a_model() -> None:
+    [found] = findings(Base("smollm2"))
+    assert "a turn ends with <|im_end|>; without a system message it writes" in found.text
+    assert found.as_json()["end"] == "<|im_end|>"
