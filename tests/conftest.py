@@ -174,11 +174,9 @@ def tiny_model_dir(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_dir):
     """A fresh fp32 copy, on every call, of the tiny random model of a kind."""
-    import torch
+    from fresh_models import fresh_model
 
-    from lorafold.models.loading import load_model
-
-    return lambda kind: load_model(tiny_model_dir(kind), torch.float32)
+    return lambda kind: fresh_model(tiny_model_dir(kind))
 
 
 @pytest.fixture(params=["plain", "native"])

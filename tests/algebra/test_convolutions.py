@@ -30,6 +30,7 @@ from transformers import WhisperForConditionalGeneration as Whisper
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
+from fresh_models import fresh_model
 from lorafold.bases import is_linear, layer_of
 from lorafold.bases.convolution import Convolution
 from lorafold.core.combine import Bank, PerExample, Slots
@@ -546,7 +547,7 @@ def mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_mamba(base: Path, out: Path, spec: Spec, seed: int = 0) -> torch.Tensor:
     """Save an adapter of the convolutions, and return the logits of the model with it."""
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     torch.manual_seed(seed)
     adapter = lf.attach(model, spec, ["conv1d"])
     move(adapter.parameters())

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
-from training_cases import KILLED, ROWS, quiet, request
+from training_cases import ROWS, killed, quiet, request, train_until_killed
 
 
 @pytest.mark.few(2)
@@ -32,7 +33,7 @@ def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_pat
     assert result.losses[-1] < result.losses[0] - 0.15
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["losses"] == result.losses
     assert not (tmp_path / "a.run").exists()
-    model = load_model(tiny_model_dir(kind), torch.float32)
+    model = fresh_model(tiny_model_dir(kind))
     lf.load(model, tmp_path / "a")
 
 
@@ -63,15 +64,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     # of rank 64, some factors have 8-bit state
     fields = {"steps": 20, "save_every": 5, "rank": 64, "optimizer": optimizer}
     straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", **fields), quiet())
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(tiny_model_dir("llama")),
-        str(tmp_path / "killed"),
-        json.dumps(fields),
-    ]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    killed(train_until_killed, tiny_model_dir("llama"), tmp_path / "killed", fields)
     assert not (tmp_path / "killed").exists()
     resumed = train(
         request(tiny_model_dir("llama"), tmp_path / "killed", resume=True, **fields), quiet()
@@ -233,7 +226,7 @@ def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Pat
     record = json.loads((tmp_path / "c" / "lorafold.json").read_text())
     best = min(record["evals"], key=record["evals"].get)
     assert int(best) < 10
-    model = load_model(tiny_model_dir("llama"), torch.float32)
+    model = fresh_model(tiny_model_dir("llama"))
     lf.load(model, tmp_path / "c.best")
     assert worse.eval_loss > record["evals"][best]
 
