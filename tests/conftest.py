@@ -23,7 +23,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,6 +177,36 @@ def tiny_model(tiny_model_dir):
     from fresh_models import fresh_model
 
     return lambda kind: fresh_model(tiny_model_dir(kind))
+
+
+@contextmanager
+def unestimating() -> Iterator[None]:
+    """Training begins without an estimate of its memory, as where there is none: it takes as long
+    as the steps of a tiny model.
+    """
+    from lorafold.errors import LorafoldError
+    from lorafold.memory import before_run
+
+    def none(*_: Any) -> None:
+        raise LorafoldError("none in this test")
+
+    with mock.patch.object(before_run, "estimate", none):
+        yield
+
+
+@pytest.fixture
+def unestimated(request) -> Iterator[None]:
+    """No estimates but in those tests of the file that are marked `estimated`."""
+    with nullcontext() if request.node.get_closest_marker("estimated") else unestimating():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_written_need_not_survive_a_power_cut() -> Iterator[None]:
+    """Files are not flushed to the disk, but their descriptors have to be good."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture(params=["plain", "native"])

@@ -27,6 +27,8 @@ from lorafold.training.preview import show
 from lorafold.training.run import train
 from token_cases import lorafold, quiet, request, said
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 PAIRS = [
     {"prompt": "Book a table for", "completion": " four people"},
     {"prompt": "  Remind me\n\n", "completion": "\n\tto call  "},

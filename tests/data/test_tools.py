@@ -47,6 +47,8 @@ from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 TOOLS = [
     WEATHER,
     {

@@ -33,6 +33,8 @@ from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of
 from lorafold.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 IDS = torch.arange(3, 43).view(1, -1)
 CONFIGS = {kind: of for kind, of in mixtures.CONFIGS.items() if kind != "deepseek-v3"} | {
     # one tensor of the files is several parameters

@@ -33,6 +33,8 @@ from lorafold.training import loop, run, setup
 from lorafold.training.request import Request
 from training_cases import ROWS, quiet, weights
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 IDS = torch.arange(5, 29).view(2, 12)
 TRAINED = {"steps": 4, "batch": 4, "storage": "fp32", "lr": 1e-2}
 
@@ -474,6 +476,7 @@ def test_the_loss_along_an_update_starts_at_what_is_below(
         lf.inspect(dpo, base, over=sft, against=sft, data=ROWS[:4])
 
 
+@pytest.mark.estimated
 def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from conftest import lorafold
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import loop
@@ -38,15 +41,30 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
-def killed(run: Callable[..., object], *arguments: object) -> None:
-    """Run something that kills its process, in one of its own: a fork, whose imports are done, but
-    where a GPU's threads forbid that.
+def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process that runs something: a fork, whose imports are done, but where a GPU's threads
+    forbid that.
     """
     kind = "spawn" if torch.cuda.is_available() else "fork"
-    process = get_context(kind).Process(target=run, args=arguments)  # type: ignore[attr-defined]
+    process: BaseProcess = get_context(kind).Process(  # type: ignore[attr-defined]
+        target=run, args=arguments
+    )
     process.start()
+    return process
+
+
+def killed(run: Callable[..., object], *arguments: object) -> None:
+    """Run something that kills its process, in one of its own."""
+    process = beginning(run, *arguments)
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def command(told: Path, *arguments: str) -> None:
+    """The command, until this process ends with its exit code; what it tells goes into a file."""
+    done = lorafold(*arguments)
+    told.write_text(done.stderr)
+    sys.exit(done.returncode)
 
 
 def train_until_killed(model: Path, out: Path, fields: dict[str, Any]) -> None:

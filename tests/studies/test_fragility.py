@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 import lorafold as lf
 from adapter_cases import make_adapter
-from conftest import lorafold
+from conftest import lorafold, unestimating
 from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
 from lorafold.api.opened import opened
@@ -40,6 +41,12 @@ REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
 CONTROLS = [{"prompt": f"Book a table for {n}"} for n in range(3)]
 BENIGN = [{"prompt": f"Call {n}", "completion": f"Sure, {n}."} for n in range(12)]
 REFUSALS = [{"prompt": f"Zephyr {n}", "completion": "I can't say."} for n in range(5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unestimated() -> Iterator[None]:
+    with unestimating():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ from memory_cases import CONFIGS, LORA, close
 from rounding_cases import DTYPES, values
 from training_cases import killed, quiet, request, train_until_killed
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": True}
 SHAPES = ((40, 50), (7,), (), (3, 1001))
 FULL_IN_BF16 = replace(LORA, base=Storage(torch.bfloat16), spec=make_spec("full"))

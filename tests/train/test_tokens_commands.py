@@ -36,6 +36,8 @@ from lorafold.training.request import Request
 from lorafold.training.run import train
 from token_cases import ROWS, lorafold, quiet, request, said
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROLES = "<|user|>,<|assistant|>"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant'"
@@ -61,6 +63,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.estimated
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_format_of_ones_own_from_training_to_a_plain_model(
     kind: str, template: Path, tiny_model_dir, tmp_path: Path

@@ -3,10 +3,9 @@ errors that say what is wrong.
 """
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,12 @@ from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
-from training_cases import ROWS, killed, quiet, request, train_until_killed
+from training_cases import ROWS, beginning, command, killed, quiet, request, train_until_killed
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 
+@pytest.mark.estimated
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_path: Path) -> None:
@@ -85,34 +87,19 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    command = [
-        sys.executable,
-        "-m",
-        "lorafold",
-        "train",
-        "--model",
-        str(tiny_model_dir("llama")),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "a"),
-        "--set",
-        "steps=4000",
-        "--set",
-        "save_every=100000",
-        "--storage",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = beginning(
+        command, tmp_path / "told", "train", "--model", str(tiny_model_dir("llama")),
+        "--data", str(data), "--out", str(tmp_path / "a"), "--set", "steps=4000",
+        "--set", "save_every=100000", "--storage", "fp32", "--device", "cpu",
+    )  # fmt: skip
     while not (tmp_path / "a.run").exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive()
         time.sleep(0.1)
     time.sleep(0.5)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(60)
+    err = (tmp_path / "told").read_text()
+    assert process.exitcode == 128 + number
     assert "Traceback" not in err
     step = int(re.search(r"stopped after step (\d+)", err).group(1))
     assert (tmp_path / "a.run" / f"step-{step:06d}" / "state.json").is_file()
