@@ -13,6 +13,8 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from serving_cases import running, saved
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(8)]
 REFUSED = "not the base it was trained on"
 

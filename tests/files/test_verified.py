@@ -36,6 +36,8 @@ from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.opening import Base
 from lorafold.training.checkpoint import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 WEIGHTS = "adapter_model.safetensors"
 BITS = 40
 

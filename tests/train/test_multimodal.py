@@ -20,6 +20,8 @@ from conftest import Done, lorafold, make_tokenizer
 from lorafold.models.architecture import auto_class
 from lorafold.training.text_alone import text_alone
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROWS = [{"prompt": f"{n} cats", "completion": f"{n + 1} cats sat"} for n in range(6)]
 # one that sees, one that is padded instead of packed, and one that hears; the others are slow
 FEW = ("llava", "qwen2.5-vl", "qwen2-audio")
@@ -80,6 +82,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
         return found.flatten()
 
 
+@pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", EACH)
 def test_trained_evaluated_generated_and_merged(
