@@ -119,6 +119,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("base", laws.BASES)
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 def test_the_law_holds(law, base: str, scaled: ModuleType, monkeypatch) -> None:

@@ -560,7 +560,7 @@ def mamba_logits(model: Any) -> torch.Tensor:
     return model(torch.arange(3, 23).view(1, -1)).logits
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 def test_the_command_merges_convolutions_in_their_files(
     method: str, mamba: Path, tmp_path: Path
