@@ -398,6 +398,7 @@ def rooms_of(files: list[Path]) -> set[str]:
     return found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("rooms", "besides"),
     [

@@ -121,6 +121,7 @@ def test_two_adapters_fold_in_order(tiny_model_dir, tmp_path):
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["gemma", "gpt2"])
 @pytest.mark.parametrize("where", ["head", "embedding", "both"])
 def test_tied_weights_are_untied(kind, where, tiny_model_dir, tmp_path):
@@ -403,6 +404,7 @@ def test_what_a_plain_model_cannot_hold_is_found_by_the_plan(tiny_model_dir, tmp
     )
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_planned_and_folded_by_the_one_law(method, tiny_model):
     """What the plan finds by shapes is what folding changes; nothing in `merge` knows a method."""

@@ -148,7 +148,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.few(17)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "lorafold.json"])
 def test_every_command_that_reads_an_adapter(

@@ -66,6 +66,7 @@ def test_one_adapter_with_weight_one_is_itself(
     same(updates(llama, tmp_path / "out"), updates(llama, *made("b")))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("word", ["linear", "task-arithmetic", "svd", "ties", "magnitude"])
 def test_an_adapter_minus_itself_is_the_base(
     word: str, llama: Path, made: Any, tmp_path: Path
@@ -225,6 +226,7 @@ def dropped(change: Tensor, density: float, seed: int, name: str) -> Tensor:
                          for rows in zip(change.tolist(), luck, strict=True)])  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("word", ["ties", "dare", "dare-ties", "magnitude"])
 def test_pruned_compositions_are_their_plain_formulas(
     word: str, llama: Path, made: Any, tmp_path: Path

@@ -77,7 +77,8 @@ def test_methods(method: str, checkpointing: bool) -> None:
     )
 
 
-@pytest.mark.few(1)
+# llama's is the first of the methods
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_architectures(name: str) -> None:
     assert period(CONFIGS[name]) == (2 if name == "gemma2" else 1)
