@@ -199,7 +199,7 @@ def differing(engine: Watched, requests: list[Request]) -> tuple[list[str], int]
 @pytest.mark.parametrize(
     ("kind", "many"),
     [
-        ("llama", 18),
+        ("llama", 27),
         pytest.param("gemma", 16, marks=pytest.mark.slow),
         pytest.param("llama-wide", 500, marks=pytest.mark.slow),
     ],

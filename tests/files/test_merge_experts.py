@@ -212,6 +212,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
         assert torch.equal(tensor, other[name.removeprefix("model.")]), name
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe", "gpt-oss"])
 def test_into_the_dequantized_experts_that_were_trained_on(

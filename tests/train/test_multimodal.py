@@ -124,6 +124,7 @@ def test_trained_evaluated_generated_and_merged(
     assert near(logits(opened(merged)), logits(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
 def test_peft_reads_what_the_command_wrote(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
@@ -139,6 +140,7 @@ def test_peft_reads_what_the_command_wrote(
     assert "AutoModelForMultimodalLM.from_pretrained(" in card
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
 def test_the_command_merges_what_peft_wrote(
     name: str, model_dir: Callable[[str], Path], tmp_path: Path
