@@ -9,6 +9,7 @@ families.
     lorafold("train", ...)       the command, run in this process: what it prints, and its exit code
     each_arithmetic              runs a test twice: as on a processor that multiplies 16-bit
                                  matrices as they are, and as on one that widens them
+    unestimated                  training begins without an estimate of its memory
 """
 
 import os

@@ -46,7 +46,7 @@ def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
     forbid that.
     """
     kind = "spawn" if torch.cuda.is_available() else "fork"
-    process: BaseProcess = get_context(kind).Process(  # type: ignore[attr-defined]
+    process: BaseProcess = get_context(kind).Process(
         target=run, args=arguments
     )
     process.start()
