@@ -46,9 +46,7 @@ def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
     forbid that.
     """
     kind = "spawn" if torch.cuda.is_available() else "fork"
-    process: BaseProcess = get_context(kind).Process(
-        target=run, args=arguments
-    )
+    process: BaseProcess = get_context(kind).Process(target=run, args=arguments)
     process.start()
     return process
 
