@@ -324,7 +324,7 @@ def test_a_quantized_base_is_that_of_the_ones_below(tiny_model_dir, tmp_path: Pa
     first = trained(base, tmp_path / "first", storage="nf4")
     asked = request(base, tmp_path / "second", (first,), method="dora")
     recipe = Recipe(**{k: v for k, v in asked.recipe.model_dump(exclude_unset=True).items()
-                       if k != "base"})  # fmt: skip
+                       if k != "storage"})  # fmt: skip
     run.train(replace(asked, recipe=recipe), quiet())
     assert read_record(tmp_path / "second")["recipe"]["storage"] == "nf4"
     merged = lf.merge(base, [first, tmp_path / "second"], tmp_path / "merged", device="cpu")
